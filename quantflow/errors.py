@@ -1,0 +1,81 @@
+"""The exceptions of QuantFlow. Each class names who can mend the problem, and so the exit code.
+
+    QuantFlowError                1   our own fault
+    ├── UserError                 2   the recipe, the model, the data or the output directory is wrong
+    │   ├── RecipeError               the YAML file
+    │   ├── ModelError                the checkpoint: config, tensors, tokenizer
+    │   ├── DataError                 calibration or evaluation text
+    │   ├── FormatError               a format cannot hold what it is given
+    │   └── OutputError               where the result should go
+    ├── GateError                 3   the artifact is kept, but failed its quality gates
+    └── ResourceError             4   disk full, out of memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, what was found, what was expected, what to do."""
+
+    where: str
+    found: str
+    expected: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.found}"
+        if self.expected:
+            text += f"; expected {self.expected}"
+        if self.hint:
+            text += f". {self.hint}"
+        return text
+
+
+class QuantFlowError(Exception):
+    """Base of all errors that QuantFlow raises on purpose. `problems` holds every problem found, not the first alone."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Problem | Sequence[Problem]) -> None:
+        if isinstance(problems, str):
+            problems = [Problem(*problems.split(": ", 1))] if ": " in problems else [Problem("quantflow", problems)]
+        elif isinstance(problems, Problem):
+            problems = [problems]
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class UserError(QuantFlowError):
+    exit_code = 2
+
+
+class RecipeError(UserError):
+    pass
+
+
+class ModelError(UserError):
+    pass
+
+
+class DataError(UserError):
+    pass
+
+
+class FormatError(UserError):
+    pass
+
+
+class OutputError(UserError):
+    pass
+
+
+class GateError(QuantFlowError):
+    exit_code = 3
+
+
+class ResourceError(QuantFlowError):
+    exit_code = 4
