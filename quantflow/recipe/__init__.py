@@ -1,0 +1,45 @@
+"""What the user wrote: a YAML file, parsed once at the edge into frozen, typed objects."""
+
+from quantflow.recipe.loader import load_recipe
+from quantflow.recipe.schema import (
+    DATA_NAMES,
+    STAGE_TYPES,
+    Awq,
+    Calibrate,
+    Calibration,
+    Evaluate,
+    Gates,
+    Gptq,
+    KvQparams,
+    Override,
+    Pack,
+    Recipe,
+    Rtn,
+    Shard,
+    Stage,
+    Weights,
+    dump,
+    json_schema,
+)
+
+__all__ = [
+    "DATA_NAMES",
+    "STAGE_TYPES",
+    "Awq",
+    "Calibrate",
+    "Calibration",
+    "Evaluate",
+    "Gates",
+    "Gptq",
+    "KvQparams",
+    "Override",
+    "Pack",
+    "Recipe",
+    "Rtn",
+    "Shard",
+    "Stage",
+    "Weights",
+    "dump",
+    "json_schema",
+    "load_recipe",
+]

@@ -1,0 +1,184 @@
+"""What QuantFlow knows of a model family, as data.
+
+*Native* names are those that transformers' own class has on disk (Llama's for InternLM, Qwen2's for the first Qwen):
+artifacts are written under them. A `Source` says where in a checkpoint a native tensor comes from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quantflow.models.config import DecoderConfig
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A native tensor inside a source tensor: `source.view(view)[index]`, its leading dimensions flattened into one row axis.
+
+    view: None takes the tensor as it is. vector: the result has one dimension (a bias).
+    """
+
+    name: str
+    view: tuple[int, ...] | None = None
+    index: tuple[int | slice, ...] = ()
+    vector: bool = False
+
+    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The native tensor's shape, from the source tensor's; raises ValueError where the view does not fit."""
+        if self.view is None:
+            return shape
+        import math
+
+        if math.prod(self.view) != math.prod(shape):
+            raise ValueError(f"{list(shape)} cannot be viewed as {list(self.view)}")
+        left: list[int] = []
+        for axis, size in enumerate(self.view):
+            pick = self.index[axis] if axis < len(self.index) else slice(None)
+            if isinstance(pick, slice):
+                left.append(len(range(*pick.indices(size))))
+        if self.vector:
+            return (math.prod(left),)
+        return math.prod(left[:-1]), left[-1]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The names of a decoder layer's parts, relative to the layer.
+
+    Empty strings mark what a family lacks: `gate` in a plain MLP, `router` in a dense model. `expert` holds `{e}`.
+    """
+
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    router: str = ""
+    expert: str = ""
+    expert_gate: str = "gate_proj"
+    expert_up: str = "up_proj"
+    expert_down: str = "down_proj"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+
+    def mlp(self, expert: int | None = None) -> tuple[str, str, str]:
+        """gate (or ""), up and down of the dense MLP or of one expert."""
+        if expert is None:
+            return self.gate, self.up, self.down
+        prefix = self.expert.format(e=expert)
+        return f"{prefix}.{self.expert_gate}", f"{prefix}.{self.expert_up}", f"{prefix}.{self.expert_down}"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family.
+
+    read_config: config.json -> DecoderConfig; raises ConfigProblem. native_config: config.json -> the config of the
+    artifact, which transformers loads without remote code. sources: (source tensor name, its shape, config) -> the native
+    tensors inside it, None for one that the family does not know. notes: what a user should know, for the report.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    read_config: Callable[[Json], DecoderConfig]
+    native_config: Callable[[Json], Json] = dict
+    sources: Callable[[str, tuple[int, ...], DecoderConfig], dict[str, Source] | None] = field(
+        default=lambda name, shape, config: {name: Source(name)}
+    )
+    layer: Layer = Layer()
+    prefix: str = "model.layers.{i}"
+    embedding: str = "model.embed_tokens"
+    positions: str = ""
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    notes: tuple[str, ...] = ()
+
+    def layer_prefix(self, i: int) -> str:
+        return self.prefix.format(i=i)
+
+
+IGNORED_TENSORS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|rotary_pos_emb\.inv_freq)$")
+
+
+def linear_shapes(architecture: Architecture, config: DecoderConfig, i: int) -> dict[str, tuple[int, int]]:
+    """Relative name -> `(N, K)` of every linear of decoder layer `i` but the router, in execution order."""
+    names, heads, kv = architecture.layer, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    shapes = {names.q: (heads, config.hidden), names.k: (kv, config.hidden), names.v: (kv, config.hidden), names.o: (config.hidden, heads)}
+    width = config.width(i)
+    for expert in range(config.experts) if config.is_moe(i) else (None,):
+        gate, up, down = names.mlp(expert)
+        if gate:
+            shapes[gate] = (width, config.hidden)
+        shapes[up] = (width, config.hidden)
+        shapes[down] = (config.hidden, width)
+    return shapes
+
+
+def expected_tensors(architecture: Architecture, config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Native name and shape of every tensor that a checkpoint must have; a tied head is left out."""
+    hidden = config.hidden
+    norm_parts = ("weight", "bias") if config.family == "opt" else ("weight",)
+    yield f"{architecture.embedding}.weight", (config.vocabulary, hidden)
+    if architecture.positions:
+        yield f"{architecture.positions}.weight", (config.max_positions + 2, hidden)
+    for part in norm_parts:
+        yield f"{architecture.final_norm}.{part}", (hidden,)
+    if not config.tied:
+        yield f"{architecture.head}.weight", (config.vocabulary, hidden)
+    names = architecture.layer
+    for i in range(config.layers):
+        prefix = architecture.layer_prefix(i)
+        for norm in (names.attention_norm, names.mlp_norm):
+            for part in norm_parts:
+                yield f"{prefix}.{norm}.{part}", (hidden,)
+        if config.qk_norm:
+            yield f"{prefix}.{names.q_norm}.weight", (config.head_dim,)
+            yield f"{prefix}.{names.k_norm}.weight", (config.head_dim,)
+        if config.is_moe(i):
+            yield f"{prefix}.{names.router}.weight", (config.experts, hidden)
+        for name, (n, k) in linear_shapes(architecture, config, i).items():
+            yield f"{prefix}.{name}.weight", (n, k)
+            if has_bias(architecture, config, name):
+                yield f"{prefix}.{name}.bias", (n,)
+
+
+def has_bias(architecture: Architecture, config: DecoderConfig, linear: str) -> bool:
+    names = architecture.layer
+    if linear in (names.q, names.k, names.v):
+        return config.attention_bias
+    return config.output_bias if linear == names.o else config.mlp_bias
+
+
+def renamed(rules: Mapping[str, str]) -> Callable[[str], str]:
+    """A function that applies the first regular expression of `rules` that matches the whole name."""
+    compiled = [(re.compile(pattern), target) for pattern, target in rules.items()]
+
+    def apply(name: str) -> str:
+        for pattern, target in compiled:
+            if match := pattern.fullmatch(name):
+                return match.expand(target)
+        return name
+
+    return apply
+
+
+def split_rows(name: str, shape: tuple[int, ...], view: tuple[int, ...], parts: Mapping[str, tuple[int | slice, ...]]) -> dict[str, Source]:
+    """Native tensors cut out of one fused source tensor; `view` is that of its rows, the input axis (if any) is appended."""
+    vector = len(shape) == 1
+    full = view if vector else (*view, shape[-1])
+    return {native: Source(name, full, index, vector) for native, index in parts.items()}
+
+
+__all__ = [
+    "IGNORED_TENSORS", "Architecture", "Json", "Layer", "Source", "expected_tensors", "has_bias", "linear_shapes", "renamed", "replace",
+    "split_rows",
+]  # fmt: skip

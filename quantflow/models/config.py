@@ -1,0 +1,95 @@
+"""What a decoder computes, independent of how its checkpoint spells it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding. kind: default, linear, dynamic, llama3 or yarn; parameters: the numbers of that kind."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    parameters: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers of a decoder-only transformer.
+
+    Letters used in shapes: `H` hidden, `I` intermediate, `D` head_dim, `V` vocabulary.
+    """
+
+    family: str  # "llama" (RMSNorm, rotary, gated MLP) or "opt" (LayerNorm, learned positions, plain MLP)
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    max_positions: int
+    norm_eps: float
+    activation: str  # silu, gelu, gelu_tanh, relu
+    dtype: str  # of the checkpoint: float32, float16, bfloat16
+    rope: Rope = Rope()
+    attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on o
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
+    tied: bool = False  # the head is the embedding
+    sliding_windows: tuple[int | None, ...] = ()  # one a layer
+    logn_length: int | None = None  # queries beyond this position are scaled by log_length(position) (Qwen 1)
+    experts: int = 0
+    experts_per_token: int = 0
+    renormalize: bool = True  # expert weights sum to one after the top-k
+    dense_layers: frozenset[int] = frozenset()  # layers of a mixture model that have one plain MLP
+    dense_intermediate: int = 0  # their width
+
+    def is_moe(self, layer: int) -> bool:
+        return self.experts > 0 and layer not in self.dense_layers
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer: a query sees that many keys, itself included. None: all of them."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    def width(self, layer: int) -> int:
+        """The MLP's inner width in a layer (of one expert, in a mixture layer)."""
+        return self.dense_intermediate if self.experts and not self.is_moe(layer) else self.intermediate
+
+
+class ConfigProblem(ValueError):
+    """A config.json that QuantFlow cannot follow: the message says which key."""
+
+
+def number(config: Mapping[str, Any], key: str, kind: type = int, default: Any = None) -> Any:
+    """`config[key]` as a positive number of `kind`; raises ConfigProblem where it is missing or something else."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)) or value <= 0:
+        raise ConfigProblem(f"{key} is {value!r}, expected a positive {'integer' if kind is int else 'number'}")
+    return kind(value)
+
+
+def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope:
+    """The rotary embedding of a Hugging Face config: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+    scaling = dict(config.get("rope_scaling") or {})
+    scaling.update(config.get("rope_parameters") or {})
+    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or default_theta)
+    kind = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
+    scaling.pop("type", None)
+    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
+        raise ConfigProblem(f"rope scaling of type {kind!r}; QuantFlow knows default, linear, dynamic, llama3 and yarn")
+    if float(scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ConfigProblem("partial_rotary_factor is not 1; QuantFlow rotates whole heads only")
+    parameters = {k: float(v) for k, v in scaling.items() if isinstance(v, (int, float))}
+    if kind in ("linear", "dynamic", "llama3", "yarn") and "factor" not in parameters:
+        raise ConfigProblem(f"rope scaling of type {kind} has no factor")
+    return Rope(theta, kind, parameters)
+
+
+def read_dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")

@@ -1,0 +1,172 @@
+"""The decoder in plain torch: one layer at a time, in steps that the sweep can stop between.
+
+It is the reference that calibration, quantisation and evaluation share; parity with transformers is tested for every
+architecture. Shapes: `B` windows, `L` tokens, `H` hidden, `D` head_dim, `T = B * L`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantflow.models.architecture import Architecture
+from quantflow.models.config import DecoderConfig
+from quantflow.models.rope import rotary_table, rotate
+
+ObserveKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Sees K (after rotary embedding) and V, `[B, kv_heads, L, D]`, as they are cached; returns what attention shall use."""
+
+Tap = Callable[[str, Tensor, Tensor], None]
+"""Sees a linear's name, its input `[..., K]` and its output `[..., N]`."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What all layers share for windows of one length: cos and sin `[L, D]` (None without rotary embedding)."""
+
+    length: int
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+def sequences(config: DecoderConfig, length: int, device: torch.device | str = "cpu") -> Sequences:
+    if config.family == "opt":
+        return Sequences(length, None, None)
+    cos, sin = rotary_table(config, length, device)
+    return Sequences(length, cos, sin)
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    if name == "silu":
+        return F.silu(x)
+    if name == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """RMSNorm or LayerNorm over the last dimension, in at least float32, in the dtype of `x`."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if config.family == "opt":
+        return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype), config.norm_eps).to(x.dtype)
+    return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype), config.norm_eps).to(x.dtype)
+
+
+class DecoderLayer:
+    """Decoder layer `index` over `tensors` (names relative to the layer), computing in `dtype`.
+
+    `tensors` may be changed between steps: the sweep replaces a weight once it is quantised.
+    """
+
+    def __init__(
+        self, architecture: Architecture, config: DecoderConfig, index: int, tensors: Mapping[str, Tensor], seq: Sequences,
+        dtype: torch.dtype, tap: Tap | None = None,
+    ) -> None:  # fmt: skip
+        self.names, self.config, self.index, self.seq, self.dtype, self.tap = architecture.layer, config, index, seq, dtype, tap
+        self.tensors = {n: t.to(dtype) if not n.endswith("norm.weight") and not n.endswith("norm.bias") else t for n, t in tensors.items()}
+
+    @property
+    def moe(self) -> bool:
+        return self.config.is_moe(self.index)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        y = F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+        if self.tap:
+            self.tap(name, x, y)
+        return y
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return normalize(self.config, x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        return self.norm(self.names.attention_norm, x)
+
+    def mlp_input(self, x: Tensor) -> Tensor:
+        return self.norm(self.names.mlp_norm, x)
+
+    def context(self, h: Tensor, observe: ObserveKV | None = None) -> Tensor:
+        """`o`'s input `[B, L, heads * D]`, from the normalised hidden states `h` `[B, L, H]`."""
+        config, names, (b, length, _) = self.config, self.names, h.shape
+        q, k, v = (self.linear(n, h).view(b, length, -1, config.head_dim).transpose(1, 2) for n in (names.q, names.k, names.v))
+        if config.qk_norm:
+            q, k = self.norm(names.q_norm, q), self.norm(names.k_norm, k)
+        if self.seq.cos is not None and self.seq.sin is not None:
+            cos, sin = self.seq.cos[:length], self.seq.sin[:length]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if config.logn_length and length > config.logn_length:
+            positions = torch.arange(1, length + 1, device=h.device, dtype=torch.float32)
+            q = q * (positions.log() / math.log(config.logn_length)).clamp(min=1.0).to(q.dtype)[:, None]
+        if observe:
+            k, v = observe(k, v)
+        grouped = config.heads != config.kv_heads
+        window = config.window(self.index)
+        if window is not None and window < length:
+            at = torch.arange(length, device=h.device)
+            mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return out.transpose(1, 2).reshape(b, length, -1)
+
+    def attention_output(self, context: Tensor) -> Tensor:
+        return self.linear(self.names.o, context)
+
+    def inner(self, h: Tensor, expert: int | None = None) -> Tensor:
+        """`down`'s input `[..., I]`, of the dense MLP or of one expert."""
+        gate, up, _ = self.names.mlp(expert)
+        if not gate:
+            return activate(self.config.activation, self.linear(up, h))
+        return activate(self.config.activation, self.linear(gate, h)) * self.linear(up, h)
+
+    def mlp_output(self, inner: Tensor, expert: int | None = None) -> Tensor:
+        return self.linear(self.names.mlp(expert)[2], inner)
+
+    def route(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts `[T, k]` and their weights `[T, k]` for tokens `h` `[T, H]`."""
+        logits = self.linear(self.names.router, h)
+        probabilities = logits.softmax(-1, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
+        weights, chosen = probabilities.topk(self.config.experts_per_token, dim=-1)
+        if self.config.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return chosen, weights.to(h.dtype)
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """The whole MLP, experts included, for `h` `[B, L, H]`."""
+        if not self.moe:
+            return self.mlp_output(self.inner(h))
+        flat = h.reshape(-1, h.shape[-1])
+        chosen, weights = self.route(flat)
+        out = torch.zeros_like(flat)
+        for expert in range(self.config.experts):
+            tokens, slot = (chosen == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                y = self.mlp_output(self.inner(flat[tokens], expert), expert)
+                out.index_add_(0, tokens, y * weights[tokens, slot, None])
+        return out.view_as(h)
+
+    def forward(self, x: Tensor, observe: ObserveKV | None = None) -> Tensor:
+        """The residual stream `[B, L, H]` after this layer."""
+        x = x + self.attention_output(self.context(self.attention_input(x), observe))
+        return x + self.mlp(self.mlp_input(x))
+
+
+def embed(architecture: Architecture, config: DecoderConfig, tensors: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The residual stream `[B, L, H]` before the first layer, for `tokens` `[B, L]`."""
+    x = F.embedding(tokens, tensors[f"{architecture.embedding}.weight"]).to(dtype)
+    if architecture.positions:
+        # OPT's first two rows are left over from padding.
+        x = x + tensors[f"{architecture.positions}.weight"][2 : 2 + tokens.shape[1]].to(dtype)
+    return x
+
+
+def logits(architecture: Architecture, config: DecoderConfig, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """`[..., V]` from the residual stream after the last layer, in the dtype of `x`."""
+    norm = architecture.final_norm
+    h = normalize(config, x, tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias"))
+    head = architecture.embedding if config.tied else architecture.head
+    return F.linear(h, tensors[f"{head}.weight"].to(h.dtype))

@@ -1,0 +1,68 @@
+"""InternLM and InternLM2, without their remote code: both compute what Llama computes, under other tensor names."""
+
+from __future__ import annotations
+
+from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
+from quantflow.models.config import DecoderConfig
+from quantflow.models.llama import read_llama_like
+
+_REMOTE_KEYS = ("auto_map", "bias", "attn_implementation", "_attn_implementation_autoset", "tokenizer_class")
+
+
+def as_llama_config(config: Json, **changes: object) -> Json:
+    """The same decoder as a Llama config.json: no remote code, one kind of rope scaling, biases as Llama names them."""
+    native = {k: v for k, v in config.items() if k not in _REMOTE_KEYS}
+    return {**native, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, **changes}
+
+
+def _read_internlm(config: Json) -> DecoderConfig:
+    bias = bool(config.get("bias", True))
+    return read_llama_like(config, attention_bias=bias, output_bias=bias)
+
+
+def _internlm_config(config: Json) -> Json:
+    return as_llama_config(config, attention_bias=bool(config.get("bias", True)))
+
+
+def _read_internlm2(config: Json) -> DecoderConfig:
+    bias = bool(config.get("bias", False))
+    return read_llama_like(config, attention_bias=bias, output_bias=bias)
+
+
+def _internlm2_config(config: Json) -> Json:
+    return as_llama_config(config, attention_bias=bool(config.get("bias", False)))
+
+
+_INTERNLM2_NAMES = renamed(
+    {
+        r"model\.tok_embeddings\.weight": "model.embed_tokens.weight",
+        r"output\.weight": "lm_head.weight",
+        r"(model\.layers\.\d+)\.attention\.wo\.(\w+)": r"\1.self_attn.o_proj.\2",
+        r"(model\.layers\.\d+)\.feed_forward\.w1\.(\w+)": r"\1.mlp.gate_proj.\2",
+        r"(model\.layers\.\d+)\.feed_forward\.w3\.(\w+)": r"\1.mlp.up_proj.\2",
+        r"(model\.layers\.\d+)\.feed_forward\.w2\.(\w+)": r"\1.mlp.down_proj.\2",
+        r"(model\.layers\.\d+)\.attention_norm\.weight": r"\1.input_layernorm.weight",
+        r"(model\.layers\.\d+)\.ffn_norm\.weight": r"\1.post_attention_layernorm.weight",
+    }
+)
+
+
+def _internlm2_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:
+    head, found, part = name.rpartition(".attention.wqkv.")
+    if not found:
+        return {_INTERNLM2_NAMES(name): Source(name)}
+    # Grouped by KV head: the queries that share it, then its key, then its value.
+    queries = config.heads // config.kv_heads
+    whole = slice(None)
+    parts = {
+        f"{head}.self_attn.q_proj.{part}": (whole, slice(0, queries)),
+        f"{head}.self_attn.k_proj.{part}": (whole, queries),
+        f"{head}.self_attn.v_proj.{part}": (whole, queries + 1),
+    }
+    return split_rows(name, shape, (config.kv_heads, queries + 2, config.head_dim), parts)
+
+
+INTERNLM = Architecture("InternLM", ("internlm",), _read_internlm, _internlm_config, notes=("written as Llama with biases: no remote code",))
+INTERNLM2 = Architecture(
+    "InternLM2", ("internlm2",), _read_internlm2, _internlm2_config, _internlm2_sources, notes=("written as Llama: no remote code",)
+)

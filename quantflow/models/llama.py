@@ -1,0 +1,81 @@
+"""Llama and the families that share its decoder: Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantflow.models.architecture import Architecture, Json
+from quantflow.models.config import ConfigProblem, DecoderConfig, number, read_dtype, read_rope
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+
+
+def read_activation(config: Json, key: str = "hidden_act", default: str = "silu") -> str:
+    name = config.get(key, default)
+    if name not in ACTIVATIONS:
+        raise ConfigProblem(f"{key} is {name!r}; QuantFlow knows {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
+    """The decoder of a Llama-like config.json; `changes` overrides single fields."""
+    hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ConfigProblem(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim")
+    kv_heads = number(config, "num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise ConfigProblem(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    layers = number(config, "num_hidden_layers")
+    bias = bool(config.get("attention_bias", False))
+    fields: dict[str, Any] = {
+        "family": "llama",
+        "hidden": hidden,
+        "intermediate": number(config, "intermediate_size"),
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": number(config, "head_dim", default=hidden // heads),
+        "vocabulary": number(config, "vocab_size"),
+        "max_positions": number(config, "max_position_embeddings", default=2048),
+        "norm_eps": number(config, "rms_norm_eps", float, 1e-6),
+        "activation": read_activation(config),
+        "dtype": read_dtype(config),
+        "rope": read_rope(config),
+        "attention_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+    }
+    return DecoderConfig(**{**fields, **changes})
+
+
+def _windows(config: Json, layers: int, used: bool) -> tuple[int | None, ...]:
+    window = config.get("sliding_window")
+    if not used or not window:
+        return ()
+    if config.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in config["layer_types"])
+    first = config.get("max_window_layers", 0) if "max_window_layers" in config else 0
+    return tuple(window if i >= first else None for i in range(layers))
+
+
+def _read_mistral(config: Json) -> DecoderConfig:
+    layers = number(config, "num_hidden_layers")
+    return read_llama_like(config, sliding_windows=_windows(config, layers, True), attention_bias=False, output_bias=False)
+
+
+def _read_qwen2(config: Json) -> DecoderConfig:
+    windows = _windows(config, number(config, "num_hidden_layers"), bool(config.get("use_sliding_window", False)))
+    return read_llama_like(config, attention_bias=True, output_bias=False, sliding_windows=windows)
+
+
+def _read_qwen3(config: Json) -> DecoderConfig:
+    windows = _windows(config, number(config, "num_hidden_layers"), bool(config.get("use_sliding_window", False)))
+    head_dim = number(config, "head_dim", default=128)
+    return read_llama_like(config, qk_norm=True, head_dim=head_dim, sliding_windows=windows)
+
+
+LLAMA = Architecture("Llama", ("llama",), read_llama_like)
+MISTRAL = Architecture("Mistral", ("mistral",), _read_mistral)
+QWEN2 = Architecture("Qwen2", ("qwen2",), _read_qwen2)
+QWEN3 = Architecture("Qwen3", ("qwen3",), _read_qwen3)

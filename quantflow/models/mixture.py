@@ -1,0 +1,75 @@
+"""Mixtures of experts: Mixtral and Qwen3-MoE, with experts one by one or fused into 3-D tensors as transformers 5 holds them."""
+
+from __future__ import annotations
+
+import re
+
+from quantflow.models.architecture import Architecture, Json, Layer, Source
+from quantflow.models.config import DecoderConfig, number
+from quantflow.models.llama import read_llama_like
+
+_FUSED = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)")
+
+
+def _fused_experts(name: str, shape: tuple[int, ...], block: str, gate: str, up: str, down: str) -> dict[str, Source] | None:
+    match = _FUSED.fullmatch(name)
+    if not match or len(shape) != 3:
+        return None
+    prefix = re.sub(r"\.(mlp|block_sparse_moe)$", f".{block}", match[1])
+    experts, rows, columns = shape
+    if match[2] == "down_proj":
+        return {f"{prefix}.experts.{e}.{down}.weight": Source(name, shape, (e,)) for e in range(experts)}
+    half = rows // 2
+    found = {}
+    for e in range(experts):
+        found[f"{prefix}.experts.{e}.{gate}.weight"] = Source(name, shape, (e, slice(0, half)))
+        found[f"{prefix}.experts.{e}.{up}.weight"] = Source(name, shape, (e, slice(half, rows)))
+    return found
+
+
+def _mixtral_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:
+    fused = _fused_experts(name, shape, "block_sparse_moe", "w1", "w3", "w2")
+    return fused or {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): Source(name)}
+
+
+def _qwen3_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:
+    return _fused_experts(name, shape, "mlp", "gate_proj", "up_proj", "down_proj") or {name: Source(name)}
+
+
+def _read_mixtral(config: Json) -> DecoderConfig:
+    layers = number(config, "num_hidden_layers")
+    window = config.get("sliding_window")
+    return read_llama_like(
+        config,
+        attention_bias=False,
+        output_bias=False,
+        experts=number(config, "num_local_experts"),
+        experts_per_token=number(config, "num_experts_per_tok"),
+        sliding_windows=(window,) * layers if window else (),
+    )
+
+
+def _read_qwen3_moe(config: Json) -> DecoderConfig:
+    layers, step = number(config, "num_hidden_layers"), number(config, "decoder_sparse_step", default=1)
+    plain = set(config.get("mlp_only_layers") or ())
+    dense = frozenset(i for i in range(layers) if i in plain or (i + 1) % step)
+    return read_llama_like(
+        config,
+        qk_norm=True,
+        head_dim=number(config, "head_dim", default=128),
+        intermediate=number(config, "moe_intermediate_size"),
+        experts=number(config, "num_experts"),
+        experts_per_token=number(config, "num_experts_per_tok"),
+        renormalize=bool(config.get("norm_topk_prob", False)),
+        dense_layers=dense,
+        dense_intermediate=number(config, "intermediate_size"),
+    )
+
+
+MIXTRAL = Architecture(
+    "Mixtral", ("mixtral",), _read_mixtral, sources=_mixtral_sources,
+    layer=Layer(router="block_sparse_moe.gate", expert="block_sparse_moe.experts.{e}", expert_gate="w1", expert_up="w3", expert_down="w2"),
+)  # fmt: skip
+QWEN3_MOE = Architecture(
+    "Qwen3-MoE", ("qwen3_moe",), _read_qwen3_moe, sources=_qwen3_sources, layer=Layer(router="mlp.gate", expert="mlp.experts.{e}")
+)

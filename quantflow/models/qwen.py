@@ -1,0 +1,86 @@
+"""The first generation of Qwen (`Qwen-7B-Chat`), without its remote code: the decoder is Qwen2's under other names."""
+
+from __future__ import annotations
+
+from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
+from quantflow.models.config import ConfigProblem, DecoderConfig, Rope, number, read_dtype
+
+_NAMES = renamed(
+    {
+        r"transformer\.wte\.weight": "model.embed_tokens.weight",
+        r"transformer\.ln_f\.weight": "model.norm.weight",
+        r"transformer\.h\.(\d+)\.ln_1\.weight": r"model.layers.\1.input_layernorm.weight",
+        r"transformer\.h\.(\d+)\.ln_2\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+        r"transformer\.h\.(\d+)\.attn\.c_proj\.weight": r"model.layers.\1.self_attn.o_proj.weight",
+        # Qwen's MLP is c_proj(w1(x) * silu(w2(x))): w2 is the gate.
+        r"transformer\.h\.(\d+)\.mlp\.w2\.weight": r"model.layers.\1.mlp.gate_proj.weight",
+        r"transformer\.h\.(\d+)\.mlp\.w1\.weight": r"model.layers.\1.mlp.up_proj.weight",
+        r"transformer\.h\.(\d+)\.mlp\.c_proj\.weight": r"model.layers.\1.mlp.down_proj.weight",
+    }
+)
+_FUSED = renamed({r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)": r"model.layers.\1.self_attn.{}_proj.\2"})
+
+
+def _sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:
+    fused = _FUSED(name)
+    if fused == name:
+        return {_NAMES(name): Source(name)}
+    rows = config.heads * config.head_dim
+    return split_rows(name, shape, (3, rows), {fused.format(role): (i,) for i, role in enumerate("qkv")})
+
+
+def _read(config: Json) -> DecoderConfig:
+    hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
+    head_dim = number(config, "kv_channels", default=hidden // heads)
+    if float(config.get("rotary_pct", 1.0)) != 1.0:
+        raise ConfigProblem("rotary_pct is not 1; QuantFlow rotates whole heads only")
+    trained = number(config, "seq_length", default=2048)
+    dynamic = bool(config.get("use_dynamic_ntk", False))
+    dtype = "bfloat16" if config.get("bf16") else "float16" if config.get("fp16") else read_dtype(config)
+    return DecoderConfig(
+        family="llama",
+        hidden=hidden,
+        intermediate=number(config, "intermediate_size") // 2,  # Qwen counts gate and up together
+        layers=number(config, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        vocabulary=number(config, "vocab_size"),
+        max_positions=trained,
+        norm_eps=number(config, "layer_norm_epsilon", float, 1e-6),
+        activation="silu",
+        dtype=dtype,
+        rope=Rope(float(config.get("rotary_emb_base", 10000)), "dynamic" if dynamic else "default", {"factor": 1.0} if dynamic else {}),
+        attention_bias=True,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        logn_length=trained if config.get("use_logn_attn") else None,
+    )
+
+
+def _native_config(config: Json) -> Json:
+    read = _read(config)
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": read.hidden,
+        "intermediate_size": read.intermediate,
+        "num_hidden_layers": read.layers,
+        "num_attention_heads": read.heads,
+        "num_key_value_heads": read.kv_heads,
+        "vocab_size": read.vocabulary,
+        "max_position_embeddings": read.max_positions,
+        "rms_norm_eps": read.norm_eps,
+        "hidden_act": "silu",
+        "rope_theta": read.rope.theta,
+        "tie_word_embeddings": read.tied,
+        "use_sliding_window": False,
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": config.get("eos_token_id"),
+        "torch_dtype": read.dtype,
+    }
+
+
+QWEN = Architecture(
+    "Qwen", ("qwen",), _read, _native_config, _sources,
+    notes=("written as Qwen2: no remote code; dynamic NTK and logn scaling beyond the trained length have no place there",),
+)  # fmt: skip

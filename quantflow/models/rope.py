@@ -1,0 +1,69 @@
+"""Rotary position embedding (Su et al. 2021) and its extensions beyond the trained length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from quantflow.models.config import DecoderConfig
+
+
+def inverse_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, float]:
+    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin, for a sequence of `length` tokens.
+
+    linear: positions divided by the factor (Chen et al. 2023). dynamic: NTK-aware base that grows once `length` passes
+    the trained one. llama3: long wavelengths divided, short kept, blended between. yarn: Peng et al. 2023, section 3.2,
+    with its temperature on cos and sin.
+    """
+    rope, dim, p = config.rope, config.head_dim, config.rope.parameters
+    theta, factor = rope.theta, rope.parameters.get("factor", 1.0)
+    trained = p.get("original_max_position_embeddings", float(config.max_positions))
+    if rope.kind == "dynamic" and length > trained:
+        theta *= (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
+    frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if rope.kind == "linear":
+        return frequencies / factor, 1.0
+    if rope.kind == "llama3":
+        low, high = p["low_freq_factor"], p["high_freq_factor"]
+        wavelengths = 2 * math.pi / frequencies
+        smooth = ((trained / wavelengths - low) / (high - low)).clamp(0, 1)
+        return frequencies * (smooth + (1 - smooth) / factor), 1.0
+    if rope.kind == "yarn":
+
+        def rotations_at(rotations: float) -> float:
+            return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = rotations_at(p.get("beta_fast", 32.0)), rotations_at(p.get("beta_slow", 1.0))
+        if p.get("truncate", 1.0):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        temperature = p.get("attention_factor") or _yarn_temperature(factor, p)
+        return frequencies * (1 - ramp) + frequencies / factor * ramp, temperature
+    return frequencies, 1.0
+
+
+def _yarn_temperature(factor: float, p: Mapping[str, float]) -> float:
+    def scale(m: float) -> float:
+        return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return scale(p["mscale"]) / scale(p["mscale_all_dim"])
+    return scale(1.0)
+
+
+def rotary_table(config: DecoderConfig, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """cos and sin `[length, D]` in float32, for positions `0..length-1`."""
+    frequencies, factor = inverse_frequencies(config, length)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`x` `[B, heads, L, D]` rotated, in its own dtype; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face does."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)

@@ -1,0 +1,203 @@
+"""Reading and writing safetensors files without mapping them into memory.
+
+A mapped file's pages count as resident memory, and a 4 GiB file would grow the process by 4 GiB; these two classes hold
+one tensor at a time. The layout: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import ModelError, Problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+def dtype_name(dtype: object) -> str:
+    """The safetensors name (`"BF16"`) of a torch dtype."""
+    wanted = str(dtype).removeprefix("torch.")
+    return next(name for name, torch_name in _TORCH_NAMES.items() if torch_name == wanted)
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a safetensors name."""
+    import torch
+
+    return getattr(torch, _TORCH_NAMES[name])
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: its dtype's safetensors name, its shape and the bytes `[start, stop)` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class TensorFile:
+    """A safetensors file: its header, checked, and one tensor at a time.
+
+    Raises ModelError for a file that is truncated, has overlapping or impossible offsets, or is no safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors, self.metadata = _read_header(path)
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """The tensor `name`, or its slice `index` along the first dimension, freshly allocated on the CPU."""
+        import torch
+
+        info = self.tensors[name]
+        shape, start, nbytes = info.shape, info.start, info.nbytes
+        if index is not None:
+            shape, nbytes = info.shape[1:], info.nbytes // info.shape[0]
+            start += index * nbytes
+        tensor = torch.empty(shape, dtype=torch_dtype(info.dtype))
+        if nbytes:
+            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(start)
+                done = 0
+                while done < nbytes:
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise ModelError(Problem(f"{self.path} tensor {name}", "the file ends inside the tensor", hint="Download it again"))
+                    done += count
+        return tensor
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    def wrong(found: str, expected: str = "") -> ModelError:
+        return ModelError(Problem(str(path), found, expected, "The file is damaged or incomplete: copy or download it again"))
+
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise wrong(f"{size} bytes", "a safetensors file, which has at least 8")
+            length = int.from_bytes(prefix, "little")
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise wrong(f"a header of {length} bytes in a file of {size}", "a safetensors header")
+            raw = file.read(length)
+    except OSError as error:
+        raise ModelError(Problem(str(path), error.strerror or str(error), "a readable safetensors file")) from error
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise wrong("a header that is not JSON", "a safetensors header") from error
+    if not isinstance(header, dict):
+        raise wrong("a header that is no JSON object", "a safetensors header")
+    metadata = header.pop("__metadata__", {}) or {}
+    base, tensors = 8 + length, {}
+    for name, entry in header.items():
+        try:
+            dtype, shape = entry["dtype"], tuple(int(d) for d in entry["shape"])
+            start, stop = (int(o) for o in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise wrong(f"tensor {name} has no valid dtype, shape and data_offsets") from error
+        if dtype not in ITEM_BYTES:
+            raise wrong(f"tensor {name} has dtype {dtype}", f"one of {', '.join(ITEM_BYTES)}")
+        if any(d < 0 for d in shape) or start < 0 or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+            raise wrong(f"tensor {name} of shape {list(shape)} and dtype {dtype} has {stop - start} bytes")
+        if base + stop > size:
+            raise wrong(f"tensor {name} ends at byte {base + stop}, the file at {size}: it is truncated")
+        tensors[name] = TensorInfo(dtype, shape, base + start, base + stop)
+    at, last = base, ""
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start < at:
+            raise wrong(f"tensors {last} and {name} overlap")
+        at, last = info.stop, name
+    return tensors, {str(k): str(v) for k, v in metadata.items()}
+
+
+class TensorWriter:
+    """Writes a safetensors file whose tensors arrive one at a time, in any order.
+
+    `specs` gives name -> (safetensors dtype, shape) of all of them, so that the header can be written first. `close`
+    checks that every tensor came, and syncs the file. The caller writes to a temporary name and renames.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self._specs = dict(specs)
+        header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
+        offset = 0
+        offsets: dict[str, int] = {}
+        # Widest items first, as the safetensors library lays them out, keeps every tensor aligned to its own items.
+        for name in sorted(specs, key=lambda n: (-ITEM_BYTES[specs[n][0]], n)):
+            dtype, shape = specs[name]
+            nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+            offsets[name] = offset
+            offset += nbytes
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._offsets = {name: 8 + len(raw) + o for name, o in offsets.items()}
+        self._missing = set(specs)
+        self._file = open(path, "wb")
+        self._file.write(len(raw).to_bytes(8, "little") + raw)
+        self._file.truncate(8 + len(raw) + offset)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes the tensor; it must have the dtype and shape that were announced."""
+        import torch
+
+        dtype, shape = self._specs[name]
+        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != tuple(shape) or name not in self._missing:
+            raise ValueError(f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype} {tuple(shape)}, or written twice")
+        self._missing.discard(name)
+        if tensor.numel():
+            self._file.seek(self._offsets[name])
+            self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+
+    def close(self) -> None:
+        if self._missing:
+            raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing)[:5])}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes `tensors` to `path` at once or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with TensorWriter(temporary, {n: (dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()}, metadata) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
