@@ -1,0 +1,113 @@
+"""A residual stream: the hidden states of all calibration windows, between two decoder layers.
+
+Small ones are held in memory; larger ones in a file that is read and written window by window (not mapped: mapped pages
+count as resident memory). Both give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantflow.errors import ModelError, Problem
+
+
+class Stream:
+    """Hidden states `[W, L, H]`. `path` None holds them in memory on `device`."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, path: Path | None) -> None:
+        self.shape, self.dtype, self.device, self.path = shape, dtype, device, path
+        self._held: Tensor | None = None
+        if path is None:
+            self._held = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                file.truncate(self.nbytes)
+
+    @property
+    def windows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Windows `[start, stop)`, on the device."""
+        if self._held is not None:
+            return self._held[start:stop]
+        assert self.path is not None
+        part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(start * part[0].nbytes)
+            _read_into(file, part, self.path)
+        return part.to(self.device)
+
+    def write(self, start: int, value: Tensor) -> None:
+        """Sets the windows from `start` on."""
+        if self._held is not None:
+            self._held[start : start + len(value)] = value
+            return
+        assert self.path is not None
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(start * value[0].nbytes)
+            _write_all(file, _bytes(value))
+
+    def save(self, path: Path, batch: int) -> int:
+        """Writes the stream to `path`, atomically; returns the checksum that `load` wants."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        checksum = 0
+        with open(temporary, "wb", buffering=0) as file:
+            for start in range(0, self.windows, batch):
+                data = _bytes(self.read(start, min(start + batch, self.windows)))
+                checksum = zlib.crc32(data, checksum)
+                _write_all(file, data)
+        os.replace(temporary, path)
+        return checksum
+
+    def load(self, path: Path, checksum: int, batch: int) -> bool:
+        """Fills the stream from a saved file; False where the file is absent, torn or not the one the checksum is of."""
+        try:
+            if path.stat().st_size != self.nbytes:
+                return False
+            found = 0
+            with open(path, "rb", buffering=0) as file:
+                for start in range(0, self.windows, batch):
+                    part = torch.empty((min(batch, self.windows - start), *self.shape[1:]), dtype=self.dtype)
+                    _read_into(file, part, path)
+                    found = zlib.crc32(_bytes(part), found)
+                    self.write(start, part.to(self.device))
+        except OSError:
+            return False
+        return found == checksum
+
+    def close(self) -> None:
+        """Frees the memory or removes the file."""
+        self._held = None
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write_all(file: object, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])  # type: ignore[attr-defined]
+
+
+def _read_into(file: object, part: Tensor, path: Path) -> None:
+    view, done = _bytes(part), 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise ModelError(Problem(str(path), "the activation file ends early", hint="Run again with --fresh"))
+        done += count

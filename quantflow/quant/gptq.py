@@ -1,0 +1,204 @@
+"""GPTQ (Frantar et al. 2022, Algorithm 1): round column by column, and let the columns not yet rounded make up for the error.
+
+Shapes: weight `[N, K]`; Hessian `H = Xᵀ X` `[K, K]` over the tokens seen, not divided by their number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.rtn import Grid, GridRules, assemble, find_grid, quantize_rtn
+
+DAMP_LADDER = (1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The upper Cholesky factor of the damped Hessian's inverse, in the order the columns are rounded.
+
+    order: `[K]`, the column rounded at each step. fallback: what had to be done, "" if nothing.
+    """
+
+    upper: Tensor
+    order: Tensor
+    fallback: str = ""
+
+
+def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None:
+    """The factor of `hessian` (float32), or None where even a floored diagonal does not help.
+
+    damp: fraction of the mean diagonal that is added to it. Dead channels (zero diagonal) get the mean, so they neither give nor
+    take corrections. Cholesky fails on real Hessians even with much damping: the ladder raises it, then floors the diagonal.
+    """
+    h = hessian.clone()
+    if not bool(h.isfinite().all()):
+        return None
+    diagonal = h.diagonal()
+    mean = diagonal.mean()
+    if float(mean) <= 0:
+        return None
+    diagonal[diagonal <= 0] = mean
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(h.shape[0], device=h.device)
+    h = h[order][:, order]
+    attempts = [(damp * times, 0.0, f"damping {damp * times:g}" if times > 1 else "") for times in DAMP_LADDER]
+    attempts.append((damp * DAMP_LADDER[-1], 1.0, "diagonal floored at its mean"))
+    for amount, floor, note in attempts:
+        damped = h.clone()
+        damped.diagonal().clamp_(min=float(mean) * floor).add_(amount * float(mean))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(info) == 0 and bool(upper.isfinite().all()):
+                return Factor(upper, order, note)
+    return None
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    tensor: QuantizedTensor
+    fallback: str = ""
+
+
+def quantize_gptq(
+    weight: Tensor, hessian: Tensor, factor: Factor | None, scheme: Scheme, rules: GridRules, *,
+    act_order: str = "static", search: bool = True, refine: int = 2, block_size: int = 128,
+) -> GptqResult:  # fmt: skip
+    """`weight` (float32) quantised by GPTQ.
+
+    act_order: `none` rounds channels as they come and makes each group's grid when it is reached; `static` rounds the most
+    active first on grids made beforehand, so that nothing has to be permuted at run time; `dynamic` makes groups of
+    channels of like activity, which needs `group_index`. search: each grid minimises the output error its group causes.
+    refine: passes of coordinate descent afterwards (see `refine_codes`).
+    """
+    if factor is None:
+        plain = quantize_rtn(weight, scheme, rules, search=search, importance=_blocks(hessian, scheme) if search else None)
+        return GptqResult(plain, "Hessian not invertible: rounded to nearest")
+    n, k = weight.shape
+    order = factor.order
+    group = scheme.group_of(k)
+    permuted = act_order == "dynamic"
+    base = weight[:, order] if permuted else weight
+    sorted_hessian = hessian[order][:, order] if permuted else hessian
+    blocks = _blocks(sorted_hessian, scheme) if search else None
+    if act_order == "none":
+        scales, zeros = (torch.empty(n, k // group, device=weight.device) for _ in range(2))
+    else:
+        grid = find_grid(base.contiguous(), scheme, rules, search=search, importance=blocks)
+        scales, zeros = grid.scales, grid.zeros
+    # Work on the transpose: a channel is then a contiguous row.
+    w = weight[:, order].T.contiguous()
+    codes = torch.empty_like(w)
+    # The group of the channel rounded at each step.
+    group_at = (torch.arange(k, device=w.device) if permuted else order).div(group, rounding_mode="floor").tolist()
+    scales_t, zeros_t = scales.T.contiguous(), zeros.T.contiguous()
+    for start in range(0, k, block_size):
+        stop = min(start + block_size, k)
+        errors = torch.empty_like(w[start:stop])
+        inverse = factor.upper[start:stop, start:stop]
+        pivots = inverse.diagonal().tolist()
+        for i in range(start, stop):
+            g = group_at[i]
+            if act_order == "none" and i % group == 0:
+                # Columns of the group beyond this block still wait for the errors inside the block.
+                ahead = w[i : i + group].T.clone()
+                if i + group > stop:
+                    done = errors[: i - start]
+                    ahead[:, stop - i :] -= (factor.upper[start:i, stop : i + group].T @ done).T
+                one = find_grid(ahead, Scheme(scheme.bits, group, scheme.symmetric), rules, search=search, importance=_pick(blocks, g))
+                scales_t[g], zeros_t[g] = one.scales[:, 0], one.zeros[:, 0]
+            scale, zero = scales_t[g], zeros_t[g]
+            code = torch.div(w[i], scale).add_(zero).round_().clamp_(0, scheme.levels)
+            codes[i] = code
+            error = torch.sub(w[i], code.sub_(zero).mul_(scale)).div_(pivots[i - start])
+            errors[i - start] = error
+            if i + 1 < stop:
+                w[i + 1 : stop].addr_(inverse[i - start, i + 1 - start :], error, alpha=-1)
+        if stop < k:
+            w[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
+    # Back to the order in which groups are runs of `group` channels: the weight's own, or the permuted one.
+    if not permuted:
+        codes_in_groups = torch.empty_like(codes)
+        codes_in_groups[order] = codes
+        codes = codes_in_groups
+    if refine:
+        codes, scales_t = refine_codes(base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine, block_size)
+    grid = Grid(scales_t.T.contiguous(), zeros_t.T.contiguous())
+    if not permuted:
+        return GptqResult(assemble(codes.T.contiguous(), grid, scheme, rules), factor.fallback)
+    flat, index = torch.empty_like(codes), torch.empty(k, dtype=torch.int32, device=weight.device)
+    flat[order] = codes
+    index[order] = torch.arange(k, device=weight.device).div(group, rounding_mode="floor").to(torch.int32)
+    return GptqResult(assemble(flat.T.contiguous(), grid, scheme, rules, index), factor.fallback)
+
+
+def refine_codes(
+    weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, scheme: Scheme, rules: GridRules, passes: int,
+    block_size: int = 128,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Codes and scales of no larger output error `tr((W - Ŵ) H (W - Ŵ)ᵀ)`, by cyclic coordinate descent.
+
+    weight, codes: transposed, `[K, N]`; scales, zeros: `[G, N]`. Each pass sets every group's scale to its least-squares
+    optimum (kept where, rounded to its stored dtype, it still helps), then every code to the best one while the others stand
+    (QuantEase, Behdin et al. 2023, eq. 9). GPTQ decides each code once, before later ones are known; this lets it think again.
+    """
+    k = weight.shape[0]
+    group = k // scales.shape[0]
+    diagonal = hessian.diagonal().clamp(min=1e-12 * max(float(hessian.diagonal().max()), 1e-30))
+    pivots = diagonal.tolist()
+    centred = codes - zeros.repeat_interleave(group, 0)
+    scales = scales.clone()
+    value = centred * scales.repeat_interleave(group, 0)
+    slope = hessian @ (weight - value)  # minus half the gradient, [K, N]
+    for _ in range(passes):
+        for g in range(k // group):
+            part = slice(g * group, (g + 1) * group)
+            c = centred[part]
+            curvature = ((hessian[part, part] @ c) * c).sum(0)
+            downhill = (c * slope[part]).sum(0)
+            wanted = scales[g] + torch.where(curvature > 0, downhill / curvature.clamp(min=1e-30), 0)
+            step = torch.where(wanted > 0, rules.round_scale(wanted.clamp(min=0)), scales[g]) - scales[g]
+            step = torch.where(step * (2 * downhill - step * curvature) > 0, step, 0)
+            scales[g] += step
+            change = c * step
+            value[part] += change
+            slope.addmm_(hessian[:, part], change, alpha=-1)
+        for start in range(0, k, block_size):
+            stop = min(start + block_size, k)
+            changes = torch.empty_like(value[start:stop])
+            local, block = slope[start:stop], hessian[start:stop, start:stop]
+            for j in range(start, stop):
+                scale, zero = scales[j // group], zeros[j // group]
+                best = torch.div(local[j - start], pivots[j]).add_(value[j]).div_(scale).add_(zero).round_().clamp_(0, scheme.levels).sub_(zero)
+                centred[j] = best
+                new = best * scale
+                change = new - value[j]
+                changes[j - start], value[j] = change, new
+                local.addr_(block[:, j - start], change, alpha=-1)
+            slope[:start].addmm_(hessian[:start, start:stop], changes, alpha=-1)
+            slope[stop:].addmm_(hessian[stop:, start:stop], changes, alpha=-1)
+    return centred + zeros.repeat_interleave(group, 0), scales
+
+
+def _blocks(hessian: Tensor, scheme: Scheme) -> Tensor | None:
+    """The diagonal blocks `[G, g, g]` of the Hessian; its diagonal `[1, K]` where one group spans the row."""
+    k = hessian.shape[0]
+    group = scheme.group_of(k)
+    if group == k:
+        return hessian.diagonal().clamp(min=0)[None, :].clone()
+    parts = hessian.view(k // group, group, k // group, group)
+    return torch.stack([parts[i, :, i] for i in range(k // group)])
+
+
+def _pick(blocks: Tensor | None, group: int) -> Tensor | None:
+    return None if blocks is None else blocks[group : group + 1]
+
+
+def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """`||(W - Ŵ) X||² / ||W X||²`, from the Hessian; 0 where the output is zero."""
+    difference = weight - approximation
+    error, power = float(((difference @ hessian) * difference).sum()), float(((weight @ hessian) * weight).sum())
+    return max(error, 0.0) / power if power > 0 else 0.0

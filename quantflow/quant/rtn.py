@@ -1,0 +1,157 @@
+"""Affine grids and round-to-nearest.
+
+Shapes: weight `[N, K]`, grouped `[N, G, g]`; grids (scales, zeros) `[N, G]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantflow.quant.grid import QuantizedTensor, Scheme
+
+SHRINK_STEPS = tuple(1 - 0.05 * i for i in range(11))  # of the range, in a range search: 1.0 down to 0.5
+
+
+@dataclass(frozen=True)
+class GridRules:
+    """What the formats that will be written ask of a grid.
+
+    scale_dtypes: a scale must be exact in each of these. min_zero: 1 for GPTQ v1, which cannot hold a zero point of 0.
+    """
+
+    scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    min_zero: int = 0
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype that scales are kept in: the first of `scale_dtypes`."""
+        return self.scale_dtypes[0]
+
+    def round_scale(self, scale: Tensor) -> Tensor:
+        """The scale, positive and exact in every dtype of the rules, as float32.
+
+        Rounding to bfloat16 first leaves 8 significant bits, which float16 keeps (or, below 2^-14, cuts to fewer): so the
+        chain ends in a number that both hold.
+        """
+        for dtype in sorted(set(self.scale_dtypes), key=lambda d: torch.finfo(d).eps, reverse=True):
+            scale = scale.clamp(min=_smallest(dtype), max=torch.finfo(dtype).max).to(dtype).float()
+        return scale
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    # float16 scales below 2^-24 flush to zero; the others are kept to numbers whose reciprocal is finite in float32.
+    return 2.0**-24 if dtype == torch.float16 else 2.0**-120
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scales and zeros, float32 `[N, G]`; zeros hold integers."""
+
+    scales: Tensor
+    zeros: Tensor
+
+
+def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """`[N, K]` seen as `[N, G, g]`."""
+    return weight.view(weight.shape[0], scheme.groups(weight.shape[1]), -1)
+
+
+def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, rules: GridRules) -> Grid:
+    """The grid that spans `[low, high]` (`[N, G]`), zero included. An empty range gets scale 1 and the zero point's code."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.symmetric:
+        reach = torch.maximum(-low, high)
+        scale = reach * 2 / scheme.levels
+        zero = torch.full_like(scale, scheme.midpoint)
+    else:
+        if rules.min_zero:
+            low = torch.minimum(low, -high * rules.min_zero / (scheme.levels - rules.min_zero))
+        scale = (high - low) / scheme.levels
+        zero = None
+    scale = rules.round_scale(torch.where(scale > 0, scale, torch.ones_like(scale)))
+    if zero is None:
+        zero = (-low / scale).round_().clamp_(rules.min_zero, scheme.levels)
+    return Grid(scale, zero)
+
+
+def encode(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """Codes `[N, G, g]` (float) of a grouped weight: nearest, ties to even, clamped."""
+    return (weight / grid.scales[:, :, None]).add_(grid.zeros[:, :, None]).round_().clamp_(0, scheme.levels)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """The values `[N, G, g]` of codes (float)."""
+    return (codes - grid.zeros[:, :, None]).mul_(grid.scales[:, :, None])
+
+
+def group_loss(error: Tensor, importance: Tensor | None) -> Tensor:
+    """The loss `[N, G]` of an error `[N, G, g]`.
+
+    importance: None for the squared error; `[G, g]` to weigh each input channel; `[G, g, g]` for the output error
+    `e Hg eᵀ` that the group alone causes, `Hg` being its block of the Hessian.
+    """
+    if importance is None:
+        return error.square().sum(-1)
+    if importance.ndim == 2:
+        return (error.square() * importance).sum(-1)
+    by_group = error.transpose(0, 1)
+    return (torch.bmm(by_group, importance) * by_group).sum(-1).T
+
+
+def find_grid(weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None) -> Grid:
+    """The grid of `weight` `[N, K]` (float32): that of its range or, with `search`, of the shrunken range of least loss.
+
+    The search shrinks both ends together, then each alone around the best (an outlier usually sits on one side).
+    """
+    parts = grouped(weight, scheme)
+    low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+    best = grid_of_range(low, high, scheme, rules)
+    if not search:
+        return best
+    scales, zeros = best.scales.clone(), best.zeros.clone()
+    least = torch.full_like(scales, torch.inf)
+    shrink_low, shrink_high = torch.ones_like(low), torch.ones_like(high)
+
+    def consider(by_low: Tensor | float, by_high: Tensor | float) -> None:
+        grid = grid_of_range(low * by_low, high * by_high, scheme, rules)
+        loss = group_loss(decode(encode(parts, grid, scheme), grid).sub_(parts), importance)
+        better = loss < least
+        for kept, new in ((least, loss), (scales, grid.scales), (zeros, grid.zeros)):
+            torch.where(better, new, kept, out=kept)
+        for kept, ratio in ((shrink_low, by_low), (shrink_high, by_high)):
+            kept.copy_(torch.where(better, torch.as_tensor(ratio, dtype=kept.dtype), kept))
+
+    for step in SHRINK_STEPS:
+        consider(step, step)
+    if not scheme.symmetric:
+        for step in (0.9, 0.95, 1.05):
+            consider(shrink_low.clone() * step, shrink_high.clone())
+            consider(shrink_low.clone(), shrink_high.clone() * step)
+    return Grid(scales, zeros)
+
+
+def assemble(codes: Tensor, grid: Grid, scheme: Scheme, rules: GridRules, group_index: Tensor | None = None) -> QuantizedTensor:
+    """The canonical tensor of float codes `[N, G, g]` or `[N, K]` and their grid."""
+    flat = codes.reshape(codes.shape[0], -1).to(torch.uint8)
+    return QuantizedTensor(scheme, flat, grid.scales.to(rules.scale_dtype), grid.zeros.to(torch.uint8), group_index)
+
+
+def quantize_rtn(
+    weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None, rows: int = 0
+) -> QuantizedTensor:
+    """`weight` `[N, K]` rounded to the nearest code of its grid, some rows at a time so that temporaries stay in the cache."""
+    rows = rows or max(1, 2**18 // weight.shape[1])
+    pieces: Sequence[QuantizedTensor] = [_round(part, scheme, rules, search, importance) for part in weight.split(rows)]
+    return QuantizedTensor(
+        scheme, torch.cat([p.codes for p in pieces]), torch.cat([p.scales for p in pieces]), torch.cat([p.zeros for p in pieces])
+    )
+
+
+def _round(part: Tensor, scheme: Scheme, rules: GridRules, search: bool, importance: Tensor | None) -> QuantizedTensor:
+    part = part.float()
+    grid = find_grid(part, scheme, rules, search=search, importance=importance)
+    return assemble(encode(grouped(part, scheme), grid, scheme), grid, scheme, rules)
