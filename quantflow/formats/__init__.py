@@ -1,0 +1,40 @@
+"""Checkpoint formats: how a quantised model is laid out for other software. A new format is one file here and one line below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantflow.errors import FormatError, Problem
+from quantflow.formats.awq import Awq
+from quantflow.formats.base import Format
+from quantflow.formats.compressed_tensors import CompressedTensors
+from quantflow.formats.gptq import Gptq
+
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": CompressedTensors(),
+    "awq": Awq(),
+    "gptq": Gptq("gptq", version=1),
+    "gptq_v2": Gptq("gptq_v2", version=2),
+}
+
+
+def detect(config: Mapping[str, Any]) -> str | None:
+    """The name of the format that a model's `config.json` declares, or None if it declares no quantisation.
+
+    Raises FormatError if it declares one that QuantFlow does not read.
+    """
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if not quantization:
+        return None
+    if not isinstance(quantization, Mapping):
+        raise FormatError(Problem("config.json quantization_config", f"{quantization!r}", "a mapping"))
+    name = str(quantization.get("quant_method"))
+    if name == "gptq":
+        name = str(quantization.get("checkpoint_format") or "gptq")  # writers before version 2 did not say
+    if name not in FORMATS:
+        raise FormatError(Problem("config.json quantization_config", f"format {name!r}", f"one of {', '.join(FORMATS)}"))
+    return name
+
+
+__all__ = ["FORMATS", "Format", "detect"]

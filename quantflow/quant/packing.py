@@ -54,17 +54,16 @@ def unpack_rows(words: Tensor, bits: int, k: int) -> Tensor:
     period = _period(bits)
     if words.shape[1] != word_count(k, bits):
         raise ValueError(f"{k} codes of {bits} bits fill {word_count(k, bits)} words, not {words.shape[1]}")
-    words = words.contiguous()
     if bits == 8:
-        codes = words.view(torch.uint8)
+        codes = _view(words, torch.uint8)
     elif bits == 4:
-        packed = words.view(torch.uint8).to(torch.int16)
+        packed = _view(words, torch.uint8).to(torch.int16)
         pair = packed << 4
         pair |= packed
         pair &= 0x0F0F
         codes = pair.view(torch.uint8)
     elif bits == 2:
-        packed = words.view(torch.uint8).to(torch.int32)
+        packed = _view(words, torch.uint8).to(torch.int32)
         packed |= packed << 12  # codes 2 and 3 to bits 16..19
         packed |= packed << 6
         packed &= 0x03030303
@@ -96,7 +95,7 @@ def pack_awq(codes: Tensor) -> Tensor:
 
 def unpack_awq(words: Tensor) -> Tensor:
     """uint8 `[N, K]` from int32 `[K, N / 8]`: the inverse of `pack_awq`."""
-    half = _swap_middle_bytes(words.contiguous()).view(torch.int16).to(torch.int32)
+    half = _view(_swap_middle_bytes(words), torch.int16).to(torch.int32)
     four = (half & 0xF0F0) << 12
     four |= half & 0x0F0F
     return four.view(torch.uint8).t().contiguous()
@@ -108,13 +107,13 @@ def _period(bits: int) -> int:
     return _PERIOD[bits]
 
 
-def _view(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes `[N, K]` of `codes` as wider integers, copied only where their memory does not allow a view."""
-    # Through one dimension: torch refuses to view a single row whose stride, which nothing reads, is no multiple of the width.
-    flat = codes.contiguous().view(-1)
+def _view(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of two-dimensional `rows` as integers of another width, copied only where their memory does not allow a view."""
+    # Through one dimension: torch refuses a view where a dimension of size 1, of which nothing reads the stride, has an odd one.
+    flat = rows.contiguous().view(-1)
     if flat.storage_offset() % 4:
         flat = flat.clone()
-    return flat.view(dtype).view(codes.shape[0], -1)
+    return flat.view(dtype).view(rows.shape[0], -1)
 
 
 def _pack_3(codes: Tensor) -> Tensor:

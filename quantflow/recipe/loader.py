@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, ClassVar, NoReturn, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,9 +24,7 @@ _MAX_BYTES = 2**20  # a recipe is a page long; more is some other file
 _Path = tuple[str | int, ...]
 
 
-def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, model: str | None = None, output: str | None = None
-) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str | None = None, output: str | None = None) -> Recipe:
     """The recipe in the YAML file at `path`, with `overrides` (`dotted.path=value`), `model` and `output` put over what it says.
 
     A stage is addressed by name (`stages.gptq.damp=0.05`), or by position from 0 where it is there twice (`stages.5.format=awq`).
@@ -48,7 +46,8 @@ def load_recipe(
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
-        problems += [_translate(dict(details), source) for details in error.errors(include_url=False)]
+        errors = [dict(details) for details in error.errors(include_url=False)]
+        problems += [_translate(details, source) for details in errors if not _is_misspelt(details, source)]
     if problems or recipe is None:
         raise RecipeError(sorted(problems, key=_by_line))
     return recipe
@@ -85,15 +84,21 @@ def _read(path: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2 and no dates."""
+    """PyYAML's safe loader with the numbers of YAML 1.2, and of its tags only those of plain values."""
 
-    yaml_implicit_resolvers = {
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rsplit(":", 1)[1] in ("null", "bool", "float", "str", "seq", "map")
+    }
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (an instance variable to the stubs)
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp", "value")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
-        text = node.value.replace("_", "")
+        text = str(self.construct_scalar(node)).replace("_", "")
         return int(text, 16 if "0x" in text else 8 if "0o" in text else 10)
 
 
@@ -102,9 +107,12 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"""^(?:[-+]?(?:[0-9]+(?:_[0-9]+)*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
+    re.compile(
+        r"""^(?:[-+]?(?:[0-9]+(?:_[0-9]+)*\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?
                     |[-+]?[0-9]+[eE][-+]?[0-9]+
-                    |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""", re.VERBOSE),
+                    |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
+        re.VERBOSE,
+    ),
     list("-+.0123456789"),
 )
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
@@ -132,7 +140,7 @@ def _parse(text: str, where: str) -> tuple[yaml.Node | None, Any]:
         raise RecipeError(Problem(where + line, f"cannot be read as YAML: {error.reason}", "text without control characters")) from None
     except RecursionError:
         raise RecipeError(Problem(where, "is nested too deeply", "a recipe, a few levels deep")) from None
-    except ValueError as error:  # a number of thousands of digits, a word tagged as !!int
+    except (ValueError, LookupError) as error:  # a number of thousands of digits, a word tagged as !!int or !!bool
         raise RecipeError(Problem(where, f"cannot be read as YAML: {error}")) from None
 
 
@@ -218,7 +226,8 @@ class _Source:
             if name is not None and name not in STAGE_TYPES:
                 name = next(iter(get_close_matches(name, STAGE_TYPES, n=1)), None)
             elif name is None and isinstance(entry, dict):  # settings beside their stage rather than under it
-                name = next((key for key in entry if key in STAGE_TYPES), None)
+                inside = [key for key in entry if key in STAGE_TYPES]
+                name = inside[0] if len(inside) == 1 else None
             settings = stage_settings(entry) if name and stage_name(entry) else {}
             result.append((position, name, settings if isinstance(settings, dict) else {}))
         return result
@@ -321,9 +330,10 @@ class _Changes:
                 if value is not None and not isinstance(value, list):
                     return None
                 position, *steps = steps
-                if not position.isdecimal() or int(position) >= len(value or []):
-                    _fail(where, f"`{_dotted(path)}` is a list of {len(value or [])}", f"a position in it, from 0, not `{position}`")
-                path, value = (*path, int(position)), value[int(position)]
+                items = value or []
+                if not position.isdecimal() or int(position) >= len(items):
+                    _fail(where, f"`{_dotted(path)}` is a list of {len(items)}", f"a position in it, from 0, not `{position}`")
+                path, value = (*path, int(position)), items[int(position)]
             if steps and inner is None:
                 _fail(where, f"`{_dotted(path)}` has no settings of its own", f"{_dotted(path)}=value")
             kind = inner or kind
@@ -380,7 +390,7 @@ def _translate(error: dict[str, Any], source: _Source) -> Problem:
     where, dotted = source.place(path), _dotted(path)
     if kind == "missing":
         holder = _model_at(path[:-1])
-        return Problem(where, f"`{dotted}` is missing", holder.model_fields[str(path[-1])].description or "", _misspelt(path, source))
+        return Problem(where, f"`{dotted}` is missing", (holder.model_fields[str(path[-1])].description or "").rstrip("."))
     if kind in ("extra_forbidden", "invalid_key"):
         return Problem(where, *_unknown_key(str(path[-1]), _model_at(path[:-1]), path[:-1]))
     if kind == "union_tag_invalid":
@@ -442,12 +452,13 @@ def _unknown_key(key: str, kind: type[BaseModel], path: _Path = ()) -> tuple[str
     return f"unknown key `{key}`{under}", f"one of {_listing(fields)}" if fields else "no settings", hint
 
 
-def _misspelt(path: _Path, source: _Source) -> str:
-    """A hint for a key that is missing because it is there in another spelling."""
-    holder, known = _get(source.data, path[:-1]), _model_at(path[:-1]).model_fields
-    others = [key for key in holder if isinstance(key, str) and key not in known] if isinstance(holder, dict) else []
-    near = get_close_matches(str(path[-1]), others, n=1)
-    return f"Is it what `{near[0]}` should be?" if near else ""
+def _is_misspelt(error: dict[str, Any], source: _Source) -> bool:
+    """Whether a key seems to be missing because it is there in another spelling, which is a problem of its own already."""
+    *holder, key = error["loc"]
+    fields = _model_at(tuple(holder)).model_fields
+    said = _get(source.data, tuple(holder))
+    unknown = [str(k) for k in said if k not in fields] if isinstance(said, dict) else []
+    return error["type"] == "missing" and any(get_close_matches(k, fields, n=1) == [key] for k in unknown)
 
 
 def _entry_hint(value: Any) -> str:
@@ -481,7 +492,7 @@ def _check_together(source: _Source) -> Iterator[Problem]:
     if complete and "pack" not in names:
         yield Problem(listed, "no stage writes a checkpoint", "at least one `- pack: {format: …}`")
     if complete and "kv_qparams" in names and "calibrate" not in names:
-        yield Problem(at["kv_qparams"], "kv_qparams without calibrate", "`- calibrate` as the first stage", "It needs the ranges of K and V")
+        yield Problem(at["kv_qparams"], "kv_qparams without calibrate", "`- calibrate` first, for the ranges of K and V")
 
     needy = [name for name in ("calibrate", "awq", "gptq", "kv_qparams") if name in names]
     if needy and source.data.get("calibration") is None:

@@ -24,7 +24,7 @@ from pydantic import (
 DATA_NAMES = ("c4", "c4-new", "ptb", "ptb-new", "wikitext2", "pileval", "demo")
 
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE_PATTERN = r"^[0-9]+(\.[0-9]+)? ?([KMGTkmgt][Ii]?)?[Bb]$"
+_SIZE_PATTERN = r"^[0-9]{1,15}(\.[0-9]{1,15})? ?([KMGTkmgt][Ii]?)?[Bb]$"
 _MIN_SHARD_BYTES = 1024  # a bare 5 was meant as "5GB"
 _MIN_GROUP_SIZE = 4
 _NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # it becomes a directory's name
@@ -34,7 +34,7 @@ WeightBits = Literal[2, 3, 4, 8]
 
 def parse_bytes(value: Any) -> int:
     """Bytes in an integer or a text such as `5GB` or `512 MiB` (GB is 10^9, GiB 2^30). ValueError for anything else."""
-    if isinstance(value, str) and re.match(_SIZE_PATTERN, value):
+    if isinstance(value, str) and re.fullmatch(_SIZE_PATTERN, value):
         number, unit = re.split(r" ?(?=[A-Za-z])", value, maxsplit=1)
         value = int(float(number) * _SIZE_UNITS[unit.upper()])
     if isinstance(value, bool) or not isinstance(value, int) or value < _MIN_SHARD_BYTES:
@@ -64,39 +64,39 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """A mapping of the recipe. An unknown key is an error, and so is `"4"` for 4; an integer serves where a float is asked for."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Calibration(Section):
     """The text that the statistics are taken from."""
 
     data: NonEmpty = Field(description=f"A data set's name ({', '.join(DATA_NAMES)}) or the path of a local text or JSON-lines file.")
-    file: NonEmpty | None = Field(None, description="A local copy of the named data set, read instead of the hub.")
-    samples: int = Field(128, ge=1, description="Windows to take.")
-    seqlen: int = Field(2048, ge=16, description="Tokens a window.")
-    skip: int = Field(0, ge=0, description="Documents left out at the start.")
+    file: NonEmpty | None = Field(default=None, description="A local copy of the named data set, read instead of the hub.")
+    samples: int = Field(default=128, ge=1, description="Windows to take.")
+    seqlen: int = Field(default=2048, ge=16, description="Tokens a window.")
+    skip: int = Field(default=0, ge=0, description="Documents left out at the start.")
 
 
 class Override(Section):
     """Other settings for the linears whose name matches. The last match counts."""
 
     match: NonEmpty = Field(description='A shell pattern over the full module name, such as "*.down_proj".')
-    bits: WeightBits | None = Field(None, description="Bits a weight, instead of the recipe's.")
-    group_size: GroupSize | None = Field(None, description="Input channels that share a scale, instead of the recipe's.")
-    symmetric: bool | None = Field(None, description="Whether the grid is symmetric, instead of the recipe's.")
-    ignore: bool = Field(False, description="Leave these linears in 16 bits.")
+    bits: WeightBits | None = Field(default=None, description="Bits a weight, instead of the recipe's.")
+    group_size: GroupSize | None = Field(default=None, description="Input channels that share a scale, instead of the recipe's.")
+    symmetric: bool | None = Field(default=None, description="Whether the grid is symmetric, instead of the recipe's.")
+    ignore: bool = Field(default=False, description="Leave these linears in 16 bits.")
 
 
 class Weights(Section):
     """The grid that the linears' weights are rounded to."""
 
-    bits: WeightBits = Field(4, description="Bits a weight.")
-    group_size: GroupSize = Field(128, description="Input channels that share a scale; -1: the whole row.")
-    symmetric: bool = Field(False, description="Fix the zero point at the middle code.")
+    bits: WeightBits = Field(default=4, description="Bits a weight.")
+    group_size: GroupSize = Field(default=128, description="Input channels that share a scale; -1: the whole row.")
+    symmetric: bool = Field(default=False, description="Fix the zero point at the middle code.")
     ignore: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(
-        ("lm_head",), description="Linears that stay in 16 bits, as shell patterns over the full module name."
+        default=("lm_head",), description="Linears that stay in 16 bits, as shell patterns over the full module name."
     )
-    overrides: Annotated[tuple[Override, ...], Strict(False)] = Field((), description="Other settings for some linears.")
+    overrides: Annotated[tuple[Override, ...], Strict(False)] = Field(default=(), description="Other settings for some linears.")
 
 
 class Calibrate(Section):
@@ -109,9 +109,9 @@ class Awq(Section):
     """Scale the channels that the activations make important, folded into the preceding norm or linear (AWQ)."""
 
     name: ClassVar[str] = "awq"
-    grid: int = Field(20, ge=1, le=1000, description="Steps of the exponent between 0 and 1 that the scale search tries.")
-    clip: bool = Field(True, description="Also search for the range that each group is clipped to.")
-    max_tokens: int = Field(4096, ge=1, description="Calibration tokens that the loss of the searches is measured on, at most.")
+    grid: int = Field(default=20, ge=1, le=1000, description="Steps of the exponent between 0 and 1 that the scale search tries.")
+    clip: bool = Field(default=True, description="Also search for the range that each group is clipped to.")
+    max_tokens: int = Field(default=4096, ge=1, description="Calibration tokens that the loss of the searches is measured on, at most.")
 
 
 class Gptq(Section):
@@ -119,29 +119,33 @@ class Gptq(Section):
 
     name: ClassVar[str] = "gptq"
     act_order: Literal["none", "static", "dynamic"] = Field(
-        "static",
+        default="static",
         description="Order of the columns. static: by importance, groups stay contiguous, every format holds it. "
         "dynamic: groups follow the order (g_idx), for the GPTQ formats and compressed-tensors.",
     )
     damp: float = Field(0.01, gt=0, lt=1, description="Added to the Hessian's diagonal, as a share of its mean.")
-    block_size: int = Field(128, ge=1, description="Columns between two lazy updates.")
-    range_search: bool = Field(True, description="Search each group's range for the least weighted error, rather than take min and max.")
+    block_size: int = Field(default=128, ge=1, description="Columns between two lazy updates.")
+    range_search: bool = Field(
+        default=True, description="Search each group's range for the least weighted error, rather than take min and max."
+    )
 
 
 class Rtn(Section):
     """Round to nearest. Needs no calibration."""
 
     name: ClassVar[str] = "rtn"
-    range_search: bool = Field(False, description="Search each group's range for the least squared error, rather than take min and max.")
+    range_search: bool = Field(
+        default=False, description="Search each group's range for the least squared error, rather than take min and max."
+    )
 
 
 class KvQparams(Section):
     """Scales and zero points for an int8 KV cache, measured on the K and V of the quantised model."""
 
     name: ClassVar[str] = "kv_qparams"
-    bits: Literal[8] = Field(8, description="Bits a cached value.")
-    symmetric: bool = Field(False, description="absmax / 127 without a zero point, rather than (max - min) / 255.")
-    granularity: Literal["tensor", "head", "channel"] = Field("tensor", description="Values that share a scale.")
+    bits: Literal[8] = Field(default=8, description="Bits a cached value.")
+    symmetric: bool = Field(default=False, description="absmax / 127 without a zero point, rather than (max - min) / 255.")
+    granularity: Literal["tensor", "head", "channel"] = Field(default="tensor", description="Values that share a scale.")
 
 
 class Pack(Section):
@@ -149,7 +153,7 @@ class Pack(Section):
 
     name: ClassVar[str] = "pack"
     format: Literal["compressed-tensors", "awq", "gptq", "gptq_v2"] = Field(description="The layout of the packed tensors.")
-    max_shard_size: ByteSize = Field(5 * 10**9, description='Bytes a safetensors file, at most: "5GB", "512MiB" or an integer.')
+    max_shard_size: ByteSize = Field(default=5 * 10**9, description='Bytes a safetensors file, at most: "5GB", "512MiB" or an integer.')
 
 
 class Shard(Section):
@@ -162,10 +166,14 @@ class Shard(Section):
 class Gates(Section):
     """Limits; a run that misses one keeps its artifact, marks it as failed and exits with 3."""
 
-    kl_mean: float | None = Field(None, gt=0, description="Largest mean KL divergence per token to the full-precision model, in nats.")
-    kl_p99: float | None = Field(None, gt=0, description="Largest 99th percentile of the KL divergence per token, in nats.")
-    top1: float | None = Field(None, gt=0, le=1, description="Smallest share of tokens with the same most likely successor.")
-    perplexity_ratio: float | None = Field(None, ge=1, description="Largest perplexity, as a multiple of the full-precision model's.")
+    kl_mean: float | None = Field(
+        default=None, gt=0, description="Largest mean KL divergence per token to the full-precision model, in nats."
+    )
+    kl_p99: float | None = Field(default=None, gt=0, description="Largest 99th percentile of the KL divergence per token, in nats.")
+    top1: float | None = Field(default=None, gt=0, le=1, description="Smallest share of tokens with the same most likely successor.")
+    perplexity_ratio: float | None = Field(
+        default=None, ge=1, description="Largest perplexity, as a multiple of the full-precision model's."
+    )
 
 
 class Evaluate(Section):
@@ -173,11 +181,11 @@ class Evaluate(Section):
 
     name: ClassVar[str] = "evaluate"
     data: NonEmpty = Field(description=f"A data set's name ({', '.join(DATA_NAMES)}) or the path of a local text or JSON-lines file.")
-    file: NonEmpty | None = Field(None, description="A local copy of the named data set, read instead of the hub.")
-    windows: int = Field(64, ge=1, description="Windows to take.")
-    length: int = Field(512, ge=16, description="Tokens a window.")
-    skip: int = Field(0, ge=0, description="Documents left out at the start.")
-    gates: Gates = Field(Gates(), description="Limits that the result must keep.")
+    file: NonEmpty | None = Field(default=None, description="A local copy of the named data set, read instead of the hub.")
+    windows: int = Field(default=64, ge=1, description="Windows to take.")
+    length: int = Field(default=512, ge=16, description="Tokens a window.")
+    skip: int = Field(default=0, ge=0, description="Documents left out at the start.")
+    gates: Gates = Field(default=Gates(), description="Limits that the result must keep.")
 
 
 Stage = Calibrate | Awq | Gptq | Rtn | KvQparams | Pack | Shard | Evaluate
@@ -219,12 +227,12 @@ _Entry = Annotated[
 class Recipe(Section):
     """A model, and the stages it goes through on its way to an artifact."""
 
-    name: str = Field(pattern=_NAME_PATTERN, description="What the artifact is called: letters, digits, '.', '_' and '-'.")
-    model: NonEmpty | None = Field(None, description="A model directory or hub id. May be left to the command line.")
+    name: str = Field(pattern=_NAME_PATTERN, max_length=128, description="What the artifact is called: letters, digits, '.', '_' and '-'.")
+    model: NonEmpty | None = Field(default=None, description="A model directory or hub id. May be left to the command line.")
     output: NonEmpty = Field(description="Where the artifact goes. Default: artifacts/<name>.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of every random choice.")
-    calibration: Calibration | None = Field(None, description="The text that the statistics are taken from.")
-    weights: Weights = Field(Weights(), description="The grid that the linears' weights are rounded to.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every random choice.")
+    calibration: Calibration | None = Field(default=None, description="The text that the statistics are taken from.")
+    weights: Weights = Field(default=Weights(), description="The grid that the linears' weights are rounded to.")
     stages: Annotated[tuple[_Entry, ...], Strict(False)] = Field(
         description=f"Stages, in this order: {', '.join(STAGE_TYPES)}; a bare name or one name with its settings."
     )
@@ -232,8 +240,8 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_output(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("output") is None and isinstance(data.get("name"), str):
-            return {**data, "output": f"artifacts/{data['name']}"}
+        if isinstance(data, dict) and data.get("output") is None:  # with a name that is wrong, that is the problem to report
+            return {**data, "output": f"artifacts/{data.get('name')}"}
         return data
 
 

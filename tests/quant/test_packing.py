@@ -84,6 +84,15 @@ def test_strided_and_offset_inputs(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_single_words_whatever_their_strides(bits: int) -> None:
+    codes = random_codes(32 // bits, 3, bits)
+    words = pack_columns(codes, bits)
+    column = words.clone().t()  # [3, 1], contiguous for torch although its last stride is not 1
+    assert torch.equal(unpack_rows(column, bits, codes.shape[0]), codes.t())
+    assert torch.equal(unpack_columns(words, bits, codes.shape[0]), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("n", [1, 8, 11, 32, 40])
 def test_pack_columns(bits: int, n: int) -> None:
     codes = random_codes(n, 5, bits)

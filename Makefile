@@ -1,0 +1,46 @@
+# make demo   environment, install, then the demo recipe on the bundled model
+# make plan   what the demo recipe would do
+# make test   environment, install, all tests that this machine can run
+# make lint   style and types
+# make clean  remove the environment, the demo's artifact and caches
+#
+# VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter;
+# QUANTFLOW=COMMAND runs a command that is installed already, and makes no environment for demo and plan.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+ifndef QUANTFLOW
+QUANTFLOW := $(BIN)/quantflow
+demo plan: $(STAMP)
+endif
+
+.PHONY: demo plan test lint clean
+.DEFAULT_GOAL := demo
+
+demo:
+	$(QUANTFLOW) run recipes/demo_w4_kv8.yaml
+
+plan:
+	$(QUANTFLOW) plan recipes/demo_w4_kv8.yaml
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --timeout=1200
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Brought up to date where pyproject.toml or constraints.txt changed. torch goes first and alone: it is most of the download.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv artifacts/demo_w4_kv8 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find quantflow kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,161 @@
+"""Calibration and evaluation text: by a name users know, or from a local file; cut into windows of tokens."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from quantflow.errors import DataError, Problem
+
+SEPARATOR = "<|endoftext|>"
+
+# name -> (hub data set, configuration, split, files, field)
+HUB: dict[str, tuple[str, str | None, str, str | None, str]] = {
+    "c4": ("allenai/c4", None, "train", "en/c4-train.00000-of-01024.json.gz", "text"),
+    "c4-new": ("allenai/c4", None, "validation", "en/c4-validation.00000-of-00008.json.gz", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", None, "sentence"),
+    "ptb-new": ("ptb-text-only/ptb_text_only", "penn_treebank", "test", None, "sentence"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, "text"),
+    "pileval": ("mit-han-lab/pile-val-backup", None, "validation", None, "text"),
+}
+_FIELDS = ("text", "content", "sentence", "document", "prompt")
+
+
+def bundled(name: str) -> Path | None:
+    """The bundled text of that name (`demo`), where this is a source tree; None for any other name."""
+    path = Path(__file__).resolve().parents[2] / "calib_data" / "demo_calib.txt"
+    return path if name == "demo" and path.is_file() else None
+
+
+def documents(data: str, file: str | None = None) -> Iterator[str]:
+    """The documents of a data set, in order. `data` is a known name or a path; `file` is read in its place.
+
+    .txt: documents separated by `<|endoftext|>`; .jsonl (also .gz): an object a line with a text field, or a string; .json: a list
+    of those. Raises DataError.
+    """
+    path = Path(file or data).expanduser()
+    if file is None and data == "demo":
+        path = bundled(data) or path
+    if path.is_file():
+        yield from (d for d in (text.strip() for text in _read(path)) if d)
+    elif file is None and data in HUB:
+        yield from _from_hub(data)
+    else:
+        raise DataError(Problem(str(path), "no such file", "a .txt, .json or .jsonl file", f"Known names: {', '.join(HUB)}, demo"))
+
+
+def _read(path: Path) -> Iterator[str]:
+    try:
+        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+        with opened as stream:
+            kind = path.name.removesuffix(".gz").rpartition(".")[2]
+            if kind == "jsonl":
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield _text_of(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+            elif kind == "json":
+                raw = stream.read()
+                # c4 calls a file of JSON lines ".json".
+                if not raw.lstrip().startswith("["):
+                    for number, line in enumerate(raw.splitlines(), 1):
+                        if line.strip():
+                            yield _text_of(_parse(line, f"{path}:{number}"), f"{path}:{number}")
+                    return
+                for number, item in enumerate(_parse(raw, str(path)), 1):
+                    yield _text_of(item, f"{path} item {number}")
+            else:
+                yield from stream.read().split(SEPARATOR)
+    except UnicodeDecodeError as error:
+        raise DataError(Problem(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "UTF-8")) from error
+    except (OSError, EOFError) as error:
+        raise DataError(Problem(str(path), str(error), "a readable text file")) from error
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(Problem(where, f"not JSON ({error})", "one JSON object a line in .jsonl, a list in .json")) from error
+
+
+def _text_of(item: Any, where: str) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict):
+        for field in _FIELDS:
+            if isinstance(item.get(field), str):
+                return item[field]
+        parts = [v for v in item.values() if isinstance(v, str)]
+        if parts:
+            return "\n".join(parts)
+    raise DataError(Problem(where, f"{str(item)[:60]!r} has no text", f"a string, or an object with {', '.join(_FIELDS)}"))
+
+
+def _from_hub(name: str) -> Iterator[str]:
+    repository, configuration, split, files, field = HUB[name]
+    try:
+        from datasets import load_dataset
+
+        kwargs: dict[str, Any] = {"data_files": {split: files}} if files else {}
+        rows = load_dataset(repository, configuration, split=split, **kwargs)
+    except ImportError as error:
+        raise DataError(Problem(name, "the package `datasets` is not installed", hint=_offline(name))) from error
+    except Exception as error:  # whatever the hub's client raises (a dozen kinds): the user's way out is the same
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+        raise DataError(Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name))) from error
+    for row in rows:
+        yield str(row[field])
+
+
+def _offline(name: str) -> str:
+    return f"Use a local copy: --set calibration.file=./{name}.jsonl (a JSON object with \"text\" a line, or .txt with {SEPARATOR} between)"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows `[W][L]`, the digests of the documents they touch, and where they come from."""
+
+    tokens: list[list[int]]
+    documents: frozenset[str]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """Identity of the tokens."""
+        return hashlib.sha256(json.dumps(self.tokens, separators=(",", ":")).encode()).hexdigest()
+
+
+def cut_windows(tokenizer: Any, texts: Iterable[str], *, count: int, length: int, skip: int = 0, source: str = "") -> Windows:
+    """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. Raises DataError if too few."""
+    ids: list[int] = []
+    windows: list[list[int]] = []
+    used: set[str] = set()
+    remaining = islice(iter(texts), skip, None)
+    seen = 0
+    while len(windows) < count and (chunk := list(islice(remaining, 64))):
+        for text, encoding in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
+            if len(windows) >= count:
+                break
+            seen += 1
+            used.add(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+            ids += encoding.ids
+            while len(ids) >= length and len(windows) < count:
+                windows.append(ids[:length])
+                ids = ids[length:]
+    if len(windows) < count:
+        total = len(windows) * length + len(ids)
+        raise DataError(
+            Problem(
+                source,
+                f"{seen} documents with {total} tokens (after skipping {skip}): {len(windows)} windows",
+                f"{count} windows of {length} tokens",
+                "Give more text, or lower the number or length of the windows",
+            )
+        )
+    return Windows(windows, frozenset(used), source)

@@ -1,0 +1,155 @@
+"""AWQ, version "gemm": read by AutoAWQ, vLLM, LMDeploy and transformers. 4 bits, fp16 scales, no group index.
+
+`qweight` int32 `[K, N/8]` and `qzeros` int32 `[G, N/8]`, nibbles interleaved along the outputs (`packing.AWQ_ORDER`), and `scales`
+fp16 `[G, N]`. Zero points are stored as they are; a symmetric weight has 8 everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import FormatError, Problem
+from quantflow.formats.base import (
+    Spec,
+    check_tensor,
+    exact_scales,
+    expect_shape,
+    grid_problems,
+    main_scheme,
+    rank_shape,
+    read_scheme,
+    setting,
+    take,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantflow.quant.grid import QuantizedTensor, Scheme
+
+
+@dataclass(frozen=True)
+class Awq:
+    name: str = "awq"
+    kv_scales: bool = False
+    mixed_bits: bool = False
+    suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales")
+
+    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
+        return ("float16",)
+
+    def check(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+    ) -> list[Problem]:
+        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
+        if scheme.bits in (2, 3, 8):
+            problems.append(Problem(module, f"{scheme.bits} bits", "4 bits, the only width of AWQ", "Use gptq or compressed-tensors"))
+        n = rank_shape(shape, tp, tp_dim)[0]
+        if n % 8:
+            problems.append(Problem(module, f"{n} output channels", "a multiple of 8", "Use compressed-tensors, or ignore this module"))
+        if module == "lm_head":
+            problems.append(Problem(module, "readers of AWQ expect it unquantised", hint="Add lm_head to weights.ignore"))
+        if act_order_index:
+            problems.append(Problem(module, "a group index, which AWQ cannot hold", hint="Use act_order: static, or gptq"))
+        return problems
+
+    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+        n, k = shape
+        groups = scheme.groups(k)
+        return {
+            f"{module}.qweight": ("I32", (k, n // 8)),
+            f"{module}.qzeros": ("I32", (groups, n // 8)),
+            f"{module}.scales": ("F16", (groups, n)),
+        }
+
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+        import torch
+
+        from quantflow.quant.packing import pack_awq
+
+        problems = self.check(module, tensor.shape, tensor.scheme, act_order_index=tensor.group_index is not None)
+        if problems:
+            raise FormatError(problems)
+        check_tensor(module, tensor)
+        return {
+            f"{module}.qweight": pack_awq(tensor.codes),
+            f"{module}.qzeros": pack_awq(tensor.zeros),
+            f"{module}.scales": exact_scales(f"{module}.scales", tensor.scales, torch.float16).t().contiguous(),
+        }
+
+    def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
+        """As the protocol says; `symmetric` here is what the config says, and `decode` knows better."""
+        version = str(config.get("version") or config.get("format") or "gemm").lower()
+        if version != "gemm":
+            raise FormatError(Problem("quantization_config.version", f"{version!r}", "'gemm'"))
+        skipped = setting(config, "modules_to_not_convert", list, default=[])
+        if module == "lm_head" or any(name in module for name in skipped):  # readers look for the name anywhere in the module's
+            return None
+        bits = setting(config, "bits", int)
+        if bits != 4:
+            raise FormatError(Problem("quantization_config.bits", f"{bits}", "4"))
+        return read_scheme(bits, setting(config, "group_size", int), not setting(config, "zero_point", bool, default=True), module)
+
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+        """As the protocol says. The scheme is symmetric if every zero point is 8, since `zero_point` is true in either case."""
+        import torch
+
+        from quantflow.quant.grid import QuantizedTensor
+        from quantflow.quant.packing import unpack_awq
+
+        scheme = self.scheme_of(module, config)
+        if scheme is None:
+            raise FormatError(Problem(module, "not quantised, says quantization_config.modules_to_not_convert"))
+        qweight = take(tensors, f"{module}.qweight", torch.int32)
+        k, n = qweight.shape[0], qweight.shape[1] * 8
+        if k % scheme.group_of(k):
+            raise FormatError(Problem(f"{module}.qweight", f"{k} input channels", f"a multiple of group_size {scheme.group_size}"))
+        qzeros, scales = take(tensors, f"{module}.qzeros", torch.int32), take(tensors, f"{module}.scales")
+        expect_shape(f"{module}.qzeros", qzeros, (scheme.groups(k), n // 8))
+        expect_shape(f"{module}.scales", scales, (scheme.groups(k), n))
+        zeros = unpack_awq(qzeros)
+        symmetric = bool((zeros == scheme.midpoint).all())
+        scheme = read_scheme(scheme.bits, scheme.group_size, symmetric, module)
+        return QuantizedTensor(scheme, unpack_awq(qweight), scales.t().contiguous(), zeros)
+
+    def quantization_config(
+        self,
+        modules: Mapping[str, Scheme],
+        ignored: list[str],
+        default: Scheme,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        act_order: bool = False,
+    ) -> dict[str, Any]:
+        scheme = main_scheme(modules, default)
+        # Symmetric and asymmetric modules may be mixed: they are stored alike.
+        problems = [
+            Problem(name, f"{own}", f"{scheme} as elsewhere, since AWQ has one width and group size")
+            for name, own in modules.items()
+            if (own.bits, own.group_size) != (scheme.bits, scheme.group_size)
+        ]
+        # Readers look for an ignored name anywhere in a module's name.
+        for name in ignored:
+            problems += [Problem(name, f"ignoring it would also ignore {other}") for other in modules if name in other]
+        if act_order:
+            problems.append(Problem("act_order", "a group index, which AWQ cannot hold", hint="Use act_order: static, or gptq"))
+        if kv is not None:
+            problems.append(Problem("kv", "AWQ has no place for KV scales"))
+        if problems:
+            raise FormatError(problems)
+        # AutoAWQ and transformers leave lm_head alone unasked, and null is what their own checkpoints say then.
+        skipped = None if set(ignored) <= {"lm_head"} else list(ignored)
+        return {
+            "quant_method": "awq",
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "zero_point": True,  # also for symmetric weights: qzeros are there, and vLLM's fast kernels ask for them
+            "version": "gemm",
+            "modules_to_not_convert": skipped,
+        }
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {}

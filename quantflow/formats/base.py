@@ -1,0 +1,280 @@
+"""What every checkpoint format offers, and what their implementations share. Nothing here imports torch: recipe planning reads it.
+
+A format translates one quantised weight to the tensors that other software reads, exactly or not at all. Shapes: `N` output
+channels, `K` input channels, `G` groups a row. A module is named as in the checkpoint, `model.layers.0.self_attn.q_proj`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantflow.errors import FormatError, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantflow.quant.grid import QuantizedTensor, Scheme
+
+Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype as safetensors spells it, and its shape
+
+SAFETENSORS_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+
+# Modules that inference engines fuse, and under whose name they then look for per-module settings.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+class Format(Protocol):
+    """A checkpoint format."""
+
+    @property
+    def name(self) -> str:
+        """The name in a recipe."""
+
+    @property
+    def kv_scales(self) -> bool:
+        """Whether KV-cache scales are written with this format by default."""
+
+    @property
+    def mixed_bits(self) -> bool:
+        """Whether modules may have different schemes."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """What follows the module in the names of its tensors, the one that is always there first."""
+
+    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
+        """The dtypes, as torch names them, in which the scales of a model in `model_dtype` can be stored."""
+
+    def check(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+    ) -> list[Problem]:
+        """Everything that keeps a weight of `shape` `(N, K)` from being written, known without reading it.
+
+        act_order_index: the tensor has a group index. tp, tp_dim: the weight is cut into `tp` ranks along its outputs (0) or its
+        inputs (1), and each rank must be writable; None where every rank holds all of it.
+        """
+
+    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+        """The tensors that `encode` writes, in its order. `scale_dtype` is one of `scale_dtypes`."""
+
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of one weight, which may share memory with `tensor`. Raises FormatError for what cannot be held exactly."""
+
+    def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
+        """The scheme that a `quantization_config` gives a module, or None if it leaves it alone. Raises FormatError for what
+        QuantFlow cannot read."""
+
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+        """The weight of a module, from (at least) its tensors and the `quantization_config`. Raises FormatError if they do not fit."""
+
+    def quantization_config(
+        self,
+        modules: Mapping[str, Scheme],
+        ignored: list[str],
+        default: Scheme,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        act_order: bool = False,
+    ) -> dict[str, Any]:
+        """The `quantization_config` of config.json. Raises FormatError for what the format cannot say.
+
+        modules: the scheme of every quantised module. ignored: the linears that are not. kv: `bits`, `symmetric`, `granularity` of
+        KV scales that are written too. act_order: some tensor has a group index.
+        """
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Further JSON files that readers of the format expect, by name, from its `quantization_config`."""
+
+
+def grid_problems(module: str, shape: tuple[int, int], scheme: Scheme, tp: int, tp_dim: int | None, index: bool) -> list[Problem]:
+    """What is wrong with `scheme` on a weight of `shape` whatever the format: bits, group size, ranks."""
+    problems = []
+    if scheme.bits not in (2, 3, 4, 8):
+        problems.append(Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8"))
+    if tp > 1 and tp_dim is not None and shape[tp_dim] % tp:
+        kind = ("output", "input")[tp_dim]
+        problems.append(Problem(module, f"{shape[tp_dim]} {kind} channels", f"a multiple of tp = {tp}"))
+        return problems
+    if tp > 1 and tp_dim == 1 and index:
+        problems.append(
+            Problem(
+                module,
+                "a group index on a weight that is split along its inputs",
+                "groups that do not cross ranks",
+                "Use act_order: static",
+            )
+        )
+    k = rank_shape(shape, tp, tp_dim)[1]
+    group = scheme.group_of(k)
+    if group < 1:
+        problems.append(Problem(module, f"group_size {group}", "a positive number, or -1 for per channel"))
+    elif k % group:
+        fitting = max(d for d in range(1, group + 1) if k % d == 0)
+        each = f" on each of {tp} ranks" if tp > 1 and tp_dim == 1 else ""
+        problems.append(
+            Problem(
+                module,
+                f"{k} input channels{each}",
+                f"a multiple of group_size {group}",
+                f"Use group_size {fitting} or -1 (per channel) for this module, or ignore it",
+            )
+        )
+    return problems
+
+
+def rank_shape(shape: tuple[int, int], tp: int, tp_dim: int | None) -> tuple[int, int]:
+    """`(N, K)` of what one rank holds."""
+    if tp == 1 or tp_dim is None:
+        return shape
+    return (shape[0] // tp, shape[1]) if tp_dim == 0 else (shape[0], shape[1] // tp)
+
+
+def check_tensor(module: str, tensor: QuantizedTensor) -> None:
+    """Raises FormatError unless the tensor is what its scheme says: shapes, ranges of codes and zeros, finite scales, full groups.
+
+    An encoder that trusted its input would spill a code that is out of range into its neighbours.
+    """
+    import torch
+
+    scheme, (n, k) = tensor.scheme, tensor.shape
+    problems = grid_problems(module, (n, k), scheme, 1, None, False)
+    if problems:
+        raise FormatError(problems)
+    groups = scheme.groups(k)
+    for name, part in (("scales", tensor.scales), ("zeros", tensor.zeros)):
+        if tuple(part.shape) != (n, groups):
+            problems.append(Problem(f"{module} {name}", f"shape {list(part.shape)}", f"[{n}, {groups}] for {scheme}"))
+    for name, part in (("codes", tensor.codes), ("zeros", tensor.zeros)):
+        if part.dtype != torch.uint8:
+            problems.append(Problem(f"{module} {name}", f"dtype {part.dtype}", "torch.uint8"))
+        elif part.numel() and int(part.max()) > scheme.levels:
+            problems.append(Problem(f"{module} {name}", f"a value of {int(part.max())}", f"at most {scheme.levels} for {scheme.bits} bits"))
+    if scheme.symmetric and not bool((tensor.zeros == scheme.midpoint).all()):
+        problems.append(Problem(f"{module} zeros", f"a symmetric scheme with a zero point other than {scheme.midpoint}"))
+    if not bool(torch.isfinite(tensor.scales).all()):
+        problems.append(Problem(f"{module} scales", "NaN or infinity", "finite numbers"))
+    index = tensor.group_index
+    if index is not None:
+        if tuple(index.shape) != (k,) or index.dtype != torch.int32:
+            problems.append(Problem(f"{module} group index", f"{index.dtype} {list(index.shape)}", f"torch.int32 [{k}]"))
+        elif not groups_are_full(index, groups):
+            problems.append(Problem(f"{module} group index", "groups of unequal size", f"{groups} groups of {k // groups} channels"))
+    if problems:
+        raise FormatError(problems)
+
+
+def groups_are_full(index: Tensor, groups: int) -> bool:
+    """Whether each of the groups `0..groups - 1` has the same number of channels in `index`, and no other group any."""
+    import torch
+
+    if int(index.min()) < 0 or int(index.max()) >= groups:
+        return False
+    return bool((torch.bincount(index, minlength=groups) == index.numel() // groups).all())
+
+
+def exact_scales(name: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scales` in `dtype`. Raises FormatError, with an example, if any value changes."""
+    stored = scales.to(dtype)
+    # float64 holds all of these dtypes; a value that overflowed has become infinite and so differs.
+    changed = stored.double() != scales.double()
+    if bool(changed.any()):
+        example = float(scales[changed][0])
+        raise FormatError(
+            Problem(
+                name,
+                f"{int(changed.sum())} of {scales.numel()} scales are no exact {str(dtype).removeprefix('torch.')} (one is {example:.9g})",
+                f"scales rounded to {str(dtype).removeprefix('torch.')} before the weights are quantised",
+                "A weight is never quantised again while it is packed",
+            )
+        )
+    return stored
+
+
+def take(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype | None = None, dims: int = 2) -> Tensor:
+    """The tensor called `name`. Raises FormatError if it is absent, or has another dtype (None: any floating one) or rank."""
+    if name not in tensors:
+        raise FormatError(Problem(name, "missing from the checkpoint"))
+    tensor = tensors[name]
+    if tensor.dim() != dims or (tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point()):
+        expected = f"{dims} dimensions of {dtype or 'a floating dtype'}"
+        raise FormatError(Problem(name, f"{tensor.dtype} {list(tensor.shape)}", expected))
+    return tensor
+
+
+def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises FormatError unless `tensor` has `shape`."""
+    if tuple(tensor.shape) != shape:
+        raise FormatError(Problem(name, f"shape {list(tensor.shape)}", f"{list(shape)}"))
+
+
+def setting(config: Mapping[str, Any], key: str, kind: type, where: str = "quantization_config", default: Any = None) -> Any:
+    """`config[key]`, or `default` if it is absent or null. Raises FormatError if it is not of `kind` (a bool is no int)."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise FormatError(Problem(f"{where}.{key}", "missing" if value is None else f"{value!r}", f"a value of type {kind.__name__}"))
+    return value
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a regular expression from a config matches the start of a module's name. Raises FormatError if it is none."""
+    try:
+        return re.match(pattern, module) is not None
+    except re.error as error:
+        raise FormatError(Problem("quantization_config", f"{pattern!r} is no regular expression: {error}")) from error
+
+
+def read_scheme(bits: int, group_size: int, symmetric: bool, where: str) -> Scheme:
+    """The scheme. Raises FormatError if its numbers are none that QuantFlow knows."""
+    from quantflow.quant.grid import BITS, PER_CHANNEL, Scheme
+
+    if bits not in BITS:
+        raise FormatError(Problem(where, f"{bits} bits", "2, 3, 4 or 8"))
+    if group_size < 1 and group_size != PER_CHANNEL:
+        raise FormatError(Problem(where, f"group_size {group_size}", "a positive number, or -1 for per channel"))
+    return Scheme(bits, group_size, symmetric)
+
+
+def main_scheme(modules: Mapping[str, Scheme], default: Scheme) -> Scheme:
+    """The scheme that needs no naming of modules: `default` if any module has it, else the commonest (the first of equals)."""
+    if not modules or default in modules.values():
+        return default
+    return Counter(modules.values()).most_common(1)[0][0]
+
+
+def name_patterns(chosen: Collection[str], others: Collection[str]) -> tuple[list[str], list[str]]:
+    """Regular expressions, and names, that together match all of `chosen` and none of `others`.
+
+    Names that differ in their numbers alone (layers, experts) share an expression unless it would match one of `others`.
+    """
+    taken = {_template(name) for name in others}
+    families: dict[str, list[str]] = {}
+    for name in chosen:
+        families.setdefault(_template(name), []).append(name)
+    patterns, names = [], []
+    for template, members in families.items():
+        if len(members) > 1 and template not in taken:
+            patterns.append(f"^{template}$")
+        else:
+            names.extend(members)
+    return patterns, names
+
+
+def _template(name: str) -> str:
+    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
+
+
+def with_fused(names: Collection[str], *, complete: bool) -> list[str]:
+    """`names` and those of the fused modules of which they hold all parts (`complete`) or any part."""
+    result = dict.fromkeys(names)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        for fused, parts in _FUSED.items():
+            if leaf in parts and (not complete or all(f"{parent}.{part}" in result for part in parts)):
+                result[f"{parent}.{fused}"] = None
+    return list(result)

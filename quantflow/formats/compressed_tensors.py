@@ -1,0 +1,261 @@
+"""compressed-tensors, "pack-quantized": read by vLLM and transformers. 2, 3, 4 or 8 bits, scales in the model's dtype.
+
+`weight_packed` int32 `[N, ceil(K*b/32)]`, `weight_scale` `[N, G]`, `weight_zero_point` int32 `[ceil(N*b/32), G]` for asymmetric
+weights alone, `weight_shape` int64 `[N, K]`. The package counts codes and zero points from `-2^(b-1)` and adds that back when it packs
+them, so our unsigned ones are what is stored. Each scheme is a group in `config_groups`.
+
+3 bits are dense since the package's 0.18; before, ten codes filled a word. `weight_g_idx` went in 0.19, which refuses `actorder:
+group` and would read the weights in the wrong groups without it: it is read here, never written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import FormatError, Problem
+from quantflow.formats.base import (
+    SAFETENSORS_DTYPE,
+    Spec,
+    check_tensor,
+    exact_scales,
+    expect_shape,
+    grid_problems,
+    groups_are_full,
+    main_scheme,
+    matches,
+    name_patterns,
+    read_scheme,
+    setting,
+    take,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantflow.quant.grid import QuantizedTensor, Scheme
+
+_INDEX = Problem("group index", "compressed-tensors holds none since its version 0.19", hint="Use act_order: static, or gptq")
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """KV scales are not written unless asked for: transformers applies int8 scales as it should, but vLLM takes any
+    `kv_cache_scheme` to mean an fp8 cache."""
+
+    name: str = "compressed-tensors"
+    kv_scales: bool = False
+    mixed_bits: bool = True
+    suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+
+    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
+        return (model_dtype,)
+
+    def check(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+    ) -> list[Problem]:
+        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
+        if act_order_index:
+            problems.append(Problem(module, f"a group index: {_INDEX.found}", hint=_INDEX.hint))
+        if _is_expert(module) and not scheme.symmetric:
+            # transformers hands only packed codes, scales and shape of an expert to the package, which then misses the zero points.
+            hint = "Use symmetric: true for the experts, or awq or gptq"
+            problems.append(Problem(module, "an asymmetric expert, which readers of compressed-tensors cannot load", hint=hint))
+        return problems
+
+    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+        n, k = shape
+        groups = scheme.groups(k)
+        specs: dict[str, Spec] = {
+            f"{module}.weight_packed": ("I32", (n, _words(k, scheme.bits))),
+            f"{module}.weight_scale": (SAFETENSORS_DTYPE[scale_dtype], (n, groups)),
+        }
+        if not scheme.symmetric:
+            specs[f"{module}.weight_zero_point"] = ("I32", (_words(n, scheme.bits), groups))
+        specs[f"{module}.weight_shape"] = ("I64", (2,))
+        return specs
+
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+        import torch
+
+        from quantflow.quant.packing import pack_columns, pack_rows
+
+        scheme = tensor.scheme
+        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.group_index is not None)
+        if problems:
+            raise FormatError(problems)
+        check_tensor(module, tensor)
+        encoded = {
+            f"{module}.weight_packed": pack_rows(tensor.codes, scheme.bits),
+            f"{module}.weight_scale": exact_scales(f"{module}.weight_scale", tensor.scales, model_dtype).contiguous(),
+        }
+        if not scheme.symmetric:
+            encoded[f"{module}.weight_zero_point"] = pack_columns(tensor.zeros, scheme.bits)
+        encoded[f"{module}.weight_shape"] = torch.tensor(tensor.shape, dtype=torch.int64)
+        return encoded
+
+    def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
+        """As the protocol says. A target or an ignored entry is a name, an expression after `re:`, or a class, of which `Linear`
+        is taken to be every quantised module's; names come before expressions, and those before classes."""
+        if any(_match(entry, module) for entry in setting(config, "ignore", list, default=[])):
+            return None
+        found: tuple[int, str, Mapping[str, Any]] | None = None
+        all_groups = setting(config, "config_groups", dict, default={})
+        for name in all_groups:
+            group = setting(all_groups, name, dict, "config_groups")
+            for target in setting(group, "targets", list, f"config_groups.{name}"):
+                rank = _match(target, module) or (3 if target == "Linear" else 0)
+                if rank and (found is None or rank < found[0]):
+                    found = (rank, name, group)
+        if found is None:
+            return None
+        where = f"config_groups.{found[1]}"
+        form = found[2].get("format") or config.get("format")
+        if form != "pack-quantized":
+            raise FormatError(Problem(f"{where}.format", f"{form!r}", "'pack-quantized'"))
+        weights = setting(found[2], "weights", dict, where)
+        if found[2].get("input_activations") or found[2].get("output_activations") or weights.get("dynamic"):
+            raise FormatError(Problem(where, "quantised activations", "quantised weights alone"))
+        if weights.get("type", "int") != "int":
+            raise FormatError(Problem(f"{where}.weights.type", f"{weights['type']!r}", "'int'"))
+        group_size = weights.get("group_size")
+        strategy = weights.get("strategy") or ("channel" if group_size == -1 else "group" if group_size else "tensor")
+        if strategy == "channel":
+            group_size = -1
+        elif strategy != "group":
+            raise FormatError(Problem(f"{where}.weights.strategy", f"{strategy!r}", "'group' or 'channel'"))
+        weights = {**weights, "group_size": group_size}
+        numbers = setting(weights, "num_bits", int, where), setting(weights, "group_size", int, where)
+        return read_scheme(*numbers, setting(weights, "symmetric", bool, where, default=True), where)
+
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+        import torch
+
+        from quantflow.quant.grid import QuantizedTensor
+        from quantflow.quant.packing import unpack_columns, unpack_rows
+
+        scheme = self.scheme_of(module, config)
+        if scheme is None:
+            raise FormatError(Problem(module, "not quantised, says quantization_config"))
+        bits = scheme.bits
+        stored_shape = take(tensors, f"{module}.weight_shape", torch.int64, dims=1)
+        expect_shape(f"{module}.weight_shape", stored_shape, (2,))
+        n, k = stored_shape.tolist()
+        if n < 1 or k < 1 or k % scheme.group_of(k):
+            raise FormatError(Problem(f"{module}.weight_shape", f"[{n}, {k}]", f"one that fits {scheme}"))
+        groups = scheme.groups(k)
+        packed, scales = take(tensors, f"{module}.weight_packed", torch.int32), take(tensors, f"{module}.weight_scale")
+        expect_shape(f"{module}.weight_packed", packed, (n, _words(k, bits)))
+        expect_shape(f"{module}.weight_scale", scales, (n, groups))
+        if scheme.symmetric:
+            zeros = torch.full((n, groups), scheme.midpoint, dtype=torch.uint8, device=packed.device)
+        else:
+            words = take(tensors, f"{module}.weight_zero_point", torch.int32)
+            expect_shape(f"{module}.weight_zero_point", words, (_words(n, bits), groups))
+            zeros = unpack_columns(words, bits, n)
+        index = None
+        if f"{module}.weight_g_idx" in tensors:
+            index = take(tensors, f"{module}.weight_g_idx", torch.int32, dims=1)
+            expect_shape(f"{module}.weight_g_idx", index, (k,))
+            if bool((index == -1).all()):  # how the package marked an index that was never set
+                index = None
+            elif not groups_are_full(index, groups):
+                raise FormatError(Problem(f"{module}.weight_g_idx", "groups of unequal size", f"{groups} groups of {k // groups} channels"))
+        return QuantizedTensor(scheme, unpack_rows(packed, bits, k), scales, zeros, index)
+
+    def quantization_config(
+        self,
+        modules: Mapping[str, Scheme],
+        ignored: list[str],
+        default: Scheme,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        act_order: bool = False,
+    ) -> dict[str, Any]:
+        problems = [_INDEX] if act_order else []
+        # transformers and vLLM fuse experts and read all of them with one scheme.
+        experts = {scheme: name for name, scheme in modules.items() if _is_expert(name)}
+        if len(experts) > 1:
+            found = " and ".join(f"{scheme} ({name})" for scheme, name in experts.items())
+            problems.append(Problem("experts", found, "one scheme for all experts", "Change weights.overrides"))
+        if kv is not None and (kv.get("bits"), kv.get("symmetric"), kv.get("granularity")) != (8, True, "tensor"):
+            problems.append(Problem("kv", f"{dict(kv)}", "8 bits, symmetric, granularity tensor, which is all that readers know"))
+        if problems:
+            raise FormatError(problems)
+        # transformers takes the first group for all that is dense, and for experts the one with an expression that names them, if any.
+        dense = {name: scheme for name, scheme in modules.items() if not _is_expert(name)}
+        main = main_scheme(dense or modules, default)
+        groups = [_group(main, ["Linear"])]
+        for own in dict.fromkeys(modules.values()):
+            if own != main:
+                chosen = [name for name in modules if modules[name] == own]
+                others = [name for name in modules if modules[name] != own] + ignored
+                patterns, names = name_patterns(chosen, others)
+                groups.append(_group(own, [f"re:{pattern}" for pattern in patterns] + names))
+        config: dict[str, Any] = {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "global_compression_ratio": None,
+            "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+            "ignore": list(ignored),
+            "kv_cache_scheme": dict(_KV_SCHEME) if kv is not None else None,
+        }
+        if any(not scheme.symmetric for scheme in modules.values()) and len(set(dense.values())) == 1:
+            # With the package's 0.18 to 0.20, transformers 5.23 expects packed zero points in their unpacked shape, and refuses the
+            # checkpoint unless it unpacks each weight while it reads it. It then takes the first group's scheme for all that is dense,
+            # so that this helps nothing where schemes are mixed: vLLM, transformers 5.17 or the package's 0.17 read those.
+            config["dequantize"] = True
+        return config
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def encode_kv(self, attention: str, k_scale: float, v_scale: float, model_dtype: torch.dtype) -> dict[str, Tensor]:
+        """`k_scale` and `v_scale` `[1]` of an attention module (`model.layers.0.self_attn`), int8 symmetric, for a config written
+        with `kv`. In the model's dtype, in which the package keeps them; raises FormatError if that changes them."""
+        import torch
+
+        return {
+            f"{attention}.{name}": exact_scales(f"{attention}.{name}", torch.tensor([scale], dtype=torch.float64), model_dtype)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        }
+
+
+_KV_SCHEME = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def _words(codes: int, bits: int) -> int:
+    """As `packing.word_count`, which importing would bring torch along."""
+    return -(-codes * bits // 32)
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    per_channel = scheme.group_size == -1
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "channel" if per_channel else "group",
+            "group_size": None if per_channel else scheme.group_size,
+            "actorder": None,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+    }
+
+
+def _is_expert(module: str) -> bool:
+    return ".experts." in module
+
+
+def _match(target: str, module: str) -> int:
+    """1 if `target` is the module's name, 2 if it is an expression that matches it, else 0."""
+    if target.startswith("re:"):
+        return 2 if matches(target.removeprefix("re:"), module) else 0
+    return 1 if target == module else 0

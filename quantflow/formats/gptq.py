@@ -1,0 +1,210 @@
+"""GPTQ, in AutoGPTQ's version 1 and GPTQModel's version 2. 2, 3, 4 or 8 bits, fp16 scales, a group index where there is one.
+
+`qweight` int32 `[K*b/32, N]` packed along the inputs, `qzeros` int32 `[G, N*b/32]` along the outputs, `scales` fp16 `[G, N]`, `g_idx`
+int32 `[K]`. Version 1 stores each zero point less one, modulo `2^b`, so that it cannot hold 0: some of its readers add the one back
+without the modulo. Modules with settings of their own are listed in GPTQModel's `dynamic`, which vLLM reads as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import FormatError, Problem
+from quantflow.formats.base import (
+    Spec,
+    check_tensor,
+    exact_scales,
+    expect_shape,
+    grid_problems,
+    groups_are_full,
+    main_scheme,
+    matches,
+    name_patterns,
+    rank_shape,
+    read_scheme,
+    setting,
+    take,
+    with_fused,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantflow.quant.grid import QuantizedTensor, Scheme
+
+
+@dataclass(frozen=True)
+class Gptq:
+    name: str
+    version: int
+    kv_scales: bool = False
+    mixed_bits: bool = True
+    suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
+        return ("float16",)
+
+    def check(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+    ) -> list[Problem]:
+        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
+        if scheme.bits in (2, 3, 4, 8):
+            period = {2: 16, 3: 32, 4: 8, 8: 4}[scheme.bits]
+            for count, kind in zip(rank_shape(shape, tp, tp_dim), ("output", "input"), strict=True):
+                if count % period:
+                    hint = "Use compressed-tensors, or ignore this module"
+                    expected = f"a multiple of {period}, as {scheme.bits} bits must fill whole words"
+                    problems.append(Problem(module, f"{count} {kind} channels", expected, hint))
+        return problems
+
+    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+        n, k = shape
+        groups = scheme.groups(k)
+        return {
+            f"{module}.qweight": ("I32", (k * scheme.bits // 32, n)),
+            f"{module}.qzeros": ("I32", (groups, n * scheme.bits // 32)),
+            f"{module}.scales": ("F16", (groups, n)),
+            f"{module}.g_idx": ("I32", (k,)),
+        }
+
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+        import torch
+
+        from quantflow.quant.packing import pack_rows
+
+        scheme, (_, k) = tensor.scheme, tensor.shape
+        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.group_index is not None)
+        if problems:
+            raise FormatError(problems)
+        check_tensor(module, tensor)
+        zeros = tensor.zeros
+        if self.version == 1:
+            if bool((zeros == 0).any()):
+                raise FormatError(
+                    Problem(
+                        f"{module}.qzeros",
+                        f"{int((zeros == 0).sum())} zero points are 0, which version 1 would store as -1",
+                        f"zero points of 1..{scheme.levels}",
+                        "Use gptq_v2, a symmetric scheme, or another format",
+                    )
+                )
+            zeros = zeros - 1
+        index = tensor.group_index
+        if index is None:
+            index = _plain_index(k, scheme.group_of(k)).to(tensor.codes.device)
+        return {
+            f"{module}.qweight": pack_rows(tensor.codes, scheme.bits).t().contiguous(),
+            f"{module}.qzeros": pack_rows(zeros.t(), scheme.bits),
+            f"{module}.scales": exact_scales(f"{module}.scales", tensor.scales, torch.float16).t().contiguous(),
+            f"{module}.g_idx": index,
+        }
+
+    def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
+        found = config.get("checkpoint_format") or "gptq"
+        if found != self.name:
+            raise FormatError(Problem("quantization_config.checkpoint_format", f"{found!r}", f"{self.name!r}"))
+        if module == "lm_head" and not config.get("lm_head"):
+            return None
+        own: Mapping[str, Any] = {}
+        dynamic = setting(config, "dynamic", dict, default={})
+        for pattern in dynamic:  # the first match counts
+            if matches(re.sub(r"^[+-]:", "", pattern), module):
+                if pattern.startswith("-:"):
+                    return None
+                own = setting(dynamic, pattern, dict, "quantization_config.dynamic")
+                break
+        merged = {**config, **own}
+        return read_scheme(setting(merged, "bits", int), setting(merged, "group_size", int), setting(merged, "sym", bool), module)
+
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+        """As the protocol says. A zero point that version 1 wrapped is read as the 0 that its writer meant."""
+        import torch
+
+        from quantflow.quant.grid import QuantizedTensor
+        from quantflow.quant.packing import unpack_rows
+
+        scheme = self.scheme_of(module, config)
+        if scheme is None:
+            raise FormatError(Problem(module, "not quantised, says quantization_config"))
+        qweight = take(tensors, f"{module}.qweight", torch.int32)
+        n, bits = qweight.shape[1], scheme.bits
+        if qweight.shape[0] * 32 % bits:
+            raise FormatError(Problem(f"{module}.qweight", f"{qweight.shape[0]} words a column", f"whole codes of {bits} bits"))
+        k = qweight.shape[0] * 32 // bits
+        if k % scheme.group_of(k) or n * bits % 32:
+            raise FormatError(Problem(f"{module}.qweight", f"shape {list(qweight.shape)}", f"one that fits {scheme}"))
+        groups = scheme.groups(k)
+        qzeros, scales = take(tensors, f"{module}.qzeros", torch.int32), take(tensors, f"{module}.scales")
+        expect_shape(f"{module}.qzeros", qzeros, (groups, n * bits // 32))
+        expect_shape(f"{module}.scales", scales, (groups, n))
+        zeros = unpack_rows(qzeros, bits, n).t().contiguous()
+        if self.version == 1:
+            zeros = (zeros + 1) & scheme.levels  # uint8 wraps by itself at 8 bits
+        if scheme.symmetric and not bool((zeros == scheme.midpoint).all()):
+            hint = "The checkpoint may be of the other GPTQ version than its checkpoint_format says"
+            raise FormatError(Problem(f"{module}.qzeros", f"zero points other than {scheme.midpoint} with sym: true", hint=hint))
+        index = None
+        if f"{module}.g_idx" in tensors:  # some writers leave it out where it says nothing
+            index = take(tensors, f"{module}.g_idx", torch.int32, dims=1)
+            expect_shape(f"{module}.g_idx", index, (k,))
+            if torch.equal(index, _plain_index(k, k // groups).to(index.device)):
+                index = None
+            elif not groups_are_full(index, groups):
+                raise FormatError(Problem(f"{module}.g_idx", "groups of unequal size", f"{groups} groups of {k // groups} channels"))
+        return QuantizedTensor(scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index)
+
+    def quantization_config(
+        self,
+        modules: Mapping[str, Scheme],
+        ignored: list[str],
+        default: Scheme,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        act_order: bool = False,
+    ) -> dict[str, Any]:
+        if kv is not None:
+            raise FormatError(Problem("kv", "GPTQ has no place for KV scales"))
+        scheme = main_scheme(modules, default)
+        dynamic: dict[str, dict[str, Any]] = {}
+        skipped = [name for name in ignored if name != "lm_head"]
+        for pattern in _dynamic_patterns(skipped, list(modules)):
+            dynamic[f"-:{pattern}"] = {}
+        for own in dict.fromkeys(modules.values()):
+            if own != scheme:
+                chosen = [name for name in modules if modules[name] == own]
+                others = [name for name in modules if modules[name] != own] + ignored
+                for pattern in _dynamic_patterns(chosen, others):
+                    dynamic[f"+:{pattern}"] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "desc_act": act_order,
+            "sym": scheme.symmetric,
+            "lm_head": "lm_head" in modules,
+            "checkpoint_format": self.name,
+            "pack_dtype": "int32",
+        }
+        if dynamic:
+            config["dynamic"] = dynamic
+        return config
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {"quantize_config.json": dict(config)}
+
+
+def _plain_index(k: int, group: int) -> Tensor:
+    """int32 `[K]`: the group of each channel where nothing was reordered."""
+    import torch
+
+    return torch.arange(k, dtype=torch.int32) // group
+
+
+def _dynamic_patterns(chosen: list[str], others: list[str]) -> list[str]:
+    """Anchored expressions for `chosen`, and for the fused modules (`qkv_proj`) whose parts are all chosen: vLLM looks for those."""
+    patterns, names = name_patterns(with_fused(chosen, complete=True), with_fused(others, complete=False))
+    return patterns + [f"^{re.escape(name)}$" for name in names]

@@ -1,0 +1,167 @@
+"""`awq`: for each group of linears that share an input, the scale that least disturbs the parent module's real output.
+
+The search sees the quantised stream (a layer corrects what it will really be fed) on a sample of whole windows. Its mathematics
+is in `quant/awq.py`; folding, in `stages/folding.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from quantflow.calibration.statistics import BlockHessian, Hessian
+from quantflow.models.decoder import DecoderLayer
+from quantflow.quant.awq import candidates, linear_loss, rounded, weight_profile
+from quantflow.quant.grid import Scheme
+from quantflow.quant.rtn import GridRules
+from quantflow.stages.folding import Folding
+
+
+@dataclass
+class AwqResult:
+    """folding: the scales. importance: linear -> blocks `[G, g, g]` of its folded input's Hessian (clip search). report: one line a
+    group: the scale chosen and its loss relative to the identity's."""
+
+    folding: Folding = field(default_factory=Folding)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+    report: list[dict[str, object]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Search:
+    layer: DecoderLayer
+    schemes: Mapping[str, Scheme]
+    rules: GridRules
+    grid: int
+
+    def best(self, group: list[str], x: Tensor, parent: Callable[[], Tensor] | None, hessian: Tensor | None = None,
+             expand: Callable[[Tensor], Tensor] | None = None, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[str, Tensor, float]:  # fmt: skip
+        """The best candidate's name, its scale, and its loss over the identity's, for the quantised linears of `group`.
+
+        parent: runs the parent module with whatever weights the layer holds. Without one, the parent is the linear itself, and
+        its loss comes exactly from `hessian`. reduce, expand: between input channels and the channels that can be scaled.
+        """
+        weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
+        quantised = [n for n in group if n in self.schemes]
+        same, spread = (lambda s: s), (expand or (lambda s: s))
+        reduce = reduce or same
+        activation = reduce(x.reshape(-1, x.shape[-1]).abs().mean(0, dtype=torch.float32))
+        profile = reduce(weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]]))
+        target = parent() if parent else None
+        kept: tuple[str, Tensor, float] | None = None
+        identity = 0.0
+        for name, scale in candidates(activation, profile, self.grid):
+            full, loss = spread(scale), 0.0
+            for n in quantised:
+                weight = rounded(weights[n], full, self.schemes[n], self.rules)
+                if hessian is not None:
+                    loss += linear_loss(weights[n], weight, hessian)
+                else:
+                    self.layer.tensors[f"{n}.weight"] = weight.to(self.layer.dtype)
+            if parent and target is not None:
+                loss = float((parent() - target).float().square().mean())
+            if name == "identity":
+                identity = loss
+            if loss == loss and (kept is None or loss < kept[2]):
+                kept = (name, scale, loss)
+        for n, weight in weights.items():
+            self.layer.tensors[f"{n}.weight"] = weight
+        if kept is None:
+            return "identity", reduce(torch.ones(x.shape[-1], device=x.device)), 1.0
+        return kept[0], kept[1], kept[2] / identity if identity > 0 else 1.0
+
+
+def search_layer(
+    layer: DecoderLayer, stored: dict[str, Tensor], x: Tensor, schemes: Mapping[str, Scheme], rules: GridRules, *, grid: int, clip: bool,
+) -> AwqResult:  # fmt: skip
+    """Scales for one layer. `x` is the residual stream of the sample, `[B, L, H]`; `stored` holds the layer's tensors as stored.
+
+    schemes: linear -> scheme of those that are quantised; the others are folded too, but only those count in the loss. Grouped
+    queries share the value head they read: its scale is searched on the mean of their channels and expanded over them. A linear
+    that stays in 16 bits is never a producer: dividing its rows would round it.
+    """
+    result, names = AwqResult(), layer.names
+    folding, search = result.folding, _Search(layer, schemes, rules, grid)
+
+    def note(group: str, chosen: str, ratio: float) -> None:
+        result.report.append({"group": group, "scale": chosen, "loss_ratio": round(ratio, 6)})
+
+    def fold_into_norm(norm: str, group: list[str], others: list[str], h: Tensor, parent: Callable[[], Tensor]) -> None:
+        if any(n in schemes for n in group):
+            chosen, scale, ratio = search.best(group, h, parent)
+            note(norm, chosen, ratio)
+            if chosen != "identity":
+                folding.fold_norm(norm, stored, [*group, *others], scale)
+
+    def remember(group: list[str], rows: Tensor) -> None:
+        if not clip or not len(rows):
+            return
+        by_scheme: dict[tuple[int, int], Tensor] = {}
+        for n in group:
+            if n not in schemes:
+                continue
+            size = schemes[n].group_of(rows.shape[-1])
+            scaled = rows if n not in folding.columns else rows.float() / folding.columns[n]
+            if size == rows.shape[-1]:
+                importance = scaled.reshape(-1, size).float().square().sum(0)[None]
+            else:
+                block = BlockHessian(rows.shape[-1], size, rows.device)
+                block.add(scaled)
+                importance = block.matrix
+            result.importance[n] = by_scheme.setdefault((size, id(folding.columns.get(n))), importance)
+
+    h = layer.attention_input(x)
+    qkv = [names.q, names.k, names.v]
+    fold_into_norm(names.attention_norm, qkv, [], h, lambda: layer.attention_output(layer.context(h)))
+    remember(qkv, h)
+    context = layer.context(h)
+    if names.o in schemes and names.v in schemes:
+        _fold_values(layer, stored, context, search, folding, note)
+    remember([names.o], context)
+    x = x + layer.attention_output(context)
+    h = layer.mlp_input(x)
+    experts: list[int | None] = list(range(layer.config.experts)) if layer.moe else [None]
+    readers = [n for e in experts for n in layer.names.mlp(e)[:2] if n]
+    fold_into_norm(names.mlp_norm, readers, [names.router] if layer.moe else [], h, lambda: layer.mlp(h))
+    flat = h.reshape(-1, h.shape[-1])
+    chosen_experts = layer.route(flat)[0] if layer.moe else None
+    for expert in experts:
+        rows = flat if expert is None or chosen_experts is None else flat[(chosen_experts == expert).any(-1)]
+        gate, up, down = layer.names.mlp(expert)
+        remember([n for n in (gate, up) if n], rows)
+        if not len(rows):
+            note(down, "identity: no token of the sample reached this expert", 1.0)
+            continue
+        inner = layer.inner(rows, expert)
+        if down in schemes and up in schemes:
+            hessian = Hessian(inner.shape[-1], inner.device)
+            hessian.add(inner)
+            chosen, scale, ratio = search.best([down], inner, None, hessian.matrix)
+            note(down, chosen, ratio)
+            if chosen != "identity":
+                folding.fold_linear(up, down, stored, scale, scale)
+        remember([down], inner)
+    return result
+
+
+def _fold_values(
+    layer: DecoderLayer, stored: dict[str, Tensor], context: Tensor, search: _Search, folding: Folding, note: Callable[[str, str, float], None],
+) -> None:  # fmt: skip
+    config, names = layer.config, layer.names
+    shared = config.heads // config.kv_heads
+
+    def expand(scale: Tensor) -> Tensor:
+        return scale.view(config.kv_heads, 1, -1).expand(-1, shared, -1).reshape(-1)
+
+    def reduce(channels: Tensor) -> Tensor:
+        return channels.view(config.kv_heads, shared, -1).mean(1).reshape(-1)
+
+    hessian = Hessian(context.shape[-1], context.device)
+    hessian.add(context)
+    chosen, scale, ratio = search.best([names.o], context, None, hessian.matrix, expand, reduce)
+    note(names.o, chosen, ratio)
+    if chosen != "identity":
+        folding.fold_linear(names.v, names.o, stored, scale, expand(scale))

@@ -1,0 +1,46 @@
+"""`calibrate`: statistics of every linear's input and output, and of K and V, in the full-precision model.
+
+What LMDeploy's `lite calibrate` records, as safetensors: `{module}.input.max`, `{module}.output.absmean`, …, `key.max`, ….
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantflow.calibration.statistics import ChannelStatistics, KVStatistics
+from quantflow.calibration.stream import Stream
+from quantflow.models.decoder import DecoderLayer
+
+
+class LayerStatistics:
+    """A tap on a decoder layer. Linears that read the same tensor share one record of it."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, ChannelStatistics] = {}
+        self.outputs: dict[str, ChannelStatistics] = {}
+        self.kv = KVStatistics()
+        self._last: tuple[str, Tensor] | None = None
+
+    def __call__(self, name: str, x: Tensor, y: Tensor) -> None:
+        if self._last is not None and self._last[1] is x and name not in self.inputs:
+            self.inputs[name] = self.inputs[self._last[0]]
+        elif self._last is None or self._last[1] is not x or self.inputs[name] is not self.inputs[self._last[0]]:
+            self.inputs.setdefault(name, ChannelStatistics()).add(x)
+        self.outputs.setdefault(name, ChannelStatistics()).add(y)
+        self._last = (name, x)
+
+    def result(self) -> dict[str, Tensor]:
+        found = self.kv.result()
+        for kind, records in (("input", self.inputs), ("output", self.outputs)):
+            for name, record in records.items():
+                found.update({f"{name}.{kind}.{statistic}": value for statistic, value in record.result().items()})
+        return found
+
+
+def calibrate_layer(layer: DecoderLayer, stream: Stream, batch: int) -> dict[str, Tensor]:
+    """The statistics of one layer; `stream` moves on through it in place."""
+    statistics = LayerStatistics()
+    layer.tap = statistics
+    for start in range(0, stream.windows, batch):
+        stream.write(start, layer.forward(stream.read(start, min(start + batch, stream.windows)), statistics.kv))
+    return {name: value.cpu().contiguous() for name, value in statistics.result().items()}

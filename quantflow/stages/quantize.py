@@ -1,0 +1,69 @@
+"""`rtn` and `gptq` on the linears of one input group: fold, quantise, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantflow.quant.gptq import factorize, output_error, quantize_gptq
+from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.stages.folding import Folding
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A linear's canonical tensor, and its line of the report."""
+
+    tensor: QuantizedTensor
+    report: dict[str, Any]
+
+
+def _line(scheme: Scheme, tensor: QuantizedTensor, **more: Any) -> dict[str, Any]:
+    return {"scheme": str(scheme), **{k: v for k, v in more.items() if v not in ("", None)}}
+
+
+def rtn_linear(
+    weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool, importance: Tensor | None = None, fallback: str = ""
+) -> Quantized:
+    """One linear, rounded to nearest; with `importance` (AWQ's clip search) on the range of least output error."""
+    tensor = quantize_rtn(weight, scheme, rules, search=search or importance is not None, importance=importance)
+    return Quantized(tensor, _line(scheme, tensor, method="rtn", fallback=fallback))
+
+
+def gptq_group(
+    stored: Mapping[str, Tensor], folding: Folding, schemes: Mapping[str, Scheme], group: list[str], hessian: Tensor, rows: int,
+    rules: GridRules, settings: Any,
+) -> dict[str, Quantized]:  # fmt: skip
+    """The linears of `group`, which share the input of `hessian`, by GPTQ. Those of one scheme are solved together.
+
+    rows: tokens that the Hessian has seen; an expert that saw none is rounded to nearest, and the report says so.
+    """
+    found: dict[str, Quantized] = {}
+    if not rows:
+        for n in group:
+            weight = folding.weight(n, stored[f"{n}.weight"])
+            found[n] = rtn_linear(weight, schemes[n], rules, search=settings.range_search, fallback="no calibration token: rounded to nearest")
+        return found
+    factor = factorize(hessian, damp=settings.damp, act_order=settings.act_order != "none")
+    for scheme in dict.fromkeys(schemes[n] for n in group):
+        members = [n for n in group if schemes[n] == scheme]
+        weights = [folding.weight(n, stored[f"{n}.weight"]) for n in members]
+        together = weights[0] if len(weights) == 1 else torch.cat(weights)
+        result = quantize_gptq(
+            together, hessian, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=settings.refine,
+            block_size=settings.block_size,
+        )  # fmt: skip
+        start = 0
+        for n, weight in zip(members, weights, strict=True):
+            part = slice(start, start + len(weight))
+            start += len(weight)
+            whole = result.tensor
+            tensor = QuantizedTensor(scheme, whole.codes[part], whole.scales[part], whole.zeros[part], whole.group_index)
+            error = output_error(weight, tensor.dequantize(), hessian)
+            found[n] = Quantized(tensor, _line(scheme, tensor, method="gptq", error=float(f"{error:.4g}"), tokens=rows, fallback=result.fallback))
+    return found

@@ -1,0 +1,148 @@
+"""Imports point down only, and what a user sees first needs no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the top. A package imports from lower lines, and from its own line as long as that makes no circle.
+LAYERS = (
+    ("cli",),
+    ("serve",),
+    ("evaluate",),
+    ("pipeline",),
+    ("stages",),
+    ("engine",),
+    ("calibration", "formats", "models", "artifacts"),
+    ("recipe",),
+    ("quant",),
+    ("errors",),
+)
+HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}
+
+
+def files(top: Path) -> list[Path]:
+    return sorted(path for path in top.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    """`quantflow.quant.grid` for quantflow/quant/grid.py, `quantflow.quant` for its __init__.py."""
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """The modules that the code imports, anywhere in it; `from a import b` gives both `a` and `a.b`, since b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, *([base] if base else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports_of(path: Path, root: Path = ROOT) -> set[str]:
+    return set(imports(ast.parse(path.read_text(encoding="utf-8")), module_name(path, root), path.name == "__init__.py"))
+
+
+def package_of(module: str) -> str | None:
+    """`quant` for `quantflow.quant.grid`; None for `quantflow` itself and for what is not ours."""
+    top, _, rest = module.partition(".")
+    return rest.split(".")[0] if top == "quantflow" and rest else None
+
+
+def upward(module: str, imported: set[str]) -> set[str]:
+    """Those of `imported` that `module` must not import."""
+    here = package_of(module)
+    if here is None:
+        return set()
+    return {name for name in imported if (there := package_of(name)) in HEIGHT and there != here and HEIGHT[there] > HEIGHT[here]}
+
+
+def test_every_package_has_its_layer() -> None:
+    packages = {package_of(module_name(path)) for path in files(ROOT / "quantflow")} - {None}
+    assert packages <= set(HEIGHT), f"put {packages - set(HEIGHT)} into LAYERS"
+    assert {"recipe", "quant", "errors", "cli"} <= packages
+
+
+def test_imports_point_down() -> None:
+    wrong = {module_name(path): up for path in files(ROOT / "quantflow") if (up := upward(module_name(path), imports_of(path)))}
+    assert wrong == {}
+
+
+def test_packages_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in files(ROOT / "quantflow"):
+        if (here := package_of(module_name(path))) is not None:
+            used = {there for name in imports_of(path) if (there := package_of(name)) in HEIGHT and there != here}
+            graph.setdefault(here, set()).update(used)
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"packages import each other: {' > '.join(reversed(error.args[1]))}")
+
+
+def test_the_product_imports_no_tests_and_no_benchmarks() -> None:
+    for path in [*files(ROOT / "quantflow"), *files(ROOT / "kernels")]:
+        assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "benchmarks", "pytest", "hypothesis"}, path
+
+
+def test_kernels_import_torch_and_triton_only() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # `kernels` would be taken for the Hugging Face package
+    allowed = {"torch", "triton", "quantflow_kernels", *sys.stdlib_module_names}
+    for path in files(ROOT / "kernels"):
+        used = {name.split(".")[0] for name in imports_of(path, ROOT / "kernels")}
+        assert used <= allowed, f"{path} imports {used - allowed}"
+
+
+def test_only_the_engines_ops_import_the_kernels() -> None:
+    users = {module_name(path) for path in files(ROOT / "quantflow") if any(n.startswith("quantflow_kernels") for n in imports_of(path))}
+    assert users <= {"quantflow.engine.ops"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "wrong"),
+    [
+        ("quantflow.quant.awq", "from quantflow.stages import awq", {"quantflow.stages", "quantflow.stages.awq"}),
+        ("quantflow.quant.awq", "def f():\n    import quantflow.cli.main", {"quantflow.cli.main"}),
+        ("quantflow.quant.awq", "from ..recipe.schema import Awq", {"quantflow.recipe.schema", "quantflow.recipe.schema.Awq"}),
+        ("quantflow.quant.awq", "from quantflow import pipeline", {"quantflow.pipeline"}),
+        ("quantflow.quant.awq", "from .grid import Scheme\nfrom quantflow.errors import UserError\nimport torch", set()),
+        ("quantflow.cli.main", "from quantflow.pipeline.run import run", set()),
+        ("quantflow.formats.awq", "from quantflow.models import registry", set()),
+    ],
+)
+def test_the_check_itself(module: str, source: str, wrong: set[str]) -> None:
+    assert upward(module, set(imports(ast.parse(source), module, is_package=False))) == wrong
+
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "triton")
+
+
+@pytest.mark.parametrize("module", ["quantflow", "quantflow.errors", "quantflow.recipe"])
+def test_importing_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_errors_need_nothing_but_the_standard_library() -> None:
+    used = {name.split(".")[0] for name in imports_of(ROOT / "quantflow" / "errors.py")}
+    assert used <= set(sys.stdlib_module_names)
+
+
+def test_only_the_recipe_needs_pydantic() -> None:
+    users = {package_of(module_name(path)) for path in files(ROOT / "quantflow") if any(n.startswith("pydantic") for n in imports_of(path))}
+    assert users <= {"recipe", "serve"}
