@@ -128,6 +128,9 @@ class Gptq(Section):
     range_search: bool = Field(
         default=True, description="Search each group's range for the least weighted error, rather than take min and max."
     )
+    refine: int = Field(
+        default=2, ge=0, le=100, description="Passes of coordinate descent over codes and scales after GPTQ; 0: plain GPTQ."
+    )
 
 
 class Rtn(Section):

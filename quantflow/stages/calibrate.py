@@ -19,15 +19,16 @@ class LayerStatistics:
         self.inputs: dict[str, ChannelStatistics] = {}
         self.outputs: dict[str, ChannelStatistics] = {}
         self.kv = KVStatistics()
-        self._last: tuple[str, Tensor] | None = None
+        self._last: tuple[Tensor, ChannelStatistics] | None = None
 
     def __call__(self, name: str, x: Tensor, y: Tensor) -> None:
-        if self._last is not None and self._last[1] is x and name not in self.inputs:
-            self.inputs[name] = self.inputs[self._last[0]]
-        elif self._last is None or self._last[1] is not x or self.inputs[name] is not self.inputs[self._last[0]]:
-            self.inputs.setdefault(name, ChannelStatistics()).add(x)
+        if self._last is not None and self._last[0] is x:
+            self.inputs.setdefault(name, self._last[1])
+        else:
+            record = self.inputs.setdefault(name, ChannelStatistics())
+            record.add(x)
+            self._last = (x, record)
         self.outputs.setdefault(name, ChannelStatistics()).add(y)
-        self._last = (name, x)
 
     def result(self) -> dict[str, Tensor]:
         found = self.kv.result()

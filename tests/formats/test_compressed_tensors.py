@@ -13,7 +13,15 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from quantflow.errors import FormatError
 from quantflow.formats.compressed_tensors import CompressedTensors
@@ -186,7 +194,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def write(
-    model: torch.nn.Module, directory: Path, scheme_of: Callable[[str], Scheme | None], kv: dict[str, tuple[float, float]] | None = None
+    model: PreTrainedModel, directory: Path, scheme_of: Callable[[str], Scheme | None], kv: dict[str, tuple[float, float]] | None = None
 ) -> dict[str, torch.Tensor]:
     """The state dict of the dequantised model; the compressed checkpoint in `directory`."""
     model.save_pretrained(directory)
@@ -285,7 +293,7 @@ def test_kv_scales_round_keys_and_values_in_transformers(tmp_path: Path) -> None
     state = write(model, tmp_path, lambda module: None if module == "lm_head" else Scheme(4, -1, True), scales)
     model.load_state_dict(state)
 
-    class Rounded(DynamicCache):
+    class Rounded(DynamicCache):  # type: ignore[misc]
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
             rounded = [
                 (states / scale).round().clamp(-128, 127) * scale

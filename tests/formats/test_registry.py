@@ -83,7 +83,8 @@ def test_mixed_schemes(name: str) -> None:
     for i in range(12):
         modules |= {f"model.layers.{i}.self_attn.{part}_proj": default for part in "qkvo"}
         modules |= {f"model.layers.{i}.mlp.up_proj": default, f"model.layers.{i}.mlp.down_proj": wide}
-    modules["model.layers.3.mlp.up_proj"] = channel
+    for i in (3, 11):  # two of a family of which the rest has another scheme
+        modules[f"model.layers.{i}.mlp.up_proj"] = channel
     modules["model.layers.1.self_attn.o_proj"] = channel  # and not that of layers 10 and 11
     config = form.quantization_config(modules, ["lm_head", "model.layers.0.mlp.gate_proj"], default)
     assert {module: form.scheme_of(module, config) for module in modules} == modules
@@ -176,6 +177,7 @@ def test_checks_of_each_format() -> None:
     assert "12 output channels; expected a multiple of 8" in check("awq", (12, 64), w4)
     assert "4 output channels; expected a multiple of 8" in check("awq", (32, 64), w4, tp=8, tp_dim=0)
     assert "group index" in check("awq", (32, 64), w4, index=True)
+    assert len(FORMATS["awq"].check("lm_head", (32, 64), w4, act_order_index=False)) == 1
     assert "8 output channels; expected a multiple of 32" in check("gptq", (8, 64), Scheme(3, 32, True))
     assert "20 input channels; expected a multiple of 8" in check("gptq_v2", (32, 20), Scheme(4, 10, True))
     assert check("gptq", (32, 64), w4, index=True) == ""

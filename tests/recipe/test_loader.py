@@ -120,6 +120,7 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (GPTQ, "  - gptq: {act_order: statc}", GPTQ, ["`stages.gptq.act_order` is 'statc'", "'none', 'static' or 'dynamic'", "`static`?"]),
     (GPTQ, "  - gptq: {act_order: off}", GPTQ, ["`stages.gptq.act_order` is off, which YAML reads as false"]),
     (GPTQ, "  - gptq: {block_size: 0}", GPTQ, ["`stages.gptq.block_size` is 0"]),
+    (GPTQ, "  - gptq: {refine: -1}", GPTQ, ["`stages.gptq.refine` is -1", "greater than or equal to 0"]),
     (GPTQ, "  - gptq: {dampening: 0.1}", GPTQ, ["unknown key `dampening`", "Did you mean `damp`?"]),
     (KV, "  - kv_qparams: {bits: 4}", KV, ["`stages.kv_qparams.bits` is 4", "8"]),
     (KV, "  - kv_qparams: {granularity: layer}", KV, ["`stages.kv_qparams.granularity` is 'layer'", "'tensor', 'head' or 'channel'"]),

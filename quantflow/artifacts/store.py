@@ -1,0 +1,111 @@
+"""The store: results per layer and per stage under the hash of everything that affects them, each written at once or not at all.
+
+    <root>/hashes.json                 content hashes of weight files, by (path, size, mtime, header)
+    <root>/<key>/layer-00012.safetensors   a layer's result
+    <root>/<key>/stream-00012.bin          the hidden states after it (the latest layer's only)
+    <root>/<key>/*.json                    results of artifact stages
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from quantflow.artifacts.fingerprint import file_digest
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file at once or not at all, and synced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+class Store:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, key: str) -> Path:
+        return self.root / key[:20]
+
+    def layer(self, key: str, index: int) -> Path:
+        return self.folder(key) / f"layer-{index:05}.safetensors"
+
+    def stream(self, key: str, index: int) -> Path:
+        return self.folder(key) / f"stream-{index:05}.bin"
+
+    def finished_layers(self, key: str, layers: int) -> int:
+        """How many layers, from the first on, have a result."""
+        for index in range(layers):
+            if not self.layer(key, index).is_file():
+                return index
+        return layers
+
+    def read_json(self, key: str, name: str) -> Any | None:
+        """A stored result, or None where there is none (a torn file is as good as none)."""
+        try:
+            return json.loads((self.folder(key) / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def write_json(self, key: str, name: str, value: Any) -> None:
+        write_json(self.folder(key) / f"{name}.json", value)
+
+    def forget(self, key: str) -> None:
+        """Removes the results under a key."""
+        shutil.rmtree(self.folder(key), ignore_errors=True)
+
+    def drop_streams(self, key: str, keep: int | None = None) -> None:
+        """Removes saved hidden states but those after layer `keep`, and what a killed run left half-written."""
+        for path in self.folder(key).glob("*"):
+            is_stream = path.name.startswith("stream-") and (keep is None or path != self.stream(key, keep))
+            if is_stream or path.name.startswith("."):
+                path.unlink(missing_ok=True)
+
+    def cached_digests(self, files: Iterable[Path]) -> dict[Path, str] | None:
+        """Content hashes of `files` where all are cached; None otherwise. Reads no weight."""
+        cache = self._cache()
+        found = {file: cache.get(_identity(file)) for file in files}
+        return None if any(v is None for v in found.values()) else {k: v for k, v in found.items() if v is not None}
+
+    def digests(self, files: Iterable[Path]) -> dict[Path, str]:
+        """Content hashes of `files`, computed where the cache has none."""
+        cache, result, changed = self._cache(), {}, False
+        for file in files:
+            identity = _identity(file)
+            if identity not in cache:
+                cache[identity], changed = file_digest(file), True
+            result[file] = cache[identity]
+        if changed:
+            write_json(self.root / "hashes.json", cache)
+        return result
+
+    def _cache(self) -> dict[str, str]:
+        try:
+            value = json.loads((self.root / "hashes.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+
+def _identity(file: Path) -> str:
+    status = file.stat()
+    with open(file, "rb") as stream:
+        header = stream.read(min(8 + int.from_bytes(stream.read(8), "little"), 2**24))
+    return f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{hashlib.sha256(header).hexdigest()}"

@@ -1,0 +1,116 @@
+"""How far a quantised model is from its reference: perplexity of both, KL divergence and top-1 agreement, in float32.
+
+Both models run layer by layer over all windows, so memory holds two layers and the hidden states, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from quantflow.formats.reader import Weights
+from quantflow.models.decoder import DecoderLayer, ObserveKV, embed, logits, sequences
+
+LOGIT_ELEMENTS = 2**23  # logits computed at once, an upper bound
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """perplexity and reference_perplexity: over each window's tokens but its first. kl_mean, kl_p99: KL(reference || model) in nats
+    a token, over all positions. top1: share of positions with the same most likely token. tokens: positions compared."""
+
+    perplexity: float
+    reference_perplexity: float
+    kl_mean: float
+    kl_p99: float
+    top1: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model to compare: its weights, and what its KV cache does to K and V of each layer (None: nothing)."""
+
+    weights: Weights
+    kv: Callable[[int], ObserveKV] | None = None
+
+
+def hidden_states(variant: Variant, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None) -> Tensor:
+    """The residual stream `[W, L, H]` after the last layer, float32, for `tokens` `[W, L]`."""
+    checkpoint = variant.weights.checkpoint
+    architecture, config = checkpoint.architecture, checkpoint.config
+    seq = sequences(config, tokens.shape[1], device)
+    names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
+    outer = {n: variant.weights.tensor(n).to(device) for n in names}
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    x = torch.cat([embed(architecture, config, outer, part.to(device), torch.float32) for part in tokens.split(batch)])
+    del outer
+    for index in range(config.layers):
+        stored = {n: t.to(device) for n, t in variant.weights.layer(index).items()}
+        layer = DecoderLayer(architecture, config, index, stored, seq, torch.float32)
+        observe = variant.kv(index) if variant.kv else None
+        for start in range(0, len(x), batch):
+            x[start : start + batch] = layer.forward(x[start : start + batch], observe)
+        step()
+    return x
+
+
+class _Head:
+    """The final norm and head of a model."""
+
+    def __init__(self, variant: Variant, device: torch.device) -> None:
+        checkpoint = variant.weights.checkpoint
+        self.architecture, self.config = checkpoint.architecture, checkpoint.config
+        head = self.architecture.embedding if self.config.tied else self.architecture.head
+        names = [n for n in checkpoint.outer_names() if n.startswith((self.architecture.final_norm, head + "."))]
+        self.tensors = {n: variant.weights.tensor(n).to(device, torch.float32) for n in names}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """log-probabilities `[T, V]` of hidden states `[T, H]`."""
+        return logits(self.architecture, self.config, self.tensors, x).log_softmax(-1)
+
+
+def compare(
+    reference: Variant, variants: dict[str, Variant], windows: list[list[int]], device: str = "cpu", step: Callable[[], None] = lambda: None
+) -> dict[str, Divergence]:
+    """The divergence of each variant from the reference on `windows` (all of one length)."""
+    tokens, on = torch.tensor(windows), torch.device(device)
+    with torch.inference_mode():
+        target = hidden_states(reference, tokens, on, step)
+        reference_head = _Head(reference, on)
+        return {
+            name: _compare(target, hidden_states(variant, tokens, on, step), reference_head, _Head(variant, on), tokens.to(on))
+            for name, variant in variants.items()
+        }
+
+
+def _compare(target: Tensor, found: Tensor, target_head: _Head, found_head: _Head, tokens: Tensor) -> Divergence:
+    length, vocabulary = tokens.shape[1], target_head.config.vocabulary
+    rows = max(1, LOGIT_ELEMENTS // vocabulary)
+    flat_target, flat_found = target.reshape(-1, target.shape[-1]), found.reshape(-1, found.shape[-1])
+    # The token each position predicts; the last of a window predicts nothing that was measured.
+    following = tokens.roll(-1, 1).reshape(-1)
+    predicts = (torch.arange(length, device=tokens.device) < length - 1).repeat(len(tokens))
+    divergences, same, nll_target, nll_found = [], 0, 0.0, 0.0
+    for start in range(0, len(flat_target), rows):
+        part = slice(start, start + rows)
+        a, b = target_head(flat_target[part]), found_head(flat_found[part])
+        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        counted, wanted = predicts[part], following[part, None]
+        nll_target -= float(a.gather(1, wanted)[counted].double().sum())
+        nll_found -= float(b.gather(1, wanted)[counted].double().sum())
+        divergences.append((a.exp() * (a - b)).sum(-1))
+    kl = torch.cat(divergences).double()
+    predicted = int(predicts.sum())
+    p99 = float(kl.kthvalue(max(1, math.ceil(0.99 * len(kl)))).values)
+    return Divergence(
+        math.exp(min(nll_found / predicted, 700)), math.exp(min(nll_target / predicted, 700)), float(kl.mean()), p99, same / len(kl), len(kl)
+    )

@@ -1,0 +1,398 @@
+"""A recipe resolved against a checkpoint: which linear gets which grid, what is in the store, what it will cost, what is wrong.
+
+Everything here is known from the config, the safetensors headers and the calibration text's presence: no weight is read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from quantflow.artifacts.fingerprint import digest, source_digest
+from quantflow.artifacts.store import Store
+from quantflow.calibration.data import documents
+from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
+from quantflow.formats import FORMATS
+from quantflow.models.architecture import linear_shapes
+from quantflow.models.checkpoint import TOKENIZER_FILES, Checkpoint, resolve_model
+from quantflow.models.config import DecoderConfig
+from quantflow.quant.grid import Scheme
+from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump
+
+T = TypeVar("T")
+BATCH_TOKENS = 4096  # tokens that go through a layer together
+HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear of the decoder. name: relative to its layer. scheme: None where it stays as it is, for `reason`."""
+
+    layer: int
+    name: str
+    module: str
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak resident bytes above the imports, bytes on disk (store and artifact), and seconds (order of magnitude)."""
+
+    memory_bytes: int
+    store_bytes: int
+    artifact_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    recipe: Recipe
+    model: str
+    checkpoint: Checkpoint
+    output: Path
+    device: str
+    linears: tuple[LinearPlan, ...]
+    notes: tuple[str, ...]
+
+    def stage(self, kind: type[T]) -> T | None:
+        """The recipe's stage of that kind, or None."""
+        return next((s for s in self.recipe.stages if isinstance(s, kind)), None)
+
+    @cached_property
+    def packs(self) -> tuple[Pack, ...]:
+        return tuple(s for s in self.recipe.stages if isinstance(s, Pack))
+
+    @property
+    def tp(self) -> int:
+        shard = self.stage(Shard)
+        return shard.tp if shard else 1
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.checkpoint.config
+
+    @property
+    def compute_dtype(self) -> str:
+        """What activations are computed in: bfloat16 for 16-bit models (float16 would overflow where bfloat16 does not)."""
+        return "float32" if self.config.dtype == "float32" else "bfloat16"
+
+    @property
+    def scale_dtypes(self) -> tuple[str, ...]:
+        """Dtypes in which every scale is exact, for all formats that will be written."""
+        return tuple(dict.fromkeys(FORMATS[p.format].scale_dtypes(self.config.dtype)[0] for p in self.packs))
+
+    @property
+    def needs_stream(self) -> bool:
+        """Whether hidden states must be carried from layer to layer."""
+        return any(self.stage(kind) for kind in (Awq, Gptq, KvQparams))
+
+    @property
+    def reads_calibration(self) -> bool:
+        return self.needs_stream or self.stage(Calibrate) is not None
+
+    @property
+    def stream_windows(self) -> int:
+        """Windows that the quantised stream carries: all, or only AWQ's sample where nothing else looks at them."""
+        calibration = self.recipe.calibration
+        if calibration is None or not self.needs_stream:
+            return 0
+        awq = self.stage(Awq)
+        if awq and not self.stage(Gptq) and not self.stage(KvQparams):
+            return min(calibration.samples, max(1, awq.max_tokens // calibration.seqlen))
+        return calibration.samples
+
+    def schemes(self, layer: int) -> dict[str, Scheme]:
+        """Relative name -> scheme of the quantised linears of a layer."""
+        return {p.name: p.scheme for p in self._by_layer[layer] if p.scheme is not None}
+
+    @cached_property
+    def _by_layer(self) -> dict[int, list[LinearPlan]]:
+        found: dict[int, list[LinearPlan]] = {i: [] for i in range(self.config.layers)}
+        for linear in self.linears:
+            found[linear.layer].append(linear)
+        return found
+
+    @cached_property
+    def store(self) -> Store:
+        root = os.environ.get("QUANTFLOW_STORE")
+        return Store(Path(root) if root else self.output.parent / ".quantflow-store")
+
+    # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
+
+    def calibrate_key(self, weights: str, tokens: str) -> str:
+        return digest(
+            ["calibrate", weights, tokens, self.checkpoint.raw_config, self.compute_dtype, self.device,
+             source_digest("models", "stages/calibrate.py", "calibration")]
+        )  # fmt: skip
+
+    def sweep_key(self, weights: str, tokens: str) -> str:
+        """Identity of the layers' results. `kv_qparams`' settings are not in it: the extremes that are stored serve them all."""
+        recipe = self.recipe
+        stages = [dump(recipe)["stages"][i] for i, s in enumerate(recipe.stages) if isinstance(s, (Awq, Gptq, Rtn))]
+        linears = [[p.module, str(p.scheme)] for p in self.linears]
+        kv = self.stage(KvQparams) is not None
+        return digest(
+            ["sweep", weights, tokens if self.needs_stream else "", self.checkpoint.raw_config, self.compute_dtype, self.device, recipe.seed,
+             stages, linears, self.scale_dtypes, self.min_zero, kv, self.stream_windows,
+             source_digest("models", "quant", "calibration", "stages/awq.py", "stages/quantize.py", "stages/folding.py", "pipeline/sweep.py")]
+        )  # fmt: skip
+
+    @property
+    def min_zero(self) -> int:
+        """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats."""
+        return int(any(p.format == "gptq" for p in self.packs))
+
+    @property
+    def estimate(self) -> Estimate:
+        return estimate(self)
+
+
+def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False) -> Plan:
+    """The plan of a recipe. Raises UserError with every problem that can be known before a weight is read."""
+    if not recipe.model:
+        raise UserError(Problem("model", "the recipe names none", "a model directory or hub id", "Pass --model DIR"))
+    problems: list[Problem] = []
+    checkpoint = Checkpoint(resolve_model(recipe.model), config_only=config_only)
+    if checkpoint.quantization:
+        method = checkpoint.quantization.get("quant_method")
+        raise ModelError(Problem(f"{checkpoint.path}", f"already quantised ({method})", "a full-precision checkpoint"))
+    problems += checkpoint.problems()
+    linears = tuple(_linears(recipe, checkpoint))
+    plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.architecture.notes)
+    problems += _grid_problems(plan) + _tensor_parallel_problems(plan) + _data_problems(plan) + _output_problems(plan)
+    if not config_only and not any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES[:2] + ("vocab.json", "qwen.tiktoken")):
+        problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
+    if problems:
+        raise UserError(problems)
+    return plan
+
+
+def resolve_device(device: str) -> str:
+    """`cpu` or `cuda`; raises UserError for a GPU that is not there."""
+    if device == "cpu":
+        return device
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(Problem("--device cuda", "torch sees no GPU", "a CUDA device", "Use --device cpu"))
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
+    weights = recipe.weights
+    for i in range(checkpoint.config.layers):
+        prefix = checkpoint.architecture.layer_prefix(i)
+        for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, i).items():
+            module = f"{prefix}.{name}"
+            scheme: Scheme | None = Scheme(weights.bits, weights.group_size, weights.symmetric)
+            reason = ""
+            if any(_matches(module, pattern) for pattern in weights.ignore):
+                scheme, reason = None, "weights.ignore"
+            for override in weights.overrides:
+                if _matches(module, override.match):
+                    if override.ignore:
+                        scheme, reason = None, f"override {override.match}"
+                        continue
+                    base = scheme or Scheme(weights.bits, weights.group_size, weights.symmetric)
+                    scheme = Scheme(
+                        override.bits or base.bits,
+                        override.group_size or base.group_size,
+                        base.symmetric if override.symmetric is None else override.symmetric,
+                    )
+                    reason = ""
+            yield LinearPlan(i, name, module, shape, scheme, reason)
+
+
+def _matches(module: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
+
+
+def parallel_dimension(linear: LinearPlan | str, architecture_layer: Any) -> int:
+    """0 where tensor parallelism cuts the outputs (q, k, v, gate, up), 1 where it cuts the inputs (o, down)."""
+    name = linear if isinstance(linear, str) else linear.name
+    names = architecture_layer
+    is_row = name == names.o or name == names.down or (names.expert != "" and name.endswith(f".{names.expert_down}"))
+    return 1 if is_row else 0
+
+
+def _grid_problems(plan: Plan) -> list[Problem]:
+    """One problem a kind of linear and cause, not one a layer."""
+    found: dict[tuple[str, str], Problem] = {}
+    gptq = plan.stage(Gptq)
+    index = bool(gptq and gptq.act_order == "dynamic")
+    for linear in plan.linears:
+        if linear.scheme is None:
+            continue
+        dimension = parallel_dimension(linear, plan.checkpoint.architecture.layer)
+        for pack in plan.packs:
+            checks = FORMATS[pack.format].check(
+                linear.module, linear.shape, linear.scheme, act_order_index=index, tp=plan.tp, tp_dim=dimension if plan.tp > 1 else None
+            )
+            for problem in checks:
+                leaf = linear.name.rpartition(".")[2]
+                key = (leaf, problem.found)
+                if key not in found:
+                    hint = f'{problem.hint}; for instance weights.overrides: [{{match: "*.{leaf}", ignore: true}}]'.lstrip("; ")
+                    found[key] = Problem(f"{linear.module} (pack {pack.format})", problem.found, problem.expected, hint)
+    problems = list(found.values())
+    schemes = {p.scheme for p in plan.linears if p.scheme is not None}
+    if not schemes:
+        problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
+    for pack in plan.packs:
+        if len(schemes) > 1 and not FORMATS[pack.format].mixed_bits:
+            listed = ", ".join(sorted(map(str, schemes)))
+            problems.append(Problem(f"pack {pack.format}", f"several schemes ({listed})", "one scheme for all linears", "Use compressed-tensors"))
+    patterns = [(f"weights.overrides match {o.match!r}", o.match) for o in plan.recipe.weights.overrides]
+    patterns += [(f"weights.ignore {p!r}", p) for p in plan.recipe.weights.ignore if p != plan.checkpoint.architecture.head]
+    for where, pattern in patterns:
+        if not any(_matches(p.module, pattern) for p in plan.linears):
+            problems.append(Problem(where, "matches no linear of the model", f"a pattern such as *.{plan.linears[0].name.rpartition('.')[2]}"))
+    if not any(_matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
+        problems.append(
+            Problem("weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is")
+        )
+    return problems
+
+
+def _tensor_parallel_problems(plan: Plan) -> list[Problem]:
+    tp, config = plan.tp, plan.config
+    if tp == 1:
+        return []
+    checks = (("attention heads", config.heads), ("KV heads", config.kv_heads))
+    return [Problem(f"shard tp {tp}", f"{count} {name}", f"a multiple of {tp}") for name, count in checks if count % tp]
+
+
+def _data_problems(plan: Plan) -> list[Problem]:
+    problems = []
+    calibration, evaluate = plan.recipe.calibration, plan.stage(Evaluate)
+    sections = [("calibration", calibration, calibration.seqlen if calibration else 0)] if calibration and plan.reads_calibration else []
+    if evaluate:
+        sections.append(("evaluate", evaluate, evaluate.length))  # type: ignore[arg-type]
+    for where, section, length in sections:
+        assert section is not None
+        if length > plan.config.max_positions and plan.config.rope.kind == "default":
+            problems.append(Problem(where, f"windows of {length} tokens", f"at most the model's {plan.config.max_positions} positions"))
+        local = Path(section.file or section.data)
+        if local.is_file():
+            try:
+                if next(documents(section.data, section.file), None) is None:
+                    problems.append(Problem(f"{where} {local}", "no text in it", "documents"))
+            except DataError as error:
+                problems += error.problems
+    return problems
+
+
+def _output_problems(plan: Plan) -> list[Problem]:
+    output, model = plan.output.resolve(), plan.checkpoint.path.resolve()
+    if output == model or model in output.parents:
+        return [Problem(str(plan.output), "lies in the model directory", "another place", "Pass --output DIR")]
+    if output in model.parents:
+        return [Problem(str(plan.output), "contains the model directory and would replace it", "another place", "Pass --output DIR")]
+    if output.exists() and not output.is_dir():
+        return [Problem(str(plan.output), "a file", "a directory that QuantFlow may create")]
+    if output.is_dir() and any(output.iterdir()) and not (output / "quantflow.json").is_file():
+        return [Problem(str(plan.output), "a directory with other content", "an empty or absent one, or an artifact of QuantFlow's", "Pass --output DIR")]
+    parent = output
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        return [Problem(str(plan.output), f"{parent} is not writable", "a writable place", "Pass --output DIR")]
+    return []
+
+
+def check_output(plan: Plan) -> None:
+    """Raises OutputError where the output or the store cannot be written."""
+    for folder in (plan.output.parent, plan.store.root):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".quantflow-probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            raise OutputError(Problem(str(folder), error.strerror or str(error), "a writable directory", "Pass --output DIR")) from error
+        except OSError as error:
+            if error.errno == 30:  # a read-only file system
+                raise OutputError(Problem(str(folder), "a read-only file system", "a writable directory", "Pass --output DIR")) from error
+            raise
+
+
+def quantised_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
+    """Bytes of one packed weight: codes, 16-bit scales and, asymmetric, zeros."""
+    n, k = shape
+    groups = scheme.groups(k)
+    return n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * 2 + (0 if scheme.symmetric else n * groups * scheme.bits // 8)
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Memory, disk and time, from shapes alone. The terms are those of the sweep, held against measured peaks by a test."""
+    config, checkpoint = plan.config, plan.checkpoint
+    item = 4 if config.dtype == "float32" else 2
+    per_layer: Counter[int] = Counter()
+    for linear in plan.linears:
+        per_layer[linear.layer] += linear.shape[0] * linear.shape[1]
+    layer = max(per_layer.values()) * item
+    widest = max(n * k for n, k in (p.shape for p in plan.linears))
+    k_widest = max(p.shape[1] for p in plan.linears)
+    outer = sum(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
+    largest_outer = max(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
+    calibration, gptq, rtn = plan.recipe.calibration, plan.stage(Gptq), plan.stage(Rtn)
+    compute = 4 if plan.compute_dtype == "float32" else 2
+    held = 0
+    batch = 0
+    if calibration and (plan.stream_windows or plan.stage(Calibrate)):
+        tokens = max(plan.stream_windows, calibration.samples if plan.stage(Calibrate) else 0) * calibration.seqlen
+        stream = tokens * config.hidden * compute
+        held = 3 * stream if 3 * stream <= activation_budget() else 0
+        width = max(config.intermediate, config.dense_intermediate, config.hidden)
+        batch_tokens = max(BATCH_TOKENS, calibration.seqlen)
+        batch = batch_tokens * (3 * width + 6 * config.hidden) * compute
+        held += largest_outer
+    together = _largest_group(plan)
+    # gptq: the weights solved together, their transposes, codes and gradients in float32; H, its permutation and its factor.
+    solver = 8 * together * 4 + 4 * k_widest**2 * 4 if gptq else (4 * widest + 12 * 2**20 if rtn else 0)
+    copies = 2 if plan.needs_stream else 1
+    memory = copies * layer + layer // 2 + max(solver, batch) + held
+    memory = max(memory, 2 * largest_outer)
+    evaluate = plan.stage(Evaluate)
+    if evaluate:
+        tokens = evaluate.windows * evaluate.length
+        logits = BATCH_TOKENS // 4 * config.vocabulary * 4
+        memory = max(memory, 2 * layer // item * 4 + outer // item * 4 + 3 * tokens * config.hidden * 4 + 6 * logits)
+    packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
+        p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
+    )
+    outputs = len(plan.packs) * (1 + (plan.tp > 1))
+    tokens = (plan.stream_windows * calibration.seqlen) if calibration else 0
+    parameters = sum(per_layer.values())
+    flops = tokens * parameters * 2 * (1.5 + 1.0 * bool(plan.stage(Calibrate)))
+    if gptq:
+        flops += sum(tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2) + 6 * p.shape[0] * p.shape[1] ** 2 for p in plan.linears)
+    rate = 2.5e11 if plan.device == "cpu" else 2e14
+    seconds = flops / rate + checkpoint.weight_bytes / 4e8
+    stream_bytes = tokens * config.hidden * compute
+    return Estimate(int(memory), int(packed + 3 * stream_bytes), int(outputs * (packed + outer)), seconds)
+
+
+def _largest_group(plan: Plan) -> int:
+    """Weights that GPTQ solves together: those of the linears that share an input."""
+    names, config = plan.checkpoint.architecture.layer, plan.config
+    kv = config.kv_heads * config.head_dim
+    sizes = [(config.heads * config.head_dim + 2 * kv) * config.hidden]
+    for i in range(config.layers):
+        width = config.width(i)
+        sizes.append((2 if names.gate else 1) * width * config.hidden)
+    return max(sizes)
+
+
+def activation_budget() -> int:
+    """Bytes of hidden states that are held in memory; more goes to files."""
+    return int(os.environ.get("QUANTFLOW_ACTIVATION_BYTES", HELD_BYTES))

@@ -1,0 +1,383 @@
+"""The sweep: one pass over the decoder that takes each layer in turn through all layer stages.
+
+For a layer: load it; let `awq` find scales on a sample of the quantised stream and fold them; quantise its linears group by
+group in execution order, each group's Hessian taken from the stream as the groups before it left it (GPTQ's true-sequential
+mode, which also makes one forward of every linear enough); carry the stream on; store the result; free the layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantflow.artifacts.store import Store
+from quantflow.calibration.statistics import Hessian, KVStatistics
+from quantflow.calibration.stream import Stream
+from quantflow.errors import Problem, QuantFlowError
+from quantflow.models.decoder import DecoderLayer, Sequences, embed, sequences
+from quantflow.models.tensor_file import TensorFile, save_tensors
+from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
+from quantflow.pipeline.progress import Progress
+from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.packing import pack_rows, unpack_rows
+from quantflow.quant.rtn import GridRules
+from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
+from quantflow.stages.awq import AwqResult, search_layer
+from quantflow.stages.calibrate import calibrate_layer
+from quantflow.stages.quantize import Quantized, gptq_group, rtn_linear
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What the sweep left of a layer: `linears` canonical, `changed` the other tensors that differ from the checkpoint, `kv` the
+    extremes of K and V in the quantised model, `report` a line for every linear."""
+
+    linears: dict[str, QuantizedTensor]
+    changed: dict[str, Tensor]
+    kv: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Context:
+    plan: Plan
+    store: Store
+    device: torch.device
+    dtype: torch.dtype
+    rules: GridRules
+    seq: Sequences | None
+    batch: int  # windows that go through a layer together
+
+    def spans(self, windows: int) -> Iterator[tuple[int, int]]:
+        return ((s, min(s + self.batch, windows)) for s in range(0, windows, self.batch))
+
+    def layer(self, index: int, stored: dict[str, Tensor]) -> DecoderLayer:
+        assert self.seq is not None
+        return DecoderLayer(self.plan.checkpoint.architecture, self.plan.config, index, stored, self.seq, self.dtype)
+
+
+def grid_rules(plan: Plan) -> GridRules:
+    return GridRules(tuple(getattr(torch, d) for d in plan.scale_dtypes), plan.min_zero)
+
+
+def sweep(plan: Plan, store: Store, keys: tuple[str, str], tokens: list[list[int]], progress: Progress) -> None:
+    """Fills the store with every layer's result, from the first that is missing. keys: (of the calibration, of the sweep)."""
+    config, recipe = plan.config, plan.recipe
+    calibrate_key, sweep_key = keys
+    length = len(tokens[0]) if tokens else 0
+    device = torch.device(plan.device)
+    context = _Context(
+        plan, store, device, getattr(torch, plan.compute_dtype), grid_rules(plan),
+        sequences(config, length, device) if tokens else None, max(1, BATCH_TOKENS // length) if tokens else 1,
+    )  # fmt: skip
+    torch.manual_seed(recipe.seed)
+    with torch.inference_mode():
+        if plan.stage(Calibrate) and store.finished_layers(calibrate_key, config.layers) < config.layers:
+            progress.phase("calibrate", config.layers)
+            _pass(context, calibrate_key, tokens, progress, _calibrate, inner=False)
+        if store.finished_layers(sweep_key, config.layers) < config.layers:
+            progress.phase("quantise", config.layers)
+            _pass(context, sweep_key, tokens[: plan.stream_windows], progress, _quantise, inner=True)
+
+
+Step = Callable[[_Context, int, dict[str, Tensor], "Streams | None"], tuple[dict[str, Tensor], dict[str, Any]]]
+
+
+@dataclass
+class Streams:
+    """The stream that goes through the layers, and the scratch streams a layer needs on the way."""
+
+    x: Stream
+    context: Stream | None
+    inner: Stream | None
+
+
+def _pass(context: _Context, key: str, tokens: list[list[int]], progress: Progress, step: Step, *, inner: bool) -> None:
+    """Runs `step` on every unfinished layer; resumes from the last saved stream."""
+    plan, store, layers = context.plan, context.store, context.plan.config.layers
+    folder = store.folder(key)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = store.finished_layers(key, layers)
+    streams = _open_streams(context, folder, len(tokens), len(tokens[0]) if tokens else 0, inner) if tokens else None
+    if streams:
+        done = _restore(context, key, streams.x, done)
+        if done == 0:
+            _embed(context, streams.x, tokens)
+    for _ in range(done):
+        progress.step("in the store")
+    try:
+        # The next layer's weights are read while this one is worked on.
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(plan.checkpoint.layer, done)
+            for index in range(done, layers):
+                stored = {n: t.to(context.device) for n, t in ahead.result().items()}
+                if index + 1 < layers:
+                    ahead = reader.submit(plan.checkpoint.layer, index + 1)
+                tensors, report = step(context, index, stored, streams)
+                del stored
+                metadata = {"report": json.dumps(report, sort_keys=True)}
+                # The last layer's output feeds nothing: a run killed there redoes no layer.
+                if streams and index + 1 < layers:
+                    metadata["stream"] = str(streams.x.save(store.stream(key, index), context.batch))
+                save_tensors(store.layer(key, index), tensors, metadata)
+                del tensors
+                store.drop_streams(key, keep=index)
+                progress.step(_summary(report))
+    finally:
+        if streams:
+            for stream in (streams.x, streams.context, streams.inner):
+                if stream:
+                    stream.close()
+    store.drop_streams(key)
+
+
+def _open_streams(context: _Context, folder: Path, windows: int, length: int, inner: bool) -> Streams:
+    config = context.plan.config
+    width = config.heads * config.head_dim
+    budget = activation_budget() if context.device.type == "cpu" else torch.cuda.mem_get_info()[0] // 3
+    item = context.dtype.itemsize
+    hidden_bytes, context_bytes, inner_bytes = (windows * length * w * item for w in (config.hidden, width, config.intermediate))
+    held = hidden_bytes + context_bytes <= budget
+
+    def open_stream(name: str, channels: int) -> Stream:
+        path = None if held else folder / f".work-{name}.bin"
+        return Stream((windows, length, channels), context.dtype, context.device, path)
+
+    x = open_stream("x", config.hidden)
+    if not inner:
+        return Streams(x, None, None)
+    # Keeping what goes into `down` saves computing gate and up twice.
+    keep_inner = not config.experts and hidden_bytes + context_bytes + inner_bytes <= budget
+    return Streams(x, open_stream("context", width), open_stream("inner", config.intermediate) if keep_inner else None)
+
+
+def _restore(context: _Context, key: str, x: Stream, done: int) -> int:
+    """Loads the hidden states after the last finished layer; returns how many layers can be taken as finished."""
+    layers = context.plan.config.layers
+    if done in (0, layers):
+        return done
+    metadata = TensorFile(context.store.layer(key, done - 1)).metadata
+    if x.load(context.store.stream(key, done - 1), int(metadata.get("stream", -1)), context.batch):
+        return done
+    # Killed between saving the layer and cleaning up is fine; a stream lost otherwise means starting over.
+    for index in range(layers):
+        context.store.layer(key, index).unlink(missing_ok=True)
+    return 0
+
+
+def _embed(context: _Context, x: Stream, tokens: list[list[int]]) -> None:
+    checkpoint = context.plan.checkpoint
+    architecture = checkpoint.architecture
+    names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
+    tensors = {n: checkpoint.tensor(n).to(context.device) for n in names}
+    for start, stop in context.spans(len(tokens)):
+        ids = torch.tensor(tokens[start:stop], device=context.device)
+        x.write(start, embed(architecture, checkpoint.config, tensors, ids, context.dtype))
+
+
+def _summary(report: dict[str, Any]) -> str:
+    errors = [line["error"] for line in report.get("linears", {}).values() if "error" in line]
+    return f"error {sum(errors) / len(errors):.2e}" if errors else ""
+
+
+def _calibrate(context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    assert streams is not None
+    return calibrate_layer(context.layer(index, stored), streams.x, context.batch), {}
+
+
+def _quantise(context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One layer through awq, gptq or rtn, and kv_qparams' observation."""
+    plan = context.plan
+    schemes = plan.schemes(index)
+    awq = plan.stage(Awq)
+    found = _search_scales(context, index, stored, streams, schemes, awq) if awq and streams else AwqResult()
+    changed = dict(found.folding.changed)
+    for linear in (n for n in found.folding.columns if n not in schemes):
+        # A router, or a linear that stays in 16 bits, reads the scaled norm too.
+        name = f"{linear}.weight"
+        changed[name] = found.folding.weight(linear, stored[name]).to(stored[name].dtype)
+    kv = KVStatistics()
+    if plan.stage(Gptq):
+        assert streams is not None
+        done = _gptq_layer(context, index, stored, streams, schemes, found, changed, kv)
+    else:
+        done = _rtn_layer(context, index, stored, streams, schemes, found, changed, kv)
+    tensors = dict(changed)
+    for name, result in done.items():
+        tensors.update(_canonical(name, result.tensor))
+    if plan.stage(KvQparams):
+        tensors.update({f"kv.{name}": value for name, value in kv.result().items()})
+    report = {
+        "linears": {name: done[name].report for name in sorted(done)},
+        "awq": found.report,
+        "schemes": {n: [s.bits, s.group_size, s.symmetric] for n, s in schemes.items()},
+    }
+    return {n: t.cpu().contiguous() for n, t in tensors.items()}, report
+
+
+def _search_scales(
+    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams, schemes: dict[str, Scheme], awq: Awq
+) -> AwqResult:
+    windows, length = streams.x.windows, streams.x.shape[1]
+    count = min(windows, max(1, awq.max_tokens // length))
+    picked = [i * windows // count for i in range(count)]
+    sample = torch.cat([streams.x.read(i, i + 1) for i in picked])
+    layer = context.layer(index, stored)
+    return search_layer(layer, stored, sample, schemes, context.rules, grid=awq.grid, clip=awq.clip)
+
+
+def _rtn_layer(
+    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None, schemes: dict[str, Scheme], found: AwqResult,
+    changed: dict[str, Tensor], kv: KVStatistics,
+) -> dict[str, Quantized]:  # fmt: skip
+    rtn = context.plan.stage(Rtn)
+    search = bool(rtn and rtn.range_search)
+    done: dict[str, Quantized] = {}
+    tensors = {**stored, **changed} if streams else {}
+    for name, scheme in schemes.items():
+        weight = stored[f"{name}.weight"]
+        if name in found.folding.columns or name in found.folding.rows:
+            weight = found.folding.weight(name, weight)
+        done[name] = rtn_linear(weight, scheme, context.rules, search=search, importance=found.importance.get(name))
+        if streams:
+            tensors[f"{name}.weight"] = done[name].tensor.dequantize(context.dtype)
+    if streams:
+        layer = context.layer(index, tensors)
+        for start, stop in context.spans(streams.x.windows):
+            streams.x.write(start, layer.forward(streams.x.read(start, stop), kv))
+    return done
+
+
+def _gptq_layer(
+    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams, schemes: dict[str, Scheme], found: AwqResult,
+    changed: dict[str, Tensor], kv: KVStatistics,
+) -> dict[str, Quantized]:  # fmt: skip
+    gptq = context.plan.stage(Gptq)
+    assert gptq is not None and streams.context is not None
+    layer = context.layer(index, {**stored, **changed})
+    names, x, mid, inner = layer.names, streams.x, streams.context, streams.inner
+    done: dict[str, Quantized] = {}
+
+    def solve(group: list[str], channels: int, rows: Callable[[], Iterator[Tensor]]) -> None:
+        group = [n for n in group if n in schemes]
+        if not group:
+            return
+        hessian = Hessian(channels, context.device)
+        for part in rows():
+            hessian.add(part)
+        results = gptq_group(stored, found.folding, schemes, group, hessian.matrix, hessian.rows, context.rules, gptq)
+        for n, result in results.items():
+            done[n] = result
+            layer.tensors[f"{n}.weight"] = result.tensor.dequantize(context.dtype)
+
+    spans = list(context.spans(x.windows))
+    hidden = context.plan.config.hidden
+    solve([names.q, names.k, names.v], hidden, lambda: (layer.attention_input(x.read(a, b)) for a, b in spans))
+    for a, b in spans:
+        mid.write(a, layer.context(layer.attention_input(x.read(a, b)), kv))
+    solve([names.o], mid.shape[2], lambda: (mid.read(a, b) for a, b in spans))
+    for a, b in spans:
+        x.write(a, x.read(a, b) + layer.attention_output(mid.read(a, b)))
+    if layer.moe:
+        _gptq_experts(context, layer, x, spans, solve)
+        return done
+    gate, up, down = names.mlp()
+    solve([n for n in (gate, up) if n], hidden, lambda: (layer.mlp_input(x.read(a, b)) for a, b in spans))
+
+    def inner_rows() -> Iterator[Tensor]:
+        for a, b in spans:
+            value = layer.inner(layer.mlp_input(x.read(a, b)))
+            if inner:
+                inner.write(a, value)
+            yield value
+
+    width = context.plan.config.width(index)
+    kept = down in schemes and inner is not None
+    solve([down], width, inner_rows)
+    for a, b in spans:
+        value = inner.read(a, b) if kept and inner else layer.inner(layer.mlp_input(x.read(a, b)))
+        x.write(a, x.read(a, b) + layer.mlp_output(value))
+    return done
+
+
+def _gptq_experts(
+    context: _Context, layer: DecoderLayer, x: Stream, spans: list[tuple[int, int]],
+    solve: Callable[[list[str], int, Callable[[], Iterator[Tensor]]], None],
+) -> None:  # fmt: skip
+    """The experts one after the other, each on the tokens that are routed to it; `x` moves on in place."""
+    config = context.plan.config
+    hidden, width = config.hidden, config.width(layer.index)
+    inputs = [layer.mlp_input(x.read(a, b)).reshape(-1, hidden) for a, b in spans]
+    routes = [layer.route(h) for h in inputs]
+    for expert in range(config.experts):
+        gate, up, down = layer.names.mlp(expert)
+        picks = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in routes]
+
+        def rows() -> Iterator[Tensor]:
+            return (h[tokens] for h, (tokens, _) in zip(inputs, picks, strict=True) if len(tokens))  # noqa: B023 - used before the next turn
+
+        solve([n for n in (gate, up) if n], hidden, rows)
+        solve([down], width, lambda: (layer.inner(part, expert) for part in rows()))  # noqa: B023
+        for (a, b), h, (tokens, slot), (_, weights) in zip(spans, inputs, picks, routes, strict=True):
+            if len(tokens):
+                y = layer.mlp_output(layer.inner(h[tokens], expert), expert) * weights[tokens, slot, None]
+                part = x.read(a, b).reshape(-1, hidden).index_add(0, tokens, y)
+                x.write(a, part.view(b - a, -1, hidden))
+
+
+def _canonical(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """The store's tensors of a linear: codes packed along the row, low bits first."""
+    found = {
+        f"{name}.codes": pack_rows(tensor.codes, tensor.scheme.bits),
+        f"{name}.scales": tensor.scales,
+        f"{name}.zeros": tensor.zeros,
+    }
+    if tensor.group_index is not None:
+        found[f"{name}.group_index"] = tensor.group_index
+    return found
+
+
+class SweepReader:
+    """The results of a finished sweep, a layer at a time."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.store, self.key = store, key
+
+    def file(self, index: int) -> TensorFile:
+        return TensorFile(self.store.layer(self.key, index))
+
+    def report(self, index: int) -> dict[str, Any]:
+        return json.loads(self.file(index).metadata["report"])
+
+    def linear(self, index: int, name: str, in_features: int) -> QuantizedTensor:
+        file = self.file(index)
+        bits, group_size, symmetric = json.loads(file.metadata["report"])["schemes"][name]
+        group_index = file.read(f"{name}.group_index") if f"{name}.group_index" in file.tensors else None
+        codes = unpack_rows(file.read(f"{name}.codes"), bits, in_features)
+        return QuantizedTensor(Scheme(bits, group_size, symmetric), codes, file.read(f"{name}.scales"), file.read(f"{name}.zeros"), group_index)
+
+    def changed(self, index: int) -> dict[str, Tensor]:
+        """Tensors that the sweep changed without quantising them, under their names relative to the layer."""
+        file = self.file(index)
+        names = [n for n in file.tensors if n.endswith((".weight", ".bias"))]
+        return {n: file.read(n) for n in names}
+
+    def kv(self, index: int) -> dict[str, Tensor]:
+        file = self.file(index)
+        return {n.removeprefix("kv."): file.read(n) for n in file.tensors if n.startswith("kv.")}
+
+
+def check_complete(reader: SweepReader, plan: Plan) -> None:
+    """Raises QuantFlowError unless every linear of the plan is in the store: quantised, or listed as left alone."""
+    for index in range(plan.config.layers):
+        names = reader.file(index).tensors
+        missing = [n for n in plan.schemes(index) if f"{n}.codes" not in names]
+        if missing:
+            raise QuantFlowError(Problem(f"layer {index}", f"{', '.join(missing)} was planned but not quantised"))

@@ -1,0 +1,35 @@
+"""`shard`: one rank's part of each tensor under tensor parallelism (Shoeybi et al. 2019).
+
+Column-parallel linears (q, k, v, gate, up) are cut along their outputs, with bias, scales and zeros; row-parallel ones (o, down)
+along their inputs, their bias kept whole on every rank (an engine adds it once). Embeddings, norms, routers and the head are
+whole on every rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantflow.quant.grid import QuantizedTensor
+
+
+def shard_quantized(tensor: QuantizedTensor, dimension: int, rank: int, tp: int) -> QuantizedTensor:
+    """Rank `rank`'s part; `dimension` 0 cuts the outputs, 1 the inputs (whole groups: the plan has checked)."""
+    codes, scales, zeros, index = tensor.codes, tensor.scales, tensor.zeros, tensor.group_index
+    codes = codes.chunk(tp, dimension)[rank].contiguous()
+    if dimension == 0 or scales.shape[1] > 1:
+        scales, zeros = (t.chunk(tp, dimension)[rank].contiguous() for t in (scales, zeros))
+    return QuantizedTensor(tensor.scheme, codes, scales, zeros, index)
+
+
+def shard_plain(name: str, tensor: Tensor, dimension: int | None, rank: int, tp: int) -> Tensor:
+    """Rank `rank`'s part of an unquantised weight or bias; None leaves it whole."""
+    if dimension is None or (dimension == 1 and name.endswith(".bias")):
+        return tensor
+    return tensor.chunk(tp, dimension)[rank].contiguous()
+
+
+def shard_shape(name: str, shape: tuple[int, ...], dimension: int | None, tp: int) -> tuple[int, ...]:
+    """The shape of what `shard_plain` gives."""
+    if dimension is None or (dimension == 1 and name.endswith(".bias")):
+        return shape
+    return tuple(size // tp if axis == dimension else size for axis, size in enumerate(shape))
