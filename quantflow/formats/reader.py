@@ -53,7 +53,7 @@ class Weights:
         """The quantised modules."""
         if not self.format:
             return set()
-        suffix = "." + self.format.suffixes[0]
+        suffix = self.format.suffixes[0]
         return {n.removesuffix(suffix) for n in self.checkpoint.source_names if n.endswith(suffix)}
 
     def is_quantised(self, name: str) -> bool:
@@ -62,7 +62,7 @@ class Weights:
     def quantized(self, module: str) -> QuantizedTensor:
         """The canonical tensor of a quantised module."""
         assert self.format is not None
-        names = [f"{module}.{suffix}" for suffix in self.format.suffixes]
+        names = [f"{module}{suffix}" for suffix in self.format.suffixes]
         present = set(self.checkpoint.source_names)
         tensors = {n: self.checkpoint.read_source(n) for n in names if n in present}
         return self.format.decode(module, tensors, self._config)

@@ -1,0 +1,69 @@
+"""An artifact directory: built under a temporary name, renamed when whole. Its manifest is `quantflow.json`.
+
+    quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, sha256 of every file
+    report.json              what was done to every linear, fallbacks, quality
+    calibration.safetensors  calibrate's statistics
+    kv_qparams.safetensors   scales and zero points of the KV cache
+    run.json                 times, host, memory: outside the artifact's identity
+    <checkpoint files>       in the directory itself or, for several formats, in one folder a format
+    tp2/rank-0/, …           tensor-parallel ranks, beside the checkpoint they come from
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quantflow.artifacts.fingerprint import file_digest
+from quantflow.artifacts.store import write_json
+from quantflow.errors import OutputError, Problem
+from quantflow.models.checkpoint import read_json
+
+MANIFEST = "quantflow.json"
+RUN = "run.json"
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of an artifact, or None where there is none."""
+    return read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of an artifact but the manifest and `run.json`, by relative path."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = {str(p.relative_to(folder)): p for p in files}
+    return {n: file_digest(p) for n, p in names.items() if n not in (MANIFEST, RUN)}
+
+
+@contextmanager
+def building(output: Path) -> Iterator[Path]:
+    """A fresh folder that takes the place of `output` when the block ends well, and vanishes when it does not.
+
+    Raises OutputError where `output` holds something that is no artifact.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for left in output.parent.glob(f".{output.name}.partial-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        if output.exists():
+            if any(output.iterdir()) and not (output / MANIFEST).is_file():
+                raise OutputError(Problem(str(output), "a directory with other content", "an artifact of QuantFlow's, or nothing"))
+            # Two renames, so that at no moment a mixture of two artifacts stands there.
+            old = output.parent / f".{output.name}.partial-old-{os.getpid()}"
+            os.replace(output, old)
+            os.replace(partial, output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+__all__ = ["MANIFEST", "RUN", "building", "file_digests", "read_manifest", "write_json"]

@@ -1,0 +1,128 @@
+"""The one console, the progress of long work, and how errors end a command."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from quantflow.errors import GateError, QuantFlowError, ResourceError, UserError
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+INTERRUPTED = 130
+_DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+
+
+class Plain:
+    """Progress as plain lines, for pipes and logs: a line when a phase begins and at every tenth of it."""
+
+    def __init__(self) -> None:
+        self._name, self._total, self._done, self._began = "", 0, 0, time.monotonic()
+
+    def phase(self, name: str, total: int) -> None:
+        self._name, self._total, self._done, self._began = name, total, 0, time.monotonic()
+        errors.print(f"{name}: {total} steps")
+
+    def step(self, detail: str = "") -> None:
+        self._done += 1
+        if self._total <= 12 or self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
+            seconds = time.monotonic() - self._began
+            errors.print(f"{self._name}: {self._done}/{self._total} {seconds:.1f} s {resident_mib()} MiB {detail}".rstrip())
+
+    def note(self, text: str) -> None:
+        errors.print(text)
+
+
+class Bars:
+    """Progress as rich bars: steps, time left, memory, and what is being worked on."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def phase(self, name: str, total: int) -> None:
+        self._task = self._progress.add_task(name, total=total, detail="", memory="")
+
+    def step(self, detail: str = "") -> None:
+        if self._task is not None:
+            self._progress.update(self._task, advance=1, detail=detail, memory=f"{resident_mib()} MiB")
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text)
+
+
+@contextmanager
+def progress() -> Iterator[Plain | Bars]:
+    """Bars on a terminal, plain lines elsewhere; on stderr, so that stdout stays what was asked for."""
+    if not errors.is_terminal:
+        yield Plain()
+        return
+    columns = (
+        TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]} {task.fields[detail]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=errors) as bars:
+        yield Bars(bars)
+
+
+def resident_mib() -> int:
+    """Resident memory of this process, in MiB (0 where the system does not tell)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def translate(error: BaseException) -> tuple[int, str, tuple[Any, ...]]:
+    """The exit code of an exception, a title, and its problems. The one table from exceptions to messages."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted", ("Finished layers are in the store: run the same command to go on.",)
+    if isinstance(error, GateError):
+        return error.exit_code, "quality gate failed", error.problems
+    if isinstance(error, ResourceError):
+        return error.exit_code, "not enough of something", error.problems
+    if isinstance(error, UserError):
+        return error.exit_code, f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}", error.problems
+    if isinstance(error, QuantFlowError):
+        return error.exit_code, "internal error", error.problems
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        place = error.filename or "the disk"
+        return 4, "disk full", (f"{place}: {error.strerror}. Free some space and run the same command: it goes on where it stopped.",)
+    if isinstance(error, PermissionError):
+        return 2, "not permitted", (f"{error.filename}: {error.strerror}. Choose another place with --output.",)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
+        return 4, "out of memory", ("Lower calibration.samples or seqlen (`quantflow plan` estimates the peak), or free memory; run again to go on.",)
+    if isinstance(error, OSError):
+        return 4, "the system refused", (f"{error.filename or ''} {error.strerror or error}".strip(),)
+    return 1, "internal error", (f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug for the traceback.",)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text
+
+
+@contextmanager
+def reporting(debug: bool) -> Iterator[None]:
+    """Turns exceptions into one clear message and an exit code; `debug` lets the traceback through first."""
+    try:
+        yield
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if debug:
+            errors.print_exception()
+        code, title, problems = translate(error)
+        errors.print(f"[bold red]quantflow: {title}[/]")
+        for problem in problems:
+            errors.print(f"  {problem}", markup=False)
+        sys.exit(code)

@@ -1,0 +1,94 @@
+"""`quantflow inspect`: what a checkpoint or artifact is."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quantflow.cli.console import console, reporting
+from quantflow.cli.options import Debug, Json
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Model directory or artifact.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers only."""
+    with reporting(debug):
+        from quantflow.errors import ModelError, Problem
+
+        if not directory.is_dir():
+            raise ModelError(Problem(str(directory), "no such directory", "a model directory or an artifact"))
+        summary = describe(directory)
+        if as_json:
+            print(json.dumps(summary, indent=2))
+        else:
+            _show(summary)
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """What `directory` is, from its headers, config and manifest."""
+    from quantflow.artifacts.artifact import read_manifest
+    from quantflow.formats import FORMATS, detect
+    from quantflow.formats.reader import Weights, checkpoint_folder
+    from quantflow.models.architecture import linear_shapes
+
+    folder = checkpoint_folder(directory)
+    weights = Weights(folder)
+    checkpoint, config = weights.checkpoint, weights.checkpoint.config
+    name = detect(checkpoint.raw_config)
+    modules: dict[str, str] = {}
+    for index in range(config.layers):
+        prefix = checkpoint.architecture.layer_prefix(index)
+        for linear in linear_shapes(checkpoint.architecture, config, index):
+            module = f"{prefix}.{linear}"
+            scheme = FORMATS[name].scheme_of(module, checkpoint.quantization or {}) if name and module in weights.modules else None
+            modules[module] = str(scheme) if scheme else checkpoint.dtype_of(f"{module}.weight")
+    manifest = read_manifest(directory)
+    return {
+        "directory": str(directory),
+        "architecture": checkpoint.architecture.name,
+        "model_type": checkpoint.raw_config["model_type"],
+        "layers": config.layers,
+        "hidden": config.hidden,
+        "intermediate": config.intermediate,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "vocabulary": config.vocabulary,
+        "experts": config.experts,
+        "format": name or "full precision",
+        "weight_bytes": checkpoint.weight_bytes,
+        "files": len(checkpoint.files),
+        "modules": modules,
+        "artifact": {k: manifest.get(k) for k in ("name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")}
+        if manifest
+        else None,
+    }
+
+
+def _show(summary: dict[str, Any]) -> None:
+    from quantflow.cli.plan import size
+    from quantflow.cli.run import quality_table
+
+    table = Table(show_header=False, title=summary["directory"])
+    s = summary
+    table.add_row("architecture", f"{s['architecture']}: {s['layers']} layers, hidden {s['hidden']}, {s['heads']} heads, {s['kv_heads']} KV heads")
+    table.add_row("format", s["format"])
+    table.add_row("size", f"{size(s['weight_bytes'])} in {s['files']} file(s)")
+    for scheme, count in Counter(s["modules"].values()).items():
+        table.add_row("linears", f"{count} × {scheme}")
+    artifact = s["artifact"]
+    if artifact:
+        table.add_row("artifact", f"{artifact['name']} ({artifact['status']}), formats {', '.join(artifact['formats'])}, tp {artifact['tensor_parallel']}")
+        table.add_row("source", f"{artifact['source']['model']}, weights {artifact['source']['weights'][:16]}…")
+        kv = artifact["kv_qparams"]
+        table.add_row("KV cache", f"{kv['bits']} bit, one scale a {kv['granularity']}, symmetric {kv['symmetric']}" if kv else "as computed")
+    console.print(table)
+    if artifact and artifact["quality"]:
+        console.print(quality_table(artifact["quality"]))

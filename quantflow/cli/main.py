@@ -1,0 +1,30 @@
+"""The command line. One file a verb; nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import typer
+
+from quantflow.cli import eval as eval_command
+from quantflow.cli import inspect, plan, run, schema
+
+app = typer.Typer(
+    name="quantflow",
+    help="Quantise large language models from a YAML recipe into checkpoints that other software loads, with proof of quality.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run.run)
+app.command("plan")(plan.plan)
+app.command("inspect")(inspect.inspect)
+app.command("eval")(eval_command.evaluate)
+app.command("schema")(schema.schema)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""`quantflow plan`: what a run would do and cost, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quantflow.cli.console import console, reporting
+from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, RecipePath, Set
+
+if TYPE_CHECKING:
+    from quantflow.pipeline.plan import Plan
+
+
+def plan(
+    recipe: RecipePath,
+    model: Model = None,
+    output: Output = None,
+    set_: Set = None,
+    device: DeviceOption = Device.auto,
+    config_only: Annotated[bool, typer.Option("--config-only", help="Plan from config.json alone, without weight files.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the resolved steps, what the store already has, estimates of memory, disk and time, and every problem."""
+    with reporting(debug):
+        from quantflow.pipeline.plan import make_plan
+        from quantflow.pipeline.status import stored_layers
+        from quantflow.recipe import load_recipe
+
+        found = make_plan(load_recipe(recipe, set_ or (), model=model, output=output), device=device.value, config_only=config_only)
+        summary = summarise(found, stored_layers(found) if not config_only else None)
+        if as_json:
+            print(json.dumps(summary, indent=2))
+        else:
+            _show(summary)
+
+
+def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
+    """The plan as JSON-able data. stored: finished layers in the store, None where that is not known without reading weights."""
+    from quantflow.recipe import dump
+
+    estimate = plan.estimate
+    schemes = Counter(str(p.scheme) if p.scheme else f"kept ({p.reason})" for p in plan.linears)
+    return {
+        "name": plan.recipe.name,
+        "model": plan.model,
+        "architecture": plan.checkpoint.architecture.name,
+        "layers": plan.config.layers,
+        "device": plan.device,
+        "output": str(plan.output),
+        "steps": dump(plan.recipe)["stages"],
+        "linears": dict(schemes),
+        "stored_layers": stored,
+        "weight_bytes": plan.checkpoint.weight_bytes,
+        "estimate": {
+            "peak_memory_bytes": estimate.memory_bytes,
+            "store_bytes": estimate.store_bytes,
+            "artifact_bytes": estimate.artifact_bytes,
+            "seconds": round(estimate.seconds, 1),
+        },
+        "notes": list(plan.notes),
+    }
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _show(summary: dict[str, Any]) -> None:
+    table = Table(show_header=False, title=f"Plan of {summary['name']}")
+    weights = size(summary["weight_bytes"])
+    table.add_row("model", f"{summary['model']} ({summary['architecture']}, {summary['layers']} layers, {weights})")
+    table.add_row("output", summary["output"])
+    table.add_row("device", summary["device"])
+    for step in summary["steps"]:
+        ((name, settings),) = step.items()
+        shown = ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict))
+        table.add_row("step", f"{name}{': ' if shown else ''}{shown}")
+    for scheme, count in summary["linears"].items():
+        table.add_row("linears", f"{count} × {scheme}")
+    stored = summary["stored_layers"]
+    table.add_row("in the store", "not known before the weights are hashed" if stored is None else f"{stored} of {summary['layers']} layers")
+    estimate = summary["estimate"]
+    table.add_row("peak memory", f"about {size(estimate['peak_memory_bytes'])} above the imports")
+    table.add_row("disk", f"about {size(estimate['artifact_bytes'])} artifact, {size(estimate['store_bytes'])} store")
+    table.add_row("time", f"about {estimate['seconds']:.0f} s")
+    for note in summary["notes"]:
+        table.add_row("note", note)
+    console.print(table)

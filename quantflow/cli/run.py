@@ -1,0 +1,79 @@
+"""`quantflow run`: the recipe from start to finish."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quantflow.cli.console import console, progress, reporting
+from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, RecipePath, Set
+
+
+def run(
+    recipe: RecipePath,
+    model: Model = None,
+    output: Output = None,
+    set_: Set = None,
+    device: DeviceOption = Device.auto,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget this recipe's stored layers and begin again.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe: an artifact that other software loads, and proof of its quality.
+
+    A killed or interrupted run goes on where it stopped. Exit codes: 0 done, 2 wrong input, 3 a quality gate failed,
+    4 disk or memory, 130 interrupted, 1 a fault of QuantFlow's.
+    """
+    with reporting(debug):
+        from quantflow.errors import GateError, Problem
+        from quantflow.pipeline.plan import make_plan
+        from quantflow.pipeline.run import run as run_plan
+        from quantflow.recipe import load_recipe
+
+        plan = make_plan(load_recipe(recipe, set_ or (), model=model, output=output), device=device.value)
+        with progress() as watcher:
+            result = run_plan(plan, watcher, fresh=fresh)
+        if as_json:
+            value = {"output": str(result.output), "existed": result.existed, "quality": result.quality, "failed_gates": result.failures,
+                     "seconds": result.seconds}  # fmt: skip
+            print(json.dumps(value, indent=2))
+        else:
+            if result.existed:
+                console.print(f"{result.output} is up to date: nothing to do.")
+            else:
+                took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+                console.print(f"{result.output} written ({took}).")
+            _show(result.report)
+            if result.quality:
+                console.print(quality_table(result.quality))
+        if result.failures:
+            raise GateError([Problem(str(result.output), failure, hint="The artifact is kept, marked as failed") for failure in result.failures])
+
+
+def _show(report: dict[str, Any]) -> None:
+    lines = report["linears"]
+    errors = sorted(line["error"] for line in lines.values() if "error" in line)
+    text = f"{len(lines)} linears quantised, {len(report['kept'])} kept"
+    if errors:
+        text += f"; output error: median {errors[len(errors) // 2]:.2e}, largest {errors[-1]:.2e}"
+    console.print(text + ".")
+    for name, fallback in list(report["fallbacks"].items())[:8]:
+        console.print(f"  fallback: {name}: {fallback}", markup=False)
+    if len(report["fallbacks"]) > 8:
+        console.print(f"  … {len(report['fallbacks']) - 8} more in report.json")
+
+
+def quality_table(quality: dict[str, Any]) -> Table:
+    """The quality of each variant beside full precision."""
+    titles = {"weights": "quantised weights", "kv": "int8 KV only", "weights_and_kv": "weights + int8 KV"}
+    table = Table("", "perplexity", "KL mean", "KL p99", "top-1", title="Quality on held-out text")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    first = next(iter(quality.values()))
+    table.add_row("full precision", f"{first['reference_perplexity']:.4f}", "0", "0", "100.00%")
+    for name, q in quality.items():
+        table.add_row(titles.get(name, name), f"{q['perplexity']:.4f}", f"{q['kl_mean']:.5f}", f"{q['kl_p99']:.4f}", f"{q['top1']:.2%}")
+    return table

@@ -1,0 +1,789 @@
+"""The tokenizer of a model directory, without its remote code, and the tokenizer files of an artifact.
+
+Four kinds of vocabulary are read, the first that is there: tokenizer.json as it is; SentencePiece's tokenizer.model (Llama 2,
+Vicuna, InternLM, Mistral); qwen.tiktoken (the first Qwen); vocab.json with merges.txt (GPT-2, OPT). The last three become what
+tokenizer.json would have held, so that an artifact always has one, and every loader splits text as the calibration did.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from quantflow.errors import DataError, ModelError, Problem
+from quantflow.models.checkpoint import read_json
+
+Json = dict[str, Any]
+_Token = TypeVar("_Token", str, bytes)
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+FAST_CLASS = "PreTrainedTokenizerFast"  # every transformers has it, and it takes tokenizer.json as it is
+SPACE = "\u2581"  # ▁, SentencePiece's letter for a space
+QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+# Classes of transformers whose name may stay in tokenizer_config.json beside a tokenizer.json that was there. Any other, remote
+# code or TokenizersBackend (which transformers 4 does not have), becomes FAST_CLASS.
+KEPT_CLASSES = frozenset(
+    f"{family}Tokenizer{fast}" for family in ("Llama", "CodeLlama", "GPT2", "GPTNeoX", "Qwen2", "Gemma", "Cohere") for fast in ("", "Fast")
+) | {FAST_CLASS}
+# Remote code, and keys that name files: transformers opens fast_tokenizer_files, the others are paths of who saved it.
+_DROPPED_KEYS = (
+    "auto_map", "fast_tokenizer_files", "vocab_file", "merges_file", "tokenizer_file", "special_tokens_map_file",
+    "added_tokens_file", "tokenizer_config_file", "name_or_path", "init_inputs",
+)  # fmt: skip
+
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class _Chat:
+    template: str  # Jinja
+    end: str  # the token that ends the model's turn
+
+
+# By config.json's model_type: families whose dialogue format is in their remote code alone.
+CHATS: dict[str, _Chat] = {
+    "internlm": _Chat(
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ '<|System|>:' + message['content'] + '\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '<|User|>:' + message['content'] + '<eoh>\\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '<|Bot|>:' + message['content'] + '<eoa>\\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|Bot|>:' }}{% endif %}",
+        "<eoa>",
+    ),
+    "internlm2": _Chat("{{ bos_token }}" + _CHATML, "<|im_end|>"),
+    "qwen": _Chat(
+        "{% if messages and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + _CHATML,
+        "<|im_end|>",
+    ),
+}
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model directory: ids with special tokens, truncation and padding off.
+
+    A tokenizer.json is taken as it is: its own post-processor adds BOS, or nothing does (add_bos_token in tokenizer_config.json
+    then has no say, as in transformers 5). Raises ModelError where no file is there, or one is damaged or another model's.
+    """
+    return _load(path).tokenizer
+
+
+def document_ids(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[list[int]]:
+    """The token ids of each text, special tokens included, in order; `chunk` texts are encoded at once. Raises DataError."""
+    remaining = iter(texts)
+    done = 0
+    while batch := list(islice(remaining, chunk)):
+        try:
+            encodings = tokenizer.encode_batch(batch, add_special_tokens=True)
+        except TypeError as error:  # half a surrogate pair has no UTF-8
+            bad = [i for i, text in enumerate(batch) if not isinstance(text, str) or _has_surrogate(text)]
+            expected = "text that UTF-8 can hold"
+            raise DataError([Problem(f"text {done + i}", "no valid Unicode text", expected) for i in bad or [0]]) from error
+        yield from (encoding.ids for encoding in encodings)
+        done += len(batch)
+
+
+def export_tokenizer(source: Path, target: Path) -> list[str]:
+    """The names of the files written to `target`, sorted: all a loader without remote code needs, and nothing else.
+
+    tokenizer.json is copied, or made where the source has another kind of vocabulary; the configurations lose what names remote
+    code or files. The same source gives the same bytes. Raises ModelError; an OSError of the target is the caller's.
+    """
+    loaded = _load(source)
+    model_config = _optional_json(source / "config.json")
+    tokenizer_config = _optional_json(source / "tokenizer_config.json")
+    generation_config = _optional_json(source / "generation_config.json")
+    special_tokens_map = _optional_json(source / "special_tokens_map.json")
+    added_tokens = _optional_json(source / "added_tokens.json")
+    template = _template_file(source)
+
+    for role, token in _all_roles(loaded, model_config).items():
+        # A role that is null is null on purpose: Qwen2 has no BOS, whatever its config.json says.
+        if role not in tokenizer_config or tokenizer_config[role] is not None:
+            tokenizer_config.setdefault(role, token)
+            special_tokens_map.setdefault(role, token)
+    auto_map = tokenizer_config.get("auto_map")
+    remote = isinstance(auto_map, list) or (isinstance(auto_map, dict) and "AutoTokenizer" in auto_map)
+    if loaded.made or remote or tokenizer_config.get("tokenizer_class") not in KEPT_CLASSES:
+        tokenizer_config["tokenizer_class"] = FAST_CLASS
+    for key in _DROPPED_KEYS:
+        tokenizer_config.pop(key, None)
+
+    chat = CHATS.get(str(model_config.get("model_type")))
+    raw_prompts = generation_config.get("chat_format") == "raw"  # how the first Qwen marks a base model
+    if chat and not raw_prompts and template is None and not tokenizer_config.get("chat_template"):
+        tokenizer_config["chat_template"] = chat.template
+        generation_config = _ending_turns(generation_config, chat.end, loaded, special_tokens_map)
+
+    target.mkdir(parents=True, exist_ok=True)
+    written = []
+    if loaded.made:
+        (target / "tokenizer.json").write_text(loaded.tokenizer.to_str(pretty=True), encoding="utf-8")
+        written.append("tokenizer.json")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+            written.append(name)
+    if template is not None:
+        (target / "chat_template.jinja").write_bytes(template)
+        written.append("chat_template.jinja")
+    for name, content in {
+        "tokenizer_config.json": tokenizer_config,
+        "special_tokens_map.json": special_tokens_map,
+        "generation_config.json": generation_config,
+        "added_tokens.json": added_tokens,
+    }.items():
+        if content:
+            (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            written.append(name)
+    return sorted(written)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    tokenizer: Tokenizer
+    roles: dict[str, str]  # bos_token -> "<s>", as far as the vocabulary's own file and the JSON files beside it say
+    made: bool  # not read from a tokenizer.json
+
+
+def _load(path: Path) -> _Loaded:
+    for name, reader in _READERS.items():
+        if (path / name).is_file():
+            loaded = reader(path)
+            break
+    else:
+        expected = ", ".join(_READERS) + " with merges.txt"
+        if any((path / name).is_file() for name in ("merges.txt", "tekken.json")):
+            hint = "merges.txt goes with vocab.json, and tekken.json with a tokenizer.json: download them too"
+        else:
+            hint = "Is the download complete?"
+        raise ModelError(Problem(str(path), "no tokenizer", f"one of {expected}", hint))
+    # A limit stored in tokenizer.json would cut documents without a word.
+    loaded.tokenizer.no_truncation()
+    loaded.tokenizer.no_padding()
+    _check_size(path, loaded.tokenizer)
+    return loaded
+
+
+def _check_size(path: Path, tokenizer: Tokenizer) -> None:
+    rows = _optional_json(path / "config.json").get("vocab_size")
+    if not isinstance(rows, int) or isinstance(rows, bool):
+        return
+    # Added tokens may lie beyond the embedding: people add a padding token that the model never sees.
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    largest = max((i for token, i in tokenizer.get_vocab(with_added_tokens=False).items() if token not in added), default=-1)
+    if largest >= rows:
+        found, expected = f"token ids up to {largest}", f"less than vocab_size {rows} of config.json"
+        raise ModelError(Problem(f"{path} tokenizer", found, expected, "Is it another model's?"))
+
+
+# --- tokenizer.json
+
+
+def _from_json(path: Path) -> _Loaded:
+    file = path / "tokenizer.json"
+    text = _text(file)
+    tokenizer = _guarded(file, "a tokenizer that the tokenizers library can read", lambda: Tokenizer.from_str(text))
+    declared = _declared(path)
+    roles = dict(declared.roles)
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if isinstance(unknown, str):
+        roles.setdefault("unk_token", unknown)
+    return _Loaded(tokenizer, roles, made=False)
+
+
+# --- tokenizer.model: SentencePiece
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
+UNIGRAM, BPE = 1, 2  # types of models
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a tokenizer.model says, with SentencePiece's defaults where it is silent."""
+
+    pieces: tuple[Piece, ...]
+    kind: int
+    byte_fallback: bool
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    space_suffix: bool
+    charsmap: bytes
+    dummy_prefix: bool
+    collapse_spaces: bool
+    escape_spaces: bool
+
+
+def read_sentencepiece(data: bytes) -> SentencePieceModel:
+    """The model in the bytes of a tokenizer.model. Raises ValueError, which says what is wrong.
+
+    Field numbers: https://github.com/google/sentencepiece/blob/v0.2.0/src/sentencepiece_model.proto
+    """
+    pieces: list[Piece] = []
+    trainer: dict[int, int | bytes] | None = None
+    normalizer: dict[int, int | bytes] | None = None
+    for number, value in _fields(data):
+        if number in (1, 2, 3) and not isinstance(value, bytes):
+            raise ValueError(f"field {number} is a number, not a message")
+        if number == 1:
+            piece = dict(_fields(_bytes(value)))
+            score = struct.unpack("<f", _bytes(piece.get(2, bytes(4)), 4))[0]
+            pieces.append(Piece(_bytes(piece.get(1, b"")).decode("utf-8"), score, _int(piece.get(3, NORMAL))))
+        elif number == 2:
+            trainer = dict(_fields(_bytes(value)))
+        elif number == 3:
+            normalizer = dict(_fields(_bytes(value)))
+    # They follow the pieces: a file without them was cut.
+    if not pieces or trainer is None or normalizer is None:
+        raise ValueError("pieces, trainer or normalizer missing: cut off, or no SentencePiece model")
+    model = SentencePieceModel(
+        tuple(pieces),
+        kind=_int(trainer.get(3, UNIGRAM)),
+        byte_fallback=bool(_int(trainer.get(35, 0))),
+        bos_id=_int(trainer.get(41, 1)),
+        eos_id=_int(trainer.get(42, 2)),
+        pad_id=_int(trainer.get(43, -1)),
+        space_suffix=bool(_int(trainer.get(24, 0))),
+        charsmap=_bytes(normalizer.get(2, b"")),
+        dummy_prefix=bool(_int(normalizer.get(3, 1))),
+        collapse_spaces=bool(_int(normalizer.get(4, 1))),
+        escape_spaces=bool(_int(normalizer.get(5, 1))),
+    )
+    _check_sentencepiece(model)
+    return model
+
+
+def _check_sentencepiece(model: SentencePieceModel) -> None:
+    if model.kind not in (UNIGRAM, BPE):
+        raise ValueError(f"model type {model.kind}: only BPE and unigram can be read")
+    if model.space_suffix or not model.escape_spaces:
+        raise ValueError("spaces as suffixes, or not escaped, cannot be read")
+    texts = {piece.text for piece in model.pieces}
+    if len(texts) < len(model.pieces) or "" in texts:
+        raise ValueError("an empty piece, or one that is there twice")
+    kinds = [piece.kind for piece in model.pieces]
+    if kinds.count(UNKNOWN) != 1:
+        raise ValueError(f"{kinds.count(UNKNOWN)} unknown pieces instead of one")
+    if UNUSED in kinds or not set(kinds) <= set(range(1, 7)):
+        raise ValueError(f"pieces of types {sorted(set(kinds))}: only 1, 2, 3, 4 and 6 can be read")
+    if not all(math.isfinite(piece.score) for piece in model.pieces):
+        raise ValueError("a score that is not finite")
+    if model.byte_fallback and {piece.text for piece in model.pieces if piece.kind == BYTE} != {f"<0x{i:02X}>" for i in range(256)}:
+        raise ValueError("byte fallback without a piece for each of the 256 bytes")
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Field number and value of a protobuf message: integers of varints, the bytes of anything else."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        number, wire = key >> 3, key & 7
+        if number == 0:
+            raise ValueError(f"field number 0 at byte {at}")
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value - (1 << 64) if value >> 63 else value
+            continue
+        if wire == 2:
+            size, at = _varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {at}")
+        if at + size > len(data):
+            raise ValueError(f"a field of {size} bytes at byte {at}, where {len(data) - at} are left")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError("the file ends inside a number")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, at
+    raise ValueError(f"a number of more than 10 bytes before byte {at}")
+
+
+def _bytes(value: int | bytes, size: int | None = None) -> bytes:
+    if not isinstance(value, bytes) or (size is not None and len(value) != size):
+        raise ValueError("a field of another type than SentencePiece gives it")
+    return value
+
+
+def _int(value: int | bytes) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a field of another type than SentencePiece gives it")
+    return value
+
+
+def _from_sentencepiece(path: Path) -> _Loaded:
+    file = path / "tokenizer.model"
+    data = _data(file)
+    try:
+        model = read_sentencepiece(data)
+    except ValueError as error:  # UnicodeDecodeError is one
+        hint = "Is the download complete?"
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+            hint = "It is a tiktoken file, as Llama 3 has: such a model needs its tokenizer.json"
+        raise ModelError(Problem(str(file), f"not a SentencePiece model ({error})", hint=hint)) from error
+    declared = _declared(path)
+    names = [piece.text for piece in model.pieces]
+    kinds = [piece.kind for piece in model.pieces]
+    for i in declared.placed:
+        # A placeholder such as [UNUSED_TOKEN_145] that the configuration gives another name.
+        if i < len(names) and names[i] != declared.placed[i].content:
+            names[i] = declared.placed[i].content
+            kinds[i] = CONTROL
+    vocab = _vocabulary(path, names, declared)
+
+    added = {i: AddedToken(names[i], special=True, normalized=False) for i, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL)}
+    # SentencePiece finds these in the normalised text, and lets nothing cross them.
+    added |= {i: AddedToken(names[i], special=False, normalized=True) for i, kind in enumerate(kinds) if kind == USER_DEFINED}
+    added |= {vocab[name]: AddedToken(name, special=True, normalized=False) for name in declared.specials if name in vocab}
+    added |= declared.placed
+    unknown = kinds.index(UNKNOWN)
+
+    if model.kind == BPE:
+        scores = {piece.text: piece.score for i, piece in enumerate(model.pieces) if kinds[i] == NORMAL and i not in added}
+        tokenizer = _guarded(
+            file,
+            "a consistent vocabulary",
+            lambda: Tokenizer(
+                models.BPE(
+                    vocab=vocab,
+                    merges=_merges({name: -score for name, score in scores.items()}),
+                    unk_token=names[unknown],
+                    fuse_unk=True,
+                    byte_fallback=model.byte_fallback,
+                )
+            ),
+        )
+    else:
+        # Bytes and special tokens must not be found in the text as it is written; a path through them is worse than any other.
+        out_of_reach = 8 * min([piece.score for piece in model.pieces] + [0.0]) - 100
+        entries = [(name, model.pieces[i].score if kinds[i] == NORMAL and i not in added else out_of_reach) for i, name in enumerate(names)]
+        extra = sorted((i, name) for name, i in vocab.items() if i >= len(names))
+        if [i for i, _ in extra] != list(range(len(names), len(vocab))):
+            found, expected = f"ids {[i for i, _ in extra]}", f"ids that go on from {len(names)} without a gap"
+            raise ModelError(Problem(f"{path} added tokens", found, expected))
+        entries += [(name, out_of_reach) for _, name in extra]
+        tokenizer = _guarded(
+            file, "a consistent vocabulary", lambda: Tokenizer(models.Unigram(entries, unk_id=unknown, byte_fallback=model.byte_fallback))
+        )
+
+    symbols = [token.content for token in added.values() if token.normalized]
+    tokenizer.normalizer = _guarded(file, "a character map that can be read", lambda: _space_normalizer(model, symbols))
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.dummy_prefix:
+        steps.append(decoders.Strip(content=" ", left=1, right=0))
+    tokenizer.decoder = decoders.Sequence(steps)
+
+    roles = {"unk_token": names[unknown]}
+    for role, i in (("bos_token", model.bos_id), ("eos_token", model.eos_id), ("pad_token", model.pad_id)):
+        if 0 <= i < len(names) and kinds[i] == CONTROL:
+            roles[role] = names[i]
+    roles = {**roles, **declared.roles}
+    _add_tokens(tokenizer, added, declared, roles)
+    _add_template(tokenizer, roles, declared.add_bos if declared.add_bos is not None else True, bool(declared.add_eos))
+    return _Loaded(tokenizer, roles, made=True)
+
+
+def _space_normalizer(model: SentencePieceModel, symbols: list[str]) -> Any:
+    """SentencePiece's normaliser. symbols: added tokens that are looked for in normalised text."""
+    steps: list[Any] = []
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.collapse_spaces:
+        # Spaces alone: SentencePiece leaves tabs and newlines, where the character map has not made them spaces.
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if model.dummy_prefix and symbols:
+        # The library normalises the symbols too before it looks for them, and ▁<eoh> would never be found.
+        names = "|".join(re.escape(symbol) for symbol in sorted(symbols))
+        steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{names})\z)"), SPACE))
+    elif model.dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    return normalizers.Sequence(steps)
+
+
+def _merges(order: Mapping[_Token, float]) -> list[tuple[_Token, _Token]]:
+    """Every pair of tokens that makes a token, best first. order: the smaller, the earlier a token is merged.
+
+    SentencePiece and tiktoken join the adjacent pair whose *result* is best, whatever its halves; a list of merges says the same
+    only with each way to split a token in it.
+    """
+    found = []
+    for token, rank in order.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in order and right in order:
+                found.append((rank, -cut, left, right))
+    found.sort()
+    return [(left, right) for _, _, left, right in found]
+
+
+# --- qwen.tiktoken
+
+
+def _from_tiktoken(path: Path) -> _Loaded:
+    file = path / "qwen.tiktoken"
+    ranks = _read_ranks(file)
+    letters = byte_letters()
+
+    def spelled(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    names = [spelled(token) for token in ordered] + list(QWEN_SPECIALS)
+    specials = {len(ordered) + i: AddedToken(name, special=True, normalized=False) for i, name in enumerate(QWEN_SPECIALS)}
+    # The special tokens' ids follow the last rank: after a cut they would all be others'.
+    ends = _optional_json(path / "generation_config.json").get("eos_token_id")
+    wrong = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and i not in specials]
+    if wrong:
+        raise ModelError(
+            Problem(str(file), f"{len(ordered)} tokens, so that id {wrong[0]} is no special token",
+                    "the vocabulary whose end token generation_config.json gives", "Is the download complete?")
+        )  # fmt: skip
+    declared = _declared(path)
+    vocab = _vocabulary(path, names, declared)
+    merges = [(spelled(left), spelled(right)) for left, right in _merges(ranks)]
+    tokenizer = _guarded(
+        # ignore_merges: tiktoken, too, looks a whole word up before it merges.
+        file, "a consistent vocabulary", lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    )  # fmt: skip
+    _set_qwen_splitting(tokenizer)
+    raw_prompts = _optional_json(path / "generation_config.json").get("chat_format") == "raw"
+    roles = {"eos_token": "<|endoftext|>" if raw_prompts else "<|im_end|>", "pad_token": "<|endoftext|>", **declared.roles}
+    _add_tokens(tokenizer, {**specials, **declared.placed}, declared, roles)
+    if declared.add_bos or declared.add_eos:
+        _add_template(tokenizer, roles, bool(declared.add_bos), bool(declared.add_eos))
+    return _Loaded(tokenizer, roles, made=True)
+
+
+def _read_ranks(file: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for i, line in enumerate(_data(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            value = base64.b64decode(token, validate=True)
+            number = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise ModelError(
+                Problem(f"{file} line {i}", f"not a token ({error})", "a token in base64 and its rank", "Is the download complete?")
+            ) from error
+        if value in ranks:
+            raise ModelError(Problem(f"{file} line {i}", f"token {value!r} stands there twice"))
+        ranks[value] = number
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if sorted(ranks.values()) != list(range(len(ranks))) or missing:
+        found = f"{len(ranks)} tokens, {len(missing)} of the 256 single bytes missing"
+        raise ModelError(Problem(str(file), found, "every rank from 0 once, and every byte", "Is the download complete?"))
+    return ranks
+
+
+def _set_qwen_splitting(tokenizer: Tokenizer) -> None:
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+
+
+def byte_letters() -> list[str]:
+    """The printable letter that GPT-2's vocabulary has for each of the 256 bytes."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = (chr(256 + i) for i in range(256))
+    return [chr(byte) if byte in visible else next(others) for byte in range(256)]
+
+
+# --- vocab.json and merges.txt
+
+
+def _from_vocab(path: Path) -> _Loaded:
+    file = path / "vocab.json"
+    vocab = read_json(file)
+    bad = next((t for t, i in vocab.items() if not isinstance(i, int) or isinstance(i, bool) or i < 0), None)
+    if bad is not None or len(set(vocab.values())) < len(vocab):
+        found = f"token {bad!r} has the id {vocab[bad]!r}" if bad is not None else "two tokens have one id"
+        raise ModelError(Problem(str(file), found, "an id for each token"))
+    missing = [letter for letter in byte_letters() if letter not in vocab]
+    if missing:
+        # The library drops a byte that is not in the vocabulary without a word.
+        raise ModelError(Problem(str(file), f"{len(missing)} of the 256 bytes have no token", "a byte-level vocabulary"))
+    if not (path / "merges.txt").is_file():
+        raise ModelError(Problem(str(path / "merges.txt"), "missing", "the merges that go with vocab.json", "Is the download complete?"))
+    merges = _read_merges(path / "merges.txt", vocab)
+
+    declared = _declared(path)
+    model_type = _optional_json(path / "config.json").get("model_type")
+    qwen = str(model_type).startswith(("qwen2", "qwen3")) or str(declared.config.get("tokenizer_class")).startswith("Qwen2")
+    end = "</s>" if model_type == "opt" else "<|endoftext|>"
+    roles = {role: end for role in ("bos_token", "eos_token", "unk_token") if end in vocab and not (qwen and role == "bos_token")}
+    roles = {**roles, **declared.roles}
+    by_id = {i: token for token, i in vocab.items()}
+    clash = next((i for i, token in declared.placed.items() if by_id.get(i, token.content) != token.content), None)
+    if clash is not None:
+        where = f"{path} added token {declared.placed[clash].content!r}"
+        raise ModelError(Problem(where, f"has id {clash}, which is {by_id[clash]!r} in vocab.json"))
+    for i, token in declared.placed.items():
+        vocab[token.content] = i
+    tokenizer = _guarded(path / "merges.txt", "merges of tokens in vocab.json", lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges)))
+    if qwen:
+        _set_qwen_splitting(tokenizer)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(declared.config.get("add_prefix_space", False)))
+        tokenizer.decoder = decoders.ByteLevel()
+    names = [name for name in (*roles.values(), *declared.specials) if name in vocab]
+    named = {vocab[name]: AddedToken(name, special=True, normalized=False) for name in names}
+    _add_tokens(tokenizer, {**named, **declared.placed}, declared, roles)
+    # OPT was trained with </s> in front.
+    add_bos = declared.add_bos if declared.add_bos is not None else model_type == "opt"
+    if add_bos or declared.add_eos:
+        _add_template(tokenizer, roles, add_bos, bool(declared.add_eos))
+    return _Loaded(tokenizer, roles, made=True)
+
+
+def _read_merges(file: Path, vocab: Json) -> list[tuple[str, str]]:
+    merges = []
+    for i, line in enumerate(_text(file).split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line or line.startswith("#version"):
+            continue
+        parts = line.split(" ")
+        if len(parts) != 2 or any(part not in vocab for part in (*parts, "".join(parts))):
+            raise ModelError(
+                Problem(f"{file} line {i}", repr(line), "two tokens of vocab.json that make a third", "Is the download complete?")
+            )  # fmt: skip
+        merges.append((parts[0], parts[1]))
+    # Every longer token but the special ones is the result of a merge; a file cut at a line's end has lost some.
+    made = {left + right for left, right in merges}
+    orphans = [token for token in vocab if len(token) > 1 and token not in made and not re.fullmatch(r"<.*>|\[.*\]|madeupword\d+", token)]
+    if len(orphans) > max(16, len(vocab) // 20):
+        found = f"no merge for {len(orphans)} of {len(vocab)} tokens"
+        raise ModelError(Problem(str(file), found, "the merges of vocab.json", "Is the download complete?"))
+    return merges
+
+
+# --- special tokens
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say."""
+
+    config: Json
+    roles: dict[str, str] = field(default_factory=dict)
+    specials: tuple[str, ...] = ()  # the roles' tokens and the additional ones
+    placed: dict[int, AddedToken] = field(default_factory=dict)  # tokens with an id of their own
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+
+
+def _declared(path: Path) -> _Declared:
+    problems: list[Problem] = []
+    config = _optional_json(path / "tokenizer_config.json")
+    special_map = _optional_json(path / "special_tokens_map.json")
+    # As in transformers: the older file counts where the newer way to list added tokens is not used.
+    sources = [(special_map, "special_tokens_map.json"), (config, "tokenizer_config.json")]
+    if "added_tokens_decoder" not in config:
+        sources.reverse()
+    roles: dict[str, str] = {}
+    specials: list[str] = []
+    for content, name in sources:
+        for role in ROLES:
+            value = content.get(role)
+            token = value.get("content") if isinstance(value, dict) else value
+            if isinstance(token, str) and token:
+                roles[role] = token
+            elif token is not None:
+                problems.append(Problem(f"{path / name} {role}", repr(value)[:80], "a token"))
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            values = content.get(key) or []
+            values = list(values.values()) if isinstance(values, dict) else values
+            tokens = [v.get("content") if isinstance(v, dict) else v for v in values] if isinstance(values, list) else [values]
+            specials += [token for token in tokens if isinstance(token, str) and token]
+            problems += [Problem(f"{path / name} {key}", repr(t)[:80], "tokens") for t in tokens if not isinstance(t, str) or not t]
+    specials = list(dict.fromkeys([*roles.values(), *specials]))
+
+    placed: dict[int, AddedToken] = {}
+    for token, index in _optional_json(path / "added_tokens.json").items():
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0 or not token:
+            problems.append(Problem(f"{path / 'added_tokens.json'} {token!r}", repr(index)[:80], "an id"))
+            continue
+        special = token in specials
+        placed[index] = AddedToken(token, special=special, normalized=not special)
+    decoder = config.get("added_tokens_decoder") or {}
+    for key, entry in decoder.items() if isinstance(decoder, dict) else [("", decoder)]:
+        token = entry.get("content") if isinstance(entry, dict) else None
+        if not re.fullmatch(r"\d{1,9}", key) or not isinstance(token, str) or not token:
+            problems.append(Problem(f"{path / 'tokenizer_config.json'} added_tokens_decoder {key}", repr(entry)[:80], "an id, its token"))
+            continue
+        special = bool(entry.get("special")) or token in specials
+        flags = {flag: bool(entry.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip")}
+        # A special token is looked for in the text as it is written.
+        placed[int(key)] = AddedToken(token, special=special, normalized=not special and bool(entry.get("normalized", True)), **flags)
+    contents = [token.content for token in placed.values()]
+    for twice in sorted({c for c in contents if contents.count(c) > 1}):
+        problems.append(Problem(f"{path} added tokens", f"{twice!r} has two ids", "one"))
+    if problems:
+        raise ModelError(problems)
+    add_bos, add_eos = (config[key] if isinstance(config.get(key), bool) else None for key in ("add_bos_token", "add_eos_token"))
+    return _Declared(config, roles, tuple(specials), dict(sorted(placed.items())), add_bos, add_eos)
+
+
+def _vocabulary(path: Path, names: list[str], declared: _Declared) -> dict[str, int]:
+    """Token -> id of a vocabulary and the tokens added to it with an id of their own."""
+    entries = [*enumerate(names), *((i, token.content) for i, token in declared.placed.items() if i >= len(names))]
+    vocab: dict[str, int] = {}
+    problems = []
+    for i, name in entries:
+        if vocab.setdefault(name, i) != i:
+            problems.append(Problem(f"{path} added token {name!r}", f"has the id {i}, and is in the vocabulary as {vocab[name]}", "one id"))
+    if problems:
+        raise ModelError(problems)
+    return vocab
+
+
+def _add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], declared: _Declared, roles: Mapping[str, str]) -> None:
+    """Makes tokens of the vocabulary special; those without an id come behind it, as in transformers."""
+    tokenizer.add_tokens([token for _, token in sorted(added.items())])
+    present = tokenizer.get_vocab()
+    new = [name for name in dict.fromkeys([*roles.values(), *declared.specials]) if name not in present]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in new])
+
+
+def _add_template(tokenizer: Tokenizer, roles: Mapping[str, str], add_bos: bool, add_eos: bool) -> None:
+    bos = roles.get("bos_token") if add_bos else None
+    eos = roles.get("eos_token") if add_eos else None
+    single = [f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos)
+    pair = single + [f"{bos}:1"] * bool(bos) + ["$B:1"] + [f"{eos}:1"] * bool(eos)
+    if bos or eos:
+        tokens = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
+
+
+# --- files of the artifact
+
+
+def _all_roles(loaded: _Loaded, model_config: Json) -> dict[str, str]:
+    """The tokens of the roles a loader asks for; what the tokenizer's files leave open comes from config.json's ids."""
+    roles = {role: loaded.roles[role] for role in ROLES if role in loaded.roles}
+    for role in ("bos_token", "eos_token", "pad_token"):
+        index = model_config.get(f"{role}_id")
+        index = index[0] if isinstance(index, list) and index else index
+        if role not in roles and isinstance(index, int) and not isinstance(index, bool) and index >= 0:
+            token = loaded.tokenizer.id_to_token(index)
+            if token is not None:
+                roles[role] = token
+    return roles
+
+
+def _ending_turns(generation_config: Json, end: str, loaded: _Loaded, special_tokens_map: Json) -> Json:
+    """generation_config.json with the token that ends a turn among those that end the text: the remote code's chat() had it."""
+    index = loaded.tokenizer.token_to_id(end)
+    if index is None:
+        return generation_config
+    config = dict(generation_config)
+    for role in ("bos_token", "eos_token", "pad_token"):
+        token = special_tokens_map.get(role) or loaded.roles.get(role)
+        token = token.get("content") if isinstance(token, dict) else token
+        own = loaded.tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if own is not None:
+            config.setdefault(f"{role}_id", own)
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    config["eos_token_id"] = ends if index in ends else [*ends, index]
+    return config
+
+
+def _template_file(source: Path) -> bytes | None:
+    """The chat template that stands in a file of its own, as UTF-8."""
+    if (source / "chat_template.jinja").is_file():
+        return _text(source / "chat_template.jinja").encode()
+    template = _optional_json(source / "chat_template.json").get("chat_template")
+    return template.encode() if isinstance(template, str) and template else None
+
+
+# --- reading
+
+
+def _optional_json(file: Path) -> Json:
+    return read_json(file) if file.is_file() else {}
+
+
+def _data(file: Path) -> bytes:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise ModelError(Problem(str(file), error.strerror or str(error), "a readable file")) from error
+    if data.startswith(b"version https://git-lfs"):
+        raise ModelError(Problem(str(file), "a Git LFS pointer", "the file itself", "Fetch it with git lfs pull"))
+    if not data:
+        raise ModelError(Problem(str(file), "an empty file", hint="Is the download complete?"))
+    return data
+
+
+def _text(file: Path) -> str:
+    try:
+        return _data(file).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(Problem(str(file), f"not text ({error})", "UTF-8")) from error
+
+
+def _guarded(file: Path, expected: str, build: Callable[[], Any]) -> Any:
+    """What `build` gives; raises ModelError for whatever the tokenizers library says of a damaged file."""
+    try:
+        return build()
+    except BaseException as error:
+        # The library raises plain Exceptions, and panics, which are no Exceptions, for data it did not foresee.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(Problem(str(file), str(error).strip().split("\n")[0][:200], expected, "Is the download complete?")) from error
+        raise
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+_READERS: dict[str, Callable[[Path], _Loaded]] = {
+    "tokenizer.json": _from_json,
+    "tokenizer.model": _from_sentencepiece,
+    "qwen.tiktoken": _from_tiktoken,
+    "vocab.json": _from_vocab,
+}

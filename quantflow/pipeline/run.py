@@ -1,0 +1,350 @@
+"""From a plan to an artifact: sweep, pack, shard, evaluate, publish."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantflow import __version__
+from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_digests, read_manifest
+from quantflow.artifacts.fingerprint import digest, source_digest
+from quantflow.artifacts.store import Store, write_json
+from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.errors import DataError, Problem, UserError
+from quantflow.evaluate.divergence import Variant, compare
+from quantflow.formats import FORMATS
+from quantflow.formats.reader import Weights
+from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
+from quantflow.models.tokenizer import load_tokenizer
+from quantflow.pipeline.plan import Plan, check_output, parallel_dimension
+from quantflow.pipeline.progress import Progress
+from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
+from quantflow.quant.grid import Scheme
+from quantflow.quant.kv import KVParameters
+from quantflow.recipe import Calibrate, Evaluate, Gptq, KvQparams, Pack, dump
+from quantflow.stages.kv_qparams import layer_parameters, parameter_tensors, rounding
+from quantflow.stages.pack import PackJob, write_checkpoint
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """output: the artifact. existed: it was there already, nothing was done. quality: variant -> divergence, {} without `evaluate`.
+    failures: gates that were missed. seconds: of each phase."""
+
+    output: Path
+    existed: bool
+    quality: dict[str, Any]
+    failures: list[str]
+    seconds: dict[str, float]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Identity:
+    weights: str
+    calibrate: str
+    sweep: str
+    artifact: str
+
+
+def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
+    """Runs the plan, or finds its artifact finished. Raises UserError; a missed gate is in the result, not raised."""
+    check_output(plan)
+    with _lock(plan.store.root):
+        return _run(plan, progress, fresh)
+
+
+def _run(plan: Plan, progress: Progress, fresh: bool) -> RunResult:
+    clock = _Clock()
+    progress.phase("hash", 1)
+    weights = digest(sorted(plan.store.digests(plan.checkpoint.files).values()))
+    progress.step()
+    clock.lap("hash")
+    evaluate, calibration = plan.stage(Evaluate), plan.recipe.calibration
+    tokenizer = load_tokenizer(plan.checkpoint.path) if plan.reads_calibration or evaluate else None
+    windows = Windows([], frozenset(), "")
+    if plan.reads_calibration and calibration:
+        windows = _windows(plan, tokenizer, "calibration", calibration, calibration.samples, calibration.seqlen)
+    held_out = _windows(plan, tokenizer, "evaluate", evaluate, evaluate.windows, evaluate.length) if evaluate else None
+    if held_out and (shared := windows.documents & held_out.documents):
+        raise DataError(
+            Problem("evaluate", f"{len(shared)} of its documents were used for calibration", "text that calibration has not seen",
+                    "Use another file, or evaluate.skip to begin after the calibration's documents")
+        )  # fmt: skip
+    clock.lap("tokenize")
+    identity = _identity(plan, weights, windows, held_out)
+    if fresh:
+        plan.store.forget(identity.sweep)
+        plan.store.forget(identity.calibrate)
+    elif (found := _finished(plan, identity)) is not None:
+        return found
+    sweep(plan, plan.store, (identity.calibrate, identity.sweep), windows.tokens, progress)
+    clock.lap("sweep")
+    reader = SweepReader(plan.store, identity.sweep)
+    check_complete(reader, plan)
+    with building(plan.output) as folder:
+        formats = _pack(plan, reader, folder, progress)
+        clock.lap("pack")
+        _write_statistics(plan, identity, reader, folder)
+        quality = _evaluate(plan, identity, reader, folder / next(iter(formats.values())), held_out, progress) if held_out else {}
+        clock.lap("evaluate")
+        failures = _missed_gates(evaluate, quality) if evaluate else []
+        report = _report(plan, reader, quality, failures)
+        write_json(folder / "report.json", report)
+        manifest = {
+            "quantflow": __version__,
+            "name": plan.recipe.name,
+            "fingerprint": identity.artifact,
+            "status": "failed" if failures else "complete",
+            "failed_gates": failures,
+            "formats": formats,
+            "tensor_parallel": plan.tp,
+            "recipe": portable(plan),
+            "source": {"model": portable(plan)["model"], "architecture": plan.checkpoint.architecture.name, "weights": weights,
+                       "files": {p.name: d for p, d in plan.store.digests(plan.checkpoint.files).items()}},
+            "calibration": {"tokens": windows.digest, "source": windows.source} if windows.tokens else None,
+            "kv_qparams": _kv_summary(plan, reader),
+            "quality": quality,
+            "notes": list(plan.notes),
+            "files": file_digests(folder),
+        }  # fmt: skip
+        write_json(folder / MANIFEST, manifest)
+        clock.lap("publish")
+        write_json(folder / RUN, _run_record(plan, clock.seconds))
+    return RunResult(plan.output, False, quality, failures, clock.seconds, report)
+
+
+def portable(plan: Plan) -> dict[str, Any]:
+    """The recipe without what is particular to a machine: places of files become their names, the output is left out."""
+
+    def shorten(section: dict[str, Any]) -> dict[str, Any]:
+        return {k: Path(v).name if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists() else v for k, v in section.items()}
+
+    recipe = shorten({k: v for k, v in dump(plan.recipe).items() if k != "output"})
+    recipe["calibration"] = shorten(recipe["calibration"]) if recipe["calibration"] else None
+    recipe["stages"] = [{name: shorten(settings) for name, settings in stage.items()} for stage in recipe["stages"]]
+    return recipe
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._last = round(now - self._last, 3), now
+
+
+@contextmanager
+def _lock(root: Path) -> Iterator[None]:
+    """Holds the store: two runs at once would write into the same scratch files."""
+    with open(root / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(Problem(str(root), "another run is using this store", hint="Wait for it, or set QUANTFLOW_STORE")) from error
+        yield
+
+
+def _windows(plan: Plan, tokenizer: Any, where: str, section: Any, count: int, length: int) -> Windows:
+    texts = documents(section.data, section.file)
+    windows = cut_windows(tokenizer, texts, count=count, length=length, skip=section.skip, source=Path(section.file or section.data).name)
+    largest = max(map(max, windows.tokens))
+    if largest >= plan.config.vocabulary:
+        raise UserError(
+            Problem(f"{plan.checkpoint.path} tokenizer", f"gives token {largest}", f"ids below the model's vocabulary of {plan.config.vocabulary}",
+                    "Tokenizer and weights are not of one model")
+        )  # fmt: skip
+    return windows
+
+
+def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:
+    calibrate, sweep_key = plan.calibrate_key(weights, windows.digest), plan.sweep_key(weights, windows.digest)
+    artifact = digest(
+        ["artifact", calibrate if plan.stage(Calibrate) else "", sweep_key, portable(plan), held_out.digest if held_out else "",
+         source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant")]
+    )  # fmt: skip
+    return _Identity(weights, calibrate, sweep_key, artifact)
+
+
+def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
+    manifest = read_manifest(plan.output)
+    if manifest is None or manifest.get("fingerprint") != identity.artifact:
+        return None
+    sizes_known = all((plan.output / name).is_file() for name in manifest["files"])
+    if not sizes_known:
+        return None
+    report = json.loads((plan.output / "report.json").read_text(encoding="utf-8"))
+    return RunResult(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
+
+
+def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> dict[str, str]:
+    """Writes every format (and its ranks); returns format -> folder relative to the artifact."""
+    gptq = plan.stage(Gptq)
+    layers, weights = plan.config.layers, plan.recipe.weights
+    dtype = plan.config.dtype
+    progress.phase("pack", layers * len(plan.packs) * (1 + plan.tp * (plan.tp > 1)))
+    formats: dict[str, str] = {}
+    for pack in plan.packs:
+        form = FORMATS[pack.format]
+        formats[pack.format] = "." if len(plan.packs) == 1 else pack.format
+        target = folder / formats[pack.format]
+
+        def job(pack: Pack = pack, rank: int = 0, tp: int = 1) -> PackJob:
+            return PackJob(
+                plan.checkpoint, FORMATS[pack.format], {i: plan.schemes(i) for i in range(layers)},
+                Scheme(weights.bits, weights.group_size, weights.symmetric),
+                lambda name: parallel_dimension(name, plan.checkpoint.architecture.layer),
+                FORMATS[pack.format].scale_dtypes(dtype)[0], bool(gptq and gptq.act_order == "dynamic"), pack.max_shard_size, rank, tp,
+            )  # fmt: skip
+
+        write_checkpoint(target, job(), reader, lambda d, name=form.name: progress.step(f"{name} {d}"))
+        if plan.tp > 1:
+            for rank in range(plan.tp):
+                place = target / f"tp{plan.tp}" / f"rank-{rank}"
+                write_checkpoint(
+                    place, job(rank=rank, tp=plan.tp), reader, lambda d, name=form.name, r=rank: progress.step(f"{name} rank {r} {d}")
+                )
+                write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": plan.tp})
+                if plan.stage(KvQparams):
+                    save_tensors(place / "kv_qparams.safetensors", _kv_tensors(plan, reader, rank, plan.tp))
+    return formats
+
+
+def _kv_parameters(plan: Plan, reader: SweepReader, index: int, rank: int = 0, tp: int = 1) -> dict[str, KVParameters]:
+    settings = plan.stage(KvQparams)
+    assert settings is not None
+    return layer_parameters(reader.kv(index), settings, rank, tp)
+
+
+def _kv_tensors(plan: Plan, reader: SweepReader, rank: int = 0, tp: int = 1) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for index in range(plan.config.layers):
+        prefix = f"{plan.checkpoint.architecture.layer_prefix(index)}.self_attn"
+        tensors.update(parameter_tensors(prefix, _kv_parameters(plan, reader, index, rank, tp)))
+    return tensors
+
+
+def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:
+    settings = plan.stage(KvQparams)
+    if settings is None:
+        return None
+    summary: dict[str, Any] = {**settings.model_dump(mode="json"), "file": "kv_qparams.safetensors"}
+    if settings.granularity == "tensor":
+        summary["layers"] = [
+            {f"{letter}_{what}": float(f"{float(getattr(p, field)):.9g}") for letter, p in (("k", found["key"]), ("v", found["value"]))
+             for what, field in (("scale", "scale"), ("zero_point", "zero_point"))}
+            for found in (_kv_parameters(plan, reader, i) for i in range(plan.config.layers))
+        ]  # fmt: skip
+    return summary
+
+
+def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, folder: Path) -> None:
+    if plan.stage(KvQparams):
+        save_tensors(folder / "kv_qparams.safetensors", _kv_tensors(plan, reader))
+    if not plan.stage(Calibrate):
+        return
+    files = [TensorFile(plan.store.layer(identity.calibrate, i)) for i in range(plan.config.layers)]
+    prefixes = [plan.checkpoint.architecture.layer_prefix(i) for i in range(plan.config.layers)]
+    specs = {f"{p}.{n}": (info.dtype, info.shape) for p, f in zip(prefixes, files, strict=True) for n, info in f.tensors.items()}
+    with TensorWriter(folder / "calibration.safetensors", specs) as writer:
+        for prefix, file in zip(prefixes, files, strict=True):
+            for name in file.tensors:
+                tensor = file.read(name)
+                assert dtype_name(tensor.dtype) == "F32"
+                writer.write(f"{prefix}.{name}", tensor)
+
+
+def _evaluate(plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: Path, held_out: Windows, progress: Progress) -> dict[str, Any]:
+    """variant -> divergence, from the store where it was measured before: `weights`, and with kv_qparams `kv` and `weights_and_kv`."""
+    settings = plan.stage(KvQparams)
+    key = digest(
+        ["evaluate", identity.sweep, held_out.digest, settings.model_dump(mode="json") if settings else None, plan.packs[0].format, plan.device,
+         source_digest("evaluate", "models", "formats", "quant", "stages/kv_qparams.py")]
+    )  # fmt: skip
+    stored = plan.store.read_json(key, "quality")
+    if stored is not None:
+        return dict(stored)
+    reference, quantised = Weights(plan.checkpoint.path), Weights(checkpoint)
+    variants = {"weights": Variant(quantised)}
+    if settings:
+        # The full-precision model's own extremes: AWQ rescales v, so the quantised model's parameters would not fit it.
+        def original(index: int) -> dict[str, KVParameters]:
+            file = TensorFile(plan.store.layer(identity.calibrate, index))
+            extremes = {n: file.read(n) for n in file.tensors if n.startswith(("key.", "value."))}
+            return layer_parameters(extremes, settings)
+
+        variants["kv"] = Variant(reference, rounding(original))
+        variants["weights_and_kv"] = Variant(quantised, rounding(lambda index: _kv_parameters(plan, reader, index)))
+    progress.phase("evaluate", plan.config.layers * (1 + len(variants)))
+    measured = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.step)
+    quality = {name: found.as_dict() for name, found in measured.items()}
+    plan.store.write_json(key, "quality", quality)
+    return quality
+
+
+def _missed_gates(evaluate: Evaluate, quality: dict[str, Any]) -> list[str]:
+    """What missed its gate, in words. Judged is what will be deployed: weights and KV cache together where the recipe has both."""
+    final = quality.get("weights_and_kv") or quality["weights"]
+    gates = evaluate.gates
+    checks = (
+        ("kl_mean", final["kl_mean"], gates.kl_mean, False),
+        ("kl_p99", final["kl_p99"], gates.kl_p99, False),
+        ("top1", final["top1"], gates.top1, True),
+        ("perplexity_ratio", final["perplexity"] / final["reference_perplexity"], gates.perplexity_ratio, False),
+    )
+    missed = []
+    for name, value, gate, at_least in checks:
+        # Written so that NaN misses every gate.
+        if gate is not None and not (value >= gate if at_least else value <= gate):
+            missed.append(f"{name} is {value:.5g}, the gate is {'at least' if at_least else 'at most'} {gate:g}")
+    return missed
+
+
+def _report(plan: Plan, reader: SweepReader, quality: dict[str, Any], failures: list[str]) -> dict[str, Any]:
+    linears: dict[str, Any] = {}
+    scales: list[dict[str, Any]] = []
+    for index in range(plan.config.layers):
+        prefix = plan.checkpoint.architecture.layer_prefix(index)
+        found = reader.report(index)
+        linears.update({f"{prefix}.{name}": line for name, line in found["linears"].items()})
+        scales += [{**line, "group": f"{prefix}.{line['group']}"} for line in found["awq"]]
+    kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
+    kept[plan.checkpoint.architecture.head] = "tied to the embedding" if plan.config.tied else "weights.ignore"
+    return {
+        "quality": quality,
+        "failed_gates": failures,
+        "linears": linears,
+        "kept": kept,
+        "awq": scales,
+        "fallbacks": {name: line["fallback"] for name, line in linears.items() if line.get("fallback")},
+    }
+
+
+def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "seconds": seconds,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": plan.device if plan.device == "cpu" else torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "host": platform.node(),
+    }
+
+
+__all__ = ["RunResult", "Store", "run"]

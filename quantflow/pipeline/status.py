@@ -1,0 +1,29 @@
+"""What the store already has of a plan, as far as that is known without reading a weight."""
+
+from __future__ import annotations
+
+from quantflow.artifacts.fingerprint import digest
+from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.models.tokenizer import load_tokenizer
+from quantflow.pipeline.plan import Plan
+
+
+def stored_layers(plan: Plan) -> int | None:
+    """Finished layers of the sweep; None where the weights have never been hashed, or the text is not at hand."""
+    digests = plan.store.cached_digests(plan.checkpoint.files)
+    if digests is None:
+        return None
+    calibration = plan.recipe.calibration
+    windows = Windows([], frozenset(), "")
+    if plan.needs_stream and calibration:
+        from pathlib import Path
+
+        if not Path(calibration.file or calibration.data).is_file():
+            return None
+        texts = documents(calibration.data, calibration.file)
+        windows = cut_windows(
+            load_tokenizer(plan.checkpoint.path), texts, count=calibration.samples, length=calibration.seqlen, skip=calibration.skip,
+            source=calibration.data,
+        )  # fmt: skip
+    key = plan.sweep_key(digest(sorted(digests.values())), windows.digest)
+    return plan.store.finished_layers(key, plan.config.layers)
