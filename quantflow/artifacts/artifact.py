@@ -1,6 +1,6 @@
 """An artifact directory: built under a temporary name, renamed when whole. Its manifest is `quantflow.json`.
 
-    quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, sha256 of every file
+    quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, size and sha256 of every file
     report.json              what was done to every linear, fallbacks, quality
     calibration.safetensors  calibrate's statistics
     kv_qparams.safetensors   scales and zero points of the KV cache
@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,19 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of an artifact but the manifest and `run.json`, by relative path."""
+def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """`bytes` and `sha256` of every file of an artifact but the manifest and `run.json`, by relative path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     names = {str(p.relative_to(folder)): p for p in files}
-    return {n: file_digest(p) for n, p in names.items() if n not in (MANIFEST, RUN)}
+    return {n: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for n, p in names.items() if n not in (MANIFEST, RUN)}
+
+
+def is_whole(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether every file that the manifest lists is there in its full size (contents are not read)."""
+    try:
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+    except (OSError, KeyError, TypeError, AttributeError):
+        return False
 
 
 @contextmanager
@@ -45,8 +54,9 @@ def building(output: Path) -> Iterator[Path]:
 
     Raises OutputError where `output` holds something that is no artifact.
     """
+    output = output.resolve()  # through a link, the artifact goes where the link points
     output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{output.name}.partial-*"):
+    for left in output.parent.glob(f".{escape(output.name)}.partial-*"):
         shutil.rmtree(left, ignore_errors=True)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     partial.mkdir()
@@ -66,4 +76,4 @@ def building(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-__all__ = ["MANIFEST", "RUN", "building", "file_digests", "read_manifest", "write_json"]
+__all__ = ["MANIFEST", "RUN", "building", "file_entries", "is_whole", "read_manifest", "write_json"]

@@ -72,10 +72,14 @@ class Store:
         shutil.rmtree(self.folder(key), ignore_errors=True)
 
     def drop_streams(self, key: str, keep: int | None = None) -> None:
-        """Removes saved hidden states but those after layer `keep`, and what a killed run left half-written."""
+        """Removes saved hidden states but those after layer `keep`, and what a killed run left half-written.
+
+        `keep` None ends the work on a key: scratch files (`.work-*`), which a pass over the layers may have open, go too.
+        """
         for path in self.folder(key).glob("*"):
             is_stream = path.name.startswith("stream-") and (keep is None or path != self.stream(key, keep))
-            if is_stream or path.name.startswith("."):
+            is_torn = path.name.startswith(".") and (keep is None or path.suffix == ".tmp")
+            if is_stream or is_torn:
                 path.unlink(missing_ok=True)
 
     def cached_digests(self, files: Iterable[Path]) -> dict[Path, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,8 +34,9 @@ def bundled(name: str) -> Path | None:
     return path if name == "demo" and path.is_file() else None
 
 
-def documents(data: str, file: str | None = None) -> Iterator[str]:
-    """The documents of a data set, in order. `data` is a known name or a path; `file` is read in its place.
+def documents(data: str, file: str | None = None, *, option: str = "--data FILE") -> Iterator[str]:
+    """The documents of a data set, in order. `data` is a known name or a path; `file` is read in its place. option: how the command
+    line would name a local file, for the message where the hub cannot be reached.
 
     .txt: documents separated by `<|endoftext|>`; .jsonl (also .gz): an object a line with a text field, or a string; .json: a list
     of those. Raises DataError.
@@ -45,14 +47,15 @@ def documents(data: str, file: str | None = None) -> Iterator[str]:
     if path.is_file():
         yield from (d for d in (text.strip() for text in _read(path)) if d)
     elif file is None and data in HUB:
-        yield from _from_hub(data)
+        yield from _from_hub(data, option)
     else:
         raise DataError(Problem(str(path), "no such file", "a .txt, .json or .jsonl file", f"Known names: {', '.join(HUB)}, demo"))
 
 
 def _read(path: Path) -> Iterator[str]:
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+        # -sig: Windows puts a byte order mark first, which JSON does not allow.
+        opened = gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
         with opened as stream:
             kind = path.name.removesuffix(".gz").rpartition(".")[2]
             if kind == "jsonl":
@@ -73,14 +76,14 @@ def _read(path: Path) -> Iterator[str]:
                 yield from stream.read().split(SEPARATOR)
     except UnicodeDecodeError as error:
         raise DataError(Problem(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "UTF-8")) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(Problem(str(path), str(error), "a readable text file")) from error
 
 
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of thousands of digits
         raise DataError(Problem(where, f"not JSON ({error})", "one JSON object a line in .jsonl, a list in .json")) from error
 
 
@@ -97,7 +100,7 @@ def _text_of(item: Any, where: str) -> str:
     raise DataError(Problem(where, f"{str(item)[:60]!r} has no text", f"a string, or an object with {', '.join(_FIELDS)}"))
 
 
-def _from_hub(name: str) -> Iterator[str]:
+def _from_hub(name: str, option: str) -> Iterator[str]:
     repository, configuration, split, files, field = HUB[name]
     try:
         from datasets import load_dataset
@@ -105,16 +108,16 @@ def _from_hub(name: str) -> Iterator[str]:
         kwargs: dict[str, Any] = {"data_files": {split: files}} if files else {}
         rows = load_dataset(repository, configuration, split=split, **kwargs)
     except ImportError as error:
-        raise DataError(Problem(name, "the package `datasets` is not installed", hint=_offline(name))) from error
+        raise DataError(Problem(name, "the package `datasets` is not installed", hint=_offline(name, option))) from error
     except Exception as error:  # whatever the hub's client raises (a dozen kinds): the user's way out is the same
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
-        raise DataError(Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name))) from error
+        raise DataError(Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name, option))) from error
     for row in rows:
         yield str(row[field])
 
 
-def _offline(name: str) -> str:
-    return f"Use a local copy: --set calibration.file=./{name}.jsonl (a JSON object with \"text\" a line, or .txt with {SEPARATOR} between)"
+def _offline(name: str, option: str) -> str:
+    return f'Use a local copy: {option.replace("FILE", f"./{name}.jsonl")} (a JSON object with "text" a line, or .txt with {SEPARATOR} between)'
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,15 @@ class Windows:
         return hashlib.sha256(json.dumps(self.tokens, separators=(",", ":")).encode()).hexdigest()
 
 
+def _encode(tokenizer: Any, texts: list[str], source: str) -> Any:
+    """The encodings of `texts`. Raises DataError for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except TypeError as error:
+        bad = next((t for t in texts if any("\ud800" <= c <= "\udfff" for c in t)), "")
+        raise DataError(Problem(source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold")) from error
+
+
 def cut_windows(tokenizer: Any, texts: Iterable[str], *, count: int, length: int, skip: int = 0, source: str = "") -> Windows:
     """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. Raises DataError if too few."""
     ids: list[int] = []
@@ -139,7 +151,7 @@ def cut_windows(tokenizer: Any, texts: Iterable[str], *, count: int, length: int
     remaining = islice(iter(texts), skip, None)
     seen = 0
     while len(windows) < count and (chunk := list(islice(remaining, 64))):
-        for text, encoding in zip(chunk, tokenizer.encode_batch(chunk), strict=True):
+        for text, encoding in zip(chunk, _encode(tokenizer, chunk, source), strict=True):
             if len(windows) >= count:
                 break
             seen += 1

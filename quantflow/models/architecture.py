@@ -106,7 +106,8 @@ class Architecture:
         return self.prefix.format(i=i)
 
 
-IGNORED_TENSORS = re.compile(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias|rotary_pos_emb\.inv_freq)$")
+# Buffers that old files hold. Whole names: Qwen's attn.c_attn.bias is a weight.
+IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
 
 
 def linear_shapes(architecture: Architecture, config: DecoderConfig, i: int) -> dict[str, tuple[int, int]]:

@@ -83,7 +83,7 @@ class Checkpoint:
         self.path = path
         self.raw_config = read_json(path / "config.json")
         model_type = self.raw_config.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ModelError(
                 Problem(
                     f"{path}/config.json model_type",
@@ -92,7 +92,7 @@ class Checkpoint:
                     "What is missing for another family is a table in quantflow/models: its tensor names and what its decoder computes",
                 )
             )
-        self.architecture: Architecture = ARCHITECTURES[str(model_type)]
+        self.architecture: Architecture = ARCHITECTURES[model_type]
         try:
             self.config: DecoderConfig = self.architecture.read_config(self.raw_config)
         except ConfigProblem as error:
@@ -163,7 +163,7 @@ class Checkpoint:
             problems.append(
                 Problem(str(self.path), f"tensors that {self.architecture.name} does not have: {names}", hint="They would be lost; is model_type right?")
             )
-        return problems
+        return list(dict.fromkeys(problems))  # a fused tensor that is wrong is so for each of its parts
 
     def shape_of(self, native: str) -> tuple[int, ...]:
         return self.expected[native]

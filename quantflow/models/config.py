@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. kind: default, linear, dynamic, llama3 or yarn; parameters: the numbers of that kind."""
+    """Rotary position embedding. kind: default, linear, dynamic, llama3, yarn or qwen (the first Qwen's stepwise dynamic one, which no
+    `rope_scaling` names); parameters: the numbers of that kind."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -76,9 +77,13 @@ def number(config: Mapping[str, Any], key: str, kind: type = int, default: Any =
 
 def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope:
     """The rotary embedding of a Hugging Face config: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    scaling = dict(config.get("rope_scaling") or {})
-    scaling.update(config.get("rope_parameters") or {})
-    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or default_theta)
+    scaling: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        part = config.get(key) or {}
+        if not isinstance(part, Mapping):
+            raise ConfigProblem(f"{key} is {part!r}, expected an object")
+        scaling.update(part)
+    theta = number({"rope_theta": scaling.pop("rope_theta", None) or config.get("rope_theta")}, "rope_theta", float, default_theta)
     kind = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
     scaling.pop("type", None)
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
@@ -86,10 +91,17 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope
     if float(scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ConfigProblem("partial_rotary_factor is not 1; QuantFlow rotates whole heads only")
     parameters = {k: float(v) for k, v in scaling.items() if isinstance(v, (int, float))}
-    if kind in ("linear", "dynamic", "llama3", "yarn") and "factor" not in parameters:
-        raise ConfigProblem(f"rope scaling of type {kind} has no factor")
+    if isinstance(trained := config.get("original_max_position_embeddings"), int):  # transformers prefers it to the nested one
+        parameters["original_max_position_embeddings"] = float(trained)
+    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
+    if missing := [name for name in needed if parameters.get(name, 0.0) <= 0]:
+        raise ConfigProblem(f"rope scaling of type {kind} has no positive {' and '.join(missing)}")
     return Rope(theta, kind, parameters)
 
 
 def read_dtype(config: Mapping[str, Any]) -> str:
-    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    """float32 (where config.json says nothing), float16 or bfloat16; raises ConfigProblem for another."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ConfigProblem(f"dtype is {name!r}; QuantFlow knows float32, float16 and bfloat16")
+    return name

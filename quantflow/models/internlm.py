@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
-from quantflow.models.config import DecoderConfig
+from quantflow.models.config import ConfigProblem, DecoderConfig, number
 from quantflow.models.llama import read_llama_like
 
-_REMOTE_KEYS = ("auto_map", "bias", "attn_implementation", "_attn_implementation_autoset", "tokenizer_class")
+_REMOTE_KEYS = ("auto_map", "bias", "attn_implementation", "_attn_implementation_autoset", "tokenizer_class", "rotary")
 
 
 def as_llama_config(config: Json, **changes: object) -> Json:
@@ -15,13 +15,25 @@ def as_llama_config(config: Json, **changes: object) -> Json:
     return {**native, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, **changes}
 
 
+def _with_llama_rope(config: Json) -> Json:
+    """InternLM's `rotary` as `rope_theta` and `rope_scaling`. Its dynamic kind is Llama's, the factor 1 if it has none."""
+    rotary = config.get("rotary")
+    if not rotary:
+        return config
+    kind = rotary.get("type") if isinstance(rotary, dict) else rotary
+    if kind not in ("origin", "dynamic"):
+        raise ConfigProblem(f"rotary of type {kind!r}; QuantFlow knows origin and dynamic")
+    scaling = {"rope_type": "dynamic", "factor": number(rotary, "scaling_factor", float, 1.0)} if kind == "dynamic" else None
+    return {**config, "rope_theta": number(rotary, "base", float, 10000.0), "rope_scaling": scaling}
+
+
 def _read_internlm(config: Json) -> DecoderConfig:
     bias = bool(config.get("bias", True))
-    return read_llama_like(config, attention_bias=bias, output_bias=bias)
+    return read_llama_like(_with_llama_rope(config), attention_bias=bias, output_bias=bias)
 
 
 def _internlm_config(config: Json) -> Json:
-    return as_llama_config(config, attention_bias=bool(config.get("bias", True)))
+    return as_llama_config(_with_llama_rope(config), attention_bias=bool(config.get("bias", True)))
 
 
 def _read_internlm2(config: Json) -> DecoderConfig:

@@ -12,7 +12,7 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_ta
 
 def read_activation(config: Json, key: str = "hidden_act", default: str = "silu") -> str:
     name = config.get(key, default)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ConfigProblem(f"{key} is {name!r}; QuantFlow knows {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
@@ -49,30 +49,33 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
     return DecoderConfig(**{**fields, **changes})
 
 
-def _windows(config: Json, layers: int, used: bool) -> tuple[int | None, ...]:
-    window = config.get("sliding_window")
-    if not used or not window:
+def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> tuple[int | None, ...]:
+    """The sliding window of every layer from `first` on; () without one. absent: the family's where config.json says nothing."""
+    if config.get("sliding_window", absent) is None:
         return ()
-    if config.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in config["layer_types"])
-    first = config.get("max_window_layers", 0) if "max_window_layers" in config else 0
+    window, layers = number(config, "sliding_window", default=absent), number(config, "num_hidden_layers")
+    if kinds := config.get("layer_types"):
+        if len(kinds) != layers:
+            raise ConfigProblem(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return tuple(window if i >= first else None for i in range(layers))
 
 
 def _read_mistral(config: Json) -> DecoderConfig:
-    layers = number(config, "num_hidden_layers")
-    return read_llama_like(config, sliding_windows=_windows(config, layers, True), attention_bias=False, output_bias=False)
+    return read_llama_like(config, sliding_windows=read_windows(config), attention_bias=False, output_bias=False)
+
+
+def _qwen_windows(config: Json) -> tuple[int | None, ...]:
+    return read_windows(config, config.get("max_window_layers", 28)) if config.get("use_sliding_window") else ()
 
 
 def _read_qwen2(config: Json) -> DecoderConfig:
-    windows = _windows(config, number(config, "num_hidden_layers"), bool(config.get("use_sliding_window", False)))
-    return read_llama_like(config, attention_bias=True, output_bias=False, sliding_windows=windows)
+    return read_llama_like(config, attention_bias=True, output_bias=False, sliding_windows=_qwen_windows(config))
 
 
 def _read_qwen3(config: Json) -> DecoderConfig:
-    windows = _windows(config, number(config, "num_hidden_layers"), bool(config.get("use_sliding_window", False)))
     head_dim = number(config, "head_dim", default=128)
-    return read_llama_like(config, qk_norm=True, head_dim=head_dim, sliding_windows=windows)
+    return read_llama_like(config, qk_norm=True, head_dim=head_dim, sliding_windows=_qwen_windows(config))
 
 
 LLAMA = Architecture("Llama", ("llama",), read_llama_like)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from quantflow.models.architecture import Architecture, Json, Layer, Source
-from quantflow.models.config import DecoderConfig, number
-from quantflow.models.llama import read_llama_like
+from quantflow.models.config import ConfigProblem, DecoderConfig, number
+from quantflow.models.llama import read_llama_like, read_windows
 
 _FUSED = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)")
 
@@ -36,16 +36,17 @@ def _qwen3_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> 
     return _fused_experts(name, shape, "mlp", "gate_proj", "up_proj", "down_proj") or {name: Source(name)}
 
 
+def _experts(config: Json, key: str) -> dict[str, int]:
+    experts, chosen = number(config, key), number(config, "num_experts_per_tok")
+    if chosen > experts:
+        raise ConfigProblem(f"num_experts_per_tok {chosen} is more than {key} {experts}")
+    return {"experts": experts, "experts_per_token": chosen}
+
+
 def _read_mixtral(config: Json) -> DecoderConfig:
-    layers = number(config, "num_hidden_layers")
-    window = config.get("sliding_window")
+    windows = read_windows(config, absent=None)
     return read_llama_like(
-        config,
-        attention_bias=False,
-        output_bias=False,
-        experts=number(config, "num_local_experts"),
-        experts_per_token=number(config, "num_experts_per_tok"),
-        sliding_windows=(window,) * layers if window else (),
+        config, attention_bias=False, output_bias=False, sliding_windows=windows, **_experts(config, "num_local_experts")
     )
 
 
@@ -56,10 +57,10 @@ def _read_qwen3_moe(config: Json) -> DecoderConfig:
     return read_llama_like(
         config,
         qk_norm=True,
-        head_dim=number(config, "head_dim", default=128),
         intermediate=number(config, "moe_intermediate_size"),
-        experts=number(config, "num_experts"),
-        experts_per_token=number(config, "num_experts_per_tok"),
+        # transformers 5 saves it under the second name.
+        **_experts(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        sliding_windows=read_windows(config) if config.get("use_sliding_window") else (),
         renormalize=bool(config.get("norm_topk_prob", False)),
         dense_layers=dense,
         dense_intermediate=number(config, "intermediate_size"),

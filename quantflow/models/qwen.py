@@ -34,8 +34,9 @@ def _read(config: Json) -> DecoderConfig:
     head_dim = number(config, "kv_channels", default=hidden // heads)
     if float(config.get("rotary_pct", 1.0)) != 1.0:
         raise ConfigProblem("rotary_pct is not 1; QuantFlow rotates whole heads only")
+    if not config.get("no_bias", True):
+        raise ConfigProblem("no_bias is false; QuantFlow knows Qwen with a bias on c_attn alone")
     trained = number(config, "seq_length", default=2048)
-    dynamic = bool(config.get("use_dynamic_ntk", False))
     dtype = "bfloat16" if config.get("bf16") else "float16" if config.get("fp16") else read_dtype(config)
     return DecoderConfig(
         family="llama",
@@ -50,7 +51,7 @@ def _read(config: Json) -> DecoderConfig:
         norm_eps=number(config, "layer_norm_epsilon", float, 1e-6),
         activation="silu",
         dtype=dtype,
-        rope=Rope(float(config.get("rotary_emb_base", 10000)), "dynamic" if dynamic else "default", {"factor": 1.0} if dynamic else {}),
+        rope=Rope(number(config, "rotary_emb_base", float, 10000.0), "qwen" if config.get("use_dynamic_ntk") else "default"),
         attention_bias=True,
         tied=bool(config.get("tie_word_embeddings", False)),
         logn_length=trained if config.get("use_logn_attn") else None,

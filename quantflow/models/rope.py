@@ -15,14 +15,18 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, flo
     """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin, for a sequence of `length` tokens.
 
     linear: positions divided by the factor (Chen et al. 2023). dynamic: NTK-aware base that grows once `length` passes
-    the trained one. llama3: long wavelengths divided, short kept, blended between. yarn: Peng et al. 2023, section 3.2,
-    with its temperature on cos and sin.
+    the trained one. qwen: the same in steps, at every doubling. llama3: long wavelengths divided, short kept, blended
+    between. yarn: Peng et al. 2023, section 3.2, with its temperature on cos and sin.
     """
     rope, dim, p = config.rope, config.head_dim, config.rope.parameters
     theta, factor = rope.theta, rope.parameters.get("factor", 1.0)
     trained = p.get("original_max_position_embeddings", float(config.max_positions))
-    if rope.kind == "dynamic" and length > trained:
-        theta *= (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
+    # How far beyond max_positions; transformers' dynamic kind does not look at original_max_position_embeddings.
+    stretch = length / config.max_positions
+    if rope.kind == "dynamic" and stretch > 1:
+        theta *= (factor * stretch - (factor - 1)) ** (dim / (dim - 2))
+    if rope.kind == "qwen" and stretch > 1:
+        theta *= (2 ** math.ceil(math.log2(stretch) + 1) - 1) ** (dim / (dim - 2))
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if rope.kind == "linear":
         return frequencies / factor, 1.0

@@ -363,7 +363,6 @@ def _from_sentencepiece(path: Path) -> _Loaded:
         # A placeholder such as [UNUSED_TOKEN_145] that the configuration gives another name.
         if i < len(names) and names[i] != declared.placed[i].content:
             names[i] = declared.placed[i].content
-            kinds[i] = CONTROL
     vocab = _vocabulary(path, names, declared)
 
     added = {i: AddedToken(names[i], special=True, normalized=False) for i, kind in enumerate(kinds) if kind in (UNKNOWN, CONTROL)}
@@ -389,18 +388,19 @@ def _from_sentencepiece(path: Path) -> _Loaded:
             ),
         )
     else:
-        # Bytes and special tokens must not be found in the text as it is written; a path through them is worse than any other.
-        out_of_reach = 8 * min([piece.score for piece in model.pieces] + [0.0]) - 100
-        entries = [(name, model.pieces[i].score if kinds[i] == NORMAL and i not in added else out_of_reach) for i, name in enumerate(names)]
+        entries = [(name, piece.score) for name, piece in zip(names, model.pieces, strict=True)]
         extra = sorted((i, name) for name, i in vocab.items() if i >= len(names))
         if [i for i, _ in extra] != list(range(len(names), len(vocab))):
             found, expected = f"ids {[i for i, _ in extra]}", f"ids that go on from {len(names)} without a gap"
             raise ModelError(Problem(f"{path} added tokens", found, expected))
-        entries += [(name, out_of_reach) for _, name in extra]
+        entries += [(name, 0.0) for _, name in extra]
         tokenizer = _guarded(
             file, "a consistent vocabulary", lambda: Tokenizer(models.Unigram(entries, unk_id=unknown, byte_fallback=model.byte_fallback))
         )
 
+        if model.byte_fallback:
+            # Or <0x41> as somebody wrote it would be found in the vocabulary, and become an A.
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), behavior="merged_with_previous")
     symbols = [token.content for token in added.values() if token.normalized]
     tokenizer.normalizer = _guarded(file, "a character map that can be read", lambda: _space_normalizer(model, symbols))
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -425,9 +425,10 @@ def _space_normalizer(model: SentencePieceModel, symbols: list[str]) -> Any:
         steps.append(normalizers.Precompiled(model.charsmap))
     if model.collapse_spaces:
         # Spaces alone: SentencePiece leaves tabs and newlines, where the character map has not made them spaces.
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(rf"\A +|[ {SPACE}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.dummy_prefix and symbols:
-        # The library normalises the symbols too before it looks for them, and ▁<eoh> would never be found.
+        # The library normalises the symbols too before it looks for them, and ▁<eoh> would never be found. So a text that is
+        # a symbol and nothing else gets no ▁, which SentencePiece would give it: the one difference.
         names = "|".join(re.escape(symbol) for symbol in sorted(symbols))
         steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{names})\z)"), SPACE))
     elif model.dummy_prefix:

@@ -5,6 +5,7 @@ Everything here is known from the config, the safetensors headers and the calibr
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import math
 import os
@@ -87,8 +88,8 @@ class Plan:
 
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
-        """Dtypes in which every scale is exact, for all formats that will be written."""
-        return tuple(dict.fromkeys(FORMATS[p.format].scale_dtypes(self.config.dtype)[0] for p in self.packs))
+        """Dtypes in which every scale is exact: those of every format, so that packing to another one repeats no layer."""
+        return tuple(dict.fromkeys(form.scale_dtypes(self.config.dtype)[0] for form in FORMATS.values()))
 
     @property
     def needs_stream(self) -> bool:
@@ -124,7 +125,7 @@ class Plan:
     @cached_property
     def store(self) -> Store:
         root = os.environ.get("QUANTFLOW_STORE")
-        return Store(Path(root) if root else self.output.parent / ".quantflow-store")
+        return Store(Path(root) if root else self.output.absolute().parent / ".quantflow-store")
 
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
 
@@ -148,8 +149,9 @@ class Plan:
 
     @property
     def min_zero(self) -> int:
-        """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats."""
-        return int(any(p.format == "gptq" for p in self.packs))
+        """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats of an asymmetric grid."""
+        asymmetric = any(p.scheme is not None and not p.scheme.symmetric for p in self.linears)
+        return int(asymmetric and any(p.format == "gptq" for p in self.packs))
 
     @property
     def estimate(self) -> Estimate:
@@ -311,18 +313,16 @@ def _output_problems(plan: Plan) -> list[Problem]:
 
 def check_output(plan: Plan) -> None:
     """Raises OutputError where the output or the store cannot be written."""
-    for folder in (plan.output.parent, plan.store.root):
+    for folder in (plan.output.absolute().parent, plan.store.root):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             probe = folder / f".quantflow-probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
-        except (PermissionError, FileExistsError, NotADirectoryError) as error:
-            raise OutputError(Problem(str(folder), error.strerror or str(error), "a writable directory", "Pass --output DIR")) from error
         except OSError as error:
-            if error.errno == 30:  # a read-only file system
-                raise OutputError(Problem(str(folder), "a read-only file system", "a writable directory", "Pass --output DIR")) from error
-            raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutputError(Problem(str(folder), error.strerror or str(error), "a writable directory", "Pass --output DIR")) from error
 
 
 def quantised_bytes(shape: tuple[int, int], scheme: Scheme) -> int:

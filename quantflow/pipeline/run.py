@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from quantflow import __version__
-from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_digests, read_manifest
+from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_entries, is_whole, read_manifest
 from quantflow.artifacts.fingerprint import digest, source_digest
 from quantflow.artifacts.store import Store, write_json
 from quantflow.calibration.data import Windows, cut_windows, documents
-from quantflow.errors import DataError, Problem, UserError
+from quantflow.errors import DataError, ModelError, Problem, UserError
 from quantflow.evaluate.divergence import Variant, compare
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
@@ -56,22 +56,22 @@ class _Identity:
     weights: str
     calibrate: str
     sweep: str
+    evaluate: str
     artifact: str
 
 
 def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
     """Runs the plan, or finds its artifact finished. Raises UserError; a missed gate is in the result, not raised."""
+    clock = _Clock()
+    windows, held_out = _texts(plan)  # what is wrong with them is said before anything is written, or gigabytes are hashed
+    clock.lap("tokenize")
     check_output(plan)
     with _lock(plan.store.root):
-        return _run(plan, progress, fresh)
+        return _run(plan, windows, held_out, progress, clock, fresh)
 
 
-def _run(plan: Plan, progress: Progress, fresh: bool) -> RunResult:
-    clock = _Clock()
-    progress.phase("hash", 1)
-    weights = digest(sorted(plan.store.digests(plan.checkpoint.files).values()))
-    progress.step()
-    clock.lap("hash")
+def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
+    """The windows of the calibration (none where no stage reads it) and of `evaluate`. Raises UserError, also for an overlap."""
     evaluate, calibration = plan.stage(Evaluate), plan.recipe.calibration
     tokenizer = load_tokenizer(plan.checkpoint.path) if plan.reads_calibration or evaluate else None
     windows = Windows([], frozenset(), "")
@@ -83,14 +83,24 @@ def _run(plan: Plan, progress: Progress, fresh: bool) -> RunResult:
             Problem("evaluate", f"{len(shared)} of its documents were used for calibration", "text that calibration has not seen",
                     "Use another file, or evaluate.skip to begin after the calibration's documents")
         )  # fmt: skip
-    clock.lap("tokenize")
+    return windows, held_out
+
+
+def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progress, clock: _Clock, fresh: bool) -> RunResult:
+    evaluate = plan.stage(Evaluate)
+    progress.phase("hash", 1)
+    weights = digest(sorted(plan.store.digests(plan.checkpoint.files).values()))
+    progress.step()
+    clock.lap("hash")
     identity = _identity(plan, weights, windows, held_out)
     if fresh:
-        plan.store.forget(identity.sweep)
-        plan.store.forget(identity.calibrate)
+        for key in (identity.calibrate, identity.sweep, identity.evaluate):
+            plan.store.forget(key)
     elif (found := _finished(plan, identity)) is not None:
         return found
     sweep(plan, plan.store, (identity.calibrate, identity.sweep), windows.tokens, progress)
+    for key in (identity.calibrate, identity.sweep):
+        plan.store.drop_streams(key)  # of a run that was killed after its last layer
     clock.lap("sweep")
     reader = SweepReader(plan.store, identity.sweep)
     check_complete(reader, plan)
@@ -118,7 +128,7 @@ def _run(plan: Plan, progress: Progress, fresh: bool) -> RunResult:
             "kv_qparams": _kv_summary(plan, reader),
             "quality": quality,
             "notes": list(plan.notes),
-            "files": file_digests(folder),
+            "files": file_entries(folder),
         }  # fmt: skip
         write_json(folder / MANIFEST, manifest)
         clock.lap("publish")
@@ -160,7 +170,8 @@ def _lock(root: Path) -> Iterator[None]:
 
 
 def _windows(plan: Plan, tokenizer: Any, where: str, section: Any, count: int, length: int) -> Windows:
-    texts = documents(section.data, section.file)
+    path = "calibration" if where == "calibration" else "stages.evaluate"
+    texts = documents(section.data, section.file, option=f"--set {path}.file=FILE")
     windows = cut_windows(tokenizer, texts, count=count, length=length, skip=section.skip, source=Path(section.file or section.data).name)
     largest = max(map(max, windows.tokens))
     if largest >= plan.config.vocabulary:
@@ -177,15 +188,20 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
         ["artifact", calibrate if plan.stage(Calibrate) else "", sweep_key, portable(plan), held_out.digest if held_out else "",
          source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant")]
     )  # fmt: skip
-    return _Identity(weights, calibrate, sweep_key, artifact)
+    kv = plan.stage(KvQparams)
+    evaluate = digest(
+        ["evaluate", sweep_key, held_out.digest if held_out else "", kv.model_dump(mode="json") if kv else None, plan.packs[0].format, plan.device,
+         source_digest("evaluate", "models", "formats", "quant", "stages/kv_qparams.py")]
+    )  # fmt: skip
+    return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 
 
 def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
-    manifest = read_manifest(plan.output)
-    if manifest is None or manifest.get("fingerprint") != identity.artifact:
+    try:
+        manifest = read_manifest(plan.output)
+    except ModelError:  # a damaged manifest: the artifact is written anew
         return None
-    sizes_known = all((plan.output / name).is_file() for name in manifest["files"])
-    if not sizes_known:
+    if manifest is None or manifest.get("fingerprint") != identity.artifact or not is_whole(plan.output, manifest):
         return None
     report = json.loads((plan.output / "report.json").read_text(encoding="utf-8"))
     return RunResult(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
@@ -271,11 +287,7 @@ def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, fold
 def _evaluate(plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: Path, held_out: Windows, progress: Progress) -> dict[str, Any]:
     """variant -> divergence, from the store where it was measured before: `weights`, and with kv_qparams `kv` and `weights_and_kv`."""
     settings = plan.stage(KvQparams)
-    key = digest(
-        ["evaluate", identity.sweep, held_out.digest, settings.model_dump(mode="json") if settings else None, plan.packs[0].format, plan.device,
-         source_digest("evaluate", "models", "formats", "quant", "stages/kv_qparams.py")]
-    )  # fmt: skip
-    stored = plan.store.read_json(key, "quality")
+    stored = plan.store.read_json(identity.evaluate, "quality")
     if stored is not None:
         return dict(stored)
     reference, quantised = Weights(plan.checkpoint.path), Weights(checkpoint)
@@ -292,7 +304,7 @@ def _evaluate(plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: 
     progress.phase("evaluate", plan.config.layers * (1 + len(variants)))
     measured = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.step)
     quality = {name: found.as_dict() for name, found in measured.items()}
-    plan.store.write_json(key, "quality", quality)
+    plan.store.write_json(identity.evaluate, "quality", quality)
     return quality
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels of QuantFlow, and in `reference` a plain-torch oracle for each."""
