@@ -31,7 +31,7 @@ from quantflow.quant.rtn import GridRules
 from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
-from quantflow.stages.quantize import Quantized, gptq_group, rtn_linear
+from quantflow.stages.quantize import Quantized, gptq_group, gptq_rounder, rtn_linear
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,11 @@ def _search_scales(
     count = min(windows, max(1, awq.max_tokens // length))
     picked = [i * windows // count for i in range(count)]
     sample = torch.cat([streams.x.read(i, i + 1) for i in picked])
+    gptq = context.plan.stage(Gptq)
+    round_finally = gptq_rounder(context.rules, gptq) if gptq else None
+    clip = awq.clip and gptq is None  # GPTQ searches its own ranges
     layer = context.layer(index, stored)
-    return search_layer(layer, stored, sample, schemes, context.rules, grid=awq.grid, clip=awq.clip)
+    return search_layer(layer, stored, sample, schemes, context.rules, grid=awq.grid, clip=clip, round_finally=round_finally)
 
 
 def _rtn_layer(

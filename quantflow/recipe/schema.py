@@ -111,7 +111,7 @@ class Awq(Section):
     name: ClassVar[str] = "awq"
     grid: int = Field(default=20, ge=1, le=1000, description="Steps of the exponent between 0 and 1 that the scale search tries.")
     clip: bool = Field(default=True, description="Also search for the range that each group is clipped to.")
-    max_tokens: int = Field(default=4096, ge=1, description="Calibration tokens that the loss of the searches is measured on, at most.")
+    max_tokens: int = Field(default=8192, ge=1, description="Calibration tokens that the loss of the searches is measured on, at most.")
 
 
 class Gptq(Section):

@@ -6,6 +6,7 @@ is in `quant/awq.py`; folding, in `stages/folding.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -30,52 +31,75 @@ class AwqResult:
     report: list[dict[str, object]] = field(default_factory=list)
 
 
+Rounder = Callable[[Tensor, Tensor, Scheme, Tensor], Tensor]
+"""The weight `[N, K]` as the recipe's next stage would round it: (weight, scale, scheme, Hessian of the unscaled input)."""
+
+
 @dataclass(frozen=True)
 class _Search:
+    """The search over one layer. round_finally: how the next stage rounds, where that is not to nearest (GPTQ)."""
+
     layer: DecoderLayer
     schemes: Mapping[str, Scheme]
     rules: GridRules
     grid: int
+    round_finally: Rounder | None
 
-    def best(self, group: list[str], x: Tensor, parent: Callable[[], Tensor] | None, hessian: Tensor | None = None,
-             expand: Callable[[Tensor], Tensor] | None = None, reduce: Callable[[Tensor], Tensor] | None = None) -> tuple[str, Tensor, float]:  # fmt: skip
+    def best(self, group: list[str], x: Tensor, parent: Callable[[], Tensor] | None, channels: _Channels) -> tuple[str, Tensor, float]:
         """The best candidate's name, its scale, and its loss over the identity's, for the quantised linears of `group`.
 
-        parent: runs the parent module with whatever weights the layer holds. Without one, the parent is the linear itself, and
-        its loss comes exactly from `hessian`. reduce, expand: between input channels and the channels that can be scaled.
+        parent: runs the parent module with whatever weights the layer holds. Without one the parent is the linear itself, and its
+        loss comes exactly from the Hessian of its input `x`. Rounding to nearest sorts the candidates; where GPTQ follows, which
+        already looks after salient channels, the winner and its square root must then beat the identity rounded as GPTQ rounds.
         """
         weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
         quantised = [n for n in group if n in self.schemes]
-        same, spread = (lambda s: s), (expand or (lambda s: s))
-        reduce = reduce or same
-        activation = reduce(x.reshape(-1, x.shape[-1]).abs().mean(0, dtype=torch.float32))
-        profile = reduce(weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]]))
+        hessian = None
+        if parent is None or self.round_finally:
+            accumulated = Hessian(x.shape[-1], x.device)
+            accumulated.add(x)
+            hessian = accumulated.matrix
         target = parent() if parent else None
-        kept: tuple[str, Tensor, float] | None = None
-        identity = 0.0
-        for name, scale in candidates(activation, profile, self.grid):
-            full, loss = spread(scale), 0.0
+
+        def loss(scale: Tensor, finally_: bool) -> float:
+            full, total = channels.expand(scale), 0.0
             for n in quantised:
-                weight = rounded(weights[n], full, self.schemes[n], self.rules)
-                if hessian is not None:
-                    loss += linear_loss(weights[n], weight, hessian)
+                if finally_ and self.round_finally and hessian is not None:
+                    weight = self.round_finally(weights[n], full, self.schemes[n], hessian)
+                else:
+                    weight = rounded(weights[n], full, self.schemes[n], self.rules)
+                if parent is None and hessian is not None:
+                    total += linear_loss(weights[n], weight, hessian)
                 else:
                     self.layer.tensors[f"{n}.weight"] = weight.to(self.layer.dtype)
             if parent and target is not None:
-                loss = float((parent() - target).float().square().mean())
-            if name == "identity":
-                identity = loss
-            if loss == loss and (kept is None or loss < kept[2]):
-                kept = (name, scale, loss)
+                total = float((parent() - target).float().square().mean())
+            return total if math.isfinite(total) else math.inf
+
+        activation = channels.reduce(x.reshape(-1, x.shape[-1]).abs().mean(0, dtype=torch.float32))
+        profile = channels.reduce(weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]]))
+        tried = [(loss(scale, False), name, scale) for name, scale in candidates(activation, profile, self.grid)]
+        identity, winner = tried[0], min(tried, key=lambda t: t[0])
+        if self.round_finally and winner is not identity:
+            finalists = [("identity", identity[2]), (f"sqrt({winner[1]})", winner[2].sqrt()), (winner[1], winner[2])]
+            tried = [(loss(scale, True), name, scale) for name, scale in finalists]
+            identity, winner = tried[0], min(tried, key=lambda t: t[0])
         for n, weight in weights.items():
             self.layer.tensors[f"{n}.weight"] = weight
-        if kept is None:
-            return "identity", reduce(torch.ones(x.shape[-1], device=x.device)), 1.0
-        return kept[0], kept[1], kept[2] / identity if identity > 0 else 1.0
+        return winner[1], winner[2], winner[0] / identity[0] if identity[0] > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """Between a linear's input channels and the channels that can be scaled; the same unless value heads are shared."""
+
+    reduce: Callable[[Tensor], Tensor] = lambda channels: channels
+    expand: Callable[[Tensor], Tensor] = lambda scale: scale
 
 
 def search_layer(
     layer: DecoderLayer, stored: dict[str, Tensor], x: Tensor, schemes: Mapping[str, Scheme], rules: GridRules, *, grid: int, clip: bool,
+    round_finally: Rounder | None = None,
 ) -> AwqResult:  # fmt: skip
     """Scales for one layer. `x` is the residual stream of the sample, `[B, L, H]`; `stored` holds the layer's tensors as stored.
 
@@ -84,14 +108,14 @@ def search_layer(
     that stays in 16 bits is never a producer: dividing its rows would round it.
     """
     result, names = AwqResult(), layer.names
-    folding, search = result.folding, _Search(layer, schemes, rules, grid)
+    folding, search = result.folding, _Search(layer, schemes, rules, grid, round_finally)
 
     def note(group: str, chosen: str, ratio: float) -> None:
         result.report.append({"group": group, "scale": chosen, "loss_ratio": round(ratio, 6)})
 
     def fold_into_norm(norm: str, group: list[str], others: list[str], h: Tensor, parent: Callable[[], Tensor]) -> None:
         if any(n in schemes for n in group):
-            chosen, scale, ratio = search.best(group, h, parent)
+            chosen, scale, ratio = search.best(group, h, parent, _Channels())
             note(norm, chosen, ratio)
             if chosen != "identity":
                 folding.fold_norm(norm, stored, [*group, *others], scale)
@@ -137,9 +161,7 @@ def search_layer(
             continue
         inner = layer.inner(rows, expert)
         if down in schemes and up in schemes:
-            hessian = Hessian(inner.shape[-1], inner.device)
-            hessian.add(inner)
-            chosen, scale, ratio = search.best([down], inner, None, hessian.matrix)
+            chosen, scale, ratio = search.best([down], inner, None, _Channels())
             note(down, chosen, ratio)
             if chosen != "identity":
                 folding.fold_linear(up, down, stored, scale, scale)
@@ -159,9 +181,7 @@ def _fold_values(
     def reduce(channels: Tensor) -> Tensor:
         return channels.view(config.kv_heads, shared, -1).mean(1).reshape(-1)
 
-    hessian = Hessian(context.shape[-1], context.device)
-    hessian.add(context)
-    chosen, scale, ratio = search.best([names.o], context, None, hessian.matrix, expand, reduce)
+    chosen, scale, ratio = search.best([names.o], context, None, _Channels(reduce, expand))
     note(names.o, chosen, ratio)
     if chosen != "identity":
         folding.fold_linear(names.v, names.o, stored, scale, expand(scale))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +67,18 @@ def gptq_group(
             error = output_error(weight, tensor.dequantize(), hessian)
             found[n] = Quantized(tensor, _line(scheme, tensor, method="gptq", error=float(f"{error:.4g}"), tokens=rows, fallback=result.fallback))
     return found
+
+
+def gptq_rounder(rules: GridRules, settings: Any) -> Callable[[Tensor, Tensor, Scheme, Tensor], Tensor]:
+    """What GPTQ (without refinement) makes of a scaled weight, seen from the unscaled input: for AWQ's choice among its finalists."""
+
+    def round_scaled(weight: Tensor, scale: Tensor, scheme: Scheme, hessian: Tensor) -> Tensor:
+        scaled = hessian / scale[:, None] / scale
+        factor = factorize(scaled, damp=settings.damp, act_order=settings.act_order != "none")
+        result = quantize_gptq(
+            weight.float() * scale, scaled, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=0,
+            block_size=settings.block_size,
+        )  # fmt: skip
+        return result.tensor.dequantize() / scale
+
+    return round_scaled

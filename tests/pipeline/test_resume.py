@@ -103,7 +103,7 @@ def _numbers(seed: int, whole_events: int, count: int) -> list[int]:
 
 def test_sigkill_before_a_file_operation(whole: Whole) -> None:
     bench, sweeps = whole.bench, set()
-    for turn, number in enumerate(_numbers(2, whole.events["any"], KILLS)):
+    for turn, number in enumerate(_numbers(2, whole.events["any"], 12)):
         bench.clear()
         process = start(["run", whole.recipe], bench.root, environment=(FILES, MEMORY)[turn % 2], strike=Strike(signal.SIGKILL, number))
         process.join()
@@ -144,7 +144,7 @@ def test_sigkill_while_an_artifact_takes_the_place_of_another(whole: Whole, from
 
 def test_sigint_before_a_file_operation(whole: Whole) -> None:
     bench = whole.bench
-    for turn, number in enumerate(_numbers(3, whole.events["any"], 8)):
+    for turn, number in enumerate(_numbers(3, whole.events["any"], 6)):
         bench.clear()
         process = start(["run", whole.recipe], bench.root, environment=(FILES, MEMORY)[turn % 2], strike=Strike(signal.SIGINT, number))
         process.join()
@@ -235,7 +235,7 @@ def test_full_disk(whole: Whole, fill: Callable[[float], _Disk], environment: di
         assert quantflow("run", whole.recipe).exit_code == 0
         assert contents(bench.output) == whole.bytes
         total, sweeps = disk.writes, set()
-        for limit in [1, 2, *_numbers(4, total, 8), total]:
+        for limit in [1, 2, *_numbers(4, total, 5), total]:
             bench.clear()
             fill(limit)
             result = quantflow("run", whole.recipe)

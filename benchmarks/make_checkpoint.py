@@ -1,0 +1,100 @@
+"""Write a random checkpoint of a real model's shape, under its original tensor names, for benchmarks of time and memory.
+
+    python benchmarks/make_checkpoint.py --shape internlm-7b --output build/internlm-7b
+    python benchmarks/make_checkpoint.py --shape llama-4g --output build/llama-4g [--single-file]
+
+Tensors are written one at a time, so a 15 GB checkpoint needs little memory. The tokenizer is the demo model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "internlm-7b": {"family": "internlm", "hidden": 4096, "inner": 11008, "layers": 32, "heads": 32, "kv": 32, "vocabulary": 103168},
+    "llama-8b": {"family": "llama", "hidden": 4096, "inner": 14336, "layers": 32, "heads": 32, "kv": 8, "vocabulary": 128256},
+    # Many small layers: what must stay flat is memory against depth.
+    "llama-4g": {"family": "llama", "hidden": 2048, "inner": 5632, "layers": 43, "heads": 16, "kv": 8, "vocabulary": 32000},
+    "llama-1b": {"family": "llama", "hidden": 2048, "inner": 5632, "layers": 22, "heads": 32, "kv": 4, "vocabulary": 32000},
+}
+DEMO = Path(__file__).resolve().parents[1] / "calib_data" / "demo_model"
+
+
+def tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, inner, size = shape["hidden"], shape["inner"], shape["hidden"] // shape["heads"]
+    bias = shape["family"] == "internlm"
+    yield "model.embed_tokens.weight", (shape["vocabulary"], hidden)
+    for i in range(shape["layers"]):
+        p = f"model.layers.{i}"
+        yield f"{p}.input_layernorm.weight", (hidden,)
+        for name, rows in (("q", hidden), ("k", shape["kv"] * size), ("v", shape["kv"] * size), ("o", hidden)):
+            yield f"{p}.self_attn.{name}_proj.weight", (rows, hidden)
+            if bias:
+                yield f"{p}.self_attn.{name}_proj.bias", (rows,)
+        yield f"{p}.post_attention_layernorm.weight", (hidden,)
+        yield f"{p}.mlp.gate_proj.weight", (inner, hidden)
+        yield f"{p}.mlp.up_proj.weight", (inner, hidden)
+        yield f"{p}.mlp.down_proj.weight", (hidden, inner)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (shape["vocabulary"], hidden)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="fewer layers than the real model")
+    parser.add_argument("--single-file", action="store_true", help="one file, however large")
+    args = parser.parse_args()
+    shape = {**SHAPES[args.shape], **({"layers": args.layers} if args.layers else {})}
+    args.output.mkdir(parents=True, exist_ok=True)
+    config = {
+        "model_type": shape["family"], "hidden_size": shape["hidden"], "intermediate_size": shape["inner"], "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv"], "vocab_size": shape["vocabulary"],
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, **({"bias": True} if shape["family"] == "internlm" else {}),
+    }  # fmt: skip
+    (args.output / "config.json").write_text(json.dumps(config, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, args.output / name)
+    everything = list(tensors(shape))
+    limit = 2**62 if args.single_file else 10**9
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    used = 0
+    for name, dims in everything:
+        size = torch.Size(dims).numel() * ITEM_BYTES["BF16"]
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append((name, dims))
+        used += size
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    generator = torch.Generator().manual_seed(0)
+    for file_name, shard in zip(names, shards, strict=True):
+        with TensorWriter(args.output / file_name, {n: ("BF16", d) for n, d in shard}, {"format": "pt"}) as writer:
+            for name, dims in shard:
+                if len(dims) == 1:
+                    value = torch.ones(dims) if "norm" in name else torch.zeros(dims)
+                else:
+                    # One block of random rows, repeated: filling 15 GB from a generator would take longer than quantising it.
+                    block = torch.randn(min(dims[0], 512), dims[1], generator=generator) * dims[1] ** -0.5
+                    value = block.to(torch.bfloat16).repeat(-(-dims[0] // len(block)), 1)[: dims[0]]
+                writer.write(name, value.to(torch.bfloat16))
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": {n: f for f, shard in zip(names, shards, strict=True) for n, _ in shard}}
+        (args.output / "model.safetensors.index.json").write_text(json.dumps(index))
+    total = sum(torch.Size(d).numel() for _, d in everything) * 2
+    print(f"{args.output}: {total / 1e9:.1f} GB in {len(shards)} file(s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Every architecture from its original tensor names through calibrate → awq → gptq → kv_qparams → pack, and into transformers.
+
+One run a family writes compressed-tensors, AWQ and GPTQ from the same result. transformers loads the first, without remote code, and
+must compute what QuantFlow's decoder computes over the same files.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from quantflow.formats.reader import Weights
+from quantflow.pipeline.plan import make_plan
+from quantflow.pipeline.progress import Silent
+from quantflow.pipeline.run import RunResult, run
+from quantflow.recipe import load_recipe
+from tests.helpers.tiny import write_text
+from tests.helpers.zoo import EXPERTS, HIDDEN, LAYERS, Specimen, decoder_logits, random_tokens, specimen, write
+
+DENSE = 2 * 7  # q, k, v, o, gate, up, down in two layers
+
+
+@dataclass(frozen=True)
+class Case:
+    """linears: how many are quantised. attention, mlp: what a layer's are called in the artifact. transformers: the class that loads it."""
+
+    linears: int
+    transformers: str
+    dtype: torch.dtype = torch.bfloat16
+    symmetric: bool = False
+
+
+CASES = {
+    "llama3": Case(DENSE, "LlamaForCausalLM"),
+    "llama_bias": Case(DENSE, "LlamaForCausalLM", torch.float16),
+    "internlm": Case(DENSE, "LlamaForCausalLM", torch.float16),
+    "internlm2": Case(DENSE, "LlamaForCausalLM"),
+    "mistral": Case(DENSE, "MistralForCausalLM", symmetric=True),
+    "qwen": Case(DENSE, "Qwen2ForCausalLM"),
+    "qwen2": Case(DENSE, "Qwen2ForCausalLM"),
+    "qwen3": Case(DENSE, "Qwen3ForCausalLM"),
+    "mixtral": Case(2 * (4 + 4 * 3), "MixtralForCausalLM", symmetric=True),  # four experts of three linears; the router stays
+    "mixtral_fused": Case(2 * (4 + 4 * 3), "MixtralForCausalLM", symmetric=True),
+    "qwen3_moe": Case(7 + (4 + 4 * 3), "Qwen3MoeForCausalLM", symmetric=True),  # the first layer is dense
+    "qwen3_moe_fused": Case(2 * (4 + 4 * 3), "Qwen3MoeForCausalLM", symmetric=True),
+    "opt": Case(2 * 6, "OPTForCausalLM", torch.float16),  # no gate
+}
+
+
+def quantise(root: Path, found: Specimen, symmetric: bool) -> RunResult:
+    """Runs the recipe over the checkpoint `found`; everything lies below `root`."""
+    torch.set_num_threads(1)
+    recipe = {
+        "name": "zoo", "model": str(write(root / "model", found)), "output": str(root / "out" / "artifact"),
+        "calibration": {"data": str(write_text(root / "calib.txt", 0, 128)), "samples": 12, "seqlen": 20},
+        "weights": {"bits": 4, "group_size": 32, "symmetric": symmetric},
+        "stages": [
+            "calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams", *({"pack": {"format": f}} for f in ("compressed-tensors", "awq", "gptq")),
+        ],
+    }  # fmt: skip
+    path = root / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return run(make_plan(load_recipe(path), device="cpu"), Silent())
+
+
+Quantised = Callable[[str], tuple[Path, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
+    """The artifact of a family and its report.json, made once."""
+
+    @cache
+    def made(name: str) -> tuple[Path, dict[str, Any]]:
+        case = CASES[name]
+        result = quantise(tmp_path_factory.mktemp(name), specimen(name, case.dtype), case.symmetric)
+        return result.output, json.loads((result.output / "report.json").read_text())
+
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_linear_is_quantised_and_nothing_fell_back(name: str, quantised: Quantised) -> None:
+    output, report = quantised(name)
+    linears = CASES[name].linears
+    assert len(report["linears"]) == linears
+    assert report["fallbacks"] == {}
+    assert list(report["kept"]) == ["lm_head"]
+    assert {line["method"] for line in report["linears"].values()} == {"gptq"}
+    for form, suffix in (("compressed-tensors", ".weight_packed"), ("awq", ".qweight"), ("gptq", ".qweight")):
+        with safe_open(output / form / "model.safetensors", "pt") as file:
+            packed = {n.removesuffix(suffix) for n in file.keys() if n.endswith(suffix)}
+            plain = [n for n in file.keys() if n.endswith("_proj.weight")]
+        assert packed == set(report["linears"])
+        assert plain == []
+    manifest = json.loads((output / "quantflow.json").read_text())
+    assert manifest["status"] == "complete"
+    with safe_open(output / "kv_qparams.safetensors", "pt") as file:
+        scales = {n: file.get_tensor(n) for n in file.keys()}
+    assert len(scales) == LAYERS * 4
+    assert all(bool(t.isfinite().all()) for t in scales.values())
+    assert all(bool((t > 0).all()) for n, t in scales.items() if n.endswith("_scale"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_computes_what_quantflow_computes(name: str, quantised: Quantised) -> None:
+    folder = quantised(name)[0] / "compressed-tensors"
+    config = json.loads((folder / "config.json").read_text())
+    assert "auto_map" not in config and config["architectures"] == [CASES[name].transformers]
+    tokens = random_tokens(2, 20)
+    ours = decoder_logits(Weights(folder), tokens)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert type(model).__name__ == CASES[name].transformers
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.inference_mode():
+        theirs = model.eval()(tokens).logits
+    assert float(ours.std()) > 0.5
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_awq_and_gptq_read_back_to_the_same_weights(name: str, quantised: Quantised) -> None:
+    output, report = quantised(name)
+    first, *others = (Weights(output / form) for form in ("compressed-tensors", "awq", "gptq"))
+    assert first.modules == set(report["linears"])
+    for other in others:
+        assert other.modules == first.modules
+        for native in first.checkpoint.expected:
+            torch.testing.assert_close(other.tensor(native), first.tensor(native), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_quantised_model_resembles_the_original(name: str, quantised: Quantised) -> None:
+    """Far from chance, so that nothing is swapped, transposed or rescaled on one side alone: 4 bits on random weights cost a tenth."""
+    output, _ = quantised(name)
+    tokens = random_tokens(2, 20)
+    original = decoder_logits(Weights(output.parents[1] / "model"), tokens)
+    ours = decoder_logits(Weights(output / "compressed-tensors"), tokens)
+    assert float((ours - original).norm() / original.norm()) < 0.2
+
+
+def test_the_pipeline_has_every_architecture() -> None:
+    from quantflow.models.registry import ARCHITECTURES
+
+    assert {specimen(name).config["model_type"] for name in CASES} == set(ARCHITECTURES)
+
+
+def _shun(found: Specimen, expert: int, router: str) -> Specimen:
+    """The checkpoint with a channel that is large for every token, and a router whose `expert` it drives to the bottom."""
+    tensors = dict(found.tensors)
+    embedding = tensors["model.embed_tokens.weight"].clone()
+    embedding[:, 0] = 8.0
+    tensors["model.embed_tokens.weight"] = embedding
+    for i in range(LAYERS):
+        weight = tensors[router.format(i=i)].clone()
+        weight[:, 0] = 0.0
+        weight[expert, 0] = -20.0
+        tensors[router.format(i=i)] = weight
+    return Specimen(copy.deepcopy(found.config), tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "router", "parts"),
+    [
+        ("mixtral", "model.layers.{i}.block_sparse_moe.gate.weight", ("block_sparse_moe", "w1", "w2", "w3")),
+        ("qwen3_moe_fused", "model.layers.{i}.mlp.gate.weight", ("mlp", "gate_proj", "down_proj", "up_proj")),
+    ],
+)
+def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(name: str, router: str, parts: tuple[str, ...], tmp_path: Path) -> None:
+    shunned = 2
+    found = _shun(specimen(name, torch.bfloat16), shunned, router)
+    output = quantise(tmp_path, found, symmetric=True).output
+    report = json.loads((output / "report.json").read_text())
+    block, gate, down, up = parts
+    names = {f"model.layers.{i}.{block}.experts.{shunned}.{part}" for i in range(LAYERS) for part in (gate, down, up)}
+    assert report["fallbacks"] == dict.fromkeys(names, "no calibration token: rounded to nearest")
+    assert len(report["linears"]) == LAYERS * (4 + EXPERTS * 3)
+    assert {n for n, line in report["linears"].items() if line["method"] == "rtn"} == names
+    unreached = [line["group"] for line in report["awq"] if "no token" in line["scale"]]
+    assert unreached == [f"model.layers.{i}.{block}.experts.{shunned}.{down}" for i in range(LAYERS)]
+
+    original, artifact = Weights(tmp_path / "model"), Weights(output / "compressed-tensors")
+    for module in names:
+        before, after = original.tensor(f"{module}.weight").float(), artifact.tensor(f"{module}.weight")
+        if not module.endswith(down):  # AWQ has scaled what the norm in front of the experts gives them
+            norm = f"{module[: module.index(f'.{block}.')]}.post_attention_layernorm.weight"
+            before = before * (original.tensor(norm).float() / artifact.tensor(norm).float())
+        # A group of 32 spans at most twice its largest value in 15 steps; the range search may clip, which costs less than it saves.
+        step = before.view(len(before), -1, 32).abs().amax(-1) * 2 / 15
+        error = (after - before).view(len(before), -1, 32).square().mean(-1).sqrt()
+        assert bool(after.isfinite().all())
+        assert bool((error <= step / 2 * 1.02).all())
+
+    tokens = random_tokens(2, 20)
+    ours = decoder_logits(artifact, tokens)
+    model = AutoModelForCausalLM.from_pretrained(output / "compressed-tensors", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        theirs: Tensor = model(tokens).logits
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=5e-5)
+    assert HIDDEN == artifact.checkpoint.config.hidden
