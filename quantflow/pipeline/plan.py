@@ -243,7 +243,11 @@ def _grid_problems(plan: Plan) -> list[Problem]:
                 leaf = linear.name.rpartition(".")[2]
                 key = (leaf, problem.found)
                 if key not in found:
-                    hint = f'{problem.hint}; for instance weights.overrides: [{{match: "*.{leaf}", ignore: true}}]'.lstrip("; ")
+                    change = "ignore: true"
+                    if "group_size" in problem.expected:
+                        channels = linear.shape[1] // (plan.tp if dimension == 1 else 1)
+                        change = f"group_size: {nearest_group(channels, linear.scheme.group_of(channels))}"
+                    hint = f'{problem.hint}; for instance weights.overrides: [{{match: "*.{leaf}", {change}}}]'.lstrip("; ")
                     found[key] = Problem(f"{linear.module} (pack {pack.format})", problem.found, problem.expected, hint)
     problems = list(found.values())
     schemes = {p.scheme for p in plan.linears if p.scheme is not None}
@@ -263,6 +267,12 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             Problem("weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is")
         )
     return problems
+
+
+def nearest_group(channels: int, wanted: int) -> int:
+    """The divisor of `channels` nearest to the group size that was wanted, by ratio."""
+    divisors = (d for d in range(1, channels + 1) if channels % d == 0)
+    return min(divisors, key=lambda d: (abs(math.log(d / wanted)), d))
 
 
 def _tensor_parallel_problems(plan: Plan) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import resource
@@ -320,7 +321,8 @@ def _missed_gates(evaluate: Evaluate, quality: dict[str, Any]) -> list[str]:
     )
     missed = []
     for name, value, gate, at_least in checks:
-        # Written so that NaN misses every gate.
+        # Where the divergence is no number, the likeliest token is none either: NaN misses every gate.
+        value = math.nan if math.isnan(final["kl_mean"]) else value
         if gate is not None and not (value >= gate if at_least else value <= gate):
             missed.append(f"{name} is {value:.5g}, the gate is {'at least' if at_least else 'at most'} {gate:g}")
     return missed

@@ -6,7 +6,6 @@ must compute what QuantFlow's decoder computes over the same files.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,20 +20,22 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantflow.calibration.data import cut_windows, documents
 from quantflow.formats.reader import Weights
+from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import RunResult, run
 from quantflow.recipe import load_recipe
 from tests.helpers.tiny import write_text
-from tests.helpers.zoo import EXPERTS, HIDDEN, LAYERS, Specimen, decoder_logits, random_tokens, specimen, write
+from tests.helpers.zoo import EXPERTS, LAYERS, Specimen, decoder_logits, random_tokens, specimen, write
 
 DENSE = 2 * 7  # q, k, v, o, gate, up, down in two layers
 
 
 @dataclass(frozen=True)
 class Case:
-    """linears: how many are quantised. attention, mlp: what a layer's are called in the artifact. transformers: the class that loads it."""
+    """linears: how many are quantised. transformers: the class that loads the artifact. dtype: of the checkpoint."""
 
     linears: int
     transformers: str
@@ -44,7 +45,7 @@ class Case:
 
 CASES = {
     "llama3": Case(DENSE, "LlamaForCausalLM"),
-    "llama_bias": Case(DENSE, "LlamaForCausalLM", torch.float16),
+    "llama_bias": Case(DENSE, "LlamaForCausalLM", torch.float32),
     "internlm": Case(DENSE, "LlamaForCausalLM", torch.float16),
     "internlm2": Case(DENSE, "LlamaForCausalLM"),
     "mistral": Case(DENSE, "MistralForCausalLM", symmetric=True),
@@ -53,7 +54,7 @@ CASES = {
     "qwen3": Case(DENSE, "Qwen3ForCausalLM"),
     "mixtral": Case(2 * (4 + 4 * 3), "MixtralForCausalLM", symmetric=True),  # four experts of three linears; the router stays
     "mixtral_fused": Case(2 * (4 + 4 * 3), "MixtralForCausalLM", symmetric=True),
-    "qwen3_moe": Case(7 + (4 + 4 * 3), "Qwen3MoeForCausalLM", symmetric=True),  # the first layer is dense
+    "qwen3_moe": Case(7 + (4 + 4 * 3), "Qwen3MoeForCausalLM", torch.float32, symmetric=True),  # the first layer is dense
     "qwen3_moe_fused": Case(2 * (4 + 4 * 3), "Qwen3MoeForCausalLM", symmetric=True),
     "opt": Case(2 * 6, "OPTForCausalLM", torch.float16),  # no gate
 }
@@ -73,6 +74,28 @@ def quantise(root: Path, found: Specimen, symmetric: bool) -> RunResult:
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return run(make_plan(load_recipe(path), device="cpu"), Silent())
+
+
+class AsLoaded(Weights):
+    """Weights as transformers holds them. It dequantises experts, and all of an asymmetric checkpoint, while it loads them, to the
+    dtype of their scales; other linears, at every forward, to the dtype that was asked for."""
+
+    def tensor(self, name: str) -> Tensor:
+        value = super().tensor(name)
+        if self.is_quantised(name) and (".experts." in name or self._config.get("dequantize")):
+            return value.to(getattr(torch, self.checkpoint.config.dtype)).float()
+        return value
+
+
+def loaded_logits(folder: Path, tokens: Tensor, transformers_class: str) -> Tensor:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert type(model).__name__ == transformers_class
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # experts are in 16 bits still, and would be multiplied so
+    with torch.inference_mode():
+        return model.eval()(tokens).logits
 
 
 Quantised = Callable[[str], tuple[Path, dict[str, Any]]]
@@ -120,14 +143,10 @@ def test_transformers_computes_what_quantflow_computes(name: str, quantised: Qua
     config = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in config and config["architectures"] == [CASES[name].transformers]
     tokens = random_tokens(2, 20)
-    ours = decoder_logits(Weights(folder), tokens)
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert type(model).__name__ == CASES[name].transformers
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    with torch.inference_mode():
-        theirs = model.eval()(tokens).logits
-    assert float(ours.std()) > 0.5
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-5)
+    theirs = loaded_logits(folder, tokens, CASES[name].transformers)
+    assert float(theirs.std()) > 0.5
+    # Beyond float32's own rounding there is only that of the weights to 16 bits; it moves the logits by a few percent at most.
+    torch.testing.assert_close(theirs, decoder_logits(AsLoaded(folder), tokens), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -143,12 +162,14 @@ def test_awq_and_gptq_read_back_to_the_same_weights(name: str, quantised: Quanti
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_quantised_model_resembles_the_original(name: str, quantised: Quantised) -> None:
-    """Far from chance, so that nothing is swapped, transposed or rescaled on one side alone: 4 bits on random weights cost a tenth."""
+    """On the text it was calibrated with: nothing is swapped, transposed, or rescaled on one side alone (two unrelated models: 1.4)."""
     output, _ = quantised(name)
-    tokens = random_tokens(2, 20)
-    original = decoder_logits(Weights(output.parents[1] / "model"), tokens)
+    root = output.parents[1]
+    windows = cut_windows(load_tokenizer(root / "model"), documents(str(root / "calib.txt")), count=4, length=20)
+    tokens = torch.tensor(windows.tokens)
+    original = decoder_logits(Weights(root / "model"), tokens)
     ours = decoder_logits(Weights(output / "compressed-tensors"), tokens)
-    assert float((ours - original).norm() / original.norm()) < 0.2
+    assert float((ours - original).norm() / original.norm()) < 0.3
 
 
 def test_the_pipeline_has_every_architecture() -> None:
@@ -157,30 +178,28 @@ def test_the_pipeline_has_every_architecture() -> None:
     assert {specimen(name).config["model_type"] for name in CASES} == set(ARCHITECTURES)
 
 
-def _shun(found: Specimen, expert: int, router: str) -> Specimen:
-    """The checkpoint with a channel that is large for every token, and a router whose `expert` it drives to the bottom."""
-    tensors = dict(found.tensors)
-    embedding = tensors["model.embed_tokens.weight"].clone()
-    embedding[:, 0] = 8.0
-    tensors["model.embed_tokens.weight"] = embedding
-    for i in range(LAYERS):
-        weight = tensors[router.format(i=i)].clone()
-        weight[:, 0] = 0.0
-        weight[expert, 0] = -20.0
-        tensors[router.format(i=i)] = weight
-    return Specimen(copy.deepcopy(found.config), tensors)
+def _shun(found: Specimen, expert: int) -> Specimen:
+    """The checkpoint with a first channel that is the same for every token, which nothing writes to and, of the routers' rows, only
+    that of `expert` reads: it drives the expert to the bottom."""
+    tensors = {name: tensor.clone() for name, tensor in found.tensors.items()}
+    tensors["model.embed_tokens.weight"][:, 0] = 2.0
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "w2.weight", "experts.down_proj")):
+            tensor[..., 0, :] = 0.0
+        if name.endswith(("v_proj.weight", "gate.weight")):
+            tensor[:, 0] = 0.0
+        if name.endswith("gate.weight"):
+            tensor[expert, 0] = -20.0
+    return Specimen(found.config, tensors)
 
 
 @pytest.mark.parametrize(
-    ("name", "router", "parts"),
-    [
-        ("mixtral", "model.layers.{i}.block_sparse_moe.gate.weight", ("block_sparse_moe", "w1", "w2", "w3")),
-        ("qwen3_moe_fused", "model.layers.{i}.mlp.gate.weight", ("mlp", "gate_proj", "down_proj", "up_proj")),
-    ],
+    ("name", "parts"),
+    [("mixtral", ("block_sparse_moe", "w1", "w2", "w3")), ("qwen3_moe_fused", ("mlp", "gate_proj", "down_proj", "up_proj"))],
 )
-def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(name: str, router: str, parts: tuple[str, ...], tmp_path: Path) -> None:
+def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(name: str, parts: tuple[str, ...], tmp_path: Path) -> None:
     shunned = 2
-    found = _shun(specimen(name, torch.bfloat16), shunned, router)
+    found = _shun(specimen(name), shunned)
     output = quantise(tmp_path, found, symmetric=True).output
     report = json.loads((output / "report.json").read_text())
     block, gate, down, up = parts
@@ -204,9 +223,5 @@ def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(name: str,
         assert bool((error <= step / 2 * 1.02).all())
 
     tokens = random_tokens(2, 20)
-    ours = decoder_logits(artifact, tokens)
-    model = AutoModelForCausalLM.from_pretrained(output / "compressed-tensors", dtype=torch.float32).eval()
-    with torch.inference_mode():
-        theirs: Tensor = model(tokens).logits
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=5e-5)
-    assert HIDDEN == artifact.checkpoint.config.hidden
+    theirs = loaded_logits(output / "compressed-tensors", tokens, CASES[name].transformers)
+    torch.testing.assert_close(theirs, decoder_logits(artifact, tokens), rtol=0, atol=2e-5)

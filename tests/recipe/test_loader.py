@@ -291,7 +291,7 @@ def test_the_good_recipe(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD))
     assert recipe.stages == (
         Calibrate(),
-        Awq(grid=4, clip=True, max_tokens=4096),
+        Awq(grid=4, clip=True, max_tokens=8192),
         Gptq(act_order="static", damp=0.01, block_size=128, range_search=True),
         KvQparams(bits=8, symmetric=False, granularity="tensor"),
         Pack(format="compressed-tensors", max_shard_size=5_000_000_000),

@@ -147,7 +147,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 def test_stages_can_be_given_as_objects() -> None:
     loaded = Recipe.model_validate(recipe(stages=(Awq(grid=3), "rtn", Pack(format="awq"))))
     assert loaded.stages[0] == Awq(grid=3)
-    assert dump(loaded)["stages"][0] == {"awq": {"grid": 3, "clip": True, "max_tokens": 4096}}
+    assert dump(loaded)["stages"][0] == {"awq": {"grid": 3, "clip": True, "max_tokens": 8192}}
 
 
 @pytest.mark.parametrize("value", ["5", "GB", "5 G B", "-5GB", "1e3GB", "0.5KB", 1023, True, 5e9, None, "", "5GB\n", "9" * 400 + "GB"])
