@@ -17,9 +17,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("cli",),
     ("serve",),
-    ("evaluate",),
     ("pipeline",),
-    ("stages",),
+    ("evaluate", "stages"),
     ("engine",),
     ("calibration", "formats", "models", "artifacts"),
     ("recipe",),

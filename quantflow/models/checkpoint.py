@@ -155,13 +155,19 @@ class Checkpoint:
                 problems.append(Problem(f"{self.path} tensor {source.name}", f"dtype {info.dtype}", ", ".join(_FLOATS)))
         if missing:
             names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-            problems.append(Problem(str(self.path), f"missing tensors: {names}", hint="Is a shard missing, or config.json another model's?"))
+            problems.append(
+                Problem(str(self.path), f"missing tensors: {names}", hint="Is a shard missing, or config.json another model's?")
+            )
         known = set(self.expected) | {f"{self.architecture.head}.weight"}  # a tied head may be written all the same
         unknown = [n for n in self.sources if n not in known]
         if unknown:
             names = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
             problems.append(
-                Problem(str(self.path), f"tensors that {self.architecture.name} does not have: {names}", hint="They would be lost; is model_type right?")
+                Problem(
+                    str(self.path),
+                    f"tensors that {self.architecture.name} does not have: {names}",
+                    hint="They would be lost; is model_type right?",
+                )
             )
         return list(dict.fromkeys(problems))  # a fused tensor that is wrong is so for each of its parts
 
@@ -230,7 +236,9 @@ def _locate(path: Path) -> dict[str, _Location]:
             raise ModelError(Problem(str(index), "no weight_map from tensor names to files", "a safetensors index"))
         unsafe = sorted({v for v in weight_map.values() if os.path.basename(v) != v or not v.endswith(".safetensors")})
         if unsafe:
-            raise ModelError([Problem(str(index), f"weight file {v!r}", "the name of a .safetensors file in the same directory") for v in unsafe])
+            raise ModelError(
+                [Problem(str(index), f"weight file {v!r}", "the name of a .safetensors file in the same directory") for v in unsafe]
+            )
         absent = sorted({v for v in weight_map.values() if not (path / v).is_file()})
         if absent:
             raise ModelError([Problem(str(path / v), "missing shard", hint=f"{INDEX} names it: download it") for v in absent])
@@ -253,7 +261,9 @@ def _locate(path: Path) -> dict[str, _Location]:
                 problems.append(Problem(str(path / file_name), f"tensor {tensor} stands in two files", hint=f"Remove one, or add {INDEX}"))
             locations[tensor] = _Location(file, info)
     problems += [
-        Problem(str(path / f), f"tensor {t} is missing", hint=f"{INDEX} says it is there") for t, f in weight_map.items() if t not in files[f].tensors
+        Problem(str(path / f), f"tensor {t} is missing", hint=f"{INDEX} says it is there")
+        for t, f in weight_map.items()
+        if t not in files[f].tensors
     ]
     if problems:
         raise ModelError(problems)

@@ -66,7 +66,7 @@ def _internlm2_sources(name: str, shape: tuple[int, ...], config: DecoderConfig)
     # Grouped by KV head: the queries that share it, then its key, then its value.
     queries = config.heads // config.kv_heads
     whole = slice(None)
-    parts = {
+    parts: dict[str, tuple[int | slice, ...]] = {
         f"{head}.self_attn.q_proj.{part}": (whole, slice(0, queries)),
         f"{head}.self_attn.k_proj.{part}": (whole, queries),
         f"{head}.self_attn.v_proj.{part}": (whole, queries + 1),
@@ -74,7 +74,9 @@ def _internlm2_sources(name: str, shape: tuple[int, ...], config: DecoderConfig)
     return split_rows(name, shape, (config.kv_heads, queries + 2, config.head_dim), parts)
 
 
-INTERNLM = Architecture("InternLM", ("internlm",), _read_internlm, _internlm_config, notes=("written as Llama with biases: no remote code",))
+INTERNLM = Architecture(
+    "InternLM", ("internlm",), _read_internlm, _internlm_config, notes=("written as Llama with biases: no remote code",)
+)
 INTERNLM2 = Architecture(
     "InternLM2", ("internlm2",), _read_internlm2, _internlm2_config, _internlm2_sources, notes=("written as Llama: no remote code",)
 )

@@ -16,7 +16,7 @@ def _fused_experts(name: str, shape: tuple[int, ...], block: str, gate: str, up:
     if not match or len(shape) != 3:
         return None
     prefix = re.sub(r"\.(mlp|block_sparse_moe)$", f".{block}", match[1])
-    experts, rows, columns = shape
+    experts, rows, _ = shape
     if match[2] == "down_proj":
         return {f"{prefix}.experts.{e}.{down}.weight": Source(name, shape, (e,)) for e in range(experts)}
     half = rows // 2

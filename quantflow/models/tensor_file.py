@@ -77,7 +77,7 @@ class TensorFile:
             start += index * nbytes
         tensor = torch.empty(shape, dtype=torch_dtype(info.dtype))
         if nbytes:
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            view = tensor.reshape(-1).view(torch.uint8).numpy().data
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(start)
                 done = 0
@@ -172,7 +172,7 @@ class TensorWriter:
         self._missing.discard(name)
         if tensor.numel():
             self._file.seek(self._offsets[name])
-            self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
         if self._missing:

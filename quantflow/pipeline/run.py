@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from quantflow import __version__
 from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_entries, is_whole, read_manifest
 from quantflow.artifacts.fingerprint import digest, source_digest
-from quantflow.artifacts.store import Store, write_json
+from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows, cut_windows, documents
 from quantflow.errors import DataError, ModelError, Problem, UserError
 from quantflow.evaluate.divergence import Variant, compare
@@ -34,7 +34,7 @@ from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
 from quantflow.quant.grid import Scheme
 from quantflow.quant.kv import KVParameters
-from quantflow.recipe import Calibrate, Evaluate, Gptq, KvQparams, Pack, dump
+from quantflow.recipe import Calibrate, Evaluate, Gptq, KvQparams, dump
 from quantflow.stages.kv_qparams import layer_parameters, parameter_tensors, rounding
 from quantflow.stages.pack import PackJob, write_checkpoint
 
@@ -212,32 +212,28 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
     """Writes every format (and its ranks); returns format -> folder relative to the artifact."""
     gptq = plan.stage(Gptq)
     layers, weights = plan.config.layers, plan.recipe.weights
-    dtype = plan.config.dtype
     progress.phase("pack", layers * len(plan.packs) * (1 + plan.tp * (plan.tp > 1)))
     formats: dict[str, str] = {}
     for pack in plan.packs:
-        form = FORMATS[pack.format]
         formats[pack.format] = "." if len(plan.packs) == 1 else pack.format
         target = folder / formats[pack.format]
-
-        def job(pack: Pack = pack, rank: int = 0, tp: int = 1) -> PackJob:
-            return PackJob(
-                plan.checkpoint, FORMATS[pack.format], {i: plan.schemes(i) for i in range(layers)},
-                Scheme(weights.bits, weights.group_size, weights.symmetric),
-                lambda name: parallel_dimension(name, plan.checkpoint.architecture.layer),
-                FORMATS[pack.format].scale_dtypes(dtype)[0], bool(gptq and gptq.act_order == "dynamic"), pack.max_shard_size, rank, tp,
-            )  # fmt: skip
-
-        write_checkpoint(target, job(), reader, lambda d, name=form.name: progress.step(f"{name} {d}"))
-        if plan.tp > 1:
-            for rank in range(plan.tp):
-                place = target / f"tp{plan.tp}" / f"rank-{rank}"
-                write_checkpoint(
-                    place, job(rank=rank, tp=plan.tp), reader, lambda d, name=form.name, r=rank: progress.step(f"{name} rank {r} {d}")
-                )
-                write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": plan.tp})
-                if plan.stage(KvQparams):
-                    save_tensors(place / "kv_qparams.safetensors", _kv_tensors(plan, reader, rank, plan.tp))
+        whole = PackJob(
+            plan.checkpoint,
+            FORMATS[pack.format],
+            {i: plan.schemes(i) for i in range(layers)},
+            Scheme(weights.bits, weights.group_size, weights.symmetric),
+            lambda name: parallel_dimension(name, plan.checkpoint.architecture.layer),
+            FORMATS[pack.format].scale_dtypes(plan.config.dtype)[0],
+            bool(gptq and gptq.act_order == "dynamic"),
+            pack.max_shard_size,
+        )
+        write_checkpoint(target, whole, reader, progress.step)
+        for rank in range(plan.tp) if plan.tp > 1 else ():
+            place = target / f"tp{plan.tp}" / f"rank-{rank}"
+            write_checkpoint(place, replace(whole, rank=rank, tp=plan.tp), reader, progress.step)
+            write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": plan.tp})
+            if plan.stage(KvQparams):
+                save_tensors(place / "kv_qparams.safetensors", _kv_tensors(plan, reader, rank, plan.tp))
     return formats
 
 
@@ -360,5 +356,3 @@ def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
         "host": platform.node(),
     }
 
-
-__all__ = ["RunResult", "Store", "run"]

@@ -51,7 +51,9 @@ class _Random:
         found = {embedding: self(VOCABULARY, HIDDEN, scale=0.25), norm: self.norm()}
         return found | ({head: self(VOCABULARY, HIDDEN)} if head else {})
 
-    def llama_layer(self, p: str, *, size: int = 16, kv: int = KV_HEADS, qkv_bias: bool = False, o_bias: bool = False, mlp: bool = True) -> Tensors:
+    def llama_layer(
+        self, p: str, *, size: int = 16, kv: int = KV_HEADS, qkv_bias: bool = False, o_bias: bool = False, mlp: bool = True
+    ) -> Tensors:
         found = {f"{p}.input_layernorm.weight": self.norm(), f"{p}.post_attention_layernorm.weight": self.norm()}
         for name, heads in (("q", HEADS), ("k", kv), ("v", kv)):
             found[f"{p}.self_attn.{name}_proj.weight"] = self(heads * size, HIDDEN)
@@ -64,7 +66,8 @@ class _Random:
 
     def llama_mlp(self, p: str, width: int) -> Tensors:
         return {
-            f"{p}.gate_proj.weight": self(width, HIDDEN), f"{p}.up_proj.weight": self(width, HIDDEN), f"{p}.down_proj.weight": self(HIDDEN, width),
+            f"{p}.gate_proj.weight": self(width, HIDDEN), f"{p}.up_proj.weight": self(width, HIDDEN),
+            f"{p}.down_proj.weight": self(HIDDEN, width),
         }  # fmt: skip
 
 
@@ -87,7 +90,9 @@ def _native(random: _Random, head: str = "lm_head.weight", **options: Any) -> Te
 
 def _llama3(random: _Random) -> Specimen:
     """Llama 3.2: tied head, scaled rotary embedding, head_dim spelled out."""
-    scaling = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"}
+    scaling = {
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"
+    }  # fmt: skip
     config = _llama_like(
         "llama", "LlamaForCausalLM", random, tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=scaling, head_dim=16,
         attention_bias=False, mlp_bias=False, pretraining_tp=1, max_position_embeddings=131072,
@@ -119,7 +124,9 @@ def _internlm2(random: _Random) -> Specimen:
     config = _llama_like(
         "internlm2", "InternLM2ForCausalLM", random, bias=False, rope_theta=1000000, rope_scaling={"type": "dynamic", "factor": 2.0},
         max_position_embeddings=TRAINED, attn_implementation="eager", pad_token_id=1,
-        auto_map={"AutoConfig": "configuration_internlm2.InternLM2Config", "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"},
+        auto_map={
+            "AutoConfig": "configuration_internlm2.InternLM2Config", "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"
+        },
     )  # fmt: skip
     tensors = random.outer("model.tok_embeddings.weight", "model.norm.weight", "output.weight")
     for i in range(LAYERS):
@@ -158,7 +165,8 @@ def _qwen(random: _Random) -> Specimen:
             f"{p}.ln_1.weight": random.norm(), f"{p}.ln_2.weight": random.norm(),
             f"{p}.attn.c_attn.weight": random(3 * HIDDEN, HIDDEN), f"{p}.attn.c_attn.bias": random(3 * HIDDEN),
             f"{p}.attn.c_proj.weight": random(HIDDEN, HIDDEN),
-            f"{p}.mlp.w1.weight": random(INNER, HIDDEN), f"{p}.mlp.w2.weight": random(INNER, HIDDEN), f"{p}.mlp.c_proj.weight": random(HIDDEN, INNER),
+            f"{p}.mlp.w1.weight": random(INNER, HIDDEN), f"{p}.mlp.w2.weight": random(INNER, HIDDEN),
+            f"{p}.mlp.c_proj.weight": random(HIDDEN, INNER),
         }  # fmt: skip
     return Specimen(config, tensors)
 
@@ -227,10 +235,11 @@ def _as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mixtral_fused(random: _Random) -> Specimen:
+    """With the sliding window that early Mixtral configs had."""
     tensors = _native(random, mlp=False)
     for i in range(LAYERS):
         tensors |= _fused_mlp(f"model.layers.{i}.mlp", random)
-    return Specimen(_as_transformers_5(_mixtral_config(random)), tensors)
+    return Specimen(_as_transformers_5(_mixtral_config(random)) | {"sliding_window": WINDOW}, tensors)
 
 
 def _qwen3_moe_config(random: _Random, **changes: Any) -> dict[str, Any]:
@@ -251,12 +260,12 @@ def _qwen3_moe(random: _Random) -> Specimen:
 
 
 def _qwen3_moe_fused(random: _Random) -> Specimen:
-    """As transformers 5 saves it, which calls num_experts num_local_experts."""
+    """As transformers 5 saves it, which calls num_experts num_local_experts; with the sliding window switched on."""
     tensors = _with_head_norms(_native(random, size=QWEN3_HEAD, mlp=False), random)
     for i in range(LAYERS):
         tensors |= _fused_mlp(f"model.layers.{i}.mlp", random)
     config = _as_transformers_5(_qwen3_moe_config(random))
-    config["num_local_experts"] = config.pop("num_experts")
+    config |= {"num_local_experts": config.pop("num_experts"), "use_sliding_window": True, "sliding_window": WINDOW}
     return Specimen(config, tensors)
 
 

@@ -20,8 +20,23 @@ from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.registry import ARCHITECTURES
-from tests.helpers.zoo import EXPERTS, HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, TRAINED, VOCABULARY, ZOO, Tensors, decoder_logits, random_tokens
-from tests.helpers.zoo import specimen, write  # fmt: skip
+from tests.helpers.zoo import (
+    EXPERTS,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    LAYERS,
+    TRAINED,
+    VOCABULARY,
+    ZOO,
+    Specimen,
+    Tensors,
+    decoder_logits,
+    random_tokens,
+    specimen,
+    write,
+)
 
 REMOTE = ("internlm", "internlm2", "qwen")
 LENGTHS = (16, 40)  # within and beyond TRAINED; both more than WINDOW
@@ -58,7 +73,9 @@ def _internlm2(tensors: Tensors, length: int) -> LlamaForCausalLM:
             native[f"{new}.{ours}.weight"] = tensors[f"{old}.{theirs}.weight"]
         # Rows come in blocks, one a KV head: the query heads that read it, its key, its value.
         fused = tensors[f"{old}.attention.wqkv.weight"]
-        q, k, v = [], [], []
+        q: list[torch.Tensor] = []
+        k: list[torch.Tensor] = []
+        v: list[torch.Tensor] = []
         row = 0
         for _ in range(KV_HEADS):
             for block in [q] * (HEADS // KV_HEADS) + [k, v]:
@@ -158,7 +175,10 @@ LOST = {
         [f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in range(EXPERTS)],
     ),
     "qwen3_moe": ("model.layers.1.mlp.gate.weight", ["model.layers.1.mlp.gate.weight"]),
-    "qwen3_moe_fused": ("model.layers.1.mlp.experts.down_proj", [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(EXPERTS)]),
+    "qwen3_moe_fused": (
+        "model.layers.1.mlp.experts.down_proj",
+        [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(EXPERTS)],
+    ),
     "opt": ("decoder.layers.1.fc1.bias", ["model.decoder.layers.1.fc1.bias"]),
     "opt_prefixed": ("model.decoder.embed_positions.weight", ["model.decoder.embed_positions.weight"]),
 }
@@ -170,18 +190,18 @@ def test_lost_misshapen_and_unknown_tensors_are_problems(name: str, tmp_path: Pa
     found = specimen(name)
     tensors = dict(found.tensors)
     del tensors[lost]
-    problems = Checkpoint(write(tmp_path / "lost", type(found)(found.config, tensors))).problems()
+    problems = Checkpoint(write(tmp_path / "lost", Specimen(found.config, tensors))).problems()
     assert [p.found for p in problems] == [f"missing tensors: {', '.join(natives)}"]
 
     # One row (of each expert) too few: no view fits, or the shape is another one.
     odd = found.tensors[lost]
     cut = odd[:, :-1] if odd.dim() == 3 else odd[:-1]
-    misshapen = Checkpoint(write(tmp_path / "misshapen", type(found)(found.config, found.tensors | {lost: cut.contiguous()})))
+    misshapen = Checkpoint(write(tmp_path / "misshapen", Specimen(found.config, found.tensors | {lost: cut.contiguous()})))
     (problem,) = misshapen.problems()  # one, however many native tensors lie in it
     assert lost in problem.where and problem.hint == "config.json and weights disagree"
 
     extra = {"model.vision.patch.weight": torch.zeros(2)}
-    problems = Checkpoint(write(tmp_path / "unknown", type(found)(found.config, found.tensors | extra))).problems()
+    problems = Checkpoint(write(tmp_path / "unknown", Specimen(found.config, found.tensors | extra))).problems()
     assert len(problems) == 1
     assert "model.vision.patch.weight" in problems[0].found and "does not have" in problems[0].found
 
@@ -190,7 +210,7 @@ def test_a_tensor_of_integers_is_a_problem(tmp_path: Path) -> None:
     found = specimen("llama3")
     name = "model.layers.0.mlp.up_proj.weight"
     whole = found.tensors | {name: torch.zeros(INNER, HIDDEN, dtype=torch.int32)}
-    (problem,) = Checkpoint(write(tmp_path, type(found)(found.config, whole))).problems()
+    (problem,) = Checkpoint(write(tmp_path, Specimen(found.config, whole))).problems()
     assert name in problem.where and problem.found == "dtype I32"
 
 
@@ -198,7 +218,7 @@ def test_a_tensor_of_integers_is_a_problem(tmp_path: Path) -> None:
 def test_an_unknown_model_type_is_refused_with_what_is_missing(model_type: object, tmp_path: Path) -> None:
     found = specimen("llama3")
     with pytest.raises(ModelError) as caught:
-        Checkpoint(write(tmp_path, type(found)(found.config | {"model_type": model_type}, found.tensors)))
+        Checkpoint(write(tmp_path, Specimen(found.config | {"model_type": model_type}, found.tensors)))
     (problem,) = caught.value.problems
     assert problem.found == repr(model_type)
     for known in ARCHITECTURES:
@@ -237,7 +257,7 @@ def test_an_unknown_model_type_is_refused_with_what_is_missing(model_type: objec
 def test_a_config_that_cannot_be_followed_names_its_key(name: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     found = specimen(name)
     with pytest.raises(ModelError) as caught:
-        Checkpoint(write(tmp_path, type(found)(found.config | changes, found.tensors)))
+        Checkpoint(write(tmp_path, Specimen(found.config | changes, found.tensors)))
     (problem,) = caught.value.problems
     assert problem.where.endswith("config.json") and said in problem.found
 

@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantflow.calibration.data import cut_windows, documents
+from quantflow.errors import UserError
 from quantflow.formats.reader import Weights
+from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
@@ -60,16 +62,17 @@ CASES = {
 }
 
 
-def quantise(root: Path, found: Specimen, symmetric: bool) -> RunResult:
+FORMATS = ("compressed-tensors", "awq", "gptq")
+
+
+def quantise(root: Path, found: Specimen, symmetric: bool, formats: tuple[str, ...] = FORMATS) -> RunResult:
     """Runs the recipe over the checkpoint `found`; everything lies below `root`."""
     torch.set_num_threads(1)
     recipe = {
         "name": "zoo", "model": str(write(root / "model", found)), "output": str(root / "out" / "artifact"),
         "calibration": {"data": str(write_text(root / "calib.txt", 0, 128)), "samples": 12, "seqlen": 20},
         "weights": {"bits": 4, "group_size": 32, "symmetric": symmetric},
-        "stages": [
-            "calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams", *({"pack": {"format": f}} for f in ("compressed-tensors", "awq", "gptq")),
-        ],
+        "stages": ["calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams", *({"pack": {"format": f}} for f in formats)],
     }  # fmt: skip
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -123,15 +126,12 @@ def test_every_linear_is_quantised_and_nothing_fell_back(name: str, quantised: Q
     assert list(report["kept"]) == ["lm_head"]
     assert {line["method"] for line in report["linears"].values()} == {"gptq"}
     for form, suffix in (("compressed-tensors", ".weight_packed"), ("awq", ".qweight"), ("gptq", ".qweight")):
-        with safe_open(output / form / "model.safetensors", "pt") as file:
-            packed = {n.removesuffix(suffix) for n in file.keys() if n.endswith(suffix)}
-            plain = [n for n in file.keys() if n.endswith("_proj.weight")]
-        assert packed == set(report["linears"])
-        assert plain == []
+        written = load_file(output / form / "model.safetensors")
+        assert {n.removesuffix(suffix) for n in written if n.endswith(suffix)} == set(report["linears"])
+        assert [n for n in written if n.removesuffix(".weight") in report["linears"]] == []
     manifest = json.loads((output / "quantflow.json").read_text())
     assert manifest["status"] == "complete"
-    with safe_open(output / "kv_qparams.safetensors", "pt") as file:
-        scales = {n: file.get_tensor(n) for n in file.keys()}
+    scales = load_file(output / "kv_qparams.safetensors")
     assert len(scales) == LAYERS * 4
     assert all(bool(t.isfinite().all()) for t in scales.values())
     assert all(bool((t > 0).all()) for n, t in scales.items() if n.endswith("_scale"))
@@ -152,7 +152,7 @@ def test_transformers_computes_what_quantflow_computes(name: str, quantised: Qua
 @pytest.mark.parametrize("name", CASES)
 def test_awq_and_gptq_read_back_to_the_same_weights(name: str, quantised: Quantised) -> None:
     output, report = quantised(name)
-    first, *others = (Weights(output / form) for form in ("compressed-tensors", "awq", "gptq"))
+    first, *others = (Weights(output / form) for form in FORMATS)
     assert first.modules == set(report["linears"])
     for other in others:
         assert other.modules == first.modules
@@ -172,9 +172,23 @@ def test_the_quantised_model_resembles_the_original(name: str, quantised: Quanti
     assert float((ours - original).norm() / original.norm()) < 0.3
 
 
-def test_the_pipeline_has_every_architecture() -> None:
-    from quantflow.models.registry import ARCHITECTURES
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_fused"])
+def test_asymmetric_experts_go_where_they_can_be_read(name: str, tmp_path: Path) -> None:
+    found = specimen(name, torch.bfloat16)
+    with pytest.raises(UserError) as caught:
+        quantise(tmp_path / "refused", found, symmetric=False)
+    assert len(caught.value.problems) == 3  # gate, up and down, not one an expert and layer
+    assert all("asymmetric expert" in p.found and "symmetric: true" in p.hint for p in caught.value.problems)
+    assert not (tmp_path / "refused" / "out").exists()
 
+    output = quantise(tmp_path / "written", found, symmetric=False, formats=("awq", "gptq_v2")).output
+    awq, gptq = Weights(output / "awq"), Weights(output / "gptq_v2")
+    assert len(awq.modules) == CASES[name].linears and awq.modules == gptq.modules
+    for module in awq.modules:
+        torch.testing.assert_close(awq.tensor(f"{module}.weight"), gptq.tensor(f"{module}.weight"), rtol=0, atol=0)
+
+
+def test_the_pipeline_has_every_architecture() -> None:
     assert {specimen(name).config["model_type"] for name in CASES} == set(ARCHITECTURES)
 
 

@@ -1,0 +1,143 @@
+"""Streams in memory and in a file hold the same; a saved one that was torn is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantflow.calibration.stream import Stream
+from quantflow.errors import ModelError
+
+SHAPE = (7, 5, 3)
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def random(dtype: torch.dtype, seed: int = 0, windows: int = 7) -> torch.Tensor:
+    return torch.randn(windows, *SHAPE[1:], generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def both(tmp_path: Path, dtype: torch.dtype) -> tuple[Stream, Stream]:
+    return Stream(SHAPE, dtype, CPU, None), Stream(SHAPE, dtype, CPU, tmp_path / "deep" / "x.bin")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_memory_and_file_hold_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    expected = random(dtype)
+    expected[0, 0, 0], expected[1, 1, 1], expected[2, 2, 2] = float("nan"), float("inf"), -0.0
+    bits = expected.view(torch.uint8)
+    for stream in both(tmp_path, dtype):
+        assert (stream.windows, stream.nbytes) == (7, 7 * 5 * 3 * dtype.itemsize)
+        for start, stop in ((5, 7), (0, 2), (2, 5)):
+            stream.write(start, expected[start:stop])
+        for start, stop in ((0, 7), (3, 4), (6, 7), (1, 6)):
+            part = stream.read(start, stop)
+            assert part.dtype == dtype and torch.equal(part.view(torch.uint8), bits[start:stop])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writing_over_one_window_leaves_the_others(tmp_path: Path, dtype: torch.dtype) -> None:
+    expected, other = random(dtype), random(dtype, seed=1, windows=2)
+    for stream in both(tmp_path, dtype):
+        stream.write(0, expected)
+        stream.write(3, other)
+        assert torch.equal(stream.read(3, 5), other)
+        assert torch.equal(stream.read(0, 3), expected[:3]) and torch.equal(stream.read(5, 7), expected[5:])
+
+
+def test_views_and_other_strides_can_be_written(tmp_path: Path) -> None:
+    value = random(torch.float32).transpose(1, 2).contiguous().transpose(1, 2)
+    assert not value.is_contiguous()
+    for stream in both(tmp_path, torch.float32):
+        stream.write(0, value)
+        assert torch.equal(stream.read(0, 7), value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_save_and_load_between_all_kinds(tmp_path: Path, dtype: torch.dtype) -> None:
+    expected = random(dtype)
+    checksums, contents = set(), set()
+    for i, stream in enumerate(both(tmp_path, dtype)):
+        stream.write(0, expected)
+        for batch in (1, 3, 7, 100):
+            saved = tmp_path / f"saved{i}"
+            checksums.add(stream.save(saved, batch))
+            contents.add(saved.read_bytes())
+            for other in (Stream(SHAPE, dtype, CPU, None), Stream(SHAPE, dtype, CPU, tmp_path / "other.bin")):
+                assert other.load(saved, next(iter(checksums)), 2)
+                assert torch.equal(other.read(0, 7), expected)
+    assert len(checksums) == len(contents) == 1  # whatever the batch and the kind of stream
+    assert next(iter(contents)) == expected.view(torch.uint8).numpy().tobytes()
+    assert not list(tmp_path.glob(".*"))  # no temporary file is left
+
+
+def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
+    stream = Stream(SHAPE, torch.float32, CPU, None)
+    stream.write(0, random(torch.float32))
+    saved = tmp_path / "saved"
+    checksum = stream.save(saved, 2)
+    whole = saved.read_bytes()
+    other = Stream(SHAPE, torch.float32, CPU, None)
+
+    def refused(content: bytes, check: int = checksum) -> bool:
+        saved.write_bytes(content)
+        return not other.load(saved, check, 2)
+
+    assert not refused(whole)
+    assert refused(whole[:-1]) and refused(whole + b"\0") and refused(b"")
+    assert refused(whole, checksum ^ 1) and refused(whole, -1)
+    for at in (0, 100, len(whole) - 1):
+        assert refused(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert refused(whole[60:120] + whole[:60] + whole[120:])  # two windows swapped
+    assert refused(b"\0" * len(whole))
+    saved.unlink()
+    assert not other.load(saved, checksum, 2)
+    assert not Stream((7, 5, 4), torch.float32, CPU, None).load(saved, checksum, 2)
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(SHAPE, torch.float32, CPU, None)
+    stream.write(0, random(torch.float32))
+    saved = tmp_path / "saved"
+    checksum = stream.save(saved, 2)
+    stream.write(0, random(torch.float32, seed=1))
+    import quantflow.calibration.stream as module
+
+    def full(file: object, data: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(module, "_write_all", full)
+        stream.save(saved, 2)
+    assert Stream(SHAPE, torch.float32, CPU, None).load(saved, checksum, 2)
+
+
+def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    stream = Stream(SHAPE, torch.float32, CPU, tmp_path / "x.bin")
+    stream.write(0, random(torch.float32))
+    with open(tmp_path / "x.bin", "r+b") as file:
+        file.truncate(100)
+    assert stream.read(0, 1).shape == (1, 5, 3)
+    with pytest.raises(ModelError, match="ends early"):
+        stream.read(1, 2)
+
+
+def test_close_removes_the_file(tmp_path: Path) -> None:
+    for stream in both(tmp_path, torch.float32):
+        stream.write(0, random(torch.float32))
+        stream.close()
+        stream.close()
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_a_file_stream_is_not_mapped(tmp_path: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc/self/maps on this system")
+    path = tmp_path / "not-mapped.bin"
+    stream = Stream((4, 64, 64), torch.float32, CPU, path)
+    stream.write(0, torch.ones(4, 64, 64))
+    part = stream.read(1, 3)
+    assert path.name not in maps.read_text() and part.eq(1).all()
