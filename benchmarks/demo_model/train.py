@@ -139,7 +139,7 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     shutil.rmtree(args.output, ignore_errors=True)
     model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)  # transformers 4 knows the class as PreTrainedTokenizerFast: edit tokenizer_config.json
     # What is reported is what is shipped: the rounded weights, at the full context.
     result = evaluate(LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32), tokenizer, held_out, 1024, 10_000)
     record = {

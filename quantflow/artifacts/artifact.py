@@ -21,7 +21,7 @@ from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
 from quantflow.artifacts.store import write_json
-from quantflow.errors import OutputError, Problem
+from quantflow.errors import ModelError, OutputError, Problem
 from quantflow.models.checkpoint import read_json
 
 MANIFEST = "quantflow.json"
@@ -46,6 +46,19 @@ def is_whole(path: Path, manifest: dict[str, Any]) -> bool:
         return all((path / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
     except (OSError, KeyError, TypeError, AttributeError):
         return False
+
+
+def foreign_files(path: Path) -> list[str]:
+    """Files (hidden ones left out) in an artifact that its manifest does not list; [] where there is no manifest to go by."""
+    try:
+        manifest = read_manifest(path)
+        listed = {MANIFEST, RUN, *manifest["files"]} if manifest else None
+    except (ModelError, KeyError, TypeError):
+        return []
+    if listed is None:
+        return []
+    names = (str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    return [name for name in names if name not in listed]
 
 
 @contextmanager
@@ -76,4 +89,4 @@ def building(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-__all__ = ["MANIFEST", "RUN", "building", "file_entries", "is_whole", "read_manifest", "write_json"]
+__all__ = ["MANIFEST", "RUN", "building", "file_entries", "foreign_files", "is_whole", "read_manifest", "write_json"]

@@ -76,8 +76,9 @@ class KVStatistics:
 class Hessian:
     """`Xᵀ X` `[K, K]` in float32, over all rows seen.
 
-    16-bit rows are multiplied in their own dtype, `HESSIAN_ROWS` at a time, and summed in float32: on a CPU with bf16
-    arithmetic that is two to five times as fast, and the rounding of many partial products averages out.
+    Many bfloat16 rows are multiplied as they are, `HESSIAN_ROWS` at a time, and summed in float32: on a CPU with bf16
+    arithmetic that is two to five times as fast, and the rounding of many partial products averages out. Few rows (an expert's)
+    have nothing to average over, and a float16 product overflows: both are multiplied in float32.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
@@ -86,9 +87,11 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1])
+        exact = flat.dtype != torch.bfloat16 or len(flat) < HESSIAN_ROWS
         for rows in flat.split(HESSIAN_ROWS):
-            if rows.dtype == torch.float32:
-                self.matrix.addmm_(rows.T, rows)
+            if exact:
+                wide = rows.float()
+                self.matrix.addmm_(wide.T, wide)
             else:
                 self.matrix += rows.T @ rows
         self.rows += len(flat)
@@ -101,6 +104,6 @@ class BlockHessian:
         self.matrix = torch.zeros(channels // group, group, group, device=device)
 
     def add(self, x: Tensor) -> None:
-        for rows in x.reshape(-1, x.shape[-1]).split(HESSIAN_ROWS):
+        for rows in x.reshape(-1, x.shape[-1]).float().split(HESSIAN_ROWS):
             parts = rows.reshape(len(rows), self.matrix.shape[0], -1).permute(1, 0, 2)
             self.matrix += torch.bmm(parts.transpose(1, 2), parts)

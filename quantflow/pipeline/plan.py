@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantflow.artifacts.artifact import foreign_files
 from quantflow.artifacts.fingerprint import digest, source_digest
 from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
@@ -304,7 +305,14 @@ def _data_problems(plan: Plan) -> list[Problem]:
 
 
 def _output_problems(plan: Plan) -> list[Problem]:
-    output, model = plan.output.resolve(), plan.checkpoint.path.resolve()
+    try:
+        return _place_problems(plan, plan.output.resolve(), plan.checkpoint.path.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, a NUL
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        return [Problem(str(plan.output), reason, "a directory that QuantFlow may create", "Pass --output DIR")]
+
+
+def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
     if output == model or model in output.parents:
         return [Problem(str(plan.output), "lies in the model directory", "another place", "Pass --output DIR")]
     if output in model.parents:
@@ -313,6 +321,9 @@ def _output_problems(plan: Plan) -> list[Problem]:
         return [Problem(str(plan.output), "a file", "a directory that QuantFlow may create")]
     if output.is_dir() and any(output.iterdir()) and not (output / "quantflow.json").is_file():
         return [Problem(str(plan.output), "a directory with other content", "an empty or absent one, or an artifact of QuantFlow's", "Pass --output DIR")]
+    if foreign := foreign_files(output):
+        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        return [Problem(str(plan.output), f"an artifact with other files in it ({shown}), which would be lost", "only the artifact", "Move them away")]
     parent = output
     while not parent.exists():
         parent = parent.parent

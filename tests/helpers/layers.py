@@ -45,7 +45,9 @@ class TinyLayer:
                 value = 1 + 0.3 * value if name.endswith("norm.weight") else value * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
                 self.tensors[name.removeprefix(prefix)] = value.to(dtype)
 
-    def layer(self, tensors: Mapping[str, torch.Tensor] | None = None, dtype: torch.dtype = torch.float64, length: int = 16) -> DecoderLayer:
+    def layer(
+        self, tensors: Mapping[str, torch.Tensor] | None = None, dtype: torch.dtype = torch.float64, length: int = 16
+    ) -> DecoderLayer:
         return DecoderLayer(self.architecture, self.config, 0, tensors or self.tensors, sequences(self.config, length), dtype)
 
     def input(self, windows: int = 2, length: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1) -> torch.Tensor:

@@ -36,19 +36,20 @@ class Specimen:
 
 
 class _Random:
-    """Tensors of one generator; norms are near 1, so that leaving one out shows."""
+    """Tensors of one generator. Channels differ in size, by their norms and by the rows that write them: else AWQ finds nothing to do."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self._generator = dtype, torch.Generator().manual_seed(11)
 
-    def __call__(self, *shape: int, scale: float = 0.15) -> Tensor:
-        return (torch.randn(shape, generator=self._generator) * scale).to(self.dtype)
+    def __call__(self, *shape: int, scale: float = 0.1) -> Tensor:
+        sizes = torch.randn(*shape[:-1], 1, generator=self._generator).mul(0.5).exp() if len(shape) > 1 else 1.0
+        return (torch.randn(shape, generator=self._generator) * sizes * scale).to(self.dtype)
 
     def norm(self, size: int = HIDDEN) -> Tensor:
-        return (1 + torch.randn(size, generator=self._generator) * 0.2).to(self.dtype)
+        return torch.randn(size, generator=self._generator).mul(0.6).exp().to(self.dtype)
 
     def outer(self, embedding: str, norm: str, head: str = "") -> Tensors:
-        found = {embedding: self(VOCABULARY, HIDDEN, scale=0.25), norm: self.norm()}
+        found = {embedding: self(VOCABULARY, HIDDEN, scale=0.25 if head else 0.1), norm: self.norm()}
         return found | ({head: self(VOCABULARY, HIDDEN)} if head else {})
 
     def llama_layer(

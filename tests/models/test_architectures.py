@@ -140,8 +140,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = _reference(name, folder, length)(tokens).logits
         found = decoder_logits(weights, tokens)
-        assert expected.abs().max() > 1  # the comparison is of something
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert 5 < expected.abs().max() < 50  # the comparison is of something, and its tolerance a few of float32's steps
+        torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
 def test_the_zoo_has_every_architecture() -> None:

@@ -65,13 +65,13 @@ CASES = {
 FORMATS = ("compressed-tensors", "awq", "gptq")
 
 
-def quantise(root: Path, found: Specimen, symmetric: bool, formats: tuple[str, ...] = FORMATS) -> RunResult:
+def quantise(root: Path, found: Specimen, symmetric: bool, formats: tuple[str, ...] = FORMATS, bits: int = 4) -> RunResult:
     """Runs the recipe over the checkpoint `found`; everything lies below `root`."""
     torch.set_num_threads(1)
     recipe = {
         "name": "zoo", "model": str(write(root / "model", found)), "output": str(root / "out" / "artifact"),
         "calibration": {"data": str(write_text(root / "calib.txt", 0, 128)), "samples": 12, "seqlen": 20},
-        "weights": {"bits": 4, "group_size": 32, "symmetric": symmetric},
+        "weights": {"bits": bits, "group_size": 32, "symmetric": symmetric},
         "stages": ["calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams", *({"pack": {"format": f}} for f in formats)],
     }  # fmt: skip
     path = root / "recipe.yaml"
@@ -145,8 +145,8 @@ def test_transformers_computes_what_quantflow_computes(name: str, quantised: Qua
     tokens = random_tokens(2, 20)
     theirs = loaded_logits(folder, tokens, CASES[name].transformers)
     assert float(theirs.std()) > 0.5
-    # Beyond float32's own rounding there is only that of the weights to 16 bits; it moves the logits by a few percent at most.
-    torch.testing.assert_close(theirs, decoder_logits(AsLoaded(folder), tokens), rtol=0, atol=2e-5)
+    # Beyond float32's own rounding there is only that of the weights to 16 bits, which AsLoaded repeats.
+    torch.testing.assert_close(theirs, decoder_logits(AsLoaded(folder), tokens), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,15 +161,17 @@ def test_awq_and_gptq_read_back_to_the_same_weights(name: str, quantised: Quanti
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_quantised_model_resembles_the_original(name: str, quantised: Quantised) -> None:
-    """On the text it was calibrated with: nothing is swapped, transposed, or rescaled on one side alone (two unrelated models: 1.4)."""
-    output, _ = quantised(name)
-    root = output.parents[1]
-    windows = cut_windows(load_tokenizer(root / "model"), documents(str(root / "calib.txt")), count=4, length=20)
+def test_eight_bits_compute_what_the_original_computes(name: str, tmp_path: Path) -> None:
+    """With the rounding out of the way, whatever AWQ rescaled on one side alone would show: a bias, a router, a second reader of a norm."""
+    output = quantise(tmp_path, specimen(name), CASES[name].symmetric, formats=("compressed-tensors",), bits=8).output
+    report = json.loads((output / "report.json").read_text())
+    assert report["fallbacks"] == {}
+    assert sum(line["scale"] != "identity" for line in report["awq"]) >= LAYERS  # AWQ has rescaled something
+    windows = cut_windows(load_tokenizer(tmp_path / "model"), documents(str(tmp_path / "calib.txt")), count=4, length=20)
     tokens = torch.tensor(windows.tokens)
-    original = decoder_logits(Weights(root / "model"), tokens)
-    ours = decoder_logits(Weights(output / "compressed-tensors"), tokens)
-    assert float((ours - original).norm() / original.norm()) < 0.3
+    original = decoder_logits(Weights(tmp_path / "model"), tokens)
+    error = (decoder_logits(Weights(output), tokens) - original).norm(dim=-1) / original.norm(dim=-1)
+    assert float(error.median()) < 0.01  # the median, because rounding sends a token in a hundred to another expert
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_fused"])
@@ -238,4 +240,4 @@ def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(name: str,
 
     tokens = random_tokens(2, 20)
     theirs = loaded_logits(output / "compressed-tensors", tokens, CASES[name].transformers)
-    torch.testing.assert_close(theirs, decoder_logits(artifact, tokens), rtol=0, atol=2e-5)
+    torch.testing.assert_close(theirs, decoder_logits(artifact, tokens), rtol=0, atol=5e-5)

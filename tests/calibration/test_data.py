@@ -1,0 +1,235 @@
+"""Calibration text: every kind of file, windows cut as `divergence.py` cuts them, and what is said where the text is too short."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from quantflow.calibration.data import HUB, bundled, cut_windows, documents
+from quantflow.errors import DataError
+from tests.helpers.tiny import write_text, write_tokenizer
+
+SHARED = Path(__file__).parents[3] / "shared"
+DOCUMENTS = ["First.\nStill the first.", "Zweites — ß", "第三", "a  b"]
+
+
+class Letters:
+    """A tokenizer whose ids are code points, after BOS 1; it counts what it is given."""
+
+    def __init__(self) -> None:
+        self.texts = 0
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        self.texts += len(texts)
+        return [type("Encoding", (), {"ids": [1, *map(ord, text)]}) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "First.\nStill the first.\n<|endoftext|>Zweites — ß<|endoftext|>\n \n<|endoftext|>第三\n<|endoftext|>\na  b\n"),
+        ("a.jsonl", "\n".join([json.dumps({"id": 1, "text": d}) for d in DOCUMENTS]) + "\n\n"),
+        ("a.jsonl", "\r\n".join([json.dumps({"text": d}, ensure_ascii=False) for d in DOCUMENTS])),
+        ("b.jsonl", "\n".join([json.dumps(f" {d}\n") for d in DOCUMENTS])),
+        (
+            "c.jsonl",
+            "\n".join(json.dumps({k: d, "n": 3}) for k, d in zip(("content", "sentence", "document", "prompt"), DOCUMENTS, strict=True)),
+        ),
+        ("a.json", json.dumps([{"text": DOCUMENTS[0]}, DOCUMENTS[1], {"text": "  "}, {"content": DOCUMENTS[2]}, DOCUMENTS[3]], indent=2)),
+        ("c4.json", "\n".join(json.dumps({"text": d, "url": "http://x"}) for d in DOCUMENTS)),  # lines, as c4 has it
+    ],
+)
+def test_every_kind_of_file(tmp_path: Path, name: str, content: str) -> None:
+    plain, packed = tmp_path / name, tmp_path / f"{name}.gz"
+    plain.write_bytes(content.encode())
+    packed.write_bytes(gzip.compress(content.encode()))
+    for path in (plain, packed):
+        assert list(documents(str(path))) == DOCUMENTS
+        assert list(documents("c4", str(path))) == DOCUMENTS  # the file in the place of a known name
+        assert list(documents("no such name", str(path))) == DOCUMENTS
+
+
+def test_objects_without_a_known_field_give_all_their_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"instruction": "Say hi.", "n": 1, "output": "Hi."}))
+    assert list(documents(str(path))) == ["Say hi.\nHi."]
+
+
+def test_the_bundled_text() -> None:
+    path = bundled("demo")
+    assert bundled("c4") is None
+    if path is None:
+        pytest.skip("calib_data is not part of this installation")
+    assert next(documents("demo"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', ":2"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"id": 3}\n', ":3"),
+        ("a.jsonl", b"[1, 2]\n", ":1"),
+        ("a.json", b'[{"text": "a"}, {"n": 1}]', "item 2"),
+        ("a.json", b'[{"text": "a"}', "not JSON"),
+        ("a.json", b"[" * 100_000, "not JSON"),
+        ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not JSON"),
+        ("a.txt", b"abc \xff def", "UTF-8"),
+        ("a.jsonl", b'{"text": "\xe4"}', "UTF-8"),
+        ("a.txt.gz", b"not gzip at all", "gzip"),
+        ("a.txt.gz", gzip.compress(b"some text " * 1000)[:-20], "end-of-stream"),
+        ("a.txt.gz", gzip.compress(bytes(range(250)) * 40)[:30] + b"\xff" * 60, ""),
+    ],
+)
+def test_broken_files_are_refused_with_their_place(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(documents(str(path)))
+    assert str(path) in str(caught.value) and says in str(caught.value)
+
+
+@pytest.mark.parametrize("data", ["c5", "./absent.txt", "/no/such/folder/a.jsonl", ""])
+def test_unknown_names_list_the_known_ones(data: str) -> None:
+    with pytest.raises(DataError) as caught:
+        list(documents(data))
+    assert "c4-new" in str(caught.value) and "wikitext2" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub\nat all")
+
+    fake = ModuleType("datasets")
+    fake.load_dataset = unreachable  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(DataError) as caught:
+        list(documents(name))
+    text = str(caught.value)
+    assert name in text and "Couldn't reach the Hub" in text and "at all" not in text and f"{name}.jsonl" in text
+    # Without the package, the same way out.
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=rf"not installed.*{name}\.jsonl"):
+        list(documents(name))
+
+
+def test_the_hubs_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[tuple[object, ...], dict[str, object]]] = []
+
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, str]]:
+        asked.append((args, kwargs))
+        return [{"sentence": "a"}, {"sentence": "b"}]
+
+    fake = ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    assert list(documents("ptb")) == ["a", "b"]
+    assert asked == [(("ptb-text-only/ptb_text_only", "penn_treebank"), {"split": "train"})]
+
+
+# Windows.
+
+
+def test_windows_by_hand() -> None:
+    texts = ["ab", "cde", "f", "ghijkl", "m"]
+    # 1 a b 1 c d e 1 f 1 g h i j k l 1 m
+    windows = cut_windows(Letters(), texts, count=3, length=4)
+    expected = [[1, *map(ord, "ab"), 1], [*map(ord, "cde"), 1], [ord("f"), 1, *map(ord, "gh")]]
+    assert windows.tokens == expected
+    assert windows.documents == {hashlib.sha256(t.encode()).hexdigest() for t in texts[:4]}
+    assert cut_windows(Letters(), texts, count=1, length=4, skip=3).tokens == [[1, *map(ord, "ghi")]]
+    # The last window may take the last token.
+    assert len(cut_windows(Letters(), texts, count=9, length=2).tokens) == 9
+    assert cut_windows(Letters(), texts, count=1, length=18).tokens[0][-1] == ord("m")
+
+
+def test_one_document_gives_several_windows_and_only_what_is_needed_is_read() -> None:
+    windows = cut_windows(Letters(), ["abcdefghij", "never"], count=2, length=4)
+    assert windows.tokens == [[1, *map(ord, "abc")], [*map(ord, "defg")]]
+    assert windows.documents == {hashlib.sha256(b"abcdefghij").hexdigest()}
+    tokenizer = Letters()
+    cut_windows(tokenizer, (str(i) for i in range(10**9)), count=4, length=16)
+    assert tokenizer.texts < 1000
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text("abc", max_size=9), max_size=150), st.integers(1, 6), st.integers(1, 12), st.integers(0, 5))
+def test_windows_are_the_text_cut(texts: list[str], count: int, length: int, skip: int) -> None:
+    ids = [i for text in texts[skip:] for i in (1, *map(ord, text))]
+    if len(ids) < count * length:
+        with pytest.raises(DataError):
+            cut_windows(Letters(), texts, count=count, length=length, skip=skip)
+        return
+    windows = cut_windows(Letters(), texts, count=count, length=length, skip=skip)
+    assert windows.tokens == [ids[i * length : (i + 1) * length] for i in range(count)]
+
+
+def test_too_short_says_all_the_numbers() -> None:
+    with pytest.raises(DataError) as caught:
+        cut_windows(Letters(), ["ab", "cde", "f"], count=3, length=4, skip=1, source="calib.txt")
+    text = str(caught.value)
+    # Two documents after one is skipped, with 4 + 2 tokens: one window of the three.
+    for part in ("calib.txt", "2 documents with 6 tokens (after skipping 1): 1 windows", "3 windows of 4 tokens"):
+        assert part in text
+    for texts, skip in (([], 0), (["ab"], 5)):
+        with pytest.raises(DataError, match="0 documents with 0 tokens"):
+            cut_windows(Letters(), texts, count=1, length=1, skip=skip)
+
+
+def test_the_digest_is_that_of_the_tokens() -> None:
+    a, b, c = (cut_windows(Letters(), texts, count=2, length=3) for texts in (["ab", "cd"], ["ab", "cd", "more"], ["ab", "ce"]))
+    assert a.digest == b.digest != c.digest
+    assert cut_windows(Letters(), ["abcde"], count=1, length=6).digest != cut_windows(Letters(), ["abcde"], count=2, length=3).digest
+
+
+def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "half a pair: \\ud83d"}\n' * 20)
+    with pytest.raises(DataError, match="Unicode"):
+        cut_windows(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), documents(str(path)), count=1, length=16, source=str(path))
+
+
+def test_windows_of_a_real_tokenizer(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    path = write_text(tmp_path / "a.txt")
+    ids = [i for d in path.read_text().split("<|endoftext|>")[3:] for i in [0, *tokenizer.encode(d.strip(), add_special_tokens=False).ids]]
+    windows = cut_windows(tokenizer, documents(str(path)), count=5, length=24, skip=3)
+    assert windows.tokens == [ids[i * 24 : (i + 1) * 24] for i in range(5)]
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not (SHARED / "tools" / "divergence.py").is_file(), reason="the project's shared tools and models are not here")
+@pytest.mark.parametrize(
+    ("model", "text", "count", "length", "skip"),
+    [
+        ("babyllama-1m", "text/tinystories.txt", 8, 256, 700),
+        ("babyllama-1m", "text/tinystories.txt", 16, 100, 0),
+        ("docs-llama-16m", "models/docs-llama-16m/eval.txt", 8, 512, 0),
+    ],
+)
+def test_windows_are_those_of_the_independent_tool(model: str, text: str, count: int, length: int, skip: int) -> None:
+    from transformers import AutoTokenizer
+
+    spec = importlib.util.spec_from_file_location("divergence_tool", SHARED / "tools" / "divergence.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    folder = SHARED / "models" / model
+    expected = tool.windows(AutoTokenizer.from_pretrained(folder), SHARED / text, count, length, skip)
+    found = cut_windows(
+        Tokenizer.from_file(str(folder / "tokenizer.json")), documents(str(SHARED / text)), count=count, length=length, skip=skip
+    )
+    assert found.tokens == expected and len(expected) == count
