@@ -1,12 +1,12 @@
 """An artifact directory: built under a temporary name, renamed when whole. Its manifest is `quantflow.json`.
 
-    quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, size and sha256 of every file
-    report.json              what was done to every linear, fallbacks, quality
-    calibration.safetensors  calibrate's statistics
-    kv_qparams.safetensors   scales and zero points of the KV cache
-    run.json                 times, host, memory: outside the artifact's identity
-    <checkpoint files>       in the directory itself or, for several formats, in one folder a format
-    tp2/rank-0/, …           tensor-parallel ranks, beside the checkpoint they come from
+quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, size and sha256 of every file
+report.json              what was done to every linear, fallbacks, quality
+calibration.safetensors  calibrate's statistics
+kv_qparams.safetensors   scales and zero points of the KV cache
+run.json                 times, host, memory: outside the artifact's identity
+<checkpoint files>       in the directory itself or, for several formats, in one folder a format
+tp2/rank-0/, …           tensor-parallel ranks, beside the checkpoint they come from
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The store: results per layer and per stage under the hash of everything that affects them, each written at once or not at all.
 
-    <root>/hashes.json                 content hashes of weight files, by (path, size, mtime, header)
-    <root>/<key>/layer-00012.safetensors   a layer's result
-    <root>/<key>/stream-00012.bin          the hidden states after it (the latest layer's only)
-    <root>/<key>/*.json                    results of artifact stages
+<root>/hashes.json                 content hashes of weight files, by (path, size, mtime, header)
+<root>/<key>/layer-00012.safetensors   a layer's result
+<root>/<key>/stream-00012.bin          the hidden states after it (the latest layer's only)
+<root>/<key>/*.json                    results of artifact stages
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode())
+    """Writes JSON, the order of keys kept: the first of an artifact's formats is the one that was evaluated."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class Store:

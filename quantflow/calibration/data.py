@@ -6,11 +6,11 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quantflow.errors import DataError, Problem
 
@@ -54,9 +54,9 @@ def documents(data: str, file: str | None = None, *, option: str = "--data FILE"
 
 def _read(path: Path) -> Iterator[str]:
     try:
+        opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
         # -sig: Windows puts a byte order mark first, which JSON does not allow.
-        opened = gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
-        with opened as stream:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:
             kind = path.name.removesuffix(".gz").rpartition(".")[2]
             if kind == "jsonl":
                 for number, line in enumerate(stream, 1):
@@ -111,13 +111,16 @@ def _from_hub(name: str, option: str) -> Iterator[str]:
         raise DataError(Problem(name, "the package `datasets` is not installed", hint=_offline(name, option))) from error
     except Exception as error:  # whatever the hub's client raises (a dozen kinds): the user's way out is the same
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
-        raise DataError(Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name, option))) from error
+        raise DataError(
+            Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name, option))
+        ) from error
     for row in rows:
         yield str(row[field])
 
 
 def _offline(name: str, option: str) -> str:
-    return f'Use a local copy: {option.replace("FILE", f"./{name}.jsonl")} (a JSON object with "text" a line, or .txt with {SEPARATOR} between)'
+    option = option.replace("FILE", f"./{name}.jsonl")
+    return f'Use a local copy: {option} (a JSON object with "text" a line, or .txt with {SEPARATOR} between)'
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,11 @@ def translate(error: BaseException) -> tuple[int, str, tuple[Any, ...]]:
     if isinstance(error, PermissionError):
         return 2, "not permitted", (f"{error.filename}: {error.strerror}. Choose another place with --output.",)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
-        return 4, "out of memory", ("Lower calibration.samples or seqlen (`quantflow plan` estimates the peak), or free memory; run again to go on.",)
+        return (
+            4,
+            "out of memory",
+            ("Lower calibration.samples or seqlen (`quantflow plan` estimates the peak), or free memory; run again to go on.",),
+        )
     if isinstance(error, OSError):
         return 4, "the system refused", (f"{error.filename or ''} {error.strerror or error}".strip(),)
     return 1, "internal error", (f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug for the traceback.",)

@@ -34,7 +34,10 @@ def evaluate(
         from quantflow.models.tokenizer import load_tokenizer
         from quantflow.pipeline.plan import resolve_device
 
-        original, found = Weights(resolve_model(reference)), Weights(Path(directory) if Path(directory).is_dir() else resolve_model(directory))
+        original, found = (
+            Weights(resolve_model(reference)),
+            Weights(Path(directory) if Path(directory).is_dir() else resolve_model(directory)),
+        )
         a, b = original.checkpoint.config, found.checkpoint.config
         if a.vocabulary != b.vocabulary:
             raise ModelError(Problem(directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"))

@@ -66,7 +66,9 @@ def describe(directory: Path) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes,
         "files": len(checkpoint.files),
         "modules": modules,
-        "artifact": {k: manifest.get(k) for k in ("name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")}
+        "artifact": {
+            k: manifest.get(k) for k in ("name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")
+        }
         if manifest
         else None,
     }
@@ -78,17 +80,24 @@ def _show(summary: dict[str, Any]) -> None:
 
     table = Table(show_header=False, title=summary["directory"])
     s = summary
-    table.add_row("architecture", f"{s['architecture']}: {s['layers']} layers, hidden {s['hidden']}, {s['heads']} heads, {s['kv_heads']} KV heads")
+    table.add_row(
+        "architecture", f"{s['architecture']}: {s['layers']} layers, hidden {s['hidden']}, {s['heads']} heads, {s['kv_heads']} KV heads"
+    )
     table.add_row("format", s["format"])
     table.add_row("size", f"{size(s['weight_bytes'])} in {s['files']} file(s)")
     for scheme, count in Counter(s["modules"].values()).items():
         table.add_row("linears", f"{count} × {scheme}")
     artifact = s["artifact"]
     if artifact:
-        table.add_row("artifact", f"{artifact['name']} ({artifact['status']}), formats {', '.join(artifact['formats'])}, tp {artifact['tensor_parallel']}")
+        table.add_row(
+            "artifact",
+            f"{artifact['name']} ({artifact['status']}), formats {', '.join(artifact['formats'])}, tp {artifact['tensor_parallel']}",
+        )
         table.add_row("source", f"{artifact['source']['model']}, weights {artifact['source']['weights'][:16]}…")
         kv = artifact["kv_qparams"]
-        table.add_row("KV cache", f"{kv['bits']} bit, one scale a {kv['granularity']}, symmetric {kv['symmetric']}" if kv else "as computed")
+        table.add_row(
+            "KV cache", f"{kv['bits']} bit, one scale a {kv['granularity']}, symmetric {kv['symmetric']}" if kv else "as computed"
+        )
     console.print(table)
     if artifact and artifact["quality"]:
         console.print(quality_table(artifact["quality"]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
+
 import typer
 
 from quantflow.cli import eval as eval_command
@@ -23,6 +26,9 @@ app.command("schema")(schema.schema)
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or … shows ? rather than ending the command
     app()
 
 

@@ -84,7 +84,9 @@ def _show(summary: dict[str, Any]) -> None:
     for scheme, count in summary["linears"].items():
         table.add_row("linears", f"{count} × {scheme}")
     stored = summary["stored_layers"]
-    table.add_row("in the store", "not known before the weights are hashed" if stored is None else f"{stored} of {summary['layers']} layers")
+    table.add_row(
+        "in the store", "not known before the weights are hashed" if stored is None else f"{stored} of {summary['layers']} layers"
+    )
     estimate = summary["estimate"]
     table.add_row("peak memory", f"about {size(estimate['peak_memory_bytes'])} above the imports")
     table.add_row("disk", f"about {size(estimate['artifact_bytes'])} artifact, {size(estimate['store_bytes'])} store")

@@ -50,7 +50,9 @@ def run(
             if result.quality:
                 console.print(quality_table(result.quality))
         if result.failures:
-            raise GateError([Problem(str(result.output), failure, hint="The artifact is kept, marked as failed") for failure in result.failures])
+            raise GateError(
+                [Problem(str(result.output), failure, hint="The artifact is kept, marked as failed") for failure in result.failures]
+            )
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -107,16 +107,18 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise ModelError(Problem(str(path), error.strerror or str(error), "a readable safetensors file")) from error
     try:
         header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits; nested too deeply
         raise wrong("a header that is not JSON", "a safetensors header") from error
     if not isinstance(header, dict):
         raise wrong("a header that is no JSON object", "a safetensors header")
-    metadata = header.pop("__metadata__", {}) or {}
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise wrong("a __metadata__ that is no JSON object", "names and strings")
     base, tensors = 8 + length, {}
     for name, entry in header.items():
         try:
-            dtype, shape = entry["dtype"], tuple(int(d) for d in entry["shape"])
-            start, stop = (int(o) for o in entry["data_offsets"])
+            dtype, shape = str(entry["dtype"]), _integers(entry["shape"])
+            start, stop = _integers(entry["data_offsets"])
         except (KeyError, TypeError, ValueError) as error:
             raise wrong(f"tensor {name} has no valid dtype, shape and data_offsets") from error
         if dtype not in ITEM_BYTES:
@@ -132,6 +134,12 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise wrong(f"tensors {last} and {name} overlap")
         at, last = info.stop, name
     return tensors, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(v) is int for v in values):
+        raise TypeError(f"{values!r} is no list of integers")
+    return tuple(values)
 
 
 class TensorWriter:

@@ -141,7 +141,9 @@ def portable(plan: Plan) -> dict[str, Any]:
     """The recipe without what is particular to a machine: places of files become their names, the output is left out."""
 
     def shorten(section: dict[str, Any]) -> dict[str, Any]:
-        return {k: Path(v).name if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists() else v for k, v in section.items()}
+        return {
+            k: Path(v).name if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists() else v for k, v in section.items()
+        }
 
     recipe = shorten({k: v for k, v in dump(plan.recipe).items() if k != "output"})
     recipe["calibration"] = shorten(recipe["calibration"]) if recipe["calibration"] else None
@@ -177,9 +179,13 @@ def _windows(plan: Plan, tokenizer: Any, where: str, section: Any, count: int, l
     largest = max(map(max, windows.tokens))
     if largest >= plan.config.vocabulary:
         raise UserError(
-            Problem(f"{plan.checkpoint.path} tokenizer", f"gives token {largest}", f"ids below the model's vocabulary of {plan.config.vocabulary}",
-                    "Tokenizer and weights are not of one model")
-        )  # fmt: skip
+            Problem(
+                f"{plan.checkpoint.path} tokenizer",
+                f"gives token {largest}",
+                f"ids below the model's vocabulary of {plan.config.vocabulary}",
+                "Tokenizer and weights are not of one model",
+            )
+        )
     return windows
 
 
@@ -191,8 +197,8 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
     )  # fmt: skip
     kv = plan.stage(KvQparams)
     evaluate = digest(
-        ["evaluate", sweep_key, held_out.digest if held_out else "", kv.model_dump(mode="json") if kv else None, plan.packs[0].format, plan.device,
-         source_digest("evaluate", "models", "formats", "quant", "stages/kv_qparams.py")]
+        ["evaluate", sweep_key, held_out.digest if held_out else "", kv.model_dump(mode="json") if kv else None, plan.packs[0].format,
+         plan.device, source_digest("evaluate", "models", "formats", "quant", "stages/kv_qparams.py")]
     )  # fmt: skip
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 
@@ -281,7 +287,9 @@ def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, fold
                 writer.write(f"{prefix}.{name}", tensor)
 
 
-def _evaluate(plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: Path, held_out: Windows, progress: Progress) -> dict[str, Any]:
+def _evaluate(
+    plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: Path, held_out: Windows, progress: Progress
+) -> dict[str, Any]:
     """variant -> divergence, from the store where it was measured before: `weights`, and with kv_qparams `kv` and `weights_and_kv`."""
     settings = plan.stage(KvQparams)
     stored = plan.store.read_json(identity.evaluate, "quality")
@@ -355,4 +363,3 @@ def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
         "torch": torch.__version__,
         "host": platform.node(),
     }
-

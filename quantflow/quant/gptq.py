@@ -5,6 +5,7 @@ Shapes: weight `[N, K]`; Hessian `H = Xᵀ X` `[K, K]` over the tokens seen, not
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -198,7 +199,9 @@ def _pick(blocks: Tensor | None, group: int) -> Tensor | None:
 
 
 def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """`||(W - Ŵ) X||² / ||W X||²`, from the Hessian; 0 where the output is zero."""
+    """`||(W - Ŵ) X||² / ||W X||²`, from the Hessian; 0 where the output is zero, NaN where the Hessian is not finite."""
     difference = weight - approximation
     error, power = float(((difference @ hessian) * difference).sum()), float(((weight @ hessian) * weight).sum())
+    if not math.isfinite(error + power):
+        return math.nan
     return max(error, 0.0) / power if power > 0 else 0.0

@@ -5,6 +5,7 @@ Shapes: weight `[N, K]`, grouped `[N, G, g]`; grids (scales, zeros) `[N, G]`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,14 +38,21 @@ class GridRules:
         Rounding to bfloat16 first leaves 8 significant bits, which float16 keeps (or, below 2^-14, cuts to fewer): so the
         chain ends in a number that both hold.
         """
+        largest = _largest(self.scale_dtypes)
         for dtype in sorted(set(self.scale_dtypes), key=lambda d: torch.finfo(d).eps, reverse=True):
-            scale = scale.clamp(min=_smallest(dtype), max=torch.finfo(dtype).max).to(dtype).float()
+            scale = scale.clamp(min=_smallest(dtype), max=largest).to(dtype).float()
         return scale
 
 
 def _smallest(dtype: torch.dtype) -> float:
     # float16 scales below 2^-24 flush to zero; the others are kept to numbers whose reciprocal is finite in float32.
     return 2.0**-24 if dtype == torch.float16 else 2.0**-120
+
+
+def _largest(dtypes: tuple[torch.dtype, ...]) -> float:
+    # The largest number that all hold: 65280 for float16 and bfloat16 together, whose own 65504 has too many bits for bfloat16.
+    exponent = min(math.frexp(torch.finfo(d).max)[1] for d in dtypes)
+    return 2.0 ** (exponent - 1) * (2 - max(torch.finfo(d).eps for d in dtypes))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class _Search:
             identity, winner = tried[0], min(tried, key=lambda t: t[0])
         for n, weight in weights.items():
             self.layer.tensors[f"{n}.weight"] = weight
-        return winner[1], winner[2], winner[0] / identity[0] if identity[0] > 0 else 1.0
+        return winner[1], winner[2], winner[0] / identity[0] if 0 < identity[0] < math.inf else 1.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,8 @@ def search_layer(
             note(down, "identity: no token of the sample reached this expert", 1.0)
             continue
         inner = layer.inner(rows, expert)
-        if down in schemes and up in schemes:
+        # Without a gate, `up`'s scale has to pass through the activation: relu lets it, gelu does not.
+        if down in schemes and up in schemes and (gate or layer.config.activation == "relu"):
             chosen, scale, ratio = search.best([down], inner, None, _Channels())
             note(down, chosen, ratio)
             if chosen != "identity":

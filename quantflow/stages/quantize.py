@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,8 @@ def gptq_group(
             whole = result.tensor
             tensor = QuantizedTensor(scheme, whole.codes[part], whole.scales[part], whole.zeros[part], whole.group_index)
             error = output_error(weight, tensor.dequantize(), hessian)
-            found[n] = Quantized(tensor, _line(scheme, tensor, method="gptq", error=float(f"{error:.4g}"), tokens=rows, fallback=result.fallback))
+            shown = float(f"{error:.4g}") if math.isfinite(error) else None  # NaN is no JSON
+            found[n] = Quantized(tensor, _line(scheme, tensor, method="gptq", error=shown, tokens=rows, fallback=result.fallback))
     return found
 
 

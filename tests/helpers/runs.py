@@ -87,7 +87,7 @@ def make_bench(root: Path, **config: Any) -> Bench:
     return bench
 
 
-def quantflow(*arguments: object) -> Result:
+def invoke(*arguments: object) -> Result:
     """The command line, in this process; an exception that it does not turn into a message is raised."""
     torch.set_num_threads(1)
     result = CliRunner().invoke(app, [str(a) for a in arguments])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.runs import STAGES, Bench, make_bench, quantflow
+from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 from tests.helpers.tiny import write_text
 
 Change = Callable[[Bench], "dict[str, Any] | None"]  # harms the bench; returns changes of the recipe
@@ -35,7 +35,7 @@ def bench(intact: Bench, tmp_path: Path) -> Bench:
 
 def refused(bench: Bench, fragments: tuple[str, ...], *arguments: object, command: str = "run", **changes: Any) -> str:
     """The message of a command that must be refused."""
-    result = quantflow(command, bench.recipe(**changes), *arguments)
+    result = invoke(command, bench.recipe(**changes), *arguments)
     message = " ".join(result.stderr.split())  # the console may wrap
     assert result.exit_code == 2, result.output
     for fragment in fragments:
@@ -157,7 +157,8 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a truncated weight file": (cut, ("model.safetensors", "truncated", "copy or download it again")),
     "an empty weight file": (write("model/model.safetensors", b""), ("model.safetensors: 0 bytes", "at least 8")),
     "a header longer than the file": (
-        write("model/model.safetensors", struct.pack("<Q", 10**6) + b"{}"), ("a header of 1000000 bytes in a file of 10",)
+        write("model/model.safetensors", struct.pack("<Q", 10**6) + b"{}"),
+        ("a header of 1000000 bytes in a file of 10",),
     ),
     "a header of impossible length": (write("model/model.safetensors", b"\xff" * 64), ("a header of 18446744073709551615 bytes",)),
     "a header that is not JSON": (lambda b: write_header(b, b"{not json", b""), ("a header that is not JSON",)),
@@ -170,15 +171,20 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a dtype of another size": (edit_header(lambda h: h[Q].update(dtype="F32")), (Q, "of shape [64, 64] and dtype F32 has 8192 bytes")),
     "a dtype that is unknown": (edit_header(lambda h: h[Q].update(dtype="F4")), (Q, "dtype F4", "one of F64, F32")),
     "a missing shard": (
-        in_two_files(index=lambda m: None, lose="model-00002-of-00002.safetensors"), ("model-00002-of-00002.safetensors: missing shard",)
+        in_two_files(index=lambda m: None, lose="model-00002-of-00002.safetensors"),
+        ("model-00002-of-00002.safetensors: missing shard",),
     ),
     "an index that names a file elsewhere": (
         in_two_files(index=lambda m: m.update({Q: "../../secret.safetensors"})),
         ("weight file '../../secret.safetensors'", "a .safetensors file in the same directory"),
     ),
-    "an index that names a pickle": (in_two_files(index=lambda m: m.update({Q: "pytorch_model.bin"})), ("weight file 'pytorch_model.bin'",)),
+    "an index that names a pickle": (
+        in_two_files(index=lambda m: m.update({Q: "pytorch_model.bin"})),
+        ("weight file 'pytorch_model.bin'",),
+    ),
     "an index of a tensor that is not there": (
-        in_two_files(index=lambda m: m.update({"model.extra": "model-00001-of-00002.safetensors"})), ("tensor model.extra is missing",)
+        in_two_files(index=lambda m: m.update({"model.extra": "model-00001-of-00002.safetensors"})),
+        ("tensor model.extra is missing",),
     ),
     "an index without a map": (write("model/model.safetensors.index.json", '{"weight_map": ["a"]}'), ("no weight_map",)),
     "an index that is not JSON": (write("model/model.safetensors.index.json", "{"), ("model.safetensors.index.json: not JSON",)),
@@ -193,39 +199,61 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an unknown model_type": (edit_config(model_type="mamba"), ("'mamba'", "llama", "What is missing for another family is a table")),
     "a model_type that is a list": (edit_config(model_type=["llama"]), ("config.json model_type: ['llama']",)),
     "no heads": (edit_config(num_attention_heads=0), ("num_attention_heads is 0", "expected a positive integer")),
-    "KV heads that do not divide the heads": (edit_config(num_key_value_heads=3), ("num_attention_heads 4 is no multiple of num_key_value_heads 3",)),
+    "KV heads that do not divide the heads": (
+        edit_config(num_key_value_heads=3),
+        ("num_attention_heads 4 is no multiple of num_key_value_heads 3",),
+    ),
     "a hidden size of text": (edit_config(hidden_size="64"), ("hidden_size is '64'",)),
     "an infinite hidden size": (edit_config(hidden_size=float("inf")), ("hidden_size is inf",)),
     "an intermediate size that is no number": (edit_config(intermediate_size=float("nan")), ("intermediate_size is nan",)),
     "an unknown activation": (edit_config(hidden_act="mish"), ("hidden_act is 'mish'", "silu")),
-    "an unknown rope type": (edit_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}), ("rope scaling of type 'longrope'", "yarn")),
-    "rope scaling without a factor": (edit_config(rope_scaling={"rope_type": "linear"}), ("rope scaling of type linear has no positive factor",)),
+    "an unknown rope type": (
+        edit_config(rope_scaling={"rope_type": "longrope", "factor": 2.0}),
+        ("rope scaling of type 'longrope'", "yarn"),
+    ),
+    "rope scaling without a factor": (
+        edit_config(rope_scaling={"rope_type": "linear"}),
+        ("rope scaling of type linear has no positive factor",),
+    ),
     "rope scaling that is a text": (edit_config(rope_scaling="linear"), ("rope_scaling",)),
     "a rope theta that is a text": (edit_config(rope_theta="many"), ("rope_theta",)),
     "partial rotation": (edit_config(partial_rotary_factor=0.5), ("partial_rotary_factor",)),
     "an unknown dtype": (edit_config(dtype="float8_e4m3fn"), ("dtype", "float8_e4m3fn")),
     "missing tensors": (edit_tensors(lambda t: [t.pop(Q), t.pop(DOWN)]), (f"missing tensors: {Q}, {DOWN}", "Is a shard missing")),
     "a config of more layers": (edit_config(num_hidden_layers=3), ("missing tensors: model.layers.2.", "and 5 more")),
-    "a config of fewer layers": (edit_config(num_hidden_layers=1), ("tensors that Llama does not have: model.layers.1.", "They would be lost")),
+    "a config of fewer layers": (
+        edit_config(num_hidden_layers=1),
+        ("tensors that Llama does not have: model.layers.1.", "They would be lost"),
+    ),
     "an unknown tensor": (
         edit_tensors(lambda t: t.update({"model.layers.0.self_attn.sinks": torch.zeros(4)})),
         ("tensors that Llama does not have: model.layers.0.self_attn.sinks",),
     ),
     "a tensor of another shape": (
-        edit_tensors(lambda t: t.update({Q: torch.zeros(64, 32)})), (f"{Q}: shape [64, 32]", "[64, 64] by config.json", "config.json and weights disagree")
+        edit_tensors(lambda t: t.update({Q: torch.zeros(64, 32)})),
+        (f"{Q}: shape [64, 32]", "[64, 64] by config.json", "config.json and weights disagree"),
     ),
     "integer weights": (edit_tensors(lambda t: t.update({Q: torch.zeros(64, 64, dtype=torch.int8)})), (f"{Q}: dtype I8", "F32, F16, BF16")),
     "no tokenizer": (remove("model/tokenizer.json"), ("no tokenizer", "tokenizer.json, tokenizer.model")),
-    "a damaged tokenizer": (write("model/tokenizer.json", '{"version": "1.0", "model"'), ("tokenizer.json", "a tokenizer that the tokenizers library can read")),
+    "a damaged tokenizer": (
+        write("model/tokenizer.json", '{"version": "1.0", "model"'),
+        ("tokenizer.json", "a tokenizer that the tokenizers library can read"),
+    ),
     "an empty tokenizer": (write("model/tokenizer.json", ""), ("tokenizer.json: an empty file",)),
     "a damaged tokenizer_config": (write("model/tokenizer_config.json", "{"), ("tokenizer_config.json: not JSON",)),
     "a tokenizer of another vocabulary": (
-        lambda b: (edit_config(vocab_size=200)(b), edit_tensors(lambda t: t.update({n: t[n][:200].clone() for n in ("model.embed_tokens.weight", "lm_head.weight")}))(b))[0],
+        lambda b: (
+            edit_config(vocab_size=200)(b),
+            edit_tensors(lambda t: t.update({n: t[n][:200].clone() for n in ("model.embed_tokens.weight", "lm_head.weight")}))(b),
+        )[0],
         ("token ids up to", "less than vocab_size 200 of config.json"),
     ),
-    "a model that is quantised already": (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), ("already quantised (gptq)", "a full-precision checkpoint")),
+    "a model that is quantised already": (
+        edit_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ("already quantised (gptq)", "a full-precision checkpoint"),
+    ),
     "a quantization_config that is a text": (edit_config(quantization_config="awq"), ("quantiz", "awq")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -246,7 +274,7 @@ def test_weights_that_are_no_numbers_keep_the_finished_layers(bench: Bench, valu
     refused(bench, (DOWN,), stages=stages)
     assert bench.layers() == layers
     weights_file(bench).write_bytes(good)
-    assert quantflow("run", bench.recipe(stages=stages)).exit_code == 0
+    assert invoke("run", bench.recipe(stages=stages)).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"])
@@ -258,7 +286,12 @@ def test_nan_outside_the_layers(bench: Bench, name: str) -> None:
 def test_models_that_are_not_there(bench: Bench) -> None:
     refused(bench, ("no such directory", "a model directory or a hub id"), model=str(bench.root / "nowhere"))
     refused(bench, ("calib.txt: a file", "a model directory"), "--model", bench.root / "calib.txt")
-    refused(bench, ("someone/some-model: no such directory, and the hub could not give it", "Download it and pass --model DIR"), "--model", "someone/some-model")
+    refused(
+        bench,
+        ("someone/some-model: no such directory, and the hub could not give it", "Download it and pass --model DIR"),
+        "--model",
+        "someone/some-model",
+    )
     refused(bench, ("the recipe names none", "Pass --model DIR"), model=None)
 
 
@@ -289,7 +322,7 @@ TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "a cut archive": ("a.jsonl.gz", compressed(b'{"text": "The fox."}\n' * 1000)[:40], ("a.jsonl.gz",)),
     "a damaged archive": ("a.jsonl.gz", compressed(b"x" * 3000)[:12] + b"\xff" * 30, ("a.jsonl.gz",)),
     "an archive that is none": ("a.jsonl.gz", b'{"text": "The fox."}\n', ("a.jsonl.gz", "ot a gzipped file")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -309,25 +342,28 @@ def test_broken_texts(bench: Bench, name: str, use: str) -> None:
 def test_a_byte_order_mark_is_no_harm(bench: Bench, mark: str) -> None:
     text = json.dumps({"text": "The small fox jumps over the hill. " * 100}) + "\n"
     (bench.root / "a.jsonl").write_text(mark + text, encoding="utf-8")
-    assert quantflow("run", bench.recipe(**calibration(bench, "a.jsonl"))).exit_code == 0
+    assert invoke("run", bench.recipe(**calibration(bench, "a.jsonl"))).exit_code == 0
 
 
 def test_texts_that_are_not_there(bench: Bench) -> None:
-    refused(bench, ("nowhere.txt", "neither a known data set nor a file that exists"), **calibration(bench, "nowhere.txt"))
+    refused(bench, ("nowhere", "neither a known data set nor a file that exists"), **calibration(bench, "nowhere.txt"))
     refused(bench, ("calibration.data", "c44"), **calibration(bench) | {"calibration": {"data": "c44", "samples": 2, "seqlen": 16}})
     write_text(bench.root / "few.txt", 0, 12)
     refused(bench, ("after skipping 5", "windows"), **calibration(bench, "few.txt", skip=5))
 
 
 def test_a_data_set_out_of_reach_says_how_to_use_a_local_file(bench: Bench) -> None:
-    message = ("data set wikitext2: the hub could not give Salesforce/wikitext", "Use a local copy: --set calibration.file=./wikitext2.jsonl")
+    message = (
+        "data set wikitext2: the hub could not give Salesforce/wikitext",
+        "Use a local copy: --set calibration.file=./wikitext2.jsonl",
+    )
     refused(bench, message, calibration={"data": "wikitext2", "samples": 2, "seqlen": 16})
     evaluate = {"evaluate": {"data": "c4", "windows": 2, "length": 16}}
     refused(bench, ("data set c4", "--set stages.evaluate.file=./c4.jsonl"), stages=[*STAGES, evaluate])
     # And the way it names is one that works.
     shutil.copy(bench.root / "calib.txt", bench.root / "wikitext2.txt")
     arguments = ("--set", f"calibration.file={bench.root / 'wikitext2.txt'}")
-    assert quantflow("run", bench.recipe(calibration={"data": "wikitext2", "samples": 2, "seqlen": 16}), *arguments).exit_code == 0
+    assert invoke("run", bench.recipe(calibration={"data": "wikitext2", "samples": 2, "seqlen": 16}), *arguments).exit_code == 0
 
 
 # Where the output goes
@@ -348,7 +384,7 @@ OUTPUTS: dict[str, tuple[Callable[[Bench], Path], tuple[str, ...]]] = {
     "in a system folder that takes no files": (lambda b: Path("/proc/quantflow/artifact"), ("/proc", "writable")),
     "a name that is too long": (lambda b: b.root / ("x" * 300), ("xxx", "name too long")),
     "a place that is a loop": (lambda b: b.root / "loop" / "artifact", ("loop",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
@@ -373,9 +409,9 @@ def test_a_read_only_place(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_other_files_in_an_artifact_are_not_lost(bench: Bench) -> None:
     stages = ["rtn", {"pack": {"format": "awq"}}]
-    assert quantflow("run", bench.recipe(stages=stages)).exit_code == 0
+    assert invoke("run", bench.recipe(stages=stages)).exit_code == 0
     (bench.output / "notes.txt").write_text("what I found out")
-    result = quantflow("run", bench.recipe(stages=stages), "--set", "seed=1")
+    result = invoke("run", bench.recipe(stages=stages), "--set", "seed=1")
     assert result.exit_code == 2 and "other files in it (notes.txt), which would be lost" in result.stderr
     assert (bench.output / "notes.txt").read_text() == "what I found out"
 
@@ -392,29 +428,50 @@ def test_a_read_only_file_system(bench: Bench, monkeypatch: pytest.MonkeyPatch) 
 
 GRIDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a group that does not divide": (
-        {"weights": {"group_size": 64}, "stages": ["rtn", {"pack": {"format": "compressed-tensors"}}]}, ("down_proj", "96 input channels", "a multiple of group_size 64", "Use group_size 48 or -1")
+        {"weights": {"group_size": 64}, "stages": ["rtn", {"pack": {"format": "compressed-tensors"}}]},
+        ("down_proj", "96 input channels", "a multiple of group_size 64", "Use group_size 48 or -1"),
     ),
-    "a group larger than the row": ({"weights": {"group_size": 128}}, ("q_proj", "64 input channels", "a multiple of group_size 128", "group_size 64")),
-    "more ranks than heads": ({"stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 8}}]}, ("shard tp 8", "4 attention heads", "a multiple of 8")),
-    "more ranks than KV heads": ({"stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 4}}]}, ("shard tp 4", "2 KV heads", "a multiple of 4")),
+    "a group larger than the row": (
+        {"weights": {"group_size": 128}},
+        ("q_proj", "64 input channels", "a multiple of group_size 128", "group_size 64"),
+    ),
+    "more ranks than heads": (
+        {"stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 8}}]},
+        ("shard tp 8", "4 attention heads", "a multiple of 8"),
+    ),
+    "more ranks than KV heads": (
+        {"stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 4}}]},
+        ("shard tp 4", "2 KV heads", "a multiple of 4"),
+    ),
     "ranks that cut a group": (
         {"weights": {"group_size": 32}, "stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 2}}]},
         ("down_proj", "48 input channels on each of 2 ranks", "a multiple of group_size 32", "group_size 24"),
     ),
     "windows beyond the model's positions": (
-        {"calibration": {"data": "CALIB", "samples": 2, "seqlen": 256}}, ("calibration: windows of 256 tokens", "at most the model's 128 positions")
+        {"calibration": {"data": "CALIB", "samples": 2, "seqlen": 256}},
+        ("calibration: windows of 256 tokens", "at most the model's 128 positions"),
     ),
     "an override that matches nothing": (
-        {"weights": {"group_size": 16, "overrides": [{"match": "*.w1", "group_size": 8}]}}, ("weights.overrides match '*.w1'", "matches no linear", "*.q_proj")
+        {"weights": {"group_size": 16, "overrides": [{"match": "*.w1", "group_size": 8}]}},
+        ("weights.overrides match '*.w1'", "matches no linear", "*.q_proj"),
     ),
-    "an ignored name that matches nothing": ({"weights": {"group_size": 16, "ignore": ["lm_head", "*.w2"]}}, ("weights.ignore '*.w2'", "matches no linear")),
-    "everything ignored": ({"weights": {"group_size": 16, "ignore": ["lm_head", "*_proj"]}}, ("every linear is ignored", "something to quantise")),
+    "an ignored name that matches nothing": (
+        {"weights": {"group_size": 16, "ignore": ["lm_head", "*.w2"]}},
+        ("weights.ignore '*.w2'", "matches no linear"),
+    ),
+    "everything ignored": (
+        {"weights": {"group_size": 16, "ignore": ["lm_head", "*_proj"]}},
+        ("every linear is ignored", "something to quantise"),
+    ),
     "a head that is to be quantised": ({"weights": {"group_size": 16, "ignore": []}}, ("lm_head is not in it",)),
     "several widths in AWQ": (
-        {"weights": {"group_size": 16, "overrides": [{"match": "*.down_proj", "group_size": 32}]}, "stages": ["rtn", {"pack": {"format": "awq"}}]},
+        {
+            "weights": {"group_size": 16, "overrides": [{"match": "*.down_proj", "group_size": 32}]},
+            "stages": ["rtn", {"pack": {"format": "awq"}}],
+        },
         ("pack awq: several schemes", "Use compressed-tensors"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -431,15 +488,20 @@ def test_what_the_message_offers_works(bench: Bench) -> None:
     message = refused(bench, ("96 input channels",), weights={"group_size": 64}, stages=["rtn", {"pack": {"format": "awq"}}])
     assert "group_size 48" in message
     weights = {"group_size": 64, "overrides": [{"match": "*.down_proj", "group_size": 48}]}
-    assert quantflow("run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "compressed-tensors"}}])).exit_code == 0
+    assert invoke("run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "compressed-tensors"}}])).exit_code == 0
 
 
 def test_outputs_of_awq_that_fill_no_word(tmp_path: Path) -> None:
     """AWQ packs eight output channels into a word: 172 is no multiple of 8."""
     bench = make_bench(tmp_path, intermediate_size=172)
     weights = {"group_size": 4}
-    refused(bench, ("172 output channels", "a multiple of 8", "Use compressed-tensors"), weights=weights, stages=["rtn", {"pack": {"format": "awq"}}])
-    assert quantflow("run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "compressed-tensors"}}])).exit_code == 0
+    refused(
+        bench,
+        ("172 output channels", "a multiple of 8", "Use compressed-tensors"),
+        weights=weights,
+        stages=["rtn", {"pack": {"format": "awq"}}],
+    )
+    assert invoke("run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "compressed-tensors"}}])).exit_code == 0
 
 
 def test_all_problems_at_once(bench: Bench) -> None:
@@ -447,7 +509,9 @@ def test_all_problems_at_once(bench: Bench) -> None:
     (bench.root / "mine").mkdir()
     (bench.root / "mine" / "thesis.txt").write_text("years of work")
     stages = ["rtn", {"pack": {"format": "compressed-tensors"}}]
-    message = refused(bench, ("4 problems", Q, DOWN, "48", "other content"), "--output", bench.root / "mine", weights={"group_size": 64}, stages=stages)
+    message = refused(
+        bench, ("4 problems", Q, DOWN, "48", "other content"), "--output", bench.root / "mine", weights={"group_size": 64}, stages=stages
+    )
     assert message.count("expected") == 3
 
 
@@ -464,7 +528,7 @@ def test_all_problems_at_once(bench: Bench) -> None:
         (("--set", "calibration.samples=-3"), ("samples",)),
         (("--set", "weights.group_size=[16"), ("weights.group_size=[16",)),
     ],
-)  # fmt: skip
+)
 def test_broken_settings(bench: Bench, arguments: tuple[str, str], fragments: tuple[str, ...]) -> None:
     message = refused(bench, (), *arguments).lower()
     assert all(fragment.lower() in message for fragment in fragments), message
@@ -477,14 +541,14 @@ def test_a_gpu_that_is_not_there(bench: Bench) -> None:
 
 def test_options_that_do_not_exist(bench: Bench) -> None:
     for arguments in (("--device", "tpu"), ("--no-such-option",), ("--set",)):
-        result = quantflow("run", bench.recipe(), *arguments)
+        result = invoke("run", bench.recipe(), *arguments)
         assert result.exit_code == 2 and "Traceback" not in result.output
-    result = quantflow("run", bench.root / "nowhere.yaml")
+    result = invoke("run", bench.root / "nowhere.yaml")
     assert result.exit_code == 2 and "there is no such file" in result.stderr
 
 
 def test_debug_shows_the_traceback(bench: Bench) -> None:
-    result = quantflow("run", bench.recipe(model=str(bench.root / "nowhere")), "--debug")
+    result = invoke("run", bench.recipe(model=str(bench.root / "nowhere")), "--debug")
     assert result.exit_code == 2 and "Traceback" in result.stderr and "no such directory" in result.stderr
 
 
@@ -502,14 +566,21 @@ def test_debug_shows_the_traceback(bench: Bench) -> None:
         (cut, (), ("truncated",)),
         (edit_config(quantization_config={"quant_method": "fp8"}), (), ("fp8",)),
     ],
-)  # fmt: skip
-def test_eval_refuses_too(intact: Bench, bench: Bench, change: Change | None, arguments: tuple[str, ...], fragments: tuple[str, ...]) -> None:
+)
+def test_eval_refuses_too(
+    intact: Bench, bench: Bench, change: Change | None, arguments: tuple[str, ...], fragments: tuple[str, ...]
+) -> None:
     if change:
         change(bench)
-    given = {"--reference": str(intact.model), "--data": str(intact.root / "eval.txt"), "--length": "512", **dict(zip(arguments[::2], arguments[1::2], strict=True))}
+    given = {
+        "--reference": str(intact.model),
+        "--data": str(intact.root / "eval.txt"),
+        "--length": "512",
+        **dict(zip(arguments[::2], arguments[1::2], strict=True)),
+    }
     if "--length" not in arguments:
         given["--length"] = "32"
-    result = quantflow("eval", bench.model, *(part for pair in given.items() for part in pair))
+    result = invoke("eval", bench.model, *(part for pair in given.items() for part in pair))
     message = " ".join(result.stderr.split())
     assert result.exit_code == 2, result.output
     assert all(fragment in message for fragment in fragments) and "Traceback" not in message, message

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.runs import STAGES, Bench, Strike, contents, make_bench, quantflow, start
+from tests.helpers.runs import STAGES, Bench, Strike, contents, invoke, make_bench, start
 
 ROOT = Path(__file__).parents[2]
 FILES = {"QUANTFLOW_ACTIVATION_BYTES": "0"}  # hidden states in files
@@ -51,8 +51,8 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    bench = make_bench(tmp_path_factory.mktemp("resume"), num_hidden_layers=4)
-    recipe = bench.recipe(stages=[*STAGES[:6], {"shard": {"tp": 2}}, bench.evaluate()])
+    bench = make_bench(tmp_path_factory.mktemp("resume"), num_hidden_layers=3)
+    recipe = bench.recipe(stages=[*STAGES[:5], {"shard": {"tp": 2}}, bench.evaluate()])
     found: list[dict[str, bytes]] = []
     began = 0.0
     for environment in (FILES, MEMORY):  # the second one finds the server of processes warm, so its time is the program's own
@@ -90,12 +90,12 @@ def test_sigkill_at_random_moments(whole: Whole) -> None:
             bench.clear()
             before = {}
     assert len(phases) > 2, f"the kills all hit the same phase: {phases} finished layers"
-    assert quantflow("run", whole.recipe).exit_code == 0
+    assert invoke("run", whole.recipe).exit_code == 0
     whole.check_finished(before)
 
 
 def _numbers(seed: int, whole_events: int, count: int) -> list[int]:
-    """Half of them from the start, where the layers are worked on; packing, which reads many files, is most of the rest."""
+    """Half of them from the start, where the layers are worked on; packing and its many reads are most of the rest."""
     chance = random.Random(seed)
     early = whole_events // 8
     return sorted(chance.sample(range(1, early), count // 2) + chance.sample(range(early, whole_events), count - count // 2))
@@ -103,16 +103,16 @@ def _numbers(seed: int, whole_events: int, count: int) -> list[int]:
 
 def test_sigkill_before_a_file_operation(whole: Whole) -> None:
     bench, sweeps = whole.bench, set()
-    for turn, number in enumerate(_numbers(2, whole.events["any"], 12)):
+    for turn, number in enumerate(_numbers(2, whole.events["any"], 10)):
         bench.clear()
         process = start(["run", whole.recipe], bench.root, environment=(FILES, MEMORY)[turn % 2], strike=Strike(signal.SIGKILL, number))
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"operation {number}"
         before = whole.check_torn()
         sweeps.add(len(before))
-        assert quantflow("run", whole.recipe).exit_code == 0
+        assert invoke("run", whole.recipe).exit_code == 0
         whole.check_finished(before)
-    assert {0, 8} < sweeps, f"finished layers at the kills: {sweeps}"
+    assert {0, 6} <= sweeps and len(sweeps) > 2, f"finished layers at the kills: {sweeps}"
 
 
 @pytest.mark.parametrize("from_last", [0, 1])
@@ -120,7 +120,7 @@ def test_sigkill_while_an_artifact_takes_the_place_of_another(whole: Whole, from
     """Two renames end a run: the old artifact away, the new one in. Neither moment leaves a mixture."""
     bench = whole.bench
     bench.clear()
-    assert quantflow("run", whole.recipe, "--set", "seed=1").exit_code == 0
+    assert invoke("run", whole.recipe, "--set", "seed=1").exit_code == 0
     old, before = contents(bench.output), bench.layers()
     assert old != whole.bytes
     process = start(["run", whole.recipe], bench.root)
@@ -129,7 +129,7 @@ def test_sigkill_while_an_artifact_takes_the_place_of_another(whole: Whole, from
     whole.check_finished(before)
 
     bench.clear()
-    assert quantflow("run", whole.recipe, "--set", "seed=1").exit_code == 0
+    assert invoke("run", whole.recipe, "--set", "seed=1").exit_code == 0
     process = start(["run", whole.recipe], bench.root, strike=Strike(signal.SIGKILL, renames - from_last, "os.rename"))
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -138,13 +138,13 @@ def test_sigkill_while_an_artifact_takes_the_place_of_another(whole: Whole, from
     else:
         assert not bench.output.exists()
     before = bench.layers()
-    assert quantflow("run", whole.recipe).exit_code == 0
+    assert invoke("run", whole.recipe).exit_code == 0
     whole.check_finished(before)
 
 
 def test_sigint_before_a_file_operation(whole: Whole) -> None:
     bench = whole.bench
-    for turn, number in enumerate(_numbers(3, whole.events["any"], 6)):
+    for turn, number in enumerate(_numbers(3, whole.events["any"], 4)):
         bench.clear()
         process = start(["run", whole.recipe], bench.root, environment=(FILES, MEMORY)[turn % 2], strike=Strike(signal.SIGINT, number))
         process.join()
@@ -153,7 +153,7 @@ def test_sigint_before_a_file_operation(whole: Whole) -> None:
         assert "quantflow: interrupted" in said and "run the same command to go on" in said and "Traceback" not in said
         assert [name for name in bench.leavings() if "partial" in name or "tmp" in name] == []
         before = whole.check_torn()
-        assert quantflow("run", whole.recipe).exit_code == 0
+        assert invoke("run", whole.recipe).exit_code == 0
         whole.check_finished(before)
 
 
@@ -172,7 +172,7 @@ def test_ctrl_c_on_the_command(whole: Whole) -> None:
     assert "quantflow: interrupted" in said and "Traceback" not in said and out == ""
     before = whole.check_torn()
     assert before
-    assert quantflow("run", whole.recipe).exit_code == 0
+    assert invoke("run", whole.recipe).exit_code == 0
     whole.check_finished(before)
 
 
@@ -232,30 +232,32 @@ def test_full_disk(whole: Whole, fill: Callable[[float], _Disk], environment: di
         for name, value in environment.items():
             patch.setenv(name, value)
         disk = fill(float("inf"))
-        assert quantflow("run", whole.recipe).exit_code == 0
+        assert invoke("run", whole.recipe).exit_code == 0
         assert contents(bench.output) == whole.bytes
         total, sweeps = disk.writes, set()
-        for limit in [1, 2, *_numbers(4, total, 5), total]:
+        for limit in [1, 2, *_numbers(4, total, 3), total]:
             bench.clear()
             fill(limit)
-            result = quantflow("run", whole.recipe)
+            result = invoke("run", whole.recipe)
             monkeypatch.undo()
             assert result.exit_code == 4, (limit, result.stderr)
             assert "disk full" in result.stderr and "goes on where it stopped" in result.stderr and "Traceback" not in result.stderr
             assert [name for name in bench.leavings() if "partial" in name] == []
             before = whole.check_torn()
             sweeps.add(len(before))
-            assert quantflow("run", whole.recipe).exit_code == 0
+            assert invoke("run", whole.recipe).exit_code == 0
             whole.check_finished(before)
-        assert {0, 8} < sweeps, f"finished layers when the disk was full: {sweeps}"
+        assert {0, 6} <= sweeps, f"finished layers when the disk was full: {sweeps}"
 
 
-def test_full_disk_leaves_the_artifact_that_was_there(whole: Whole, fill: Callable[[float], _Disk], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_the_artifact_that_was_there(
+    whole: Whole, fill: Callable[[float], _Disk], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench = whole.bench
     bench.clear()
-    assert quantflow("run", whole.recipe).exit_code == 0
+    assert invoke("run", whole.recipe).exit_code == 0
     fill(8)
-    result = quantflow("run", whole.recipe, "--set", "stages.evaluate.windows=3")
+    result = invoke("run", whole.recipe, "--set", "stages.evaluate.windows=3")
     monkeypatch.undo()
     assert result.exit_code == 4, result.stderr
     whole.check_finished({})
@@ -272,5 +274,5 @@ def test_a_lost_stream_means_starting_over(whole: Whole) -> None:
     data = bytearray(streams[0].read_bytes())
     data[len(data) // 2] ^= 1
     streams[0].write_bytes(data)
-    assert quantflow("run", whole.recipe).exit_code == 0
+    assert invoke("run", whole.recipe).exit_code == 0
     whole.check_finished({})

@@ -1,4 +1,4 @@
-"""`quantflow run` from a recipe to its artifact: what is there, what a second run repeats, what ranks hold, what the quality figures mean."""
+"""`quantflow run` from a recipe to its artifact: what is there, what a second run repeats, ranks, quality figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.helpers.runs import STAGES, Bench, contents, make_bench, quantflow
+from tests.helpers.runs import STAGES, Bench, contents, invoke, make_bench
 
 FORMATS = ("compressed-tensors", "awq", "gptq_v2")
 COLUMN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -32,7 +32,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         rows = len(tensors[name])
         tensors[name.replace(".weight", ".bias")] = (torch.randn(rows, generator=generator) * 0.05).to(torch.bfloat16)
     save_file(tensors, bench.model / "model.safetensors", {"format": "pt"})
-    result = quantflow("run", bench.recipe(stages=[*STAGES, bench.evaluate(gates={"kl_mean": 1.0, "top1": 0.1})]))
+    result = invoke("run", bench.recipe(stages=[*STAGES, bench.evaluate(gates={"kl_mean": 1.0, "top1": 0.1})]))
     assert result.exit_code == 0, result.stderr
     assert "written" in result.stdout and "14 linears quantised, 1 kept" in result.stdout
     return bench
@@ -49,7 +49,7 @@ def fresh(bench: Bench, tmp_path: Path) -> Bench:
 
 def run(bench: Bench, *arguments: object, code: int = 0, **changes: Any) -> str:
     """What the command says; `changes` go into the recipe."""
-    result = quantflow("run", bench.recipe(**changes), *arguments)
+    result = invoke("run", bench.recipe(**changes), *arguments)
     assert result.exit_code == code, result.stderr
     assert "Traceback" not in result.output
     return result.stdout + result.stderr if code else result.stdout
@@ -95,11 +95,19 @@ def test_calibration_statistics_are_the_models(bench: Bench) -> None:
     tokens = _windows(Tokenizer.from_file(str(bench.model / "tokenizer.json")), bench.root / "calib.txt", 6, 32)
     source = load_file(bench.model / "model.safetensors")
     x = source["model.embed_tokens.weight"][torch.tensor(tokens)].float()
-    h = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * source["model.layers.0.input_layernorm.weight"].float()).reshape(-1, 64)
+    h = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * source["model.layers.0.input_layernorm.weight"].float()).reshape(
+        -1, 64
+    )
     found = load_file(bench.output / "calibration.safetensors")
     for linear in ("q_proj", "k_proj", "v_proj"):
         name = f"model.layers.0.self_attn.{linear}.input"
-        for statistic, expected in {"max": h.amax(0), "min": h.amin(0), "mean": h.mean(0), "absmax": h.abs().amax(0), "absmean": h.abs().mean(0)}.items():
+        for statistic, expected in {
+            "max": h.amax(0),
+            "min": h.amin(0),
+            "mean": h.mean(0),
+            "absmax": h.abs().amax(0),
+            "absmean": h.abs().mean(0),
+        }.items():
             torch.testing.assert_close(found[f"{name}.{statistic}"], expected, rtol=0.01, atol=0.01)
 
 
@@ -134,7 +142,12 @@ def test_changing_an_artifact_stage_repeats_no_layer(fresh: Bench) -> None:
         "ranks": [*base, {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 2}}, fresh.evaluate()],
         "other text": [*base, {"pack": {"format": "compressed-tensors"}}, fresh.evaluate(windows=3, length=16)],
         "no evaluation": [*base, {"pack": {"format": "compressed-tensors"}}],
-        "granularity": [*base[:3], {"kv_qparams": {"granularity": "channel"}}, {"pack": {"format": "compressed-tensors"}}, fresh.evaluate()],
+        "granularity": [
+            *base[:3],
+            {"kv_qparams": {"granularity": "channel"}},
+            {"pack": {"format": "compressed-tensors"}},
+            fresh.evaluate(),
+        ],
         "symmetric KV": [*base[:3], {"kv_qparams": {"symmetric": True}}, {"pack": {"format": "compressed-tensors"}}, fresh.evaluate()],
     }
     for name, stages in variants.items():
@@ -143,7 +156,11 @@ def test_changing_an_artifact_stage_repeats_no_layer(fresh: Bench) -> None:
         assert fresh.layers() == layers, name
     run(fresh, stages=[*base[:2], {"gptq": {"damp": 0.02}}, "kv_qparams", {"pack": {"format": "compressed-tensors"}}])
     assert len(fresh.layers()) == 6  # another gptq: the sweep again, the calibration not
-    run(fresh, stages=[*base, {"pack": {"format": "compressed-tensors"}}], calibration={"data": str(fresh.root / "calib.txt"), "samples": 5, "seqlen": 32})
+    run(
+        fresh,
+        stages=[*base, {"pack": {"format": "compressed-tensors"}}],
+        calibration={"data": str(fresh.root / "calib.txt"), "samples": 5, "seqlen": 32},
+    )
     assert len(fresh.layers()) == 10  # other tokens: all of it again
 
 
@@ -229,7 +246,9 @@ def test_the_store_can_be_elsewhere(fresh: Bench, monkeypatch: pytest.MonkeyPatc
 def test_a_missed_gate_keeps_the_artifact_and_marks_it(fresh: Bench) -> None:
     stages = gates(fresh, kl_mean=1e-7, top1=1.0)
     text = run(fresh, code=3, stages=stages)
-    assert "quality gate failed" in text and "kl_mean is" in text and "the gate is at most 1e-07" in text and "the gate is at least 1" in text
+    assert (
+        "quality gate failed" in text and "kl_mean is" in text and "the gate is at most 1e-07" in text and "the gate is at least 1" in text
+    )
     manifest = json.loads((fresh.output / "quantflow.json").read_text())
     assert manifest["status"] == "failed" and len(manifest["failed_gates"]) == 2
     assert (fresh.output / "awq" / "model.safetensors").is_file()
@@ -316,10 +335,17 @@ def test_ranks_put_together_are_the_unsharded_tensors(bench: Bench, form: str) -
             for what, value in expected.items():
                 half = value.shape[axis] // 2
                 for rank, part in enumerate(parts):
-                    assert (part[what] == (value[rank * half :][:half] if axis == 0 else value[:, rank * half :][:, :half])).all(), (module, what)
+                    assert (part[what] == (value[rank * half :][:half] if axis == 0 else value[:, rank * half :][:, :half])).all(), (
+                        module,
+                        what,
+                    )
             if "self_attn" in module:
                 bias = [rank[f"{module}.bias"] for rank in ranks]
-                assert torch.equal(torch.cat(bias), whole[f"{module}.bias"]) if axis == 0 else all(torch.equal(b, whole[f"{module}.bias"]) for b in bias)
+                assert (
+                    torch.equal(torch.cat(bias), whole[f"{module}.bias"])
+                    if axis == 0
+                    else all(torch.equal(b, whole[f"{module}.bias"]) for b in bias)
+                )
             seen |= {name for name in whole if name.startswith(f"{module}.")}
     for name in set(whole) - seen:  # embedding, norms, head
         assert all(torch.equal(rank[name], whole[name]) for rank in ranks), name
@@ -442,7 +468,19 @@ def test_quality_agrees_with_transformers(bench: Bench, form: str) -> None:
 def test_eval_gives_the_runs_figures(bench: Bench) -> None:
     quality = json.loads((bench.output / "quantflow.json").read_text())["quality"]["weights"]
     for form in FORMATS:
-        result = quantflow("eval", bench.output / form, "--reference", bench.model, "--data", bench.root / "eval.txt", "--windows", 4, "--length", 32, "--json")
+        result = invoke(
+            "eval",
+            bench.output / form,
+            "--reference",
+            bench.model,
+            "--data",
+            bench.root / "eval.txt",
+            "--windows",
+            4,
+            "--length",
+            32,
+            "--json",
+        )
         assert result.exit_code == 0, result.stderr
         assert json.loads(result.stdout) == pytest.approx(quality), form
 

@@ -1,0 +1,190 @@
+"""`quantflow plan`: all that is known from the config and the headers, fast, and without reading a weight."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import quantflow.artifacts.store as store_module
+from quantflow.models.architecture import expected_tensors
+from quantflow.models.checkpoint import Checkpoint
+from quantflow.models.tensor_file import ITEM_BYTES, TensorFile
+from tests.helpers.runs import STAGES, Bench, invoke, make_bench
+from tests.helpers.tiny import write_tokenizer
+
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+PARAMETERS_70B = 68_976_648_192  # as Meta's index of Llama-2-70B says
+KEYS = {
+    "name", "model", "architecture", "layers", "device", "output", "steps", "linears", "stored_layers", "weight_bytes", "estimate", "notes",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return make_bench(tmp_path)
+
+
+def plan(recipe: Path, *arguments: object) -> dict[str, Any]:
+    result = invoke("plan", recipe, "--json", *arguments)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def recipe_70b(folder: Path) -> Path:
+    content = {
+        "name": "big", "model": str(folder / "model"), "output": str(folder / "out" / "artifact"),
+        "calibration": {"data": "c4", "samples": 128, "seqlen": 2048}, "weights": {"bits": 4, "group_size": 128},
+        "stages": [*STAGES, {"evaluate": {"data": "wikitext2"}}],
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(LLAMA_70B))
+    return path
+
+
+@pytest.fixture
+def no_weights_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a plan must not read a weight")
+
+    monkeypatch.setattr(TensorFile, "read", refuse)
+    monkeypatch.setattr(store_module, "file_digest", refuse)
+
+
+@pytest.mark.usefixtures("no_weights_read")
+def test_a_70b_from_its_config_alone(tmp_path: Path) -> None:
+    recipe = recipe_70b(tmp_path)
+    began = time.monotonic()
+    found = plan(recipe, "--config-only")
+    assert time.monotonic() - began < 5
+    assert found["weight_bytes"] == PARAMETERS_70B * 2
+    assert found["layers"] == 80 and sum(found["linears"].values()) == 7 * 80
+    estimate = found["estimate"]
+    # A quarter of 16 bits, for every format and its ranks, plus scales, zeros, embedding and head.
+    assert 0.25 < estimate["artifact_bytes"] / (3 * 2 * PARAMETERS_70B * 2) < 0.3
+    assert estimate["peak_memory_bytes"] < 40 * 2**30
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("no_weights_read")
+def test_a_70b_from_its_headers(tmp_path: Path) -> None:
+    """Weight files of the right size that are holes: 138 GB to read, were they read."""
+    recipe = recipe_70b(tmp_path)
+    model = tmp_path / "model"
+    checkpoint = Checkpoint(model, config_only=True)
+    names = list(expected_tensors(checkpoint.architecture, checkpoint.config))
+    weight_map = {}
+    for part in range(15):
+        file, header, offset = f"model-{part + 1:05}-of-00015.safetensors", dict[str, Any](), 0
+        for name, shape in names[part::15]:
+            size = math.prod(shape) * ITEM_BYTES["BF16"]
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+            weight_map[name] = file
+        raw = json.dumps(header).encode()
+        with open(model / file, "wb") as opened:
+            opened.write(len(raw).to_bytes(8, "little") + raw)
+            opened.truncate(8 + len(raw) + offset)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    write_tokenizer(model)
+    began = time.monotonic()
+    found = plan(recipe)
+    assert time.monotonic() - began < 5
+    assert found["weight_bytes"] == PARAMETERS_70B * 2 and found["stored_layers"] is None
+
+
+def test_the_keys_of_the_json(bench: Bench) -> None:
+    found = plan(bench.recipe())
+    assert set(found) == KEYS
+    assert set(found["estimate"]) == {"peak_memory_bytes", "store_bytes", "artifact_bytes", "seconds"}
+    assert [next(iter(step)) for step in found["steps"]] == [
+        "calibrate", "awq", "gptq", "kv_qparams", "pack", "pack", "pack", "shard", "evaluate",
+    ]  # fmt: skip
+    assert found["steps"][2]["gptq"]["act_order"] == "static", "defaults are written out"
+    assert sum(found["linears"].values()) == 14
+    assert found["weight_bytes"] == (bench.model / "model.safetensors").stat().st_size - _header_bytes(bench)
+
+
+def _header_bytes(bench: Bench) -> int:
+    return 8 + int.from_bytes((bench.model / "model.safetensors").read_bytes()[:8], "little")
+
+
+def test_overrides_are_resolved(bench: Bench) -> None:
+    weights = {"group_size": 16, "overrides": [{"match": "*.down_proj", "bits": 8}, {"match": "model.layers.0.*.o_proj", "ignore": True}]}
+    stages = ["rtn", {"pack": {"format": "compressed-tensors"}}]
+    linears = plan(bench.recipe(weights=weights, stages=stages))["linears"]
+    assert sorted(linears.values()) == [1, 2, 11]
+    assert linears["kept (override model.layers.0.*.o_proj)"] == 1
+
+
+@pytest.mark.usefixtures("no_weights_read")
+def test_a_plan_writes_nothing(bench: Bench) -> None:
+    recipe = bench.recipe()
+    before = sorted(bench.root.rglob("*"))
+    assert plan(recipe)["stored_layers"] is None
+    assert sorted(bench.root.rglob("*")) == before
+    text = invoke("plan", recipe).stdout
+    assert "not known before the weights are hashed" in text and "peak memory" in text and "14 ×" in text
+
+
+def test_what_the_store_has_is_shown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = bench.recipe()
+    raw = bytearray((bench.model / "model.safetensors").read_bytes())
+    info = TensorFile(bench.model / "model.safetensors").tensors["model.layers.1.mlp.up_proj.weight"]
+    good = raw[info.start : info.start + 2]
+    raw[info.start : info.start + 2] = b"\xff\xff"  # NaN in bfloat16
+    (bench.model / "model.safetensors").write_bytes(raw)
+    gptq_alone = ("--set", "name=tiny")
+    rest = ["gptq", {"pack": {"format": "awq"}}]
+    assert invoke("run", bench.recipe("half", stages=rest)).exit_code == 2
+    assert plan(bench.recipe("half", stages=rest), *gptq_alone)["stored_layers"] == 1
+    assert "1 of 2 layers" in invoke("plan", bench.recipe("half", stages=rest)).stdout
+
+    raw[info.start : info.start + 2] = good
+    (bench.model / "model.safetensors").write_bytes(raw)
+    assert plan(recipe)["stored_layers"] is None, "other weights: not hashed yet"
+    assert invoke("run", recipe).exit_code == 0
+    assert plan(recipe)["stored_layers"] == 2
+    assert plan(recipe, "--set", "stages.gptq.damp=0.02")["stored_layers"] == 0
+    assert plan(recipe, "--set", "stages.evaluate.windows=2")["stored_layers"] == 2
+    assert plan(recipe, "--config-only")["stored_layers"] is None
+
+
+def test_a_plan_needs_no_hub(bench: Bench) -> None:
+    """Data sets by name are not fetched to plan; what the store has is then not known."""
+    recipe = bench.recipe(calibration={"data": "c4", "samples": 2, "seqlen": 16}, stages=STAGES)
+    assert plan(recipe)["stored_layers"] is None
+
+
+def test_the_estimate_grows_with_what_costs(bench: Bench) -> None:
+    def estimate(**changes: Any) -> dict[str, Any]:
+        return plan(bench.recipe(**changes))["estimate"]
+
+    base = {"stages": ["gptq", {"pack": {"format": "compressed-tensors"}}]}
+    data = str(bench.root / "calib.txt")
+    few, many = (estimate(**base, calibration={"data": data, "samples": n, "seqlen": 64}) for n in (4, 4096))
+    assert many["peak_memory_bytes"] > few["peak_memory_bytes"] and many["store_bytes"] > few["store_bytes"]
+    assert many["seconds"] > few["seconds"] and many["artifact_bytes"] == few["artifact_bytes"]
+    wide = estimate(**base, weights={"bits": 8, "group_size": 16})
+    assert wide["artifact_bytes"] > few["artifact_bytes"]
+    twice = estimate(stages=[*base["stages"], {"pack": {"format": "gptq_v2"}}])
+    assert twice["artifact_bytes"] == 2 * estimate(**base)["artifact_bytes"]
+
+
+def test_the_estimate_of_the_disk_is_what_is_written(bench: Bench) -> None:
+    recipe = bench.recipe(stages=["rtn", {"pack": {"format": "compressed-tensors"}}])
+    expected = plan(recipe)["estimate"]["artifact_bytes"]
+    assert invoke("run", recipe).exit_code == 0
+    tensors = TensorFile(bench.output / "model.safetensors").tensors.values()
+    assert sum(info.nbytes for info in tensors) == pytest.approx(expected, rel=0.05)
