@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,14 @@ class Store:
 
     def digests(self, files: Iterable[Path]) -> dict[Path, str]:
         """Content hashes of `files`, computed where the cache has none."""
-        cache, result, changed = self._cache(), {}, False
-        for file in files:
-            identity = _identity(file)
-            if identity not in cache:
-                cache[identity], changed = file_digest(file), True
-            result[file] = cache[identity]
-        if changed:
+        cache = self._cache()
+        identities = {file: _identity(file) for file in files}
+        unknown = [file for file, identity in identities.items() if identity not in cache]
+        if unknown:
+            with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter
+                cache |= {identities[file]: found for file, found in zip(unknown, pool.map(file_digest, unknown), strict=True)}
             write_json(self.root / "hashes.json", cache)
-        return result
+        return {file: cache[identity] for file, identity in identities.items()}
 
     def _cache(self) -> dict[str, str]:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,6 @@ from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
 from quantflow.stages.quantize import Quantized, gptq_group, gptq_rounder, rtn_linear
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What the sweep left of a layer: `linears` canonical, `changed` the other tensors that differ from the checkpoint, `kv` the
-    extremes of K and V in the quantised model, `report` a line for every linear."""
-
-    linears: dict[str, QuantizedTensor]
-    changed: dict[str, Tensor]
-    kv: dict[str, Tensor]
-    report: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,8 @@ def _pass(context: _Context, key: str, tokens: list[list[int]], progress: Progre
         progress.step("in the store")
     try:
         # The next layer's weights are read while this one is worked on.
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            saving: Future[None] | None = None
             ahead = reader.submit(plan.checkpoint.layer, done)
             for index in range(done, layers):
                 stored = {n: t.to(context.device) for n, t in ahead.result().items()}
@@ -126,16 +116,27 @@ def _pass(context: _Context, key: str, tokens: list[list[int]], progress: Progre
                 # The last layer's output feeds nothing: a run killed there redoes no layer.
                 if streams and index + 1 < layers:
                     metadata["stream"] = str(streams.x.save(store.stream(key, index), context.batch))
-                save_tensors(store.layer(key, index), tensors, metadata)
+                # The layer before must be whole on disk before this one is: results count from the first that is missing.
+                if saving is not None:
+                    saving.result()
+                saving = writer.submit(_save, store, key, index, tensors, metadata)
+                if streams:
+                    saving.result()
                 del tensors
-                store.drop_streams(key, keep=index)
                 progress.step(_summary(report))
+            if saving is not None:
+                saving.result()
     finally:
         if streams:
             for stream in (streams.x, streams.context, streams.inner):
                 if stream:
                     stream.close()
     store.drop_streams(key)
+
+
+def _save(store: Store, key: str, index: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    save_tensors(store.layer(key, index), tensors, metadata)
+    store.drop_streams(key, keep=index)
 
 
 def _open_streams(context: _Context, folder: Path, windows: int, length: int, inner: bool) -> Streams:
@@ -352,9 +353,12 @@ class SweepReader:
 
     def __init__(self, store: Store, key: str) -> None:
         self.store, self.key = store, key
+        self._files: dict[int, TensorFile] = {}
 
     def file(self, index: int) -> TensorFile:
-        return TensorFile(self.store.layer(self.key, index))
+        if index not in self._files:
+            self._files[index] = TensorFile(self.store.layer(self.key, index))
+        return self._files[index]
 
     def report(self, index: int) -> dict[str, Any]:
         return json.loads(self.file(index).metadata["report"])
@@ -366,11 +370,10 @@ class SweepReader:
         codes = unpack_rows(file.read(f"{name}.codes"), bits, in_features)
         return QuantizedTensor(Scheme(bits, group_size, symmetric), codes, file.read(f"{name}.scales"), file.read(f"{name}.zeros"), group_index)
 
-    def changed(self, index: int) -> dict[str, Tensor]:
-        """Tensors that the sweep changed without quantising them, under their names relative to the layer."""
+    def changed(self, index: int, name: str) -> Tensor | None:
+        """A tensor that the sweep changed without quantising it (a norm, a bias, a router), or None where it is the checkpoint's."""
         file = self.file(index)
-        names = [n for n in file.tensors if n.endswith((".weight", ".bias"))]
-        return {n: file.read(n) for n in names}
+        return file.read(name) if name in file.tensors else None
 
     def kv(self, index: int) -> dict[str, Tensor]:
         file = self.file(index)

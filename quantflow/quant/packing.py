@@ -30,7 +30,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """
     period = _period(bits)
     k = codes.shape[1]
-    codes = F.pad(codes, (0, -k % period))
+    codes = F.pad(codes, (0, -k % period)) if k % period else codes.contiguous()
     if bits == 8:
         words = _view(codes, torch.int32)
     elif bits == 4:

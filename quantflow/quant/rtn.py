@@ -152,7 +152,7 @@ def quantize_rtn(
     weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None, rows: int = 0
 ) -> QuantizedTensor:
     """`weight` `[N, K]` rounded to the nearest code of its grid, some rows at a time so that temporaries stay in the cache."""
-    rows = rows or max(1, 2**18 // weight.shape[1])
+    rows = rows or max(1, 2**20 // weight.shape[1])
     pieces: Sequence[QuantizedTensor] = [_round(part, scheme, rules, search, importance) for part in weight.split(rows)]
     return QuantizedTensor(
         scheme, torch.cat([p.codes for p in pieces]), torch.cat([p.scales for p in pieces]), torch.cat([p.zeros for p in pieces])

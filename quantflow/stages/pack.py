@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from quantflow.formats.base import Format, Spec
 from quantflow.models.checkpoint import INDEX, Checkpoint
-from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, dtype_name
+from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.models.tokenizer import export_tokenizer
 from quantflow.quant.grid import QuantizedTensor, Scheme
 from quantflow.stages.shard import shard_plain, shard_quantized, shard_shape
@@ -25,7 +26,7 @@ class Results(Protocol):
 
     def linear(self, index: int, name: str, in_features: int) -> QuantizedTensor: ...
 
-    def changed(self, index: int) -> dict[str, Tensor]: ...
+    def changed(self, index: int, name: str) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,11 @@ def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Callabl
     for file_name, shard in zip(names, shards, strict=True):
         specs = {name: spec for piece in shard for name, spec in piece.specs.items()}
         with TensorWriter(folder / file_name, specs, {"format": "pt"}) as writer:
-            changed: tuple[int, dict[str, Tensor]] = (-1, {})
-            for piece in shard:
-                if piece.layer is not None and changed[0] != piece.layer:
-                    changed = (piece.layer, results.changed(piece.layer))
-                    step(f"layer {piece.layer}")
-                for name, tensor in _load(piece, job, results, changed[1]).items():
+            for piece, tensors in _ahead(shard, lambda piece: _load(piece, job, results)):
+                for name, tensor in tensors.items():
                     writer.write(name, tensor)
+                if piece.last_of_layer:
+                    step(f"layer {piece.layer}")
     if len(shards) > 1:
         weight_map = {n: f for f, shard in zip(names, shards, strict=True) for piece in shard for n in piece.specs}
         total = sum(piece.nbytes for piece in pieces)
@@ -68,6 +67,17 @@ def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Callabl
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _write_configs(folder, job)
     export_tokenizer(job.checkpoint.path, folder)
+
+
+def _ahead(pieces: list[_Piece], load: Callable[[_Piece], dict[str, Tensor]]) -> Iterator[tuple[_Piece, dict[str, Tensor]]]:
+    """Each piece with its tensors, the next one being read and packed while the caller writes."""
+    with ThreadPoolExecutor(1) as loader:
+        coming = loader.submit(load, pieces[0])
+        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+            tensors = coming.result()
+            if following is not None:
+                coming = loader.submit(load, following)
+            yield piece, tensors
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,7 @@ class _Piece:
     scheme: Scheme | None = None
     shape: tuple[int, ...] = ()
     cut: int | None = None
+    last_of_layer: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +106,9 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
         prefix = checkpoint.architecture.layer_prefix(index) + "."
         schemes = job.schemes[index]
         linears = set(job_linears(job, index))
-        for name in checkpoint.layer_names(index):
+        names = list(checkpoint.layer_names(index))
+        for name in names:
+            last = name == names[-1]
             relative = name.removeprefix(prefix)
             linear, _, part = relative.rpartition(".")
             cut = job.dimension(linear) if job.tp > 1 and linear in linears else None
@@ -104,10 +117,10 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
                 local = shard_shape(name, shape, cut, job.tp)
                 module = name.removesuffix(".weight")
                 specs = job.format.specs(module, (local[0], local[1]), schemes[linear], job.scale_dtype, job.has_index)
-                yield _Piece(module, index, linear, specs, schemes[linear], shape, cut)
+                yield _Piece(module, index, linear, specs, schemes[linear], shape, cut, last)
             else:
                 local = shard_shape(name, shape, cut, job.tp)
-                yield _Piece(name, index, relative, {name: (checkpoint.dtype_of(name), local)}, shape=shape, cut=cut)
+                yield _Piece(name, index, relative, {name: (checkpoint.dtype_of(name), local)}, None, shape, cut, last)
 
 
 def job_linears(job: PackJob, index: int) -> Iterator[str]:
@@ -116,14 +129,15 @@ def job_linears(job: PackJob, index: int) -> Iterator[str]:
     return iter(linear_shapes(job.checkpoint.architecture, job.checkpoint.config, index))
 
 
-def _load(piece: _Piece, job: PackJob, results: Results, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _load(piece: _Piece, job: PackJob, results: Results) -> dict[str, Tensor]:
     if piece.scheme is not None:
         assert piece.layer is not None
         tensor = results.linear(piece.layer, piece.relative, piece.shape[1])
         if piece.cut is not None:
             tensor = shard_quantized(tensor, piece.cut, job.rank, job.tp)
         return job.format.encode(piece.name, tensor, getattr(torch, job.checkpoint.config.dtype))
-    value = changed[piece.relative] if piece.relative in changed else job.checkpoint.tensor(piece.name)
+    changed = results.changed(piece.layer, piece.relative) if piece.layer is not None else None
+    value = job.checkpoint.tensor(piece.name) if changed is None else changed
     return {piece.name: shard_plain(piece.name, value, piece.cut, job.rank, job.tp)}
 
 
@@ -165,6 +179,3 @@ def _write_configs(folder: Path, job: PackJob) -> None:
     write = {"config.json": config, **job.format.extra_files(quantization)}
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=name == "config.json") + "\n", encoding="utf-8")
-
-
-__all__ = ["PackJob", "Results", "dtype_name", "write_checkpoint"]

@@ -166,6 +166,8 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a header nested too deeply": (lambda b: write_header(b, b"[" * 200_000, b""), ("a header that is not JSON",)),
     "metadata that is a list": (edit_header(lambda h: h.update(__metadata__=["pt"])), ("model.safetensors", "metadata")),
     "a tensor without offsets": (edit_header(lambda h: h[Q].pop("data_offsets")), (Q, "no valid dtype, shape and data_offsets")),
+    "infinite offsets": (edit_header(lambda h: h[Q].update(data_offsets=[0, float("inf")])), (Q, "no valid dtype, shape and data_offsets")),
+    "a dtype that is a list": (edit_header(lambda h: h[Q].update(dtype=["F32"])), (Q, "dtype ['F32']")),
     "negative offsets": (edit_header(lambda h: h[Q].update(data_offsets=[-8192, 0])), (Q,)),
     "overlapping tensors": (edit_header(overlapping), ("overlap", "mlp.gate_proj")),
     "a dtype of another size": (edit_header(lambda h: h[Q].update(dtype="F32")), (Q, "of shape [64, 64] and dtype F32 has 8192 bytes")),
@@ -217,6 +219,23 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "rope scaling that is a text": (edit_config(rope_scaling="linear"), ("rope_scaling",)),
     "a rope theta that is a text": (edit_config(rope_theta="many"), ("rope_theta",)),
+    "a rope parameter of zero": (
+        edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0, "beta_fast": 0}),
+        ("rope scaling of type yarn has no positive beta_fast",),
+    ),
+    "a rope parameter that is no number": (
+        edit_config(rope_scaling={"rope_type": "yarn", "factor": 2.0, "mscale": float("nan")}),
+        ("rope scaling has mscale nan",),
+    ),
+    "partial rotation by a text": (edit_config(partial_rotary_factor="half"), ("partial_rotary_factor is 'half'",)),
+    "kinds of layers that are no list": (
+        edit_config(model_type="mistral", sliding_window=8, layer_types=3),
+        ("layer_types is 3, expected a list",),
+    ),
+    "a first window layer that is a text": (
+        edit_config(model_type="qwen2", use_sliding_window=True, sliding_window=8, max_window_layers="x"),
+        ("max_window_layers is 'x'",),
+    ),
     "partial rotation": (edit_config(partial_rotary_factor=0.5), ("partial_rotary_factor",)),
     "an unknown dtype": (edit_config(dtype="float8_e4m3fn"), ("dtype", "float8_e4m3fn")),
     "missing tensors": (edit_tensors(lambda t: [t.pop(Q), t.pop(DOWN)]), (f"missing tensors: {Q}, {DOWN}", "Is a shard missing")),

@@ -263,16 +263,20 @@ def test_full_disk_leaves_the_artifact_that_was_there(
     whole.check_finished({})
 
 
-def test_a_lost_stream_means_starting_over(whole: Whole) -> None:
+@pytest.mark.parametrize("harm", ["zeros", "short", "gone"])
+def test_a_lost_stream_means_starting_over(whole: Whole, harm: str) -> None:
     """Layers without the hidden states after the last of them are of no use; no harm must come of them."""
     bench = whole.bench
     bench.clear()
-    process = start(["run", whole.recipe], bench.root, strike=Strike(signal.SIGKILL, 120))
+    # Renames: the hashes; stream, layer, stream, layer, layer of the calibration; stream, layer, stream of the sweep.
+    process = start(["run", whole.recipe], bench.root, strike=Strike(signal.SIGKILL, 9, "os.rename"))
     process.join()
-    streams = list(bench.store.glob("*/stream-*.bin"))
-    assert streams and bench.layers()
-    data = bytearray(streams[0].read_bytes())
-    data[len(data) // 2] ^= 1
-    streams[0].write_bytes(data)
+    assert [Path(name).name for name in bench.layers()].count("layer-00000.safetensors") == 2 and len(bench.layers()) == 4
+    (stream,) = bench.store.glob("*/stream-*.bin")
+    size = stream.stat().st_size
+    if harm == "gone":
+        stream.unlink()
+    else:
+        stream.write_bytes(bytes(size if harm == "zeros" else size - 64))
     assert invoke("run", whole.recipe).exit_code == 0
     whole.check_finished({})
