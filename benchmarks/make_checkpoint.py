@@ -58,11 +58,23 @@ def main() -> None:
     shape = {**SHAPES[args.shape], **({"layers": args.layers} if args.layers else {})}
     args.output.mkdir(parents=True, exist_ok=True)
     config = {
-        "model_type": shape["family"], "hidden_size": shape["hidden"], "intermediate_size": shape["inner"], "num_hidden_layers": shape["layers"],
-        "num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv"], "vocab_size": shape["vocabulary"],
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10000.0, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": 1, **({"bias": True} if shape["family"] == "internlm" else {}),
-    }  # fmt: skip
+        "model_type": shape["family"],
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["inner"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv"],
+        "vocab_size": shape["vocabulary"],
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **({"bias": True} if shape["family"] == "internlm" else {}),
+    }
     (args.output / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, args.output / name)
@@ -77,7 +89,9 @@ def main() -> None:
             used = 0
         shards[-1].append((name, dims))
         used += size
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    )
     generator = torch.Generator().manual_seed(0)
     for file_name, shard in zip(names, shards, strict=True):
         with TensorWriter(args.output / file_name, {n: ("BF16", d) for n, d in shard}, {"format": "pt"}) as writer:

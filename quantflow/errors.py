@@ -1,14 +1,14 @@
 """The exceptions of QuantFlow. Each class names who can mend the problem, and so the exit code.
 
-    QuantFlowError                1   our own fault
-    ├── UserError                 2   the recipe, the model, the data or the output directory is wrong
-    │   ├── RecipeError               the YAML file
-    │   ├── ModelError                the checkpoint: config, tensors, tokenizer
-    │   ├── DataError                 calibration or evaluation text
-    │   ├── FormatError               a format cannot hold what it is given
-    │   └── OutputError               where the result should go
-    ├── GateError                 3   the artifact is kept, but failed its quality gates
-    └── ResourceError             4   disk full, out of memory
+QuantFlowError                1   our own fault
+├── UserError                 2   the recipe, the model, the data or the output directory is wrong
+│   ├── RecipeError               the YAML file
+│   ├── ModelError                the checkpoint: config, tensors, tokenizer
+│   ├── DataError                 calibration or evaluation text
+│   ├── FormatError               a format cannot hold what it is given
+│   └── OutputError               where the result should go
+├── GateError                 3   the artifact is kept, but failed its quality gates
+└── ResourceError             4   disk full, out of memory
 """
 
 from __future__ import annotations

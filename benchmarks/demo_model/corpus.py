@@ -26,7 +26,9 @@ SKIPPED_CLASSES = ("sphinxsidebar", "related", "navheader", "navfooter", "header
 BLOCK_TAGS = {"p", "div", "li", "dt", "dd", "tr", "h1", "h2", "h3", "h4", "h5", "pre", "table", "ul", "ol", "dl", "br", "blockquote"}
 VOID_TAGS = {"br", "img", "hr", "meta", "link", "input", "col", "wbr", "area", "base"}
 # Indexes, change logs and machine-made tables teach a small model nothing but themselves.
-SKIPPED_FILES = re.compile(r"(genindex|changelog|py-modindex|bookindex|search|keyword_index|sqlite_doc|toc|chronology|glossary-all|release-\d)")
+SKIPPED_FILES = re.compile(
+    r"(genindex|changelog|py-modindex|bookindex|search|keyword_index|sqlite_doc|toc|chronology|glossary-all|release-\d)"
+)
 
 
 class _Text(HTMLParser):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HESSIAN_ROWS = 1024  # rows of one partial product
+SPLIT_CHANNELS = 512  # from here on a symmetric product is worth splitting
 
 
 class ChannelStatistics:
@@ -78,22 +79,37 @@ class Hessian:
 
     Many bfloat16 rows are multiplied as they are, `HESSIAN_ROWS` at a time, and summed in float32: on a CPU with bf16
     arithmetic that is two to five times as fast, and the rounding of many partial products averages out. Few rows (an expert's)
-    have nothing to average over, and a float16 product overflows: both are multiplied in float32.
+    have nothing to average over, and a float16 product overflows: both are multiplied in float32, and so are all if `exact`.
+    rounded: whether some product was not.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        self.matrix = torch.zeros(channels, channels, device=device)
+    def __init__(self, channels: int, device: torch.device | str = "cpu", *, exact: bool = False) -> None:
+        self._exact, self.rounded = exact, False
+        self._sum = torch.zeros(channels, channels, device=device)
+        self._half = channels // 2 if channels >= SPLIT_CHANNELS else channels
         self.rows = 0
+
+    @property
+    def matrix(self) -> Tensor:
+        """`Xᵀ X`, symmetric."""
+        self._sum[self._half :, : self._half] = self._sum[: self._half, self._half :].T
+        return self._sum
 
     def add(self, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1])
-        exact = flat.dtype != torch.bfloat16 or len(flat) < HESSIAN_ROWS
+        exact = self._exact or flat.dtype != torch.bfloat16 or len(flat) < HESSIAN_ROWS
+        self.rounded |= not exact
         for rows in flat.split(HESSIAN_ROWS):
             if exact:
                 wide = rows.float()
-                self.matrix.addmm_(wide.T, wide)
-            else:
-                self.matrix += rows.T @ rows
+                self._sum.addmm_(wide.T, wide)
+                continue
+            # Of the four quarters one is another's transpose.
+            left, right = rows[:, : self._half], rows[:, self._half :]
+            self._sum[: self._half, : self._half] += left.T @ left
+            if right.shape[1]:
+                self._sum[: self._half, self._half :] += left.T @ right
+                self._sum[self._half :, self._half :] += right.T @ right
         self.rows += len(flat)
 
 

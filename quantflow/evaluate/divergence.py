@@ -103,7 +103,8 @@ def _compare(target: Tensor, found: Tensor, target_head: _Head, found_head: _Hea
     for start in range(0, len(flat_target), rows):
         part = slice(start, start + rows)
         a, b = target_head(flat_target[part]), found_head(flat_found[part])
-        same += int((a.argmax(-1) == b.argmax(-1)).sum())
+        # Of a row of NaN, argmax gives the first: two such rows do not agree on anything.
+        same += int(((a.argmax(-1) == b.argmax(-1)) & ~(a.sum(-1) + b.sum(-1)).isnan()).sum())
         counted, wanted = predicts[part], following[part, None]
         nll_target -= float(a.gather(1, wanted)[counted].double().sum())
         nll_found -= float(b.gather(1, wanted)[counted].double().sum())
@@ -112,5 +113,10 @@ def _compare(target: Tensor, found: Tensor, target_head: _Head, found_head: _Hea
     predicted = int(predicts.sum())
     p99 = float(kl.kthvalue(max(1, math.ceil(0.99 * len(kl)))).values)
     return Divergence(
-        math.exp(min(nll_found / predicted, 700)), math.exp(min(nll_target / predicted, 700)), float(kl.mean()), p99, same / len(kl), len(kl)
+        math.exp(min(nll_found / predicted, 700)),
+        math.exp(min(nll_target / predicted, 700)),
+        float(kl.mean()),
+        p99,
+        same / len(kl),
+        len(kl),
     )

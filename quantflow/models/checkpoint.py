@@ -35,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(Problem(str(path), error.strerror or str(error), "a readable file")) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or JSON, or a number of thousands of digits
         raise ModelError(Problem(str(path), f"not JSON ({error})", "a JSON object")) from error
     if not isinstance(value, dict):
         raise ModelError(Problem(str(path), f"JSON of type {type(value).__name__}", "a JSON object"))
@@ -100,6 +100,8 @@ class Checkpoint:
         self.config_only = config_only
         self._locations: dict[str, _Location] = {} if config_only else _locate(path)
         self.quantization: dict[str, Any] | None = self.raw_config.get("quantization_config")
+        if self.quantization is not None and not isinstance(self.quantization, dict):
+            raise ModelError(Problem(f"{path}/config.json quantization_config", repr(self.quantization)[:80], "a JSON object"))
 
     @cached_property
     def files(self) -> list[Path]:

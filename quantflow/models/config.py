@@ -67,10 +67,12 @@ class ConfigProblem(ValueError):
 
 
 def number(config: Mapping[str, Any], key: str, kind: type = int, default: Any = None) -> Any:
-    """`config[key]` as a positive number of `kind`; raises ConfigProblem where it is missing or something else."""
+    """`config[key]` as a positive, finite number of `kind`; raises ConfigProblem where it is missing or something else."""
     value = config.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)) or value <= 0:
+    # JSON as Python reads it has NaN and Infinity, and integers of any length.
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**63
+    if not fits or (kind is int and value != int(value)):
         raise ConfigProblem(f"{key} is {value!r}, expected a positive {'integer' if kind is int else 'number'}")
     return kind(value)
 
@@ -88,14 +90,20 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope
     scaling.pop("type", None)
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ConfigProblem(f"rope scaling of type {kind!r}; QuantFlow knows default, linear, dynamic, llama3 and yarn")
-    if float(scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
+    if number({"partial_rotary_factor": partial}, "partial_rotary_factor", float, 1.0) != 1.0:
         raise ConfigProblem("partial_rotary_factor is not 1; QuantFlow rotates whole heads only")
+    if wrong := [k for k, v in scaling.items() if isinstance(v, (int, float)) and not 0 <= v < 2**63]:
+        raise ConfigProblem(f"rope scaling has {wrong[0]} {scaling[wrong[0]]!r}, expected a number of at least 0")
     parameters = {k: float(v) for k, v in scaling.items() if isinstance(v, (int, float))}
     if isinstance(trained := config.get("original_max_position_embeddings"), int):  # transformers prefers it to the nested one
         parameters["original_max_position_embeddings"] = float(trained)
+    given = [name for name in ("beta_fast", "beta_slow", "original_max_position_embeddings") if name in parameters]
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
-    if missing := [name for name in needed if parameters.get(name, 0.0) <= 0]:
+    if missing := [name for name in (*needed, *given) if parameters.get(name, 0.0) <= 0]:
         raise ConfigProblem(f"rope scaling of type {kind} has no positive {' and '.join(missing)}")
+    if kind == "yarn" and theta <= 1:
+        raise ConfigProblem(f"rope_theta is {theta}, expected more than 1")
     return Rope(theta, kind, parameters)
 
 

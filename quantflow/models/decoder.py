@@ -53,7 +53,9 @@ def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | N
     """RMSNorm or LayerNorm over the last dimension, in at least float32, in the dtype of `x`."""
     wide = x if x.dtype == torch.float64 else x.float()
     if config.family == "opt":
-        return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype), config.norm_eps).to(x.dtype)
+        return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype), config.norm_eps).to(
+            x.dtype
+        )
     return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype), config.norm_eps).to(x.dtype)
 
 

@@ -55,6 +55,8 @@ def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> 
         return ()
     window, layers = number(config, "sliding_window", default=absent), number(config, "num_hidden_layers")
     if kinds := config.get("layer_types"):
+        if not isinstance(kinds, list):
+            raise ConfigProblem(f"layer_types is {kinds!r}, expected a list")
         if len(kinds) != layers:
             raise ConfigProblem(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -66,7 +68,12 @@ def _read_mistral(config: Json) -> DecoderConfig:
 
 
 def _qwen_windows(config: Json) -> tuple[int | None, ...]:
-    return read_windows(config, config.get("max_window_layers", 28)) if config.get("use_sliding_window") else ()
+    if not config.get("use_sliding_window"):
+        return ()
+    first = config.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise ConfigProblem(f"max_window_layers is {first!r}, expected an integer")
+    return read_windows(config, first)
 
 
 def _read_qwen2(config: Json) -> DecoderConfig:

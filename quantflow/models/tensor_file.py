@@ -119,7 +119,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         try:
             dtype, shape = str(entry["dtype"]), _integers(entry["shape"])
             start, stop = _integers(entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise wrong(f"tensor {name} has no valid dtype, shape and data_offsets") from error
         if dtype not in ITEM_BYTES:
             raise wrong(f"tensor {name} has dtype {dtype}", f"one of {', '.join(ITEM_BYTES)}")
@@ -166,7 +166,7 @@ class TensorWriter:
         raw += b" " * (-len(raw) % 8)
         self._offsets = {name: 8 + len(raw) + o for name, o in offsets.items()}
         self._missing = set(specs)
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
         self._file.write(len(raw).to_bytes(8, "little") + raw)
         self._file.truncate(8 + len(raw) + offset)
 
@@ -176,7 +176,9 @@ class TensorWriter:
 
         dtype, shape = self._specs[name]
         if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != tuple(shape) or name not in self._missing:
-            raise ValueError(f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype} {tuple(shape)}, or written twice")
+            raise ValueError(
+                f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype} {tuple(shape)}, or written twice"
+            )
         self._missing.discard(name)
         if tensor.numel():
             self._file.seek(self._offsets[name])

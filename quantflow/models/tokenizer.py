@@ -121,7 +121,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
             special_tokens_map.setdefault(role, token)
     auto_map = tokenizer_config.get("auto_map")
     remote = isinstance(auto_map, list) or (isinstance(auto_map, dict) and "AutoTokenizer" in auto_map)
-    if loaded.made or remote or tokenizer_config.get("tokenizer_class") not in KEPT_CLASSES:
+    if loaded.made or remote or str(tokenizer_config.get("tokenizer_class")) not in KEPT_CLASSES:
         tokenizer_config["tokenizer_class"] = FAST_CLASS
     for key in _DROPPED_KEYS:
         tokenizer_config.pop(key, None)
@@ -708,7 +708,7 @@ def _all_roles(loaded: _Loaded, model_config: Json) -> dict[str, str]:
     for role in ("bos_token", "eos_token", "pad_token"):
         index = model_config.get(f"{role}_id")
         index = index[0] if isinstance(index, list) and index else index
-        if role not in roles and isinstance(index, int) and not isinstance(index, bool) and index >= 0:
+        if role not in roles and isinstance(index, int) and not isinstance(index, bool) and 0 <= index < 2**31:
             token = loaded.tokenizer.id_to_token(index)
             if token is not None:
                 roles[role] = token

@@ -143,10 +143,25 @@ class Plan:
         linears = [[p.module, str(p.scheme)] for p in self.linears]
         kv = self.stage(KvQparams) is not None
         return digest(
-            ["sweep", weights, tokens if self.needs_stream else "", self.checkpoint.raw_config, self.compute_dtype, self.device, recipe.seed,
-             stages, linears, self.scale_dtypes, self.min_zero, kv, self.stream_windows,
-             source_digest("models", "quant", "calibration", "stages/awq.py", "stages/quantize.py", "stages/folding.py", "pipeline/sweep.py")]
-        )  # fmt: skip
+            [
+                "sweep",
+                weights,
+                tokens if self.needs_stream else "",
+                self.checkpoint.raw_config,
+                self.compute_dtype,
+                self.device,
+                recipe.seed,
+                stages,
+                linears,
+                self.scale_dtypes,
+                self.min_zero,
+                kv,
+                self.stream_windows,
+                source_digest(
+                    "models", "quant", "calibration", "stages/awq.py", "stages/quantize.py", "stages/folding.py", "pipeline/sweep.py"
+                ),
+            ]
+        )
 
     @property
     def min_zero(self) -> int:
@@ -172,7 +187,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     linears = tuple(_linears(recipe, checkpoint))
     plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.architecture.notes)
     problems += _grid_problems(plan) + _tensor_parallel_problems(plan) + _data_problems(plan) + _output_problems(plan)
-    if not config_only and not any((checkpoint.path / name).is_file() for name in TOKENIZER_FILES[:2] + ("vocab.json", "qwen.tiktoken")):
+    if not config_only and not any((checkpoint.path / name).is_file() for name in (*TOKENIZER_FILES[:2], "vocab.json", "qwen.tiktoken")):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
     if problems:
         raise UserError(problems)
@@ -257,15 +272,21 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     for pack in plan.packs:
         if len(schemes) > 1 and not FORMATS[pack.format].mixed_bits:
             listed = ", ".join(sorted(map(str, schemes)))
-            problems.append(Problem(f"pack {pack.format}", f"several schemes ({listed})", "one scheme for all linears", "Use compressed-tensors"))
+            problems.append(
+                Problem(f"pack {pack.format}", f"several schemes ({listed})", "one scheme for all linears", "Use compressed-tensors")
+            )
     patterns = [(f"weights.overrides match {o.match!r}", o.match) for o in plan.recipe.weights.overrides]
     patterns += [(f"weights.ignore {p!r}", p) for p in plan.recipe.weights.ignore if p != plan.checkpoint.architecture.head]
     for where, pattern in patterns:
         if not any(_matches(p.module, pattern) for p in plan.linears):
-            problems.append(Problem(where, "matches no linear of the model", f"a pattern such as *.{plan.linears[0].name.rpartition('.')[2]}"))
+            problems.append(
+                Problem(where, "matches no linear of the model", f"a pattern such as *.{plan.linears[0].name.rpartition('.')[2]}")
+            )
     if not any(_matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
         problems.append(
-            Problem("weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is")
+            Problem(
+                "weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is"
+            )
         )
     return problems
 
@@ -320,10 +341,24 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
     if output.exists() and not output.is_dir():
         return [Problem(str(plan.output), "a file", "a directory that QuantFlow may create")]
     if output.is_dir() and any(output.iterdir()) and not (output / "quantflow.json").is_file():
-        return [Problem(str(plan.output), "a directory with other content", "an empty or absent one, or an artifact of QuantFlow's", "Pass --output DIR")]
+        return [
+            Problem(
+                str(plan.output),
+                "a directory with other content",
+                "an empty or absent one, or an artifact of QuantFlow's",
+                "Pass --output DIR",
+            )
+        ]
     if foreign := foreign_files(output):
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
-        return [Problem(str(plan.output), f"an artifact with other files in it ({shown}), which would be lost", "only the artifact", "Move them away")]
+        return [
+            Problem(
+                str(plan.output),
+                f"an artifact with other files in it ({shown}), which would be lost",
+                "only the artifact",
+                "Move them away",
+            )
+        ]
     parent = output
     while not parent.exists():
         parent = parent.parent
@@ -396,7 +431,9 @@ def estimate(plan: Plan) -> Estimate:
     parameters = sum(per_layer.values())
     flops = tokens * parameters * 2 * (1.5 + 1.0 * bool(plan.stage(Calibrate)))
     if gptq:
-        flops += sum(tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2) + 6 * p.shape[0] * p.shape[1] ** 2 for p in plan.linears)
+        flops += sum(
+            tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2) + 6 * p.shape[0] * p.shape[1] ** 2 for p in plan.linears
+        )
     rate = 2.5e11 if plan.device == "cpu" else 2e14
     seconds = flops / rate + checkpoint.weight_bytes / 4e8
     stream_bytes = tokens * config.hidden * compute

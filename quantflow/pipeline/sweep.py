@@ -31,7 +31,7 @@ from quantflow.quant.rtn import GridRules
 from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
-from quantflow.stages.quantize import Quantized, gptq_group, gptq_rounder, rtn_linear
+from quantflow.stages.quantize import Quantized, factor_for, gptq_group, gptq_rounder, rtn_linear
 
 
 @dataclass(frozen=True)
@@ -188,12 +188,16 @@ def _summary(report: dict[str, Any]) -> str:
     return f"error {sum(errors) / len(errors):.2e}" if errors else ""
 
 
-def _calibrate(context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _calibrate(
+    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     assert streams is not None
     return calibrate_layer(context.layer(index, stored), streams.x, context.batch), {}
 
 
-def _quantise(context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _quantise(
+    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One layer through awq, gptq or rtn, and kv_qparams' observation."""
     plan = context.plan
     schemes = plan.schemes(index)
@@ -276,7 +280,14 @@ def _gptq_layer(
         hessian = Hessian(channels, context.device)
         for part in rows():
             hessian.add(part)
-        results = gptq_group(stored, found.folding, schemes, group, hessian.matrix, hessian.rows, context.rules, gptq)
+        factor = factor_for(hessian, gptq)
+        if hessian.rounded and (factor is None or factor.fallback):
+            # Under strong outliers bfloat16's rounding alone can cost the matrix its definiteness: look again, exactly.
+            hessian = Hessian(channels, context.device, exact=True)
+            for part in rows():
+                hessian.add(part)
+            factor = factor_for(hessian, gptq)
+        results = gptq_group(stored, found.folding, schemes, group, hessian, factor, context.rules, gptq)
         for n, result in results.items():
             done[n] = result
             layer.tensors[f"{n}.weight"] = result.tensor.dequantize(context.dtype)
@@ -368,7 +379,9 @@ class SweepReader:
         bits, group_size, symmetric = json.loads(file.metadata["report"])["schemes"][name]
         group_index = file.read(f"{name}.group_index") if f"{name}.group_index" in file.tensors else None
         codes = unpack_rows(file.read(f"{name}.codes"), bits, in_features)
-        return QuantizedTensor(Scheme(bits, group_size, symmetric), codes, file.read(f"{name}.scales"), file.read(f"{name}.zeros"), group_index)
+        return QuantizedTensor(
+            Scheme(bits, group_size, symmetric), codes, file.read(f"{name}.scales"), file.read(f"{name}.zeros"), group_index
+        )
 
     def changed(self, index: int, name: str) -> Tensor | None:
         """A tensor that the sweep changed without quantising it (a norm, a bias, a router), or None where it is the checkpoint's."""

@@ -6,6 +6,7 @@ Shapes: weight `[N, K]`; Hessian `H = Xᵀ X` `[K, K]` over the tokens seen, not
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,27 @@ def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None
     return None
 
 
+LEAF = 16  # columns between which corrections go one by one
+
+
+def in_halves(start: int, stop: int, unit: int, columns: Callable[[int, int], None], carry: Callable[[int, int, int], None]) -> None:
+    """Visits `[start, stop)` in order, `LEAF` columns at most at a time by `columns(start, stop)`; after each left half,
+    `carry(start, middle, stop)` takes what it changed to the right half in one matrix product.
+
+    This is GPTQ's lazy batching at every scale: columns near each other are corrected at once, distant ones in large products.
+    unit: halves longer than it are cut at its multiples.
+    """
+    size = stop - start
+    if size <= LEAF:
+        columns(start, stop)
+        return
+    step = unit if size > unit else 1
+    middle = start + max(step, size // 2 // step * step)
+    in_halves(start, middle, unit, columns, carry)
+    carry(start, middle, stop)
+    in_halves(middle, stop, unit, columns, carry)
+
+
 @dataclass(frozen=True)
 class GptqResult:
     tensor: QuantizedTensor
@@ -66,7 +88,7 @@ class GptqResult:
 
 def quantize_gptq(
     weight: Tensor, hessian: Tensor, factor: Factor | None, scheme: Scheme, rules: GridRules, *,
-    act_order: str = "static", search: bool = True, refine: int = 2, block_size: int = 128,
+    act_order: str = "static", search: bool = True, refine: int = 2,
 ) -> GptqResult:  # fmt: skip
     """`weight` (float32) quantised by GPTQ.
 
@@ -92,41 +114,37 @@ def quantize_gptq(
         scales, zeros = grid.scales, grid.zeros
     # Work on the transpose: a channel is then a contiguous row.
     w = weight[:, order].T.contiguous()
-    codes = torch.empty_like(w)
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
     # The group of the channel rounded at each step.
     group_at = (torch.arange(k, device=w.device) if permuted else order).div(group, rounding_mode="floor").tolist()
     scales_t, zeros_t = scales.T.contiguous(), zeros.T.contiguous()
-    for start in range(0, k, block_size):
-        stop = min(start + block_size, k)
-        errors = torch.empty_like(w[start:stop])
-        inverse = factor.upper[start:stop, start:stop]
-        pivots = inverse.diagonal().tolist()
+    upper, pivots = factor.upper, factor.upper.diagonal().tolist()
+    one_group = Scheme(scheme.bits, group, scheme.symmetric)
+
+    def columns(start: int, stop: int) -> None:
         for i in range(start, stop):
             g = group_at[i]
             if act_order == "none" and i % group == 0:
-                # Columns of the group beyond this block still wait for the errors inside the block.
-                ahead = w[i : i + group].T.clone()
-                if i + group > stop:
-                    done = errors[: i - start]
-                    ahead[:, stop - i :] -= (factor.upper[start:i, stop : i + group].T @ done).T
-                one = find_grid(ahead, Scheme(scheme.bits, group, scheme.symmetric), rules, search=search, importance=_pick(blocks, g))
-                scales_t[g], zeros_t[g] = one.scales[:, 0], one.zeros[:, 0]
+                # Halves end where groups do, so the whole group has taken all corrections from the left.
+                found = find_grid(w[i : i + group].T.contiguous(), one_group, rules, search=search, importance=_pick(blocks, g))
+                scales_t[g], zeros_t[g] = found.scales[:, 0], found.zeros[:, 0]
             scale, zero = scales_t[g], zeros_t[g]
-            code = torch.div(w[i], scale).add_(zero).round_().clamp_(0, scheme.levels)
-            codes[i] = code
-            error = torch.sub(w[i], code.sub_(zero).mul_(scale)).div_(pivots[i - start])
-            errors[i - start] = error
+            code = torch.div(w[i], scale, out=codes[i]).add_(zero).round_().clamp_(0, scheme.levels)
+            error = torch.sub(code, zero, out=errors[i]).mul_(scale).sub_(w[i]).div_(-pivots[i])
             if i + 1 < stop:
-                w[i + 1 : stop].addr_(inverse[i - start, i + 1 - start :], error, alpha=-1)
-        if stop < k:
-            w[stop:].addmm_(factor.upper[start:stop, stop:].T, errors, alpha=-1)
+                w[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+
+    def correct(start: int, middle: int, stop: int) -> None:
+        w[middle:stop].addmm_(upper[start:middle, middle:stop].T, errors[start:middle], alpha=-1)
+
+    in_halves(0, k, group if act_order == "none" else 1, columns, correct)
     # Back to the order in which groups are runs of `group` channels: the weight's own, or the permuted one.
     if not permuted:
         codes_in_groups = torch.empty_like(codes)
         codes_in_groups[order] = codes
         codes = codes_in_groups
     if refine:
-        codes, scales_t = refine_codes(base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine, block_size)
+        codes, scales_t = refine_codes(base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine)
     grid = Grid(scales_t.T.contiguous(), zeros_t.T.contiguous())
     if not permuted:
         return GptqResult(assemble(codes.T.contiguous(), grid, scheme, rules), factor.fallback)
@@ -138,7 +156,6 @@ def quantize_gptq(
 
 def refine_codes(
     weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, scheme: Scheme, rules: GridRules, passes: int,
-    block_size: int = 128,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes and scales of no larger output error `tr((W - Ŵ) H (W - Ŵ)ᵀ)`, by cyclic coordinate descent.
 
@@ -154,6 +171,21 @@ def refine_codes(
     scales = scales.clone()
     value = centred * scales.repeat_interleave(group, 0)
     slope = hessian @ (weight - value)  # minus half the gradient, [K, N]
+    changes = torch.empty_like(value)
+
+    def columns(start: int, stop: int) -> None:
+        for j in range(start, stop):
+            scale, zero = scales[j // group], zeros[j // group]
+            best = torch.div(slope[j], pivots[j], out=centred[j]).add_(value[j]).div_(scale).add_(zero)
+            best.round_().clamp_(0, scheme.levels).sub_(zero)
+            change = torch.mul(best, scale, out=changes[j]).sub_(value[j])
+            value[j] += change
+            if j + 1 < stop:
+                slope[j + 1 : stop].addr_(hessian[j + 1 : stop, j], change, alpha=-1)
+
+    def carry(start: int, middle: int, stop: int) -> None:
+        slope[middle:stop].addmm_(hessian[middle:stop, start:middle], changes[start:middle], alpha=-1)
+
     for _ in range(passes):
         for g in range(k // group):
             part = slice(g * group, (g + 1) * group)
@@ -167,20 +199,9 @@ def refine_codes(
             change = c * step
             value[part] += change
             slope.addmm_(hessian[:, part], change, alpha=-1)
-        for start in range(0, k, block_size):
-            stop = min(start + block_size, k)
-            changes = torch.empty_like(value[start:stop])
-            local, block = slope[start:stop], hessian[start:stop, start:stop]
-            for j in range(start, stop):
-                scale, zero = scales[j // group], zeros[j // group]
-                best = torch.div(local[j - start], pivots[j]).add_(value[j]).div_(scale).add_(zero).round_().clamp_(0, scheme.levels).sub_(zero)
-                centred[j] = best
-                new = best * scale
-                change = new - value[j]
-                changes[j - start], value[j] = change, new
-                local.addr_(block[:, j - start], change, alpha=-1)
-            slope[:start].addmm_(hessian[:start, start:stop], changes, alpha=-1)
-            slope[stop:].addmm_(hessian[stop:, start:stop], changes, alpha=-1)
+        in_halves(0, k, 1, columns, carry)
+        # `carry` looks ahead only: what later columns changed for earlier ones comes in one product.
+        torch.matmul(hessian, weight - value, out=slope)
     return centred + zeros.repeat_interleave(group, 0), scales
 
 

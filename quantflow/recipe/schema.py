@@ -124,7 +124,6 @@ class Gptq(Section):
         "dynamic: groups follow the order (g_idx), for the GPTQ formats and compressed-tensors.",
     )
     damp: float = Field(0.01, gt=0, lt=1, description="Added to the Hessian's diagonal, as a share of its mean.")
-    block_size: int = Field(default=128, ge=1, description="Columns between two lazy updates.")
     range_search: bool = Field(
         default=True, description="Search each group's range for the least weighted error, rather than take min and max."
     )

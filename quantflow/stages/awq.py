@@ -31,6 +31,10 @@ class AwqResult:
     report: list[dict[str, object]] = field(default_factory=list)
 
 
+SCREENING_SHARE = 4  # one part in so many of the sample sorts the candidates
+FINALISTS = 5  # of them, and the identity, are tried on the whole sample
+
+_Candidate = tuple[str, Tensor]
 Rounder = Callable[[Tensor, Tensor, Scheme, Tensor], Tensor]
 """The weight `[N, K]` as the recipe's next stage would round it: (weight, scale, scheme, Hessian of the unscaled input)."""
 
@@ -45,12 +49,15 @@ class _Search:
     grid: int
     round_finally: Rounder | None
 
-    def best(self, group: list[str], x: Tensor, parent: Callable[[], Tensor] | None, channels: _Channels) -> tuple[str, Tensor, float]:
-        """The best candidate's name, its scale, and its loss over the identity's, for the quantised linears of `group`.
+    def best(
+        self, group: list[str], x: Tensor, parent: Callable[[Tensor], Tensor] | None, channels: _Channels
+    ) -> tuple[str, Tensor, float]:
+        """The best candidate's name, its scale, and its loss over the identity's, for the quantised linears of `group`, which read `x`.
 
-        parent: runs the parent module with whatever weights the layer holds. Without one the parent is the linear itself, and its
-        loss comes exactly from the Hessian of its input `x`. Rounding to nearest sorts the candidates; where GPTQ follows, which
-        already looks after salient channels, the winner and its square root must then beat the identity rounded as GPTQ rounds.
+        parent: what the parent module makes of `x`, with whatever weights the layer holds. Without one the parent is the linear
+        itself, and its loss comes exactly from the Hessian of `x`. A part of `x` sorts the candidates out, the whole decides among
+        the identity and the best few. Where GPTQ follows, which already looks after salient channels, the winner and its square
+        root must then beat the identity rounded as GPTQ rounds.
         """
         weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
         quantised = [n for n in group if n in self.schemes]
@@ -59,13 +66,16 @@ class _Search:
             accumulated = Hessian(x.shape[-1], x.device)
             accumulated.add(x)
             hessian = accumulated.matrix
-        target = parent() if parent else None
 
-        def loss(scale: Tensor, finally_: bool) -> float:
+        def losses(tried: list[_Candidate], rows: Tensor, round_finally: Rounder | None = None) -> list[tuple[float, _Candidate]]:
+            target = parent(rows) if parent else None
+            return [(loss(scale, rows, target, round_finally), (name, scale)) for name, scale in tried]
+
+        def loss(scale: Tensor, rows: Tensor, target: Tensor | None, round_finally: Rounder | None) -> float:
             full, total = channels.expand(scale), 0.0
             for n in quantised:
-                if finally_ and self.round_finally and hessian is not None:
-                    weight = self.round_finally(weights[n], full, self.schemes[n], hessian)
+                if round_finally and hessian is not None:
+                    weight = round_finally(weights[n], full, self.schemes[n], hessian)
                 else:
                     weight = rounded(weights[n], full, self.schemes[n], self.rules)
                 if parent is None and hessian is not None:
@@ -73,20 +83,27 @@ class _Search:
                 else:
                     self.layer.tensors[f"{n}.weight"] = weight.to(self.layer.dtype)
             if parent and target is not None:
-                total = float((parent() - target).float().square().mean())
+                total = float((parent(rows) - target).float().square().mean())
+            for n, weight in weights.items():
+                self.layer.tensors[f"{n}.weight"] = weight
             return total if math.isfinite(total) else math.inf
 
         activation = channels.reduce(x.reshape(-1, x.shape[-1]).abs().mean(0, dtype=torch.float32))
         profile = channels.reduce(weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]]))
-        tried = [(loss(scale, False), name, scale) for name, scale in candidates(activation, profile, self.grid)]
-        identity, winner = tried[0], min(tried, key=lambda t: t[0])
-        if self.round_finally and winner is not identity:
-            finalists = [("identity", identity[2]), (f"sqrt({winner[1]})", winner[2].sqrt()), (winner[1], winner[2])]
-            tried = [(loss(scale, True), name, scale) for name, scale in finalists]
-            identity, winner = tried[0], min(tried, key=lambda t: t[0])
-        for n, weight in weights.items():
-            self.layer.tensors[f"{n}.weight"] = weight
-        return winner[1], winner[2], winner[0] / identity[0] if 0 < identity[0] < math.inf else 1.0
+        tried = list(candidates(activation, profile, self.grid))
+        identity = tried[0]
+        part = x[: len(x) // SCREENING_SHARE]
+        if parent and len(part) and len(tried) > FINALISTS:
+            screened = sorted(losses(tried[1:], part), key=lambda found: found[0])
+            tried = [identity, *(candidate for _, candidate in screened[:FINALISTS])]
+        ranked = losses(tried, x)
+        winner = min(ranked, key=lambda found: found[0])
+        if self.round_finally and winner[1] is not identity:
+            name, scale = winner[1]
+            ranked = losses([identity, (f"sqrt({name})", scale.sqrt()), (name, scale)], x, self.round_finally)
+            winner = min(ranked, key=lambda found: found[0])
+        reference = ranked[0][0]
+        return winner[1][0], winner[1][1], winner[0] / reference if 0 < reference < math.inf else 1.0
 
 
 @dataclass(frozen=True)
@@ -98,9 +115,16 @@ class _Channels:
 
 
 def search_layer(
-    layer: DecoderLayer, stored: dict[str, Tensor], x: Tensor, schemes: Mapping[str, Scheme], rules: GridRules, *, grid: int, clip: bool,
+    layer: DecoderLayer,
+    stored: dict[str, Tensor],
+    x: Tensor,
+    schemes: Mapping[str, Scheme],
+    rules: GridRules,
+    *,
+    grid: int,
+    clip: bool,
     round_finally: Rounder | None = None,
-) -> AwqResult:  # fmt: skip
+) -> AwqResult:
     """Scales for one layer. `x` is the residual stream of the sample, `[B, L, H]`; `stored` holds the layer's tensors as stored.
 
     schemes: linear -> scheme of those that are quantised; the others are folded too, but only those count in the loss. Grouped
@@ -113,7 +137,7 @@ def search_layer(
     def note(group: str, chosen: str, ratio: float) -> None:
         result.report.append({"group": group, "scale": chosen, "loss_ratio": round(ratio, 6)})
 
-    def fold_into_norm(norm: str, group: list[str], others: list[str], h: Tensor, parent: Callable[[], Tensor]) -> None:
+    def fold_into_norm(norm: str, group: list[str], others: list[str], h: Tensor, parent: Callable[[Tensor], Tensor]) -> None:
         if any(n in schemes for n in group):
             chosen, scale, ratio = search.best(group, h, parent, _Channels())
             note(norm, chosen, ratio)
@@ -123,23 +147,23 @@ def search_layer(
     def remember(group: list[str], rows: Tensor) -> None:
         if not clip or not len(rows):
             return
-        by_scheme: dict[tuple[int, int], Tensor] = {}
-        for n in group:
-            if n not in schemes:
-                continue
+        known: dict[tuple[int, bool], Tensor] = {}  # of readers of one input, folded or not
+        for n in (n for n in group if n in schemes):
             size = schemes[n].group_of(rows.shape[-1])
-            scaled = rows if n not in folding.columns else rows.float() / folding.columns[n]
-            if size == rows.shape[-1]:
-                importance = scaled.reshape(-1, size).float().square().sum(0)[None]
-            else:
-                block = BlockHessian(rows.shape[-1], size, rows.device)
-                block.add(scaled)
-                importance = block.matrix
-            result.importance[n] = by_scheme.setdefault((size, id(folding.columns.get(n))), importance)
+            key = (size, n in folding.columns)
+            if key not in known:
+                scaled = rows.float() / folding.columns[n] if n in folding.columns else rows
+                if size == rows.shape[-1]:
+                    known[key] = scaled.reshape(-1, size).float().square().sum(0)[None]
+                else:
+                    block = BlockHessian(rows.shape[-1], size, rows.device)
+                    block.add(scaled)
+                    known[key] = block.matrix
+            result.importance[n] = known[key]
 
     h = layer.attention_input(x)
     qkv = [names.q, names.k, names.v]
-    fold_into_norm(names.attention_norm, qkv, [], h, lambda: layer.attention_output(layer.context(h)))
+    fold_into_norm(names.attention_norm, qkv, [], h, lambda part: layer.attention_output(layer.context(part)))
     remember(qkv, h)
     context = layer.context(h)
     if names.o in schemes and names.v in schemes:
@@ -149,7 +173,7 @@ def search_layer(
     h = layer.mlp_input(x)
     experts: list[int | None] = list(range(layer.config.experts)) if layer.moe else [None]
     readers = [n for e in experts for n in layer.names.mlp(e)[:2] if n]
-    fold_into_norm(names.mlp_norm, readers, [names.router] if layer.moe else [], h, lambda: layer.mlp(h))
+    fold_into_norm(names.mlp_norm, readers, [names.router] if layer.moe else [], h, layer.mlp)
     flat = h.reshape(-1, h.shape[-1])
     chosen_experts = layer.route(flat)[0] if layer.moe else None
     for expert in experts:
@@ -171,8 +195,13 @@ def search_layer(
 
 
 def _fold_values(
-    layer: DecoderLayer, stored: dict[str, Tensor], context: Tensor, search: _Search, folding: Folding, note: Callable[[str, str, float], None],
-) -> None:  # fmt: skip
+    layer: DecoderLayer,
+    stored: dict[str, Tensor],
+    context: Tensor,
+    search: _Search,
+    folding: Folding,
+    note: Callable[[str, str, float], None],
+) -> None:
     config, names = layer.config, layer.names
     shared = config.heads // config.kv_heads
 

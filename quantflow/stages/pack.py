@@ -60,11 +60,10 @@ def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Callabl
                     writer.write(name, tensor)
                 if piece.last_of_layer:
                     step(f"layer {piece.layer}")
-    if len(shards) > 1:
-        weight_map = {n: f for f, shard in zip(names, shards, strict=True) for piece in shard for n in piece.specs}
-        total = sum(piece.nbytes for piece in pieces)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    # Always with an index: statistics and KV parameters may lie beside the weights, and readers without one take every file.
+    weight_map = {n: f for f, shard in zip(names, shards, strict=True) for piece in shard for n in piece.specs}
+    index = {"metadata": {"total_size": sum(piece.nbytes for piece in pieces)}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _write_configs(folder, job)
     export_tokenizer(job.checkpoint.path, folder)
 
@@ -178,4 +177,6 @@ def _write_configs(folder: Path, job: PackJob) -> None:
     config["quantization_config"] = quantization
     write = {"config.json": config, **job.format.extra_files(quantization)}
     for name, value in write.items():
-        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False, sort_keys=name == "config.json") + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps(value, indent=2, ensure_ascii=False, sort_keys=name == "config.json") + "\n", encoding="utf-8"
+        )

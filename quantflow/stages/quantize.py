@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantflow.quant.gptq import factorize, output_error, quantize_gptq
+from quantflow.calibration.statistics import Hessian
+from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
 from quantflow.quant.grid import QuantizedTensor, Scheme
 from quantflow.quant.rtn import GridRules, quantize_rtn
 from quantflow.stages.folding import Folding
@@ -36,28 +37,34 @@ def rtn_linear(
     return Quantized(tensor, _line(scheme, tensor, method="rtn", fallback=fallback))
 
 
+def factor_for(hessian: Hessian, settings: Any) -> Factor | None:
+    """The Hessian's factor for a recipe's gptq settings; None where it has none, or no token was seen."""
+    return factorize(hessian.matrix, damp=settings.damp, act_order=settings.act_order != "none") if hessian.rows else None
+
+
 def gptq_group(
-    stored: Mapping[str, Tensor], folding: Folding, schemes: Mapping[str, Scheme], group: list[str], hessian: Tensor, rows: int,
+    stored: Mapping[str, Tensor], folding: Folding, schemes: Mapping[str, Scheme], group: list[str], seen: Hessian, factor: Factor | None,
     rules: GridRules, settings: Any,
 ) -> dict[str, Quantized]:  # fmt: skip
-    """The linears of `group`, which share the input of `hessian`, by GPTQ. Those of one scheme are solved together.
+    """The linears of `group`, which share the input that `seen` has seen, by GPTQ. Those of one scheme are solved together.
 
-    rows: tokens that the Hessian has seen; an expert that saw none is rounded to nearest, and the report says so.
+    An expert that saw no token is rounded to nearest, and the report says so.
     """
     found: dict[str, Quantized] = {}
+    hessian, rows = seen.matrix, seen.rows
     if not rows:
         for n in group:
             weight = folding.weight(n, stored[f"{n}.weight"])
-            found[n] = rtn_linear(weight, schemes[n], rules, search=settings.range_search, fallback="no calibration token: rounded to nearest")
+            found[n] = rtn_linear(
+                weight, schemes[n], rules, search=settings.range_search, fallback="no calibration token: rounded to nearest"
+            )
         return found
-    factor = factorize(hessian, damp=settings.damp, act_order=settings.act_order != "none")
     for scheme in dict.fromkeys(schemes[n] for n in group):
         members = [n for n in group if schemes[n] == scheme]
         weights = [folding.weight(n, stored[f"{n}.weight"]) for n in members]
         together = weights[0] if len(weights) == 1 else torch.cat(weights)
         result = quantize_gptq(
             together, hessian, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=settings.refine,
-            block_size=settings.block_size,
         )  # fmt: skip
         start = 0
         for n, weight in zip(members, weights, strict=True):
@@ -79,7 +86,6 @@ def gptq_rounder(rules: GridRules, settings: Any) -> Callable[[Tensor, Tensor, S
         factor = factorize(scaled, damp=settings.damp, act_order=settings.act_order != "none")
         result = quantize_gptq(
             weight.float() * scale, scaled, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=0,
-            block_size=settings.block_size,
         )  # fmt: skip
         return result.tensor.dequantize() / scale
 

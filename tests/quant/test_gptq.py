@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantflow.quant import gptq
 from quantflow.quant.gptq import GptqResult, factorize, output_error, quantize_gptq, refine_codes
 from quantflow.quant.grid import PER_CHANNEL, QuantizedTensor, Scheme
 from quantflow.quant.rtn import GridRules, quantize_rtn
@@ -144,11 +145,13 @@ def test_is_the_textbooks(act_order: str, scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", [Scheme(4, 8, False), Scheme(4, 16, True), Scheme(3, PER_CHANNEL, False)], ids=str)
 @pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("refine", [0, 2])
-def test_block_size_does_not_matter(act_order: str, scheme: Scheme, refine: int) -> None:
+def test_where_the_halves_end_does_not_matter(act_order: str, scheme: Scheme, refine: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = random(5, 48), correlated(48)
-    whole = solve(weight, hessian, scheme, act_order=act_order, refine=refine, block_size=48).tensor
-    for block_size in (1, 5, 8, 20, 128):
-        part = solve(weight, hessian, scheme, act_order=act_order, refine=refine, block_size=block_size).tensor
+    monkeypatch.setattr(gptq, "LEAF", 48)  # column by column, as the paper's algorithm has it
+    whole = solve(weight, hessian, scheme, act_order=act_order, refine=refine).tensor
+    for leaf in (1, 5, 8, 20):
+        monkeypatch.setattr(gptq, "LEAF", leaf)
+        part = solve(weight, hessian, scheme, act_order=act_order, refine=refine).tensor
         assert torch.equal(part.codes, whole.codes) and torch.equal(part.zeros, whole.zeros)
         torch.testing.assert_close(part.scales, whole.scales, rtol=1e-4, atol=0)
 
@@ -265,11 +268,11 @@ def test_dead_channels_neither_give_nor_take() -> None:
 @given(
     st.builds(Scheme, st.sampled_from((2, 3, 4, 8)), st.sampled_from((PER_CHANNEL, 4, 8)), st.booleans()),
     st.sampled_from((FLOAT32, HALF, GridRules((torch.bfloat16, torch.float16)), GridRules((torch.float16,), min_zero=1))),
-    st.sampled_from(ORDERS), st.booleans(), st.integers(0, 2), st.sampled_from((1, 6, 128)), st.integers(0, 9999),
+    st.sampled_from(ORDERS), st.booleans(), st.integers(0, 2), st.integers(0, 9999),
     st.sampled_from((1e-9, 1e-3, 1.0, 1e4)), st.sampled_from((1e-12, 1.0, 1e8)),
 )  # fmt: skip
 def test_always_valid(
-    scheme: Scheme, rules: GridRules, act_order: str, search: bool, refine: int, block_size: int, seed: int, size: float, activity: float
+    scheme: Scheme, rules: GridRules, act_order: str, search: bool, refine: int, seed: int, size: float, activity: float
 ) -> None:
     weight = random(4, 16, seed=seed) * size
     weight[0] = 0  # an empty row
@@ -278,7 +281,7 @@ def test_always_valid(
     hessian = correlated(16, seed=seed) * activity
     hessian[3] = 0
     hessian[:, 3] = 0
-    result = solve(weight, hessian, scheme, rules, act_order=act_order, search=search, refine=refine, block_size=block_size)
+    result = solve(weight, hessian, scheme, rules, act_order=act_order, search=search, refine=refine)
     assert_valid(result.tensor, rules)
     assert result.tensor.shape == (4, 16) and result.tensor.scales.shape == (4, scheme.groups(16))
     assert (result.tensor.scheme, result.fallback) == (scheme, "")
@@ -304,7 +307,7 @@ def test_arguments_are_left_alone() -> None:
     hessian[:, 2] = 0
     before = weight.clone(), hessian.clone()
     for act_order in ORDERS:
-        solve(weight, hessian, Scheme(4, 8, False), act_order=act_order, block_size=4)
+        solve(weight, hessian, Scheme(4, 8, False), act_order=act_order)
     assert torch.equal(weight, before[0]) and torch.equal(hessian, before[1])
 
 

@@ -119,7 +119,7 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (GPTQ, '  - gptq: {damp: "1e-2"}', GPTQ, ["`stages.gptq.damp` is '1e-2' (a text)", "a number", "Remove the quotes"]),
     (GPTQ, "  - gptq: {act_order: statc}", GPTQ, ["`stages.gptq.act_order` is 'statc'", "'none', 'static' or 'dynamic'", "`static`?"]),
     (GPTQ, "  - gptq: {act_order: off}", GPTQ, ["`stages.gptq.act_order` is off, which YAML reads as false"]),
-    (GPTQ, "  - gptq: {block_size: 0}", GPTQ, ["`stages.gptq.block_size` is 0"]),
+    (GPTQ, "  - gptq: {refine: 101}", GPTQ, ["`stages.gptq.refine` is 101"]),
     (GPTQ, "  - gptq: {refine: -1}", GPTQ, ["`stages.gptq.refine` is -1", "greater than or equal to 0"]),
     (GPTQ, "  - gptq: {dampening: 0.1}", GPTQ, ["unknown key `dampening`", "Did you mean `damp`?"]),
     (KV, "  - kv_qparams: {bits: 4}", KV, ["`stages.kv_qparams.bits` is 4", "8"]),
@@ -292,7 +292,7 @@ def test_the_good_recipe(tmp_path: Path) -> None:
     assert recipe.stages == (
         Calibrate(),
         Awq(grid=4, clip=True, max_tokens=8192),
-        Gptq(act_order="static", damp=0.01, block_size=128, range_search=True),
+        Gptq(act_order="static", damp=0.01, range_search=True),
         KvQparams(bits=8, symmetric=False, granularity="tensor"),
         Pack(format="compressed-tensors", max_shard_size=5_000_000_000),
         Shard(tp=2),
@@ -410,10 +410,10 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_overrides_make_the_sections_they_need(tmp_path: Path) -> None:
     path = write(tmp_path, "name: x\nstages: [gptq, pack: {format: gptq}]\n")
-    recipe = load_recipe(path, ["calibration.data=demo", "weights.group_size=64", "stages.gptq.block_size=32"])
+    recipe = load_recipe(path, ["calibration.data=demo", "weights.group_size=64", "stages.gptq.refine=5"])
     assert recipe.calibration is not None and recipe.calibration.data == "demo"
     assert recipe.weights.group_size == 64
-    assert recipe.stages[0] == Gptq(block_size=32)
+    assert recipe.stages[0] == Gptq(refine=5)
 
 
 def test_an_override_changes_one_of_two_aliased_sections(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantflow.models.decoder import DecoderLayer
+from quantflow.calibration.statistics import Hessian
 from quantflow.quant.awq import MAX_SCALE
 from quantflow.quant.gptq import factorize, quantize_gptq
 from quantflow.quant.grid import PER_CHANNEL, Scheme
@@ -16,7 +17,7 @@ from quantflow.quant.rtn import GridRules, quantize_rtn
 from quantflow.recipe import Gptq
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.folding import Folding
-from quantflow.stages.quantize import gptq_group, gptq_rounder
+from quantflow.stages.quantize import factor_for, gptq_group, gptq_rounder
 from tests.helpers.layers import CONFIGS, TinyLayer, folded
 
 RULES = GridRules((torch.float32,))
@@ -260,8 +261,9 @@ def test_before_gptq_the_choice_is_made_as_gptq_rounds(model_type: str) -> None:
         layer.forward(x)
         for n in schemes:
             if n in seen:
-                hessian = seen[n].T @ seen[n]
-                found = gptq_group(stored, folding, schemes, [n], hessian, len(seen[n]), RULES, settings)
+                hessian = Hessian(seen[n].shape[1])
+                hessian.add(seen[n])
+                found = gptq_group(stored, folding, schemes, [n], hessian, factor_for(hessian, settings), RULES, settings)
                 tensors[f"{n}.weight"] = found[n].tensor.dequantize(torch.float64)
         return error(tiny.layer(tensors).forward(x), expected)
 
