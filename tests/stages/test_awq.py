@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantflow.models.decoder import DecoderLayer
 from quantflow.calibration.statistics import Hessian
+from quantflow.models.decoder import DecoderLayer
 from quantflow.quant.awq import MAX_SCALE
 from quantflow.quant.gptq import factorize, quantize_gptq
 from quantflow.quant.grid import PER_CHANNEL, Scheme
