@@ -36,29 +36,30 @@ def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None
     damp: fraction of the mean diagonal that is added to it. Dead channels (zero diagonal) get the mean, so they neither give nor
     take corrections. Cholesky fails on real Hessians even with much damping: the ladder raises it, then floors the diagonal.
     """
-    h = hessian.clone()
-    if not bool(h.isfinite().all()):
+    if not bool(hessian.isfinite().all()):
         return None
-    diagonal = h.diagonal()
-    mean = diagonal.mean()
-    if float(mean) <= 0:
+    diagonal = hessian.diagonal().clone()
+    mean = float(diagonal.mean())
+    if mean <= 0:
         return None
     diagonal[diagonal <= 0] = mean
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(h.shape[0], device=h.device)
-    h = h[order][:, order]
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=hessian.device)
     attempts = [(damp * times, 0.0, f"damping {damp * times:g}" if times > 1 else "") for times in DAMP_LADDER]
     attempts.append((damp * DAMP_LADDER[-1], 1.0, "diagonal floored at its mean"))
     for amount, floor, note in attempts:
-        damped = h.clone()
-        damped.diagonal().clamp_(min=float(mean) * floor).add_(amount * float(mean))
-        lower, info = torch.linalg.cholesky_ex(damped)
+        # One K×K matrix after the other, each freed once the next is there: with the Hessian, at most three.
+        matrix = hessian[order][:, order] if act_order else hessian.clone()
+        matrix.diagonal().copy_(diagonal[order].clamp(min=mean * floor) + amount * mean)
+        matrix, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(info) == 0 and bool(upper.isfinite().all()):
-                return Factor(upper, order, note)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, info = torch.linalg.cholesky_ex(matrix, upper=True)
+            if int(info) == 0 and bool(matrix.isfinite().all()):
+                return Factor(matrix, order, note)
     return None
 
 
+ELEMENTS_AT_ONCE = 2**23  # weights that are solved together
 LEAF = 16  # columns between which corrections go one by one
 
 
@@ -100,6 +101,18 @@ def quantize_gptq(
     if factor is None:
         plain = quantize_rtn(weight, scheme, rules, search=search, importance=_blocks(hessian, scheme) if search else None)
         return GptqResult(plain, "Hessian not invertible: rounded to nearest")
+    # Rows are independent given the factor: some at a time, so that the dozen float32 copies below stay small.
+    rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    parts = [_solve(part, hessian, factor, scheme, rules, act_order, search, refine) for part in weight.split(rows)]
+    if len(parts) == 1:
+        return GptqResult(parts[0], factor.fallback)
+    codes, scales, zeros = (torch.cat([getattr(p, field) for p in parts]) for field in ("codes", "scales", "zeros"))
+    return GptqResult(QuantizedTensor(scheme, codes, scales, zeros, parts[0].group_index), factor.fallback)
+
+
+def _solve(
+    weight: Tensor, hessian: Tensor, factor: Factor, scheme: Scheme, rules: GridRules, act_order: str, search: bool, refine: int
+) -> QuantizedTensor:
     n, k = weight.shape
     order = factor.order
     group = scheme.group_of(k)
@@ -143,15 +156,16 @@ def quantize_gptq(
         codes_in_groups = torch.empty_like(codes)
         codes_in_groups[order] = codes
         codes = codes_in_groups
+    del w, errors
     if refine:
         codes, scales_t = refine_codes(base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine)
     grid = Grid(scales_t.T.contiguous(), zeros_t.T.contiguous())
     if not permuted:
-        return GptqResult(assemble(codes.T.contiguous(), grid, scheme, rules), factor.fallback)
+        return assemble(codes.T.contiguous(), grid, scheme, rules)
     flat, index = torch.empty_like(codes), torch.empty(k, dtype=torch.int32, device=weight.device)
     flat[order] = codes
     index[order] = torch.arange(k, device=weight.device).div(group, rounding_mode="floor").to(torch.int32)
-    return GptqResult(assemble(flat.T.contiguous(), grid, scheme, rules, index), factor.fallback)
+    return assemble(flat.T.contiguous(), grid, scheme, rules, index)
 
 
 def refine_codes(
@@ -201,7 +215,7 @@ def refine_codes(
             slope.addmm_(hessian[:, part], change, alpha=-1)
         in_halves(0, k, 1, columns, carry)
         # `carry` looks ahead only: what later columns changed for earlier ones comes in one product.
-        torch.matmul(hessian, weight - value, out=slope)
+        torch.matmul(hessian, torch.sub(weight, value, out=changes), out=slope)
     return centred + zeros.repeat_interleave(group, 0), scales
 
 

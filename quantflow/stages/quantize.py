@@ -62,7 +62,9 @@ def gptq_group(
     for scheme in dict.fromkeys(schemes[n] for n in group):
         members = [n for n in group if schemes[n] == scheme]
         weights = [folding.weight(n, stored[f"{n}.weight"]) for n in members]
+        sizes = [len(weight) for weight in weights]
         together = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weights = list(together.split(sizes))
         result = quantize_gptq(
             together, hessian, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=settings.refine,
         )  # fmt: skip
