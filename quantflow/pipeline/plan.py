@@ -30,6 +30,8 @@ from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Re
 
 T = TypeVar("T")
 BATCH_TOKENS = 4096  # tokens that go through a layer together
+BASE_BYTES = 100 * 2**20  # the tokenizer, oneDNN's compiled kernels, the allocator's slack
+ELEMENTS_AT_ONCE = 2**23  # weights that GPTQ solves together (`quant/gptq.py`)
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
 
 
@@ -397,10 +399,9 @@ def estimate(plan: Plan) -> Estimate:
         per_layer[linear.layer] += linear.shape[0] * linear.shape[1]
     layer = max(per_layer.values()) * item
     widest = max(n * k for n, k in (p.shape for p in plan.linears))
-    k_widest = max(p.shape[1] for p in plan.linears)
     outer = sum(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
     largest_outer = max(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
-    calibration, gptq, rtn = plan.recipe.calibration, plan.stage(Gptq), plan.stage(Rtn)
+    calibration, gptq = plan.recipe.calibration, plan.stage(Gptq)
     compute = 4 if plan.compute_dtype == "float32" else 2
     held = 0
     batch = 0
@@ -412,12 +413,17 @@ def estimate(plan: Plan) -> Estimate:
         batch_tokens = max(BATCH_TOKENS, calibration.seqlen)
         batch = batch_tokens * (3 * width + 6 * config.hidden) * compute
         held += largest_outer
-    together = _largest_group(plan)
-    # gptq: the weights solved together, their transposes, codes and gradients in float32; H, its permutation and its factor.
-    solver = 8 * together * 4 + 4 * k_widest**2 * 4 if gptq else (4 * widest + 12 * 2**20 if rtn else 0)
-    copies = 2 if plan.needs_stream else 1
-    memory = copies * layer + layer // 2 + max(solver, batch) + held
-    memory = max(memory, 2 * largest_outer)
+    awq = plan.stage(Awq)
+    if awq and calibration:
+        width = max(config.intermediate, config.dense_intermediate)
+        held += min(awq.max_tokens, calibration.samples * calibration.seqlen) * (6 * config.hidden + 2 * width) * compute
+    if gptq:
+        memory = layer * 5 // 2 + max(_solver_bytes(plan), batch) + held
+    elif plan.needs_stream:
+        memory = layer * 5 // 2 + max(4 * widest, batch) + held
+    else:
+        memory = layer * 7 // 2  # this layer's weights and the next one's, codes, and what is being saved
+    memory = BASE_BYTES + max(memory, 2 * largest_outer)
     evaluate = plan.stage(Evaluate)
     if evaluate:
         tokens = evaluate.windows * evaluate.length
@@ -440,15 +446,14 @@ def estimate(plan: Plan) -> Estimate:
     return Estimate(int(memory), int(packed + 3 * stream_bytes), int(outputs * (packed + outer)), seconds)
 
 
-def _largest_group(plan: Plan) -> int:
-    """Weights that GPTQ solves together: those of the linears that share an input."""
+def _solver_bytes(plan: Plan) -> int:
+    """Peak of solving one group of linears that share an input, over all groups: while the Hessian is factorised, four K×K float32
+    matrices; while rows are rounded, two, the group's weights twice, and nine buffers of the rows that are solved together."""
     names, config = plan.checkpoint.architecture.layer, plan.config
-    kv = config.kv_heads * config.head_dim
-    sizes = [(config.heads * config.head_dim + 2 * kv) * config.hidden]
-    for i in range(config.layers):
-        width = config.width(i)
-        sizes.append((2 if names.gate else 1) * width * config.hidden)
-    return max(sizes)
+    width, heads = max(config.width(i) for i in range(config.layers)), config.heads * config.head_dim
+    groups = [(heads + 2 * config.kv_heads * config.head_dim, config.hidden), (config.hidden, heads)]
+    groups += [((2 if names.gate else 1) * width, config.hidden), (config.hidden, width)]
+    return max(max(16 * k * k, 8 * k * k + 36 * min(ELEMENTS_AT_ONCE, n * k) + 8 * n * k) for n, k in groups)
 
 
 def activation_budget() -> int:

@@ -156,7 +156,6 @@ def _solve(
         codes_in_groups = torch.empty_like(codes)
         codes_in_groups[order] = codes
         codes = codes_in_groups
-    del w, errors
     if refine:
         codes, scales_t = refine_codes(base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine)
     grid = Grid(scales_t.T.contiguous(), zeros_t.T.contiguous())
