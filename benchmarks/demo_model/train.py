@@ -139,7 +139,11 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     shutil.rmtree(args.output, ignore_errors=True)
     model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)  # transformers 4 knows the class as PreTrainedTokenizerFast: edit tokenizer_config.json
+    tokenizer.save_pretrained(args.output)
+    # transformers 5 writes a class name that version 4 does not have.
+    saved = args.output / "tokenizer_config.json"
+    settings = {k: v for k, v in json.loads(saved.read_text()).items() if k != "backend"}
+    saved.write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
     # What is reported is what is shipped: the rounded weights, at the full context.
     result = evaluate(LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32), tokenizer, held_out, 1024, 10_000)
     record = {

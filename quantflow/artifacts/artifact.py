@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
-from quantflow.artifacts.store import write_json
 from quantflow.errors import ModelError, OutputError, Problem
 from quantflow.models.checkpoint import read_json
 
@@ -87,6 +86,3 @@ def building(output: Path) -> Iterator[Path]:
             os.replace(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-__all__ = ["MANIFEST", "RUN", "building", "file_entries", "foreign_files", "is_whole", "read_manifest", "write_json"]

@@ -6,9 +6,10 @@ artifacts are written under them. A `Source` says where in a checkpoint a native
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantflow.models.config import DecoderConfig
@@ -32,8 +33,6 @@ class Source:
         """The native tensor's shape, from the source tensor's; raises ValueError where the view does not fit."""
         if self.view is None:
             return shape
-        import math
-
         if math.prod(self.view) != math.prod(shape):
             raise ValueError(f"{list(shape)} cannot be viewed as {list(self.view)}")
         left: list[int] = []
@@ -177,9 +176,3 @@ def split_rows(name: str, shape: tuple[int, ...], view: tuple[int, ...], parts: 
     vector = len(shape) == 1
     full = view if vector else (*view, shape[-1])
     return {native: Source(name, full, index, vector) for native, index in parts.items()}
-
-
-__all__ = [
-    "IGNORED_TENSORS", "Architecture", "Json", "Layer", "Source", "expected_tensors", "has_bias", "linear_shapes", "renamed", "replace",
-    "split_rows",
-]  # fmt: skip

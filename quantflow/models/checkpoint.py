@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,9 +111,6 @@ class Checkpoint:
     @property
     def source_names(self) -> list[str]:
         return sorted(self._locations)
-
-    def source_info(self, name: str) -> TensorInfo:
-        return self._locations[name].info
 
     def read_source(self, name: str) -> Tensor:
         """A tensor under the checkpoint's own name."""
@@ -270,6 +267,3 @@ def _locate(path: Path) -> dict[str, _Location]:
     if problems:
         raise ModelError(problems)
     return locations
-
-
-WeightReader = Callable[[str], "Tensor"]

@@ -25,13 +25,13 @@ from quantflow.formats import FORMATS
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import TOKENIZER_FILES, Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
+from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump
 
 T = TypeVar("T")
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 BASE_BYTES = 100 * 2**20  # the tokenizer, oneDNN's compiled kernels, the allocator's slack
-ELEMENTS_AT_ONCE = 2**23  # weights that GPTQ solves together (`quant/gptq.py`)
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
 
 

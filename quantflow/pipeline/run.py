@@ -22,7 +22,7 @@ from quantflow import __version__
 from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_entries, is_whole, read_manifest
 from quantflow.artifacts.fingerprint import digest, source_digest
 from quantflow.artifacts.store import write_json
-from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.calibration.data import Windows
 from quantflow.errors import DataError, ModelError, Problem, UserError
 from quantflow.evaluate.divergence import Variant, compare
 from quantflow.formats import FORMATS
@@ -32,6 +32,7 @@ from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan, check_output, parallel_dimension
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
+from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.grid import Scheme
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, Gptq, KvQparams, dump
@@ -77,8 +78,8 @@ def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
     tokenizer = load_tokenizer(plan.checkpoint.path) if plan.reads_calibration or evaluate else None
     windows = Windows([], frozenset(), "")
     if plan.reads_calibration and calibration:
-        windows = _windows(plan, tokenizer, "calibration", calibration, calibration.samples, calibration.seqlen)
-    held_out = _windows(plan, tokenizer, "evaluate", evaluate, evaluate.windows, evaluate.length) if evaluate else None
+        windows = recipe_windows(plan, tokenizer, calibration)
+    held_out = recipe_windows(plan, tokenizer, evaluate) if evaluate else None
     if held_out and (shared := windows.documents & held_out.documents):
         raise DataError(
             Problem("evaluate", f"{len(shared)} of its documents were used for calibration", "text that calibration has not seen",
@@ -170,23 +171,6 @@ def _lock(root: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(Problem(str(root), "another run is using this store", hint="Wait for it, or set QUANTFLOW_STORE")) from error
         yield
-
-
-def _windows(plan: Plan, tokenizer: Any, where: str, section: Any, count: int, length: int) -> Windows:
-    path = "calibration" if where == "calibration" else "stages.evaluate"
-    texts = documents(section.data, section.file, option=f"--set {path}.file=FILE")
-    windows = cut_windows(tokenizer, texts, count=count, length=length, skip=section.skip, source=Path(section.file or section.data).name)
-    largest = max(map(max, windows.tokens))
-    if largest >= plan.config.vocabulary:
-        raise UserError(
-            Problem(
-                f"{plan.checkpoint.path} tokenizer",
-                f"gives token {largest}",
-                f"ids below the model's vocabulary of {plan.config.vocabulary}",
-                "Tokenizer and weights are not of one model",
-            )
-        )
-    return windows
 
 
 def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from quantflow.artifacts.fingerprint import digest
-from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.calibration.data import Windows
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan
+from quantflow.pipeline.windows import recipe_windows
 
 
 def stored_layers(plan: Plan) -> int | None:
@@ -16,14 +19,8 @@ def stored_layers(plan: Plan) -> int | None:
     calibration = plan.recipe.calibration
     windows = Windows([], frozenset(), "")
     if plan.needs_stream and calibration:
-        from pathlib import Path
-
         if not Path(calibration.file or calibration.data).is_file():
             return None
-        texts = documents(calibration.data, calibration.file)
-        windows = cut_windows(
-            load_tokenizer(plan.checkpoint.path), texts, count=calibration.samples, length=calibration.seqlen, skip=calibration.skip,
-            source=calibration.data,
-        )  # fmt: skip
+        windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.path), calibration)
     key = plan.sweep_key(digest(sorted(digests.values())), windows.digest)
     return plan.store.finished_layers(key, plan.config.layers)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantflow.formats.base import Format, Spec
+from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import INDEX, Checkpoint
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.models.tokenizer import export_tokenizer
@@ -123,8 +124,6 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
 
 
 def job_linears(job: PackJob, index: int) -> Iterator[str]:
-    from quantflow.models.architecture import linear_shapes
-
     return iter(linear_shapes(job.checkpoint.architecture, job.checkpoint.config, index))
 
 

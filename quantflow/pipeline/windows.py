@@ -1,0 +1,32 @@
+"""The token windows that a section of the recipe names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.errors import Problem, UserError
+from quantflow.pipeline.plan import Plan
+from quantflow.recipe import Calibration, Evaluate
+
+
+def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) -> Windows:
+    """The windows of `calibration` or `evaluate`. Raises DataError, and UserError for a tokenizer that is another model's."""
+    if isinstance(section, Calibration):
+        path, count, length = "calibration", section.samples, section.seqlen
+    else:
+        path, count, length = "stages.evaluate", section.windows, section.length
+    texts = documents(section.data, section.file, option=f"--set {path}.file=FILE")
+    windows = cut_windows(tokenizer, texts, count=count, length=length, skip=section.skip, source=Path(section.file or section.data).name)
+    largest = max(map(max, windows.tokens))
+    if largest >= plan.config.vocabulary:
+        raise UserError(
+            Problem(
+                f"{plan.checkpoint.path} tokenizer",
+                f"gives token {largest}",
+                f"ids below the model's vocabulary of {plan.config.vocabulary}",
+                "Tokenizer and weights are not of one model",
+            )
+        )
+    return windows
