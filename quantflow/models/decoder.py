@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantflow.models.architecture import Architecture
+from quantflow.models.attention import causal_attention
 from quantflow.models.config import DecoderConfig
 from quantflow.models.rope import rotary_table, rotate
 
@@ -49,14 +50,24 @@ def activate(name: str, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
+NORM_ELEMENTS = 2**20  # elements that are normalised together: their float32 copies stay in the cache
+
+
 def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """RMSNorm or LayerNorm over the last dimension, in at least float32, in the dtype of `x`."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    k = x.shape[-1]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scale, shift = weight.to(wide), None if bias is None else bias.to(wide)
     if config.family == "opt":
-        return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), None if bias is None else bias.to(wide.dtype), config.norm_eps).to(
-            x.dtype
-        )
-    return F.rms_norm(wide, x.shape[-1:], weight.to(wide.dtype), config.norm_eps).to(x.dtype)
+        return F.layer_norm(x.to(wide), (k,), scale, shift, config.norm_eps).to(x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = max(1, NORM_ELEMENTS // k) if x.device.type == "cpu" else x.numel()
+    for source, target in zip(x.reshape(-1, k).split(rows), out.view(-1, k).split(rows), strict=True):
+        part = source.to(wide)
+        # On a CPU the mean of squares from `vector_norm` takes a twelfth of the time of `rms_norm`'s.
+        power = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(k)
+        target.copy_((part * power.add_(config.norm_eps).rsqrt_()).mul_(scale))
+    return out
 
 
 class DecoderLayer:
@@ -105,15 +116,7 @@ class DecoderLayer:
             q = q * (positions.log() / math.log(config.logn_length)).clamp(min=1.0).to(q.dtype)[:, None]
         if observe:
             k, v = observe(k, v)
-        grouped = config.heads != config.kv_heads
-        window = config.window(self.index)
-        if window is not None and window < length:
-            at = torch.arange(length, device=h.device)
-            mask = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - window)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return out.transpose(1, 2).reshape(b, length, -1)
+        return causal_attention(q, k, v, config.window(self.index)).transpose(1, 2).reshape(b, length, -1)
 
     def attention_output(self, context: Tensor) -> Tensor:
         return self.linear(self.names.o, context)
@@ -123,7 +126,7 @@ class DecoderLayer:
         gate, up, _ = self.names.mlp(expert)
         if not gate:
             return activate(self.config.activation, self.linear(up, h))
-        return activate(self.config.activation, self.linear(gate, h)) * self.linear(up, h)
+        return activate(self.config.activation, self.linear(gate, h)).mul_(self.linear(up, h))
 
     def mlp_output(self, inner: Tensor, expert: int | None = None) -> Tensor:
         return self.linear(self.names.mlp(expert)[2], inner)
