@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HESSIAN_ROWS = 1024  # rows of one partial product
-SPLIT_CHANNELS = 512  # from here on a symmetric product is worth splitting
+HESSIAN_ROWS = 2048  # rows of one partial product
+FEW_ROWS = 1024  # fewer are multiplied exactly
+HESSIAN_BLOCK = 256  # rows of the symmetric sum that are computed together, from the diagonal on
 
 
 class ChannelStatistics:
@@ -80,36 +81,35 @@ class Hessian:
     Many bfloat16 rows are multiplied as they are, `HESSIAN_ROWS` at a time, and summed in float32: on a CPU with bf16
     arithmetic that is two to five times as fast, and the rounding of many partial products averages out. Few rows (an expert's)
     have nothing to average over, and a float16 product overflows: both are multiplied in float32, and so are all if `exact`.
-    rounded: whether some product was not.
+    Only blocks on and above the diagonal are computed.
+    rounded: whether some product was not exact.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", *, exact: bool = False) -> None:
         self._exact, self.rounded = exact, False
         self._sum = torch.zeros(channels, channels, device=device)
-        self._half = channels // 2 if channels >= SPLIT_CHANNELS else channels
+        self._blocks = [slice(a, min(a + HESSIAN_BLOCK, channels)) for a in range(0, channels, HESSIAN_BLOCK)]
         self.rows = 0
 
     @property
     def matrix(self) -> Tensor:
         """`Xᵀ X`, symmetric."""
-        self._sum[self._half :, : self._half] = self._sum[: self._half, self._half :].T
+        for block in self._blocks:
+            self._sum[block.stop :, block] = self._sum[block, block.stop :].T
         return self._sum
 
     def add(self, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1])
-        exact = self._exact or flat.dtype != torch.bfloat16 or len(flat) < HESSIAN_ROWS
+        exact = self._exact or flat.dtype != torch.bfloat16 or len(flat) < FEW_ROWS
         self.rounded |= not exact
-        for rows in flat.split(HESSIAN_ROWS):
-            if exact:
-                wide = rows.float()
-                self._sum.addmm_(wide.T, wide)
-                continue
-            # Of the four quarters one is another's transpose.
-            left, right = rows[:, : self._half], rows[:, self._half :]
-            self._sum[: self._half, : self._half] += left.T @ left
-            if right.shape[1]:
-                self._sum[: self._half, self._half :] += left.T @ right
-                self._sum[self._half :, self._half :] += right.T @ right
+        for part in flat.split(HESSIAN_ROWS):
+            rows = part.float() if exact else part
+            for block in self._blocks:
+                left, right, total = rows[:, block].T, rows[:, block.start :], self._sum[block, block.start :]
+                if exact:
+                    total.addmm_(left, right)
+                else:
+                    total += left @ right
         self.rows += len(flat)
 
 

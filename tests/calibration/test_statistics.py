@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantflow.calibration.statistics import HESSIAN_ROWS, BlockHessian, ChannelStatistics, Hessian, KVStatistics
+from quantflow.calibration.statistics import HESSIAN_BLOCK, HESSIAN_ROWS, BlockHessian, ChannelStatistics, Hessian, KVStatistics
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -107,6 +107,18 @@ def test_hessian_is_that_of_all_rows(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.matrix, found.matrix.T, rtol=TOLERANCES[dtype], atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_hessian_of_more_channels_than_a_block(dtype: torch.dtype) -> None:
+    channels = 2 * HESSIAN_BLOCK + 40
+    found, x = Hessian(channels), random(3, 1500, channels).to(dtype)
+    for part in x:
+        found.add(part)
+        _ = found.matrix  # reading it in between changes nothing
+    rows = x.reshape(-1, channels).double()
+    assert relative_to_diagonal(found.matrix, rows.T @ rows) < TOLERANCES[dtype]
+    assert torch.equal(found.matrix, found.matrix.T)
+
+
 def test_hessian_by_hand() -> None:
     found = Hessian(2)
     found.add(torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.bfloat16))
@@ -128,7 +140,7 @@ def test_blocks_are_the_hessians() -> None:
 
 def test_large_float16_activations_do_not_overflow() -> None:
     # 1024 rows of 10 give 102400, which float16 does not have.
-    x = torch.full((HESSIAN_ROWS, 4), 10.0, dtype=torch.float16)
+    x = torch.full((1024, 4), 10.0, dtype=torch.float16)
     whole, blocks = Hessian(4), BlockHessian(4, 2)
     whole.add(x)
     blocks.add(x)
