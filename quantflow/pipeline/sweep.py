@@ -299,7 +299,7 @@ def _gptq_layer(
         mid.write(a, layer.context(layer.attention_input(x.read(a, b)), kv))
     solve([names.o], mid.shape[2], lambda: (mid.read(a, b) for a, b in spans))
     for a, b in spans:
-        x.write(a, x.read(a, b) + layer.attention_output(mid.read(a, b)))
+        x.write(a, layer.attention_output(mid.read(a, b)).add_(x.read(a, b)))
     if layer.moe:
         _gptq_experts(context, layer, x, spans, solve)
         return done
@@ -316,9 +316,11 @@ def _gptq_layer(
     width = context.plan.config.width(index)
     kept = down in schemes and inner is not None
     solve([down], width, inner_rows)
+    if index + 1 == context.plan.config.layers:
+        return done  # what the last layer puts out feeds nothing
     for a, b in spans:
         value = inner.read(a, b) if kept and inner else layer.inner(layer.mlp_input(x.read(a, b)))
-        x.write(a, x.read(a, b) + layer.mlp_output(value))
+        x.write(a, layer.mlp_output(value).add_(x.read(a, b)))
     return done
 
 

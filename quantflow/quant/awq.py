@@ -50,7 +50,10 @@ def rounded(weight: Tensor, scale: Tensor, scheme: Scheme, rules: GridRules) -> 
     return decode(encode(grouped(scaled, scheme), grid, scheme), grid).view_as(scaled) / scale
 
 
-def linear_loss(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """`||(W - Ŵ) X||²`: the exact loss on a linear's output, from its Hessian."""
+def linear_loss(weight: Tensor, approximation: Tensor, *, hessian: Tensor | None = None, rows: Tensor | None = None) -> float:
+    """`||(W - Ŵ) X||²`: the exact loss on a linear's output, from its inputs `rows` `[T, K]` or from their Hessian `[K, K]`."""
     difference = weight.float() - approximation
+    if rows is not None:
+        return float((rows.float() @ difference.T).square().sum())
+    assert hessian is not None
     return float(((difference @ hessian) * difference).sum())

@@ -20,12 +20,13 @@ DAMP_LADDER = (1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class Factor:
-    """The upper Cholesky factor of the damped Hessian's inverse, in the order the columns are rounded.
+    """The upper Cholesky factor `U` of the damped Hessian's inverse, in the order the columns are rounded, as the recursion needs it.
 
-    order: `[K]`, the column rounded at each step. fallback: what had to be done, "" if nothing.
+    ratios: `U[i, j] / U[i, i]`, `[K, K]`: what column j takes of column i's rounding error. order: `[K]`, the column rounded at
+    each step. fallback: what had to be done, "" if nothing.
     """
 
-    upper: Tensor
+    ratios: Tensor
     order: Tensor
     fallback: str = ""
 
@@ -46,21 +47,37 @@ def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=hessian.device)
     attempts = [(damp * times, 0.0, f"damping {damp * times:g}" if times > 1 else "") for times in DAMP_LADDER]
     attempts.append((damp * DAMP_LADDER[-1], 1.0, "diagonal floored at its mean"))
+    backwards = order.flip(0)
     for amount, floor, note in attempts:
         # One K×K matrix after the other, each freed once the next is there: with the Hessian, at most three.
-        matrix = hessian[order][:, order] if act_order else hessian.clone()
-        matrix.diagonal().copy_(diagonal[order].clamp(min=mean * floor) + amount * mean)
+        matrix = hessian[backwards][:, backwards] if act_order else hessian.flip(0, 1)
+        matrix.diagonal().copy_(diagonal[backwards].clamp(min=mean * floor) + amount * mean)
         matrix, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, info = torch.linalg.cholesky_ex(matrix, upper=True)
-            if int(info) == 0 and bool(matrix.isfinite().all()):
-                return Factor(matrix, order, note)
+            # H = V Vᵀ with V upper triangular, from the Cholesky factor of H backwards; then H⁻¹ = Uᵀ U with U = V⁻¹. Against
+            # inverting H and factorising that, as the paper does, it takes a third of the time and rounds less.
+            matrix = matrix.flip(0, 1)
+            _invert_upper(matrix)
+            if bool(matrix.isfinite().all()):
+                return Factor(matrix.div_(matrix.diagonal().clone()[:, None]), order, note)
     return None
 
 
-ELEMENTS_AT_ONCE = 2**23  # weights that are solved together
-LEAF = 16  # columns between which corrections go one by one
+def _invert_upper(matrix: Tensor) -> None:
+    """Inverts an upper triangular matrix in place, by halves, so that nearly all of it is matrix products."""
+    k = len(matrix)
+    if k <= 256:
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(k, dtype=matrix.dtype, device=matrix.device), upper=True))
+        return
+    half = k // 2
+    left, corner, right = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    _invert_upper(left)
+    _invert_upper(right)
+    corner.copy_(left @ corner @ right).neg_()
+
+
+ELEMENTS_AT_ONCE = 2**22  # weights that are solved together
+LEAF = 8  # columns between which corrections go one by one
 
 
 def in_halves(start: int, stop: int, unit: int, columns: Callable[[int, int], None], carry: Callable[[int, int, int], None]) -> None:
@@ -125,13 +142,16 @@ def _solve(
     else:
         grid = find_grid(base.contiguous(), scheme, rules, search=search, importance=blocks)
         scales, zeros = grid.scales, grid.zeros
-    # Work on the transpose: a channel is then a contiguous row.
+    # Work on the transpose: a channel is then a contiguous row. Views of all rows are made once: in a loop they cost as much as
+    # the arithmetic does.
     w = weight[:, order].T.contiguous()
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    codes, errors = torch.empty_like(w), torch.empty_like(w)  # codes are kept less their zero points here
+    w_rows, code_rows, error_rows = w.unbind(), codes.unbind(), errors.unbind()
     # The group of the channel rounded at each step.
     group_at = (torch.arange(k, device=w.device) if permuted else order).div(group, rounding_mode="floor").tolist()
     scales_t, zeros_t = scales.T.contiguous(), zeros.T.contiguous()
-    upper, pivots = factor.upper, factor.upper.diagonal().tolist()
+    lowest, highest = -zeros_t, scheme.levels - zeros_t
+    of_group = list(zip(scales_t.unbind(), lowest.unbind(), highest.unbind(), strict=True))
     one_group = Scheme(scheme.bits, group, scheme.symmetric)
 
     def columns(start: int, stop: int) -> None:
@@ -141,21 +161,21 @@ def _solve(
                 # Halves end where groups do, so the whole group has taken all corrections from the left.
                 found = find_grid(w[i : i + group].T.contiguous(), one_group, rules, search=search, importance=_pick(blocks, g))
                 scales_t[g], zeros_t[g] = found.scales[:, 0], found.zeros[:, 0]
-            scale, zero = scales_t[g], zeros_t[g]
-            code = torch.div(w[i], scale, out=codes[i]).add_(zero).round_().clamp_(0, scheme.levels)
-            error = torch.sub(code, zero, out=errors[i]).mul_(scale).sub_(w[i]).div_(-pivots[i])
+                lowest[g], highest[g] = -zeros_t[g], scheme.levels - zeros_t[g]
+            scale, low, high = of_group[g]
+            code = torch.div(w_rows[i], scale, out=code_rows[i]).round_().clamp_(low, high)
+            error = torch.mul(code, scale, out=error_rows[i]).sub_(w_rows[i])
             if i + 1 < stop:
-                w[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+                w[i + 1 : stop].addr_(factor.ratios[i, i + 1 : stop], error)
 
     def correct(start: int, middle: int, stop: int) -> None:
-        w[middle:stop].addmm_(upper[start:middle, middle:stop].T, errors[start:middle], alpha=-1)
+        w[middle:stop].addmm_(factor.ratios[start:middle, middle:stop].T, errors[start:middle])
 
     in_halves(0, k, group if act_order == "none" else 1, columns, correct)
     # Back to the order in which groups are runs of `group` channels: the weight's own, or the permuted one.
     if not permuted:
-        codes_in_groups = torch.empty_like(codes)
-        codes_in_groups[order] = codes
-        codes = codes_in_groups
+        codes = torch.empty_like(codes).index_copy_(0, order, codes)
+    codes += zeros_t.repeat_interleave(group, 0)
     if refine:
         codes, scales_t = refine_codes(base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine)
     grid = Grid(scales_t.T.contiguous(), zeros_t.T.contiguous())
@@ -172,9 +192,10 @@ def refine_codes(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes and scales of no larger output error `tr((W - Ŵ) H (W - Ŵ)ᵀ)`, by cyclic coordinate descent.
 
-    weight, codes: transposed, `[K, N]`; scales, zeros: `[G, N]`. Each pass sets every group's scale to its least-squares
-    optimum (kept where, rounded to its stored dtype, it still helps), then every code to the best one while the others stand
-    (QuantEase, Behdin et al. 2023, eq. 9). GPTQ decides each code once, before later ones are known; this lets it think again.
+    weight, codes: transposed, `[K, N]`; scales, zeros: `[G, N]`. Each pass goes through the groups: it sets the scale to its
+    least-squares optimum (kept where, rounded to its stored dtype, it still helps), then every code to the best one while the
+    others stand (QuantEase, Behdin et al. 2023, eq. 9). GPTQ decides each code once, before later ones are known; this lets it
+    think again.
     """
     k = weight.shape[0]
     group = k // scales.shape[0]
@@ -184,37 +205,45 @@ def refine_codes(
     scales = scales.clone()
     value = centred * scales.repeat_interleave(group, 0)
     slope = hessian @ (weight - value)  # minus half the gradient, [K, N]
-    changes = torch.empty_like(value)
+    # What a column's scale and its code changed in its value.
+    by_scale, by_code = torch.empty_like(value), torch.empty_like(value)
+    slope_rows, value_rows, change_rows, centred_rows = (t.unbind() for t in (slope, value, by_code, centred))
+    of_group = list(zip(scales.unbind(), (-zeros).unbind(), (scheme.levels - zeros).unbind(), strict=True))
+
+    def rescale(g: int, stop: int) -> None:
+        part = slice(g * group, (g + 1) * group)
+        reach = slice(part.start, max(part.stop, stop))  # short groups: the leaf holds several
+        c, block = centred[part], hessian[part, part]
+        curvature = ((block @ c) * c).sum(0)
+        downhill = (c * slope[part]).sum(0)
+        wanted = scales[g] + torch.where(curvature > 0, downhill / curvature.clamp(min=1e-30), 0)
+        step = torch.where(wanted > 0, rules.round_scale(wanted.clamp(min=0)), scales[g]) - scales[g]
+        step = torch.where(step * (2 * downhill - step * curvature) > 0, step, 0)
+        scales[g] += step
+        value[part] += torch.mul(c, step, out=by_scale[part])
+        slope[reach].addmm_(hessian[reach, part], by_scale[part], alpha=-1)
 
     def columns(start: int, stop: int) -> None:
         for j in range(start, stop):
-            scale, zero = scales[j // group], zeros[j // group]
-            best = torch.div(slope[j], pivots[j], out=centred[j]).add_(value[j]).div_(scale).add_(zero)
-            best.round_().clamp_(0, scheme.levels).sub_(zero)
-            change = torch.mul(best, scale, out=changes[j]).sub_(value[j])
-            value[j] += change
+            if j % group == 0:
+                rescale(j // group, stop)
+            scale, low, high = of_group[j // group]
+            best = torch.add(value_rows[j], slope_rows[j], alpha=1 / pivots[j], out=centred_rows[j]).div_(scale).round_().clamp_(low, high)
+            change = torch.mul(best, scale, out=change_rows[j]).sub_(value_rows[j])
             if j + 1 < stop:
-                slope[j + 1 : stop].addr_(hessian[j + 1 : stop, j], change, alpha=-1)
+                slope[j + 1 : stop].addr_(hessian[j, j + 1 : stop], change, alpha=-1)
 
     def carry(start: int, middle: int, stop: int) -> None:
-        slope[middle:stop].addmm_(hessian[middle:stop, start:middle], changes[start:middle], alpha=-1)
+        # A group's own columns have seen the change of its scale already.
+        across = stop - start > group
+        change = by_scale[start:middle] + by_code[start:middle] if across else by_code[start:middle]
+        slope[middle:stop].addmm_(hessian[middle:stop, start:middle], change, alpha=-1)
 
-    for _ in range(passes):
-        for g in range(k // group):
-            part = slice(g * group, (g + 1) * group)
-            c = centred[part]
-            curvature = ((hessian[part, part] @ c) * c).sum(0)
-            downhill = (c * slope[part]).sum(0)
-            wanted = scales[g] + torch.where(curvature > 0, downhill / curvature.clamp(min=1e-30), 0)
-            step = torch.where(wanted > 0, rules.round_scale(wanted.clamp(min=0)), scales[g]) - scales[g]
-            step = torch.where(step * (2 * downhill - step * curvature) > 0, step, 0)
-            scales[g] += step
-            change = c * step
-            value[part] += change
-            slope.addmm_(hessian[:, part], change, alpha=-1)
-        in_halves(0, k, 1, columns, carry)
-        # `carry` looks ahead only: what later columns changed for earlier ones comes in one product.
-        torch.matmul(hessian, torch.sub(weight, value, out=changes), out=slope)
+    for left in reversed(range(passes)):
+        in_halves(0, k, group, columns, carry)
+        value += by_code
+        if left:  # `carry` looks ahead only: what later columns changed for earlier ones comes in one product
+            torch.matmul(hessian, weight - value, out=slope)
     return centred + zeros.repeat_interleave(group, 0), scales
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantflow.quant.grid import QuantizedTensor, Scheme
 
 SHRINK_STEPS = tuple(1 - 0.05 * i for i in range(11))  # of the range, in a range search: 1.0 down to 0.5
+SEARCH_ELEMENTS = 2**19  # weights whose range is searched together: what the search makes of them stays in the cache
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,10 @@ def find_grid(weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool 
 
     The search shrinks both ends together, then each alone around the best (an outlier usually sits on one side).
     """
+    rows = max(1, SEARCH_ELEMENTS // weight.shape[1])
+    if search and len(weight) > rows:
+        found = [find_grid(part, scheme, rules, search=True, importance=importance) for part in weight.split(rows)]
+        return Grid(torch.cat([grid.scales for grid in found]), torch.cat([grid.zeros for grid in found]))
     parts = grouped(weight, scheme)
     low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
     best = grid_of_range(low, high, scheme, rules)
@@ -126,7 +131,10 @@ def find_grid(weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool 
 
     def consider(by_low: Tensor | float, by_high: Tensor | float) -> None:
         grid = grid_of_range(low * by_low, high * by_high, scheme, rules)
-        loss = group_loss(decode(encode(parts, grid, scheme), grid).sub_(parts), importance)
+        # decode(encode(parts)) - parts, without a detour over unsigned codes.
+        scale, zero = grid.scales[:, :, None], grid.zeros[:, :, None]
+        rounded = torch.div(parts, scale).round_().clamp_(-zero, scheme.levels - zero)
+        loss = group_loss(rounded.mul_(scale).sub_(parts), importance)
         better = loss < least
         for kept, new in ((least, loss), (scales, grid.scales), (zeros, grid.zeros)):
             torch.where(better, new, kept, out=kept)

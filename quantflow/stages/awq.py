@@ -35,8 +35,8 @@ SCREENING_SHARE = 4  # one part in so many of the sample sorts the candidates
 FINALISTS = 5  # of them, and the identity, are tried on the whole sample
 
 _Candidate = tuple[str, Tensor]
-Rounder = Callable[[Tensor, Tensor, Scheme, Tensor], Tensor]
-"""The weight `[N, K]` as the recipe's next stage would round it: (weight, scale, scheme, Hessian of the unscaled input)."""
+Rounder = Callable[[Tensor, Tensor], Callable[[Tensor, Scheme], Tensor]]
+"""How the recipe's next stage would round: (Hessian of the unscaled input, scale) -> (weight `[N, K]`, scheme) -> rounded weight."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,12 @@ class _Search:
         """
         weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
         quantised = [n for n in group if n in self.schemes]
+        flat = x.reshape(-1, x.shape[-1])
+        few = len(flat) < flat.shape[1]  # then a loss costs less from the rows than from their Hessian
         hessian = None
-        if parent is None or self.round_finally:
+        if self.round_finally or (parent is None and not few):
             accumulated = Hessian(x.shape[-1], x.device)
-            accumulated.add(x)
+            accumulated.add(flat)
             hessian = accumulated.matrix
 
         def losses(tried: list[_Candidate], rows: Tensor, round_finally: Rounder | None = None) -> list[tuple[float, _Candidate]]:
@@ -73,13 +75,14 @@ class _Search:
 
         def loss(scale: Tensor, rows: Tensor, target: Tensor | None, round_finally: Rounder | None) -> float:
             full, total = channels.expand(scale), 0.0
+            round_scaled = round_finally(hessian, full) if round_finally and hessian is not None else None
             for n in quantised:
-                if round_finally and hessian is not None:
-                    weight = round_finally(weights[n], full, self.schemes[n], hessian)
+                if round_scaled:
+                    weight = round_scaled(weights[n], self.schemes[n])
                 else:
                     weight = rounded(weights[n], full, self.schemes[n], self.rules)
-                if parent is None and hessian is not None:
-                    total += linear_loss(weights[n], weight, hessian)
+                if parent is None:
+                    total += linear_loss(weights[n], weight, hessian=hessian, rows=flat if few else None)
                 else:
                     self.layer.tensors[f"{n}.weight"] = weight.to(self.layer.dtype)
             if parent and target is not None:
@@ -88,7 +91,7 @@ class _Search:
                 self.layer.tensors[f"{n}.weight"] = weight
             return total if math.isfinite(total) else math.inf
 
-        activation = channels.reduce(x.reshape(-1, x.shape[-1]).abs().mean(0, dtype=torch.float32))
+        activation = channels.reduce(flat.abs().mean(0, dtype=torch.float32))
         profile = channels.reduce(weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]]))
         tried = list(candidates(activation, profile, self.grid))
         identity = tried[0]

@@ -14,6 +14,7 @@ from quantflow.calibration.statistics import Hessian
 from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
 from quantflow.quant.grid import QuantizedTensor, Scheme
 from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.stages.awq import Rounder
 from quantflow.stages.folding import Folding
 
 
@@ -80,15 +81,19 @@ def gptq_group(
     return found
 
 
-def gptq_rounder(rules: GridRules, settings: Any) -> Callable[[Tensor, Tensor, Scheme, Tensor], Tensor]:
+def gptq_rounder(rules: GridRules, settings: Any) -> Rounder:
     """What GPTQ (without refinement) makes of a scaled weight, seen from the unscaled input: for AWQ's choice among its finalists."""
 
-    def round_scaled(weight: Tensor, scale: Tensor, scheme: Scheme, hessian: Tensor) -> Tensor:
+    def rounder(hessian: Tensor, scale: Tensor) -> Callable[[Tensor, Scheme], Tensor]:
         scaled = hessian / scale[:, None] / scale
         factor = factorize(scaled, damp=settings.damp, act_order=settings.act_order != "none")
-        result = quantize_gptq(
-            weight.float() * scale, scaled, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=0,
-        )  # fmt: skip
-        return result.tensor.dequantize() / scale
 
-    return round_scaled
+        def round_scaled(weight: Tensor, scheme: Scheme) -> Tensor:
+            result = quantize_gptq(
+                weight.float() * scale, scaled, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=0,
+            )  # fmt: skip
+            return result.tensor.dequantize() / scale
+
+        return round_scaled
+
+    return rounder

@@ -83,6 +83,7 @@ def test_rounded_is_what_a_scaled_linear_computes_with(scheme: Scheme) -> None:
 def test_linear_loss_is_that_of_the_output() -> None:
     weight, approximation, x = random(6, 16), random(6, 16, seed=1), random(9, 16, seed=2)
     expected = float(((weight - approximation).double() @ x.double().T).square().sum())
-    assert linear_loss(weight, approximation, x.T @ x) == pytest.approx(expected, rel=1e-4)
-    assert linear_loss(weight.bfloat16(), weight.bfloat16().float(), x.T @ x) == 0.0
-    assert linear_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 3.0]])) == 7.0
+    assert linear_loss(weight, approximation, hessian=x.T @ x) == pytest.approx(expected, rel=1e-4)
+    assert linear_loss(weight, approximation, rows=x) == pytest.approx(expected, rel=1e-4)
+    assert linear_loss(weight.bfloat16(), weight.bfloat16().float(), hessian=x.T @ x) == 0.0
+    assert linear_loss(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 1.0]]), hessian=torch.tensor([[2.0, 1.0], [1.0, 3.0]])) == 7.0

@@ -275,7 +275,7 @@ def test_gptq_rounder_rounds_the_scaled_weight_for_the_scaled_input() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(6, 16, generator=generator), torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
     scale = torch.rand(16, generator=generator) * 4 + 0.1
-    found = gptq_rounder(RULES, Gptq(act_order="none"))(weight, scale, W3, x.T @ x)
+    found = gptq_rounder(RULES, Gptq(act_order="none"))(x.T @ x, scale)(weight, W3)
     given = x / scale  # what the folded linear reads
     hessian = given.T @ given
     factor = factorize(hessian, damp=Gptq().damp, act_order=False)
