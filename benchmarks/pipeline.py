@@ -22,6 +22,7 @@ from typing import Any
 CHILD = """
 import json, resource, sys, time
 import torch, tokenizers
+from quantflow.pipeline.estimate import estimate
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run
@@ -37,7 +38,7 @@ result = run(plan, Silent())
 seconds = time.perf_counter() - began
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"seconds": result.seconds, "total": seconds, "imports_bytes": imports, "peak_bytes": peak,
-    "estimate_bytes": plan.estimate.memory_bytes, "weight_bytes": plan.checkpoint.weight_bytes, "quality": result.quality}))
+    "estimate_bytes": estimate(plan).memory_bytes, "weight_bytes": plan.checkpoint.weight_bytes, "quality": result.quality}))
 """
 
 

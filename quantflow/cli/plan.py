@@ -42,9 +42,10 @@ def plan(
 
 def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
     """The plan as JSON-able data. stored: finished layers in the store, None where that is not known without reading weights."""
+    from quantflow.pipeline.estimate import estimate
     from quantflow.recipe import dump
 
-    estimate = plan.estimate
+    cost = estimate(plan)
     schemes = Counter(str(p.scheme) if p.scheme else f"kept ({p.reason})" for p in plan.linears)
     return {
         "name": plan.recipe.name,
@@ -58,10 +59,10 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         "stored_layers": stored,
         "weight_bytes": plan.checkpoint.weight_bytes,
         "estimate": {
-            "peak_memory_bytes": estimate.memory_bytes,
-            "store_bytes": estimate.store_bytes,
-            "artifact_bytes": estimate.artifact_bytes,
-            "seconds": round(estimate.seconds, 1),
+            "peak_memory_bytes": cost.memory_bytes,
+            "store_bytes": cost.store_bytes,
+            "artifact_bytes": cost.artifact_bytes,
+            "seconds": round(cost.seconds, 1),
         },
         "notes": list(plan.notes),
     }

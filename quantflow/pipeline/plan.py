@@ -9,7 +9,6 @@ import errno
 import fnmatch
 import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,13 +24,11 @@ from quantflow.formats import FORMATS
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import TOKENIZER_FILES, Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
-from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump
 
 T = TypeVar("T")
 BATCH_TOKENS = 4096  # tokens that go through a layer together
-BASE_BYTES = 100 * 2**20  # the tokenizer, oneDNN's compiled kernels, the allocator's slack
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
 
 
@@ -45,16 +42,6 @@ class LinearPlan:
     shape: tuple[int, int]
     scheme: Scheme | None
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Peak resident bytes above the imports, bytes on disk (store and artifact), and seconds (order of magnitude)."""
-
-    memory_bytes: int
-    store_bytes: int
-    artifact_bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -170,10 +157,6 @@ class Plan:
         """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats of an asymmetric grid."""
         asymmetric = any(p.scheme is not None and not p.scheme.symmetric for p in self.linears)
         return int(asymmetric and any(p.format == "gptq" for p in self.packs))
-
-    @property
-    def estimate(self) -> Estimate:
-        return estimate(self)
 
 
 def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False) -> Plan:
@@ -381,79 +364,6 @@ def check_output(plan: Plan) -> None:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OutputError(Problem(str(folder), error.strerror or str(error), "a writable directory", "Pass --output DIR")) from error
-
-
-def quantised_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
-    """Bytes of one packed weight: codes, 16-bit scales and, asymmetric, zeros."""
-    n, k = shape
-    groups = scheme.groups(k)
-    return n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * 2 + (0 if scheme.symmetric else n * groups * scheme.bits // 8)
-
-
-def estimate(plan: Plan) -> Estimate:
-    """Memory, disk and time, from shapes alone. The terms are those of the sweep, held against measured peaks by a test."""
-    config, checkpoint = plan.config, plan.checkpoint
-    item = 4 if config.dtype == "float32" else 2
-    per_layer: Counter[int] = Counter()
-    for linear in plan.linears:
-        per_layer[linear.layer] += linear.shape[0] * linear.shape[1]
-    layer = max(per_layer.values()) * item
-    widest = max(n * k for n, k in (p.shape for p in plan.linears))
-    outer = sum(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
-    largest_outer = max(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
-    calibration, gptq = plan.recipe.calibration, plan.stage(Gptq)
-    compute = 4 if plan.compute_dtype == "float32" else 2
-    held = 0
-    batch = 0
-    if calibration and (plan.stream_windows or plan.stage(Calibrate)):
-        tokens = max(plan.stream_windows, calibration.samples if plan.stage(Calibrate) else 0) * calibration.seqlen
-        stream = tokens * config.hidden * compute
-        held = 3 * stream if 3 * stream <= activation_budget() else 0
-        width = max(config.intermediate, config.dense_intermediate, config.hidden)
-        batch_tokens = max(BATCH_TOKENS, calibration.seqlen)
-        batch = batch_tokens * (3 * width + 6 * config.hidden) * compute
-        held += largest_outer
-    awq = plan.stage(Awq)
-    if awq and calibration:
-        width = max(config.intermediate, config.dense_intermediate)
-        held += min(awq.max_tokens, calibration.samples * calibration.seqlen) * (6 * config.hidden + 2 * width) * compute
-    if gptq:
-        memory = layer * 5 // 2 + max(_solver_bytes(plan), batch) + held
-    elif plan.needs_stream:
-        memory = layer * 5 // 2 + max(4 * widest, batch) + held
-    else:
-        memory = layer * 7 // 2  # this layer's weights and the next one's, codes, and what is being saved
-    memory = BASE_BYTES + max(memory, 2 * largest_outer)
-    evaluate = plan.stage(Evaluate)
-    if evaluate:
-        tokens = evaluate.windows * evaluate.length
-        logits = BATCH_TOKENS // 4 * config.vocabulary * 4
-        memory = max(memory, 2 * layer // item * 4 + outer // item * 4 + 3 * tokens * config.hidden * 4 + 6 * logits)
-    packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
-        p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
-    )
-    outputs = len(plan.packs) * (1 + (plan.tp > 1))
-    tokens = (plan.stream_windows * calibration.seqlen) if calibration else 0
-    parameters = sum(per_layer.values())
-    flops = tokens * parameters * 2 * (1.5 + 1.0 * bool(plan.stage(Calibrate)))
-    if gptq:
-        flops += sum(
-            tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2) + 6 * p.shape[0] * p.shape[1] ** 2 for p in plan.linears
-        )
-    rate = 2.5e11 if plan.device == "cpu" else 2e14
-    seconds = flops / rate + checkpoint.weight_bytes / 4e8
-    stream_bytes = tokens * config.hidden * compute
-    return Estimate(int(memory), int(packed + 3 * stream_bytes), int(outputs * (packed + outer)), seconds)
-
-
-def _solver_bytes(plan: Plan) -> int:
-    """Peak of solving one group of linears that share an input, over all groups: while the Hessian is factorised, four K×K float32
-    matrices; while rows are rounded, two, the group's weights twice, and nine buffers of the rows that are solved together."""
-    names, config = plan.checkpoint.architecture.layer, plan.config
-    width, heads = max(config.width(i) for i in range(config.layers)), config.heads * config.head_dim
-    groups = [(heads + 2 * config.kv_heads * config.head_dim, config.hidden), (config.hidden, heads)]
-    groups += [((2 if names.gate else 1) * width, config.hidden), (config.hidden, width)]
-    return max(max(16 * k * k, 8 * k * k + 36 * min(ELEMENTS_AT_ONCE, n * k) + 8 * n * k) for n, k in groups)
 
 
 def activation_budget() -> int:

@@ -1,0 +1,101 @@
+"""What a plan will cost: memory, disk and time, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from quantflow.evaluate.divergence import BATCH_TOKENS as EVALUATED_TOGETHER
+from quantflow.evaluate.divergence import LOGIT_ELEMENTS
+from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
+from quantflow.quant.gptq import ELEMENTS_AT_ONCE
+from quantflow.quant.grid import Scheme
+from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
+
+BASE_BYTES = 100 * 2**20  # the tokenizer, oneDNN's compiled kernels, the allocator's slack
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak resident bytes above the imports, bytes on disk (store and artifact), and seconds (order of magnitude)."""
+
+    memory_bytes: int
+    store_bytes: int
+    artifact_bytes: int
+    seconds: float
+
+
+def quantised_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
+    """Bytes of one packed weight: codes, 16-bit scales and, asymmetric, zeros."""
+    n, k = shape
+    groups = scheme.groups(k)
+    return n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * 2 + (0 if scheme.symmetric else n * groups * scheme.bits // 8)
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Memory, disk and time, from shapes alone. The terms are those of the sweep, held against measured peaks by a test."""
+    config, checkpoint = plan.config, plan.checkpoint
+    item = 4 if config.dtype == "float32" else 2
+    per_layer: Counter[int] = Counter()
+    for linear in plan.linears:
+        per_layer[linear.layer] += linear.shape[0] * linear.shape[1]
+    layer = max(per_layer.values()) * item
+    widest = max(n * k for n, k in (p.shape for p in plan.linears))
+    outer = sum(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
+    largest_outer = max(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
+    calibration, gptq = plan.recipe.calibration, plan.stage(Gptq)
+    compute = 4 if plan.compute_dtype == "float32" else 2
+    held = 0
+    batch = 0
+    if calibration and (plan.stream_windows or plan.stage(Calibrate)):
+        tokens = max(plan.stream_windows, calibration.samples if plan.stage(Calibrate) else 0) * calibration.seqlen
+        stream = tokens * config.hidden * compute
+        held = 3 * stream if 3 * stream <= activation_budget() else 0
+        width = max(config.intermediate, config.dense_intermediate, config.hidden)
+        batch_tokens = max(BATCH_TOKENS, calibration.seqlen)
+        batch = batch_tokens * (3 * width + 6 * config.hidden) * compute
+        held += largest_outer
+    awq = plan.stage(Awq)
+    if awq and calibration:
+        width = max(config.intermediate, config.dense_intermediate)
+        held += min(awq.max_tokens, calibration.samples * calibration.seqlen) * (6 * config.hidden + 2 * width) * compute
+    if gptq:
+        memory = layer * 5 // 2 + max(_solver_bytes(plan), batch) + held
+    elif plan.needs_stream:
+        memory = layer * 5 // 2 + max(4 * widest, batch) + held
+    else:
+        memory = layer * 7 // 2  # this layer's weights and the next one's, codes, and what is being saved
+    memory = BASE_BYTES + max(memory, 2 * largest_outer)
+    evaluate = plan.stage(Evaluate)
+    if evaluate:
+        tokens = evaluate.windows * evaluate.length
+        streams = 2 * tokens * config.hidden * 4
+        in_layers = 3 * layer // item * 4 + max(EVALUATED_TOGETHER, evaluate.length) * (3 * config.intermediate + 6 * config.hidden) * 4
+        in_head = 2 * config.vocabulary * config.hidden * 4 + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
+        memory = max(memory, BASE_BYTES + streams + max(in_layers, in_head))
+    packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
+        p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
+    )
+    outputs = len(plan.packs) * (1 + (plan.tp > 1))
+    tokens = (plan.stream_windows * calibration.seqlen) if calibration else 0
+    parameters = sum(per_layer.values())
+    flops = tokens * parameters * 2 * (1.5 + 1.0 * bool(plan.stage(Calibrate)))
+    if gptq:
+        flops += sum(
+            tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2) + 6 * p.shape[0] * p.shape[1] ** 2 for p in plan.linears
+        )
+    rate = 2.5e11 if plan.device == "cpu" else 2e14
+    seconds = flops / rate + checkpoint.weight_bytes / 4e8
+    stream_bytes = tokens * config.hidden * compute
+    return Estimate(int(memory), int(packed + 3 * stream_bytes), int(outputs * (packed + outer)), seconds)
+
+
+def _solver_bytes(plan: Plan) -> int:
+    """Peak of solving one group of linears that share an input, over all groups: while the Hessian is factorised, four K×K float32
+    matrices; while rows are rounded, two, the group's weights twice, and nine buffers of the rows that are solved together."""
+    names, config = plan.checkpoint.architecture.layer, plan.config
+    width, heads = max(config.width(i) for i in range(config.layers)), config.heads * config.head_dim
+    groups = [(heads + 2 * config.kv_heads * config.head_dim, config.hidden), (config.hidden, heads)]
+    groups += [((2 if names.gate else 1) * width, config.hidden), (config.hidden, width)]
+    return max(max(16 * k * k, 8 * k * k + 36 * min(ELEMENTS_AT_ONCE, n * k) + 8 * n * k) for n, k in groups)
