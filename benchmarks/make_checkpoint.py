@@ -24,6 +24,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": {"family": "llama", "hidden": 4096, "inner": 14336, "layers": 32, "heads": 32, "kv": 8, "vocabulary": 128256},
     # Many small layers: what must stay flat is memory against depth.
     "llama-4g": {"family": "llama", "hidden": 2048, "inner": 5632, "layers": 43, "heads": 16, "kv": 8, "vocabulary": 32000},
+    # As small as the model can be for its own arrays, and not the interpreter's, to make the peak.
+    "llama-small": {"family": "llama", "hidden": 1536, "inner": 4096, "layers": 3, "heads": 12, "kv": 4, "vocabulary": 16384},
     "llama-1b": {"family": "llama", "hidden": 2048, "inner": 5632, "layers": 22, "heads": 32, "kv": 4, "vocabulary": 32000},
 }
 DEMO = Path(__file__).resolve().parents[1] / "calib_data" / "demo_model"

@@ -25,11 +25,29 @@ from quantflow.models.checkpoint import read_json
 
 MANIFEST = "quantflow.json"
 RUN = "run.json"
+MANIFEST_KEYS = {
+    "name": str, "fingerprint": str, "status": str, "failed_gates": list, "formats": dict, "source": dict, "quality": dict, "files": dict,
+}  # fmt: skip
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of an artifact, or None where there is none."""
-    return read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+    """The manifest of an artifact, or None where there is none. Raises ModelError for one that is damaged."""
+    place = path / MANIFEST
+    if not place.is_file():
+        return None
+    manifest = read_json(place)
+    problems = [
+        Problem(f"{place} {key}", repr(manifest.get(key))[:80], f"{kind.__name__}", "The manifest is damaged: run the recipe again")
+        for key, kind in MANIFEST_KEYS.items()
+        if not isinstance(manifest.get(key), kind)
+    ]
+    if not problems:
+        parts = [*manifest["formats"].values(), *manifest["files"]]
+        outside = [p for p in parts if not isinstance(p, str) or Path(p).is_absolute() or ".." in Path(p).parts]
+        problems = [Problem(f"{place}", f"the place {p!r}", "a place in the artifact") for p in outside]
+    if problems:
+        raise ModelError(problems)
+    return manifest
 
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
@@ -60,6 +78,19 @@ def foreign_files(path: Path) -> list[str]:
     return [name for name in names if name not in listed]
 
 
+def _is_running(process: str) -> bool:
+    """Whether another process has that number (a folder of this one's own is left from before a restart)."""
+    if not process.isdecimal() or int(process) == os.getpid():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 @contextmanager
 def building(output: Path) -> Iterator[Path]:
     """A fresh folder that takes the place of `output` when the block ends well, and vanishes when it does not.
@@ -69,7 +100,8 @@ def building(output: Path) -> Iterator[Path]:
     output = output.resolve()  # through a link, the artifact goes where the link points
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f".{escape(output.name)}.partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        if not _is_running(left.name.rpartition("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:

@@ -12,12 +12,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
+from quantflow.errors import ModelError
+from quantflow.models.tensor_file import TensorFile
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -53,9 +55,11 @@ class Store:
         return self.folder(key) / f"stream-{index:05}.bin"
 
     def finished_layers(self, key: str, layers: int) -> int:
-        """How many layers, from the first on, have a result."""
+        """How many layers, from the first on, have a result (a torn file is as good as none)."""
         for index in range(layers):
-            if not self.layer(key, index).is_file():
+            try:
+                TensorFile(self.layer(key, index))
+            except ModelError:
                 return index
         return layers
 
@@ -100,6 +104,10 @@ class Store:
                 cache |= {identities[file]: found for file, found in zip(unknown, pool.map(file_digest, unknown), strict=True)}
             write_json(self.root / "hashes.json", cache)
         return {file: cache[identity] for file, identity in identities.items()}
+
+    def remember(self, digests: Mapping[Path, str]) -> None:
+        """Puts content hashes that are known into the cache."""
+        write_json(self.root / "hashes.json", self._cache() | {_identity(file): found for file, found in digests.items()})
 
     def _cache(self) -> dict[str, str]:
         try:

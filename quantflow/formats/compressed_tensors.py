@@ -150,6 +150,8 @@ class CompressedTensors:
         expect_shape(f"{module}.weight_packed", packed, (n, _words(k, bits)))
         expect_shape(f"{module}.weight_scale", scales, (n, groups))
         if scheme.symmetric:
+            if f"{module}.weight_zero_point" in tensors and bool(tensors[f"{module}.weight_zero_point"].any()):
+                raise FormatError(Problem(f"{module}.weight_zero_point", "zero points", "none, says quantization_config (symmetric)"))
             zeros = torch.full((n, groups), scheme.midpoint, dtype=torch.uint8, device=packed.device)
         else:
             words = take(tensors, f"{module}.weight_zero_point", torch.int32)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantflow.quant.grid import QuantizedTensor
 
 MANIFEST = "quantflow.json"
+KV_SUFFIXES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")  # of a KV cache that others calibrated
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -24,7 +25,10 @@ def checkpoint_folder(path: Path) -> Path:
     if not (path / "config.json").is_file() and (path / MANIFEST).is_file():
         folders = read_json(path / MANIFEST).get("formats")
         if isinstance(folders, dict) and folders:
-            return path / str(next(iter(folders.values())))
+            first = Path(str(next(iter(folders.values()))))
+            if first.is_absolute() or ".." in first.parts:
+                raise ModelError(Problem(f"{path / MANIFEST} formats", str(first), "a folder of the artifact"))
+            return path / first
     return path
 
 
@@ -39,12 +43,11 @@ class Weights:
         name = detect(self.checkpoint.raw_config)
         self.format: Format | None = FORMATS[name] if name else None
         self._config = self.checkpoint.quantization or {}
-        problems = [p for p in self.checkpoint.problems() if self.format is None]
-        if self.format:
-            missing = [n for n in self.checkpoint.expected if n not in self.checkpoint.sources and not self.is_quantised(n)]
-            if missing:
-                shown = ", ".join(missing[:4])
-                problems.append(Problem(str(path), f"{len(missing)} tensors are missing: {shown}", "a whole checkpoint"))
+        ranks = self.checkpoint.path / "tensor_parallel.json"
+        if ranks.is_file():
+            number = read_json(ranks).get("tensor_parallel")
+            raise ModelError(Problem(str(path), f"one of {number} tensor-parallel ranks", "a whole checkpoint"))
+        problems = self.checkpoint.problems(self._belongs)
         if problems:
             raise ModelError(problems)
 
@@ -59,13 +62,29 @@ class Weights:
     def is_quantised(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.modules
 
+    def _belongs(self, name: str) -> bool:
+        """Whether a tensor is part of a quantised module, or the weight of one."""
+        module = name.rpartition(".")[0]
+        if module in self.modules and self.format:
+            if name.endswith(".bias"):  # GPTQ's writers add biases of zeros
+                return f"{module}.bias" not in self.checkpoint.expected and not bool(self.checkpoint.read_source(name).any())
+            return name.endswith((".weight", *self.format.suffixes))
+        return self.format is not None and name.endswith(KV_SUFFIXES)
+
     def quantized(self, module: str) -> QuantizedTensor:
-        """The canonical tensor of a quantised module."""
+        """The canonical tensor of a quantised module. Raises ModelError where it does not fit the model, or is not finite."""
         assert self.format is not None
         names = [f"{module}{suffix}" for suffix in self.format.suffixes]
         present = set(self.checkpoint.source_names)
         tensors = {n: self.checkpoint.read_source(n) for n in names if n in present}
-        return self.format.decode(module, tensors, self._config)
+        tensor = self.format.decode(module, tensors, self._config)
+        expected = self.checkpoint.expected.get(f"{module}.weight")
+        if tensor.shape != expected:
+            found = f"shape {list(tensor.shape)}"
+            raise ModelError(Problem(f"{self.checkpoint.path} {module}", found, f"{list(expected or ())} by config.json"))
+        if not bool(tensor.scales.isfinite().all()):
+            raise ModelError(Problem(f"{self.checkpoint.path} {module}", "scales that are NaN or infinite", "finite scales"))
+        return tensor
 
     def tensor(self, name: str) -> Tensor:
         """A native tensor in float32 if it is quantised, else as stored."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,15 +131,17 @@ class Checkpoint:
         """Native name -> shape of every tensor the config asks for."""
         return dict(expected_tensors(self.architecture, self.config))
 
-    def problems(self) -> list[Problem]:
-        """What keeps this full-precision checkpoint from being read: missing, misshapen and unknown tensors."""
+    def problems(self, packed: Callable[[str], bool] = lambda name: False) -> list[Problem]:
+        """What keeps this checkpoint from being read: missing, misshapen and unknown tensors. packed: whether a name is that of a
+        quantised weight or of a tensor that it is packed into, which are for others to check."""
         if self.config_only:
             return []
         problems, missing = [], []
         for native, shape in self.expected.items():
             source = self.sources.get(native)
             if source is None:
-                missing.append(native)
+                if not packed(native):
+                    missing.append(native)
                 continue
             info = self._locations[source.name].info
             try:
@@ -158,7 +160,7 @@ class Checkpoint:
                 Problem(str(self.path), f"missing tensors: {names}", hint="Is a shard missing, or config.json another model's?")
             )
         known = set(self.expected) | {f"{self.architecture.head}.weight"}  # a tied head may be written all the same
-        unknown = [n for n in self.sources if n not in known]
+        unknown = [n for n in self.sources if n not in known and not packed(n)]
         if unknown:
             names = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
             problems.append(

@@ -77,6 +77,26 @@ def number(config: Mapping[str, Any], key: str, kind: type = int, default: Any =
     return kind(value)
 
 
+def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """`config[key]` as true or false; raises ConfigProblem for something else (a string "false" would count as true)."""
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigProblem(f"{key} is {value!r}, expected true or false")
+    return value
+
+
+MOST_LAYERS = 10_000
+
+
+def layer_count(config: Mapping[str, Any]) -> int:
+    """`num_hidden_layers`; raises ConfigProblem for a number that no model has, which would take for ever to plan."""
+    layers: int = number(config, "num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise ConfigProblem(f"num_hidden_layers is {layers}, expected at most {MOST_LAYERS}")
+    return layers
+
+
 def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope:
     """The rotary embedding of a Hugging Face config: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     scaling: dict[str, Any] = {}

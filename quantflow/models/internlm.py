@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
-from quantflow.models.config import ConfigProblem, DecoderConfig, number
+from quantflow.models.config import ConfigProblem, DecoderConfig, flag, number
 from quantflow.models.llama import read_llama_like
 
 _REMOTE_KEYS = ("auto_map", "bias", "attn_implementation", "_attn_implementation_autoset", "tokenizer_class", "rotary")
@@ -28,21 +28,21 @@ def _with_llama_rope(config: Json) -> Json:
 
 
 def _read_internlm(config: Json) -> DecoderConfig:
-    bias = bool(config.get("bias", True))
+    bias = flag(config, "bias", True)
     return read_llama_like(_with_llama_rope(config), attention_bias=bias, output_bias=bias)
 
 
 def _internlm_config(config: Json) -> Json:
-    return as_llama_config(_with_llama_rope(config), attention_bias=bool(config.get("bias", True)))
+    return as_llama_config(_with_llama_rope(config), attention_bias=flag(config, "bias", True))
 
 
 def _read_internlm2(config: Json) -> DecoderConfig:
-    bias = bool(config.get("bias", False))
+    bias = flag(config, "bias")
     return read_llama_like(config, attention_bias=bias, output_bias=bias)
 
 
 def _internlm2_config(config: Json) -> Json:
-    return as_llama_config(config, attention_bias=bool(config.get("bias", False)))
+    return as_llama_config(config, attention_bias=flag(config, "bias"))
 
 
 _INTERNLM2_NAMES = renamed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantflow.models.architecture import Architecture, Json
-from quantflow.models.config import ConfigProblem, DecoderConfig, number, read_dtype, read_rope
+from quantflow.models.config import ConfigProblem, DecoderConfig, flag, layer_count, number, read_dtype, read_rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
 
@@ -25,8 +25,8 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
     kv_heads = number(config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise ConfigProblem(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    layers = number(config, "num_hidden_layers")
-    bias = bool(config.get("attention_bias", False))
+    layers = layer_count(config)
+    bias = flag(config, "attention_bias")
     fields: dict[str, Any] = {
         "family": "llama",
         "hidden": hidden,
@@ -43,8 +43,8 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
         "rope": read_rope(config),
         "attention_bias": bias,
         "output_bias": bias,
-        "mlp_bias": bool(config.get("mlp_bias", False)),
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "mlp_bias": flag(config, "mlp_bias"),
+        "tied": flag(config, "tie_word_embeddings"),
     }
     return DecoderConfig(**{**fields, **changes})
 
@@ -53,7 +53,7 @@ def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> 
     """The sliding window of every layer from `first` on; () without one. absent: the family's where config.json says nothing."""
     if config.get("sliding_window", absent) is None:
         return ()
-    window, layers = number(config, "sliding_window", default=absent), number(config, "num_hidden_layers")
+    window, layers = number(config, "sliding_window", default=absent), layer_count(config)
     if kinds := config.get("layer_types"):
         if not isinstance(kinds, list):
             raise ConfigProblem(f"layer_types is {kinds!r}, expected a list")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from quantflow.models.architecture import Architecture, Json, Layer, Source
-from quantflow.models.config import ConfigProblem, DecoderConfig, number
+from quantflow.models.config import ConfigProblem, DecoderConfig, flag, layer_count, number
 from quantflow.models.llama import read_llama_like, read_windows
 
 _FUSED = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)")
@@ -51,7 +51,7 @@ def _read_mixtral(config: Json) -> DecoderConfig:
 
 
 def _read_qwen3_moe(config: Json) -> DecoderConfig:
-    layers, step = number(config, "num_hidden_layers"), number(config, "decoder_sparse_step", default=1)
+    layers, step = layer_count(config), number(config, "decoder_sparse_step", default=1)
     plain = set(config.get("mlp_only_layers") or ())
     dense = frozenset(i for i in range(layers) if i in plain or (i + 1) % step)
     return read_llama_like(
@@ -61,7 +61,7 @@ def _read_qwen3_moe(config: Json) -> DecoderConfig:
         # transformers 5 saves it under the second name.
         **_experts(config, "num_experts" if "num_experts" in config else "num_local_experts"),
         sliding_windows=read_windows(config) if config.get("use_sliding_window") else (),
-        renormalize=bool(config.get("norm_topk_prob", False)),
+        renormalize=flag(config, "norm_topk_prob"),
         dense_layers=dense,
         dense_intermediate=number(config, "intermediate_size"),
     )

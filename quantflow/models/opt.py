@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantflow.models.architecture import Architecture, Json, Layer, Source
-from quantflow.models.config import ConfigProblem, DecoderConfig, number, read_dtype
+from quantflow.models.config import ConfigProblem, DecoderConfig, flag, layer_count, number, read_dtype
 from quantflow.models.llama import read_activation
 
 
@@ -26,7 +26,7 @@ def _read(config: Json) -> DecoderConfig:
         family="opt",
         hidden=hidden,
         intermediate=number(config, "ffn_dim"),
-        layers=number(config, "num_hidden_layers"),
+        layers=layer_count(config),
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
@@ -38,7 +38,7 @@ def _read(config: Json) -> DecoderConfig:
         attention_bias=True,
         output_bias=True,
         mlp_bias=True,
-        tied=bool(config.get("tie_word_embeddings", True)),
+        tied=flag(config, "tie_word_embeddings", True),
     )
 
 

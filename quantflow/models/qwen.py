@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
-from quantflow.models.config import ConfigProblem, DecoderConfig, Rope, number, read_dtype
+from quantflow.models.config import ConfigProblem, DecoderConfig, Rope, flag, layer_count, number, read_dtype
 
 _NAMES = renamed(
     {
@@ -42,7 +42,7 @@ def _read(config: Json) -> DecoderConfig:
         family="llama",
         hidden=hidden,
         intermediate=number(config, "intermediate_size") // 2,  # Qwen counts gate and up together
-        layers=number(config, "num_hidden_layers"),
+        layers=layer_count(config),
         heads=heads,
         kv_heads=heads,
         head_dim=head_dim,
@@ -53,7 +53,7 @@ def _read(config: Json) -> DecoderConfig:
         dtype=dtype,
         rope=Rope(number(config, "rotary_emb_base", float, 10000.0), "qwen" if config.get("use_dynamic_ntk") else "default"),
         attention_bias=True,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings"),
         logn_length=trained if config.get("use_logn_attn") else None,
     )
 

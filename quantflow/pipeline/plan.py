@@ -9,20 +9,20 @@ import errno
 import fnmatch
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quantflow.artifacts.artifact import foreign_files
-from quantflow.artifacts.fingerprint import digest, source_digest
+from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
-from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
+from quantflow.errors import DataError, FormatError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS
 from quantflow.models.architecture import linear_shapes
-from quantflow.models.checkpoint import TOKENIZER_FILES, Checkpoint, resolve_model
+from quantflow.models.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump
@@ -119,6 +119,11 @@ class Plan:
 
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
 
+    def weights_key(self, digests: Iterable[str]) -> str:
+        """`weights`, from the content hashes of the weight files."""
+        index = self.checkpoint.path / INDEX  # it chooses between files that hold the same tensor
+        return digest([sorted(digests), file_digest(index) if index.is_file() else ""])
+
     def calibrate_key(self, weights: str, tokens: str) -> str:
         return digest(
             ["calibrate", weights, tokens, self.checkpoint.raw_config, self.compute_dtype, self.device,
@@ -171,7 +176,9 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     problems += checkpoint.problems()
     linears = tuple(_linears(recipe, checkpoint))
     plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.architecture.notes)
-    problems += _grid_problems(plan) + _tensor_parallel_problems(plan) + _data_problems(plan) + _output_problems(plan)
+    grids = _grid_problems(plan)
+    problems += grids or _config_problems(plan)
+    problems += _tensor_parallel_problems(plan) + _data_problems(plan) + _output_problems(plan)
     if not config_only and not any((checkpoint.path / name).is_file() for name in (*TOKENIZER_FILES[:2], "vocab.json", "qwen.tiktoken")):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
     if problems:
@@ -244,7 +251,7 @@ def _grid_problems(plan: Plan) -> list[Problem]:
                 leaf = linear.name.rpartition(".")[2]
                 key = (leaf, problem.found)
                 if key not in found:
-                    change = "ignore: true"
+                    change = "symmetric: true" if "asymmetric" in problem.found else "ignore: true"
                     if "group_size" in problem.expected:
                         channels = linear.shape[1] // (plan.tp if dimension == 1 else 1)
                         change = f"group_size: {nearest_group(channels, linear.scheme.group_of(channels))}"
@@ -273,6 +280,21 @@ def _grid_problems(plan: Plan) -> list[Problem]:
                 "weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is"
             )
         )
+    return problems
+
+
+def _config_problems(plan: Plan) -> list[Problem]:
+    """What the formats' `quantization_config` cannot say, which would else be found when all layers are done."""
+    gptq, architecture, weights = plan.stage(Gptq), plan.checkpoint.architecture, plan.recipe.weights
+    modules = {p.module: p.scheme for p in plan.linears if p.scheme is not None}
+    ignored = [architecture.head, *(p.module for p in plan.linears if p.scheme is None)]
+    default = Scheme(weights.bits, weights.group_size, weights.symmetric)
+    problems: list[Problem] = []
+    for pack in plan.packs:
+        try:
+            FORMATS[pack.format].quantization_config(modules, ignored, default, act_order=bool(gptq and gptq.act_order == "dynamic"))
+        except FormatError as error:
+            problems += error.problems
     return problems
 
 
@@ -344,6 +366,8 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
                 "Move them away",
             )
         ]
+    if plan.store.root.exists() and not plan.store.root.is_dir():
+        return [Problem(str(plan.store.root), "a file", "a directory for the store", "Set QUANTFLOW_STORE to a directory")]
     parent = output
     while not parent.exists():
         parent = parent.parent
@@ -367,5 +391,8 @@ def check_output(plan: Plan) -> None:
 
 
 def activation_budget() -> int:
-    """Bytes of hidden states that are held in memory; more goes to files."""
-    return int(os.environ.get("QUANTFLOW_ACTIVATION_BYTES", HELD_BYTES))
+    """Bytes of hidden states that are held in memory; more goes to files. Raises UserError."""
+    value = os.environ.get("QUANTFLOW_ACTIVATION_BYTES", str(HELD_BYTES))
+    if not value.isdecimal():
+        raise UserError(Problem("QUANTFLOW_ACTIVATION_BYTES", repr(value), "a number of bytes"))
+    return int(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 import platform
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from quantflow import __version__
 from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_entries, is_whole, read_manifest
-from quantflow.artifacts.fingerprint import digest, source_digest
+from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
 from quantflow.errors import DataError, ModelError, Problem, UserError
 from quantflow.evaluate.divergence import Variant, compare
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
+from quantflow.models.checkpoint import TOKENIZER_FILES, read_json
 from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan, check_output, parallel_dimension
@@ -91,7 +91,7 @@ def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
 def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progress, clock: _Clock, fresh: bool) -> RunResult:
     evaluate = plan.stage(Evaluate)
     progress.phase("hash", 1)
-    weights = digest(sorted(plan.store.digests(plan.checkpoint.files).values()))
+    weights = plan.weights_key(plan.store.digests(plan.checkpoint.files).values())
     progress.step()
     clock.lap("hash")
     identity = _identity(plan, weights, windows, held_out)
@@ -106,7 +106,8 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
     clock.lap("sweep")
     reader = SweepReader(plan.store, identity.sweep)
     check_complete(reader, plan)
-    with building(plan.output) as folder:
+    place = plan.output.resolve()  # where the current folder is the output, it is another one afterwards
+    with building(place) as folder:
         formats = _pack(plan, reader, folder, progress)
         clock.lap("pack")
         _write_statistics(plan, identity, reader, folder)
@@ -115,6 +116,7 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
         failures = _missed_gates(evaluate, quality) if evaluate else []
         report = _report(plan, reader, quality, failures)
         write_json(folder / "report.json", report)
+        files = file_entries(folder)
         manifest = {
             "quantflow": __version__,
             "name": plan.recipe.name,
@@ -130,11 +132,12 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
             "kv_qparams": _kv_summary(plan, reader),
             "quality": quality,
             "notes": list(plan.notes),
-            "files": file_entries(folder),
+            "files": files,
         }  # fmt: skip
         write_json(folder / MANIFEST, manifest)
         clock.lap("publish")
         write_json(folder / RUN, _run_record(plan, clock.seconds))
+    plan.store.remember({place / name: entry["sha256"] for name, entry in files.items()})
     return RunResult(plan.output, False, quality, failures, clock.seconds, report)
 
 
@@ -175,8 +178,9 @@ def _lock(root: Path) -> Iterator[None]:
 
 def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:
     calibrate, sweep_key = plan.calibrate_key(weights, windows.digest), plan.sweep_key(weights, windows.digest)
+    copied = {n: file_digest(plan.checkpoint.path / n) for n in TOKENIZER_FILES if (plan.checkpoint.path / n).is_file()}
     artifact = digest(
-        ["artifact", calibrate if plan.stage(Calibrate) else "", sweep_key, portable(plan), held_out.digest if held_out else "",
+        ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, portable(plan), held_out.digest if held_out else "",
          source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant")]
     )  # fmt: skip
     kv = plan.stage(KvQparams)
@@ -190,11 +194,15 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
 def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
     try:
         manifest = read_manifest(plan.output)
-    except ModelError:  # a damaged manifest: the artifact is written anew
+        if manifest is None or manifest["fingerprint"] != identity.artifact or not is_whole(plan.output, manifest):
+            return None
+        # Hashes are cached by size, time of change and header: a second look reads nothing.
+        found = plan.store.digests([plan.output / name for name in manifest["files"]])
+        if any(found[plan.output / name] != entry["sha256"] for name, entry in manifest["files"].items()):
+            return None
+        report = read_json(plan.output / "report.json")
+    except (ModelError, OSError):  # damaged: the artifact is written anew
         return None
-    if manifest is None or manifest.get("fingerprint") != identity.artifact or not is_whole(plan.output, manifest):
-        return None
-    report = json.loads((plan.output / "report.json").read_text(encoding="utf-8"))
     return RunResult(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
 
 
@@ -277,8 +285,8 @@ def _evaluate(
     """variant -> divergence, from the store where it was measured before: `weights`, and with kv_qparams `kv` and `weights_and_kv`."""
     settings = plan.stage(KvQparams)
     stored = plan.store.read_json(identity.evaluate, "quality")
-    if stored is not None:
-        return dict(stored)
+    if isinstance(stored, dict) and all(isinstance(found, dict) for found in stored.values()):
+        return stored
     reference, quantised = Weights(plan.checkpoint.path), Weights(checkpoint)
     variants = {"weights": Variant(quantised)}
     if settings:

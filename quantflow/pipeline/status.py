@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantflow.artifacts.fingerprint import digest
 from quantflow.calibration.data import Windows
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan
@@ -22,5 +21,5 @@ def stored_layers(plan: Plan) -> int | None:
         if not Path(calibration.file or calibration.data).is_file():
             return None
         windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.path), calibration)
-    key = plan.sweep_key(digest(sorted(digests.values())), windows.digest)
+    key = plan.sweep_key(plan.weights_key(digests.values()), windows.digest)
     return plan.store.finished_layers(key, plan.config.layers)

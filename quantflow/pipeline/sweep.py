@@ -81,7 +81,8 @@ Step = Callable[[_Context, int, dict[str, Tensor], "Streams | None"], tuple[dict
 
 @dataclass
 class Streams:
-    """The stream that goes through the layers, and the scratch streams a layer needs on the way."""
+    """The stream that goes through the layers, and the scratch streams a layer needs on the way: `o`'s input, and `down`'s (where it
+    is worth keeping) or, in a mixture, the experts'."""
 
     x: Stream
     context: Stream | None
@@ -154,9 +155,13 @@ def _open_streams(context: _Context, folder: Path, windows: int, length: int, in
     x = open_stream("x", config.hidden)
     if not inner:
         return Streams(x, None, None)
+    mid = open_stream("context", width)
+    if config.experts:
+        # All experts read the MLP's input, while `x` moves on under them.
+        return Streams(x, mid, open_stream("inner", config.hidden))
     # Keeping what goes into `down` saves computing gate and up twice.
-    keep_inner = not config.experts and hidden_bytes + context_bytes + inner_bytes <= budget
-    return Streams(x, open_stream("context", width), open_stream("inner", config.intermediate) if keep_inner else None)
+    keep_inner = hidden_bytes + context_bytes + inner_bytes <= budget
+    return Streams(x, mid, open_stream("inner", config.intermediate) if keep_inner else None)
 
 
 def _restore(context: _Context, key: str, x: Stream, done: int) -> int:
@@ -301,8 +306,11 @@ def _gptq_layer(
     for a, b in spans:
         x.write(a, layer.attention_output(mid.read(a, b)).add_(x.read(a, b)))
     if layer.moe:
-        _gptq_experts(context, layer, x, spans, solve)
+        assert inner is not None
+        _gptq_experts(context, layer, x, inner, spans, solve)
         return done
+    if context.plan.config.experts:
+        inner = None  # in a plain layer among mixtures it has another width
     gate, up, down = names.mlp()
     solve([n for n in (gate, up) if n], hidden, lambda: (layer.mlp_input(x.read(a, b)) for a, b in spans))
 
@@ -325,26 +333,32 @@ def _gptq_layer(
 
 
 def _gptq_experts(
-    context: _Context, layer: DecoderLayer, x: Stream, spans: list[tuple[int, int]],
+    context: _Context, layer: DecoderLayer, x: Stream, inputs: Stream, spans: list[tuple[int, int]],
     solve: Callable[[list[str], int, Callable[[], Iterator[Tensor]]], None],
 ) -> None:  # fmt: skip
-    """The experts one after the other, each on the tokens that are routed to it; `x` moves on in place."""
+    """The experts one after the other, each on the tokens that are routed to it; `x` moves on in place. inputs: room for theirs."""
     config = context.plan.config
     hidden, width = config.hidden, config.width(layer.index)
-    inputs = [layer.mlp_input(x.read(a, b)).reshape(-1, hidden) for a, b in spans]
-    routes = [layer.route(h) for h in inputs]
+    routes = []
+    for a, b in spans:
+        h = layer.mlp_input(x.read(a, b))
+        inputs.write(a, h)
+        routes.append(layer.route(h.reshape(-1, hidden)))
     for expert in range(config.experts):
         gate, up, down = layer.names.mlp(expert)
         picks = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in routes]
 
         def rows() -> Iterator[Tensor]:
-            return (h[tokens] for h, (tokens, _) in zip(inputs, picks, strict=True) if len(tokens))  # noqa: B023 - used before the next turn
+            for (a, b), (tokens, _) in zip(spans, picks, strict=True):  # noqa: B023 - used before the next turn
+                if len(tokens):
+                    yield inputs.read(a, b).reshape(-1, hidden)[tokens]
 
         solve([n for n in (gate, up) if n], hidden, rows)
         solve([down], width, lambda: (layer.inner(part, expert) for part in rows()))  # noqa: B023
-        for (a, b), h, (tokens, slot), (_, weights) in zip(spans, inputs, picks, routes, strict=True):
+        for (a, b), (tokens, slot), (_, weights) in zip(spans, picks, routes, strict=True):
             if len(tokens):
-                y = layer.mlp_output(layer.inner(h[tokens], expert), expert) * weights[tokens, slot, None]
+                h = inputs.read(a, b).reshape(-1, hidden)[tokens]
+                y = layer.mlp_output(layer.inner(h, expert), expert) * weights[tokens, slot, None]
                 part = x.read(a, b).reshape(-1, hidden).index_add(0, tokens, y)
                 x.write(a, part.view(b - a, -1, hidden))
 

@@ -38,9 +38,11 @@ def candidates(activation: Tensor, weight: Tensor, grid: int) -> Iterator[tuple[
 
 def weight_profile(weights: list[Tensor], scheme: Scheme) -> Tensor:
     """Mean over output channels of |w| relative to its group's largest, `[K]`."""
-    stacked = torch.cat([w.float() for w in weights])
-    parts = grouped(stacked, scheme).abs()
-    return (parts / parts.amax(-1, keepdim=True).clamp(min=1e-12)).view_as(stacked).mean(0)
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    for weight in weights:  # one at a time: those of all experts of a mixture are gigabytes
+        parts = grouped(weight.float(), scheme).abs()
+        total += parts.div_(parts.amax(-1, keepdim=True).clamp(min=1e-12)).view_as(weight).sum(0)
+    return total / sum(len(weight) for weight in weights)
 
 
 def rounded(weight: Tensor, scale: Tensor, scheme: Scheme, rules: GridRules) -> Tensor:

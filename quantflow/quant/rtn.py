@@ -44,6 +44,11 @@ class GridRules:
             scale = scale.clamp(min=_smallest(dtype), max=largest).to(dtype).float()
         return scale
 
+    def clamped(self, scales: Tensor) -> int:
+        """How many scales stand at the end of what the dtypes hold: their groups reach further, or are finer."""
+        smallest = max(_smallest(dtype) for dtype in self.scale_dtypes)
+        return int(((scales <= smallest) | (scales >= _largest(self.scale_dtypes))).sum())
+
 
 def _smallest(dtype: torch.dtype) -> float:
     # float16 scales below 2^-24 flush to zero; the others are kept to numbers whose reciprocal is finite in float32.

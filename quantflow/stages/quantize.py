@@ -26,8 +26,11 @@ class Quantized:
     report: dict[str, Any]
 
 
-def _line(scheme: Scheme, tensor: QuantizedTensor, **more: Any) -> dict[str, Any]:
-    return {"scheme": str(scheme), **{k: v for k, v in more.items() if v not in ("", None)}}
+def _line(scheme: Scheme, tensor: QuantizedTensor, rules: GridRules, *, fallback: str = "", **more: Any) -> dict[str, Any]:
+    if clamped := rules.clamped(tensor.scales):
+        dtypes = " and ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in rules.scale_dtypes))
+        fallback = "; ".join(filter(None, (fallback, f"{clamped} of {tensor.scales.numel()} scales clamped to what {dtypes} hold")))
+    return {"scheme": str(scheme), **{k: v for k, v in {**more, "fallback": fallback}.items() if v not in ("", None)}}
 
 
 def rtn_linear(
@@ -35,7 +38,7 @@ def rtn_linear(
 ) -> Quantized:
     """One linear, rounded to nearest; with `importance` (AWQ's clip search) on the range of least output error."""
     tensor = quantize_rtn(weight, scheme, rules, search=search or importance is not None, importance=importance)
-    return Quantized(tensor, _line(scheme, tensor, method="rtn", fallback=fallback))
+    return Quantized(tensor, _line(scheme, tensor, rules, method="rtn", fallback=fallback))
 
 
 def factor_for(hessian: Hessian, settings: Any) -> Factor | None:
@@ -77,7 +80,7 @@ def gptq_group(
             tensor = QuantizedTensor(scheme, whole.codes[part], whole.scales[part], whole.zeros[part], whole.group_index)
             error = output_error(weight, tensor.dequantize(), hessian)
             shown = float(f"{error:.4g}") if math.isfinite(error) else None  # NaN is no JSON
-            found[n] = Quantized(tensor, _line(scheme, tensor, method="gptq", error=shown, tokens=rows, fallback=result.fallback))
+            found[n] = Quantized(tensor, _line(scheme, tensor, rules, method="gptq", error=shown, tokens=rows, fallback=result.fallback))
     return found
 
 

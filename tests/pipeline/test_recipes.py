@@ -1,0 +1,67 @@
+"""Every recipe that ships plans for the model it is for, from that model's published config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.runs import invoke
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def config(
+    model_type: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, positions: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary, "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "torch_dtype": "bfloat16", "tie_word_embeddings": False, **more,
+    }  # fmt: skip
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "internlm7b_w4_kv8": config("internlm", 4096, 11008, 32, 32, 32, 103168, 2048, bias=True, torch_dtype="float16"),
+    "internlm20b_w4_kv8": config("internlm", 5120, 13824, 60, 40, 40, 103168, 4096, bias=False),
+    "internlm2_w4_kv8": config(
+        "internlm2", 4096, 14336, 32, 32, 8, 92544, 32768, bias=False, rope_theta=1e6, rope_scaling={"type": "dynamic", "factor": 2.0}
+    ),
+    "llama2_w4": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
+    "vicuna_w4": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
+    "qwen_w4": {
+        "model_type": "qwen", "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 151936, "seq_length": 8192, "max_position_embeddings": 32768, "kv_channels": 128, "layer_norm_epsilon": 1e-6,
+        "rotary_emb_base": 10000, "rotary_pct": 1.0, "no_bias": True, "use_dynamic_ntk": True, "use_logn_attn": True, "bf16": True,
+        "scale_attn_weights": True, "tie_word_embeddings": False,
+    },
+    "qwen2_w4": config("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, rope_theta=1e6, use_sliding_window=False, sliding_window=131072),
+    "qwen3_w4": config("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, head_dim=128, rope_theta=1e6, sliding_window=None),
+    "mistral_w4": config("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, rope_theta=1e6, sliding_window=None),
+    "mixtral_w4": config(
+        "mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, rope_theta=1e6, sliding_window=None, num_local_experts=8, num_experts_per_tok=2
+    ),
+    "opt-125m_w4": {
+        "model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50272,
+        "max_position_embeddings": 2048, "do_layer_norm_before": True, "word_embed_proj_dim": 768, "activation_function": "relu",
+        "torch_dtype": "float16",
+    },
+}  # fmt: skip
+LINEARS = {"mixtral_w4": 32 * (4 + 8 * 3), "opt-125m_w4": 12 * 6}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_it_plans(path: Path, tmp_path: Path) -> None:
+    arguments: list[object] = ["plan", path, "--output", tmp_path / "out", "--json"]
+    if path.stem != "demo_w4_kv8":
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(MODELS[path.stem]))
+        arguments += ["--model", tmp_path / "model", "--config-only"]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert sum(found["linears"].values()) == LINEARS.get(path.stem, 7 * found["layers"])
+    assert found["estimate"]["peak_memory_bytes"] < 24 * 2**30
