@@ -11,6 +11,7 @@ tp2/rank-0/, …           tensor-parallel ranks, beside the checkpoint they com
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -78,17 +79,17 @@ def foreign_files(path: Path) -> list[str]:
     return [name for name in names if name not in listed]
 
 
-def _is_running(process: str) -> bool:
-    """Whether another process has that number (a folder of this one's own is left from before a restart)."""
-    if not process.isdecimal() or int(process) == os.getpid():
-        return False
+@contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Whether no other process holds `folder`; this one does, for as long as the block or the process lasts."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -100,12 +101,14 @@ def building(output: Path) -> Iterator[Path]:
     output = output.resolve()  # through a link, the artifact goes where the link points
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f".{escape(output.name)}.partial-*"):
-        if not _is_running(left.name.rpartition("-")[2]):
-            shutil.rmtree(left, ignore_errors=True)
+        with _claimed(left) as dead:  # another run may be building the same artifact with another store
+            if dead:
+                shutil.rmtree(left, ignore_errors=True)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
-        yield partial
+        with _claimed(partial):
+            yield partial
         if output.exists():
             if any(output.iterdir()) and not (output / MANIFEST).is_file():
                 raise OutputError(Problem(str(output), "a directory with other content", "an artifact of QuantFlow's, or nothing"))

@@ -105,9 +105,10 @@ class Store:
             write_json(self.root / "hashes.json", cache)
         return {file: cache[identity] for file, identity in identities.items()}
 
-    def remember(self, digests: Mapping[Path, str]) -> None:
-        """Puts content hashes that are known into the cache."""
-        write_json(self.root / "hashes.json", self._cache() | {_identity(file): found for file, found in digests.items()})
+    def remember(self, folder: Path, place: Path, digests: Mapping[str, str]) -> None:
+        """Puts content hashes that are known into the cache: of the files in `folder`, by name, which is about to become `place`."""
+        known = {_identity(folder / name, place / name): found for name, found in digests.items()}
+        write_json(self.root / "hashes.json", self._cache() | known)
 
     def _cache(self) -> dict[str, str]:
         try:
@@ -117,8 +118,9 @@ class Store:
         return value if isinstance(value, dict) else {}
 
 
-def _identity(file: Path) -> str:
+def _identity(file: Path, place: Path | None = None) -> str:
+    """What tells a file's content without reading it; `place`: where it is going to lie."""
     status = file.stat()
     with open(file, "rb") as stream:
         header = stream.read(min(8 + int.from_bytes(stream.read(8), "little"), 2**24))
-    return f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}|{hashlib.sha256(header).hexdigest()}"
+    return f"{(place or file).resolve()}|{status.st_size}|{status.st_mtime_ns}|{hashlib.sha256(header).hexdigest()}"

@@ -13,7 +13,8 @@ from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
 
-BASE_BYTES = 100 * 2**20  # the tokenizer, oneDNN's compiled kernels, the allocator's slack
+# The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled kernels and packed operands too.
+BASE_BYTES, COMPUTING_BYTES = 40 * 2**20, 60 * 2**20
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,29 @@ def estimate(plan: Plan) -> Estimate:
         stream = tokens * config.hidden * compute
         held = 3 * stream if 3 * stream <= activation_budget() else 0
         width = max(config.intermediate, config.dense_intermediate, config.hidden)
-        batch_tokens = max(BATCH_TOKENS, calibration.seqlen)
+        batch_tokens = min(tokens, max(BATCH_TOKENS, calibration.seqlen))
         batch = batch_tokens * (3 * width + 6 * config.hidden) * compute
         held += largest_outer
     awq = plan.stage(Awq)
     if awq and calibration:
         width = max(config.intermediate, config.dense_intermediate)
         held += min(awq.max_tokens, calibration.samples * calibration.seqlen) * (6 * config.hidden + 2 * width) * compute
+    # Activations are freed before a group is solved, but most of their blocks are too small for the C library to give them back.
     if gptq:
-        memory = layer * 5 // 2 + max(_solver_bytes(plan), batch) + held
+        memory = layer * 5 // 2 + _solver_bytes(plan) + batch + held
     elif plan.needs_stream:
         memory = layer * 5 // 2 + max(4 * widest, batch) + held
     else:
         memory = layer * 7 // 2  # this layer's weights and the next one's, codes, and what is being saved
-    memory = BASE_BYTES + max(memory, 2 * largest_outer)
+    base = BASE_BYTES + (COMPUTING_BYTES if plan.reads_calibration else 0)
+    memory = base + max(memory, 2 * largest_outer)
     evaluate = plan.stage(Evaluate)
     if evaluate:
         tokens = evaluate.windows * evaluate.length
         streams = 2 * tokens * config.hidden * 4
         in_layers = 3 * layer // item * 4 + max(EVALUATED_TOGETHER, evaluate.length) * (3 * config.intermediate + 6 * config.hidden) * 4
         in_head = 2 * config.vocabulary * config.hidden * 4 + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
-        memory = max(memory, BASE_BYTES + streams + max(in_layers, in_head))
+        memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + max(in_layers, in_head))
     packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
         p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
     )

@@ -137,7 +137,7 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
         write_json(folder / MANIFEST, manifest)
         clock.lap("publish")
         write_json(folder / RUN, _run_record(plan, clock.seconds))
-    plan.store.remember({place / name: entry["sha256"] for name, entry in files.items()})
+        plan.store.remember(folder, place, {name: entry["sha256"] for name, entry in files.items()})
     return RunResult(plan.output, False, quality, failures, clock.seconds, report)
 
 
