@@ -36,7 +36,8 @@ plan = make_plan(load_recipe(recipe, sets, output=output))
 began = time.perf_counter()
 result = run(plan, Silent())
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+with open('/proc/self/status') as f:  # not ru_maxrss, which begins with what the parent had when it forked
+    peak = next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) * 1024
 print(json.dumps({"seconds": result.seconds, "total": seconds, "imports_bytes": imports, "peak_bytes": peak,
     "estimate_bytes": estimate(plan).memory_bytes, "weight_bytes": plan.checkpoint.weight_bytes, "quality": result.quality}))
 """
