@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory") / "model"
     script = ROOT / "benchmarks" / "make_checkpoint.py"
-    subprocess.run([sys.executable, script, "--shape", "llama-small", "--output", folder], check=True, cwd=ROOT, env={"PYTHONPATH": "."})
+    subprocess.run([sys.executable, script, "--shape", "llama-small", "--output", folder], check=True, cwd=ROOT)
     return folder
 
 

@@ -51,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 LINEARS = {"mixtral_w4": 32 * (4 + 8 * 3), "opt-125m_w4": 12 * 6}
+MEMORY_GIB = {"mixtral_w4": 24}  # one of its layers has 2.8 GB of weights
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
@@ -64,4 +65,4 @@ def test_it_plans(path: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert sum(found["linears"].values()) == LINEARS.get(path.stem, 7 * found["layers"])
-    assert found["estimate"]["peak_memory_bytes"] < 24 * 2**30
+    assert found["estimate"]["peak_memory_bytes"] < MEMORY_GIB.get(path.stem, 12) * 2**30

@@ -113,7 +113,8 @@ def test_a_rank_is_no_checkpoint(bench: Bench) -> None:
 )
 def test_a_config_that_disagrees_with_the_packed_weights(bench: Bench, key: str, value: int) -> None:
     change_json(bench.output / "config.json", **{key: value, "head_dim": None})
-    refused(*evaluate(bench, bench.output))
+    message = refused(*evaluate(bench, bench.output))
+    assert str(bench.output) in message and ("config.json" in message or "does not have" in message)
 
 
 def test_zero_points_that_the_config_denies(bench: Bench) -> None:
