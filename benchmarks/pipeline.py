@@ -20,24 +20,23 @@ from pathlib import Path
 from typing import Any
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 import torch, tokenizers
 from quantflow.pipeline.estimate import estimate
+from quantflow.pipeline.memory import peak_resident_bytes, resident_bytes
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run
 from quantflow.recipe import load_recipe
 import torch.nn.functional
 torch.ones(64, 64) @ torch.ones(64, 64)
-with open('/proc/self/statm') as f:
-    imports = int(f.read().split()[1]) * resource.getpagesize()
+imports = resident_bytes()
 recipe, output, sets = json.loads(sys.argv[1])
 plan = make_plan(load_recipe(recipe, sets, output=output))
 began = time.perf_counter()
 result = run(plan, Silent())
 seconds = time.perf_counter() - began
-with open('/proc/self/status') as f:  # not ru_maxrss, which begins with what the parent had when it forked
-    peak = next(int(line.split()[1]) for line in f if line.startswith('VmHWM')) * 1024
+peak = peak_resident_bytes()
 print(json.dumps({"seconds": result.seconds, "total": seconds, "imports_bytes": imports, "peak_bytes": peak,
     "estimate_bytes": estimate(plan).memory_bytes, "weight_bytes": plan.checkpoint.weight_bytes, "quality": result.quality}))
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quantflow.errors import GateError, QuantFlowError, ResourceError, UserError
+from quantflow.pipeline.memory import resident_bytes
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -35,7 +35,7 @@ class Plain:
         self._done += 1
         if self._total <= 12 or self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
             seconds = time.monotonic() - self._began
-            errors.print(f"{self._name}: {self._done}/{self._total} {seconds:.1f} s {resident_mib()} MiB {detail}".rstrip())
+            errors.print(f"{self._name}: {self._done}/{self._total} {seconds:.1f} s {resident_bytes() // 2**20} MiB {detail}".rstrip())
 
     def note(self, text: str) -> None:
         errors.print(text)
@@ -53,7 +53,7 @@ class Bars:
 
     def step(self, detail: str = "") -> None:
         if self._task is not None:
-            self._progress.update(self._task, advance=1, detail=detail, memory=f"{resident_mib()} MiB")
+            self._progress.update(self._task, advance=1, detail=detail, memory=f"{resident_bytes() // 2**20} MiB")
 
     def note(self, text: str) -> None:
         self._progress.console.print(text)
@@ -71,15 +71,6 @@ def progress() -> Iterator[Plain | Bars]:
     )  # fmt: skip
     with Progress(*columns, console=errors) as bars:
         yield Bars(bars)
-
-
-def resident_mib() -> int:
-    """Resident memory of this process, in MiB (0 where the system does not tell)."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def translate(error: BaseException) -> tuple[int, str, tuple[Any, ...]]:

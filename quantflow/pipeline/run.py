@@ -6,7 +6,6 @@ import fcntl
 import math
 import os
 import platform
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from quantflow.formats.reader import Weights
 from quantflow.models.checkpoint import TOKENIZER_FILES, read_json
 from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
 from quantflow.models.tokenizer import load_tokenizer
+from quantflow.pipeline.memory import peak_resident_bytes
 from quantflow.pipeline.plan import Plan, check_output, parallel_dimension
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
@@ -350,18 +350,8 @@ def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": plan.device if plan.device == "cpu" else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
-        "peak_resident_bytes": _peak_resident_bytes(),
+        "peak_resident_bytes": peak_resident_bytes(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "host": platform.node(),
     }
-
-
-def _peak_resident_bytes() -> int:
-    """The largest resident size so far. On Linux from the kernel's own record: `ru_maxrss` begins with what the parent had at the fork."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
