@@ -19,7 +19,7 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers only."""
+    """Show architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers, no weight."""
     with reporting(debug):
         from quantflow.errors import ModelError, Problem
 

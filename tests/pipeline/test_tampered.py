@@ -124,6 +124,21 @@ def test_zero_points_that_the_config_denies(bench: Bench) -> None:
     assert "weight_zero_point" in refused(*evaluate(bench, bench.output))
 
 
+def test_biases_that_writers_of_gptq_add_are_zero_or_refused(bench: Bench) -> None:
+    stages = [*STAGES[:1], {"pack": {"format": "gptq_v2"}}]
+    assert invoke("run", bench.recipe(stages=stages)).exit_code == 0
+    path = bench.output / "model.safetensors"
+    (bench.output / "model.safetensors.index.json").unlink()
+    tensors = load_file(path)
+    name = "model.layers.0.mlp.up_proj.bias"
+    tensors[name] = torch.zeros(tensors["model.layers.0.mlp.up_proj.scales"].shape[1], dtype=torch.bfloat16)
+    save_file(tensors, path, {"format": "pt"})
+    assert invoke(*evaluate(bench, bench.output)).exit_code == 0
+    tensors[name][3] = 0.5
+    save_file(tensors, path, {"format": "pt"})
+    assert name in refused(*evaluate(bench, bench.output))
+
+
 def test_scales_that_are_no_numbers(bench: Bench) -> None:
     path = bench.output / "model.safetensors"
     tensors = load_file(path)
