@@ -27,7 +27,7 @@ plan:
 	$(QUANTFLOW) plan recipes/demo_w4_kv8.yaml
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --timeout=1200
+	$(BIN)/python -m pytest --timeout=1200
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

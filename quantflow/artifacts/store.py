@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,12 +42,16 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+KEY_LENGTH = 20  # hexadecimal digits of a key that name its folder
+KEY_FOLDER = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
+
+
 class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def folder(self, key: str) -> Path:
-        return self.root / key[:20]
+        return self.root / key[:KEY_LENGTH]
 
     def layer(self, key: str, index: int) -> Path:
         return self.folder(key) / f"layer-{index:05}.safetensors"
@@ -78,15 +83,16 @@ class Store:
         shutil.rmtree(self.folder(key), ignore_errors=True)
 
     def drop_streams(self, key: str, keep: int | None = None) -> None:
-        """Removes saved hidden states but those after layer `keep`, and what a killed run left half-written.
-
-        `keep` None ends the work on a key: scratch files (`.work-*`), which a pass over the layers may have open, go too.
-        """
-        for path in self.folder(key).glob("*"):
-            is_stream = path.name.startswith("stream-") and (keep is None or path != self.stream(key, keep))
-            is_torn = path.name.startswith(".") and (keep is None or path.suffix == ".tmp")
-            if is_stream or is_torn:
+        """Removes saved hidden states but those after layer `keep`."""
+        for path in self.folder(key).glob("stream-*"):
+            if keep is None or path != self.stream(key, keep):
                 path.unlink(missing_ok=True)
+
+    def drop_torn(self) -> None:
+        """Removes what killed runs left half-written or as scratch, under whatever key. The caller holds the store alone."""
+        folders = [self.root, *(f for f in self.root.iterdir() if KEY_FOLDER.fullmatch(f.name))]
+        for path in (path for folder in folders for path in [*folder.glob(".*.tmp"), *folder.glob(".work-*")]):
+            path.unlink(missing_ok=True)
 
     def cached_digests(self, files: Iterable[Path]) -> dict[Path, str] | None:
         """Content hashes of `files` where all are cached; None otherwise. Reads no weight."""

@@ -69,6 +69,7 @@ def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
     clock.lap("tokenize")
     check_output(plan)
     with _lock(plan.store.root):
+        plan.store.drop_torn()
         return _run(plan, windows, held_out, progress, clock, fresh)
 
 

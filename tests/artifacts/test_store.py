@@ -1,0 +1,285 @@
+"""Results are written at once or not at all, and found again under the hash of what they depend on."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+import quantflow.artifacts.store as store_module
+from quantflow.artifacts.artifact import MANIFEST, MANIFEST_KEYS, RUN, building, file_entries, foreign_files, is_whole, read_manifest
+from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
+from quantflow.artifacts.store import Store, write_atomic, write_json
+from quantflow.errors import ModelError, OutputError
+
+KEY = "0123456789abcdef0123456789abcdef"
+LAYER = save({"x": torch.arange(3)})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+# Writing
+
+
+def test_write_atomic_makes_folders_and_leaves_nothing_else(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a" / "b.bin", b"\0\1")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["a", "a/b.bin"]
+    assert (tmp_path / "a" / "b.bin").read_bytes() == b"\0\1"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"b": 1})
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(path, {"b": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads(path.read_text()) == {"b": 1}
+
+
+def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
+    write_json(tmp_path / "a", {"é": [1.5, None], "a": 1})
+    assert (tmp_path / "a").read_bytes() == '{\n  "é": [\n    1.5,\n    null\n  ],\n  "a": 1\n}\n'.encode()
+
+
+# Layers
+
+
+def test_finished_layers_stop_at_the_first_gap(store: Store) -> None:
+    assert store.finished_layers(KEY, 4) == 0
+    for index in (0, 1, 3):
+        write_atomic(store.layer(KEY, index), LAYER)
+    assert store.finished_layers(KEY, 4) == 2
+    write_atomic(store.layer(KEY, 2), LAYER)
+    assert store.finished_layers(KEY, 4) == 4 and store.finished_layers(KEY, 3) == 3
+    store.layer(KEY, 1).write_bytes(LAYER[:-1])
+    assert store.finished_layers(KEY, 4) == 1  # a torn file is as good as none
+    assert store.finished_layers("f" * 32, 4) == 0
+
+
+def test_drop_streams(store: Store) -> None:
+    names = ["stream-00000.bin", "stream-00001.bin", "layer-00001.safetensors", ".work-x.bin", "quality.json"]
+    for name in names:
+        write_atomic(store.folder(KEY) / name, b"x")
+    store.drop_streams(KEY, keep=1)
+    assert {p.name for p in store.folder(KEY).iterdir()} == set(names[1:]), "scratch files may be in use"
+    store.drop_streams(KEY)
+    assert {p.name for p in store.folder(KEY).iterdir()} == set(names[2:])
+    store.drop_streams("f" * 32)  # nothing there: nothing to do
+
+
+def test_drop_torn(store: Store) -> None:
+    torn = [
+        store.root / ".hashes.json.77.tmp",
+        store.folder(KEY) / ".layer-00002.safetensors.77.tmp",
+        store.folder("f" * 32) / ".quality.json.77.tmp",
+        store.folder(KEY) / ".work-x.bin",
+    ]
+    kept = [
+        store.root / "hashes.json",
+        store.folder(KEY) / "stream-00001.bin",
+        store.layer(KEY, 0),
+        # A store may have been put where other things lie.
+        store.root / "project" / ".mail.tmp",
+        store.root / ".lock",
+    ]
+    for path in [*torn, *kept]:
+        write_atomic(path, b"x")
+    store.drop_torn()
+    assert not [p for p in torn if p.exists()] and [p for p in kept if p.exists()] == kept
+
+
+def test_forget(store: Store) -> None:
+    write_atomic(store.layer(KEY, 0), LAYER)
+    other = "f" * 32
+    write_atomic(store.layer(other, 0), LAYER)
+    store.forget(KEY)
+    store.forget(KEY)
+    assert store.finished_layers(KEY, 1) == 0 and store.finished_layers(other, 1) == 1
+
+
+def test_json_results(store: Store) -> None:
+    assert store.read_json(KEY, "quality") is None
+    store.write_json(KEY, "quality", {"kl": 0.5})
+    assert store.read_json(KEY, "quality") == {"kl": 0.5}
+    path = store.folder(KEY) / "quality.json"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert store.read_json(KEY, "quality") is None, "a torn file is as good as none"
+
+
+# Content hashes
+
+
+def weights(path: Path, header: bytes = b'{"a": 1}', data: bytes = b"data") -> Path:
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose content was read."""
+    seen: list[Path] = []
+
+    def note(path: Path) -> str:
+        seen.append(path)
+        return file_digest(path)
+
+    monkeypatch.setattr(store_module, "file_digest", note)
+    return seen
+
+
+def test_content_hashes_are_computed_once(store: Store, tmp_path: Path, hashed: list[Path]) -> None:
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b", data=b"other")
+    assert store.cached_digests([a]) is None and hashed == []
+    found = store.digests([a, b])
+    assert found == {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (a, b)} and hashed == [a, b]
+    assert Store(store.root).digests([b, a]) == found == store.cached_digests([a, b]) and hashed == [a, b]
+    c = weights(tmp_path / "c")
+    assert store.cached_digests([a, c]) is None
+    store.digests([a, c])
+    assert hashed == [a, b, c]
+
+
+@pytest.mark.parametrize("change", ["size", "mtime", "header"])
+def test_a_file_that_changed_is_hashed_again(store: Store, tmp_path: Path, hashed: list[Path], change: str) -> None:
+    path = weights(tmp_path / "a")
+    store.digests([path])
+    status = path.stat()
+    times = (status.st_atime_ns, status.st_mtime_ns)
+    if change == "size":
+        weights(path, data=b"longer data")
+    elif change == "header":
+        weights(path, header=b'{"b": 1}')
+    else:
+        times = (times[0], times[1] + 1)
+    os.utime(path, ns=times)
+    assert store.cached_digests([path]) is None
+    assert store.digests([path]) == {path: hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert hashed == [path, path]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": ', "\x00"])
+def test_a_damaged_cache_of_hashes_is_as_good_as_none(store: Store, tmp_path: Path, content: str) -> None:
+    path = weights(tmp_path / "a")
+    write_atomic(store.root / "hashes.json", content.encode())
+    assert store.cached_digests([path]) is None
+    assert store.digests([path])[path] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Fingerprints
+
+
+def test_digest_leaves_out_the_order_of_mappings_and_nothing_else() -> None:
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    values = [{"a": 1}, {"a": 2}, {"a": "1"}, {"a": 1.5}, {"b": 1}, ["a", 1], {"a": [1, 2]}, {"a": [2, 1]}, {"a": None}, {"a": True}, {}]
+    assert len({digest(v) for v in values}) == len(values)
+    assert digest("é") == hashlib.sha256('"é"'.encode()).hexdigest()
+
+
+def test_source_digest_sees_names_and_contents() -> None:
+    whole, one = source_digest("quant"), source_digest("quant/kv.py")
+    assert whole == source_digest("quant") and len({whole, one, source_digest("quant/rtn.py"), source_digest("quant", "errors.py")}) == 4
+
+
+# The artifact's folder
+
+
+def fill(folder: Path, content: bytes = b"new") -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a.bin").write_bytes(content)
+    (folder / RUN).write_text("{}")
+    keys = {key: kind() for key, kind in MANIFEST_KEYS.items()}
+    write_json(folder / MANIFEST, {**keys, "files": file_entries(folder)})
+
+
+def test_an_artifact_appears_at_once(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "artifact"
+    with building(output) as folder:
+        assert folder.parent == output.parent
+        fill(folder)
+        assert not output.exists()
+    assert (output / "sub" / "a.bin").read_bytes() == b"new" and [p.name for p in output.parent.iterdir()] == ["artifact"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt(), ModelError("a: b")])
+def test_a_build_that_fails_changes_nothing(tmp_path: Path, error: BaseException) -> None:
+    output = tmp_path / "artifact"
+    with building(output) as folder:
+        fill(folder, b"old")
+    with pytest.raises(type(error)), building(output) as folder:
+        fill(folder)
+        raise error
+    assert (output / "sub" / "a.bin").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
+    alive = ".art[1].partial-77"  # another run holds it
+    for name in (f".art[1].partial-12", f".art[1].partial-old-12", f".other.partial-12", alive):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(b"x")
+    handle = os.open(tmp_path / alive, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with building(tmp_path / "art[1]") as folder:
+        fill(folder)
+    os.close(handle)
+    assert {p.name for p in tmp_path.iterdir()} == {f".other.partial-12", "art[1]", alive}
+
+
+def test_the_old_artifact_is_replaced_whole(tmp_path: Path) -> None:
+    output = tmp_path / "artifact"
+    with building(output) as folder:
+        fill(folder, b"old")
+        (folder / "only-in-old").write_bytes(b"")
+    with building(output) as folder:
+        fill(folder)
+    assert sorted(str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()) == [MANIFEST, RUN, "sub/a.bin"]
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_other_peoples_folders_are_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "thesis"
+    output.mkdir()
+    (output / "chapter.tex").write_text("years")
+    with pytest.raises(OutputError, match="other content"), building(output) as folder:
+        fill(folder)
+    assert (output / "chapter.tex").read_text() == "years" and [p.name for p in tmp_path.iterdir()] == ["thesis"]
+    (tmp_path / "empty").mkdir()
+    with building(tmp_path / "empty") as folder:
+        fill(folder)
+    assert (tmp_path / "empty" / MANIFEST).is_file()
+
+
+def test_file_entries_and_is_whole(tmp_path: Path) -> None:
+    fill(tmp_path, b"abc")
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None and manifest["files"] == {"sub/a.bin": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
+    assert is_whole(tmp_path, manifest) and foreign_files(tmp_path) == []
+    (tmp_path / "sub" / "a.bin").write_bytes(b"ab")
+    assert not is_whole(tmp_path, manifest)
+    (tmp_path / "sub" / "a.bin").unlink()
+    assert not is_whole(tmp_path, manifest)
+    for wrong in ({}, {"files": {"sub/a.bin": "text"}}, {"files": ["a"]}, {"files": {"sub": {}}}):
+        assert not is_whole(tmp_path, wrong)
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    assert foreign_files(tmp_path / "nowhere") == []
+    fill(tmp_path)
+    (tmp_path / "sub" / "notes.txt").write_text("mine")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    assert foreign_files(tmp_path) == ["sub/notes.txt"]
+    (tmp_path / MANIFEST).write_text("{")
+    assert foreign_files(tmp_path) == []

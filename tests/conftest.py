@@ -1,0 +1,5 @@
+"""No test reaches for a network: set before anything imports huggingface_hub, which reads it once."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
