@@ -227,7 +227,7 @@ def test_a_build_that_fails_changes_nothing(tmp_path: Path, error: BaseException
 
 def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
     alive = ".art[1].partial-77"  # another run holds it
-    for name in (f".art[1].partial-12", f".art[1].partial-old-12", f".other.partial-12", alive):
+    for name in (".art[1].partial-12", ".art[1].partial-old-12", ".other.partial-12", alive):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_bytes(b"x")
     handle = os.open(tmp_path / alive, os.O_RDONLY)
@@ -235,7 +235,7 @@ def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
     with building(tmp_path / "art[1]") as folder:
         fill(folder)
     os.close(handle)
-    assert {p.name for p in tmp_path.iterdir()} == {f".other.partial-12", "art[1]", alive}
+    assert {p.name for p in tmp_path.iterdir()} == {".other.partial-12", "art[1]", alive}
 
 
 def test_the_old_artifact_is_replaced_whole(tmp_path: Path) -> None:
