@@ -30,6 +30,12 @@ class Factor:
     order: Tensor
     fallback: str = ""
 
+    def of_scaled(self, scale: Tensor) -> Factor:
+        """The factor where every input channel is divided by its `scale` `[K]`: of `D⁻¹ (H + damping) D⁻¹` in the same order, whose
+        inverse's Cholesky factor is `U D`."""
+        ordered = scale[self.order]
+        return Factor(self.ratios / ordered[:, None] * ordered, self.order, self.fallback)
+
 
 def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None:
     """The factor of `hessian` (float32), or None where even a floored diagonal does not help.

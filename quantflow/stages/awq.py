@@ -33,10 +33,12 @@ class AwqResult:
 
 SCREENING_SHARE = 4  # one part in so many of the sample sorts the candidates
 FINALISTS = 5  # of them, and the identity, are tried on the whole sample
+LOSS_ROWS = 1024  # output channels at least, evenly spaced, on which a linear's own loss is measured: they are rounded independently
 
 _Candidate = tuple[str, Tensor]
-Rounder = Callable[[Tensor, Tensor], Callable[[Tensor, Scheme], Tensor]]
-"""How the recipe's next stage would round: (Hessian of the unscaled input, scale) -> (weight `[N, K]`, scheme) -> rounded weight."""
+ScaledRounder = Callable[[Tensor], Callable[[Tensor, Scheme], Tensor]]
+Rounder = Callable[[Tensor], ScaledRounder]
+"""How the recipe's next stage would round: Hessian of the unscaled input -> scale -> (weight `[N, K]`, scheme) -> rounded weight."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,12 @@ class _Search:
         """The best candidate's name, its scale, and its loss over the identity's, for the quantised linears of `group`, which read `x`.
 
         parent: what the parent module makes of `x`, with whatever weights the layer holds. Without one the parent is the linear
-        itself, and its loss comes exactly from the Hessian of `x`. A part of `x` sorts the candidates out, the whole decides among
-        the identity and the best few. Where GPTQ follows, which already looks after salient channels, the winner and its square
+        itself, and its loss comes exactly from the Hessian of `x`, for a sample of its rows. A part of `x` sorts the candidates out,
+        the whole decides among the identity and the best few. Where GPTQ follows, which already looks after salient channels, the winner and its square
         root must then beat the identity rounded as GPTQ rounds.
         """
         weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
+        sample = {n: weight if parent else weight[:: max(1, len(weight) // LOSS_ROWS)] for n, weight in weights.items()}
         quantised = [n for n in group if n in self.schemes]
         flat = x.reshape(-1, x.shape[-1])
         few = len(flat) < flat.shape[1]  # then a loss costs less from the rows than from their Hessian
@@ -69,20 +72,21 @@ class _Search:
             accumulated.add(flat)
             hessian = accumulated.matrix
 
-        def losses(tried: list[_Candidate], rows: Tensor, round_finally: Rounder | None = None) -> list[tuple[float, _Candidate]]:
+        def losses(tried: list[_Candidate], rows: Tensor, by_next_stage: bool = False) -> list[tuple[float, _Candidate]]:
             target = parent(rows) if parent else None
-            return [(loss(scale, rows, target, round_finally), (name, scale)) for name, scale in tried]
+            rounder = self.round_finally(hessian) if by_next_stage and self.round_finally and hessian is not None else None
+            return [(loss(scale, rows, target, rounder), (name, scale)) for name, scale in tried]
 
-        def loss(scale: Tensor, rows: Tensor, target: Tensor | None, round_finally: Rounder | None) -> float:
+        def loss(scale: Tensor, rows: Tensor, target: Tensor | None, rounder: ScaledRounder | None) -> float:
             full, total = channels.expand(scale), 0.0
-            round_scaled = round_finally(hessian, full) if round_finally and hessian is not None else None
+            round_scaled = rounder(full) if rounder else None
             for n in quantised:
                 if round_scaled:
-                    weight = round_scaled(weights[n], self.schemes[n])
+                    weight = round_scaled(sample[n], self.schemes[n])
                 else:
-                    weight = rounded(weights[n], full, self.schemes[n], self.rules)
+                    weight = rounded(sample[n], full, self.schemes[n], self.rules)
                 if parent is None:
-                    total += linear_loss(weights[n], weight, hessian=hessian, rows=flat if few else None)
+                    total += linear_loss(sample[n], weight, hessian=hessian, rows=flat if few else None)
                 else:
                     self.layer.tensors[f"{n}.weight"] = weight.to(self.layer.dtype)
             if parent and target is not None:
@@ -103,7 +107,7 @@ class _Search:
         winner = min(ranked, key=lambda found: found[0])
         if self.round_finally and winner[1] is not identity:
             name, scale = winner[1]
-            ranked = losses([identity, (f"sqrt({name})", scale.sqrt()), (name, scale)], x, self.round_finally)
+            ranked = losses([identity, (f"sqrt({name})", scale.sqrt()), (name, scale)], x, by_next_stage=True)
             winner = min(ranked, key=lambda found: found[0])
         reference = ranked[0][0]
         return winner[1][0], winner[1][1], winner[0] / reference if 0 < reference < math.inf else 1.0

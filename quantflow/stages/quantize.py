@@ -87,16 +87,21 @@ def gptq_group(
 def gptq_rounder(rules: GridRules, settings: Any) -> Rounder:
     """What GPTQ (without refinement) makes of a scaled weight, seen from the unscaled input: for AWQ's choice among its finalists."""
 
-    def rounder(hessian: Tensor, scale: Tensor) -> Callable[[Tensor, Scheme], Tensor]:
-        scaled = hessian / scale[:, None] / scale
-        factor = factorize(scaled, damp=settings.damp, act_order=settings.act_order != "none")
+    def rounder(hessian: Tensor) -> Callable[[Tensor], Callable[[Tensor, Scheme], Tensor]]:
+        factor = factorize(hessian, damp=settings.damp, act_order=settings.act_order != "none")
 
-        def round_scaled(weight: Tensor, scheme: Scheme) -> Tensor:
-            result = quantize_gptq(
-                weight.float() * scale, scaled, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=0,
-            )  # fmt: skip
-            return result.tensor.dequantize() / scale
+        def of_scale(scale: Tensor) -> Callable[[Tensor, Scheme], Tensor]:
+            scaled, scaled_factor = hessian / scale[:, None] / scale, factor and factor.of_scaled(scale)
 
-        return round_scaled
+            def round_scaled(weight: Tensor, scheme: Scheme) -> Tensor:
+                result = quantize_gptq(
+                    weight.float() * scale, scaled, scaled_factor, scheme, rules,
+                    act_order=settings.act_order, search=settings.range_search, refine=0,
+                )  # fmt: skip
+                return result.tensor.dequantize() / scale
+
+            return round_scaled
+
+        return of_scale
 
     return rounder
