@@ -58,8 +58,8 @@ class _Search:
 
         parent: what the parent module makes of `x`, with whatever weights the layer holds. Without one the parent is the linear
         itself, and its loss comes exactly from the Hessian of `x`, for a sample of its rows. A part of `x` sorts the candidates out,
-        the whole decides among the identity and the best few. Where GPTQ follows, which already looks after salient channels, the winner and its square
-        root must then beat the identity rounded as GPTQ rounds.
+        the whole decides among the identity and the best few. Where GPTQ follows, which already looks after salient channels, the
+        winner and its square root must then beat the identity rounded as GPTQ rounds.
         """
         weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
         sample = {n: weight if parent else weight[:: max(1, len(weight) // LOSS_ROWS)] for n, weight in weights.items()}
@@ -81,10 +81,8 @@ class _Search:
             full, total = channels.expand(scale), 0.0
             round_scaled = rounder(full) if rounder else None
             for n in quantised:
-                if round_scaled:
-                    weight = round_scaled(sample[n], self.schemes[n])
-                else:
-                    weight = rounded(sample[n], full, self.schemes[n], self.rules)
+                scheme = self.schemes[n]
+                weight = round_scaled(sample[n], scheme) if round_scaled else rounded(sample[n], full, scheme, self.rules)
                 if parent is None:
                     total += linear_loss(sample[n], weight, hessian=hessian, rows=flat if few else None)
                 else:

@@ -126,6 +126,21 @@ def textbook(weight: torch.Tensor, hessian: torch.Tensor, scheme: Scheme, act_or
     return codes, scales, zeros, torch.tensor(group)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_factor_of_scaled_channels(act_order: bool) -> None:
+    """Scaling a factor gives that of the Hessian of the scaled channels, damping scaled alike, in the order of the unscaled ones."""
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(60, 12, generator=generator, dtype=torch.float64), torch.rand(12, generator=generator).double() * 4 + 0.1
+    hessian = x.T @ x
+    factor = factorize(hessian.float(), damp=0.1, act_order=act_order)
+    assert factor is not None
+    scaled = factor.of_scaled(scale.float())
+    assert scaled.order.equal(factor.order)
+    damped = (hessian + 0.1 * hessian.diagonal().mean() * torch.eye(12)) / scale[:, None] / scale
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[scaled.order][:, scaled.order]), upper=True)
+    torch.testing.assert_close(scaled.ratios.double().triu(), upper / upper.diagonal()[:, None], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", [Scheme(4, 8, False), Scheme(3, 4, True), Scheme(2, 8, False), Scheme(4, PER_CHANNEL, False)], ids=str)
 @pytest.mark.parametrize("act_order", ORDERS)
 def test_is_the_textbooks(act_order: str, scheme: Scheme) -> None:

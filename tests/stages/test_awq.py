@@ -15,6 +15,7 @@ from quantflow.quant.gptq import factorize, quantize_gptq
 from quantflow.quant.grid import PER_CHANNEL, Scheme
 from quantflow.quant.rtn import GridRules, quantize_rtn
 from quantflow.recipe import Gptq
+from quantflow.stages import awq
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.folding import Folding
 from quantflow.stages.quantize import factor_for, gptq_group, gptq_rounder
@@ -98,6 +99,23 @@ def test_the_layers_output_error_is_lower_than_without(model_type: str) -> None:
     expected = tiny.layer(length=16).forward(x)
     plain = error(tiny.layer(rounded(tiny.tensors, schemes)).forward(x), expected)
     assert error(tiny.layer(rounded(folded(tiny.tensors, result.folding), schemes)).forward(x), expected) < plain
+
+
+def test_a_sample_of_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every row of a linear comes four times, each fourth one gives the same choice and the same loss."""
+    tiny = with_outliers("llama")
+    names = tiny.architecture.layer
+    for n in (names.o, names.down):
+        weight = tiny.tensors[f"{n}.weight"]
+        tiny.tensors[f"{n}.weight"] = weight[: len(weight) // 4].repeat_interleave(4, 0)
+    schemes = dict.fromkeys(tiny.linears(), W3)
+    whole = search(tiny, schemes)
+    monkeypatch.setattr(awq, "LOSS_ROWS", len(tiny.tensors[f"{names.down}.weight"]) // 4)
+    sampled = search(tiny, schemes)
+    assert [line["scale"] for line in sampled.report] == [line["scale"] for line in whole.report]
+    for a, b in zip(sampled.report, whole.report, strict=True):
+        assert a["loss_ratio"] == pytest.approx(b["loss_ratio"], rel=1e-5)
+    assert ratio_of(whole, names.down) < 1.0
 
 
 def test_the_reported_losses_are_those_of_the_parents_outputs() -> None:
@@ -275,10 +293,11 @@ def test_gptq_rounder_rounds_the_scaled_weight_for_the_scaled_input() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(6, 16, generator=generator), torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
     scale = torch.rand(16, generator=generator) * 4 + 0.1
-    found = gptq_rounder(RULES, Gptq(act_order="none"))(x.T @ x, scale)(weight, W3)
+    settings = Gptq(act_order="none", damp=1e-6)  # damping is not scaled with the channels: next to nothing, to compare
+    found = gptq_rounder(RULES, settings)(x.T @ x)(scale)(weight, W3)
     given = x / scale  # what the folded linear reads
     hessian = given.T @ given
-    factor = factorize(hessian, damp=Gptq().damp, act_order=False)
+    factor = factorize(hessian, damp=settings.damp, act_order=False)
     expected = quantize_gptq(weight * scale, hessian, factor, W3, RULES, act_order="none", refine=0).tensor.dequantize()
     torch.testing.assert_close(x @ found.T, given @ expected.T, rtol=1e-3, atol=1e-3)
 
