@@ -106,3 +106,25 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = value.chunk(2, dim=-1)
     c, s = cos[:, None].to(value.dtype), sin[:, None].to(value.dtype)
     return torch.cat((first * c - second * s, second * c + first * s), dim=-1).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sm_scale: float, window: int = 0) -> Tensor:
+    """softmax(`sm_scale` q kᵀ) v `[T, H, D]`, in the dtype of `q`, for the queries of one sequence.
+
+    q: `[T, H, D]`; k, v: `[C, KV heads, D]`, the keys at positions `0..C-1`. Query t sees keys up to and with `positions[t]`, and no
+    more than `window` of them (0: all). Query heads that share a KV head are neighbours.
+    """
+    wide, shared = _wide(q.dtype), q.shape[1] // k.shape[1]
+    k, v = (t.to(wide).repeat_interleave(shared, dim=1) for t in (k, v))
+    scores = torch.einsum("thd,chd->htc", q.to(wide), k) * sm_scale
+    behind = positions[:, None] - torch.arange(k.shape[0], device=q.device)
+    visible = (behind >= 0) & (behind < window) if window else behind >= 0
+    return torch.einsum("htc,chd->thd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v).to(q.dtype)
+
+
+def pages(cache: Tensor, block_table: Tensor, context: int) -> Tensor:
+    """The first `context` entries `[C, KV heads, …]` of a sequence, out of cache blocks `[blocks, KV heads, B, …]`; block_table: its
+    blocks in order."""
+    at = torch.arange(context, device=cache.device)
+    size = cache.shape[2]
+    return cache[block_table.long()[at // size], :, at % size]

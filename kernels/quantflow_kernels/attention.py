@@ -1,0 +1,264 @@
+"""Attention of new queries over a paged KV cache in 16 bits or int8, prefill and decode by one kernel.
+
+Shapes: `T` queries of `S` sequences one after the other, `H` heads, `G` KV heads, `D` head_dim, `B` tokens a cache block.
+
+int8 codes are cast to the dtype of the queries, which holds them exactly, just before each product; they are never dequantised one
+by one. A K scale of the head acts on its scores, one a channel is folded into q, one a token on that token's scores; a static zero
+point of K adds the same to all scores of a query and cancels in the softmax. A static scale and zero point of V act once, after the
+sum; a scale a token on that token's probabilities.
+
+Batch invariance: keys are taken in tiles, and tiles in splits, that begin at absolute positions; a split's result does not depend on
+what else is in the batch, a tile that a query may not see changes none of its bits, and splits are merged in their order by the same
+operations, whether one program does all of them (prefill) or a second kernel (decode).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = 1.4426950408889634
+NO_SCORE = tl.constexpr(-1e30)  # finite: differences of it are numbers
+
+STATIC_HEAD = 0  # a K scale a head
+STATIC_CHANNEL = 1  # a K scale a head and channel
+DYNAMIC = 2  # scales a token and head
+PLAIN = 3  # a 16-bit cache
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """One layer's cache.
+
+    k, v: `[blocks, G, B, D]`, int8 or the queries' dtype. Static scales, float32: k_scale `[G]` or `[G, D]`; v_scale, v_zero
+    `[G, D]`; k_zero `[G]` or `[G, D]` (needed by the store alone). Dynamic ones: k_scale, v_scale `[blocks, G, B]`, no zero points.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    k_zero: Tensor | None = None
+    v_zero: Tensor | None = None
+
+    @property
+    def mode(self) -> int:
+        if self.k.dtype != torch.int8:
+            return PLAIN
+        if self.k_scale is None or self.v_scale is None:
+            raise ValueError("an int8 cache needs k_scale and v_scale")
+        if self.k_scale.ndim == 3:
+            return DYNAMIC
+        return STATIC_HEAD if self.k_scale.ndim == 1 else STATIC_CHANNEL
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_q: rows (queries × the heads that share a KV head) a program, at least 16. tile: keys at a time. split: keys that one
+    program of a decode takes, a multiple of `tile`."""
+
+    block_q: int = 16
+    tile: int = 64
+    split: int = 512
+    warps: int = 4
+    stages: int = 3
+
+
+@triton.jit
+def _merge(m, total, acc, other_m, other_l, other_acc):
+    """Two partial softmax sums (maximum, denominator, numerator) as one."""
+    top = tl.maximum(m, other_m)
+    a, b = tl.exp2(m - top), tl.exp2(other_m - top)
+    return top, tl.fma(total, a, other_l * b), tl.fma(acc, a[:, None], other_acc * b[:, None])
+
+
+@triton.jit
+def _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE: tl.constexpr, V_ZERO: tl.constexpr):
+    """What attention puts out, from the merged sums."""
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if MODE < 2:
+        place, known = kv_head * D + channels, channels < D
+        out *= tl.load(v_scale + place, mask=known, other=0.0)[None, :]
+        if V_ZERO:
+            out += tl.load(v_zero + place, mask=known, other=0.0)[None, :]
+    return out
+
+
+@triton.jit
+def attention_kernel(
+    q, k_cache, v_cache, out, part_out, part_ml, block_table, tile_sequence, tile_start, query_start, contexts,
+    k_scale, v_scale, v_zero, sm_scale, window, queries, max_blocks,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, MODE: tl.constexpr,
+    V_ZERO: tl.constexpr, WINDOW: tl.constexpr, SPLIT_PARTS: tl.constexpr, BLOCK_Q: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Program (i, h, s): query tile i with the heads that read KV head h, over split s, or over all where not SPLIT_PARTS.
+
+    SHARED: query heads a KV head, padded to a power of two. part_out `[splits, T, H, D]`, part_ml `[splits, 2, T, H]`.
+    """
+    pid, kv_head = tl.program_id(0), tl.program_id(1)
+    sequence = tl.load(tile_sequence + pid)
+    begin = tl.load(query_start + sequence)
+    length = tl.load(query_start + sequence + 1) - begin
+    context = tl.load(contexts + sequence)
+    row = tl.arange(0, BLOCK_Q)
+    group: tl.constexpr = HEADS // KV_HEADS
+    index = tl.load(tile_start + pid) + row // SHARED  # of the query in its sequence
+    real = (index < length) & (row % SHARED < group)
+    at = context - length + index  # its absolute position
+    head = kv_head * group + row % SHARED
+    place = (begin + index).to(tl.int64) * HEADS + head
+    channels = tl.arange(0, BLOCK_D)
+    known = channels < D
+    queries_here = tl.load(q + place[:, None] * D + channels[None, :], mask=real[:, None] & known[None, :], other=0.0)
+    factor = sm_scale
+    if MODE == 0:
+        factor = sm_scale * tl.load(k_scale + kv_head)
+    if MODE == 1:
+        fold = tl.load(k_scale + kv_head * D + channels, mask=known, other=0.0)
+        queries_here = (queries_here.to(tl.float32) * fold[None, :]).to(queries_here.dtype)
+    first_at = tl.min(tl.where(real, at, context))
+    last_at = tl.max(tl.where(real, at, 0))
+    first_split, last_split = 0, last_at // SPLIT
+    if WINDOW:
+        first_split = tl.maximum(first_at - window + 1, 0) // SPLIT
+    if SPLIT_PARTS:
+        first_split = tl.maximum(first_split, tl.program_id(2))
+        last_split = tl.minimum(last_split, tl.program_id(2))
+    m = tl.full((BLOCK_Q,), NO_SCORE, tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for split in range(first_split, last_split + 1):
+        low, high = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, last_at + 1)
+        if WINDOW:
+            low = tl.maximum(low, tl.maximum(first_at - window + 1, 0) // TILE * TILE)
+        split_m = tl.full((BLOCK_Q,), NO_SCORE, tl.float32)
+        split_l = tl.zeros((BLOCK_Q,), tl.float32)
+        split_acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        for start in tl.range(low, high, TILE, num_stages=STAGES):
+            key = start + tl.arange(0, TILE)
+            present = key <= last_at
+            page = tl.load(block_table + sequence * max_blocks + key // PAGE, mask=present, other=0).to(tl.int64)
+            slot = (page * KV_HEADS + kv_head) * PAGE + key % PAGE
+            k = tl.load(k_cache + slot[None, :] * D + channels[:, None], mask=present[None, :] & known[:, None], other=0)
+            scores = tl.dot(queries_here, k.to(queries_here.dtype), input_precision="ieee") * factor
+            if MODE == 2:
+                scores *= tl.load(k_scale + slot, mask=present, other=0.0)[None, :]
+            visible = key[None, :] <= at[:, None]
+            if WINDOW:
+                visible = visible & (key[None, :] > at[:, None] - window)
+            scores = tl.where(visible, scores, float("-inf"))
+            top = tl.maximum(split_m, tl.max(scores, 1))
+            weight, shrink = tl.exp2(scores - top[:, None]), tl.exp2(split_m - top)
+            split_l = tl.fma(split_l, shrink, tl.sum(weight, 1))
+            if MODE == 2:
+                weight *= tl.load(v_scale + slot, mask=present, other=0.0)[None, :]
+            v = tl.load(v_cache + slot[:, None] * D + channels[None, :], mask=present[:, None] & known[None, :], other=0)
+            split_acc = tl.dot(weight.to(queries_here.dtype), v.to(queries_here.dtype), split_acc * shrink[:, None], input_precision="ieee")
+            split_m = top
+        if SPLIT_PARTS:
+            m, total, acc = split_m, split_l, split_acc
+        else:
+            m, total, acc = _merge(m, total, acc, split_m, split_l, split_acc)
+    stored = real[:, None] & known[None, :]
+    if SPLIT_PARTS:
+        part = tl.program_id(2).to(tl.int64)
+        tl.store(part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :], acc, mask=stored)
+        tl.store(part_ml + 2 * part * queries * HEADS + place, m, mask=real)
+        tl.store(part_ml + (2 * part + 1) * queries * HEADS + place, total, mask=real)
+    else:
+        result = _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE, V_ZERO)
+        tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def merge_splits_kernel(
+    part_out, part_ml, out, v_scale, v_zero, query_last, queries,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MODE: tl.constexpr,
+    V_ZERO: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program (t, g): the splits of query t and the heads of KV head g, one head after the other. query_last: each query's position."""
+    token, kv_head = tl.program_id(0), tl.program_id(1)
+    channels = tl.arange(0, BLOCK_D)
+    known = channels < D
+    splits = tl.load(query_last + token) // SPLIT + 1
+    for i in range(HEADS // KV_HEADS):
+        place = token.to(tl.int64) * HEADS + kv_head * (HEADS // KV_HEADS) + i + tl.zeros((1,), tl.int64)
+        m = tl.full((1,), NO_SCORE, tl.float32)
+        total = tl.zeros((1,), tl.float32)
+        acc = tl.zeros((1, BLOCK_D), tl.float32)
+        for split in range(0, splits):
+            part = tl.cast(split, tl.int64)
+            other = tl.load(part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :], mask=known[None, :], other=0.0)
+            other_m = tl.load(part_ml + 2 * part * queries * HEADS + place)
+            other_l = tl.load(part_ml + (2 * part + 1) * queries * HEADS + place)
+            m, total, acc = _merge(m, total, acc, other_m, other_l, other)
+        result = _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE, V_ZERO)
+        tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=known[None, :])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which queries belong to which sequence, and where their keys lie.
+
+    query_start: int32 `[S + 1]`. contexts: int32 `[S]`, keys up to and with the sequence's last query. block_table: int32 `[S, most]`.
+    lengths, positions: the same for the host: queries a sequence, and its context.
+    """
+
+    query_start: Tensor
+    contexts: Tensor
+    block_table: Tensor
+    lengths: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+def paged_attention(
+    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, config: Config, *, window: int = 0, parts: bool | None = None
+) -> Tensor:
+    """Attention of `q` `[T, H, D]`, each query over its sequence's keys up to itself, at most `window` of them (0: all).
+
+    Keys and values of the queries themselves are in the cache already. parts: whether splits run in programs of their own, the
+    default where every sequence has one query; the result's bits are the same.
+    """
+    tokens, heads, d = q.shape
+    kv_heads, page = cache.k.shape[1], cache.k.shape[2]
+    shared = triton.next_power_of_2(heads // kv_heads)
+    block_q = max(config.block_q, shared)
+    per_tile, device = block_q // shared, q.device
+    if parts is None:
+        parts = max(batch.lengths, default=0) == 1
+    out = torch.empty_like(q)
+    if not tokens:
+        return out
+    tiles = [(s, first) for s, length in enumerate(batch.lengths) for first in range(0, length, per_tile)]
+    sequence, start = torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device)
+    splits = max(-(-context // config.split) for context in batch.positions) if parts else 1
+    part_out, part_ml = (torch.empty(0, device=device) for _ in range(2))
+    if parts:
+        part_out = torch.empty(splits, tokens, heads, d, device=device)
+        part_ml = torch.empty(splits, 2, tokens, heads, device=device)
+    k_scale, v_scale, v_zero = (part_ml if t is None else t for t in (cache.k_scale, cache.v_scale, cache.v_zero))  # None: not read
+    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d)), "MODE": cache.mode,
+                 "V_ZERO": cache.v_zero is not None, "SPLIT": config.split}  # fmt: skip
+    attention_kernel[(len(tiles), kv_heads, splits)](
+        q, cache.k, cache.v, out, part_out, part_ml, batch.block_table, sequence, start, batch.query_start, batch.contexts,
+        k_scale, v_scale, v_zero, sm_scale * LOG2E, window, tokens, batch.block_table.shape[1],
+        PAGE=page, WINDOW=window > 0, SPLIT_PARTS=parts, BLOCK_Q=block_q, SHARED=shared, TILE=config.tile, STAGES=config.stages,
+        num_warps=config.warps, **constants,
+    )  # fmt: skip
+    if parts:
+        at = [c - n + i for n, c in zip(batch.lengths, batch.positions, strict=True) for i in range(n)]
+        query_last = torch.tensor(at, dtype=torch.int32).to(device)
+        merge_splits_kernel[(tokens, kv_heads)](part_out, part_ml, out, v_scale, v_zero, query_last, tokens, **constants)
+    return out
+
+
+def bytes_moved(cache: KVCache, contexts: list[int], heads: int, tokens: int) -> int:
+    """What one call has to move at least: the keys and values of all contexts, q and the output."""
+    kv_heads, d, item = cache.k.shape[1], cache.k.shape[3], cache.k.element_size()
+    scales = 8 if cache.mode == DYNAMIC else 0  # two float32 a token and head
+    return sum(contexts) * kv_heads * (2 * d * item + scales) + 2 * tokens * heads * d * 2

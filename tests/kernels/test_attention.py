@@ -1,0 +1,190 @@
+"""Paged attention against a float64 oracle, and that a query's bits do not depend on how it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from quantflow_kernels import reference
+from quantflow_kernels.attention import Batch, Config, KVCache, bytes_moved, paged_attention
+
+from tests.helpers.devices import DEVICE, DTYPES
+
+SMALL = Config(tile=16, split=32)
+CACHES = ["plain", "head", "channel", "token"]
+# Probabilities are rounded to the queries' dtype, and so are queries that a scale a channel is folded into.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+@dataclass(frozen=True)
+class Case:
+    """q `[T, H, D]`, the cache, the batch, and what the cache stands for, in float64 `[blocks, G, B, D]`."""
+
+    q: torch.Tensor
+    cache: KVCache
+    batch: Batch
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def expected(self, window: int = 0) -> torch.Tensor:
+        parts = []
+        for s, (length, context) in enumerate(zip(self.batch.lengths, self.batch.positions, strict=True)):
+            start = int(self.batch.query_start[s])
+            k, v = (reference.pages(t, self.batch.block_table[s], context) for t in (self.k, self.v))
+            at = torch.arange(context - length, context, device=DEVICE)
+            parts.append(reference.attention(self.q[start : start + length].double(), k, v, at, self.scale, window))
+        return torch.cat(parts)
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[-1] ** -0.5)
+
+    def run(self, config: Config = SMALL, *, window: int = 0, parts: bool | None = None) -> torch.Tensor:
+        return paged_attention(self.q, self.cache, self.batch, self.scale, config, window=window, parts=parts)
+
+    def sequence(self, s: int, first: int, count: int) -> Case:
+        """Queries `[first, first + count)` of sequence `s` alone, later keys out of sight."""
+        start, context = int(self.batch.query_start[s]), self.batch.positions[s] - self.batch.lengths[s] + first + count
+        batch = batch_of([count], [context], self.batch.block_table[s : s + 1])
+        return Case(self.q[start + first : start + first + count], self.cache, batch, self.k, self.v)
+
+
+def batch_of(lengths: Sequence[int], contexts: Sequence[int], table: torch.Tensor) -> Batch:
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+    return Batch(starts, torch.tensor(contexts, dtype=torch.int32, device=DEVICE), table, tuple(lengths), tuple(contexts))
+
+
+def case(
+    lengths: Sequence[int], contexts: Sequence[int], *, heads: int = 4, kv_heads: int = 2, d: int = 16, page: int = 16,
+    kind: str = "plain", dtype: torch.dtype = torch.float16,
+) -> Case:  # fmt: skip
+    generator = torch.Generator().manual_seed(sum(contexts) + heads)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator).to(DEVICE) * 0.02 + 1e-3
+
+    needed = [-(-c // page) for c in contexts]
+    blocks = sum(needed) + 3
+    order = torch.randperm(blocks, generator=generator).to(DEVICE, torch.int32)
+    table = torch.full((len(contexts), max(needed)), -(10**6), dtype=torch.int32, device=DEVICE)  # past its end: not to be read
+    for s, n in enumerate(needed):
+        table[s, :n] = order[sum(needed[:s]) : sum(needed[:s]) + n]
+    shape = (blocks, kv_heads, page, d)
+    if kind == "plain":
+        k, v = normal(*shape).to(dtype), normal(*shape).to(dtype)
+        cache, wide = KVCache(k, v), (k.double(), v.double())
+    else:
+        k, v = (torch.randint(-128, 128, shape, generator=generator).to(DEVICE, torch.int8) for _ in range(2))
+        if kind == "token":
+            ks, vs = uniform(*shape[:3]), uniform(*shape[:3])
+            cache, wide = KVCache(k, v, ks, vs), (k.double() * ks[..., None], v.double() * vs[..., None])
+        else:
+            ks = uniform(kv_heads) if kind == "head" else uniform(kv_heads, d)
+            kz, vs, vz = normal(*ks.shape), uniform(kv_heads, d), normal(kv_heads, d)
+            cache = KVCache(k, v, ks, vs, kz, vz)
+            folded, shift = (t[:, None, None] if kind == "head" else t[:, None] for t in (ks, kz))
+            wide = (k.double() * folded + shift, v.double() * vs[:, None] + vz[:, None])
+    q = normal(sum(lengths), heads, d).to(dtype)
+    return Case(q, cache, batch_of(lengths, contexts, table), *wide)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape
+    bound = TOLERANCE[found.dtype] * max(1.0, float(expected.abs().max()))
+    assert float((found.double() - expected).abs().max()) <= bound  # NaN fails too
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", CACHES)
+def test_prefill_and_decode(dtype: torch.dtype, kind: str) -> None:
+    mixed = case([5, 1, 20, 16], [5, 40, 70, 16], kind=kind, dtype=dtype)
+    assert_close(mixed.run(), mixed.expected())
+    decode = case([1, 1, 1], [1, 33, 100], kind=kind, dtype=dtype)
+    assert_close(decode.run(), decode.expected())
+
+
+@pytest.mark.parametrize("context", [1, 15, 16, 17, 31, 32, 33, 64])
+@pytest.mark.parametrize("kind", ["plain", "token"])
+def test_contexts_around_block_and_split_edges(context: int, kind: str) -> None:
+    one = case([1], [context], kind=kind)
+    assert_close(one.run(), one.expected())
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(1, 1, 16), (71, 1, 32), (6, 2, 64), (4, 4, 20), (8, 1, 80), (2, 1, 8)])
+@pytest.mark.parametrize("lengths", [[1, 1], [3, 9]])
+def test_shapes_of_heads(heads: int, kv_heads: int, d: int, lengths: list[int]) -> None:
+    some = case(lengths, [20, 37], heads=heads, kv_heads=kv_heads, d=d, kind="channel")
+    assert_close(some.run(), some.expected())
+
+
+@pytest.mark.parametrize("page", [16, 32, 128])
+def test_block_sizes(page: int) -> None:
+    some = case([1, 4], [50, 140], page=page, kind="head")
+    assert_close(some.run(), some.expected())
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 40, 1000])
+@pytest.mark.parametrize("lengths", [[1, 1], [9, 30]])
+def test_sliding_window(window: int, lengths: list[int]) -> None:
+    some = case(lengths, [90, 33], kind="token")
+    assert_close(some.run(window=window), some.expected(window))
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("window", [0, 25])
+def test_a_querys_bits_do_not_depend_on_the_batch(kind: str, window: int) -> None:
+    """Together or alone, in one chunk or token by token, split over programs or not."""
+    whole = case([23, 1, 7], [90, 70, 7], kind=kind)
+    found = whole.run(window=window)
+    assert whole.run(window=window, parts=True).equal(found)
+    at = 0
+    for s, length in enumerate(whole.batch.lengths):
+        alone = whole.sequence(s, 0, length)
+        assert alone.run(window=window).equal(found[at : at + length])
+        for first, count in ((0, 1), (length - 1, 1), (length // 3, length - length // 3)):
+            expected = found[at + first : at + first + count]
+            for parts in (False, True):
+                assert whole.sequence(s, first, count).run(window=window, parts=parts).equal(expected)
+        at += length
+
+
+def test_scores_far_apart_do_not_overflow() -> None:
+    some = case([1, 5], [40, 40], dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+    loud = Case(some.q * 1000, some.cache, some.batch, some.k, some.v)
+    assert_close(loud.run(), loud.expected())
+
+
+def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = case([5, 1], [40, 40], heads=3, kv_heads=1, d=20)
+    empty = torch.empty
+
+    def poisoned(*shape: int, **options: object) -> torch.Tensor:
+        found = empty(*shape, **options)  # type: ignore[call-overload]
+        return found.fill_(torch.nan) if found.is_floating_point() else found
+
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, torch.nan))
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for parts in (False, True):
+        assert_close(some.run(parts=parts), some.expected())
+
+
+def test_no_queries() -> None:
+    some = case([1], [20])
+    batch = batch_of([], [], some.batch.block_table[:0])
+    assert paged_attention(some.q[:0], some.cache, batch, 1.0, SMALL).shape == (0, 4, 16)
+
+
+def test_an_int8_cache_needs_scales() -> None:
+    some = case([1], [20], kind="head")
+    with pytest.raises(ValueError, match="needs k_scale"):
+        paged_attention(some.q, KVCache(some.cache.k, some.cache.v), some.batch, 1.0, SMALL)
+
+
+def test_roofline() -> None:
+    some = case([1], [20], heads=4, kv_heads=2, d=16, kind="token")
+    assert bytes_moved(some.cache, [20, 30], 4, 2) == 50 * 2 * (2 * 16 + 8) + 2 * 2 * 4 * 16 * 2

@@ -1,0 +1,124 @@
+"""The quantised product against a float64 oracle, and that a row's bits do not depend on what else there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantflow_kernels import reference
+from quantflow_kernels.layout import PER_CHANNEL, PackedWeight, pack
+from quantflow_kernels.matmul import MAGIC_BITS, Config, bytes_moved, matmul, operations
+
+from tests.helpers.devices import DEVICE, DTYPES
+from tests.kernels.test_layout import weight
+
+# Of a float32 sum rounded to the dtype: its last bit, and for float32 the sum's own rounding.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+
+
+def operands(n: int, k: int, m: int, bits: int, group: int, dtype: torch.dtype) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
+    """x, the packed weight, and the product in float64."""
+    codes, scales, zeros = (t.to(DEVICE) for t in weight(n, k, bits, group))
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(DEVICE, dtype)
+    expected = reference.w4a16_matmul(x.double(), codes, scales.double(), zeros, group)
+    return x, pack(codes, scales, zeros, group, bits), expected
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert found.shape == expected.shape and bool(found.isfinite().all())
+    # An element's error is that of the sum it stands at the end of, so relative to the typical magnitude and to its own.
+    bound = TOLERANCE[found.dtype] * (expected.abs() + expected.square().mean().sqrt())
+    assert bool(((found.double() - expected).abs() <= bound).all()), float(((found.double() - expected).abs() / bound).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, PER_CHANNEL])
+def test_widths_and_groups(dtype: torch.dtype, bits: int, group: int) -> None:
+    x, packed, expected = operands(40, 384, 3, bits, group, dtype)
+    assert_close(matmul(x, packed, None, Config(16, 16)), expected)
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 15, 16, 17, 33, 64, 65])
+def test_numbers_of_tokens(m: int) -> None:
+    x, packed, expected = operands(24, 128, m, 4, 64, torch.float16)
+    assert_close(matmul(x, packed, None, Config(16, 16)), expected)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(1, 32, 32), (17, 96, 32), (33, 100, PER_CHANNEL), (19, 320, 64), (16, 2304, 256), (5, 2048, 1024)]
+)
+@pytest.mark.parametrize("split", [1, 3])
+def test_awkward_shapes(n: int, k: int, group: int, split: int) -> None:
+    """N and K that fill no tile, one group, groups longer than a block, more splits than blocks."""
+    x, packed, expected = operands(n, k, 2, 4, group, torch.float16)
+    assert_close(matmul(x, packed, None, Config(16, 16, split)), expected)
+
+
+def test_bias_and_leading_dimensions() -> None:
+    x, packed, expected = operands(24, 128, 6, 4, 64, torch.float16)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for split in (1, 2):
+        found = matmul(x.view(2, 3, 128), packed, bias.half(), Config(16, 16, split))
+        assert_close(found.view(6, 24), expected + bias.half().double())
+
+
+def test_rows_that_are_not_contiguous() -> None:
+    x, packed, expected = operands(24, 128, 6, 4, 64, torch.float16)
+    wide = torch.full((6, 200), torch.nan, dtype=x.dtype, device=DEVICE)
+    wide[:, 8:136] = x
+    assert_close(matmul(wide[:, 8:136], packed, None, Config(16, 16)), expected)
+    assert_close(matmul(x.T.contiguous().T, packed, None, Config(16, 16)), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_extreme_codes(bits: int) -> None:
+    """All codes and zero points at their ends: the products are exact integers."""
+    for code, zero in ((0, 2**bits - 1), (2**bits - 1, 0)):
+        codes = torch.full((16, 64), code, dtype=torch.uint8, device=DEVICE)
+        packed = pack(codes, torch.ones(16, 1, device=DEVICE), torch.full((16, 1), zero, dtype=torch.uint8, device=DEVICE), 64, bits)
+        found = matmul(torch.ones(1, 64, device=DEVICE, dtype=torch.float16), packed, None, Config(16, 16))
+        assert found.equal(torch.full_like(found, float(torch.tensor(64.0 * (code - zero)).half())))
+
+
+def test_large_scales_overflow_only_where_the_result_does() -> None:
+    x, packed, _ = operands(16, 64, 1, 4, 64, torch.float16)
+    small = matmul(x * 1e-3, PackedWeight(packed.words, None, packed.scales * 3e4, packed.zeros, 4, 64, 64), None, Config(16, 16))
+    assert bool(small.isfinite().all())
+
+
+@pytest.mark.parametrize("split", [1, 3])
+def test_a_rows_bits_depend_on_that_row_alone(split: int) -> None:
+    x, packed, _ = operands(40, 512, 37, 4, 64, torch.float16)
+    config = Config(16, 16, split)
+    whole = matmul(x, packed, None, config)
+    for m in (1, 2, 16, 17):
+        assert matmul(x[:m], packed, None, config).equal(whole[:m])
+    mixed = x.clone()
+    mixed[::2] = torch.inf
+    assert matmul(mixed, packed, None, config)[1::2].equal(whole[1::2])
+
+
+def test_no_tokens() -> None:
+    x, packed, _ = operands(24, 128, 1, 4, 64, torch.float16)
+    assert matmul(x[:0], packed, None, Config(16, 16)).shape == (0, 24)
+
+
+def test_a_wrong_number_of_channels_is_refused() -> None:
+    x, packed, _ = operands(24, 128, 1, 4, 64, torch.float16)
+    with pytest.raises(ValueError, match="64 input channels, the weight 128"):
+        matmul(x[:, :64], packed, None, Config(16, 16))
+
+
+def test_the_magic_numbers() -> None:
+    """A code put into the mantissa adds its value, for every code the kernel does that with; the other constant is 1."""
+    for magic, dtype, codes in ((128, torch.bfloat16, 16), (1024, torch.float16, 256)):
+        base, one = MAGIC_BITS[magic]
+        bits = torch.arange(codes, dtype=torch.int32) | base
+        assert bits.to(torch.int16).view(dtype).double().equal(magic + torch.arange(codes).double())
+        assert float(torch.tensor([one], dtype=torch.int16).view(dtype)) == 1.0
+
+
+def test_roofline() -> None:
+    _, packed, _ = operands(256, 512, 1, 4, 128, torch.float16)
+    assert bytes_moved(packed, 3) == 256 * 512 // 2 + 256 * 4 * (4 + 1) + 3 * (512 + 256) * 2
+    assert operations(packed, 3) == 2 * 3 * 256 * 512
