@@ -83,7 +83,8 @@ def kv_store_kernel(
                 if not is_value:
                     at = head + lane * 0
                     beyond = 0
-            shifted = known & (tl.where(is_value, 1 if V_ZERO else 0, 1 if K_ZERO else 0) > 0)
+            shifts = tl.where(is_value, 1 if V_ZERO else 0, 1 if K_ZERO else 0)
+            shifted = known & (lane * 0 + shifts > 0)
             scale = tl.load(scales + at, mask=known, other=1.0)
             zero = tl.load(zeros + at, mask=shifted, other=0.0)
             tl.store(target + lane, _code(first, zero, scale, -128.0), mask=known)
