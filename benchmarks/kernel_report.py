@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from quantflow_kernels import activation, attention, kv_store, matmul, norm
+from quantflow_kernels import activation, attention, dequantize, kv_store, matmul, norm
 from quantflow_kernels.attention import DYNAMIC, PLAIN, STATIC_CHANNEL, STATIC_HEAD
 from quantflow_kernels.configs import DEFAULT, DEVICES
 from triton.backends.compiler import GPUTarget
@@ -67,6 +67,8 @@ def jobs() -> Iterator[Job]:
         for mode in (PLAIN, STATIC_HEAD, STATIC_CHANNEL, DYNAMIC):
             for parts in (True, False):
                 yield _attention(tuned.attention, mode, parts)
+    for bits, group in ((4, 128), (3, 32), (8, 0)):
+        yield _dequantize(bits, group)
     yield _merge()
     yield Job("sum_splits", matmul.sum_splits_kernel, {"parts": "*fp32", "bias": "*bf16", "out": "*bf16", "M": "i32", "N": "i32"},
               {"SPLITS": 4, "HAS_BIAS": True, "BLOCK": 256})  # fmt: skip
@@ -89,6 +91,12 @@ def _matmul(config: matmul.Config, bits: int, group: int, dtype: str) -> Job:
     }  # fmt: skip
     label = f"matmul W{bits} {f'g{group}' if group else 'channel'} {dtype} {config.block_n}×{config.block_m}"
     return Job(label, matmul.matmul_kernel, types, constants, config.warps, config.stages_for(bits), ("i16",))
+
+
+def _dequantize(bits: int, group: int) -> Job:
+    types = {"words": "*i16", "high": "*i16", "scales": "*bf16", "zeros": "*u8", "out": "*bf16", "N": "i32", "K": "i32"}
+    constants = {"BITS": bits, "GROUP": group, "SLICE": 32 if group == 32 else 64, "BLOCK_N": dequantize.BLOCK_N}
+    return Job(f"dequantize W{bits} {f'g{group}' if group else 'channel'}", dequantize.dequantize_kernel, types, constants)
 
 
 def _attention(config: attention.Config, mode: int, parts: bool) -> Job:

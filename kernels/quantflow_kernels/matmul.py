@@ -37,18 +37,17 @@ class Config:
         return max(2, self.stages * min(4, lane_bits(bits)) // 4)
 
 
-# A power of two -> the bits of it and of 1, where the last bit of its mantissa is worth 1.
-MAGIC_BITS = {128: (0x4300, 0x3F80), 1024: (0x6400, 0x3C00)}  # bfloat16, float16
-
-
 @triton.constexpr_function
-def _assembly(shift: int, mask: int, magic: int) -> str:
+def assembly(shift, mask, magic):
     """Two words, and two negated zero points, in a register each -> two floats `code - zero`.
 
     The code at bit `shift` becomes the last bits of a float of the value `magic`, whose mantissa's last bit is worth 1; `zero` is
     larger by `magic`, so that the difference is exact. 0xEA is the truth table of `(a & b) | c`.
     """
-    (base, one), kind, both = MAGIC_BITS[magic], "bf16x2" if magic == 128 else "f16x2", 0x00010001
+    both = 0x00010001
+    base = 0x4300 if magic == 128 else 0x6400  # the bits of `magic`, in bfloat16 and in float16
+    one = 0x3F80 if magic == 128 else 0x3C00
+    kind = "bf16x2" if magic == 128 else "f16x2"
     return (
         f"{{ .reg .b32 t, one; shr.b32 t, $1, {shift}; lop3.b32 t, t, {mask * both}, {base * both}, 0xEA; "
         f"mov.b32 one, {one * both}; fma.rn.{kind} $0, t, one, $2; }}"
@@ -65,7 +64,7 @@ def _centred(words, zero, SHIFT: tl.constexpr, LANE: tl.constexpr, MAGIC: tl.con
     if MAGIC:
         offset = (-MAGIC - zero).to(dtype).to(tl.int16, bitcast=True)
         return tl.inline_asm_elementwise(
-            _assembly(SHIFT, 2**LANE - 1, MAGIC), "=r,r,r", [words, tl.broadcast_to(offset[:, None], words.shape)],
+            assembly(SHIFT, 2**LANE - 1, MAGIC), "=r,r,r", [words, tl.broadcast_to(offset[:, None], words.shape)],
             dtype=tl.bfloat16 if MAGIC == 128 else tl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     else:

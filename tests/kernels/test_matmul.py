@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from quantflow_kernels import reference
 from quantflow_kernels.layout import PER_CHANNEL, PackedWeight, pack
-from quantflow_kernels.matmul import MAGIC_BITS, Config, bytes_moved, matmul, operations
+from quantflow_kernels.matmul import Config, assembly, bytes_moved, matmul, operations
 
 from tests.helpers.devices import DEVICE, DTYPES
 from tests.kernels.test_layout import weight
@@ -109,13 +111,26 @@ def test_a_wrong_number_of_channels_is_refused() -> None:
         matmul(x[:, :64], packed, None, Config(16, 16))
 
 
-def test_the_magic_numbers() -> None:
-    """A code put into the mantissa adds its value, for every code the kernel does that with; the other constant is 1."""
-    for magic, dtype, codes in ((128, torch.bfloat16, 16), (1024, torch.float16, 256)):
-        base, one = MAGIC_BITS[magic]
-        bits = torch.arange(codes, dtype=torch.int32) | base
-        assert bits.to(torch.int16).view(dtype).double().equal(magic + torch.arange(codes).double())
-        assert float(torch.tensor([one], dtype=torch.int16).view(dtype)) == 1.0
+@pytest.mark.parametrize(("magic", "dtype", "bits"), [(128, torch.bfloat16, 4), (1024, torch.float16, 4), (1024, torch.float16, 8)])
+def test_the_assembly(magic: int, dtype: torch.dtype, bits: int) -> None:
+    """Its steps, carried out by torch for all codes and zero points at every place in a word, give `code - zero` exactly."""
+    for shift in range(0, 16, bits):
+        text = assembly(shift, 2**bits - 1, magic)
+        found = re.search(
+            r"shr.b32 t, \$1, (\d+); lop3.b32 t, t, (\d+), (\d+), 0xEA; mov.b32 one, (\d+); fma.rn.(b?f16)x2 \$0, t, one, \$2;", text
+        )
+        assert found and found[5] == {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+        by, mask, base, one = (int(v) for v in found.groups()[:4])
+        generator = torch.Generator().manual_seed(shift)
+        words = torch.randint(0, 2**32, (500,), generator=generator)  # two words each, as a register holds them
+        result = (words >> by) & mask | base
+        assert one & 0xFFFF == one >> 16 and float(torch.tensor([one & 0xFFFF], dtype=torch.int16).view(dtype)) == 1.0
+        for half in (0, 16):
+            codes = (words >> (half + shift)) & (2**bits - 1)
+            for zero in (0, 1, 2 ** (bits - 1), 2**bits - 1):
+                pattern = ((result >> half) & 0xFFFF).to(torch.int32).to(torch.int16).view(dtype)
+                offset = torch.tensor(-magic - zero, dtype=torch.float32).to(dtype)
+                assert (pattern + offset).double().equal((codes - zero).double())
 
 
 def test_roofline() -> None:
