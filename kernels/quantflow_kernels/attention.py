@@ -14,7 +14,9 @@ operations, whether one program does all of them (prefill) or a second kernel (d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -203,17 +205,41 @@ def merge_splits_kernel(
 
 @dataclass(frozen=True)
 class Batch:
-    """Which queries belong to which sequence, and where their keys lie.
+    """Which queries belong to which sequence and where their keys lie, on the device; one serves all layers of a step.
 
-    query_start: int32 `[S + 1]`. contexts: int32 `[S]`, keys up to and with the sequence's last query. block_table: int32 `[S, most]`.
-    lengths, positions: the same for the host: queries a sequence, and its context.
+    block_table: int32 `[S, most]`. query_start: int32 `[S + 1]`. contexts: int32 `[S]`, keys up to and with a sequence's last query.
+    query_last: int32 `[T]`, each query's position. tile_sequence, tile_start: int32 a tile of queries: its sequence, and its first
+    query therein. splits: of the longest context. decode: every sequence has one query.
     """
 
+    block_table: Tensor
     query_start: Tensor
     contexts: Tensor
-    block_table: Tensor
-    lengths: tuple[int, ...]
-    positions: tuple[int, ...]
+    query_last: Tensor
+    tile_sequence: Tensor
+    tile_start: Tensor
+    splits: int
+    decode: bool
+
+
+def queries_a_tile(heads: int, kv_heads: int, config: Config) -> tuple[int, int]:
+    """Rows of a tile, and the rows of one query: the heads that share a KV head, padded to a power of two."""
+    shared = triton.next_power_of_2(heads // kv_heads)
+    return max(config.block_q, shared), shared
+
+
+def make_batch(lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, heads: int, kv_heads: int, config: Config) -> Batch:
+    """The batch of sequences with `lengths` new queries each, whose contexts, those included, are `contexts` long."""
+    block_q, shared = queries_a_tile(heads, kv_heads, config)
+    tiles = [(s, first) for s, length in enumerate(lengths) for first in range(0, length, block_q // shared)]
+    starts = list(accumulate(lengths, initial=0))
+    last = [context - length + i for length, context in zip(lengths, contexts, strict=True) for i in range(length)]
+    # One transfer for all of them.
+    parts = [starts, list(contexts), last, [s for s, _ in tiles], [first for _, first in tiles]]
+    together = torch.tensor([v for part in parts for v in part], dtype=torch.int32).to(block_table.device)
+    query_start, on_device, query_last, sequence, start = together.split([len(part) for part in parts])
+    splits = max((-(-context // config.split) for context in contexts), default=0)
+    return Batch(block_table, query_start, on_device, query_last, sequence, start, splits, max(lengths, default=0) == 1)
 
 
 def paged_attention(
@@ -221,39 +247,30 @@ def paged_attention(
 ) -> Tensor:
     """Attention of `q` `[T, H, D]`, each query over its sequence's keys up to itself, at most `window` of them (0: all).
 
-    Keys and values of the queries themselves are in the cache already. parts: whether splits run in programs of their own, the
-    default where every sequence has one query; the result's bits are the same.
+    Keys and values of the queries themselves are in the cache already; `batch` was made for these heads and this `config`. parts:
+    whether splits run in programs of their own, the default in a decode; the result's bits are the same.
     """
     tokens, heads, d = q.shape
     kv_heads, page = cache.k.shape[1], cache.k.shape[2]
-    shared = triton.next_power_of_2(heads // kv_heads)
-    block_q = max(config.block_q, shared)
-    per_tile, device = block_q // shared, q.device
-    if parts is None:
-        parts = max(batch.lengths, default=0) == 1
+    block_q, shared = queries_a_tile(heads, kv_heads, config)
+    parts = batch.decode if parts is None else parts
     out = torch.empty_like(q)
     if not tokens:
         return out
-    tiles = [(s, first) for s, length in enumerate(batch.lengths) for first in range(0, length, per_tile)]
-    sequence, start = torch.tensor(tiles, dtype=torch.int32).T.contiguous().to(device)
-    splits = max(-(-context // config.split) for context in batch.positions) if parts else 1
-    part_out, part_ml = (torch.empty(0, device=device) for _ in range(2))
-    if parts:
-        part_out = torch.empty(splits, tokens, heads, d, device=device)
-        part_ml = torch.empty(splits, 2, tokens, heads, device=device)
+    splits = batch.splits if parts else 1
+    part_out = torch.empty(splits if parts else 0, tokens, heads, d, dtype=torch.float32, device=q.device)
+    part_ml = torch.empty(splits if parts else 0, 2, tokens, heads, dtype=torch.float32, device=q.device)
     k_scale, v_scale, v_zero = (part_ml if t is None else t for t in (cache.k_scale, cache.v_scale, cache.v_zero))  # None: not read
     constants = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d)), "MODE": cache.mode,
                  "V_ZERO": cache.v_zero is not None, "SPLIT": config.split}  # fmt: skip
-    attention_kernel[(len(tiles), kv_heads, splits)](
-        q, cache.k, cache.v, out, part_out, part_ml, batch.block_table, sequence, start, batch.query_start, batch.contexts,
-        k_scale, v_scale, v_zero, sm_scale * LOG2E, window, tokens, batch.block_table.shape[1],
+    attention_kernel[(len(batch.tile_start), kv_heads, splits)](
+        q, cache.k, cache.v, out, part_out, part_ml, batch.block_table, batch.tile_sequence, batch.tile_start, batch.query_start,
+        batch.contexts, k_scale, v_scale, v_zero, sm_scale * LOG2E, window, tokens, batch.block_table.shape[1],
         PAGE=page, WINDOW=window > 0, SPLIT_PARTS=parts, BLOCK_Q=block_q, SHARED=shared, TILE=config.tile, STAGES=config.stages,
         num_warps=config.warps, **constants,
     )  # fmt: skip
     if parts:
-        at = [c - n + i for n, c in zip(batch.lengths, batch.positions, strict=True) for i in range(n)]
-        query_last = torch.tensor(at, dtype=torch.int32).to(device)
-        merge_splits_kernel[(tokens, kv_heads)](part_out, part_ml, out, v_scale, v_zero, query_last, tokens, **constants)
+        merge_splits_kernel[(tokens, kv_heads)](part_out, part_ml, out, v_scale, v_zero, batch.query_last, tokens, **constants)
     return out
 
 

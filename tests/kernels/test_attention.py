@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from quantflow_kernels import reference
-from quantflow_kernels.attention import Batch, Config, KVCache, bytes_moved, paged_attention
+from quantflow_kernels.attention import Config, KVCache, bytes_moved, make_batch, paged_attention
 
 from tests.helpers.devices import DEVICE, DTYPES
 
@@ -20,19 +20,21 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 @dataclass(frozen=True)
 class Case:
-    """q `[T, H, D]`, the cache, the batch, and what the cache stands for, in float64 `[blocks, G, B, D]`."""
+    """q `[T, H, D]`, the cache, what it stands for in float64 `[blocks, G, B, D]`, and the sequences."""
 
     q: torch.Tensor
     cache: KVCache
-    batch: Batch
+    table: torch.Tensor
+    lengths: tuple[int, ...]
+    contexts: tuple[int, ...]
     k: torch.Tensor
     v: torch.Tensor
 
     def expected(self, window: int = 0) -> torch.Tensor:
-        parts = []
-        for s, (length, context) in enumerate(zip(self.batch.lengths, self.batch.positions, strict=True)):
-            start = int(self.batch.query_start[s])
-            k, v = (reference.pages(t, self.batch.block_table[s], context) for t in (self.k, self.v))
+        parts: list[torch.Tensor] = []
+        for s, (length, context) in enumerate(zip(self.lengths, self.contexts, strict=True)):
+            start = sum(self.lengths[:s])
+            k, v = (reference.pages(t, self.table[s], context) for t in (self.k, self.v))
             at = torch.arange(context - length, context, device=DEVICE)
             parts.append(reference.attention(self.q[start : start + length].double(), k, v, at, self.scale, window))
         return torch.cat(parts)
@@ -42,18 +44,13 @@ class Case:
         return float(self.q.shape[-1] ** -0.5)
 
     def run(self, config: Config = SMALL, *, window: int = 0, parts: bool | None = None) -> torch.Tensor:
-        return paged_attention(self.q, self.cache, self.batch, self.scale, config, window=window, parts=parts)
+        batch = make_batch(self.lengths, self.contexts, self.table, self.q.shape[1], self.cache.k.shape[1], config)
+        return paged_attention(self.q, self.cache, batch, self.scale, config, window=window, parts=parts)
 
     def sequence(self, s: int, first: int, count: int) -> Case:
         """Queries `[first, first + count)` of sequence `s` alone, later keys out of sight."""
-        start, context = int(self.batch.query_start[s]), self.batch.positions[s] - self.batch.lengths[s] + first + count
-        batch = batch_of([count], [context], self.batch.block_table[s : s + 1])
-        return Case(self.q[start + first : start + first + count], self.cache, batch, self.k, self.v)
-
-
-def batch_of(lengths: Sequence[int], contexts: Sequence[int], table: torch.Tensor) -> Batch:
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
-    return Batch(starts, torch.tensor(contexts, dtype=torch.int32, device=DEVICE), table, tuple(lengths), tuple(contexts))
+        start, context = sum(self.lengths[:s]) + first, self.contexts[s] - self.lengths[s] + first + count
+        return Case(self.q[start : start + count], self.cache, self.table[s : s + 1], (count,), (context,), self.k, self.v)
 
 
 def case(
@@ -90,7 +87,7 @@ def case(
             folded, shift = (t[:, None, None] if kind == "head" else t[:, None] for t in (ks, kz))
             wide = (k.double() * folded + shift, v.double() * vs[:, None] + vz[:, None])
     q = normal(sum(lengths), heads, d).to(dtype)
-    return Case(q, cache, batch_of(lengths, contexts, table), *wide)
+    return Case(q, cache, table, tuple(lengths), tuple(contexts), *wide)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -143,7 +140,7 @@ def test_a_querys_bits_do_not_depend_on_the_batch(kind: str, window: int) -> Non
     found = whole.run(window=window)
     assert whole.run(window=window, parts=True).equal(found)
     at = 0
-    for s, length in enumerate(whole.batch.lengths):
+    for s, length in enumerate(whole.lengths):
         alone = whole.sequence(s, 0, length)
         assert alone.run(window=window).equal(found[at : at + length])
         for first, count in ((0, 1), (length - 1, 1), (length // 3, length - length // 3)):
@@ -155,7 +152,7 @@ def test_a_querys_bits_do_not_depend_on_the_batch(kind: str, window: int) -> Non
 
 def test_scores_far_apart_do_not_overflow() -> None:
     some = case([1, 5], [40, 40], dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16)
-    loud = Case(some.q * 1000, some.cache, some.batch, some.k, some.v)
+    loud = replace(some, q=some.q * 1000)
     assert_close(loud.run(), loud.expected())
 
 
@@ -175,14 +172,13 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_queries() -> None:
     some = case([1], [20])
-    batch = batch_of([], [], some.batch.block_table[:0])
-    assert paged_attention(some.q[:0], some.cache, batch, 1.0, SMALL).shape == (0, 4, 16)
+    assert replace(some, q=some.q[:0], lengths=(), contexts=()).run().shape == (0, 4, 16)
 
 
 def test_an_int8_cache_needs_scales() -> None:
     some = case([1], [20], kind="head")
     with pytest.raises(ValueError, match="needs k_scale"):
-        paged_attention(some.q, KVCache(some.cache.k, some.cache.v), some.batch, 1.0, SMALL)
+        replace(some, cache=KVCache(some.cache.k, some.cache.v)).run()
 
 
 def test_roofline() -> None:
