@@ -2,6 +2,8 @@
 # make plan   what the demo recipe would do
 # make test   environment, install, all tests that this machine can run
 # make lint   style and types
+# make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
+# make bench-gpu      the kernels' speed on the GPU at hand, with the interpreter that PYTHON names: nothing is installed
 # make clean  remove the environment, the demo's artifact and caches
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter;
@@ -17,7 +19,7 @@ QUANTFLOW := $(BIN)/quantflow
 demo plan: $(STAMP)
 endif
 
-.PHONY: demo plan test lint clean
+.PHONY: demo plan test lint kernel-report bench-gpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -33,6 +35,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernel-report: $(STAMP)
+	PYTHONPATH=.:kernels $(BIN)/python benchmarks/kernel_report.py
+
+bench-gpu:
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py --output benchmarks/results/kernels_gpu.json
 
 # Brought up to date where pyproject.toml or constraints.txt changed. torch goes first and alone: it is most of the download.
 $(STAMP): pyproject.toml constraints.txt
