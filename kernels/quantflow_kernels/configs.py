@@ -13,10 +13,12 @@ from quantflow_kernels import attention, matmul
 
 @dataclass(frozen=True)
 class Tuned:
-    """exact: the one regime of the exact mode. fast: (most tokens, regime), by rising number. attention: its tiles."""
+    """exact: the one regime of the exact mode. fast: (most tokens, regime), by rising number. dense_from: tokens from which on the fast
+    mode unpacks the weight and calls cuBLAS. attention: its tiles."""
 
     exact: matmul.Config
     fast: tuple[tuple[int, matmul.Config], ...]
+    dense_from: int
     attention: attention.Config
 
 
@@ -27,6 +29,7 @@ DEFAULT = Tuned(
         (32, matmul.Config(block_n=64, block_m=32)),
         (2**31, matmul.Config(block_n=64, block_m=64, stages=3)),
     ),
+    dense_from=256,
     attention=attention.Config(),
 )
 

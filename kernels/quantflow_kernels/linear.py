@@ -1,0 +1,89 @@
+"""One interface for quantised linears wherever they run: `prepare` at load, `linear` in the model.
+
+A GPU takes the Triton product, above a measured number of tokens the dense weight and cuBLAS. A CPU takes torch's int4 product where
+it can. What neither has a place for (odd groups, 16-bit floats of another kind on a CPU) is unpacked by plain torch operations; how a
+weight will be computed is what `way` says, so that a slow way is never taken in silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantflow_kernels import cpu, layout
+from quantflow_kernels.configs import Tuned, matmul_config, tuned
+from quantflow_kernels.dequantize import dequantize
+from quantflow_kernels.matmul import matmul
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """Canonical codes, packed two in a byte where they have 4 bits or fewer: the lower half of a row's byte j is channel 2j.
+
+    packed: uint8 `[N, ceil(K / 2)]` or `[N, K]`. scales, zeros: `[N, G]`. index: which group a channel belongs to, int64 `[K]`.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    index: Tensor
+    bits: int
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        k = len(self.index)
+        codes = self.packed if self.bits == 8 else torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)[:, :k]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return ((codes.to(wide) - self.zeros.to(wide)[:, self.index]) * self.scales.to(wide)[:, self.index]).to(dtype)
+
+
+QuantWeight = layout.PackedWeight | cpu.CpuWeight | PlainWeight
+
+
+def prepare(
+    codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bits: int, dtype: torch.dtype, group_index: Tensor | None = None
+) -> QuantWeight:
+    """A canonical weight (codes uint8 `[N, K]`, scales and zeros `[N, G]`, on their device) in the layout it will be computed from.
+
+    dtype: of the activations. group_index: int32 `[K]` where channels do not belong to the groups they stand in (GPTQ's `g_idx`).
+    """
+    n, k = codes.shape
+    if group_index is None:
+        if codes.device.type == "cuda":
+            if not layout.unsupported(bits, group_size, k):
+                return layout.pack(codes, scales, zeros, group_size, bits)
+        elif not cpu.unsupported(bits, group_size, n, k, dtype) and scales.to(dtype).equal(scales):
+            return cpu.pack(codes, scales, zeros, group_size)
+    index = torch.arange(k, device=codes.device) // (k // scales.shape[1]) if group_index is None else group_index.long()
+    packed = codes
+    if bits < 8:
+        padded = F.pad(codes, (0, k % 2))
+        packed = padded[:, ::2] | padded[:, 1::2] << 4
+    return PlainWeight(packed, scales, zeros, index, bits)
+
+
+def way(weight: QuantWeight) -> str:
+    """How products with it are computed, in words."""
+    if isinstance(weight, layout.PackedWeight):
+        return "triton"
+    if isinstance(weight, cpu.CpuWeight):
+        return f"torch int4, {'compiled' if cpu.compiler() else 'plain'} strips for many tokens"
+    return "plain torch"
+
+
+def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact: bool, found: Tuned | None = None) -> Tensor:
+    """`x Wᵀ + bias` `[..., N]` in the dtype of `x`. exact: a row's bits do not depend on what else is in the batch.
+
+    found: the tiles to run with on a GPU; by default those of the device at hand.
+    """
+    if isinstance(weight, cpu.CpuWeight):
+        return cpu.linear(x, weight, bias, exact=exact)
+    if isinstance(weight, PlainWeight):
+        return F.linear(x, weight.dense(x.dtype), bias)
+    found = found or tuned(torch.cuda.get_device_name(x.device))
+    tokens = x.numel() // x.shape[-1]
+    if not exact and tokens >= found.dense_from:
+        return F.linear(x, dequantize(weight, x.dtype), bias)
+    return matmul(x, weight, bias, matmul_config(found, tokens, exact=exact))

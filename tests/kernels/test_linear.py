@@ -1,0 +1,75 @@
+"""The one interface: whichever way a weight is computed, it is the right one, and says what it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantflow_kernels import configs, cpu, linear, reference
+from quantflow_kernels.configs import matmul_config, tuned
+from quantflow_kernels.layout import PER_CHANNEL
+
+from tests.helpers.devices import DEVICE
+from tests.kernels.test_layout import weight
+
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-6}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("n", "k", "group"), [(64, 128, 64), (24, 86, 43), (5, 33, PER_CHANNEL)])
+@pytest.mark.parametrize("m", [1, 40])
+def test_any_weight(dtype: torch.dtype, bits: int, n: int, k: int, group: int, m: int) -> None:
+    codes, scales, zeros = (t.to(DEVICE) for t in weight(n, k, bits, group))
+    scales = scales.bfloat16()
+    x = torch.randn(2, m, k, generator=torch.Generator().manual_seed(m)).to(DEVICE, dtype)
+    expected = reference.w4a16_matmul(x.double(), codes, scales.double(), zeros, group)
+    prepared = linear.prepare(codes, scales, zeros, group, bits, dtype)
+    for exact in (True, False):
+        found = linear.linear(x, prepared, exact=exact)
+        assert found.dtype == dtype and found.shape == (2, m, n)
+        assert float((found.double() - expected).norm() / expected.norm()) < ROUNDING[dtype]
+
+
+def test_a_group_index() -> None:
+    """Channels that do not lie in the order of their groups: GPTQ's act-order without static groups."""
+    codes, scales, zeros = (t.to(DEVICE) for t in weight(8, 64, 4, 32))
+    index = torch.randperm(64, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.int32) % 2
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    dense = (codes.float() - zeros.float()[:, index.long()]) * scales[:, index.long()]
+    prepared = linear.prepare(codes, scales, zeros, 32, 4, x.dtype, index)
+    assert linear.way(prepared) == "plain torch"
+    torch.testing.assert_close(linear.linear(x, prepared, exact=True), x @ dense.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or not cpu.layout_known(), reason="the ways of a CPU")
+def test_ways_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, scales, zeros = weight(64, 128, 4, 64)
+    scales = scales.bfloat16()
+    monkeypatch.setattr(cpu, "compiler", lambda: False)
+    assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "torch int4, plain strips for many tokens"
+    monkeypatch.setattr(cpu, "compiler", lambda: True)
+    assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "torch int4, compiled strips for many tokens"
+    assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.float32)) == "plain torch"
+    # A float32 scale that bfloat16 would round is left as it is.
+    assert linear.way(linear.prepare(codes, scales.float() + 1e-6, zeros, 64, 4, torch.bfloat16)) == "plain torch"
+    monkeypatch.setattr(cpu, "layout_known", lambda: False)
+    assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "plain torch"
+
+
+def test_codes_of_four_bits_and_fewer_take_half_a_byte() -> None:
+    codes, scales, zeros = weight(6, 33, 3, PER_CHANNEL)
+    prepared = linear.prepare(codes.to(DEVICE), scales.to(DEVICE), zeros.to(DEVICE), PER_CHANNEL, 3, torch.float32)
+    if isinstance(prepared, linear.PlainWeight):
+        assert prepared.packed.shape == (6, 17)
+
+
+def test_regimes() -> None:
+    """Exact has one; fast takes the first that holds the tokens."""
+    found = tuned("a device nobody has heard of")
+    assert found is configs.DEFAULT
+    assert {matmul_config(found, m, exact=True) for m in (1, 16, 17, 5000)} == {found.exact}
+    limits = [most for most, _ in found.fast]
+    assert limits == sorted(limits)
+    for most, config in found.fast:
+        assert matmul_config(found, most, exact=False) == config
+    assert matmul_config(found, limits[0] + 1, exact=False) == found.fast[1][1]
