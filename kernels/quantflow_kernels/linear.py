@@ -73,6 +73,18 @@ def way(weight: QuantWeight) -> str:
     return "plain torch"
 
 
+TILE = 16  # rows of a dense product in exact mode
+
+
+def in_fixed_tiles(x: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, always on `TILE` rows: libraries choose another way of summing for another number of them."""
+    flat = x.reshape(-1, x.shape[-1])
+    tiles = F.pad(flat, (0, 0, 0, -len(flat) % TILE)).split(TILE)
+    parts = [F.linear(tile, dense, bias) for tile in tiles if len(tile)]
+    out = torch.cat(parts)[: len(flat)] if parts else F.linear(flat, dense, bias)
+    return out.view(*x.shape[:-1], len(dense))
+
+
 def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact: bool, found: Tuned | None = None) -> Tensor:
     """`x Wᵀ + bias` `[..., N]` in the dtype of `x`. exact: a row's bits do not depend on what else is in the batch.
 
@@ -81,7 +93,8 @@ def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact:
     if isinstance(weight, cpu.CpuWeight):
         return cpu.linear(x, weight, bias, exact=exact)
     if isinstance(weight, PlainWeight):
-        return F.linear(x, weight.dense(x.dtype), bias)
+        dense = weight.dense(x.dtype)
+        return in_fixed_tiles(x, dense, bias) if exact else F.linear(x, dense, bias)
     found = found or tuned(torch.cuda.get_device_name(x.device))
     tokens = x.numel() // x.shape[-1]
     if not exact and tokens >= found.dense_from:

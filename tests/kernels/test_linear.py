@@ -41,6 +41,19 @@ def test_a_group_index() -> None:
     torch.testing.assert_close(linear.linear(x, prepared, exact=True), x @ dense.T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "k", "group"), [(128, 256, 64), (96, 172, 43)])
+def test_in_exact_mode_a_rows_bits_depend_on_that_row_alone(dtype: torch.dtype, n: int, k: int, group: int) -> None:
+    codes, scales, zeros = (t.to(DEVICE) for t in weight(n, k, 4, group))
+    prepared = linear.prepare(codes, scales.bfloat16(), zeros, group, 4, dtype)
+    x = torch.randn(70, k, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    whole = linear.linear(x, prepared, bias, exact=True)
+    for m in (0, 1, 2, 15, 16, 17, 64):
+        assert linear.linear(x[:m], prepared, bias, exact=True).equal(whole[:m])
+        assert linear.linear(x[m:], prepared, bias, exact=True).equal(whole[m:])
+
+
 @pytest.mark.skipif(DEVICE == "cuda" or not cpu.layout_known(), reason="the ways of a CPU")
 def test_ways_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales, zeros = weight(64, 128, 4, 64)
