@@ -4,6 +4,7 @@
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
 # make bench-gpu      the kernels' speed on the GPU at hand, with the interpreter that PYTHON names: nothing is installed
+# make bench-cpu      the same on this machine's processor
 # make clean  remove the environment, the demo's artifact and caches
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter;
@@ -19,7 +20,7 @@ QUANTFLOW := $(BIN)/quantflow
 demo plan: $(STAMP)
 endif
 
-.PHONY: demo plan test lint kernel-report bench-gpu clean
+.PHONY: demo plan test lint kernel-report bench-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -41,6 +42,9 @@ kernel-report: $(STAMP)
 
 bench-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py --output benchmarks/results/kernels_gpu.json
+
+bench-cpu: $(STAMP)
+	PYTHONPATH=.:kernels $(BIN)/python benchmarks/cpu.py --output benchmarks/results/kernels_cpu.json
 
 # Brought up to date where pyproject.toml or constraints.txt changed. torch goes first and alone: it is most of the download.
 $(STAMP): pyproject.toml constraints.txt
