@@ -1,0 +1,94 @@
+"""The README's tables of kernels, made from the files under `benchmarks/results/`.
+
+    python benchmarks/tables.py [--check]
+
+Each table stands between `<!-- NAME -->` and `<!-- end of NAME -->`. --check changes nothing and fails where a table is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def gpu(record: dict[str, Any] | None) -> list[str]:
+    """W4A16 products and decode attention on a GPU."""
+    if record is None:
+        return ["On a GPU: not yet measured."]
+    products = [r for r in record["rows"] if r["kernel"] == "matmul" and r["model"] in ("square", "Llama-3-8B") and r["m"] <= 64]
+    attention = [r for r in record["rows"] if r["kernel"] == "attention"]
+    place = f"{record['device']}, torch {record['torch']}, triton {record['triton']}, {record['date']}, commit {record['commit'][:8]}"
+
+    def speeds(r: dict[str, Any]) -> list[str]:
+        return [f"{r['us']:.1f}", f"{r['gb_s']:.0f}", f"{r['of_copy']:.0%}", f"{r['speedup']:.2f}"]
+
+    return [
+        f"{place}; `make bench-gpu`; a stream copy moves {record['copy_gb_s']:.0f} GB/s.",
+        "",
+        _row("W4A16 g128", "M", "mode", "µs", "GB/s", "of the copy", "× bf16 cuBLAS"),
+        _row(*["---"] * 7),
+        *(_row(f"{r['n']}×{r['k']}", r["m"], r["mode"], *speeds(r)) for r in products),
+        "",
+        _row("decode attention, 32 heads on 8", "cache", "µs", "GB/s", "of the copy", "× bf16 cache"),
+        _row(*["---"] * 6),
+        *(_row(f"batch {r['batch']}, context {r['context']}", r["cache"], *speeds(r)) for r in attention),
+    ]
+
+
+def cpu(record: dict[str, Any] | None) -> list[str]:
+    """4-bit products on a CPU."""
+    if record is None:
+        return ["On a CPU: not yet measured."]
+    place = f"{record['cpu']} ({record['capability']}), {record['threads']} threads, torch {record['torch']}, {record['date']}"
+    rows = [r for r in record["rows"] if (r["n"], r["k"]) == (11008, 4096)]
+    return [
+        f"{place}; `make bench-cpu`; a sum over 400 MB reads {record['read_gb_s']:.0f} GB/s. Weight 11008×4096, 4 bit, group 128.",
+        "",
+        _row("tokens", "bf16 ms", "4 bit, fast: ms", "× bf16", "4 bit, exact: ms"),
+        _row(*["---"] * 5),
+        *(_row(r["m"], f"{r['bf16_ms']:.2f}", f"{r['fast_ms']:.2f}", f"{r['speedup']:.2f}", f"{r['exact_ms']:.2f}") for r in rows),
+    ]
+
+
+TABLES = {"kernels_gpu": gpu, "kernels_cpu": cpu}
+
+
+def written(text: str) -> str:
+    """The README with its tables as the results have them."""
+    for name, table in TABLES.items():
+        path = RESULTS / f"{name}.json"
+        lines = table(json.loads(path.read_text()) if path.is_file() else None)
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
+        if len(pattern.findall(text)) != 1:
+            raise SystemExit(f"{README.name}: expected {begin} … {end} once")
+        body = "\n".join([begin, *lines, end])
+        text = pattern.sub(lambda _, body=body: body, text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    new = written(text)
+    if args.check and new != text:
+        raise SystemExit("README.md: a table is not what benchmarks/results holds; run python benchmarks/tables.py")
+    if not args.check:
+        README.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
