@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 import triton
 from quantflow_kernels import attention, configs, reference
-from quantflow_kernels.attention import KVCache, make_batch, paged_attention
+from quantflow_kernels.attention import paged_attention
 from quantflow_kernels.dequantize import dequantize
 from quantflow_kernels.layout import PackedWeight, pack
 from quantflow_kernels.matmul import bytes_moved, matmul
+from quantflow_kernels.paging import KVCache, make_batch
 
 # Model: the [N, K] of its linears, fused as the engine fuses them.
 SHAPES = {

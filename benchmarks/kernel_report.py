@@ -21,15 +21,24 @@ from typing import Any
 
 import triton
 from quantflow_kernels import activation, attention, dequantize, kv_store, matmul, norm
-from quantflow_kernels.attention import DYNAMIC, PLAIN, STATIC_CHANNEL, STATIC_HEAD
-from quantflow_kernels.configs import DEFAULT, DEVICES
+from quantflow_kernels.configs import DEFAULT, DEVICES, AttentionConfig, MatmulConfig
+from quantflow_kernels.paging import DYNAMIC, PLAIN, STATIC_CHANNEL, STATIC_HEAD
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 89, 90, 100)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bits, group size (0: one group a row), dtype.
-VARIANTS = ((4, 32, "bf16"), (4, 64, "fp16"), (4, 0, "bf16"), (8, 0, "bf16"), (8, 128, "fp16"), (3, 128, "bf16"), (2, 64, "bf16"))
+VARIANTS = (
+    (4, 128, "bf16"),
+    (4, 32, "bf16"),
+    (4, 64, "fp16"),
+    (4, 0, "bf16"),
+    (8, 0, "bf16"),
+    (8, 128, "fp16"),
+    (3, 128, "bf16"),
+    (2, 64, "bf16"),
+)
 ITEM_BYTES = {"i8": 1, "i16": 2, "bf16": 2, "fp16": 2}
 
 
@@ -60,10 +69,9 @@ def jobs() -> Iterator[Job]:
     """Every kernel in the shipped configurations, over the widths, groups and dtypes that compile to different code."""
     for tuned in (DEFAULT, *DEVICES.values()):
         regimes = dict.fromkeys([tuned.exact, *(config for _, config in tuned.fast)])
-        for config in regimes:
-            yield _matmul(config, 4, 128, "bf16")
         for bits, group, dtype in VARIANTS:
-            yield _matmul(tuned.exact, bits, group, dtype)
+            for config in dict.fromkeys(regime.for_bits(bits) for regime in regimes):
+                yield _matmul(config, bits, group, dtype)
         for mode in (PLAIN, STATIC_HEAD, STATIC_CHANNEL, DYNAMIC):
             for parts in (True, False):
                 yield _attention(tuned.attention, mode, parts)
@@ -80,17 +88,17 @@ def jobs() -> Iterator[Job]:
     yield Job("silu_mul", activation.silu_mul_kernel, {"gate_up": "*bf16", "out": "*bf16", "K": "i32", "stride": "i32"}, {"BLOCK": 1024})
 
 
-def _matmul(config: matmul.Config, bits: int, group: int, dtype: str) -> Job:
+def _matmul(config: MatmulConfig, bits: int, group: int, dtype: str) -> Job:
     types = {"x": f"*{dtype}", "words": "*i16", "high": "*i16", "scales": f"*{dtype}", "zeros": "*u8", "bias": f"*{dtype}",
              "out": "*fp32" if config.split > 1 else f"*{dtype}",
              **dict.fromkeys(("M", "N", "K", "x_stride", "blocks", "blocks_per_split"), "i32")}  # fmt: skip
     constants = {
         "BITS": bits, "GROUP": group, "SLICE": 32 if group == 32 else 64, "WHOLE_BLOCKS": True, "HAS_BIAS": False,
         "SPLIT": config.split > 1, "MAGIC": 1024 if dtype == "fp16" else 0 if bits == 8 else 128,
-        "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "STAGES": config.stages_for(bits),
+        "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "STAGES": config.stages,
     }  # fmt: skip
     label = f"matmul W{bits} {f'g{group}' if group else 'channel'} {dtype} {config.block_n}×{config.block_m}"
-    return Job(label, matmul.matmul_kernel, types, constants, config.warps, config.stages_for(bits), ("i16",))
+    return Job(label, matmul.matmul_kernel, types, constants, config.warps, config.stages, ("i16",))
 
 
 def _dequantize(bits: int, group: int) -> Job:
@@ -99,12 +107,13 @@ def _dequantize(bits: int, group: int) -> Job:
     return Job(f"dequantize W{bits} {f'g{group}' if group else 'channel'}", dequantize.dequantize_kernel, types, constants)
 
 
-def _attention(config: attention.Config, mode: int, parts: bool) -> Job:
+def _attention(config: AttentionConfig, mode: int, parts: bool) -> Job:
     cache = "bf16" if mode == PLAIN else "i8"
     floats = ("part_out", "part_ml", "k_scale", "v_scale", "v_zero")
     ints = ("block_table", "tile_sequence", "tile_start", "query_start", "contexts")
     types = {"q": "*bf16", "k_cache": f"*{cache}", "v_cache": f"*{cache}", "out": "*bf16", **dict.fromkeys(floats, "*fp32"),
-             **dict.fromkeys(ints, "*i32"), "sm_scale": "fp32", **dict.fromkeys(("window", "queries", "max_blocks"), "i32")}  # fmt: skip
+             **dict.fromkeys(ints, "*i32"), "sm_scale": "fp32",
+             **dict.fromkeys(("window", "queries", "max_blocks", "q_stride"), "i32")}  # fmt: skip
     constants = {
         "HEADS": 32, "KV_HEADS": 8, "D": 128, "BLOCK_D": 128, "PAGE": 16, "MODE": mode, "V_ZERO": mode < DYNAMIC, "WINDOW": False,
         "SPLIT_PARTS": parts,
@@ -142,11 +151,9 @@ def _kv_store(mode: int) -> Job:
 def compile_job(job: Job, capability: int) -> Row:
     """Compiles the kernel as a launch with aligned pointers and sizes that are multiples of 16 would."""
     names = job.kernel.arg_names
-    aligned = [
-        n
-        for n, kind in job.types.items()
-        if kind.startswith("*") or n in ("N", "K", "x_stride", "stride", "q_stride", "k_stride", "v_stride")
-    ]
+    general = {p.name for p in job.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    multiples = ("N", "K", "x_stride", "stride", "q_stride", "k_stride", "v_stride")
+    aligned = [n for n, kind in job.types.items() if (kind.startswith("*") or n in multiples) and n not in general]
     source = ASTSource(
         fn=job.kernel,
         signature={n: job.types.get(n, "constexpr") for n in names},

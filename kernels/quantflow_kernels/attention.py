@@ -14,60 +14,18 @@ operations, whether one program does all of them (prefill) or a second kernel (d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantflow_kernels.configs import AttentionConfig
+from quantflow_kernels.paging import DYNAMIC, Batch, KVCache, power_of_two, queries_a_tile
+
 LOG2E = 1.4426950408889634
 NO_SCORE = tl.constexpr(-1e30)  # finite: differences of it are numbers
-
-STATIC_HEAD = 0  # a K scale a head
-STATIC_CHANNEL = 1  # a K scale a head and channel
-DYNAMIC = 2  # scales a token and head
-PLAIN = 3  # a 16-bit cache
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """One layer's cache.
-
-    k, v: `[blocks, G, B, D]`, int8 or the queries' dtype. Static scales, float32: k_scale `[G]` or `[G, D]`; v_scale, v_zero
-    `[G, D]`; k_zero `[G]` or `[G, D]` (needed by the store alone). Dynamic ones: k_scale, v_scale `[blocks, G, B]`, no zero points.
-    """
-
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None = None
-    v_scale: Tensor | None = None
-    k_zero: Tensor | None = None
-    v_zero: Tensor | None = None
-
-    @property
-    def mode(self) -> int:
-        if self.k.dtype != torch.int8:
-            return PLAIN
-        if self.k_scale is None or self.v_scale is None:
-            raise ValueError("an int8 cache needs k_scale and v_scale")
-        if self.k_scale.ndim == 3:
-            return DYNAMIC
-        return STATIC_HEAD if self.k_scale.ndim == 1 else STATIC_CHANNEL
-
-
-@dataclass(frozen=True)
-class Config:
-    """block_q: rows (queries × the heads that share a KV head) a program, at least 16. tile: keys at a time. split: keys that one
-    program of a decode takes, a multiple of `tile`."""
-
-    block_q: int = 16
-    tile: int = 64
-    split: int = 512
-    warps: int = 4
-    stages: int = 3
+# Probabilities times a token's scale may be smaller than float16 holds; the interpreter computes bfloat16 wrongly.
+SCALED = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
@@ -90,10 +48,13 @@ def _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE: tl.constexp
     return out
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["window", "queries", "max_blocks"],
+    do_not_specialize_on_alignment=["block_table", "tile_sequence", "tile_start", "query_start", "contexts"],
+)
 def attention_kernel(
     q, k_cache, v_cache, out, part_out, part_ml, block_table, tile_sequence, tile_start, query_start, contexts,
-    k_scale, v_scale, v_zero, sm_scale, window, queries, max_blocks,
+    k_scale, v_scale, v_zero, sm_scale, window, queries, max_blocks, q_stride,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, MODE: tl.constexpr,
     V_ZERO: tl.constexpr, WINDOW: tl.constexpr, SPLIT_PARTS: tl.constexpr, BLOCK_Q: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr,
@@ -116,7 +77,8 @@ def attention_kernel(
     place = (begin + index).to(tl.int64) * HEADS + head
     channels = tl.arange(0, BLOCK_D)
     known = channels < D
-    queries_here = tl.load(q + place[:, None] * D + channels[None, :], mask=real[:, None] & known[None, :], other=0.0)
+    source = q + (begin + index).to(tl.int64) * q_stride + head * D
+    queries_here = tl.load(source[:, None] + channels[None, :], mask=real[:, None] & known[None, :], other=0.0)
     factor = sm_scale
     if MODE == 0:
         factor = sm_scale * tl.load(k_scale + kv_head)
@@ -144,6 +106,8 @@ def attention_kernel(
         for start in tl.range(low, high, TILE, num_stages=STAGES):
             key = start + tl.arange(0, TILE)
             present = key <= last_at
+            if WINDOW:  # what lies before may have been freed
+                present = present & (key > first_at - window)
             page = tl.load(block_table + sequence * max_blocks + key // PAGE, mask=present, other=0).to(tl.int64)
             slot = (page * KV_HEADS + kv_head) * PAGE + key % PAGE
             k = tl.load(k_cache + slot[None, :] * D + channels[:, None], mask=present[None, :] & known[:, None], other=0)
@@ -177,7 +141,7 @@ def attention_kernel(
         tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"], do_not_specialize_on_alignment=["query_last"])
 def merge_splits_kernel(
     part_out, part_ml, out, v_scale, v_zero, query_last, queries,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MODE: tl.constexpr,
@@ -203,47 +167,8 @@ def merge_splits_kernel(
         tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=known[None, :])
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Which queries belong to which sequence and where their keys lie, on the device; one serves all layers of a step.
-
-    block_table: int32 `[S, most]`. query_start: int32 `[S + 1]`. contexts: int32 `[S]`, keys up to and with a sequence's last query.
-    query_last: int32 `[T]`, each query's position. tile_sequence, tile_start: int32 a tile of queries: its sequence, and its first
-    query therein. splits: of the longest context. decode: every sequence has one query.
-    """
-
-    block_table: Tensor
-    query_start: Tensor
-    contexts: Tensor
-    query_last: Tensor
-    tile_sequence: Tensor
-    tile_start: Tensor
-    splits: int
-    decode: bool
-
-
-def queries_a_tile(heads: int, kv_heads: int, config: Config) -> tuple[int, int]:
-    """Rows of a tile, and the rows of one query: the heads that share a KV head, padded to a power of two."""
-    shared = triton.next_power_of_2(heads // kv_heads)
-    return max(config.block_q, shared), shared
-
-
-def make_batch(lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, heads: int, kv_heads: int, config: Config) -> Batch:
-    """The batch of sequences with `lengths` new queries each, whose contexts, those included, are `contexts` long."""
-    block_q, shared = queries_a_tile(heads, kv_heads, config)
-    tiles = [(s, first) for s, length in enumerate(lengths) for first in range(0, length, block_q // shared)]
-    starts = list(accumulate(lengths, initial=0))
-    last = [context - length + i for length, context in zip(lengths, contexts, strict=True) for i in range(length)]
-    # One transfer for all of them.
-    parts = [starts, list(contexts), last, [s for s, _ in tiles], [first for _, first in tiles]]
-    together = torch.tensor([v for part in parts for v in part], dtype=torch.int32).to(block_table.device)
-    query_start, on_device, query_last, sequence, start = together.split([len(part) for part in parts])
-    splits = max((-(-context // config.split) for context in contexts), default=0)
-    return Batch(block_table, query_start, on_device, query_last, sequence, start, splits, max(lengths, default=0) == 1)
-
-
 def paged_attention(
-    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, config: Config, *, window: int = 0, parts: bool | None = None
+    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, config: AttentionConfig, *, window: int = 0, parts: bool | None = None
 ) -> Tensor:
     """Attention of `q` `[T, H, D]`, each query over its sequence's keys up to itself, at most `window` of them (0: all).
 
@@ -254,18 +179,20 @@ def paged_attention(
     kv_heads, page = cache.k.shape[1], cache.k.shape[2]
     block_q, shared = queries_a_tile(heads, kv_heads, config)
     parts = batch.decode if parts is None else parts
-    out = torch.empty_like(q)
+    if q.stride(2) != 1 or q.stride(1) != d or not (cache.k.is_contiguous() and cache.v.is_contiguous()):
+        raise ValueError(f"q {list(q.shape)} with strides {q.stride()}, or a cache, whose last dimensions are not contiguous")
+    out = torch.empty(tokens, heads, d, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
     splits = batch.splits if parts else 1
     part_out = torch.empty(splits if parts else 0, tokens, heads, d, dtype=torch.float32, device=q.device)
     part_ml = torch.empty(splits if parts else 0, 2, tokens, heads, dtype=torch.float32, device=q.device)
     k_scale, v_scale, v_zero = (part_ml if t is None else t for t in (cache.k_scale, cache.v_scale, cache.v_zero))  # None: not read
-    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK_D": max(16, triton.next_power_of_2(d)), "MODE": cache.mode,
+    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK_D": max(16, power_of_two(d)), "MODE": cache.mode,
                  "V_ZERO": cache.v_zero is not None, "SPLIT": config.split}  # fmt: skip
     attention_kernel[(len(batch.tile_start), kv_heads, splits)](
         q, cache.k, cache.v, out, part_out, part_ml, batch.block_table, batch.tile_sequence, batch.tile_start, batch.query_start,
-        batch.contexts, k_scale, v_scale, v_zero, sm_scale * LOG2E, window, tokens, batch.block_table.shape[1],
+        batch.contexts, k_scale, v_scale, v_zero, sm_scale * LOG2E, window, tokens, batch.block_table.shape[1], q.stride(0),
         PAGE=page, WINDOW=window > 0, SPLIT_PARTS=parts, BLOCK_Q=block_q, SHARED=shared, TILE=config.tile, STAGES=config.stages,
         num_warps=config.warps, **constants,
     )  # fmt: skip

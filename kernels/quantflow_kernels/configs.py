@@ -1,4 +1,4 @@
-"""Which tiles a kernel runs with, by device: measured where a device has an entry, safe everywhere else.
+"""Which tiles the GPU kernels run with, by device: measured where a device has an entry, safe everywhere else.
 
 `exact`: one regime whatever M is, so that a row's bits never depend on the batch. `fast`: the first regime that holds M tokens; the
 last one holds any number.
@@ -6,9 +6,40 @@ last one holds any number.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from quantflow_kernels import attention, matmul
+from quantflow_kernels.layout import lane_bits
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """Tiles of one regime. block_n: rows of the weight a program; block_m: tokens (at least 16); split: parts of K that run at once;
+    stages: blocks of weights on their way from memory at a time."""
+
+    block_n: int
+    block_m: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 4
+
+    def for_bits(self, bits: int) -> MatmulConfig:
+        """The same for codes of `bits` bits: blocks of narrow ones span more input channels, so that activations fill shared memory and
+        registers with fewer of them at a time."""
+        if lane_bits(bits) >= 4:
+            return self
+        return replace(self, block_m=min(32, self.block_m), stages=max(2, self.stages // 2))
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """block_q: rows (queries × the heads that share a KV head) a program, at least 16. tile: keys at a time. split: keys that one
+    program of a decode takes, a multiple of `tile`."""
+
+    block_q: int = 16
+    tile: int = 64
+    split: int = 512
+    warps: int = 4
+    stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -16,21 +47,21 @@ class Tuned:
     """exact: the one regime of the exact mode. fast: (most tokens, regime), by rising number. dense_from: tokens from which on the fast
     mode unpacks the weight and calls cuBLAS. attention: its tiles."""
 
-    exact: matmul.Config
-    fast: tuple[tuple[int, matmul.Config], ...]
+    exact: MatmulConfig
+    fast: tuple[tuple[int, MatmulConfig], ...]
     dense_from: int
-    attention: attention.Config
+    attention: AttentionConfig
 
 
 DEFAULT = Tuned(
-    exact=matmul.Config(block_n=64, block_m=16),
+    exact=MatmulConfig(block_n=64, block_m=16),
     fast=(
-        (16, matmul.Config(block_n=64, block_m=16)),
-        (32, matmul.Config(block_n=64, block_m=32)),
-        (2**31, matmul.Config(block_n=64, block_m=64, stages=3)),
+        (16, MatmulConfig(block_n=64, block_m=16)),
+        (32, MatmulConfig(block_n=64, block_m=32)),
+        (2**31, MatmulConfig(block_n=64, block_m=64, stages=3)),
     ),
     dense_from=256,
-    attention=attention.Config(),
+    attention=AttentionConfig(),
 )
 
 DEVICES: dict[str, Tuned] = {}
@@ -42,6 +73,6 @@ def tuned(device: str) -> Tuned:
     return DEVICES.get(device, DEFAULT)
 
 
-def matmul_config(found: Tuned, tokens: int, *, exact: bool) -> matmul.Config:
+def matmul_config(found: Tuned, tokens: int, *, exact: bool) -> MatmulConfig:
     """The regime for a product with that many tokens."""
     return found.exact if exact else next(config for most, config in found.fast if tokens <= most)

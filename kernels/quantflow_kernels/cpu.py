@@ -4,13 +4,12 @@ Few tokens go through torch's int4 product, which reads each weight once for all
 every token, so that many take another way: the weight in bfloat16, a strip of output channels at a time, and a dense product. Strips
 are unpacked by a compiled function where there is a C++ compiler, else by plain torch operations, which take about seven times as long.
 
-The packed layout differs between machines, so it is made at load and never stored; `supported` proves that this machine's is the
-one that strips are unpacked from.
+The packed layout differs between machines, so it is made at load and never stored; `block_rows` finds out which one this machine's is.
 """
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +19,10 @@ from torch import Tensor
 
 from quantflow_kernels.layout import PER_CHANNEL
 
-ROWS = 64  # output channels of a packed block: byte t of an input channel holds channel t in its low half, 32 + t in its high half
-STRIP = 16  # blocks that are unpacked together
+# Output channels of a packed block (with AVX-512 and AVX2): byte t of an input channel holds channel t of the block in its low half,
+# and the one half a block further in its high half.
+BLOCKS = (64, 32)
+STRIP = 1024  # output channels that are unpacked together
 FEW_TOKENS = 8  # as many at most go through the int4 product
 
 
@@ -56,23 +57,27 @@ def unsupported(bits: int, group_size: int, out_features: int, in_features: int,
         return f"{bits} bits and {str(dtype).removeprefix('torch.')}; torch's int4 product takes 4 and bfloat16"
     if group not in (32, 64, 128, 256) or in_features % group:
         return f"groups of {group} in {in_features} input channels; torch's int4 product takes 32, 64, 128 and 256"
-    if out_features % ROWS:
-        return f"{out_features} output channels; torch's int4 product takes multiples of {ROWS}"
-    return "" if layout_known() else "this machine's layout of packed 4-bit weights is not the one that is read here"
+    rows = block_rows()
+    if not rows:
+        return "this machine's layout of packed 4-bit weights is none that is read here"
+    return f"{out_features} output channels; torch's int4 product takes multiples of {rows} here" if out_features % rows else ""
 
 
 @cache
-def layout_known() -> bool:
-    """Whether this machine packs 4-bit weights as `_strip` reads them, by packing a small weight."""
-    codes = torch.randint(0, 16, (2 * ROWS, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+def block_rows() -> int:
+    """Output channels of a packed block on this machine, found by packing a small weight; 0 where the layout is an unknown one."""
+    n, k = 2 * BLOCKS[0], 64
+    codes = torch.randint(0, 16, (n, k), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, NotImplementedError):
-        return False
-    if packed.dtype != torch.uint8 or packed.shape != (2 * ROWS, 32):
-        return False
-    ones, none = torch.ones(1, 2 * ROWS), torch.zeros(1, 2 * ROWS, dtype=torch.uint8)
-    return bool(_strip(packed.view(2, 64, ROWS // 2), ones, none).T.int().equal(codes))
+        return 0
+    if packed.dtype == torch.uint8 and packed.shape == (n, k // 2):
+        ones, none = torch.ones(1, n), torch.zeros(1, n, dtype=torch.uint8)
+        for rows in BLOCKS:
+            if _strip(packed.view(n // rows, k, rows // 2), ones, none).T.int().equal(codes):
+                return rows
+    return 0
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> CpuWeight:
@@ -92,27 +97,38 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> CpuWe
 
 
 def _strip(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """bfloat16 `[K, n]`, the transposed weight of some blocks: packed `[n / 64, K, 32]`, scales and zeros `[G, n]`."""
-    blocks, k, _ = packed.shape
-    groups = scales.shape[0]
+    """bfloat16 `[K, n]`, the transposed weight of some blocks: packed `[blocks, K, rows / 2]`, scales and zeros `[G, n]`."""
+    blocks, k, half = packed.shape
+    groups, rows = scales.shape[0], 2 * half
 
     def spread(t: Tensor) -> Tensor:
-        return t.view(groups, blocks, 1, ROWS).transpose(0, 1).float()
+        return t.view(groups, blocks, 1, rows).transpose(0, 1).float()
 
-    codes = torch.cat([packed & 15, packed >> 4], -1).view(blocks, groups, k // groups, ROWS)
+    codes = torch.cat([packed & 15, packed >> 4], -1).view(blocks, groups, k // groups, rows)
     values = (codes.float() - spread(zeros)) * spread(scales)
-    return values.to(torch.bfloat16).view(blocks, k, ROWS).transpose(0, 1).reshape(k, blocks * ROWS)
+    return values.to(torch.bfloat16).view(blocks, k, rows).transpose(0, 1).reshape(k, blocks * rows)
+
+
+Unpack = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(_strip, dynamic=True)  # once or twice for all shapes: 2 to 20 s each the first time on a machine
+def unpacker() -> tuple[Unpack, str]:
+    """What unpacks strips, and its name: `compiled`, or `plain` with the reason. The first call compiles, for seconds."""
+    compiled = torch.compile(_strip, dynamic=True)
 
+    def unpack(packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+        # Sizes of 1 and sizes that happen to be equal are compiled for anew; beyond the limit torch would go on without compiling.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return compiled(packed, scales, zeros)
 
-@cache
-def compiler() -> bool:
-    """Whether there is what it takes to compile `_strip`."""
-    return any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    try:
+        unpack(torch.zeros(3, 64, 16, dtype=torch.uint8), torch.ones(2, 96), torch.zeros(2, 96, dtype=torch.uint8))
+    except Exception as error:  # no compiler, no headers, nowhere to write: whatever it is, there is another way, and it is said
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logging.getLogger(__name__).warning("4-bit weights are unpacked without a compiler (%s)", reason)
+        return _strip, f"plain ({reason})"
+    return unpack, "compiled"
 
 
 def linear(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, exact: bool) -> Tensor:
@@ -125,15 +141,15 @@ def linear(x: Tensor, weight: CpuWeight, bias: Tensor | None = None, *, exact: b
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, weight.packed, weight.group_size, weight.grid)
     else:
         out = _many(flat, weight)
-    return (out if bias is None else out + bias).view(*x.shape[:-1], weight.shape[0])
+    return (out if bias is None else out + bias.to(out.dtype)).view(*x.shape[:-1], weight.shape[0])
 
 
 def _many(x: Tensor, weight: CpuWeight) -> Tensor:
-    (n, k), strip = weight.shape, _compiled() if compiler() else _strip
-    blocks = weight.packed.view(n // ROWS, k, ROWS // 2)
+    (n, k), rows, (unpack, _) = weight.shape, block_rows(), unpacker()
+    blocks = weight.packed.view(n // rows, k, rows // 2)
     out = torch.empty(len(x), n, dtype=x.dtype)
-    for start in range(0, len(blocks), STRIP):
-        part = slice(start * ROWS, (start + STRIP) * ROWS)
-        dense = strip(blocks[start : start + STRIP], weight.scales[:, part], weight.zeros[:, part])
-        out[:, part] = x @ dense
+    for start in range(0, n, STRIP):
+        part = slice(start, start + STRIP)
+        scales, zeros = weight.scales[:, part].contiguous(), weight.zeros[:, part].contiguous()
+        out[:, part] = x @ unpack(blocks[start // rows : (start + STRIP) // rows], scales, zeros)
     return out

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache on a CPU, in float32, by plain torch operations; the cache and the batch are `attention`'s.
+"""Attention over a paged KV cache on a CPU, in float32, by plain torch operations; the cache and the batch are `paging`'s.
 
 exact: rows (queries × the heads that share a KV head) and keys are taken in tiles of fixed size, the last ones padded, and keys at
 absolute positions, so that every product has the same shape whatever the batch, and a query's bits do not depend on it. Otherwise each
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantflow_kernels import reference
-from quantflow_kernels.attention import DYNAMIC, STATIC_CHANNEL, STATIC_HEAD, Batch, KVCache
+from quantflow_kernels.paging import DYNAMIC, STATIC_CHANNEL, STATIC_HEAD, Batch, KVCache
 
 ROWS = 16  # at least; a power of two
 KEYS = 256
@@ -67,15 +67,16 @@ def _tile(rows: Tensor, per_tile: int, first: int, cache: KVCache, table: Tensor
     last = first + count - 1
     peak = torch.full((*padded.shape[:2], 1), -1e30)  # finite: differences of it are numbers
     total, acc = torch.zeros_like(peak), torch.zeros_like(padded)
-    begin = max(0, first - window + 1) // KEYS * KEYS if window else 0
-    for start in range(begin, last + 1, KEYS):
+    low = max(0, first - window + 1) if window else 0
+    for start in range(low // KEYS * KEYS, last + 1, KEYS):
         keys = torch.arange(start, start + KEYS)
-        scores, v = _scores(padded, cache, table, keys.clamp(max=last))
+        there = keys.clamp(low, last)  # what lies outside may have been freed
+        scores, v = _scores(padded, cache, table, there)
         scores = scores.masked_fill(~_visible(at, keys, window), -torch.inf)
         top = torch.maximum(peak, scores.amax(-1, keepdim=True))
         weights, shrink = (scores - top).exp(), (peak - top).exp()
         total = total * shrink + weights.sum(-1, keepdim=True)
-        acc = acc * shrink + _weighted(weights, cache, table, keys.clamp(max=last)) @ v
+        acc = acc * shrink + _weighted(weights, cache, table, there) @ v
         peak = top
     return (acc / total).view(kv_heads, per_tile, shared, d)[:, :count]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantflow_kernels.attention import KVCache
+from quantflow_kernels.paging import DYNAMIC, KVCache
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: a float32 of less than 2²² that is added to it is rounded to an integer, halves to even
 
@@ -118,5 +118,5 @@ def kv_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
 def bytes_moved(cache: KVCache, tokens: int, heads: int, item: int = 2) -> int:
     """What one call moves: q read and written, k and v read, their codes and dynamic scales written. item: bytes of an activation."""
     kv_heads, d = cache.k.shape[1], cache.k.shape[3]
-    scales = 8 if cache.mode == 2 else 0
+    scales = 8 if cache.mode == DYNAMIC else 0
     return tokens * (2 * heads * d * item + kv_heads * (2 * d * (item + cache.k.element_size()) + scales))

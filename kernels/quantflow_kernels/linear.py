@@ -15,8 +15,6 @@ from torch import Tensor
 
 from quantflow_kernels import cpu, layout
 from quantflow_kernels.configs import Tuned, matmul_config, tuned
-from quantflow_kernels.dequantize import dequantize
-from quantflow_kernels.matmul import matmul
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def way(weight: QuantWeight) -> str:
     if isinstance(weight, layout.PackedWeight):
         return "triton"
     if isinstance(weight, cpu.CpuWeight):
-        return f"torch int4, {'compiled' if cpu.compiler() else 'plain'} strips for many tokens"
+        return f"torch int4; for many tokens, strips: {cpu.unpacker()[1]}"
     return "plain torch"
 
 
@@ -95,8 +93,15 @@ def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact:
     if isinstance(weight, PlainWeight):
         dense = weight.dense(x.dtype)
         return in_fixed_tiles(x, dense, bias) if exact else F.linear(x, dense, bias)
+    # Here, so that a CPU needs no Triton.
+    from quantflow_kernels.dequantize import dequantize
+    from quantflow_kernels.matmul import matmul
+
     found = found or tuned(torch.cuda.get_device_name(x.device))
     tokens = x.numel() // x.shape[-1]
+    if x.dtype == torch.float32:  # its tiles would not fit
+        dense = dequantize(weight, x.dtype)
+        return in_fixed_tiles(x, dense, bias) if exact else F.linear(x, dense, bias)
     if not exact and tokens >= found.dense_from:
         return F.linear(x, dequantize(weight, x.dtype), bias)
     return matmul(x, weight, bias, matmul_config(found, tokens, exact=exact))

@@ -4,37 +4,21 @@ The weight is the left operand of the product, so that its rows fill the tensor 
 multiplied are codes less their zero points, integers that the dtype of `x` holds exactly; the sum over a group is scaled once:
 `y = Σ_g scale_g Σ_k (code_k - zero_g) x_k`. Nothing is scaled, or rounded, per weight.
 
-Batch invariance: a row's bits depend on `Config` alone, never on M or on other rows. K is split at multiples of `blocks_per_split`
+Batch invariance: a row's bits depend on the tiles alone, never on M or on other rows. K is split at multiples of `blocks_per_split`
 and the parts are summed in their order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
+from quantflow_kernels.configs import MatmulConfig
 from quantflow_kernels.layout import WORD, PackedWeight, lane_bits
 
-
-@dataclass(frozen=True)
-class Config:
-    """Tiles of one regime. block_n: rows of the weight a program; block_m: tokens (at least 16); split: parts of K that run at once;
-    stages: blocks of 4-bit weights on their way from memory at a time."""
-
-    block_n: int
-    block_m: int
-    split: int = 1
-    warps: int = 4
-    stages: int = 4
-
-    def stages_for(self, bits: int) -> int:
-        """Fewer for narrower codes, whose blocks span more input channels: activations fill shared memory."""
-        return max(2, self.stages * min(4, lane_bits(bits)) // 4)
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # on the CPU, without inline assembly
 
 
 @triton.constexpr_function
@@ -72,7 +56,7 @@ def _centred(words, zero, SHIFT: tl.constexpr, LANE: tl.constexpr, MAGIC: tl.con
         return codes.to(dtype) - zero.to(dtype)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "blocks_per_split"])
 def matmul_kernel(
     x, words, high, scales, zeros, bias, out, M, N, K, x_stride, blocks, blocks_per_split,
     BITS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -129,7 +113,7 @@ def matmul_kernel(
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=whole)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def sum_splits_kernel(parts, bias, out, M, N, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """`out[m, n] = Σ parts[s, m, n] + bias[n]`, summed in the order of `s`."""
     token = tl.program_id(1).to(tl.int64)
@@ -143,9 +127,6 @@ def sum_splits_kernel(parts, bias, out, M, N, SPLITS: tl.constexpr, HAS_BIAS: tl
     tl.store(out + token * N + rows, total.to(out.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = isinstance(matmul_kernel, InterpretedFunction)  # on the CPU, without inline assembly
-
-
 def magic(bits: int, dtype: torch.dtype) -> int:
     """The power of two in whose mantissa codes of `bits` bits fit as they are; 0 where they are converted one by one."""
     if INTERPRETED or (dtype == torch.bfloat16 and bits == 8):
@@ -153,8 +134,9 @@ def magic(bits: int, dtype: torch.dtype) -> int:
     return {torch.bfloat16: 128, torch.float16: 1024}.get(dtype, 0)
 
 
-def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: Config) -> Tensor:
-    """`x Wᵀ + bias` `[..., N]` in the dtype of `x` (float16, bfloat16 or float32) `[..., K]`, summed in float32."""
+def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: MatmulConfig) -> Tensor:
+    """`x Wᵀ + bias` `[..., N]` in the dtype of `x` (float16 or bfloat16; float32 in the interpreter) `[..., K]`, summed in float32."""
+    config = config.for_bits(weight.bits)
     flat = x.reshape(-1, x.shape[-1])
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
@@ -173,7 +155,7 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: Config)
             weight.scales if bias is None else bias, target, m, n, k, flat.stride(0), blocks, per_split,
             BITS=weight.bits, GROUP=0 if weight.group_size == k else weight.group_size, SLICE=weight.slice,
             WHOLE_BLOCKS=k % (weight.slice * WORD // lane_bits(weight.bits)) == 0, HAS_BIAS=bias is not None, SPLIT=splits > 1,
-            MAGIC=magic(weight.bits, x.dtype), BLOCK_N=config.block_n, BLOCK_M=config.block_m, STAGES=config.stages_for(weight.bits),
+            MAGIC=magic(weight.bits, x.dtype), BLOCK_N=config.block_n, BLOCK_M=config.block_m, STAGES=config.stages,
             num_warps=config.warps,
         )  # fmt: skip
         if splits > 1:

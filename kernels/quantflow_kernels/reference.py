@@ -80,7 +80,8 @@ def quantize_kv_dynamic(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     Symmetric: `scale = absmax / (2^(bits-1) - 1)`, no zero point. A head that is all zero gets scale 1.
     """
     largest = 2 ** (bits - 1) - 1
-    scale = x.to(_wide(x.dtype)).abs().amax(-1, keepdim=True) / largest
+    absmax = x.to(_wide(x.dtype)).abs().amax(-1, keepdim=True)
+    scale = absmax / torch.full_like(absmax, largest)  # by a tensor: a GPU multiplies by the reciprocal of a number
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (x.to(scale.dtype) / scale).round().clamp(-largest, largest).to(torch.int8), scale
 

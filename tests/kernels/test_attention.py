@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from quantflow_kernels import reference
-from quantflow_kernels.attention import Config, KVCache, bytes_moved, make_batch, paged_attention
+from quantflow_kernels import configs, reference
+from quantflow_kernels.attention import bytes_moved, paged_attention
+from quantflow_kernels.configs import AttentionConfig as Config
+from quantflow_kernels.paging import KVCache, make_batch
 
 from tests.helpers.devices import DEVICE, DTYPES
 
@@ -86,6 +88,16 @@ def case(
             cache = KVCache(k, v, ks, vs, kz, vz)
             folded, shift = (t[:, None, None] if kind == "head" else t[:, None] for t in (ks, kz))
             wide = (k.double() * folded + shift, v.double() * vs[:, None] + vz[:, None])
+    # Blocks that no sequence has, and the slots after a sequence's last token, hold what is not to be used.
+    unused = [(slice(None), order[sum(needed) :].long(), slice(None))]
+    unused += [
+        (slice(None), table[s, n - 1].long(), slice((c - 1) % page + 1, None))
+        for s, (n, c) in enumerate(zip(needed, contexts, strict=True))
+    ]
+    for tensor in (cache.k, cache.v) if kind == "plain" else (cache.k_scale, cache.v_scale) if kind == "token" else ():
+        assert tensor is not None
+        for heads_, blocks_, slots in unused:
+            tensor.transpose(0, 1)[heads_, blocks_, slots] = torch.nan
     q = normal(sum(lengths), heads, d).to(dtype)
     return Case(q, cache, table, tuple(lengths), tuple(contexts), *wide)
 
@@ -148,6 +160,56 @@ def test_a_querys_bits_do_not_depend_on_the_batch(kind: str, window: int) -> Non
             for parts in (False, True):
                 assert whole.sequence(s, first, count).run(window=window, parts=parts).equal(expected)
         at += length
+
+
+@pytest.mark.parametrize("kind", ["plain", "token"])
+@pytest.mark.parametrize("parts", [True, False])
+def test_what_lies_before_the_window_is_not_read(kind: str, parts: bool) -> None:
+    """Its blocks may have been freed, and hold another sequence's, or nothing that is a number."""
+    some = case([1, 3], [200, 100], kind=kind)
+    expected = some.expected(20)
+    for s, (length, context) in enumerate(zip(some.lengths, some.contexts, strict=True)):
+        freed = (context - length - 20 + 1) // 16  # whole blocks before the first query's window
+        blocks = some.table[s, :freed].long()
+        for tensor in (some.cache.k, some.cache.v) if kind == "plain" else (some.cache.k_scale, some.cache.v_scale):
+            assert tensor is not None
+            tensor[blocks] = torch.nan
+    assert_close(some.run(window=20, parts=parts), expected)
+
+
+def test_queries_that_are_a_view_of_a_fused_product() -> None:
+    some = case([5, 1], [40, 33], kind="head")
+    t, heads, d = some.q.shape
+    fused = torch.full((t, (heads + 4) * d), torch.nan, dtype=some.q.dtype, device=DEVICE)
+    view = fused[:, : heads * d].view(t, heads, d)
+    view.copy_(some.q)
+    assert replace(some, q=view).run().equal(some.run())
+    with pytest.raises(ValueError, match="not contiguous"):
+        replace(some, q=some.q.transpose(0, 1).contiguous().transpose(0, 1)).run()
+
+
+def test_small_scales_of_single_tokens_are_not_lost() -> None:
+    """Probabilities times a scale of 1e-5 are smaller than float16 holds."""
+    some = case([1], [900], kind="token")
+    assert some.cache.v_scale is not None
+    factor = 1e-3
+    some.cache.v_scale.mul_(factor)
+    expected = replace(some, v=some.v * factor).expected()
+    found = some.run(Config(tile=16, split=512)).double()
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("window", [0, 700])
+def test_the_shipped_tiles(dtype: torch.dtype, kind: str, window: int) -> None:
+    config = configs.tuned(torch.cuda.get_device_name()).attention
+    for lengths, contexts in (([1] * 6, [511, 512, 513, 1025, 1100, 64]), ([300, 1, 77], [1100, 513, 77])):
+        some = case(lengths, contexts, heads=32, kv_heads=8, d=128, kind=kind, dtype=dtype)
+        found = some.run(config, window=window)
+        assert_close(found, some.expected(window))
+        assert some.run(config, window=window, parts=True).equal(some.run(config, window=window, parts=False))
 
 
 def test_scores_far_apart_do_not_overflow() -> None:

@@ -8,7 +8,7 @@ from quantflow_kernels import cpu, reference
 from quantflow_kernels.cpu import CpuWeight, linear, pack, unsupported
 from quantflow_kernels.layout import PER_CHANNEL
 
-pytestmark = pytest.mark.skipif(not cpu.layout_known(), reason="this machine packs 4-bit weights in another order")
+pytestmark = pytest.mark.skipif(not cpu.block_rows(), reason="this machine packs 4-bit weights in an order that is not known")
 
 
 def operands(n: int, k: int, m: int, group: int, *, symmetric: bool = False) -> tuple[torch.Tensor, CpuWeight, torch.Tensor]:
@@ -46,15 +46,63 @@ def test_few_tokens(symmetric: bool, n: int, k: int, group: int, m: int) -> None
         assert bool(((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4 * expected.square().mean().sqrt()).all())
 
 
-@pytest.mark.parametrize("has_compiler", [True, False])
-@pytest.mark.parametrize(("n", "k", "group"), [(64, 64, 32), (1088, 256, 128)])
-def test_many_tokens(monkeypatch: pytest.MonkeyPatch, has_compiler: bool, n: int, k: int, group: int) -> None:
-    """Also where the last strip is shorter. Weights are rounded to bfloat16 here, which averages out over their number."""
-    if has_compiler and not cpu.compiler():
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(cpu, "compiler", lambda: has_compiler)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("n", "k", "group"), [(64, 64, 32), (1088, 256, 128), (2048, 128, PER_CHANNEL)])
+def test_many_tokens(monkeypatch: pytest.MonkeyPatch, compiled: bool, n: int, k: int, group: int) -> None:
+    """Also where the last strip is shorter, or the only one. Weights are rounded to bfloat16 here, which averages out."""
+    if compiled and cpu.unpacker()[1] != "compiled":
+        pytest.skip(cpu.unpacker()[1])
+    used = []
+
+    def unpack(*args: torch.Tensor) -> torch.Tensor:
+        used.append(len(args[0]))
+        return real(*args)
+
+    real = cpu.unpacker()[0] if compiled else cpu._strip
+    monkeypatch.setattr(cpu, "unpacker", lambda: (unpack, ""))
     x, weight, expected = operands(n, k, 33, group)
     assert relative(linear(x, weight, exact=False), expected) < 2**-7
+    assert sum(used) == n // cpu.block_rows()
+    used.clear()
+    linear(x, weight, exact=True)
+    linear(x[: cpu.FEW_TOKENS], weight, exact=False)
+    assert used == []
+
+
+def test_compiled_for_one_shape_after_another() -> None:
+    """More shapes than torch compiles a function for by default: none is left uncompiled, all are right."""
+    unpack, name = cpu.unpacker()
+    if name != "compiled":
+        pytest.skip(name)
+    half = cpu.block_rows() // 2
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for blocks, k, groups in [
+            (1, 32, 1),
+            (1, 64, 2),
+            (2, 64, 1),
+            (2, 64, 2),
+            (16, 64, 2),
+            (2, 128, 128 // 32),
+            (7, 96, 3),
+            (64, 64, 2),
+            (2, 32, 1),
+        ]:
+            packed = torch.randint(0, 256, (blocks, k, half), dtype=torch.uint8, generator=torch.Generator().manual_seed(k))
+            scales, zeros = torch.rand(groups, blocks * 2 * half).bfloat16(), torch.zeros(groups, blocks * 2 * half, dtype=torch.uint8)
+            assert unpack(packed, scales, zeros).equal(cpu._strip(packed, scales, zeros))
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*args: object, **options: object) -> object:
+        def call(*tensors: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no compiler found\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    unpack, name = cpu.unpacker.__wrapped__()
+    assert unpack is cpu._strip and name == "plain (RuntimeError: no compiler found)"
+    assert "without a compiler (RuntimeError: no compiler found)" in caplog.text
 
 
 def test_in_exact_mode_a_rows_bits_depend_on_that_row_alone() -> None:

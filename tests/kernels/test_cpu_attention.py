@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from quantflow_kernels import kv_store
-from quantflow_kernels.attention import make_batch
 from quantflow_kernels.cpu_attention import kv_store as cpu_store
 from quantflow_kernels.cpu_attention import paged_attention
+from quantflow_kernels.paging import make_batch
 
 from tests.helpers.devices import DEVICE
 from tests.kernels.test_attention import CACHES, SMALL, Case, case

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from quantflow_kernels import reference
-from quantflow_kernels.attention import KVCache
 from quantflow_kernels.kv_store import bytes_moved, kv_store
+from quantflow_kernels.paging import KVCache
 
 from tests.helpers.devices import DEVICE, DTYPES
 

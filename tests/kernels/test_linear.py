@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from quantflow_kernels import configs, cpu, linear, reference
@@ -17,7 +22,7 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-6}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("n", "k", "group"), [(64, 128, 64), (24, 86, 43), (5, 33, PER_CHANNEL)])
-@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("m", [1, 40, 150])  # twice as many tokens: the last is beyond the crossover to a dense weight
 def test_any_weight(dtype: torch.dtype, bits: int, n: int, k: int, group: int, m: int) -> None:
     codes, scales, zeros = (t.to(DEVICE) for t in weight(n, k, bits, group))
     scales = scales.bfloat16()
@@ -54,18 +59,16 @@ def test_in_exact_mode_a_rows_bits_depend_on_that_row_alone(dtype: torch.dtype, 
         assert linear.linear(x[m:], prepared, bias, exact=True).equal(whole[m:])
 
 
-@pytest.mark.skipif(DEVICE == "cuda" or not cpu.layout_known(), reason="the ways of a CPU")
+@pytest.mark.skipif(DEVICE == "cuda" or not cpu.block_rows(), reason="the ways of a CPU")
 def test_ways_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales, zeros = weight(64, 128, 4, 64)
     scales = scales.bfloat16()
-    monkeypatch.setattr(cpu, "compiler", lambda: False)
-    assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "torch int4, plain strips for many tokens"
-    monkeypatch.setattr(cpu, "compiler", lambda: True)
-    assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "torch int4, compiled strips for many tokens"
+    monkeypatch.setattr(cpu, "unpacker", lambda: (cpu._strip, "plain (why)"))
+    assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "torch int4; for many tokens, strips: plain (why)"
     assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.float32)) == "plain torch"
     # A float32 scale that bfloat16 would round is left as it is.
     assert linear.way(linear.prepare(codes, scales.float() + 1e-6, zeros, 64, 4, torch.bfloat16)) == "plain torch"
-    monkeypatch.setattr(cpu, "layout_known", lambda: False)
+    monkeypatch.setattr(cpu, "block_rows", lambda: 0)
     assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "plain torch"
 
 
@@ -86,3 +89,19 @@ def test_regimes() -> None:
     for most, config in found.fast:
         assert matmul_config(found, most, exact=False) == config
     assert matmul_config(found, limits[0] + 1, exact=False) == found.fast[1][1]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the ways of a CPU")
+def test_a_cpu_needs_no_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from quantflow_kernels import cpu_attention, linear
+codes, zeros = torch.randint(0, 16, (64, 64), dtype=torch.uint8), torch.zeros(64, 1, dtype=torch.uint8)
+for dtype in (torch.float32, torch.bfloat16):
+    weight = linear.prepare(codes, torch.ones(64, 1), zeros, 64, 4, dtype)
+    assert linear.linear(torch.ones(1, 64, dtype=dtype), weight, exact=True).isfinite().all()
+"""
+    path = str(Path(linear.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})

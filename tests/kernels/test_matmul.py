@@ -6,9 +6,10 @@ import re
 
 import pytest
 import torch
-from quantflow_kernels import reference
+from quantflow_kernels import configs, reference
+from quantflow_kernels.configs import MatmulConfig as Config
 from quantflow_kernels.layout import PER_CHANNEL, PackedWeight, pack
-from quantflow_kernels.matmul import Config, assembly, bytes_moved, matmul, operations
+from quantflow_kernels.matmul import assembly, bytes_moved, matmul, operations
 
 from tests.helpers.devices import DEVICE, DTYPES
 from tests.kernels.test_layout import weight
@@ -82,22 +83,42 @@ def test_extreme_codes(bits: int) -> None:
         assert found.equal(torch.full_like(found, float(torch.tensor(64.0 * (code - zero)).half())))
 
 
-def test_large_scales_overflow_only_where_the_result_does() -> None:
-    x, packed, _ = operands(16, 64, 1, 4, 64, torch.float16)
-    small = matmul(x * 1e-3, PackedWeight(packed.words, None, packed.scales * 3e4, packed.zeros, 4, 64, 64), None, Config(16, 16))
-    assert bool(small.isfinite().all())
+def test_a_sum_larger_than_float16_is_infinite_and_its_neighbours_are_not() -> None:
+    codes = torch.zeros(2, 64, dtype=torch.uint8, device=DEVICE)
+    scales = torch.tensor([[3e4], [1.0]], device=DEVICE)
+    packed = pack(codes, scales, torch.ones(2, 1, dtype=torch.uint8, device=DEVICE), 64, 4)  # every weight is minus its scale
+    found = matmul(torch.ones(1, 64, device=DEVICE, dtype=torch.float16), packed, None, Config(16, 16))
+    assert found.tolist() == [[-torch.inf, -64.0]]
 
 
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("split", [1, 4])
 def test_a_rows_bits_depend_on_that_row_alone(split: int) -> None:
-    x, packed, _ = operands(40, 512, 37, 4, 64, torch.float16)
+    """Over enough blocks that another order of summing would show, in an output that shows it."""
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    x, packed, _ = operands(40, 2304, 37, 4, 64, dtype)
     config = Config(16, 16, split)
     whole = matmul(x, packed, None, config)
+    if DEVICE == "cpu":
+        assert not whole.equal(matmul(x, packed, None, Config(16, 16, 5 - split))), "the order does not show"
     for m in (1, 2, 16, 17):
         assert matmul(x[:m], packed, None, config).equal(whole[:m])
     mixed = x.clone()
     mixed[::2] = torch.inf
     assert matmul(mixed, packed, None, config)[1::2].equal(whole[1::2])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, PER_CHANNEL])
+def test_the_shipped_regimes(dtype: torch.dtype, bits: int, group: int) -> None:
+    """Every regime, over many blocks and a tail, with rows and tokens that fill no tile."""
+    found = configs.tuned(torch.cuda.get_device_name())
+    k = 2000 if group == PER_CHANNEL else 1536 + max(group, 32)
+    for config in dict.fromkeys([found.exact, *(config for _, config in found.fast)]):
+        for m in (1, 17, 100):
+            x, packed, expected = operands(200, k, m, bits, group, dtype)
+            assert_close(matmul(x, packed, None, config), expected)
 
 
 def test_no_tokens() -> None:
