@@ -38,6 +38,14 @@ def timed(*calls: Callable[[], Any]) -> list[float]:
     return [statistics.median(times) for times in found]
 
 
+def processor() -> str:
+    """Its name, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def read_gb_s() -> float:
     """What a sum over 400 MB reads a second."""
     data = torch.ones(100_000_000)
@@ -51,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     peak = read_gb_s()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads: read {peak:.1f} GB/s")
+    print(f"{processor()}, {torch.get_num_threads()} threads: read {peak:.1f} GB/s")
     rows = []
     for n, k in SHAPES:
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
@@ -68,13 +76,15 @@ def main() -> None:
                 lambda x=x, weight=weight: linear.linear(x, weight, exact=True),
             )
             row = {"n": n, "k": k, "m": m, "bf16_ms": bf16, "fast_ms": fast, "exact_ms": exact, "speedup": bf16 / fast}
-            if isinstance(weight, cpu.CpuWeight):
-                row["fast_gb_s"] = weight.nbytes / 1e6 / fast
+            share = ""
+            if isinstance(weight, cpu.CpuWeight) and m <= cpu.FEW_TOKENS:
+                row["of_read"] = weight.nbytes / 1e6 / fast / peak
+                share = f" {row['of_read']:.0%} of the read bandwidth"
             rows.append(row)
-            print(f"  M={m:<4} bf16 {bf16:8.2f} ms  fast {fast:8.2f} ms ({bf16 / fast:4.2f}×)  exact {exact:8.2f} ms", flush=True)
+            print(f"  M={m:<4} bf16 {bf16:8.2f} ms  fast {fast:8.2f} ms ({bf16 / fast:4.2f}×)  exact {exact:8.2f} ms{share}", flush=True)
     if args.output:
         record = {
-            "cpu": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
+            "cpu": processor(), "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "read_gb_s": peak, "torch": torch.__version__,
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "rows": rows,
         }  # fmt: skip

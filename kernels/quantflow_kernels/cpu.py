@@ -22,8 +22,8 @@ from quantflow_kernels.layout import PER_CHANNEL
 # Output channels of a packed block (with AVX-512 and AVX2): byte t of an input channel holds channel t of the block in its low half,
 # and the one half a block further in its high half.
 BLOCKS = (64, 32)
-STRIP = 1024  # output channels that are unpacked together
-FEW_TOKENS = 8  # as many at most go through the int4 product
+STRIP = 2048  # output channels that are unpacked together
+FEW_TOKENS = 96  # as many at most go through the int4 product: measured, benchmarks/LOG.md
 
 
 @dataclass(frozen=True)

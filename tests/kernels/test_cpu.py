@@ -47,7 +47,7 @@ def test_few_tokens(symmetric: bool, n: int, k: int, group: int, m: int) -> None
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize(("n", "k", "group"), [(64, 64, 32), (1088, 256, 128), (2048, 128, PER_CHANNEL)])
+@pytest.mark.parametrize(("n", "k", "group"), [(64, 64, 32), (1088, 256, 128), (2112, 128, PER_CHANNEL)])
 def test_many_tokens(monkeypatch: pytest.MonkeyPatch, compiled: bool, n: int, k: int, group: int) -> None:
     """Also where the last strip is shorter, or the only one. Weights are rounded to bfloat16 here, which averages out."""
     if compiled and cpu.unpacker()[1] != "compiled":
@@ -60,7 +60,7 @@ def test_many_tokens(monkeypatch: pytest.MonkeyPatch, compiled: bool, n: int, k:
 
     real = cpu.unpacker()[0] if compiled else cpu._strip
     monkeypatch.setattr(cpu, "unpacker", lambda: (unpack, ""))
-    x, weight, expected = operands(n, k, 33, group)
+    x, weight, expected = operands(n, k, cpu.FEW_TOKENS + 1, group)
     assert relative(linear(x, weight, exact=False), expected) < 2**-7
     assert sum(used) == n // cpu.block_rows()
     used.clear()
