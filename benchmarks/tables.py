@@ -18,6 +18,9 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+GPU_SHAPES = ((8192, 8192), (28672, 4096), (81920, 8192))
+
+
 def _row(*cells: object) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
@@ -26,7 +29,7 @@ def gpu(record: dict[str, Any] | None) -> list[str]:
     """W4A16 products and decode attention on a GPU."""
     if record is None:
         return ["On a GPU: not yet measured."]
-    products = [r for r in record["rows"] if r["kernel"] == "matmul" and r["model"] in ("square", "Llama-3-8B") and r["m"] <= 64]
+    products = [r for r in record["rows"] if r["kernel"] == "matmul" and (r["n"], r["k"]) in GPU_SHAPES and r["mode"] in ("fast", "exact")]
     attention = [r for r in record["rows"] if r["kernel"] == "attention"]
     place = f"{record['device']}, torch {record['torch']}, triton {record['triton']}, {record['date']}, commit {record['commit'][:8]}"
 
