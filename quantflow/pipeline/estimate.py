@@ -67,7 +67,7 @@ def estimate(plan: Plan) -> Estimate:
     elif plan.needs_stream:
         memory = layer * 5 // 2 + max(4 * widest, batch) + held
     else:
-        memory = layer * 7 // 2  # this layer's weights and the next one's, codes, and what is being saved
+        memory = layer * 3  # this layer's weights and the next one's, codes, and what is being saved; not all at their largest at once
     base = BASE_BYTES + (COMPUTING_BYTES if plan.reads_calibration else 0)
     memory = base + max(memory, 2 * largest_outer)
     evaluate = plan.stage(Evaluate)
