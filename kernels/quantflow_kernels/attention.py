@@ -124,7 +124,8 @@ def attention_kernel(
             if MODE == 2:
                 weight *= tl.load(v_scale + slot, mask=present, other=0.0)[None, :]
             v = tl.load(v_cache + slot[:, None] * D + channels[None, :], mask=present[:, None] & known[None, :], other=0)
-            split_acc = tl.dot(weight.to(queries_here.dtype), v.to(queries_here.dtype), split_acc * shrink[:, None], input_precision="ieee")
+            kind: tl.constexpr = SCALED if MODE == 2 else q.dtype.element_ty
+            split_acc = tl.dot(weight.to(kind), v.to(kind), split_acc * shrink[:, None], input_precision="ieee")
             split_m = top
         if SPLIT_PARTS:
             m, total, acc = split_m, split_l, split_acc

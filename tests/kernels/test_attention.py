@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -189,14 +190,20 @@ def test_queries_that_are_a_view_of_a_fused_product() -> None:
 
 
 def test_small_scales_of_single_tokens_are_not_lost() -> None:
-    """Probabilities times a scale of 1e-5 are smaller than float16 holds."""
-    some = case([1], [900], kind="token")
-    assert some.cache.v_scale is not None
-    factor = 1e-3
-    some.cache.v_scale.mul_(factor)
-    expected = replace(some, v=some.v * factor).expected()
-    found = some.run(Config(tile=16, split=512)).double()
-    assert float((found - expected).norm() / expected.norm()) < 0.02
+    """One key takes most of the attention and has no value; the others' probabilities, e^-8, times a scale of 1e-5 are smaller than
+    float16 holds, and their sum is the whole output."""
+    context, d, page = 900, 16, 16
+    blocks = -(-context // page)
+    k = torch.zeros(blocks, 1, page, d, dtype=torch.int8, device=DEVICE)
+    v = torch.full_like(k, 100)
+    k[0, 0, 0], v[0, 0, 0] = 100, 0
+    k_scale = torch.full((blocks, 1, page), 8 / (100 * d**0.5), device=DEVICE)  # a score of 8 for q of ones
+    cache = KVCache(k, v, k_scale, torch.full_like(k_scale, 1e-5))
+    table = torch.arange(blocks, dtype=torch.int32, device=DEVICE)[None]
+    q = torch.ones(1, 1, d, dtype=torch.float16, device=DEVICE)
+    found = paged_attention(q, cache, make_batch([1], [context], table, 1, 1, SMALL), d**-0.5, SMALL)
+    expected = 100 * 1e-5 * (context - 1) / (math.exp(8) + context - 1)
+    assert found.flatten().tolist() == pytest.approx([expected] * d, rel=0.01)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take minutes")
