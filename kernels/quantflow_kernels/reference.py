@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PER_CHANNEL = -1  # a group size: one group spans the whole row
+from quantflow_kernels.layout import PER_CHANNEL
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,5 @@
-"""What is stored, and how q is rotated, against the oracles: codes are the same, bit for bit."""
+"""What is stored, and how q is rotated, against the oracles: codes are the same, but where the last bit of a
+rotation makes it the next one."""
 
 from __future__ import annotations
 
