@@ -52,6 +52,15 @@ def test_in_exact_mode_a_querys_bits_do_not_depend_on_the_batch(kind: str, windo
         at += length
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "token"])
+def test_what_lies_before_the_window_is_not_read(exact: bool, kind: str) -> None:
+    some = case([1, 3], [590, 300], kind=kind, dtype=torch.float32)
+    expected = some.expected(20)
+    some.free_before(20)
+    torch.testing.assert_close(attend(some, exact=exact, window=20).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize("rotate", [True, False])
 def test_the_store_is_the_gpus(kind: str, rotate: bool) -> None:
