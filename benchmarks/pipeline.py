@@ -23,7 +23,7 @@ CHILD = """
 import json, sys, time
 import torch, tokenizers
 from quantflow.pipeline.estimate import estimate
-from quantflow.pipeline.memory import peak_resident_bytes, resident_bytes
+from quantflow.machine import peak_resident_bytes, resident_bytes
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run

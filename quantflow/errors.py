@@ -6,7 +6,8 @@ QuantFlowError                1   our own fault
 │   ├── ModelError                the checkpoint: config, tensors, tokenizer
 │   ├── DataError                 calibration or evaluation text
 │   ├── FormatError               a format cannot hold what it is given
-│   └── OutputError               where the result should go
+│   ├── OutputError               where the result should go
+│   └── RequestError              what was asked of the engine
 ├── GateError                 3   the artifact is kept, but failed its quality gates
 └── ResourceError             4   disk full, out of memory
 """
@@ -70,6 +71,10 @@ class FormatError(UserError):
 
 
 class OutputError(UserError):
+    pass
+
+
+class RequestError(UserError):
     pass
 
 

@@ -23,6 +23,7 @@ LAYERS = (
     ("calibration", "formats", "models", "artifacts"),
     ("recipe",),
     ("quant",),
+    ("machine",),
     ("errors",),
 )
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quantflow.errors import GateError, QuantFlowError, ResourceError, UserError
-from quantflow.pipeline.memory import resident_bytes
+from quantflow.machine import resident_bytes
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)

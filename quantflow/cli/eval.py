@@ -30,9 +30,9 @@ def evaluate(
         from quantflow.errors import ModelError, Problem
         from quantflow.evaluate.divergence import Variant, compare
         from quantflow.formats.reader import Weights
+        from quantflow.machine import resolve_device
         from quantflow.models.checkpoint import resolve_model
         from quantflow.models.tokenizer import load_tokenizer
-        from quantflow.pipeline.plan import resolve_device
 
         original, found = (
             Weights(resolve_model(reference)),

@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from quantflow.errors import DataError, ModelError, Problem
 from quantflow.models.checkpoint import read_json
+from quantflow.models.dialogue import OF_FAMILY, Dialogue
 
 Json = dict[str, Any]
 _Token = TypeVar("_Token", str, bytes)
@@ -45,35 +46,36 @@ _DROPPED_KEYS = (
     "added_tokens_file", "tokenizer_config_file", "name_or_path", "init_inputs",
 )  # fmt: skip
 
-_CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+
+def special_tokens(path: Path) -> dict[str, str]:
+    """The tokens of the roles (`bos_token`, `eos_token`, …) that the tokenizer's files or config.json name. Raises ModelError."""
+    return _all_roles(_load(path), _optional_json(path / "config.json"))
 
 
-@dataclass(frozen=True)
-class _Chat:
-    template: str  # Jinja
-    end: str  # the token that ends the model's turn
+def chat_template(path: Path) -> str | None:
+    """The model's own dialogue format, as Jinja: a file of its own, the one in tokenizer_config.json (the one called `default` of
+    several), or its family's. None for a base model."""
+    own = _template_file(path)
+    if own is not None:
+        return own.decode()
+    template = _optional_json(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
+    if isinstance(template, str) and template:
+        return template
+    family = _family_dialogue(path)
+    return family.template if family else None
 
 
-# By config.json's model_type: families whose dialogue format is in their remote code alone.
-CHATS: dict[str, _Chat] = {
-    "internlm": _Chat(
-        "{{ bos_token }}{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ '<|System|>:' + message['content'] + '\\n' }}"
-        "{% elif message['role'] == 'user' %}{{ '<|User|>:' + message['content'] + '<eoh>\\n' }}"
-        "{% elif message['role'] == 'assistant' %}{{ '<|Bot|>:' + message['content'] + '<eoa>\\n' }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|Bot|>:' }}{% endif %}",
-        "<eoa>",
-    ),
-    "internlm2": _Chat("{{ bos_token }}" + _CHATML, "<|im_end|>"),
-    "qwen": _Chat(
-        "{% if messages and messages[0]['role'] != 'system' %}"
-        "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}" + _CHATML,
-        "<|im_end|>",
-    ),
-}
+def turn_end(path: Path) -> str:
+    """The token that ends the model's turn where its family's dialogue format says so; "": none but the text's own."""
+    family = _family_dialogue(path)
+    return family.end if family else ""
+
+
+def _family_dialogue(path: Path) -> Dialogue | None:
+    raw_prompts = _optional_json(path / "generation_config.json").get("chat_format") == "raw"  # how the first Qwen marks a base model
+    return None if raw_prompts else OF_FAMILY.get(str(_optional_json(path / "config.json").get("model_type")))
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -126,9 +128,8 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
     for key in _DROPPED_KEYS:
         tokenizer_config.pop(key, None)
 
-    chat = CHATS.get(str(model_config.get("model_type")))
-    raw_prompts = generation_config.get("chat_format") == "raw"  # how the first Qwen marks a base model
-    if chat and not raw_prompts and template is None and not tokenizer_config.get("chat_template"):
+    chat = _family_dialogue(source)
+    if chat and template is None and not tokenizer_config.get("chat_template"):
         tokenizer_config["chat_template"] = chat.template
         generation_config = _ending_turns(generation_config, chat.end, loaded, special_tokens_map)
 

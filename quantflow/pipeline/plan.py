@@ -21,6 +21,7 @@ from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
 from quantflow.errors import DataError, FormatError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS
+from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
@@ -184,17 +185,6 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     if problems:
         raise UserError(problems)
     return plan
-
-
-def resolve_device(device: str) -> str:
-    """`cpu` or `cuda`; raises UserError for a GPU that is not there."""
-    if device == "cpu":
-        return device
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(Problem("--device cuda", "torch sees no GPU", "a CUDA device", "Use --device cpu"))
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:

@@ -21,9 +21,9 @@ from quantflow.artifacts.store import Store
 from quantflow.calibration.statistics import Hessian, KVStatistics
 from quantflow.calibration.stream import Stream
 from quantflow.errors import Problem, QuantFlowError
+from quantflow.machine import give_back_freed_memory
 from quantflow.models.decoder import DecoderLayer, Sequences, embed, sequences
 from quantflow.models.tensor_file import TensorFile, save_tensors
-from quantflow.pipeline.memory import give_back_freed_memory
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.pipeline.progress import Progress
 from quantflow.quant.grid import QuantizedTensor, Scheme

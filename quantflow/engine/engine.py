@@ -1,0 +1,435 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+A request's way: `submit` → `scheduler` (waits, runs, is preempted) → `model_runner` (its tokens through the model) → `sampler` → `_append`
+(stop strings, lengths) → a `Token` from `step`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantflow.engine.block_manager import BlockManager
+from quantflow.engine.kv_cache import KVFormat, KVPrecision, block_bytes, cache_bytes, kv_format, make_caches
+from quantflow.engine.load import Loaded, load_model
+from quantflow.engine.model_runner import ModelRunner
+from quantflow.engine.ops import Ops
+from quantflow.engine.request import Finish, Logprob, Request, SamplingParams, Sequence, Token
+from quantflow.engine.sampler import NotANumber, logprob_of, sample
+from quantflow.engine.scheduler import Limits, Scheduler, Work
+from quantflow.engine.text import Detokenizer, Text
+from quantflow.errors import ModelError, Problem, RequestError, ResourceError, UserError
+from quantflow.formats.reader import Weights
+from quantflow.machine import free_bytes, resolve_device
+from quantflow.models.checkpoint import resolve_model
+from quantflow.models.config import DecoderConfig
+
+
+class Mode(StrEnum):
+    """exact: the same tokens and log-probabilities whatever the batch, arrival order, chunking, prefix hits or preemption. fast: products
+    are computed in the way that is fastest for their size, so that last bits depend on what else is in the batch."""
+
+    exact = "exact"
+    fast = "fast"
+
+
+class DType(StrEnum):
+    """auto: the checkpoint's; bfloat16 for float16 on a CPU, which has no fast arithmetic for it."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is run.
+
+    session_len: the longest context; None: the model's own. max_batch_size: sequences that run at once. step_tokens: tokens that go through
+    the model in a step. cache_max_entry_count: the share of free memory that the KV cache may take; cache_bytes: its size instead.
+    dialogue: a dialogue format by name, in place of the model's own. check: the books of the cache are checked after every step.
+    """
+
+    mode: Mode = Mode.exact
+    device: str = "auto"
+    dtype: DType = DType.auto
+    kv: KVPrecision = KVPrecision.auto
+    session_len: int | None = None
+    max_batch_size: int = 64
+    step_tokens: int | None = None
+    block_size: int = 64
+    cache_max_entry_count: float | None = None
+    cache_bytes: int | None = None
+    prefix_cache: bool = True
+    dialogue: str | None = None
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        wrong = []
+        for name, kind in (("mode", Mode), ("dtype", DType), ("kv", KVPrecision)):  # Python users write strings
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+            except ValueError:
+                wrong.append(Problem(name, repr(getattr(self, name)), " or ".join(kind)))
+        for name in ("session_len", "step_tokens", "cache_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                wrong.append(Problem(name, str(value), "at least 1"))
+        if self.max_batch_size < 1:
+            wrong.append(Problem("max_batch_size", str(self.max_batch_size), "at least 1"))
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            wrong.append(Problem("block_size", str(self.block_size), "a power of two, at least 16"))
+        share = self.cache_max_entry_count
+        if share is not None and not 0 < share <= 1:
+            wrong.append(Problem("cache_max_entry_count", str(share), "a share of the free memory, more than 0 and at most 1"))
+        if self.step_tokens is not None and self.step_tokens <= self.max_batch_size:
+            wrong.append(Problem("step_tokens", str(self.step_tokens), f"more than max_batch_size, {self.max_batch_size}"))
+        if wrong:
+            raise UserError(wrong)
+
+
+SHARE = {"cuda": 0.8, "cpu": 0.25}  # of free memory for the cache
+STEP_TOKENS = {"cuda": 2048, "cpu": 512}
+
+
+@dataclass
+class Session:
+    """A dialogue that is kept between turns: its tokens, and the cache blocks that hold them. turn: the request that continues it."""
+
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    turn: str | None = None
+
+
+class Engine:
+    """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it reads.
+
+    Not safe for several threads at once: one thread submits, steps and aborts. Raises UserError where the model or the configuration is
+    wrong, ResourceError where memory does not suffice. progress: called after each layer is loaded.
+    """
+
+    def __init__(self, model: str | Path, config: EngineConfig | None = None, progress: Callable[[], None] = lambda: None) -> None:
+        self.config = config = config or EngineConfig()
+        self.path = resolve_model(str(model))
+        weights = Weights(self.path)
+        self.architecture, self.model_config = weights.checkpoint.architecture, weights.checkpoint.config
+        device = torch.device(resolve_device(config.device))
+        self.ops = Ops(device, _dtype(config.dtype, self.model_config, device), config.mode == Mode.exact)
+        self.context = _context(config, self.model_config)
+        folder = weights.checkpoint.path
+        self.text = Text(folder, config.dialogue) if _has_tokenizer(folder) else None
+        self.kv: KVFormat = kv_format(config.kv, folder, self.model_config, self.architecture.prefix)
+        with torch.inference_mode():
+            self.loaded: Loaded = load_model(weights, self.ops, progress)
+            blocks = self._block_count()
+            self.caches = make_caches(self.model_config, self.kv, self.ops.dtype, device, blocks, config.block_size)
+        self.blocks = BlockManager(blocks, config.block_size, prefix_cache=config.prefix_cache)
+        step_tokens = config.step_tokens or max(STEP_TOKENS[device.type], config.max_batch_size + config.block_size)
+        self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_idle_session)
+        self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size, self.context)
+        self.end_tokens: frozenset[int] = self.text.end_tokens if self.text else frozenset()
+        self.sessions: dict[int, Session] = {}
+        self.steps = 0
+        self._requests: dict[str, list[Sequence]] = {}
+        self._seeds: dict[str, int] = {}
+        self._detokenizers: dict[Sequence, Detokenizer] = {}
+        self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
+        self._arrivals = itertools.count()
+
+    # --- what it is
+
+    def describe(self) -> dict[str, str]:
+        """What runs, for the line that is printed at start."""
+        ways = ", ".join(f"{count} × {way}" for way, count in self.loaded.ways.items())
+        tokens = self.blocks.count * self.blocks.size
+        return {
+            "mode": str(self.config.mode),
+            "device": str(self.ops.device),
+            "dtype": str(self.ops.dtype).removeprefix("torch."),
+            "linears": ways,
+            "weights": f"{self.loaded.weight_bytes / 2**20:.0f} MiB",
+            "KV cache": f"{self.kv}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens",
+            "context": f"{self.context} tokens",
+        }
+
+    def _block_count(self) -> int:
+        config, size = self.config, self.config.block_size
+        each = block_bytes(self.model_config, self.kv, self.ops.dtype, size)
+        one = -(-self.context // size)
+        share = config.cache_max_entry_count or SHARE[self.ops.device.type]
+        limit = config.cache_bytes or int(free_bytes(self.ops.device) * share)
+        count = min(limit // each, one * config.max_batch_size)
+        if count < 1:
+            raise ResourceError(Problem("KV cache", f"{limit} bytes", f"at least {each} for one block of {size} tokens"))
+        return count
+
+    # --- requests
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def submit(
+        self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, id: str | None = None, priority: int = 0,
+        session: int | None = None,
+    ) -> Request:  # fmt: skip
+        """Queues a request and returns it. session: the prompt continues that session's history, and what comes of it is kept there.
+
+        Raises RequestError for what can never be served: the reason is in it.
+        """
+        params = params or SamplingParams()
+        arrival = next(self._arrivals)
+        id = id if id is not None else f"request-{arrival}"
+        if isinstance(prompt, str):
+            prompt = self._text().encode(prompt, special=not (session in self.sessions and self.sessions[session].tokens))
+        history = self._history(session, params)
+        tokens = (*history, *(int(t) for t in prompt))
+        problems = self._problems(id, tokens, params)
+        if problems:
+            raise RequestError(problems)
+        most = min(params.max_tokens or self.context, self.context - len(tokens), self.blocks.count * self.blocks.size - len(tokens))
+        # The last token that is generated never goes through the model.
+        stretch = self.runner.rotary.stretch(len(tokens) + (min(params.max_tokens, most) if params.max_tokens else 1) - 1)
+        request = Request(id, tokens, params, most, arrival, priority, stretch, session)
+        sequence = Sequence(request, 0, list(tokens), forks=params.n > 1)
+        self._requests[id] = [sequence]
+        self._seeds[id] = params.seed % 2**64 if params.seed is not None else secrets.randbits(64)
+        if session is not None:
+            self.sessions.setdefault(session, Session()).turn = id
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs[id] = [None] * len(tokens)
+        self.scheduler.add(sequence)
+        return request
+
+    def _text(self) -> Text:
+        if self.text is None:
+            raise RequestError(Problem("prompt", f"text, and {self.path} has no tokenizer", "token ids"))
+        return self.text
+
+    def _problems(self, id: str, tokens: tuple[int, ...], params: SamplingParams) -> list[Problem]:
+        vocabulary, found = self.model_config.vocabulary, []
+        room = min(self.context, self.blocks.count * self.blocks.size)
+        why = "the model's context" if room == self.context else "what the KV cache holds"
+        if id in self._requests:
+            found.append(Problem("id", repr(id), "an id that no running request has"))
+        if not tokens:
+            found.append(Problem("prompt", "no tokens", "at least one"))
+        if len(tokens) >= room:
+            found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}"))
+        elif params.max_tokens is not None and len(tokens) + params.max_tokens > room:
+            asked = f"{params.max_tokens} after a prompt of {len(tokens)} tokens"
+            found.append(Problem("max_tokens", asked, f"at most {room - len(tokens)}: {why} is {room}"))
+        named = [("prompt", tokens), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)]
+        for where, ids in named:
+            wrong = sorted({t for t in ids if not 0 <= t < vocabulary})
+            if wrong:
+                found.append(Problem(where, f"token {wrong[0]}", f"ids from 0 to {vocabulary - 1}"))
+        if params.n > self.config.max_batch_size:
+            found.append(Problem("n", str(params.n), f"at most {self.config.max_batch_size}, the sequences that run at once"))
+        if params.stop and self.text is None:
+            found.append(Problem("stop", "strings, and the model has no tokenizer", "stop_token_ids"))
+        return found
+
+    def _history(self, session: int | None, params: SamplingParams) -> list[int]:
+        if session is None:
+            return []
+        known = self.sessions.get(session, Session())
+        if known.turn is not None:
+            raise RequestError(Problem(f"session {session}", "a turn is running", "one turn at a time"))
+        if params.n > 1:
+            raise RequestError(Problem("n", str(params.n), "1 in a session, which goes on from one text"))
+        return known.tokens
+
+    def abort(self, id: str) -> list[Token]:
+        """Takes a request out, if it is there, and gives its blocks back at once."""
+        return [self._finish(s, Finish.abort) for s in list(self._requests.get(id, ()))]
+
+    # --- sessions
+
+    def rewind(self, session: int, tokens: int) -> None:
+        """Takes a session back to its first `tokens` tokens. Raises RequestError for one that is not known, or busy."""
+        known = self._idle(session)
+        if not 0 <= tokens <= len(known.tokens):
+            raise RequestError(Problem(f"session {session}", f"rewound to {tokens} tokens", f"at most its {len(known.tokens)}"))
+        keep = self.blocks.blocks_for(tokens)
+        self.blocks.release(known.blocks[keep:])
+        known.tokens, known.blocks = known.tokens[:tokens], known.blocks[:keep]
+
+    def end(self, session: int) -> None:
+        """Forgets a session. Raises RequestError for one that is not known, or busy."""
+        self.blocks.release(self._idle(session).blocks)
+        del self.sessions[session]
+
+    def _idle(self, session: int) -> Session:
+        known = self.sessions.get(session)
+        if known is None:
+            raise RequestError(Problem(f"session {session}", "not known", "a session that has had a turn"))
+        if known.turn is not None:
+            raise RequestError(Problem(f"session {session}", "a turn is running", "abort it first"))
+        return known
+
+    def _drop_idle_session(self) -> bool:
+        """Gives back the blocks of the session that has been idle the longest; its next turn recomputes them."""
+        for session in self.sessions.values():  # in the order of their last turns
+            if session.blocks and session.turn is None:
+                self.blocks.release(session.blocks)
+                session.blocks = []
+                return True
+        return False
+
+    # --- steps
+
+    def step(self) -> list[Token]:
+        """Carries all running sequences on, and returns what came of it; [] where there was nothing to do."""
+        step = self.scheduler.schedule()
+        if not step.work:
+            return []
+        try:
+            states = self.runner.run(step)
+            ending = [(work, h[-1:]) for work, h in zip(step.work, states, strict=True) if work.ends]
+            logits = self.runner.logits(torch.cat([h for _, h in ending])) if ending else None
+            for work, h in zip(step.work, states, strict=True):
+                self._score_prompt(work, h)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            # The largest share of the step is the likeliest cause; the others go on in the next one.
+            failed = max(step.work, key=lambda work: work.count).sequence
+            return [self._finish(failed, Finish.error, f"out of memory with {len(step.work)} sequences in a step")]
+        self.steps += 1
+        for work in step.work:
+            self.scheduler.advance(work)
+        found = self._choose([work.sequence for work, _ in ending], logits) if logits is not None else []
+        if self.config.check and (problems := self.problems()):
+            raise RuntimeError("the books of the KV cache are wrong: " + "; ".join(problems))
+        return found
+
+    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[Token]:
+        rows = list(range(len(sequences)))
+        for row, sequence in enumerate(list(sequences)):
+            if sequence.forks:  # its siblings' first tokens come from the same logits
+                sequence.forks = False
+                for index in range(1, sequence.request.params.n):
+                    sibling = Sequence(sequence.request, index, list(sequence.tokens))
+                    self.scheduler.fork(sequence, sibling)
+                    self._requests[sequence.request.id].append(sibling)
+                    sequences.append(sibling)
+                    rows.append(row)
+        if len(rows) > len(logits):
+            logits = logits[torch.tensor(rows, device=logits.device)]
+        tokens = sample(logits, sequences, [self._seeds[s.request.id] for s in sequences], self.end_tokens)
+        found = []
+        for sequence, token, row in zip(sequences, tokens, logits, strict=True):
+            if isinstance(token, NotANumber):
+                found.append(self._finish(sequence, Finish.error, str(token)))
+            else:
+                count = sequence.request.params.logprobs
+                found.append(self._append(sequence, token, None if count is None else logprob_of(row, token, count)))
+        return found
+
+    def _append(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Token:
+        params, first = sequence.request.params, not sequence.generated
+        sequence.tokens.append(token)
+        free = sequence.generated >= params.min_tokens
+        text, finish = "", None
+        ends = (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids
+        if self.text and not (ends and free):
+            if sequence not in self._detokenizers:
+                self._detokenizers[sequence] = Detokenizer(self.text, sequence.request.prompt, params.stop)
+            text = self._detokenizers[sequence].add(token, search=free)
+            if self._detokenizers[sequence].stopped:
+                finish = Finish.stop
+        if ends and free:
+            finish = Finish.stop
+        elif finish is None and sequence.generated >= sequence.request.most_tokens:
+            finish = Finish.length
+        prompt_logprobs = tuple(self._prompt_logprobs.get(sequence.request.id, ())) if first and not sequence.index else ()
+        if finish is None:
+            return Token(sequence.request.id, sequence.index, token, text, logprob, prompt_logprobs=prompt_logprobs)
+        ended = self._finish(sequence, finish)
+        return Token(sequence.request.id, sequence.index, token, text + ended.text, logprob, finish, prompt_logprobs=prompt_logprobs)
+
+    def _finish(self, sequence: Sequence, finish: Finish, reason: str = "") -> Token:
+        request = sequence.request
+        sequence.finish, sequence.reason = finish, reason
+        blocks = self.scheduler.remove(sequence)
+        detokenizer = self._detokenizers.pop(sequence, None)
+        siblings = self._requests[request.id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[request.id], self._seeds[request.id]
+            self._prompt_logprobs.pop(request.id, None)
+        if request.session is not None:
+            self._keep(request.session, sequence, blocks)
+        else:
+            self.blocks.release(blocks)
+        return Token(request.id, sequence.index, None, detokenizer.finish() if detokenizer else "", finish=finish, reason=reason)
+
+    def _keep(self, number: int, sequence: Sequence, blocks: list[int]) -> None:
+        """The turn is over: its tokens and blocks are the session's, which is now the last to be dropped."""
+        session = self.sessions.pop(number)
+        self.blocks.release(session.blocks)
+        session.tokens, session.blocks, session.turn = list(sequence.tokens), blocks, None
+        self.sessions[number] = session
+
+    def _score_prompt(self, work: Work, h: Tensor) -> None:
+        """Notes the log-probabilities of the prompt's tokens that follow those of `work`."""
+        sequence = work.sequence
+        found = self._prompt_logprobs.get(sequence.request.id)
+        count = sequence.request.params.prompt_logprobs
+        if found is None or count is None or sequence.index:
+            return
+        rows = self.runner.prompt_chunks(len(h))
+        for start in range(0, len(h), rows):
+            wanted = [i for i in range(start, min(start + rows, len(h))) if work.start + i + 1 < len(found)]
+            if not wanted:
+                return
+            for i, row in zip(wanted, self.runner.logits(h[wanted[0] : wanted[-1] + 1]), strict=True):
+                at = work.start + i + 1
+                found[at] = logprob_of(row, sequence.tokens[at], count)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the books of the cache: [] unless blocks leak."""
+        owned = [s.blocks for s in self.scheduler.sequences()] + [s.blocks for s in self.sessions.values()]
+        return self.blocks.problems(owned)
+
+    def tokens(self) -> Iterator[Token]:
+        """Steps until nothing is left to do."""
+        while self.has_work:
+            yield from self.step()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "not enough memory" in text
+
+
+def _dtype(asked: DType, config: DecoderConfig, device: torch.device) -> torch.dtype:
+    if asked != DType.auto:
+        return getattr(torch, asked.value)
+    return getattr(torch, "bfloat16" if config.dtype == "float16" and device.type == "cpu" else config.dtype)
+
+
+def _context(config: EngineConfig, model: DecoderConfig) -> int:
+    asked = config.session_len
+    if asked is None:
+        return model.max_positions
+    if asked > model.max_positions and model.rope.kind not in ("dynamic", "qwen"):
+        raise UserError(Problem("session_len", str(asked), f"at most the model's {model.max_positions} positions"))
+    return asked
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json"))
+
+
+__all__ = ["DType", "Engine", "EngineConfig", "KVPrecision", "Mode", "ModelError", "Session"]

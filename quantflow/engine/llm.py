@@ -1,0 +1,132 @@
+"""What users of Python see: a model that generates, chats and streams.
+
+from quantflow import LLM, SamplingParams
+
+llm = LLM("artifacts/internlm7b_w4_kv8")
+print(llm.chat([{"role": "user", "content": "Hello!"}], SamplingParams(max_tokens=64)).text)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from pathlib import Path
+from typing import Any
+
+from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.request import Completion, Finish, Logprob, Output, Request, SamplingParams, Token
+from quantflow.engine.text import Message
+from quantflow.errors import Problem, RequestError, ResourceError
+
+Prompt = str | Many[int]
+
+
+class Collector:
+    """A request's tokens as they come, and the output they make."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        count = request.params.n
+        self._tokens: list[list[int]] = [[] for _ in range(count)]
+        self._texts: list[list[str]] = [[] for _ in range(count)]
+        self._logprobs: list[list[Logprob]] = [[] for _ in range(count)]
+        self._ends: list[tuple[Finish, str] | None] = [None] * count
+        self._prompt: tuple[Logprob | None, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        return all(self._ends)
+
+    def add(self, token: Token) -> None:
+        if token.token is not None:
+            self._tokens[token.index].append(token.token)
+        self._texts[token.index].append(token.text)
+        if token.logprob:
+            self._logprobs[token.index].append(token.logprob)
+        if token.prompt_logprobs:
+            self._prompt = token.prompt_logprobs
+        if token.finish:
+            self._ends[token.index] = (token.finish, token.reason)
+            if token.finish in (Finish.error, Finish.abort):  # siblings that had not begun never will
+                self._ends = [end or (token.finish, token.reason) for end in self._ends] if not any(self._tokens[1:]) else self._ends
+
+    def output(self) -> Output:
+        completions = []
+        for index, end in enumerate(self._ends):
+            finish, reason = end or (Finish.abort, "")
+            text = "".join(self._texts[index])
+            completions.append(Completion(index, tuple(self._tokens[index]), text, finish, reason, tuple(self._logprobs[index])))
+        return Output(self.request.id, self.request.prompt, tuple(completions), self._prompt)
+
+
+class LLM:
+    """A model directory, an artifact of QuantFlow's or a hub id, loaded to be run. options: those of `EngineConfig`."""
+
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        self.engine = Engine(model, EngineConfig(**options))
+
+    def generate(self, prompts: Prompt | Many[Prompt], params: SamplingParams | Many[SamplingParams] | None = None) -> list[Output]:
+        """What the model makes of each prompt (text, or token ids), in their order; all of them run together.
+
+        params: one for all, or one each. Raises RequestError for what cannot be served, before anything runs, and ResourceError where
+        memory runs out.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: Many[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
+        each = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(many):
+            raise RequestError(Problem("params", f"{len(each)} of them", f"one, or {len(many)}: one a prompt"))
+        collectors: dict[str, Collector] = {}
+        try:
+            for prompt, wanted in zip(many, each, strict=True):
+                request = self.engine.submit(prompt, wanted)
+                collectors[request.id] = Collector(request)
+            for token in self.engine.tokens():
+                if token.request in collectors:
+                    collectors[token.request].add(token)
+        finally:
+            for id in collectors:  # what is left after an interruption or an error
+                self.engine.abort(id)
+        return [_checked(collector.output()) for collector in collectors.values()]
+
+    def chat(self, messages: Many[Message], params: SamplingParams | None = None) -> Output:
+        """The model's answer to a dialogue, a list of `{"role": …, "content": …}`, in its own dialogue format."""
+        return self.generate([self.engine._text().dialogue(messages)], params)[0]
+
+    def get_prompt(self, query: str) -> str:
+        """A question wrapped in the model's dialogue format."""
+        return self.engine._text().render([{"role": "user", "content": query}])
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, session: int | None = None) -> Iterator[Token]:
+        """The tokens and their text as they come. Leaving the loop aborts the request. session: see `Engine.submit`."""
+        request = self.engine.submit(prompt, params, session=session)
+        open_texts = request.params.n
+        try:
+            while open_texts:
+                for token in self.engine.step():
+                    if token.request == request.id:
+                        open_texts -= token.finish is not None
+                        if token.finish == Finish.error:
+                            raise ResourceError(Problem(request.id, token.reason))
+                        yield token
+        finally:
+            self.engine.abort(request.id)
+
+    def stream_infer(self, session_id: int, input_ids: Many[int], params: SamplingParams | None = None) -> Iterator[list[int]]:
+        """The generated token ids so far, a longer list at every step, as LMDeploy's `stream_infer` yields them; the session goes on from
+        its last turn."""
+        tokens: list[int] = []
+        for token in self.stream(list(input_ids), params, session=session_id):
+            if token.token is not None:
+                tokens.append(token.token)
+                yield list(tokens)
+
+    def decode(self, tokens: Many[int]) -> str:
+        return self.engine._text().decode(tokens)
+
+
+def _checked(output: Output) -> Output:
+    failed = [c for c in output.completions if c.finish == Finish.error]
+    if failed:
+        raise ResourceError([Problem(f"{output.id} text {c.index}", c.reason) for c in failed])
+    return output

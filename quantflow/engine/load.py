@@ -1,0 +1,121 @@
+"""A checkpoint's weights in the layouts that the engine computes from, streamed to the device one linear at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantflow.engine.model import Layer, Mixture, Mlp, Model, Norm
+from quantflow.engine.ops import Linear, Ops, resident_bytes
+from quantflow.formats.reader import Weights
+from quantflow.models.architecture import has_bias
+from quantflow.quant.grid import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """ways: how linears are computed, in words -> how many. weight_bytes: what weights take on the device."""
+
+    model: Model
+    ways: dict[str, int]
+    weight_bytes: int
+
+
+def load_model(weights: Weights, ops: Ops, step: Callable[[], None] = lambda: None) -> Loaded:
+    """The model of a checkpoint, quantised or not. step is called after each layer."""
+    return _Loader(weights, ops).load(step)
+
+
+class _Loader:
+    def __init__(self, weights: Weights, ops: Ops) -> None:
+        self.weights, self.ops = weights, ops
+        self.architecture, self.config = weights.checkpoint.architecture, weights.checkpoint.config
+        self.ways: Counter[str] = Counter()
+        self.bytes = 0
+
+    def load(self, step: Callable[[], None]) -> Loaded:
+        architecture, config = self.architecture, self.config
+        embedding = self._plain(f"{architecture.embedding}.weight")
+        positions = self._plain(f"{architecture.positions}.weight") if architecture.positions else None
+        layers = []
+        for index in range(config.layers):
+            layers.append(self._layer(index))
+            step()
+        head = Linear(embedding) if config.tied else self._linears((architecture.head,), bias=False)[0]
+        final = self._norm(architecture.final_norm)
+        model = Model(config, self.ops, embedding, positions, tuple(layers), final, head)
+        return Loaded(model, dict(self.ways), self.bytes)
+
+    def _plain(self, name: str) -> Tensor:
+        tensor = self.weights.tensor(name).to(self.ops.device, self.ops.dtype)
+        self.bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+    def _norm(self, name: str) -> Norm:
+        bias = self.weights.tensor(f"{name}.bias").to(self.ops.device) if self.config.family == "opt" else None
+        return Norm(self.weights.tensor(f"{name}.weight").to(self.ops.device), bias)
+
+    def _layer(self, index: int) -> Layer:
+        names, config, prefix = self.architecture.layer, self.config, self.architecture.layer_prefix(index) + "."
+        head_norms = [self._norm(prefix + n) if config.qk_norm else None for n in (names.q_norm, names.k_norm)]
+        mlp: Mlp | Mixture
+        if config.is_moe(index):
+            router = self._linears((prefix + names.router,), bias=False)[0]
+            mlp = Mixture(router, tuple(self._mlp(prefix, expert) for expert in range(config.experts)))
+        else:
+            mlp = self._mlp(prefix, None)
+        return Layer(
+            attention_norm=self._norm(prefix + names.attention_norm),
+            qkv=self._linears(tuple(prefix + n for n in (names.q, names.k, names.v)), bias=has_bias(self.architecture, config, names.q)),
+            q_norm=head_norms[0],
+            k_norm=head_norms[1],
+            o=self._linears((prefix + names.o,), bias=has_bias(self.architecture, config, names.o))[0],
+            mlp_norm=self._norm(prefix + names.mlp_norm),
+            mlp=mlp,
+            window=config.window(index),
+        )
+
+    def _mlp(self, prefix: str, expert: int | None) -> Mlp:
+        gate, up, down = self.architecture.layer.mlp(expert)
+        bias = has_bias(self.architecture, self.config, down)
+        inner = tuple(prefix + n for n in (gate, up) if n)
+        return Mlp(self._linears(inner, bias=bias), self._linears((prefix + down,), bias=bias)[0], gated=bool(gate))
+
+    def _linears(self, modules: tuple[str, ...], *, bias: bool) -> tuple[Linear, ...]:
+        """Linears that read the same input, as one where they can be fused."""
+        biases = [self.weights.tensor(f"{m}.bias") for m in modules] if bias else []
+        quantised = [self.weights.is_quantised(f"{m}.weight") for m in modules]
+        found: list[Linear]
+        if not any(quantised):
+            dense = [self.weights.tensor(f"{m}.weight").to(self.ops.device, self.ops.dtype) for m in modules]
+            found = [self.ops.dense(_joined(dense), _joined(biases) if biases else None)]
+        elif all(quantised) and _fusable(tensors := [self.weights.quantized(m) for m in modules]):
+            first = tensors[0]
+            codes, scales, zeros = (_joined([getattr(t, part) for t in tensors]) for part in ("codes", "scales", "zeros"))
+            together = QuantizedTensor(first.scheme, codes, scales, zeros, first.group_index)
+            found = [self.ops.prepare(together, _joined(biases) if biases else None)]
+        else:
+            found = [self._linears((m,), bias=bias)[0] for m in modules]
+            return tuple(found)
+        for linear in found:
+            self.ways[linear.way] += 1
+            self.bytes += resident_bytes(linear.weight)
+        return tuple(found)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _fusable(tensors: list[QuantizedTensor]) -> bool:
+    first = tensors[0]
+    return all(
+        t.scheme == first.scheme
+        and t.scales.dtype == first.scales.dtype
+        and (t.group_index is None if first.group_index is None else t.group_index is not None and t.group_index.equal(first.group_index))
+        for t in tensors
+    )

@@ -1,0 +1,164 @@
+"""The decoder as the engine runs it: tokens of many sequences one after the other, keys and values in a paged cache.
+
+It computes what `quantflow.models.decoder` does, over fused and quantised linears. Shapes: `T` tokens of a step, `H` hidden, `D` head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantflow.engine.ops import Batch, KVCache, Linear, Ops
+from quantflow.models.config import DecoderConfig
+from quantflow.models.rope import rotary_table
+
+STRETCHED = ("dynamic", "qwen")  # kinds of rotary embedding that depend on the length
+TABLES = 64  # rotary tables of stretched sequences that are kept
+
+
+@dataclass(frozen=True)
+class Norm:
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """gate_up: one linear, or gate and up where they could not be fused; up alone where there is no gate."""
+
+    gate_up: tuple[Linear, ...]
+    down: Linear
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Mixture:
+    router: Linear
+    experts: tuple[Mlp, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """qkv: one linear, or several whose outputs stand side by side."""
+
+    attention_norm: Norm
+    qkv: tuple[Linear, ...]
+    q_norm: Norm | None
+    k_norm: Norm | None
+    o: Linear
+    mlp_norm: Norm
+    mlp: Mlp | Mixture
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One step's tokens. cos, sin: float32 `[T, D / 2]`, None without rotary embedding. slots: int64 `[T]`, where keys and values go."""
+
+    tokens: Tensor
+    positions: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    slots: Tensor
+    batch: Batch
+
+
+@dataclass(frozen=True)
+class Model:
+    """embedding, positions, head: in the model's dtype; a tied head is the embedding."""
+
+    config: DecoderConfig
+    ops: Ops
+    embedding: Tensor
+    positions: Tensor | None
+    layers: tuple[Layer, ...]
+    final_norm: Norm
+    head: Linear
+
+    def forward(self, inputs: Inputs, caches: list[KVCache]) -> Tensor:
+        """What the head reads, `[T, H]`; keys and values of the tokens are in the caches then."""
+        config, ops = self.config, self.ops
+        residual = F.embedding(inputs.tokens, self.embedding)
+        if self.positions is not None:
+            residual = residual + F.embedding(inputs.positions + 2, self.positions)  # OPT's first two rows are left over from padding
+        first = self.layers[0].attention_norm
+        h = ops.norm(config, residual, first.weight, first.bias)
+        for index, layer in enumerate(self.layers):
+            attended = ops.reduce(ops.linear(self._attention(layer, h, inputs, caches[index]), layer.o))
+            h = ops.add_norm(config, attended, residual, layer.mlp_norm.weight, layer.mlp_norm.bias)
+            y = ops.reduce(self._mixture(layer.mlp, h) if isinstance(layer.mlp, Mixture) else self._mlp(layer.mlp, h))
+            following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else self.final_norm
+            h = ops.add_norm(config, y, residual, following.weight, following.bias)
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """`[R, V]` for rows of what `forward` gives."""
+        return self.ops.linear(h, self.head)
+
+    def _project(self, parts: tuple[Linear, ...], h: Tensor) -> Tensor:
+        found = [self.ops.linear(h, part) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def _attention(self, layer: Layer, h: Tensor, inputs: Inputs, cache: KVCache) -> Tensor:
+        """`o`'s input `[T, heads * D]`."""
+        config, d = self.config, self.config.head_dim
+        kv_heads = cache.k.shape[1]
+        qkv = self._project(layer.qkv, h)
+        queries = qkv.shape[1] - 2 * kv_heads * d
+        q, k, v = (part.unflatten(1, (-1, d)) for part in qkv.split([queries, kv_heads * d, kv_heads * d], dim=1))
+        if layer.q_norm and layer.k_norm:
+            q, k = (self.ops.norm(config, x, norm.weight, norm.bias) for x, norm in ((q, layer.q_norm), (k, layer.k_norm)))
+        self.ops.store(q, k, v, inputs.cos, inputs.sin, inputs.slots, cache)
+        if config.logn_length:
+            factor = (inputs.positions + 1).double().log().div(math.log(config.logn_length)).clamp(min=1.0)
+            q = q * factor.to(q.dtype)[:, None, None]
+        return self.ops.attention(q, cache, inputs.batch, layer.window).flatten(1)
+
+    def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
+        inner = self._project(mlp.gate_up, h)
+        name = self.config.activation
+        return self.ops.linear(self.ops.gate(name, inner) if mlp.gated else self.ops.activate(name, inner), mlp.down)
+
+    def _mixture(self, mixture: Mixture, h: Tensor) -> Tensor:
+        config = self.config
+        weights, chosen = self.ops.linear(h, mixture.router).softmax(-1, dtype=torch.float32).topk(config.experts_per_token, dim=-1)
+        if config.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(h.dtype)
+        out = torch.zeros_like(h)
+        for index, expert in enumerate(mixture.experts):  # in their order: a token's sum is always taken in the same one
+            tokens, slot = (chosen == index).nonzero(as_tuple=True)
+            if len(tokens):
+                out.index_add_(0, tokens, self._mlp(expert, h[tokens]) * weights[tokens, slot, None])
+        return out
+
+
+class Rotary:
+    """cos and sin of positions, from tables: an angle's bits do not depend on what else is in the batch."""
+
+    def __init__(self, config: DecoderConfig, context: int, device: torch.device) -> None:
+        self.config, self.context, self.device = config, context, device
+        self._table = lru_cache(TABLES)(self._make)
+
+    def _make(self, length: int) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary_table(self.config, length, self.device)
+        half = self.config.head_dim // 2
+        return cos[:, :half].contiguous(), sin[:, :half].contiguous()
+
+    def stretch(self, length: int) -> int:
+        """A sequence's rope_length, if it will have `length` tokens: 0 where nothing depends on that."""
+        return length if self.config.rope.kind in STRETCHED and length > self.config.max_positions else 0
+
+    def rows(self, parts: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """cos and sin `[T, D / 2]` for (rope_length, first position, count) of each sequence."""
+        if self.config.family == "opt":
+            return None, None
+        natural = min(self.context, self.config.max_positions) if self.config.rope.kind in STRETCHED else self.context
+        tables = [self._table(stretch or natural) for stretch, _, _ in parts]
+        cos, sin = (torch.cat([t[which][first : first + n] for t, (_, first, n) in zip(tables, parts, strict=True)]) for which in (0, 1))
+        return cos, sin

@@ -1,0 +1,62 @@
+"""One step on the device: the scheduled tokens through the model, and logits where they are asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantflow.engine.kv_cache import copy_block
+from quantflow.engine.model import Inputs, Model, Rotary
+from quantflow.engine.ops import KVCache
+from quantflow.engine.scheduler import Step, Work
+
+LOGIT_ELEMENTS = 2**25  # logits of prompts that are computed at once
+
+
+class ModelRunner:
+    """block_size: tokens a cache block; context: the longest of a sequence."""
+
+    def __init__(self, model: Model, caches: list[KVCache], block_size: int, context: int) -> None:
+        self.model, self.caches, self.block_size = model, caches, block_size
+        self.rotary = Rotary(model.config, context, model.ops.device)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[Tensor]:
+        """What the head reads, `[n, H]` for each piece of work: of its last token, or of all where the prompt's log-probabilities are
+        asked for."""
+        for source, target in step.copies:
+            copy_block(self.caches, source, target)
+        h = self.model.forward(self._inputs(step.work), self.caches)
+        found, at = [], 0
+        for work in step.work:
+            first = at if work.sequence.request.params.prompt_logprobs is not None else at + work.count - 1
+            found.append(h[first : at + work.count])
+            at += work.count
+        return found
+
+    @torch.inference_mode()
+    def logits(self, h: Tensor) -> Tensor:
+        """`[n, V]` of rows of what `run` gives."""
+        return self.model.logits(h)
+
+    def prompt_chunks(self, rows: int) -> int:
+        """How many rows' logits may be in memory at once."""
+        return max(1, min(rows, LOGIT_ELEMENTS // self.model.config.vocabulary))
+
+    def _inputs(self, step: list[Work]) -> Inputs:
+        device, size = self.model.ops.device, self.block_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for work in step:
+            blocks, stop = work.sequence.blocks, work.start + work.count
+            tokens += work.sequence.tokens[work.start : stop]
+            positions += range(work.start, stop)
+            slots += [blocks[p // size] * size + p % size for p in range(work.start, stop)]
+        together = torch.tensor([tokens, positions, slots]).to(device)  # one transfer
+        most = max(len(work.sequence.blocks) for work in step)
+        table = torch.tensor([w.sequence.blocks + [0] * (most - len(w.sequence.blocks)) for w in step], dtype=torch.int32).to(device)
+        lengths, contexts = [w.count for w in step], [w.start + w.count for w in step]
+        batch = self.model.ops.batch(lengths, contexts, table, self.model.config)
+        cos, sin = self.rotary.rows([(w.sequence.request.rope_length, w.start, w.count) for w in step])
+        return Inputs(together[0], together[1], cos, sin, together[2], batch)

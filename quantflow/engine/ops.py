@@ -1,0 +1,146 @@
+"""The operations of a model, by Triton kernels on a GPU and by torch on a CPU. No other module imports the kernels.
+
+Shapes: `T` tokens of all sequences of a step one after the other, `H` heads, `G` KV heads, `D` head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from quantflow_kernels import cpu_attention
+from quantflow_kernels import linear as kernels
+from quantflow_kernels.configs import DEFAULT, Tuned, tuned
+from quantflow_kernels.paging import Batch, KVCache, make_batch
+from torch import Tensor
+
+from quantflow.models.config import DecoderConfig
+from quantflow.models.decoder import normalize
+from quantflow.quant.grid import QuantizedTensor
+
+__all__ = ["Batch", "KVCache", "Linear", "Ops"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer as it is computed. weight: `[N, K]` in the model's dtype, or a quantised weight in its kernel's layout."""
+
+    weight: Tensor | kernels.QuantWeight
+    bias: Tensor | None = None
+
+    @property
+    def way(self) -> str:
+        """How it is computed, in words."""
+        return "torch dense" if isinstance(self.weight, Tensor) else kernels.way(self.weight)
+
+
+def resident_bytes(weight: Tensor | kernels.QuantWeight) -> int:
+    """What a weight takes in memory."""
+    tensors = [weight] if isinstance(weight, Tensor) else [t for t in vars(weight).values() if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """exact: a row's result never depends on what else is in the batch, bit for bit."""
+
+    device: torch.device
+    dtype: torch.dtype
+    exact: bool
+
+    @cached_property
+    def _tuned(self) -> Tuned:
+        return tuned(torch.cuda.get_device_name(self.device)) if self.cuda else DEFAULT
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def prepare(self, tensor: QuantizedTensor, bias: Tensor | None = None) -> Linear:
+        """A quantised linear in the layout that it is computed from, on the device."""
+        codes, scales, zeros = (t.to(self.device) for t in (tensor.codes, tensor.scales, tensor.zeros))
+        index = None if tensor.group_index is None else tensor.group_index.to(self.device)
+        weight = kernels.prepare(codes, scales, zeros, tensor.scheme.group_size, tensor.scheme.bits, self.dtype, index)
+        return Linear(weight, None if bias is None else bias.to(self.device, self.dtype))
+
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return Linear(weight.to(self.device, self.dtype), None if bias is None else bias.to(self.device, self.dtype))
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """`x Wᵀ + bias` `[T, N]`."""
+        if not isinstance(linear.weight, Tensor):
+            return kernels.linear(x, linear.weight, linear.bias, exact=self.exact, found=self._tuned)
+        if self.exact:
+            return kernels.in_fixed_tiles(x, linear.weight, linear.bias)
+        return F.linear(x, linear.weight, linear.bias)
+
+    def norm(self, config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """RMSNorm or LayerNorm over the last dimension."""
+        if self.cuda and bias is None and config.family != "opt":
+            from quantflow_kernels.norm import rms_norm
+
+            return rms_norm(x.reshape(-1, x.shape[-1]), weight, config.norm_eps).view(x.shape)
+        return normalize(config, x, weight, bias)
+
+    def add_norm(self, config: DecoderConfig, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The norm of `x + residual`, which replaces `residual`, in place."""
+        if self.cuda and bias is None and config.family != "opt":
+            from quantflow_kernels.norm import rms_norm
+
+            return rms_norm(x, weight, config.norm_eps, residual)
+        return self.norm(config, residual.add_(x), weight, bias)
+
+    def gate(self, name: str, gate_up: Tensor) -> Tensor:
+        """`activation(gate) · up` `[T, I]` from `[T, 2I]`."""
+        if self.cuda and name == "silu":
+            from quantflow_kernels.activation import silu_mul
+
+            return silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (_activate(name, gate.float()) * up.float()).to(gate_up.dtype)
+
+    def activate(self, name: str, x: Tensor) -> Tensor:
+        return _activate(name, x.float()).to(x.dtype)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum of `x` over all tensor-parallel ranks."""
+        return x
+
+    def batch(self, lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, config: DecoderConfig) -> Batch:
+        """How a step's queries lie over the cache: see `quantflow_kernels.paging`."""
+        return make_batch(lengths, contexts, block_table, config.heads, config.kv_heads, self._tuned.attention)
+
+    def store(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, cache: KVCache) -> None:
+        """Rotates q `[T, H, D]` in place, and puts k, rotated, and v `[T, G, D]` into their slots of the cache."""
+        if self.cuda:
+            from quantflow_kernels.kv_store import kv_store
+
+            kv_store(q, k, v, cos, sin, slots, cache)
+        else:
+            cpu_attention.kv_store(q, k, v, cos, sin, slots, cache)
+
+    def attention(self, q: Tensor, cache: KVCache, batch: Batch, window: int | None) -> Tensor:
+        """Attention of `q` `[T, H, D]` over the cache, which holds the new keys and values already."""
+        scale = q.shape[-1] ** -0.5
+        if self.cuda:
+            from quantflow_kernels.attention import paged_attention
+
+            return paged_attention(q, cache, batch, scale, self._tuned.attention, window=window or 0)
+        return cpu_attention.paged_attention(q, cache, batch, scale, exact=self.exact, window=window or 0)
+
+
+def _activate(name: str, x: Tensor) -> Tensor:
+    """In float32, by operations that give an element the same bits wherever it stands: torch's own SiLU and GELU on a CPU differ in the
+    last bit between the vectorised part of an array and its end."""
+    if name == "silu":
+        return x / (1 + (-x).exp())
+    if name == "relu":
+        return x.relu()
+    if name == "gelu_tanh":
+        inner = (x + 0.044715 * (x * x * x)) * math.sqrt(2 / math.pi)
+        return 0.5 * x * (1 + inner.tanh())
+    return 0.5 * x * (1 + (x * math.sqrt(0.5)).erf())

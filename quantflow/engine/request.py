@@ -1,0 +1,221 @@
+"""What is asked of the engine, how one sequence of it stands, and what comes back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from quantflow.errors import Problem, RequestError
+
+MOST_SEQUENCES = 64  # of one request
+MOST_LOGPROBS = 50
+MOST_BIASES = 1024
+MOST_STOPS, MOST_STOP_LETTERS = 32, 512
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop; everything wrong is reported at once, by RequestError.
+
+    max_tokens: None means as many as the context holds. min_tokens: neither end tokens nor stop strings end the text before. temperature
+    0 is greedy. top_k 0: off. min_p: of the most likely token's probability. repetition_penalty (Keskar et al. 2019) counts prompt and
+    output, presence_penalty and frequency_penalty the output. logprobs, prompt_logprobs: how many alternatives to report beside the
+    token itself, from the model's own distribution; None: nothing. seed: the same seed gives the same text; None: another each time.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        wrong = [*_outside(self, "max_tokens", int, 1, None), *_outside(self, "min_tokens", int, 0, None)]
+        for name, low, high in (
+            ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+        ):  # fmt: skip
+            wrong += _outside(self, name, float, low, high)
+        for name, low, most in (
+            ("top_k", 0, None), ("n", 1, MOST_SEQUENCES), ("logprobs", 0, MOST_LOGPROBS), ("prompt_logprobs", 0, MOST_LOGPROBS),
+            ("seed", -(2**63), 2**64 - 1),
+        ):  # fmt: skip
+            wrong += _outside(self, name, int, low, most)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                wrong.append(Problem(name, "0", "more than 0"))
+        if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
+            wrong.append(Problem("logit_bias", _shown(self.logit_bias), f"at most {MOST_BIASES} tokens and their biases"))
+        elif not all(_is(k, int, 0, None) and _is(v, float, -100, 100) for k, v in self.logit_bias.items()):
+            wrong.append(Problem("logit_bias", _shown(dict(self.logit_bias)), "token ids, each with a number from -100 to 100"))
+        if len(self.stop) > MOST_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_LETTERS for s in self.stop):
+            wrong.append(Problem("stop", _shown(self.stop), f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_LETTERS} letters"))
+        if len(self.stop_token_ids) > MOST_BIASES or not all(_is(t, int, 0, None) for t in self.stop_token_ids):
+            wrong.append(Problem("stop_token_ids", _shown(self.stop_token_ids), f"at most {MOST_BIASES} token ids"))
+        if not wrong and self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            wrong.append(Problem("min_tokens", str(self.min_tokens), f"at most max_tokens, {self.max_tokens}"))
+        if wrong:
+            raise RequestError(wrong)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token is taken, and nothing else asked for."""
+        untouched = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0 and not self.logit_bias
+        return self.greedy and untouched and self.logprobs is None and not self.min_tokens
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _is(value: object, kind: type, low: float, high: float | None) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        return False
+    return math.isfinite(value) and value >= low and (high is None or value <= high)
+
+
+def _outside(params: SamplingParams, name: str, kind: type, low: float, high: float | None) -> list[Problem]:
+    value = getattr(params, name)
+    optional = name in ("max_tokens", "logprobs", "prompt_logprobs", "seed")
+    if (value is None and optional) or _is(value, kind, low, high):
+        return []
+    what = "an integer" if kind is int else "a number"
+    expected = f"{what} of at least {low:g}" if high is None else f"{what} from {low:g} to {high:g}"
+    return [Problem(name, _shown(value), expected + (" or nothing" if optional else ""))]
+
+
+class Finish(StrEnum):
+    """Why a sequence ended."""
+
+    stop = "stop"  # an end token, a stop token or a stop string
+    length = "length"  # max_tokens, or the context is full
+    abort = "abort"  # whoever asked has gone
+    error = "error"
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability and rank (1: the most likely), and the most likely tokens, by falling log-probability."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and what to make of it. lower `priority` goes first; among equals, the earlier request. rope_length: how many tokens a
+    rotary embedding that depends on the length is stretched for, fixed here; 0 where it is not. session: whose history the prompt ends."""
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    most_tokens: int  # to generate
+    arrival: int
+    priority: int = 0
+    rope_length: int = 0
+    session: int | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.priority, self.arrival
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of a request's `n` texts while it is made. computed: tokens whose keys and values are in the cache. chain, sealed: its
+    place in the prefix cache, see `block_manager`."""
+
+    request: Request
+    index: int
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    chain: int = 0
+    sealed: int = 0
+    finish: Finish | None = None
+    reason: str = ""
+    cached: int = 0  # tokens found in the prefix cache when it was first admitted
+    preemptions: int = 0
+    forks: bool = False  # its siblings begin where its prompt ends
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that have yet to go through the model; 1 in a decode."""
+        return len(self.tokens) - self.computed
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of one sequence. text: what can be shown by now; letters that may become part of a stop string are held back. token:
+    None where the sequence ended without another one."""
+
+    request: str
+    index: int
+    token: int | None
+    text: str = ""
+    logprob: Logprob | None = None
+    finish: Finish | None = None
+    reason: str = ""
+    prompt_logprobs: tuple[Logprob | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished text. token_ids: the generated tokens, the end token included."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish: Finish
+    reason: str = ""
+    logprobs: tuple[Logprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """All that came of a request."""
+
+    id: str
+    prompt: tuple[int, ...]
+    completions: tuple[Completion, ...]
+    prompt_logprobs: tuple[Logprob | None, ...] = ()
+    cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        """The first text."""
+        return self.completions[0].text

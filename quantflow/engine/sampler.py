@@ -1,0 +1,121 @@
+"""From logits to tokens.
+
+Every sequence is sampled from its own row alone, with its own stream of random numbers, which depends on its seed and on how many tokens
+it has: the same whatever else is in the batch, and whether the sequence was preempted or not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantflow.engine.request import Logprob, SamplingParams, Sequence
+
+LIKELIEST = 1024  # candidates that are tried before a whole vocabulary is sorted
+
+
+class NotANumber(ArithmeticError):
+    """The model gave no usable logits: all are minus infinity, or one is NaN or plus infinity."""
+
+
+def sample(logits: Tensor, sequences: list[Sequence], seeds: list[int], end_tokens: Collection[int]) -> list[int | NotANumber]:
+    """A token for each row of `logits` `[R, V]`, or why there is none.
+
+    seeds: of each row, below 2^64. end_tokens: the model's, which may not come before `min_tokens`.
+    """
+    best = logits.argmax(-1).tolist()  # NaN counts as the largest
+    tops = logits.gather(1, torch.tensor(best, device=logits.device)[:, None])[:, 0].isfinite().tolist()
+    found: list[int | NotANumber] = []
+    for row, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True)):
+        if not tops[row]:
+            found.append(NotANumber(f"the model's logits are not finite after {len(sequence.tokens)} tokens"))
+        elif sequence.request.params.plain:
+            found.append(best[row])
+        else:
+            found.append(_sample(adjusted(logits[row].float(), sequence, end_tokens), sequence, seed))
+    return found
+
+
+def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) -> Tensor:
+    """`logits` `[V]` with biases, penalties and what may not come yet, in this order, before the temperature."""
+    params: SamplingParams = sequence.request.params
+    out = logits.clone()
+    if params.logit_bias:
+        out[torch.tensor(list(params.logit_bias), device=out.device)] += torch.tensor(list(params.logit_bias.values()), device=out.device)
+    if sequence.generated < params.min_tokens:
+        forbidden = sorted({*end_tokens, *params.stop_token_ids})
+        out[torch.tensor(forbidden, dtype=torch.long, device=out.device)] = -torch.inf
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(sequence.tokens)), device=out.device)
+        values = out[seen]
+        out[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = Counter(sequence.tokens[sequence.prompt_length :])
+        if counts:
+            tokens = torch.tensor(list(counts), device=out.device)
+            times = torch.tensor(list(counts.values()), dtype=out.dtype, device=out.device)
+            out[tokens] -= params.presence_penalty + params.frequency_penalty * times
+    return out
+
+
+def _sample(logits: Tensor, sequence: Sequence, seed: int) -> int | NotANumber:
+    params = sequence.request.params
+    if params.greedy:
+        return int(logits.argmax())
+    values, tokens = candidates(logits, params)
+    if not bool(values.max().isfinite()):
+        return NotANumber(f"no token is possible after {len(sequence.tokens)} tokens")
+    # A uniform number picks the candidate in whose share of the sum it falls.
+    cumulative = values.double().softmax(-1).cumsum(-1)
+    at = int(torch.searchsorted(cumulative, uniform(seed, sequence.index, sequence.generated) * float(cumulative[-1]), right=True))
+    return int(tokens[min(at, len(tokens) - 1)])
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The tokens to draw from: (logits over the temperature, token ids). Temperature, then min_p (Nguyen et al. 2024), top-k (Fan et al.
+    2018) and top-p (Holtzman et al. 2020): the smallest set of likeliest tokens whose probabilities reach `top_p`."""
+    scaled = logits / params.temperature
+    if not params.top_k and not params.min_p and params.top_p == 1:
+        return scaled, torch.arange(len(scaled), device=scaled.device)
+    most = min(params.top_k, len(scaled)) if params.top_k else len(scaled)
+    total = scaled.double().logsumexp(-1)
+    values, tokens = scaled.topk(min(most, LIKELIEST))
+    if len(tokens) < most and not _enough(values, total, params):
+        values, tokens = scaled.sort(descending=True, stable=True)
+    keep = len(values)
+    if params.min_p:
+        keep = _min_p(values, params.min_p)
+    if params.top_p < 1:
+        probabilities = values.double().sub(total).exp() if not params.top_k else values.double().softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        keep = min(keep, int((before < params.top_p).sum()))
+    return values[: max(1, keep)], tokens[: max(1, keep)]
+
+
+def _min_p(values: Tensor, min_p: float) -> int:
+    return int((values.double() - values[0].double() >= float(np.log(min_p))).sum())
+
+
+def _enough(values: Tensor, total: Tensor, params: SamplingParams) -> bool:
+    """Whether what `top_p` or `min_p` keep lies among these likeliest."""
+    if params.min_p and _min_p(values, params.min_p) < len(values):
+        return True
+    return params.top_p < 1 and float(values.double().sub(total).exp().sum()) > params.top_p
+
+
+def uniform(seed: int, index: int, step: int) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments (Philox, Salmon et al. 2011)."""
+    generator = np.random.Philox(key=np.array([seed & (2**64 - 1), index], dtype=np.uint64), counter=[0, 0, 0, step])
+    return float(np.random.Generator(generator).random())
+
+
+def logprob_of(logits: Tensor, token: int, count: int) -> Logprob:
+    """The log-probability of `token` under `logits` `[V]`, and the `count` most likely tokens."""
+    values = logits.float().log_softmax(-1)
+    own = values[token]
+    top, tokens = values.topk(min(count, len(values))) if count else (values[:0], values[:0].long())
+    return Logprob(token, float(own), int((values > own).sum()) + 1, tuple(zip(tokens.tolist(), top.tolist(), strict=True)))

@@ -1,0 +1,129 @@
+"""Text in and out of a model: prompts, dialogues, and the letters that each new token adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from quantflow.errors import Problem, RequestError
+from quantflow.models.checkpoint import read_json
+from quantflow.models.dialogue import DIALOGUES
+from quantflow.models.tokenizer import chat_template, load_tokenizer, special_tokens, turn_end
+
+Message = Mapping[str, Any]  # role and content
+
+MOST_LETTERS = 4_000_000  # of a rendered dialogue
+CONTEXT = 8  # tokens of the prompt that the text of the first new ones may depend on
+
+
+class Text:
+    """The tokenizer of a model directory, its dialogue format and its end tokens. dialogue: a format by name, in place of the model's
+    own. Raises ModelError, and RequestError for a name that is not known."""
+
+    def __init__(self, folder: Path, dialogue: str | None = None) -> None:
+        if dialogue is not None and dialogue not in DIALOGUES:
+            raise RequestError(Problem("dialogue", repr(dialogue), "one of " + ", ".join(sorted(DIALOGUES))))
+        self.folder = folder
+        self.tokenizer: Tokenizer = load_tokenizer(folder)
+        self.roles = special_tokens(folder)
+        self.template = DIALOGUES[dialogue].template if dialogue else chat_template(folder)
+        turn = DIALOGUES[dialogue].end if dialogue else turn_end(folder)
+        self.end_tokens = end_tokens(folder, self.tokenizer, [self.roles.get("eos_token", ""), turn])
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """special: with the tokens that open every text (BOS), where the model has them."""
+        try:
+            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        except TypeError as error:  # half a surrogate pair
+            raise RequestError(Problem("prompt", "no valid Unicode text", "text that UTF-8 can hold")) from error
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def dialogue(self, messages: Sequence[Message], **extra: Any) -> list[int]:
+        """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises RequestError."""
+        return self.encode(self.render(messages, **extra), special=False)
+
+    def render(self, messages: Sequence[Message], **extra: Any) -> str:
+        """extra: further variables of the template (tools, …)."""
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        problems = [
+            Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
+            for i, m in enumerate(messages)
+            if not isinstance(m, Mapping) or not isinstance(m.get("role"), str) or not isinstance(m.get("content", ""), (str, type(None)))
+        ]
+        if problems or not messages:
+            raise RequestError(problems or Problem("messages", "none", "at least one"))
+        if self.template is None:
+            hint = "Send a prompt, or put a chat_template.jinja into the directory"
+            raise RequestError(Problem(str(self.folder), "no dialogue format", "a model with a chat template", hint))
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.globals["raise_exception"] = refuse
+        try:
+            parts = environment.from_string(self.template).generate(
+                messages=[dict(m) for m in messages], add_generation_prompt=True, **self.roles, **extra
+            )
+            text = ""
+            for part in parts:
+                text += part
+                if len(text) > MOST_LETTERS:
+                    raise TemplateError(f"more than {MOST_LETTERS} letters")
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
+            raise RequestError(Problem("messages", f"the model's chat template refused them: {error}")) from error
+        return text
+
+
+def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:
+    """The tokens that end a text: eos_token_id of generation_config.json and config.json, and those `named` that the tokenizer has."""
+    found: set[int | None] = {tokenizer.token_to_id(token) for token in named}
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        found |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+    return frozenset(v for v in found if v is not None)
+
+
+class Detokenizer:
+    """The text of one sequence as it grows. Letters that may be the beginning of a stop string are held back."""
+
+    def __init__(self, text: Text, prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self._tokenizer, self._stops = text.tokenizer, stops
+        # What a token adds depends on what precedes it: SentencePiece drops the space before a first word.
+        self._stream = DecodeStream(ids=list(prompt[-CONTEXT:]), skip_special_tokens=True)
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int, *, search: bool = True) -> str:
+        """The letters that can be shown now. search: whether stop strings count yet. `stopped` is set where one was found."""
+        self._held += self._stream.step(self._tokenizer, token) or ""
+        if not self._stops or not search:
+            return self._take(len(self._held))
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped = True
+            shown = self._held[: min(found)]
+            self._held = ""
+            return shown
+        return self._take(len(self._held) - self._may_begin())
+
+    def finish(self) -> str:
+        """The letters that were held back, once no more tokens come."""
+        return "" if self.stopped else self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        shown, self._held = self._held[:count], self._held[count:]
+        return shown
+
+    def _may_begin(self) -> int:
+        """Letters at the end that are the beginning of a stop string."""
+        longest = min(max(len(stop) for stop in self._stops) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)

@@ -1,0 +1,68 @@
+"""The machine at hand: which device to compute on, how much memory there is, and giving back what was freed."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantflow.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def resolve_device(device: str) -> str:
+    """`cpu` or `cuda`; raises UserError for a GPU that is not there."""
+    if device == "cpu":
+        return device
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(Problem("--device cuda", "torch sees no GPU", "a CUDA device", "Use --device cpu"))
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resident_bytes() -> int:
+    """Resident size of this process, mapped pages included; 0 where the system does not tell."""
+    return _status("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident size so far. Not `ru_maxrss`, which begins with what the parent had at the fork."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left: the GPU's, or this machine's, within the limit of a control group where there is one."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return min(free, int(limit) - int(used)) if limit.isdecimal() else free
+
+
+def give_back_freed_memory() -> None:
+    """Returns what is freed to the system, where glibc would keep it.
+
+    Blocks below 32 MiB are cut from its heap, which shrinks at its end only: over the layers of a model, holes of many sizes add
+    up to hundreds of megabytes. Elsewhere than on glibc it does nothing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
