@@ -81,16 +81,15 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     scaled = logits / params.temperature
     if not params.top_k and not params.min_p and params.top_p == 1:
         return scaled, torch.arange(len(scaled), device=scaled.device)
-    most = min(params.top_k, len(scaled)) if params.top_k else len(scaled)
-    total = scaled.double().logsumexp(-1)
-    values, tokens = scaled.topk(min(most, LIKELIEST))
-    if len(tokens) < most and not _enough(values, total, params):
+    values, tokens = scaled.topk(min(params.top_k or LIKELIEST, len(scaled)))
+    total = (values if params.top_k else scaled).double().logsumexp(-1)
+    if not params.top_k and len(tokens) < len(scaled) and not _enough(values, total, params):
         values, tokens = scaled.sort(descending=True, stable=True)
     keep = len(values)
     if params.min_p:
         keep = _min_p(values, params.min_p)
     if params.top_p < 1:
-        probabilities = values.double().sub(total).exp() if not params.top_k else values.double().softmax(-1)
+        probabilities = values.double().sub(total).exp()
         before = probabilities.cumsum(-1) - probabilities
         keep = min(keep, int((before < params.top_p).sum()))
     return values[: max(1, keep)], tokens[: max(1, keep)]
