@@ -24,3 +24,32 @@ Set = Annotated[
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class Mode(StrEnum):
+    exact = "exact"
+    fast = "fast"
+
+
+class KV(StrEnum):
+    auto = "auto"
+    int8 = "int8"
+    dynamic = "dynamic"
+    full = "full"
+
+
+ModelDirectory = Annotated[str, typer.Argument(metavar="DIR", help="Artifact, checkpoint or hub id.")]
+ModeOption = Annotated[Mode, typer.Option("--mode", help="exact: the same tokens whatever else runs. fast: last bits depend on the batch.")]
+KVOption = Annotated[
+    KV,
+    typer.Option(
+        "--kv",
+        help="The KV cache. auto: int8 where the artifact has parameters for it. int8: calibrated, else dynamic. "
+        "dynamic: int8, a scale a token and head. full: the model's dtype.",
+    ),
+]
+SessionLength = Annotated[int | None, typer.Option("--session-len", min=1, help="The longest context; by default the model's.")]
+CacheShare = Annotated[
+    float | None, typer.Option("--cache-max-entry-count", min=0.0, max=1.0, help="Share of the free memory for the KV cache.")
+]
+DialogueName = Annotated[str | None, typer.Option("--dialogue", metavar="NAME", help="A dialogue format, in place of the model's own.")]

@@ -10,7 +10,7 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -155,6 +155,7 @@ class Engine:
             "mode": str(self.config.mode),
             "device": str(self.ops.device),
             "dtype": str(self.ops.dtype).removeprefix("torch."),
+            "kernels": self.ops.way,
             "linears": ways,
             "weights": f"{self.loaded.weight_bytes / 2**20:.0f} MiB",
             "KV cache": f"{self.kv}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens",
@@ -190,7 +191,7 @@ class Engine:
         arrival = next(self._arrivals)
         id = id if id is not None else f"request-{arrival}"
         if isinstance(prompt, str):
-            prompt = self._text().encode(prompt, special=not (session in self.sessions and self.sessions[session].tokens))
+            prompt = self.tokenizer.encode(prompt, special=not (session in self.sessions and self.sessions[session].tokens))
         history = self._history(session, params)
         tokens = (*history, *(int(t) for t in prompt))
         problems = self._problems(id, tokens, params)
@@ -210,7 +211,9 @@ class Engine:
         self.scheduler.add(sequence)
         return request
 
-    def _text(self) -> Text:
+    @property
+    def tokenizer(self) -> Text:
+        """Raises RequestError for a model without one."""
         if self.text is None:
             raise RequestError(Problem("prompt", f"text, and {self.path} has no tokenizer", "token ids"))
         return self.text
@@ -251,7 +254,7 @@ class Engine:
 
     def abort(self, id: str) -> list[Token]:
         """Takes a request out, if it is there, and gives its blocks back at once."""
-        return [self._finish(s, Finish.abort) for s in list(self._requests.get(id, ()))]
+        return [token for s in list(self._requests.get(id, ())) for token in self._give_up(s, Finish.abort)]
 
     # --- sessions
 
@@ -304,7 +307,7 @@ class Engine:
                 raise
             # The largest share of the step is the likeliest cause; the others go on in the next one.
             failed = max(step.work, key=lambda work: work.count).sequence
-            return [self._finish(failed, Finish.error, f"out of memory with {len(step.work)} sequences in a step")]
+            return self._give_up(failed, Finish.error, f"out of memory with {len(step.work)} sequences in a step")
         self.steps += 1
         for work in step.work:
             self.scheduler.advance(work)
@@ -357,6 +360,12 @@ class Engine:
             return Token(sequence.request.id, sequence.index, token, text, logprob, prompt_logprobs=prompt_logprobs)
         ended = self._finish(sequence, finish)
         return Token(sequence.request.id, sequence.index, token, text + ended.text, logprob, finish, prompt_logprobs=prompt_logprobs)
+
+    def _give_up(self, sequence: Sequence, finish: Finish, reason: str = "") -> list[Token]:
+        """Ends a sequence, and the siblings that would have begun where its prompt ends."""
+        unborn = range(1, sequence.request.params.n) if sequence.forks else ()
+        ended = self._finish(sequence, finish, reason)
+        return [ended, *(replace(ended, index=index, text="") for index in unborn)]
 
     def _finish(self, sequence: Sequence, finish: Finish, reason: str = "") -> Token:
         request = sequence.request

@@ -47,8 +47,6 @@ class Collector:
             self._prompt = token.prompt_logprobs
         if token.finish:
             self._ends[token.index] = (token.finish, token.reason)
-            if token.finish in (Finish.error, Finish.abort):  # siblings that had not begun never will
-                self._ends = [end or (token.finish, token.reason) for end in self._ends] if not any(self._tokens[1:]) else self._ends
 
     def output(self) -> Output:
         completions = []
@@ -91,11 +89,11 @@ class LLM:
 
     def chat(self, messages: Many[Message], params: SamplingParams | None = None) -> Output:
         """The model's answer to a dialogue, a list of `{"role": …, "content": …}`, in its own dialogue format."""
-        return self.generate([self.engine._text().dialogue(messages)], params)[0]
+        return self.generate([self.engine.tokenizer.dialogue(messages)], params)[0]
 
     def get_prompt(self, query: str) -> str:
         """A question wrapped in the model's dialogue format."""
-        return self.engine._text().render([{"role": "user", "content": query}])
+        return self.engine.tokenizer.render([{"role": "user", "content": query}])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, session: int | None = None) -> Iterator[Token]:
         """The tokens and their text as they come. Leaving the loop aborts the request. session: see `Engine.submit`."""
@@ -121,8 +119,12 @@ class LLM:
                 tokens.append(token.token)
                 yield list(tokens)
 
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids. special: with the tokens that open every text, where the model has them."""
+        return self.engine.tokenizer.encode(text, special=special)
+
     def decode(self, tokens: Many[int]) -> str:
-        return self.engine._text().decode(tokens)
+        return self.engine.tokenizer.decode(tokens)
 
 
 def _checked(output: Output) -> Output:

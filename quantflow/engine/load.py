@@ -56,8 +56,8 @@ class _Loader:
         return tensor
 
     def _norm(self, name: str) -> Norm:
-        bias = self.weights.tensor(f"{name}.bias").to(self.ops.device) if self.config.family == "opt" else None
-        return Norm(self.weights.tensor(f"{name}.weight").to(self.ops.device), bias)
+        bias = self.weights.tensor(f"{name}.bias").to(self.ops.device).float() if self.config.family == "opt" else None
+        return Norm(self.weights.tensor(f"{name}.weight").to(self.ops.device).float(), bias)
 
     def _layer(self, index: int) -> Layer:
         names, config, prefix = self.architecture.layer, self.config, self.architecture.layer_prefix(index) + "."

@@ -23,6 +23,8 @@ TABLES = 64  # rotary tables of stretched sequences that are kept
 
 @dataclass(frozen=True)
 class Norm:
+    """In float32."""
+
     weight: Tensor
     bias: Tensor | None = None
 

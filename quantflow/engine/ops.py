@@ -12,7 +12,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from quantflow_kernels import cpu_attention
+from quantflow_kernels import cpu_attention, cpu_kernels
 from quantflow_kernels import linear as kernels
 from quantflow_kernels.configs import DEFAULT, Tuned, tuned
 from quantflow_kernels.paging import Batch, KVCache, make_batch
@@ -56,9 +56,21 @@ class Ops:
     def _tuned(self) -> Tuned:
         return tuned(torch.cuda.get_device_name(self.device)) if self.cuda else DEFAULT
 
-    @property
+    @cached_property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether the CPU's kernels are there; else plain torch operations do what they would."""
+        return not self.cuda and cpu_kernels.supports(self.dtype)
+
+    @property
+    def way(self) -> str:
+        """What everything but the linears is computed by, in words."""
+        if self.cuda:
+            return "triton"
+        return "compiled C" if self.compiled else f"plain torch ({cpu_kernels.library()[1] or self.dtype})"
 
     def prepare(self, tensor: QuantizedTensor, bias: Tensor | None = None) -> Linear:
         """A quantised linear in the layout that it is computed from, on the device."""
@@ -79,20 +91,24 @@ class Ops:
         return F.linear(x, linear.weight, linear.bias)
 
     def norm(self, config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """RMSNorm or LayerNorm over the last dimension."""
-        if self.cuda and bias is None and config.family != "opt":
-            from quantflow_kernels.norm import rms_norm
-
-            return rms_norm(x.reshape(-1, x.shape[-1]), weight, config.norm_eps).view(x.shape)
-        return normalize(config, x, weight, bias)
+        """RMSNorm, or LayerNorm for OPT, over the last dimension. weight: float32."""
+        if config.family == "opt" or not (self.cuda or self.compiled):
+            return normalize(config, x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        return self._rms_norm(rows, weight, config.norm_eps, None).view(x.shape)
 
     def add_norm(self, config: DecoderConfig, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The norm of `x + residual`, which replaces `residual`, in place."""
-        if self.cuda and bias is None and config.family != "opt":
-            from quantflow_kernels.norm import rms_norm
+        if config.family == "opt" or not (self.cuda or self.compiled):
+            return normalize(config, residual.add_(x), weight, bias)
+        return self._rms_norm(x, weight, config.norm_eps, residual)
 
-            return rms_norm(x, weight, config.norm_eps, residual)
-        return self.norm(config, residual.add_(x), weight, bias)
+    def _rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+        if not self.cuda:
+            return cpu_kernels.rms_norm(x, weight, eps, residual)
+        from quantflow_kernels.norm import rms_norm
+
+        return rms_norm(x, weight, eps, residual)
 
     def gate(self, name: str, gate_up: Tensor) -> Tensor:
         """`activation(gate) · up` `[T, I]` from `[T, 2I]`."""
@@ -100,6 +116,8 @@ class Ops:
             from quantflow_kernels.activation import silu_mul
 
             return silu_mul(gate_up)
+        if self.compiled and name == "silu":
+            return cpu_kernels.silu_mul(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return (_activate(name, gate.float()) * up.float()).to(gate_up.dtype)
 
@@ -120,6 +138,8 @@ class Ops:
             from quantflow_kernels.kv_store import kv_store
 
             kv_store(q, k, v, cos, sin, slots, cache)
+        elif self.compiled and q.shape[-1] <= cpu_kernels.WIDEST:
+            cpu_kernels.kv_store(q, k, v, cos, sin, slots, cache)
         else:
             cpu_attention.kv_store(q, k, v, cos, sin, slots, cache)
 
@@ -130,6 +150,8 @@ class Ops:
             from quantflow_kernels.attention import paged_attention
 
             return paged_attention(q, cache, batch, scale, self._tuned.attention, window=window or 0)
+        if self.compiled and q.shape[-1] <= cpu_kernels.WIDEST:
+            return cpu_kernels.paged_attention(q, cache, batch, scale, window=window or 0)
         return cpu_attention.paged_attention(q, cache, batch, scale, exact=self.exact, window=window or 0)
 
 

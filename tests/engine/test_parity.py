@@ -84,7 +84,7 @@ def test_real_models_continue_as_in_transformers(name: str, steps: int) -> None:
     if not folder.is_dir():
         pytest.skip(f"the reference model {name} is not in {SHARED.name}/")
     llm = LLM(folder, device="cpu", dtype="float32")
-    prompt = llm.engine._text().encode("Once upon a time, there was a")
+    prompt = llm.engine.tokenizer.encode("Once upon a time, there was a")
     steps = min(steps, llm.engine.context - len(prompt))  # babyllama has 256 positions
     found = llm.generate(prompt, SamplingParams(max_tokens=steps, ignore_eos=True))[0].completions[0].token_ids
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

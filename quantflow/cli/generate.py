@@ -1,0 +1,80 @@
+"""`quantflow generate`: text from a model, on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from quantflow.cli.console import errors, reporting
+from quantflow.cli.options import (
+    KV,
+    CacheShare,
+    Debug,
+    Device,
+    DeviceOption,
+    DialogueName,
+    Json,
+    KVOption,
+    Mode,
+    ModelDirectory,
+    ModeOption,
+    SessionLength,
+)
+
+
+def generate(
+    model: ModelDirectory,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="The text to go on from; - reads it from stdin. May be repeated.")],
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a question, put in the model's dialogue format.")] = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that together have this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw from this many tokens; 0: all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. May be repeated.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
+    mode: ModeOption = Mode.exact,
+    kv: KVOption = KV.auto,
+    session_len: SessionLength = None,
+    cache_max_entry_count: CacheShare = None,
+    dialogue: DialogueName = None,
+    device: DeviceOption = Device.auto,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Generate text with an artifact or any checkpoint that QuantFlow reads."""
+    with reporting(debug):
+        from quantflow.engine.llm import LLM
+        from quantflow.engine.request import SamplingParams
+        from quantflow.errors import Problem, RequestError
+
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
+            stop=tuple(stop or ()),
+        )  # fmt: skip
+        if stream and (as_json or len(prompt) > 1):
+            raise RequestError(Problem("--stream", "with --json or several prompts", "one prompt, shown as text"))
+        llm = LLM(
+            model, mode=mode.value, kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, dialogue=dialogue,
+            device=device.value,
+        )  # fmt: skip
+        errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()), markup=False)
+        texts = [sys.stdin.read() if text == "-" else text for text in prompt]
+        prompts = [llm.get_prompt(text) if chat else text for text in texts]
+        tokens = [llm.encode(text, special=not chat) for text in prompts]  # a dialogue format has its own first tokens
+        if stream:
+            for token in llm.stream(tokens[0], params):
+                print(token.text, end="", flush=True)
+            print()
+            return
+        outputs = llm.generate(tokens, params)
+        if as_json:
+            print(json.dumps([{"prompt": text, **asdict(output.completions[0])} for text, output in zip(texts, outputs, strict=True)]))
+        else:
+            for output in outputs:
+                print(output.text)
