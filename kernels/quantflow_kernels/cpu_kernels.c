@@ -323,3 +323,196 @@ void silu_mul(const void *gate_up, void *y, int kind, int64_t tokens, int k) {
         }
     }
 }
+
+/* Products. A result is one chain of additions over the input channels, in their order, whatever the number of rows: the same bits alone
+ * and in a batch. */
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#include <omp.h>
+
+#define INLINE static inline __attribute__((always_inline))
+/* Of a tile of an int4 product: tokens; vectors of 16 output channels. Sums, weights and what decodes them fill the 32 registers. */
+enum { MOST_ROWS = 8, MOST_WIDE = 4, FEW_ROWS = 4 };
+
+int has_products(void) { return 1; }
+
+/* codes [blocks, K / 8, 32]: 16 bits of lane 2n + p hold the codes of channel n of the block for inputs 8s + p, 8s + 2 + p, …, low bits
+   first. scales, zeros [K / group, 16 · blocks]. bias: float32 [16 · blocks], or NULL. */
+struct int4 {
+    const uint16_t *codes, *x;
+    uint16_t *y;
+    const void *scales;
+    const uint8_t *zeros;
+    const float *bias;
+    int scale_kind, n, k, group, padded;
+    int64_t x_stride;
+};
+
+INLINE void int4_tile(const int rows, const int wide, const struct int4 *w, int block, int row) {
+    /* bfloat16 of -16 … 15, all exact: a code less its zero point, plus 16, is looked up. */
+    static const uint16_t values[32] = {
+        0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
+    const __m512i table = _mm512_loadu_si512(values), low = _mm512_set1_epi16(15);
+    const uint16_t *x = w->x + (int64_t)row * w->x_stride;
+    const int steps = w->k / 8, of_group = w->group / 8;
+    __m512 total[MOST_ROWS][MOST_WIDE];
+    for (int r = 0; r < rows; r++)
+        for (int b = 0; b < wide; b++) total[r][b] = _mm512_setzero_ps();
+    for (int g = 0; g * of_group < steps; g++) {
+        __m512 part[MOST_ROWS][MOST_WIDE];
+        __m512i offset[MOST_WIDE];
+        const int64_t place = (int64_t)g * w->padded + block * LANES;
+#pragma GCC unroll 4
+        for (int b = 0; b < wide; b++) {
+            __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(w->zeros + place + b * LANES)));
+            offset[b] = _mm512_sub_epi16(_mm512_set1_epi16(16), _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16)));
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int b = 0; b < wide; b++) part[r][b] = _mm512_setzero_ps();
+        for (int s = g * of_group; s < (g + 1) * of_group; s++) {
+            __m512i word[MOST_WIDE];
+#pragma GCC unroll 4
+            for (int b = 0; b < wide; b++) {
+                const uint16_t *from = w->codes + ((int64_t)(block + b) * steps + s) * 32;
+                word[b] = _mm512_loadu_si512(from);
+                if (rows <= FEW_ROWS) _mm_prefetch((const char *)(from + 32 * 16), _MM_HINT_T0);
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m512bh weight[MOST_WIDE];
+#pragma GCC unroll 4
+                for (int b = 0; b < wide; b++) {
+                    __m512i code = _mm512_and_si512(_mm512_srli_epi16(word[b], 4 * j), low);
+                    weight[b] = (__m512bh)_mm512_permutexvar_epi16(_mm512_add_epi16(code, offset[b]), table);
+                }
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++) {
+                    int pair;
+                    memcpy(&pair, x + (int64_t)r * w->x_stride + 8 * s + 2 * j, 4);
+                    __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                    for (int b = 0; b < wide; b++) part[r][b] = _mm512_dpbf16_ps(part[r][b], both, weight[b]);
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int b = 0; b < wide; b++) {
+            __m512 scale;
+            if (w->scale_kind == F32) scale = _mm512_loadu_ps((const float *)w->scales + place + b * LANES);
+            else scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(
+                _mm256_loadu_si256((const __m256i *)((const uint16_t *)w->scales + place + b * LANES))), 16));
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) total[r][b] = _mm512_fmadd_ps(part[r][b], scale, total[r][b]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int b = 0; b < wide; b++) {
+            int channel = (block + b) * LANES, left = w->n - channel;
+            __m512 value = w->bias ? _mm512_add_ps(total[r][b], _mm512_loadu_ps(w->bias + channel)) : total[r][b];
+            __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
+            _mm256_mask_storeu_epi16(w->y + (int64_t)(row + r) * w->n + channel, mask, (__m256i)_mm512_cvtneps_pbh(value));
+        }
+}
+
+static void int4_rows(int rows, int wide, const struct int4 *w, int block, int row) {
+#define WITH(r, v) case 8 * v + r: int4_tile(r, v, w, block, row); return;
+    switch (8 * wide + rows) {
+        WITH(1, 4) WITH(2, 4) WITH(3, 4) WITH(4, 4) WITH(5, 2) WITH(6, 2) WITH(7, 2) WITH(8, 2)
+        WITH(1, 1) WITH(2, 1) WITH(3, 1) WITH(4, 1) WITH(5, 1) WITH(6, 1) WITH(7, 1) WITH(8, 1)
+    }
+#undef WITH
+}
+
+/* y [M, N] = x Wᵀ + bias, in bfloat16. */
+void int4_matmul(const void *x, int64_t x_stride, int m, const void *codes, const void *scales, int scale_kind, const void *zeros,
+                 const float *bias, int n, int k, int group, void *y) {
+    int blocks = (n + LANES - 1) / LANES;
+    struct int4 w = {codes, x, y, scales, zeros, bias, scale_kind, n, k, group, blocks * LANES, x_stride};
+    /* Blocks that a thread takes at once stay in its cache while all rows pass. */
+    int chunk = blocks / (omp_get_max_threads() * 4) / 4 * 4;
+    chunk = chunk < 4 ? 4 : chunk > 8 ? 8 : chunk;
+#pragma omp parallel for schedule(dynamic)
+    for (int first = 0; first < blocks; first += chunk) {
+        int stop = first + chunk < blocks ? first + chunk : blocks;
+        for (int row = 0; row < m;) {
+            /* Nine rows go as five and four: one row alone uses the machine badly. */
+            int left = m - row, rows = left <= MOST_ROWS ? left : left < 2 * MOST_ROWS ? (left + 1) / 2 : MOST_ROWS;
+            int wide = rows <= FEW_ROWS ? 4 : 2, block = first;
+            for (; block + wide <= stop; block += wide) int4_rows(rows, wide, &w, block, row);
+            for (; block < stop; block++) int4_rows(rows, 1, &w, block, row);
+            row += rows;
+        }
+    }
+}
+
+enum { DENSE_ROWS = 6, DENSE_COLUMNS = 4 };
+
+INLINE void dense_tile(const int rows, const int columns, const uint16_t *x, int64_t x_stride, const uint16_t *weight, int64_t k,
+                       const float *bias, uint16_t *y, int64_t n) {
+    __m512 acc[DENSE_ROWS][DENSE_COLUMNS];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; c++) acc[r][c] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < k; i += 32) {
+        __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
+        __m512bh w[DENSE_COLUMNS];
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; c++) {
+            w[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, weight + c * k + i);
+            if (rows <= 2) _mm_prefetch((const char *)(weight + c * k + i + 32 * 16), _MM_HINT_T0);
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m512bh a = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * x_stride + i);
+#pragma GCC unroll 4
+            for (int c = 0; c < columns; c++) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], a, w[c]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int c = 0; c < columns; c++) y[r * n + c] = float_to_bf16(_mm512_reduce_add_ps(acc[r][c]) + (bias ? bias[c] : 0.0f));
+}
+
+static void dense_rows(int rows, int columns, const uint16_t *x, int64_t x_stride, const uint16_t *weight, int64_t k, const float *bias,
+                       uint16_t *y, int64_t n) {
+#define WITH(r, c) case 8 * c + r: dense_tile(r, c, x, x_stride, weight, k, bias, y, n); return;
+    switch (8 * columns + rows) {
+        WITH(1, 4) WITH(2, 4) WITH(3, 4) WITH(4, 4) WITH(5, 4) WITH(6, 4) WITH(1, 1) WITH(2, 1) WITH(3, 1) WITH(4, 1) WITH(5, 1) WITH(6, 1)
+    }
+#undef WITH
+}
+
+/* y [M, N] = x Wᵀ + bias for a bfloat16 weight [N, K]. */
+void dense_matmul(const uint16_t *x, int64_t x_stride, int m, const uint16_t *weight, const float *bias, int n, int k, uint16_t *y) {
+    int chunk = n / (omp_get_max_threads() * 4) / DENSE_COLUMNS * DENSE_COLUMNS;
+    chunk = chunk < DENSE_COLUMNS ? DENSE_COLUMNS : chunk > 64 ? 64 : chunk;
+#pragma omp parallel for schedule(dynamic)
+    for (int first = 0; first < n; first += chunk) {
+        int stop = first + chunk < n ? first + chunk : n;
+        for (int row = 0; row < m; row += DENSE_ROWS) {
+            int rows = m - row < DENSE_ROWS ? m - row : DENSE_ROWS;
+            for (int c = first; c < stop;) {
+                int columns = stop - c >= DENSE_COLUMNS ? DENSE_COLUMNS : 1;
+                dense_rows(rows, columns, x + row * x_stride, x_stride, weight + (int64_t)c * k, k, bias ? bias + c : NULL,
+                           y + (int64_t)row * n + c, n);
+                c += columns;
+            }
+        }
+    }
+}
+#else
+int has_products(void) { return 0; }
+void int4_matmul(const void *x, int64_t x_stride, int m, const void *codes, const void *scales, int scale_kind, const void *zeros,
+                 const float *bias, int n, int k, int group, void *y) {
+    (void)x, (void)x_stride, (void)m, (void)codes, (void)scales, (void)scale_kind, (void)zeros, (void)bias, (void)n, (void)k, (void)group;
+    (void)y;
+}
+void dense_matmul(const uint16_t *x, int64_t x_stride, int m, const uint16_t *weight, const float *bias, int n, int k, uint16_t *y) {
+    (void)x, (void)x_stride, (void)m, (void)weight, (void)bias, (void)n, (void)k, (void)y;
+}
+#endif

@@ -27,7 +27,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 # Without -fopenmp at the link: OpenMP's runtime is the one that torch has loaded, or two pools of threads would wait for each other.
 COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-c")
 WIDEST = 256  # head_dim
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -35,6 +35,9 @@ _ARGUMENTS = {
     "kv_store": [_P, _P, _P, _I, _L, _L, _L, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I],
     "rms_norm": [_P, _P, _P, _P, _I, _L, _I, _L, _F],
     "silu_mul": [_P, _P, _I, _L, _I],
+    "has_products": [],
+    "int4_matmul": [_P, _L, _I, _P, _P, _I, _P, _P, _I, _I, _I, _P],
+    "dense_matmul": [_P, _L, _I, _P, _P, _I, _I, _P],
 }
 
 
@@ -42,16 +45,16 @@ _ARGUMENTS = {
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled kernels and "", or None and the reason. The first call may compile, for about three seconds."""
     try:
-        loaded = ctypes.CDLL(str(_built()))
+        found = ctypes.CDLL(str(_built()))
         for name, arguments in _ARGUMENTS.items():
-            getattr(loaded, name).argtypes = arguments
+            getattr(found, name).argtypes = arguments
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, subprocess.CalledProcessError):
             reason = f"{error.cmd[0]} failed: {(error.stderr or '').strip()[:300]}"
         logging.getLogger(__name__).warning("the CPU's kernels could not be compiled (%s); plain torch operations are used", reason)
         return None, reason
-    return loaded, ""
+    return found, ""
 
 
 def supports(dtype: torch.dtype, head_dim: int = 2) -> bool:
@@ -89,14 +92,16 @@ def _built() -> Path:
     return target
 
 
-def _loaded() -> ctypes.CDLL:
-    loaded, reason = library()
-    if loaded is None:
+def loaded() -> ctypes.CDLL:
+    """The kernels. Raises RuntimeError where there are none."""
+    found, reason = library()
+    if found is None:
         raise RuntimeError(reason)
-    return loaded
+    return found
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
+    """A tensor's address; None for NULL."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -107,9 +112,9 @@ def paged_attention(q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, *,
         q = q.contiguous()
     out = torch.empty(tokens, heads, d, dtype=q.dtype)
     table = batch.block_table
-    failed = _loaded().paged_attention(
-        q.data_ptr(), out.data_ptr(), _KINDS[q.dtype], q.stride(0), cache.k.data_ptr(), cache.v.data_ptr(), _at(cache.k_scale),
-        _at(cache.v_scale), _at(cache.v_zero), _KINDS[cache.k.dtype], cache.mode, cache.k.shape[2], table.data_ptr(), table.shape[1],
+    failed = loaded().paged_attention(
+        q.data_ptr(), out.data_ptr(), KINDS[q.dtype], q.stride(0), cache.k.data_ptr(), cache.v.data_ptr(), at(cache.k_scale),
+        at(cache.v_scale), at(cache.v_zero), KINDS[cache.k.dtype], cache.mode, cache.k.shape[2], table.data_ptr(), table.shape[1],
         batch.query_start.data_ptr(), batch.contexts.data_ptr(), len(batch.contexts), heads, cache.k.shape[1], d, sm_scale, window,
     )  # fmt: skip
     if failed:
@@ -129,10 +134,10 @@ def kv_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
         and cache.k_zero.shape != cache.k_scale.shape
     ):
         raise ValueError(f"k_zero {list(cache.k_zero.shape)} and k_scale {list(cache.k_scale.shape)} differ in shape")
-    _loaded().kv_store(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), _KINDS[q.dtype], q.stride(0), k.stride(0), v.stride(0), _at(cos), _at(sin),
-        slots.data_ptr(), cache.k.data_ptr(), cache.v.data_ptr(), _at(cache.k_scale), _at(cache.v_scale), _at(cache.k_zero),
-        _at(cache.v_zero), _KINDS[cache.k.dtype], cache.mode, cache.k.shape[2], tokens, heads, k.shape[1], d,
+    loaded().kv_store(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), KINDS[q.dtype], q.stride(0), k.stride(0), v.stride(0), at(cos), at(sin),
+        slots.data_ptr(), cache.k.data_ptr(), cache.v.data_ptr(), at(cache.k_scale), at(cache.v_scale), at(cache.k_zero),
+        at(cache.v_zero), KINDS[cache.k.dtype], cache.mode, cache.k.shape[2], tokens, heads, k.shape[1], d,
     )  # fmt: skip
 
 
@@ -142,7 +147,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if x.stride(1) != 1 or weight.dtype != torch.float32 or (residual is not None and not residual.is_contiguous()):
         raise ValueError(f"x with strides {x.stride()}, weight {weight.dtype}: expected contiguous rows and float32")
     out = torch.empty(tokens, k, dtype=x.dtype)
-    _loaded().rms_norm(x.data_ptr(), _at(residual), weight.data_ptr(), out.data_ptr(), _KINDS[x.dtype], tokens, k, x.stride(0), eps)
+    loaded().rms_norm(x.data_ptr(), at(residual), weight.data_ptr(), out.data_ptr(), KINDS[x.dtype], tokens, k, x.stride(0), eps)
     return out
 
 
@@ -152,5 +157,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         raise ValueError(f"gate and up with strides {gate_up.stride()}: expected contiguous rows")
     tokens, k = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(tokens, k, dtype=gate_up.dtype)
-    _loaded().silu_mul(gate_up.data_ptr(), out.data_ptr(), _KINDS[gate_up.dtype], tokens, k)
+    loaded().silu_mul(gate_up.data_ptr(), out.data_ptr(), KINDS[gate_up.dtype], tokens, k)
     return out

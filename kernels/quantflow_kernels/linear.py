@@ -1,8 +1,8 @@
 """One interface for quantised linears wherever they run: `prepare` at load, `linear` in the model.
 
-A GPU takes the Triton product, above a measured number of tokens the dense weight and cuBLAS. A CPU takes torch's int4 product where
-it can. What neither has a place for (odd groups, 16-bit floats of another kind on a CPU) is unpacked by plain torch operations; how a
-weight will be computed is what `way` says, so that a slow way is never taken in silence.
+A GPU takes the Triton product, above a measured number of tokens the dense weight and cuBLAS. A CPU with bfloat16 arithmetic takes the
+compiled product, another one torch's int4 product. What none has a place for (odd groups, other floats than bfloat16 on a CPU) is
+unpacked by plain torch operations; how a weight will be computed is what `way` says, so that a slow way is never taken in silence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantflow_kernels import cpu, layout
+from quantflow_kernels import cpu, cpu_matmul, layout
 from quantflow_kernels.configs import Tuned, matmul_config, tuned
 
 
@@ -37,7 +37,7 @@ class PlainWeight:
         return ((codes.to(wide) - self.zeros.to(wide)[:, self.index]) * self.scales.to(wide)[:, self.index]).to(dtype)
 
 
-QuantWeight = layout.PackedWeight | cpu.CpuWeight | PlainWeight
+QuantWeight = layout.PackedWeight | cpu_matmul.Int4Weight | cpu.CpuWeight | PlainWeight
 
 
 def prepare(
@@ -48,6 +48,8 @@ def prepare(
     dtype: of the activations. group_index: int32 `[K]` where channels do not belong to the groups they stand in (GPTQ's `g_idx`).
     """
     n, k = codes.shape
+    if codes.device.type == "cpu" and not cpu_matmul.unsupported(bits, group_size, k, dtype):
+        return cpu_matmul.pack(codes, scales, zeros, group_index)
     if group_index is None:
         if codes.device.type == "cuda":
             if not layout.unsupported(bits, group_size, k):
@@ -66,12 +68,15 @@ def way(weight: QuantWeight) -> str:
     """How products with it are computed, in words."""
     if isinstance(weight, layout.PackedWeight):
         return "triton"
+    if isinstance(weight, cpu_matmul.Int4Weight):
+        return "compiled C int4"
     if isinstance(weight, cpu.CpuWeight):
         return f"torch int4; for many tokens, strips: {cpu.unpacker()[1]}"
     return "plain torch"
 
 
 TILE = 16  # rows of a dense product in exact mode
+FEW = 16  # rows up to which the compiled dense product is the faster one on a CPU
 
 
 def in_fixed_tiles(x: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,16 +88,25 @@ def in_fixed_tiles(x: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tens
     return out.view(*x.shape[:-1], len(dense))
 
 
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, exact: bool) -> Tensor:
+    """`x Wᵀ + bias` `[..., N]` for a weight `[N, K]` in the dtype of `x`."""
+    compiled = x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous() and cpu_matmul.available()
+    if compiled and (exact or x.numel() // x.shape[-1] <= FEW):
+        return cpu_matmul.dense(x, weight, bias)
+    return in_fixed_tiles(x, weight, bias) if exact else F.linear(x, weight, bias)
+
+
 def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact: bool, found: Tuned | None = None) -> Tensor:
     """`x Wᵀ + bias` `[..., N]` in the dtype of `x`. exact: a row's bits do not depend on what else is in the batch.
 
     found: the tiles to run with on a GPU; by default those of the device at hand.
     """
+    if isinstance(weight, cpu_matmul.Int4Weight):
+        return cpu_matmul.linear(x, weight, bias)
     if isinstance(weight, cpu.CpuWeight):
         return cpu.linear(x, weight, bias, exact=exact)
     if isinstance(weight, PlainWeight):
-        dense = weight.dense(x.dtype)
-        return in_fixed_tiles(x, dense, bias) if exact else F.linear(x, dense, bias)
+        return dense(x, weight.dense(x.dtype), bias, exact=exact)
     # Here, so that a CPU needs no Triton.
     from quantflow_kernels.dequantize import dequantize
     from quantflow_kernels.matmul import matmul
@@ -100,8 +114,7 @@ def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact:
     found = found or tuned(torch.cuda.get_device_name(x.device))
     tokens = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:  # its tiles would not fit
-        dense = dequantize(weight, x.dtype)
-        return in_fixed_tiles(x, dense, bias) if exact else F.linear(x, dense, bias)
+        return dense(x, dequantize(weight, x.dtype), bias, exact=exact)
     if not exact and tokens >= found.dense_from:
         return F.linear(x, dequantize(weight, x.dtype), bias)
     return matmul(x, weight, bias, matmul_config(found, tokens, exact=exact))

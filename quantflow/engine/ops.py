@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from quantflow_kernels import cpu_attention, cpu_kernels
 from quantflow_kernels import linear as kernels
 from quantflow_kernels.configs import DEFAULT, Tuned, tuned
@@ -86,9 +85,7 @@ class Ops:
         """`x Wᵀ + bias` `[T, N]`."""
         if not isinstance(linear.weight, Tensor):
             return kernels.linear(x, linear.weight, linear.bias, exact=self.exact, found=self._tuned)
-        if self.exact:
-            return kernels.in_fixed_tiles(x, linear.weight, linear.bias)
-        return F.linear(x, linear.weight, linear.bias)
+        return kernels.dense(x, linear.weight, linear.bias, exact=self.exact)
 
     def norm(self, config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """RMSNorm, or LayerNorm for OPT, over the last dimension. weight: float32."""

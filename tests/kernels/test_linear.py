@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantflow_kernels import configs, cpu, linear, reference
+from quantflow_kernels import configs, cpu, cpu_matmul, linear, reference
 from quantflow_kernels.configs import matmul_config, tuned
 from quantflow_kernels.layout import PER_CHANNEL
 
@@ -63,6 +63,9 @@ def test_in_exact_mode_a_rows_bits_depend_on_that_row_alone(dtype: torch.dtype, 
 def test_ways_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, scales, zeros = weight(64, 128, 4, 64)
     scales = scales.bfloat16()
+    if cpu_matmul.available():
+        assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "compiled C int4"
+    monkeypatch.setattr(cpu_matmul, "available", lambda: False)
     monkeypatch.setattr(cpu, "unpacker", lambda: (cpu._strip, "plain (why)"))
     assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.bfloat16)) == "torch int4; for many tokens, strips: plain (why)"
     assert linear.way(linear.prepare(codes, scales, zeros, 64, 4, torch.float32)) == "plain torch"
