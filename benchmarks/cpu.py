@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from quantflow_kernels import cpu, linear
+from quantflow_kernels import cpu, cpu_matmul, linear
 
 SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -67,7 +67,8 @@ def main() -> None:
         zeros = torch.randint(0, 16, (n, k // 128), dtype=torch.uint8)
         weight = linear.prepare(codes, scales, zeros, 128, 4, torch.bfloat16)
         dense = ((codes.float().view(n, -1, 128) - zeros[..., None]) * scales.float()[..., None]).view(n, k).bfloat16()
-        print(f"{n}×{k} g128, {linear.way(weight)}")
+        way = linear.way(weight)
+        print(f"{n}×{k} g128, {way}")
         for m in TOKENS:
             x = torch.randn(m, k).bfloat16()
             bf16, fast, exact = timed(
@@ -77,7 +78,7 @@ def main() -> None:
             )
             row = {"n": n, "k": k, "m": m, "bf16_ms": bf16, "fast_ms": fast, "exact_ms": exact, "speedup": bf16 / fast}
             share = ""
-            if isinstance(weight, cpu.CpuWeight) and m <= cpu.FEW_TOKENS:
+            if isinstance(weight, cpu_matmul.Int4Weight | cpu.CpuWeight) and m <= 4:  # beyond, arithmetic is the limit
                 row["of_read"] = weight.nbytes / 1e6 / fast / peak
                 share = f" {row['of_read']:.0%} of the read bandwidth"
             rows.append(row)
@@ -85,7 +86,7 @@ def main() -> None:
     if args.output:
         record = {
             "cpu": processor(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "read_gb_s": peak, "torch": torch.__version__,
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "way": way, "read_gb_s": peak, "torch": torch.__version__,
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "rows": rows,
         }  # fmt: skip
         args.output.parent.mkdir(parents=True, exist_ok=True)

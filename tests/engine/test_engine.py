@@ -196,7 +196,8 @@ def test_a_request_that_can_never_be_served_is_refused_at_once(tiny: Path, promp
 @pytest.mark.parametrize(
     "params",
     [
-        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -0.1}, {"temperature": float("nan")},
+        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -0.1},
+        {"temperature": float("nan")},
         {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}, {"min_p": 2},
         {"repetition_penalty": 0}, {"presence_penalty": 3}, {"frequency_penalty": float("nan")}, {"logit_bias": {1: float("nan")}},
         {"logit_bias": {"1": 1.0}}, {"logit_bias": {i: 0.0 for i in range(2000)}}, {"n": 0}, {"n": 10**9}, {"stop": ("",)},
