@@ -1,8 +1,12 @@
-"""The environment of all tests, set before anything that reads it is imported."""
+"""The environment of all tests, set before anything that reads it is imported, and models that several of them share."""
+
+from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network
@@ -10,3 +14,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU
 # Where the tests are started in the background, Ctrl-C is ignored, and so it would be in the processes that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer Llama in bfloat16."""
+    from tests.helpers.tiny import write_llama
+
+    return write_llama(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It in 4 bits, with calibrated parameters of an int8 KV cache."""
+    from tests.helpers.runs import invoke, make_bench
+
+    bench = make_bench(tmp_path_factory.mktemp("artifact"), intermediate_size=128)
+    stages = ["calibrate", "gptq", "kv_qparams", {"pack": {"format": "compressed-tensors"}}]
+    result = invoke("run", bench.recipe(weights={"bits": 4, "group_size": 32}, stages=stages))
+    assert result.exit_code == 0, result.output
+    return bench.output

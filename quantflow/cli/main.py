@@ -7,8 +7,8 @@ from io import TextIOWrapper
 
 import typer
 
+from quantflow.cli import bench, generate, inspect, plan, run, schema, verify
 from quantflow.cli import eval as eval_command
-from quantflow.cli import generate, inspect, plan, run, schema
 
 app = typer.Typer(
     name="quantflow",
@@ -22,7 +22,9 @@ app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval_command.evaluate)
+app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
 app.command("schema")(schema.schema)
 
 

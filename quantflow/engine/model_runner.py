@@ -26,7 +26,7 @@ class ModelRunner:
         asked for."""
         for source, target in step.copies:
             copy_block(self.caches, source, target)
-        h = self.model.forward(self._inputs(step.work), self.caches)
+        h = self.model.forward(self.inputs(step.work), self.caches)
         found, at = [], 0
         for work in step.work:
             first = at if work.sequence.request.params.prompt_logprobs is not None else at + work.count - 1
@@ -43,7 +43,8 @@ class ModelRunner:
         """How many rows' logits may be in memory at once."""
         return max(1, min(rows, LOGIT_ELEMENTS // self.model.config.vocabulary))
 
-    def _inputs(self, step: list[Work]) -> Inputs:
+    def inputs(self, step: list[Work]) -> Inputs:
+        """What the model reads for some sequences' work."""
         device, size = self.model.ops.device, self.block_size
         tokens: list[int] = []
         positions: list[int] = []

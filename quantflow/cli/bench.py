@@ -1,0 +1,117 @@
+"""`quantflow bench`: an artifact beside the model it came from, in full precision, with int8 KV, and in transformers."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from quantflow.cli.console import console, progress, reporting
+from quantflow.cli.options import Debug, Device, DeviceOption, Json, Mode, ModelDirectory, ModeOption
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise typer.BadParameter(f"{text!r}: expected numbers of at least 1, separated by commas")
+    return found
+
+
+def bench(
+    model: ModelDirectory,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="The unquantised model, for the other rows of the comparison.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", metavar="N,…", help="Batch sizes.")] = "1,8",
+    prompt: Annotated[str, typer.Option("--prompt", metavar="N,…", help="Tokens a prompt.")] = "8,512",
+    new: Annotated[int, typer.Option("--new", min=2, help="Tokens to generate.")] = 32,
+    transformers: Annotated[bool, typer.Option("--transformers/--no-transformers", help="Measure transformers too.")] = True,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write the rows as JSON, with device and versions.")
+    ] = None,
+    mode: ModeOption = Mode.exact,
+    device: DeviceOption = Device.auto,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure prefill, decode, time to the first token and memory: 16 bits, quantised weights, int8 KV, both, and transformers."""
+    with reporting(debug):
+        from quantflow.errors import Problem, UserError
+        from quantflow.evaluate.throughput import Case, measure, memory_table
+        from quantflow.machine import resolve_device
+        from quantflow.models.checkpoint import resolve_model
+
+        where = resolve_device(device.value)
+        quantised = str(resolve_model(model))
+        if reference is not None and resolve_model(reference).resolve() == Path(quantised).resolve():
+            raise UserError(Problem("--reference", reference, "another model than the one that is measured"))
+        original = str(resolve_model(reference)) if reference else None
+        batches, prompts = _numbers(batch), _numbers(prompt)
+        kinds = [("weights", "quantflow", quantised, "full"), ("weights + KV int8", "quantflow", quantised, "int8")]
+        if original:
+            full = [("full precision", "quantflow", original, "full"), ("KV int8", "quantflow", original, "int8")]
+            kinds = [*full, *kinds, *([("transformers", "transformers", original, "full")] if transformers else [])]
+        cases = [
+            Case(name, engine, path, kv, mode.value, where, b, p, new) for b in batches for p in prompts for name, engine, path, kv in kinds
+        ]
+        rows = []
+        with progress() as watcher:
+            watcher.phase("bench", len(cases))
+            for case in cases:
+                rows.append(measure(case))
+                watcher.step(f"{case.name}, batch {case.batch}, prompt {case.prompt}")
+        memory = memory_table(original or quantised, batches, [1024, 2048, 4096])
+        record = {**_machine(where), "mode": mode.value, "rows": [row.as_dict() for row in rows], "memory": memory}
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        if as_json:
+            print(json.dumps(record))
+            return
+        names = ("", "batch", "prompt", "first s", "prefill/s", "decode/s", "step ms", "peak", "weights", "KV")
+        title = f"{mode.value} mode, {where}, {new} new tokens; tokens a second; MiB"
+        table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            case = row.case
+            table.add_row(
+                case.name, str(case.batch), str(case.prompt), f"{row.first_token_s:.3f}", f"{row.prefill_tokens_s:.0f}",
+                f"{row.decode_tokens_s:.1f}", f"{row.step_ms:.1f}", *(f"{b / 2**20:.0f}" for b in (row.peak_bytes, row.weight_bytes)),
+                f"{row.cache_bytes / 2**20:.0f}" if row.cache_bytes else "-",
+            )  # fmt: skip
+        console.print(table)
+        console.print(_memory(memory, original or quantised))
+
+
+def _memory(memory: list[dict[str, int]], model: str) -> Table:
+    table = Table("batch", "context", "weights MiB", "16-bit KV MiB", "int8 KV MiB", box=SIMPLE_HEAD, title=f"Computed: {model}")
+    for column in table.columns:
+        column.justify = "right"
+    for m in memory:
+        sizes = (f"{m[name] / 2**20:.0f}" for name in ("weight_bytes", "kv_bytes", "kv_int8_bytes"))
+        table.add_row(str(m["batch"]), str(m["context"]), *sizes)
+    return table
+
+
+def _machine(device: str) -> dict[str, Any]:
+    import torch
+
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    return {"device": name, "threads": torch.get_num_threads(), **versions}
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
