@@ -24,7 +24,7 @@ from quantflow.engine.model_runner import ModelRunner
 from quantflow.engine.ops import Ops
 from quantflow.engine.request import Finish, Logprob, Request, SamplingParams, Sequence, Token
 from quantflow.engine.sampler import NotANumber, logprob_of, sample
-from quantflow.engine.scheduler import Limits, Scheduler, Work
+from quantflow.engine.scheduler import Limits, Scheduler, Step, Work
 from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import ModelError, Problem, RequestError, ResourceError, UserError
 from quantflow.formats.reader import Weights
@@ -114,10 +114,14 @@ class Engine:
     """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it reads.
 
     Not safe for several threads at once: one thread submits, steps and aborts. Raises UserError where the model or the configuration is
-    wrong, ResourceError where memory does not suffice. progress: called after each layer is loaded.
+    wrong, ResourceError where memory does not suffice. progress: called after each layer is loaded. kv: in place of what `config.kv`
+    finds in the model's directory.
     """
 
-    def __init__(self, model: str | Path, config: EngineConfig | None = None, progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, model: str | Path, config: EngineConfig | None = None, progress: Callable[[], None] = lambda: None, *,
+        kv: KVFormat | None = None,
+    ) -> None:  # fmt: skip
         self.config = config = config or EngineConfig()
         self.path = resolve_model(str(model))
         weights = Weights(self.path)
@@ -127,7 +131,7 @@ class Engine:
         self.context = _context(config, self.model_config)
         folder = weights.checkpoint.path
         self.text = Text(folder, config.dialogue) if _has_tokenizer(folder) else None
-        self.kv: KVFormat = kv_format(config.kv, folder, self.model_config, self.architecture.prefix)
+        self.kv: KVFormat = kv or kv_format(config.kv, folder, self.model_config, self.architecture.prefix)
         with torch.inference_mode():
             self.loaded: Loaded = load_model(weights, self.ops, progress)
             blocks = self._block_count()
@@ -405,6 +409,26 @@ class Engine:
             for i, row in zip(wanted, self.runner.logits(h[wanted[0] : wanted[-1] + 1]), strict=True):
                 at = work.start + i + 1
                 found[at] = logprob_of(row, sequence.tokens[at], count)
+
+    @torch.inference_mode()
+    def hidden_states(self, tokens: Tokens[int]) -> Tensor:
+        """What the head reads after each token of a text, `[L, H]`, for measurements; nothing is kept of it. `runner.logits` reads it.
+
+        Raises RequestError for a text that does not fit.
+        """
+        if problems := self._problems("", tuple(tokens[:-1]), SamplingParams()):
+            raise RequestError(problems)
+        request = Request("", tuple(tokens), SamplingParams(prompt_logprobs=0), 0, 0, rope_length=self.runner.rotary.stretch(len(tokens)))
+        sequence, found = Sequence(request, 0, list(tokens)), []
+        sequence.blocks = [self.blocks.allocate() for _ in range(self.blocks.blocks_for(len(tokens)))]
+        try:
+            while sequence.pending:
+                work = Work(sequence, min(sequence.pending, self.scheduler.limits.tokens))
+                found += self.runner.run(Step([work]))
+                sequence.computed += work.count
+        finally:
+            self.blocks.release(sequence.blocks)
+        return torch.cat(found)
 
     def problems(self) -> list[str]:
         """What is wrong with the books of the cache: [] unless blocks leak."""

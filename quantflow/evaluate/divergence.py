@@ -6,8 +6,9 @@ Both models run layer by layer over all windows, so memory holds two layers and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,12 +36,39 @@ class Divergence:
         return asdict(self)
 
 
+class Head(Protocol):
+    """From hidden states to distributions."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Log-probabilities `[T, V]` in float32 of hidden states `[T, H]`."""
+
+
+class Model(Protocol):
+    """A model to compare: hidden states of all windows first, then distributions, a few rows at a time."""
+
+    def states(self, tokens: Tensor, device: torch.device, step: Callable[[], None]) -> Tensor:
+        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as often as the model has layers."""
+
+    def head(self, device: torch.device) -> Head:
+        """For what `states` gave."""
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A model to compare: its weights, and what its KV cache does to K and V of each layer (None: nothing)."""
+    """A model computed in float32, layer by layer: its weights, and what its KV cache does to K and V of each layer (None: nothing)."""
 
     weights: Weights
     kv: Callable[[int], ObserveKV] | None = None
+
+    def states(self, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None) -> Tensor:
+        return hidden_states(self, tokens, device, step)
+
+    def head(self, device: torch.device) -> Head:
+        return _Head(self, device)
 
 
 def hidden_states(variant: Variant, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None) -> Tensor:
@@ -72,6 +100,7 @@ class _Head:
         head = self.architecture.embedding if self.config.tied else self.architecture.head
         names = [n for n in checkpoint.outer_names() if n.startswith((self.architecture.final_norm, head + "."))]
         self.tensors = {n: variant.weights.tensor(n).to(device, torch.float32) for n in names}
+        self.vocabulary = self.config.vocabulary
 
     def __call__(self, x: Tensor) -> Tensor:
         """log-probabilities `[T, V]` of hidden states `[T, H]`."""
@@ -79,21 +108,21 @@ class _Head:
 
 
 def compare(
-    reference: Variant, variants: dict[str, Variant], windows: list[list[int]], device: str = "cpu", step: Callable[[], None] = lambda: None
+    reference: Model, variants: Mapping[str, Model], windows: list[list[int]], device: str = "cpu", step: Callable[[], None] = lambda: None
 ) -> dict[str, Divergence]:
     """The divergence of each variant from the reference on `windows` (all of one length)."""
     tokens, on = torch.tensor(windows), torch.device(device)
     with torch.inference_mode():
-        target = hidden_states(reference, tokens, on, step)
-        reference_head = _Head(reference, on)
+        target = reference.states(tokens, on, step)
+        reference_head = reference.head(on)
         return {
-            name: _compare(target, hidden_states(variant, tokens, on, step), reference_head, _Head(variant, on), tokens.to(on))
+            name: _compare(target, variant.states(tokens, on, step), reference_head, variant.head(on), tokens.to(on))
             for name, variant in variants.items()
         }
 
 
-def _compare(target: Tensor, found: Tensor, target_head: _Head, found_head: _Head, tokens: Tensor) -> Divergence:
-    length, vocabulary = tokens.shape[1], target_head.config.vocabulary
+def _compare(target: Tensor, found: Tensor, target_head: Head, found_head: Head, tokens: Tensor) -> Divergence:
+    length, vocabulary = tokens.shape[1], target_head.vocabulary
     rows = max(1, LOGIT_ELEMENTS // vocabulary)
     flat_target, flat_found = target.reshape(-1, target.shape[-1]), found.reshape(-1, found.shape[-1])
     # The token each position predicts; the last of a window predicts nothing that was measured.

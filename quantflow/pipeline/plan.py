@@ -159,6 +159,12 @@ class Plan:
         )
 
     @property
+    def measures_engine(self) -> bool:
+        """Whether `evaluate` runs the engine."""
+        evaluate = self.stage(Evaluate)
+        return evaluate is not None and evaluate.engine
+
+    @property
     def min_zero(self) -> int:
         """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats of an asymmetric grid."""
         asymmetric = any(p.scheme is not None and not p.scheme.symmetric for p in self.linears)

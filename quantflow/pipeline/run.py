@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +21,11 @@ from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_entries, 
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
+from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.kv_cache import KVFormat
 from quantflow.errors import DataError, ModelError, Problem, UserError
-from quantflow.evaluate.divergence import Variant, compare
+from quantflow.evaluate.divergence import Model, Variant, compare
+from quantflow.evaluate.running import Running
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.machine import peak_resident_bytes
@@ -36,7 +39,7 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.grid import Scheme
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, Gptq, KvQparams, dump
-from quantflow.stages.kv_qparams import layer_parameters, parameter_tensors, rounding
+from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, rounding
 from quantflow.stages.pack import PackJob, write_checkpoint
 
 
@@ -187,7 +190,7 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
     kv = plan.stage(KvQparams)
     evaluate = digest(
         ["evaluate", sweep_key, held_out.digest if held_out else "", kv.model_dump(mode="json") if kv else None, plan.packs[0].format,
-         plan.device, source_digest("evaluate", "models", "formats", "quant", "stages/kv_qparams.py")]
+         plan.device, plan.measures_engine, source_digest("evaluate", "engine", "models", "formats", "quant", "stages/kv_qparams.py")]
     )  # fmt: skip
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 
@@ -288,22 +291,50 @@ def _evaluate(
     stored = plan.store.read_json(identity.evaluate, "quality")
     if isinstance(stored, dict) and all(isinstance(found, dict) for found in stored.values()):
         return stored
-    reference, quantised = Weights(plan.checkpoint.path), Weights(checkpoint)
-    variants = {"weights": Variant(quantised)}
-    if settings:
-        # The full-precision model's own extremes: AWQ rescales v, so the quantised model's parameters would not fit it.
-        def original(index: int) -> dict[str, KVParameters]:
-            file = TensorFile(plan.store.layer(identity.calibrate, index))
-            extremes = {n: file.read(n) for n in file.tensors if n.startswith(("key.", "value."))}
-            return layer_parameters(extremes, settings)
+    reference = Weights(plan.checkpoint.path)
 
-        variants["kv"] = Variant(reference, rounding(original))
-        variants["weights_and_kv"] = Variant(quantised, rounding(lambda index: _kv_parameters(plan, reader, index)))
+    # The full-precision model's own extremes: AWQ rescales v, so the quantised model's parameters would not fit it.
+    def original(index: int) -> dict[str, KVParameters]:
+        assert settings is not None
+        file = TensorFile(plan.store.layer(identity.calibrate, index))
+        extremes = {n: file.read(n) for n in file.tensors if n.startswith(("key.", "value."))}
+        return layer_parameters(extremes, settings)
+
+    def quantised(index: int) -> dict[str, KVParameters]:
+        return _kv_parameters(plan, reader, index)
+
+    variants: dict[str, Model]
+    if plan.measures_engine:
+        variants = {"weights": _running(plan, checkpoint, None)}
+        if settings:
+            variants["kv"] = _running(plan, plan.checkpoint.path, original)
+            variants["weights_and_kv"] = _running(plan, checkpoint, quantised)
+    else:
+        weights = Weights(checkpoint)
+        variants = {"weights": Variant(weights)}
+        if settings:
+            variants["kv"] = Variant(reference, rounding(original))
+            variants["weights_and_kv"] = Variant(weights, rounding(quantised))
     progress.phase("evaluate", plan.config.layers * (1 + len(variants)))
     measured = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.step)
     quality = {name: found.as_dict() for name, found in measured.items()}
     plan.store.write_json(identity.evaluate, "quality", quality)
     return quality
+
+
+def _running(plan: Plan, folder: Path, parameters: Callable[[int], dict[str, KVParameters]] | None) -> Running:
+    """The engine on a checkpoint, its KV cache in int8 with those parameters, or in full precision."""
+
+    def make() -> Engine:
+        layers = range(plan.config.layers) if parameters else ()
+        kv = KVFormat(bool(parameters), tuple(layer_tensors(parameters(i)) for i in layers) if parameters else ())
+        evaluate = plan.stage(Evaluate)
+        assert evaluate is not None
+        # One window after the other, so one window's room.
+        longest = max(evaluate.length + 1, plan.config.max_positions) if plan.config.rope.kind in ("dynamic", "qwen") else None
+        return Engine(folder, EngineConfig(device=plan.device, max_batch_size=1, session_len=longest), kv=kv)
+
+    return Running(make)
 
 
 def _missed_gates(evaluate: Evaluate, quality: dict[str, Any]) -> list[str]:

@@ -187,6 +187,7 @@ class Evaluate(Section):
     windows: int = Field(default=64, ge=1, description="Windows to take.")
     length: int = Field(default=512, ge=16, description="Tokens a window.")
     skip: int = Field(default=0, ge=0, description="Documents left out at the start.")
+    engine: bool = Field(default=False, description="Measure the engine's own kernels and KV cache, not the same in float32.")
     gates: Gates = Field(default=Gates(), description="Limits that the result must keep.")
 
 

@@ -20,13 +20,18 @@ def layer_parameters(extremes: Mapping[str, Tensor], settings: KvQparams, rank: 
     return found
 
 
-def parameter_tensors(prefix: str, parameters: Mapping[str, KVParameters]) -> dict[str, Tensor]:
-    """`{prefix}.k_scale`, `.k_zero_point`, `.v_scale`, `.v_zero_point`, float32."""
+def layer_tensors(parameters: Mapping[str, KVParameters]) -> dict[str, Tensor]:
+    """`k_scale`, `k_zero_point`, `v_scale`, `v_zero_point`, float32."""
     tensors = {}
     for letter, name in (("k", "key"), ("v", "value")):
-        tensors[f"{prefix}.{letter}_scale"] = parameters[name].scale
-        tensors[f"{prefix}.{letter}_zero_point"] = parameters[name].zero_point
+        tensors[f"{letter}_scale"] = parameters[name].scale
+        tensors[f"{letter}_zero_point"] = parameters[name].zero_point
     return tensors
+
+
+def parameter_tensors(prefix: str, parameters: Mapping[str, KVParameters]) -> dict[str, Tensor]:
+    """The same under `{prefix}.`, as they are stored."""
+    return {f"{prefix}.{name}": tensor for name, tensor in layer_tensors(parameters).items()}
 
 
 def rounding(of_layer: Callable[[int], Mapping[str, KVParameters]]) -> Callable[[int], ObserveKV]:
