@@ -23,6 +23,7 @@ from quantflow.cli.options import (
     ModelDirectory,
     ModeOption,
     SessionLength,
+    TensorParallel,
 )
 
 
@@ -42,6 +43,7 @@ def generate(
     kv: KVOption = KV.auto,
     session_len: SessionLength = None,
     cache_max_entry_count: CacheShare = None,
+    tp: TensorParallel = 1,
     dialogue: DialogueName = None,
     device: DeviceOption = Device.auto,
     as_json: Json = False,
@@ -49,10 +51,16 @@ def generate(
 ) -> None:
     """Generate text with an artifact or any checkpoint that QuantFlow reads."""
     with reporting(debug):
+        from quantflow.engine.follower import follow
         from quantflow.engine.llm import LLM
         from quantflow.engine.request import SamplingParams
+        from quantflow.engine.tensor_parallel import follows
         from quantflow.errors import Problem, RequestError
+        from quantflow.machine import resolve_device
 
+        if follows():  # torchrun has started this one to help the first
+            follow(resolve_device(device.value))
+            return
         params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
             stop=tuple(stop or ()),
@@ -61,7 +69,7 @@ def generate(
             raise RequestError(Problem("--stream", "with --json or several prompts", "one prompt, shown as text"))
         llm = LLM(
             model, mode=mode.value, kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, dialogue=dialogue,
-            device=device.value,
+            device=device.value, tp=tp,
         )  # fmt: skip
         errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()), markup=False)
         texts = [sys.stdin.read() if text == "-" else text for text in prompt]

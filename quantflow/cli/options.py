@@ -52,4 +52,5 @@ SessionLength = Annotated[int | None, typer.Option("--session-len", min=1, help=
 CacheShare = Annotated[
     float | None, typer.Option("--cache-max-entry-count", min=0.0, max=1.0, help="Share of the free memory for the KV cache.")
 ]
+TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks, each a process.")]
 DialogueName = Annotated[str | None, typer.Option("--dialogue", metavar="NAME", help="A dialogue format, in place of the model's own.")]

@@ -10,26 +10,28 @@ import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantflow.engine.block_manager import BlockManager
 from quantflow.engine.kv_cache import KVFormat, KVPrecision, block_bytes, cache_bytes, kv_format, make_caches
-from quantflow.engine.load import Loaded, load_model
+from quantflow.engine.load import Loaded, load_model, rank_config
 from quantflow.engine.model_runner import ModelRunner
 from quantflow.engine.ops import Ops
 from quantflow.engine.request import Finish, Logprob, Request, SamplingParams, Sequence, Token
 from quantflow.engine.sampler import NotANumber, logprob_of, sample
 from quantflow.engine.scheduler import Limits, Scheduler, Step, Work
+from quantflow.engine.tensor_parallel import Ranks, join
 from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import ModelError, Problem, RequestError, ResourceError, UserError
-from quantflow.formats.reader import Weights
+from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.machine import free_bytes, resolve_device
-from quantflow.models.checkpoint import resolve_model
+from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 
 
@@ -56,7 +58,8 @@ class EngineConfig:
 
     session_len: the longest context; None: the model's own. max_batch_size: sequences that run at once. step_tokens: tokens that go through
     the model in a step. cache_max_entry_count: the share of free memory that the KV cache may take; cache_bytes: its size instead.
-    dialogue: a dialogue format by name, in place of the model's own. check: the books of the cache are checked after every step.
+    dialogue: a dialogue format by name, in place of the model's own. tp: tensor-parallel ranks. check: the books of the cache are checked
+    after every step.
     """
 
     mode: Mode = Mode.exact
@@ -71,6 +74,7 @@ class EngineConfig:
     cache_bytes: int | None = None
     prefix_cache: bool = True
     dialogue: str | None = None
+    tp: int = 1
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -84,8 +88,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 wrong.append(Problem(name, str(value), "at least 1"))
-        if self.max_batch_size < 1:
-            wrong.append(Problem("max_batch_size", str(self.max_batch_size), "at least 1"))
+        for name in ("max_batch_size", "tp"):
+            if getattr(self, name) < 1:
+                wrong.append(Problem(name, str(getattr(self, name)), "at least 1"))
         if self.block_size < 16 or self.block_size & (self.block_size - 1):
             wrong.append(Problem("block_size", str(self.block_size), "a power of two, at least 16"))
         share = self.cache_max_entry_count
@@ -114,24 +119,36 @@ class Engine:
     """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it reads.
 
     Not safe for several threads at once: one thread submits, steps and aborts. Raises UserError where the model or the configuration is
-    wrong, ResourceError where memory does not suffice. progress: called after each layer is loaded. kv: in place of what `config.kv`
-    finds in the model's directory.
+    wrong, ResourceError where memory does not suffice, or a tensor-parallel rank has gone. progress: called after each layer is loaded.
+    kv: in place of what `config.kv` finds in the model's directory. ranks: of a follower; a leader starts its own.
     """
 
     def __init__(
         self, model: str | Path, config: EngineConfig | None = None, progress: Callable[[], None] = lambda: None, *,
-        kv: KVFormat | None = None,
+        kv: KVFormat | None = None, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self.config = config = config or EngineConfig()
         self.path = resolve_model(str(model))
-        weights = Weights(self.path)
-        self.architecture, self.model_config = weights.checkpoint.architecture, weights.checkpoint.config
         device = torch.device(resolve_device(config.device))
-        self.ops = Ops(device, _dtype(config.dtype, self.model_config, device), config.mode == Mode.exact)
+        if config.tp > 1:
+            # What is wrong with it is said before other processes are started.
+            rank_config(Checkpoint(checkpoint_folder(self.path)).config, config.tp)
+            ranks = ranks or join(config.tp, device)
+            device = ranks.device
+        self.leads = ranks is not None and ranks.leads
+        self.ranks = ranks
+        self._tell(None, model=str(self.path.resolve()), config=asdict(config))
+        weights = self._weights()
+        self.architecture, self.model_config = weights.checkpoint.architecture, rank_config(weights.checkpoint.config, config.tp)
+        self.ops = Ops(device, _dtype(config.dtype, self.model_config, device), config.mode == Mode.exact, ranks)
         self.context = _context(config, self.model_config)
         folder = weights.checkpoint.path
         self.text = Text(folder, config.dialogue) if _has_tokenizer(folder) else None
-        self.kv: KVFormat = kv or kv_format(config.kv, folder, self.model_config, self.architecture.prefix)
+        found = weights.checkpoint
+        in_folder = found.config if found.tp != config.tp else self.model_config
+        self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix)
+        if ranks and found.tp != config.tp:  # the files hold all heads
+            self.kv = self.kv.part(ranks.rank, ranks.size)
         with torch.inference_mode():
             self.loaded: Loaded = load_model(weights, self.ops, progress)
             blocks = self._block_count()
@@ -148,6 +165,22 @@ class Engine:
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
         self._arrivals = itertools.count()
+
+    def _weights(self) -> Weights:
+        """The whole checkpoint, or this rank's files where the artifact has them."""
+        tp = self.config.tp
+        own = checkpoint_folder(self.path) / f"tp{tp}" / f"rank-{self.ranks.rank if self.ranks else 0}"
+        return Weights(own, tp=tp) if tp > 1 and own.is_dir() else Weights(self.path)
+
+    def _tell(self, call: str | None, **details: Any) -> None:
+        """Makes the other ranks do what this one, the leader, is about to do."""
+        if self.leads and self.ranks:
+            self.ranks.tell({**details, **({"call": call} if call else {})})
+
+    def close(self) -> None:
+        """Ends the other ranks."""
+        if self.leads and self.ranks:
+            self.ranks.end()
 
     # --- what it is
 
@@ -201,13 +234,16 @@ class Engine:
         problems = self._problems(id, tokens, params)
         if problems:
             raise RequestError(problems)
+        params = replace(params, seed=params.seed % 2**64 if params.seed is not None else secrets.randbits(64))
+        new = list(tokens[len(history) :])
+        self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=priority, session=session)
         most = min(params.max_tokens or self.context, self.context - len(tokens), self.blocks.count * self.blocks.size - len(tokens))
         # The last token that is generated never goes through the model.
         stretch = self.runner.rotary.stretch(len(tokens) + (min(params.max_tokens, most) if params.max_tokens else 1) - 1)
         request = Request(id, tokens, params, most, arrival, priority, stretch, session)
         sequence = Sequence(request, 0, list(tokens), forks=params.n > 1)
         self._requests[id] = [sequence]
-        self._seeds[id] = params.seed % 2**64 if params.seed is not None else secrets.randbits(64)
+        self._seeds[id] = params.seed or 0
         if session is not None:
             self.sessions.setdefault(session, Session()).turn = id
         if params.prompt_logprobs is not None:
@@ -258,6 +294,9 @@ class Engine:
 
     def abort(self, id: str) -> list[Token]:
         """Takes a request out, if it is there, and gives its blocks back at once."""
+        if id not in self._requests:
+            return []
+        self._tell("abort", id=id)
         return [token for s in list(self._requests.get(id, ())) for token in self._give_up(s, Finish.abort)]
 
     # --- sessions
@@ -267,13 +306,16 @@ class Engine:
         known = self._idle(session)
         if not 0 <= tokens <= len(known.tokens):
             raise RequestError(Problem(f"session {session}", f"rewound to {tokens} tokens", f"at most its {len(known.tokens)}"))
+        self._tell("rewind", session=session, tokens=tokens)
         keep = self.blocks.blocks_for(tokens)
         self.blocks.release(known.blocks[keep:])
         known.tokens, known.blocks = known.tokens[:tokens], known.blocks[:keep]
 
     def end(self, session: int) -> None:
         """Forgets a session. Raises RequestError for one that is not known, or busy."""
-        self.blocks.release(self._idle(session).blocks)
+        known = self._idle(session)
+        self._tell("end", session=session)
+        self.blocks.release(known.blocks)
         del self.sessions[session]
 
     def _idle(self, session: int) -> Session:
@@ -297,6 +339,9 @@ class Engine:
 
     def step(self) -> list[Token]:
         """Carries all running sequences on, and returns what came of it; [] where there was nothing to do."""
+        if not self.has_work:
+            return []
+        self._tell("step")
         step = self.scheduler.schedule()
         if not step.work:
             return []
@@ -307,7 +352,7 @@ class Engine:
             for work, h in zip(step.work, states, strict=True):
                 self._score_prompt(work, h)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not _is_out_of_memory(error) or self.ranks:  # other ranks wait for what this one did not compute
                 raise
             # The largest share of the step is the likeliest cause; the others go on in the next one.
             failed = max(step.work, key=lambda work: work.count).sequence
@@ -418,6 +463,7 @@ class Engine:
         """
         if problems := self._problems("", tuple(tokens[:-1]), SamplingParams()):
             raise RequestError(problems)
+        self._tell("hidden_states", tokens=list(tokens))
         request = Request("", tuple(tokens), SamplingParams(prompt_logprobs=0), 0, 0, rope_length=self.runner.rotary.stretch(len(tokens)))
         sequence, found = Sequence(request, 0, list(tokens)), []
         sequence.blocks = [self.blocks.allocate() for _ in range(self.blocks.blocks_for(len(tokens)))]

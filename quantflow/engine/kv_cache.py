@@ -40,6 +40,11 @@ class KVFormat:
     int8: bool
     parameters: tuple[Mapping[str, Tensor], ...] = ()
 
+    def part(self, rank: int, tp: int) -> KVFormat:
+        """With the parameters of one rank's heads."""
+        cut = tuple({n: t if not t.ndim else t.chunk(tp)[rank] for n, t in layer.items()} for layer in self.parameters)
+        return KVFormat(self.int8, cut)
+
     def __str__(self) -> str:
         if not self.int8:
             return "full precision"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantflow.engine.model import Layer, Mixture, Mlp, Model, Norm
 from quantflow.engine.ops import Linear, Ops, resident_bytes
+from quantflow.errors import ModelError, Problem
+from quantflow.formats.base import grid_problems
 from quantflow.formats.reader import Weights
 from quantflow.models.architecture import has_bias
+from quantflow.models.config import DecoderConfig
+from quantflow.models.sharding import shard_plain, shard_quantized
 from quantflow.quant.grid import QuantizedTensor
 
 
@@ -26,14 +30,24 @@ class Loaded:
 
 
 def load_model(weights: Weights, ops: Ops, step: Callable[[], None] = lambda: None) -> Loaded:
-    """The model of a checkpoint, quantised or not. step is called after each layer."""
+    """The model of a checkpoint, quantised or not; under tensor parallelism this rank's part of it, from the rank's own files or cut out
+    of the whole. step is called after each layer. Raises ModelError for what cannot be cut."""
     return _Loader(weights, ops).load(step)
+
+
+def rank_config(config: DecoderConfig, tp: int) -> DecoderConfig:
+    """What one of `tp` ranks computes. Raises ModelError where heads do not divide."""
+    wrong = [f"{n} {what}" for n, what in ((config.heads, "heads"), (config.kv_heads, "KV heads")) if n % tp]
+    if wrong:
+        raise ModelError(Problem("tensor parallel", " and ".join(wrong), f"multiples of {tp}"))
+    return replace(config, heads=config.heads // tp, kv_heads=config.kv_heads // tp)
 
 
 class _Loader:
     def __init__(self, weights: Weights, ops: Ops) -> None:
         self.weights, self.ops = weights, ops
-        self.architecture, self.config = weights.checkpoint.architecture, weights.checkpoint.config
+        self.rank, self.tp = (ops.ranks.rank, ops.ranks.size) if ops.ranks else (0, 1)
+        self.architecture, self.config = weights.checkpoint.architecture, rank_config(weights.checkpoint.config, self.tp)
         self.ways: Counter[str] = Counter()
         self.bytes = 0
 
@@ -87,13 +101,17 @@ class _Loader:
 
     def _linears(self, modules: tuple[str, ...], *, bias: bool) -> tuple[Linear, ...]:
         """Linears that read the same input, as one where they can be fused."""
-        biases = [self.weights.tensor(f"{m}.bias") for m in modules] if bias else []
+        row_parallel = self.weights.checkpoint.cut(f"{modules[0]}.weight") == 1
+        if row_parallel and self.rank:
+            bias = False  # it is added once
+        biases = [self._part(f"{m}.bias", self.weights.tensor(f"{m}.bias")) for m in modules] if bias else []
         quantised = [self.weights.is_quantised(f"{m}.weight") for m in modules]
         found: list[Linear]
         if not any(quantised):
-            dense = [self.weights.tensor(f"{m}.weight").to(self.ops.device, self.ops.dtype) for m in modules]
+            stored = (self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")) for m in modules)
+            dense = [tensor.to(self.ops.device, self.ops.dtype) for tensor in stored]
             found = [self.ops.dense(_joined(dense), _joined(biases) if biases else None)]
-        elif all(quantised) and _fusable(tensors := [self.weights.quantized(m) for m in modules]):
+        elif all(quantised) and _fusable(tensors := [self._quantised(m) for m in modules]):
             first = tensors[0]
             codes, scales, zeros = (_joined([getattr(t, part) for t in tensors]) for part in ("codes", "scales", "zeros"))
             together = QuantizedTensor(first.scheme, codes, scales, zeros, first.group_index)
@@ -105,6 +123,24 @@ class _Loader:
             self.ways[linear.way] += 1
             self.bytes += resident_bytes(linear.weight)
         return tuple(found)
+
+    def _part(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's part of an unquantised tensor."""
+        cut = self.weights.checkpoint.cut(name)
+        if self.tp == self.weights.checkpoint.tp or cut is None:
+            return tensor
+        if tensor.shape[cut] % self.tp:
+            raise ModelError(Problem(name, f"shape {list(tensor.shape)}", f"a multiple of tp = {self.tp} along dimension {cut}"))
+        return shard_plain(name, tensor, cut, self.rank, self.tp)
+
+    def _quantised(self, module: str) -> QuantizedTensor:
+        tensor, cut = self.weights.quantized(module), self.weights.checkpoint.cut(f"{module}.weight")
+        if self.tp == self.weights.checkpoint.tp or cut is None:
+            return tensor
+        problems = grid_problems(module, tensor.shape, tensor.scheme, self.tp, cut, tensor.group_index is not None)
+        if problems:
+            raise ModelError(problems)
+        return shard_quantized(tensor, cut, self.rank, self.tp)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

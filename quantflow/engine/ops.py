@@ -17,6 +17,7 @@ from quantflow_kernels.configs import DEFAULT, Tuned, tuned
 from quantflow_kernels.paging import Batch, KVCache, make_batch
 from torch import Tensor
 
+from quantflow.engine.tensor_parallel import Ranks
 from quantflow.models.config import DecoderConfig
 from quantflow.models.decoder import normalize
 from quantflow.quant.grid import QuantizedTensor
@@ -45,11 +46,12 @@ def resident_bytes(weight: Tensor | kernels.QuantWeight) -> int:
 
 @dataclass(frozen=True)
 class Ops:
-    """exact: a row's result never depends on what else is in the batch, bit for bit."""
+    """exact: a row's result never depends on what else is in the batch, bit for bit. ranks: None without tensor parallelism."""
 
     device: torch.device
     dtype: torch.dtype
     exact: bool
+    ranks: Ranks | None = None
 
     @cached_property
     def _tuned(self) -> Tuned:
@@ -123,7 +125,7 @@ class Ops:
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over all tensor-parallel ranks."""
-        return x
+        return self.ranks.sum(x) if self.ranks else x
 
     def batch(self, lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, config: DecoderConfig) -> Batch:
         """How a step's queries lie over the cache: see `quantflow_kernels.paging`."""

@@ -35,18 +35,20 @@ def checkpoint_folder(path: Path) -> Path:
 class Weights:
     """A checkpoint's weights under native names, dequantised where it is quantised.
 
-    Raises ModelError for a checkpoint that is neither whole nor in a format QuantFlow reads.
+    tp: `path` holds one of that many tensor-parallel ranks, as `shard` writes them. Raises ModelError for a checkpoint that is neither
+    whole nor in a format QuantFlow reads.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.checkpoint = Checkpoint(checkpoint_folder(path))
+    def __init__(self, path: Path, *, tp: int = 1) -> None:
+        self.checkpoint = Checkpoint(checkpoint_folder(path), tp=tp)
         name = detect(self.checkpoint.raw_config)
         self.format: Format | None = FORMATS[name] if name else None
         self._config = self.checkpoint.quantization or {}
         ranks = self.checkpoint.path / "tensor_parallel.json"
-        if ranks.is_file():
-            number = read_json(ranks).get("tensor_parallel")
-            raise ModelError(Problem(str(path), f"one of {number} tensor-parallel ranks", "a whole checkpoint"))
+        number = read_json(ranks).get("tensor_parallel") if ranks.is_file() else 1
+        if number != tp:
+            expected = "a whole checkpoint" if tp == 1 else f"one of {tp}"
+            raise ModelError(Problem(str(path), f"one of {number} tensor-parallel ranks", expected))
         problems = self.checkpoint.problems(self._belongs)
         if problems:
             raise ModelError(problems)

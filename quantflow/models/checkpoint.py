@@ -16,6 +16,7 @@ from quantflow.errors import ModelError, Problem
 from quantflow.models.architecture import IGNORED_TENSORS, Architecture, Source, expected_tensors
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.registry import ARCHITECTURES
+from quantflow.models.sharding import cut_dimension, shard_shape
 from quantflow.models.tensor_file import TensorFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -75,12 +76,13 @@ class _Location:
 class Checkpoint:
     """A model directory. The constructor reads config.json and the safetensors headers, never a weight.
 
-    config_only: the weight files need not be there; `shape_of` then answers from the config. Raises ModelError with every
-    problem found: what is missing, what has the wrong shape, what the architecture does not know.
+    config_only: the weight files need not be there; `shape_of` then answers from the config. tp: the files hold one of that many
+    tensor-parallel ranks. Raises ModelError with every problem found: what is missing, what has the wrong shape, what the architecture
+    does not know.
     """
 
-    def __init__(self, path: Path, *, config_only: bool = False) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, config_only: bool = False, tp: int = 1) -> None:
+        self.path, self.tp = path, tp
         self.raw_config = read_json(path / "config.json")
         model_type = self.raw_config.get("model_type")
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -129,7 +131,16 @@ class Checkpoint:
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Native name -> shape of every tensor the config asks for."""
-        return dict(expected_tensors(self.architecture, self.config))
+        return {n: self.rank_shape(n, shape) for n, shape in expected_tensors(self.architecture, self.config)}
+
+    def rank_shape(self, native: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """What a tensor-parallel rank holds of a tensor of `shape`."""
+        return shard_shape(native, shape, self.cut(native), self.tp)
+
+    def cut(self, native: str) -> int | None:
+        """Along which dimension tensor parallelism cuts a tensor; None where every rank holds all of it."""
+        match = re.match(re.escape(self.architecture.prefix).replace(r"\{i\}", r"\d+") + r"\.", native)
+        return cut_dimension(native[match.end() :], self.architecture.layer) if match else None
 
     def problems(self, packed: Callable[[str], bool] = lambda name: False) -> list[Problem]:
         """What keeps this checkpoint from being read: missing, misshapen and unknown tensors. packed: whether a name is that of a

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from quantflow.artifacts.artifact import foreign_files
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
@@ -25,6 +25,7 @@ from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
+from quantflow.models.sharding import parallel_dimension
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump
 
@@ -222,14 +223,6 @@ def _matches(module: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
 
 
-def parallel_dimension(linear: LinearPlan | str, architecture_layer: Any) -> int:
-    """0 where tensor parallelism cuts the outputs (q, k, v, gate, up), 1 where it cuts the inputs (o, down)."""
-    name = linear if isinstance(linear, str) else linear.name
-    names = architecture_layer
-    is_row = name == names.o or name == names.down or (names.expert != "" and name.endswith(f".{names.expert_down}"))
-    return 1 if is_row else 0
-
-
 def _grid_problems(plan: Plan) -> list[Problem]:
     """One problem a kind of linear and cause, not one a layer."""
     found: dict[tuple[str, str], Problem] = {}
@@ -238,7 +231,7 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     for linear in plan.linears:
         if linear.scheme is None:
             continue
-        dimension = parallel_dimension(linear, plan.checkpoint.architecture.layer)
+        dimension = parallel_dimension(linear.name, plan.checkpoint.architecture.layer)
         for pack in plan.packs:
             checks = FORMATS[pack.format].check(
                 linear.module, linear.shape, linear.scheme, act_order_index=index, tp=plan.tp, tp_dim=dimension if plan.tp > 1 else None

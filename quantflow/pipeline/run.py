@@ -30,9 +30,10 @@ from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.machine import peak_resident_bytes
 from quantflow.models.checkpoint import TOKENIZER_FILES, read_json
+from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
 from quantflow.models.tokenizer import load_tokenizer
-from quantflow.pipeline.plan import Plan, check_output, parallel_dimension
+from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
 from quantflow.pipeline.windows import recipe_windows

@@ -16,10 +16,10 @@ from torch import Tensor
 from quantflow.formats.base import Format, Spec
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import INDEX, Checkpoint
+from quantflow.models.sharding import shard_plain, shard_quantized, shard_shape
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.models.tokenizer import export_tokenizer
 from quantflow.quant.grid import QuantizedTensor, Scheme
-from quantflow.stages.shard import shard_plain, shard_quantized, shard_shape
 
 
 class Results(Protocol):

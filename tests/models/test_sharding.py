@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantflow.models.sharding import shard_plain, shard_quantized, shard_shape
 from quantflow.quant.grid import PER_CHANNEL, QuantizedTensor, Scheme
-from quantflow.stages.shard import shard_plain, shard_quantized, shard_shape
 from tests.formats.helpers import random_tensor
 
 
