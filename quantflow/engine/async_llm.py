@@ -130,8 +130,7 @@ class AsyncLLM:
                 try:
                     call = self._calls.get(block=not self.engine.has_work, timeout=IDLE_S)
                 except queue.Empty:
-                    for token in self.engine.step():
-                        self._deliver(token)
+                    self._deliver(self.engine.step())
                     continue
                 if call is None:
                     break
@@ -142,26 +141,27 @@ class AsyncLLM:
             with self._gate:
                 self.alive = False
             finish, reason = (Finish.error, str(self._stopped())) if self.failure else (Finish.abort, "the engine was closed")
-            for id, sequences in self.engine._requests.items():
+            for id, sequences in list(self.engine._requests.items()):
                 request = sequences[0].request
                 indices = range(request.params.n) if sequences[0].forks else [s.index for s in sequences]
-                for index in indices:
-                    self._deliver(Token(id, index, None, finish=finish, reason=reason))
+                self._deliver([Token(id, index, None, finish=finish, reason=reason) for index in indices])
             while not self._calls.empty():
                 call = self._calls.get()
                 if call is not None:
                     call[1].set_exception(self._stopped())
 
-    def _deliver(self, token: Token) -> None:
-        listener = self._listeners.get(token.request)
-        if listener:
-            try:
-                listener(token)
-            except RuntimeError:  # its event loop has been closed
-                del self._listeners[token.request]
-                self.engine.abort(token.request)
-        if token.finish and token.request not in self.engine._requests:
-            self._listeners.pop(token.request, None)
+    def _deliver(self, tokens: list[Token]) -> None:
+        for token in tokens:
+            listener = self._listeners.get(token.request)
+            if listener:
+                try:
+                    listener(token)
+                except RuntimeError:  # its event loop has been closed
+                    del self._listeners[token.request]
+                    self.engine.abort(token.request)
+        for token in tokens:  # siblings may end in one step: each is heard first
+            if token.finish and token.request not in self.engine._requests:
+                self._listeners.pop(token.request, None)
 
     def _stopped(self) -> ResourceError:
         said = f"failed: {type(self.failure).__name__}: {self.failure}" if self.failure else "was closed"

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import Problem, RequestError
 from quantflow.models.checkpoint import read_json
 from quantflow.models.dialogue import DIALOGUES
@@ -16,7 +17,6 @@ from quantflow.models.tokenizer import chat_template, load_tokenizer, special_to
 
 Message = Mapping[str, Any]  # role and content
 
-MOST_LETTERS = 4_000_000  # of a rendered dialogue
 CONTEXT = 8  # tokens of the prompt that the text of the first new ones may depend on
 
 
@@ -27,7 +27,7 @@ class Text:
     def __init__(self, folder: Path, dialogue: str | None = None) -> None:
         if dialogue is not None and dialogue not in DIALOGUES:
             raise RequestError(Problem("dialogue", repr(dialogue), "one of " + ", ".join(sorted(DIALOGUES))))
-        self.folder = folder
+        self.folder, self._renderer = folder, Renderer()
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.roles = special_tokens(folder)
         self.template = DIALOGUES[dialogue].template if dialogue else chat_template(folder)
@@ -50,9 +50,6 @@ class Text:
 
     def render(self, messages: Sequence[Message], **extra: Any) -> str:
         """extra: further variables of the template (tools, …)."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         problems = [
             Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
             for i, m in enumerate(messages)
@@ -61,26 +58,13 @@ class Text:
         if problems or not messages:
             raise RequestError(problems or Problem("messages", "none", "at least one"))
         if self.template is None:
-            hint = "Send a prompt, or put a chat_template.jinja into the directory"
+            hint = "Send a prompt, name a dialogue format, or put a chat_template.jinja into the directory"
             raise RequestError(Problem(str(self.folder), "no dialogue format", "a model with a chat template", hint))
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.globals["raise_exception"] = refuse
+        variables = {"messages": [dict(m) for m in messages], "add_generation_prompt": True, **self.roles, **extra}
         try:
-            parts = environment.from_string(self.template).generate(
-                messages=[dict(m) for m in messages], add_generation_prompt=True, **self.roles, **extra
-            )
-            text = ""
-            for part in parts:
-                text += part
-                if len(text) > MOST_LETTERS:
-                    raise TemplateError(f"more than {MOST_LETTERS} letters")
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
+            return self._renderer.render(self.template, variables)
+        except (TemplateRefused, TypeError) as error:  # TypeError: what JSON cannot hold
             raise RequestError(Problem("messages", f"the model's chat template refused them: {error}")) from error
-        return text
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:

@@ -241,7 +241,7 @@ def test_internlm_exports_without_its_code(tmp_path: Path) -> None:
     assert (config["bos_token"], config["eos_token"], config["unk_token"], config["pad_token"]) == ("<s>", "</s>", "<unk>", "</s>")
     everything = "".join(p.read_text(encoding="utf-8") for p in target.glob("*.json"))
     assert (
-        "auto_map" not in everything and "InternLM" not in everything and "somebody" not in everything and "tokenizer.9" not in everything
+        "auto_map" not in everything and "InternLMTokenizer" not in everything and "somebody" not in everything and "tokenizer.9" not in everything
     )
     assert (target / "tokenizer.model").read_bytes() == data
 
@@ -259,7 +259,7 @@ def test_internlm_exports_without_its_code(tmp_path: Path) -> None:
         {"role": "system", "content": "S"}, {"role": "user", "content": "the river"}, {"role": "assistant", "content": "ran"},
         {"role": "user", "content": "春天"},
     ]  # fmt: skip
-    prompt = "<s><|System|>:S\n<|User|>:the river<eoh>\n<|Bot|>:ran<eoa>\n<|User|>:春天<eoh>\n<|Bot|>:"
+    prompt = "<s><|System|>:S\n<|User|>:the river\n<|Bot|>:ran<eoa>\n<|User|>:春天\n<|Bot|>:"
     assert exported.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
     ids = exported.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert ids == [1, *pieces.encode(prompt.removeprefix("<s>"))]

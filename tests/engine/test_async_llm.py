@@ -1,0 +1,128 @@
+"""The engine in asyncio: tokens arrive, leaving gives blocks back, and whatever happens nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantflow import AsyncLLM, SamplingParams
+from quantflow.engine.llm import LLM
+from quantflow.errors import RequestError, ResourceError
+
+PROMPT = [5, 9, 13, 17, 21]
+LONG = SamplingParams(ignore_eos=True)
+
+
+def within(seconds: float, work: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(work, seconds))
+
+
+def test_many_at_once_are_what_each_is_alone(tiny: Path) -> None:
+    prompts = [[3 + i, 9, 4] * (i + 1) for i in range(12)]
+    params = [SamplingParams(max_tokens=5 + i, temperature=0.5, seed=i, n=1 + i % 2) for i in range(12)]
+    expected = [o.completions for o in LLM(tiny, device="cpu").generate(prompts, params)]
+
+    async def run() -> list[Any]:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            return await asyncio.gather(*(llm.generate(p, s) for p, s in zip(prompts, params, strict=True)))
+
+    assert [o.completions for o in within(60, run())] == expected
+
+
+def test_leaving_or_being_cancelled_gives_blocks_back(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu", check=True) as llm:
+            async for token in llm.stream(PROMPT, LONG):
+                assert token.token is not None
+                break
+            task = asyncio.create_task(llm.generate(PROMPT, LONG))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while await asyncio.wrap_future(llm.call(lambda engine: engine.blocks.used_blocks)):
+                await asyncio.sleep(0.01)
+            assert not await asyncio.wrap_future(llm.call(lambda engine: engine.has_work))
+
+    within(30, run())
+
+
+def test_a_bad_request_is_refused_and_the_engine_goes_on(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            with pytest.raises(RequestError, match="token 999"):
+                await llm.generate([999])
+            assert (await llm.generate(PROMPT, SamplingParams(max_tokens=2))).completions
+
+    within(30, run())
+
+
+def test_a_dead_engine_answers_everybody(tiny: Path) -> None:
+    async def run() -> None:
+        llm = AsyncLLM(tiny, device="cpu")
+        step, steps = llm.engine.step, []
+
+        def broken() -> Any:
+            steps.append(1)
+            if len(steps) > 3:
+                raise RuntimeError("shapes do not match")
+            return step()
+
+        llm.engine.step = broken  # type: ignore[method-assign]
+        waiting = [asyncio.create_task(llm.generate(PROMPT, SamplingParams(ignore_eos=True, n=n))) for n in (1, 3)]
+        for task in waiting:
+            with pytest.raises(ResourceError, match="shapes do not match"):
+                await task
+        assert not llm.alive and isinstance(llm.failure, RuntimeError)
+        with pytest.raises(ResourceError, match="shapes do not match"):
+            await llm.generate(PROMPT)
+        llm.close()
+
+    within(30, run())
+
+
+def test_closing_ends_what_runs(tiny: Path) -> None:
+    async def run() -> None:
+        llm = AsyncLLM(tiny, device="cpu")
+        task = asyncio.create_task(llm.generate(PROMPT, LONG))
+        await asyncio.sleep(0.05)
+        llm.close()
+        with pytest.raises(ResourceError, match="closed"):
+            await task
+        with pytest.raises(ResourceError, match="closed"):
+            await llm.generate(PROMPT)
+
+    within(30, run())
+
+
+def test_an_idle_engine_says_that_it_is_alive(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            await asyncio.sleep(1.2)
+            assert time.monotonic() - llm.progress < 1.0
+
+    within(30, run())
+
+
+def test_a_loop_that_is_closed_does_not_stop_the_engine(tiny: Path) -> None:
+    llm = AsyncLLM(tiny, device="cpu")
+
+    async def leave() -> None:
+        stream = llm.stream(PROMPT, LONG)
+        await stream.__anext__()
+        # The generator is not closed: its loop goes away under it.
+        llm_streams.append(stream)
+
+    llm_streams: list[Any] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    until = time.monotonic() + 20
+    while llm.call(lambda engine: engine.has_work).result(20) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert llm.alive and time.monotonic() < until
+    llm.close()

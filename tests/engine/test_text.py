@@ -1,0 +1,147 @@
+"""Dialogue formats spelled out, and text that grows by tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from quantflow.engine.text import Detokenizer, Text
+from quantflow.errors import RequestError
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why"}]
+SYSTEM = [{"role": "system", "content": "Be brief."}, *TALK]
+
+FORMATS = {
+    "internlm": "<s><|System|>:Be brief.\n<|User|>:Hi\n<|Bot|>:Yes?<eoa>\n<|User|>:Why\n<|Bot|>:",
+    "internlm2": "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+    "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n",
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+    "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n",
+    "qwen": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+    "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n",
+    "vicuna": "<s>Be brief. USER: Hi ASSISTANT: Yes?</s>USER: Why ASSISTANT:",
+    "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes? </s><s>[INST] Why [/INST]",
+    "baichuan": "Be brief.<reserved_106>Hi<reserved_107>Yes?<reserved_106>Why<reserved_107>",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_by_name(tiny: Path, name: str) -> None:
+    assert Text(tiny, name).render(SYSTEM) == FORMATS[name]
+
+
+def test_families_that_have_a_usual_system_text(tiny: Path) -> None:
+    said = Text(tiny, "internlm").render(TALK[:1])
+    assert said.startswith("<s><|System|>:You are an AI assistant whose name is InternLM (书生·浦语).\n- InternLM")
+    assert said.endswith("such as English and 中文.\n<|User|>:Hi\n<|Bot|>:")
+    assert Text(tiny, "qwen").render(TALK[:1]).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    assert Text(tiny, "vicuna").render(TALK[:1]).endswith("the user's questions. USER: Hi ASSISTANT:")
+    assert Text(tiny, "llama2").render(TALK[:1]) == "<s>[INST] Hi [/INST]"
+
+
+def with_template(tiny: Path, folder: Path, template: str) -> Text:
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (folder / name).write_bytes((tiny / name).read_bytes())
+    (folder / "chat_template.jinja").write_text(template)
+    return Text(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+        ("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "letters"),
+        ("{{ 'x' * 10**10 }}", "MiB"),
+        ("{{ 'x'.center(10**10) }}", "MiB"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ messages[7].content + 1 }}", "UndefinedError"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_does_not_behave_is_a_refused_request(
+    tiny: Path, tmp_path: Path, template: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "more than" in said:
+        monkeypatch.setattr("quantflow.engine.template.MOST_SECONDS", 1.0)
+    text = with_template(tiny, tmp_path / "model", template)
+    with pytest.raises(RequestError, match="chat template refused") as caught:
+        text.render(TALK)
+    assert said in str(caught.value)
+    text.template = "{{ messages[0].content }}"
+    assert text.render(TALK) == "Hi"  # the next one is served
+
+
+@pytest.mark.parametrize("messages", [[], ["Hi"], [{"content": "Hi"}], [{"role": 1, "content": "Hi"}], [{"role": "user", "content": 3}]])
+def test_messages_of_another_shape_are_refused(tiny: Path, messages: list[Any]) -> None:
+    with pytest.raises(RequestError, match="messages"):
+        Text(tiny, "chatml").render(messages)
+
+
+def test_a_base_model_has_no_dialogue_format(tiny: Path) -> None:
+    with pytest.raises(RequestError, match="no dialogue format"):
+        Text(tiny).render(TALK)
+    with pytest.raises(RequestError, match="one of baichuan"):
+        Text(tiny, "klingon")
+
+
+def test_end_tokens_come_from_all_that_names_them(tiny: Path, tmp_path: Path) -> None:
+    text = with_template(tiny, tmp_path / "model", "x")
+    assert text.end_tokens == {1}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert Text(tmp_path / "model").end_tokens == {1, 7, 9}
+
+
+def test_letters_of_several_tokens_come_whole(tiny: Path) -> None:
+    text = Text(tiny)
+    tokens = text.encode("春天 and 🦊!", special=False)
+    grown = Detokenizer(text, [0], ())
+    parts = [grown.add(token) for token in tokens]
+    assert "".join(parts) == "春天 and 🦊!" and not any("\ufffd" in part for part in parts) and "" in parts
+
+
+def test_the_space_before_a_word_after_the_prompt_stays() -> None:
+    """SentencePiece's decoder drops the space before a first word; the first new word is not the first."""
+    vocabulary = {"▁Hello": 0, "▁world": 1, "!": 2, "▁": 3}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+
+    class Only:
+        pass
+
+    text = Only()
+    text.tokenizer = tokenizer  # type: ignore[attr-defined]
+    grown = Detokenizer(text, [0], ())  # type: ignore[arg-type]
+    assert grown.add(1) + grown.add(2) == " world!"
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "shown", "stopped"),
+    [
+        (("END",), ["a", "E", "N", "D", "b"], "a", True),
+        (("END",), ["a", "E", "N", "x"], "aENx", False),
+        (("aab",), ["a", "a", "a", "b"], "a", True),
+        (("bc", "abc"), ["a", "b", "c"], "", True),
+        (("xy", "y"), ["a", "x", "y"], "a", True),
+        (("\n\n",), ["one\n", "\ntwo"], "one", True),
+        (("zz",), ["z"], "z", False),
+    ],
+)
+def test_stop_strings(tiny: Path, stops: tuple[str, ...], pieces: list[str], shown: str, stopped: bool) -> None:
+    text = Text(tiny)
+    grown = Detokenizer(text, [0], stops)
+    found = ""
+    for piece in pieces:
+        for token in text.encode(piece, special=False):
+            if not grown.stopped:
+                found += grown.add(token)
+    assert (found + grown.finish(), grown.stopped) == (shown, stopped)
