@@ -14,16 +14,15 @@ from rich.table import Table
 
 from quantflow.cli.console import console, progress, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Mode, ModelDirectory, ModeOption
+from quantflow.errors import Problem, UserError
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise typer.BadParameter(f"{text!r}: expected numbers of at least 1, separated by commas")
-    return found
+def _numbers(option: str, text: str) -> list[int]:
+    """Raises UserError."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise UserError(Problem(option, repr(text), "numbers of at least 1, separated by commas"))
+    return [int(part) for part in parts]
 
 
 def bench(
@@ -45,8 +44,8 @@ def bench(
 ) -> None:
     """Measure prefill, decode, time to the first token and memory: 16 bits, quantised weights, int8 KV, both, and transformers."""
     with reporting(debug):
-        from quantflow.errors import Problem, UserError
         from quantflow.evaluate.throughput import Case, measure, memory_table
+        from quantflow.formats.reader import Weights
         from quantflow.machine import resolve_device
         from quantflow.models.checkpoint import resolve_model
 
@@ -55,7 +54,12 @@ def bench(
         if reference is not None and resolve_model(reference).resolve() == Path(quantised).resolve():
             raise UserError(Problem("--reference", reference, "another model than the one that is measured"))
         original = str(resolve_model(reference)) if reference else None
-        batches, prompts = _numbers(batch), _numbers(prompt)
+        batches, prompts = _numbers("--batch", batch), _numbers("--prompt", prompt)
+        for path in filter(None, (quantised, original)):
+            config = Weights(Path(path)).checkpoint.config  # what is wrong with a model is said before anything is measured
+            if max(prompts) + new > config.max_positions and config.rope.kind not in ("dynamic", "qwen"):
+                found = f"{max(prompts)} tokens and {new} new ones"
+                raise UserError(Problem("--prompt, --new", found, f"at most the {config.max_positions} positions of {path}"))
         kinds = [("weights", "quantflow", quantised, "full"), ("weights + KV int8", "quantflow", quantised, "int8")]
         if original:
             full = [("full precision", "quantflow", original, "full"), ("KV int8", "quantflow", original, "int8")]

@@ -22,7 +22,7 @@ def test_several_prompts_a_seed_and_a_dialogue(tiny: Path) -> None:
     arguments = ["generate", tiny, "--max-tokens", "6", "--device", "cpu", "--json", "--temperature", "1.5", "--seed", "3"]
     first, second = json.loads(invoke(*arguments, "--prompt", "A", "--prompt", "B").stdout)
     assert first["token_ids"] == json.loads(invoke(*arguments, "--prompt", "A").stdout)[0]["token_ids"] != second["token_ids"]
-    chat = json.loads(invoke(*arguments, "--prompt", "A", "--chat", "--dialogue", "vicuna").stdout)
+    chat = json.loads(invoke(*arguments, "--prompt", "A", "--chat", "--dialogue", "chatml").stdout)
     assert chat[0]["token_ids"] != first["token_ids"]
 
 

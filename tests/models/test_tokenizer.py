@@ -241,7 +241,10 @@ def test_internlm_exports_without_its_code(tmp_path: Path) -> None:
     assert (config["bos_token"], config["eos_token"], config["unk_token"], config["pad_token"]) == ("<s>", "</s>", "<unk>", "</s>")
     everything = "".join(p.read_text(encoding="utf-8") for p in target.glob("*.json"))
     assert (
-        "auto_map" not in everything and "InternLMTokenizer" not in everything and "somebody" not in everything and "tokenizer.9" not in everything
+        "auto_map" not in everything
+        and "InternLMTokenizer" not in everything
+        and "somebody" not in everything
+        and "tokenizer.9" not in everything
     )
     assert (target / "tokenizer.model").read_bytes() == data
 
