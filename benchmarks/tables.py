@@ -64,7 +64,25 @@ def cpu(record: dict[str, Any] | None) -> list[str]:
     ]
 
 
-TABLES = {"kernels_gpu": gpu, "kernels_cpu": cpu}
+def engine(record: dict[str, Any] | None) -> list[str]:
+    """The engine beside transformers on a CPU."""
+    if record is None:
+        return ["Not yet measured."]
+
+    def mib(size: int) -> str:
+        return f"{size / 2**20:.0f}" if size else "–"
+
+    place = f"{record['device']}, {record['threads']} threads, torch {record['torch']}, {record['date']}"
+    names = ("", "batch", "prompt", "first token s", "prefill tok/s", "decode tok/s", "step ms", "peak MiB", "weights MiB", "KV MiB")
+    lines = [f"{place}; {record['mode']} mode, {record['rows'][0]['case']['new']} new tokens.", "", _row(*names), _row(*["---"] * 10)]
+    for r in record["rows"]:
+        case, sizes = r["case"], (mib(r[what]) for what in ("peak_bytes", "weight_bytes", "cache_bytes"))
+        speeds = f"{r['first_token_s']:.2f}", f"{r['prefill_tokens_s']:.0f}", f"{r['decode_tokens_s']:.1f}", f"{r['step_ms']:.0f}"
+        lines.append(_row(case["name"], case["batch"], case["prompt"], *speeds, *sizes))
+    return lines
+
+
+TABLES = {"kernels_gpu": gpu, "kernels_cpu": cpu, "engine_cpu": engine}
 
 
 def written(text: str) -> str:
