@@ -12,8 +12,10 @@ from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.llm import LLM
 from quantflow.engine.request import SamplingParams
 from quantflow.engine.scheduler import Step
+from quantflow.formats.reader import Weights
 from tests.helpers.references import reference
-from tests.helpers.zoo import TRAINED, ZOO, random_tokens, specimen, write
+from tests.helpers.runs import invoke, make_bench
+from tests.helpers.zoo import TRAINED, ZOO, Specimen, decoder_logits, random_tokens, specimen, write
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 STRETCHED = ("internlm", "internlm2", "qwen")  # families whose rotary embedding stretches beyond TRAINED
@@ -90,3 +92,42 @@ def test_real_models_continue_as_in_transformers(name: str, steps: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert list(found) == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_scaled_rotary_embeddings(scaling: dict[str, Any], tmp_path: Path) -> None:
+    found = specimen("llama_bias")
+    folder = write(tmp_path, Specimen(found.config | {"rope_scaling": scaling, "max_position_embeddings": 48}, found.tensors))
+    engine = Engine(folder, config(session_len=128 if scaling["rope_type"] == "dynamic" else None, max_batch_size=2))
+    tokens = random_tokens(1, 60 if scaling["rope_type"] == "dynamic" else 44)
+    with torch.inference_mode():
+        expected = reference("llama_bias", folder, tokens.shape[1])(tokens).logits[0]
+    torch.testing.assert_close(prompt_logits(engine, tokens[0].tolist()), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantised_weights_are_a_float64_oracles(bits: int, tmp_path: Path) -> None:
+    """Of every format that holds them, and of mixed precision: float32 within its rounding, bfloat16 within its own."""
+    bench = make_bench(tmp_path, dtype=torch.float32, intermediate_size=128)
+    formats = ["compressed-tensors", "gptq_v2", "gptq"] + (["awq"] if bits == 4 else [])
+    weights = {"bits": bits, "group_size": 32, "overrides": [{"match": "*.down_proj", "bits": 8 if bits != 8 else 4}] if bits != 4 else []}
+    stages = ["calibrate", {"gptq": {"act_order": "dynamic"}} if bits == 3 else "gptq", *({"pack": {"format": f}} for f in formats)]
+    if bits == 3:  # an index of groups, which two formats hold
+        stages = [*stages[:2], *({"pack": {"format": f}} for f in ("gptq_v2", "gptq"))]
+    result = invoke("run", bench.recipe(weights={k: v for k, v in weights.items() if v}, stages=stages))
+    assert result.exit_code == 0, result.output
+    tokens = random_tokens(1, 30)
+    for folder in sorted(p for p in bench.output.iterdir() if p.is_dir()):
+        expected = decoder_logits(Weights(folder), tokens, torch.float64)[0]
+        exactly = prompt_logits(Engine(folder, config(kv="full")), tokens[0].tolist())
+        torch.testing.assert_close(exactly.double(), expected, rtol=0, atol=1e-4)
+        roughly = prompt_logits(Engine(folder, config(kv="full", dtype="bfloat16")), tokens[0].tolist())
+        assert float((roughly.double() - expected).norm() / expected.norm()) < 0.03

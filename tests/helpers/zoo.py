@@ -340,11 +340,11 @@ def random_tokens(windows: int, length: int) -> Tensor:
 
 
 @torch.inference_mode()
-def decoder_logits(weights: Weights, tokens: Tensor) -> Tensor:
-    """`[B, L, V]` in float32, by QuantFlow's decoder over the weights of any checkpoint it reads."""
+def decoder_logits(weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`[B, L, V]` in `dtype`, by QuantFlow's decoder over the weights of any checkpoint it reads."""
     architecture, config = weights.checkpoint.architecture, weights.checkpoint.config
     outer, seq = weights.outer(), sequences(config, tokens.shape[1])
-    x = embed(architecture, config, outer, tokens, torch.float32)
+    x = embed(architecture, config, outer, tokens, dtype)
     for i in range(config.layers):
-        x = DecoderLayer(architecture, config, i, weights.layer(i), seq, torch.float32).forward(x)
+        x = DecoderLayer(architecture, config, i, weights.layer(i), seq, dtype).forward(x)
     return logits(architecture, config, outer, x)
