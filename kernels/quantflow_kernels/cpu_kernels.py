@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -48,7 +49,7 @@ def library() -> tuple[ctypes.CDLL | None, str]:
         found = ctypes.CDLL(str(_built()))
         for name, arguments in _ARGUMENTS.items():
             getattr(found, name).argtypes = arguments
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, subprocess.CalledProcessError):
             reason = f"{error.cmd[0]} failed: {(error.stderr or '').strip()[:300]}"
@@ -64,22 +65,23 @@ def supports(dtype: torch.dtype, head_dim: int = 2) -> bool:
 
 def _built() -> Path:
     """The library's file, compiled where it is not there yet. Raises OSError and SubprocessError."""
-    asked = os.environ.get("CC")
-    compiler = next((path for path in map(shutil.which, [asked] if asked else ["cc", "gcc", "clang"]) if path), None)
-    if compiler is None:
-        raise OSError(f"no C compiler ({asked or 'cc, gcc, clang'})")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    asked = shlex.split(os.environ.get("CC", ""))
+    found = [[path, *asked[1:]] for path in map(shutil.which, asked[:1] or ["cc", "gcc", "clang"]) if path]
+    if not found:
+        raise OSError(f"no C compiler ({' '.join(asked) or 'cc, gcc, clang'})")
+    compiler = found[0]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.is_file() else ""
     parts = (SOURCE.read_text(), " ".join(COMPILE), version, platform.machine(), flags)
     name = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantflow"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantflow"  # RuntimeError: no home
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         owner = folder.stat()
         if owner.st_uid != os.getuid() or owner.st_mode & 0o022 or not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} is not this user's own")
-    except OSError:  # it is compiled for this process alone
+    except (OSError, RuntimeError):  # it is compiled for this process alone
         folder = Path(tempfile.mkdtemp(prefix="quantflow-"))
     target = folder / name
     if not target.is_file():
@@ -87,7 +89,7 @@ def _built() -> Path:
             object_file, shared = Path(scratch) / "kernels.o", Path(scratch) / name
             steps = ((*COMPILE, str(SOURCE), "-o", str(object_file)), ("-shared", str(object_file), "-o", str(shared)))
             for step in steps:
-                subprocess.run([compiler, *step], capture_output=True, text=True, check=True, timeout=300)
+                subprocess.run([*compiler, *step], capture_output=True, text=True, check=True, timeout=300)
             os.replace(shared, target)  # whole, or not there
     return target
 
@@ -127,6 +129,8 @@ def kv_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
     tokens, heads, d = q.shape
     if d % 2 or any(t.stride(2) != 1 or t.stride(1) != d for t in (q, k, v)) or slots.dtype != torch.int64:
         raise ValueError(f"q {list(q.shape)} with strides {q.stride()}, slots {slots.dtype}: expected even, contiguous heads and int64")
+    if len(slots) != tokens or any(t is not None and (t.shape != (tokens, d // 2) or t.dtype != torch.float32) for t in (cos, sin)):
+        raise ValueError(f"{len(slots)} slots, or cos and sin of another shape: expected {tokens}, and float32 [{tokens}, {d // 2}]")
     if (
         cache.mode <= STATIC_CHANNEL
         and cache.k_scale is not None

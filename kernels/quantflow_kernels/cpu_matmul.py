@@ -19,6 +19,7 @@ from quantflow_kernels.layout import PER_CHANNEL
 
 BLOCK = 16  # output channels of a packed block
 STEP = 8  # input channels of a packed word
+MOST_ZERO = 16
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,15 @@ def unsupported(bits: int, group_size: int, in_features: int, dtype: torch.dtype
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | None = None) -> Int4Weight:
     """A canonical weight (codes uint8 `[N, K]`, scales and zeros `[N, G]`) for these products. `unsupported` has been asked.
 
-    group_index: int32 `[K]`, the group of each input channel; groups are full.
+    group_index: int32 `[K]`, the group of each input channel. Raises ValueError for groups that are not full, or a zero point over 16.
     """
     (n, k), groups = codes.shape, scales.shape[1]
     order = None
+    if int(zeros.max()) > MOST_ZERO:
+        raise ValueError(f"a zero point of {int(zeros.max())}, expected at most {MOST_ZERO}")
     if group_index is not None:
+        if not bool((torch.bincount(group_index, minlength=groups) == k // groups).all()):
+            raise ValueError(f"a group index with groups of unequal size, expected {groups} of {k // groups} channels")
         order = group_index.long().argsort(stable=True)
         codes = codes[:, order]
     packed = torch.empty(-(-n // BLOCK), k // STEP, 2 * BLOCK, dtype=torch.int16)
@@ -88,8 +93,8 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | Non
 
 
 def linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + bias` `[..., N]` for bfloat16 `x` `[..., K]`. bias: float32 or bfloat16 `[N]`."""
-    flat = _rows(x)
+    """`x Wᵀ + bias` `[..., N]` for bfloat16 `x` `[..., K]`. bias: floating `[N]`. Raises ValueError for another `x`."""
+    flat = _rows(x, weight.shape[1])
     if weight.order is not None:
         flat = flat.index_select(1, weight.order)
     (n, k), blocks = weight.shape, weight.codes.shape[0]
@@ -104,9 +109,9 @@ def linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias` `[..., N]` for bfloat16 `x` `[..., K]` and a contiguous bfloat16 weight `[N, K]`."""
-    flat, (n, k) = _rows(x), weight.shape
-    if x.dtype != torch.bfloat16 or weight.dtype != torch.bfloat16 or not weight.is_contiguous():
-        raise ValueError(f"x {x.dtype}, weight {weight.dtype} with strides {weight.stride()}: expected bfloat16, contiguous")
+    flat, (n, k) = _rows(x, weight.shape[1]), weight.shape
+    if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
+        raise ValueError(f"weight {weight.dtype} with strides {weight.stride()}: expected bfloat16, contiguous")
     out = torch.empty(len(flat), n, dtype=x.dtype)
     added = None if bias is None else bias.float()
     cpu_kernels.loaded().dense_matmul(
@@ -115,6 +120,8 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], n)
 
 
-def _rows(x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+def _rows(x: Tensor, k: int) -> Tensor:
+    if x.dtype != torch.bfloat16 or x.shape[-1] != k or x.device.type != "cpu":
+        raise ValueError(f"x {x.dtype} {list(x.shape)} on {x.device}: expected bfloat16 [..., {k}] on the CPU")
+    flat = x.reshape(-1, k)
     return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -115,6 +115,16 @@ class Session:
     turn: str | None = None
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A token for a sequence, not yet a part of it. parent: whose sibling the sequence begins as."""
+
+    sequence: Sequence
+    parent: Sequence | None
+    token: int | NotANumber
+    logprob: Logprob | None
+
+
 class Engine:
     """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it reads.
 
@@ -155,9 +165,10 @@ class Engine:
             self.caches = make_caches(self.model_config, self.kv, self.ops.dtype, device, blocks, config.block_size)
         self.blocks = BlockManager(blocks, config.block_size, prefix_cache=config.prefix_cache)
         step_tokens = config.step_tokens or max(STEP_TOKENS[device.type], config.max_batch_size + config.block_size)
-        self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_idle_session)
-        self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size, self.context)
-        self.end_tokens: frozenset[int] = self.text.end_tokens if self.text else frozenset()
+        self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_session)
+        self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size)
+        ends = self.text.end_tokens if self.text else frozenset()
+        self.end_tokens = frozenset(t for t in ends if t < self.model_config.vocabulary)  # the model can make no others
         self.sessions: dict[int, Session] = {}
         self.steps = 0
         self._requests: dict[str, list[Sequence]] = {}
@@ -225,12 +236,15 @@ class Engine:
         Raises RequestError for what can never be served: the reason is in it.
         """
         params = params or SamplingParams()
-        arrival = next(self._arrivals)
-        id = id if id is not None else f"request-{arrival}"
+        arrival, given = next(self._arrivals), id is not None
+        while id is None or (id in self._requests and not given):
+            id = f"request-{next(self._arrivals)}"
+        if wrong := _wrong_kinds(prompt, id, priority, session):
+            raise RequestError(wrong)
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, special=not (session in self.sessions and self.sessions[session].tokens))
         history = self._history(session, params)
-        tokens = (*history, *(int(t) for t in prompt))
+        tokens = (*history, *prompt)
         problems = self._problems(id, tokens, params)
         if problems:
             raise RequestError(problems)
@@ -239,7 +253,7 @@ class Engine:
         self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=priority, session=session)
         most = min(params.max_tokens or self.context, self.context - len(tokens), self.blocks.count * self.blocks.size - len(tokens))
         # The last token that is generated never goes through the model.
-        stretch = self.runner.rotary.stretch(len(tokens) + (min(params.max_tokens, most) if params.max_tokens else 1) - 1)
+        stretch = self.runner.rotary.stretch(len(tokens) + most - 1)
         request = Request(id, tokens, params, most, arrival, priority, stretch, session)
         sequence = Sequence(request, 0, list(tokens), forks=params.n > 1)
         self._requests[id] = [sequence]
@@ -326,10 +340,11 @@ class Engine:
             raise RequestError(Problem(f"session {session}", "a turn is running", "abort it first"))
         return known
 
-    def _drop_idle_session(self) -> bool:
-        """Gives back the blocks of the session that has been idle the longest; its next turn recomputes them."""
+    def _drop_session(self) -> bool:
+        """Gives back the blocks of a session, the one whose last turn was the longest ago; its next turn finds or recomputes them. A turn
+        that runs owns its blocks itself."""
         for session in self.sessions.values():  # in the order of their last turns
-            if session.blocks and session.turn is None:
+            if session.blocks:
                 self.blocks.release(session.blocks)
                 session.blocks = []
                 return True
@@ -351,6 +366,7 @@ class Engine:
             logits = self.runner.logits(torch.cat([h for _, h in ending])) if ending else None
             for work, h in zip(step.work, states, strict=True):
                 self._score_prompt(work, h)
+            drawn = self._draw([work.sequence for work, _ in ending], logits) if logits is not None else []
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error) or self.ranks:  # other ranks wait for what this one did not compute
                 raise
@@ -360,33 +376,38 @@ class Engine:
         self.steps += 1
         for work in step.work:
             self.scheduler.advance(work)
-        found = self._choose([work.sequence for work, _ in ending], logits) if logits is not None else []
+        found = self._settle(drawn)
         if self.config.check and (problems := self.problems()):
             raise RuntimeError("the books of the KV cache are wrong: " + "; ".join(problems))
         return found
 
-    def _choose(self, sequences: list[Sequence], logits: Tensor) -> list[Token]:
-        rows = list(range(len(sequences)))
-        for row, sequence in enumerate(list(sequences)):
-            if sequence.forks:  # its siblings' first tokens come from the same logits
-                sequence.forks = False
-                for index in range(1, sequence.request.params.n):
-                    sibling = Sequence(sequence.request, index, list(sequence.tokens))
-                    self.scheduler.fork(sequence, sibling)
-                    self._requests[sequence.request.id].append(sibling)
-                    sequences.append(sibling)
-                    rows.append(row)
-        if len(rows) > len(logits):
-            logits = logits[torch.tensor(rows, device=logits.device)]
-        tokens = sample(logits, sequences, [self._seeds[s.request.id] for s in sequences], self.end_tokens)
+    def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[_Drawn]:
+        """A next token for each sequence, and first ones for the siblings of those whose prompt is done. Changes nothing."""
+        wanted: list[tuple[Sequence, Sequence | None, int]] = [(s, None, row) for row, s in enumerate(sequences)]
+        for row, s in enumerate(sequences):
+            if s.forks:  # the same logits for all
+                wanted += [(Sequence(s.request, i, list(s.tokens)), s, row) for i in range(1, s.request.params.n)]
+        if len(wanted) > len(sequences):
+            logits = logits[torch.tensor([row for _, _, row in wanted], device=logits.device)]
+        tokens = sample(logits, [s for s, _, _ in wanted], [self._seeds[s.request.id] for s, _, _ in wanted], self.end_tokens)
         found = []
-        for sequence, token, row in zip(sequences, tokens, logits, strict=True):
-            if isinstance(token, NotANumber):
-                found.append(self._finish(sequence, Finish.error, str(token)))
-            else:
-                count = sequence.request.params.logprobs
-                found.append(self._append(sequence, token, None if count is None else logprob_of(row, token, count)))
+        for (sequence, parent, _), token, row in zip(wanted, tokens, logits, strict=True):
+            count = sequence.request.params.logprobs
+            scored = None if count is None or isinstance(token, NotANumber) else logprob_of(row, token, count)
+            found.append(_Drawn(sequence, parent, token, scored))
         return found
+
+    def _settle(self, drawn: list[_Drawn]) -> list[Token]:
+        for d in drawn:  # before their parent can end, and take its blocks with it
+            if d.parent is not None:
+                d.parent.forks = False
+                self.scheduler.fork(d.parent, d.sequence)
+                self._requests[d.sequence.request.id].append(d.sequence)
+        return [
+            self._finish(d.sequence, Finish.error, str(d.token)) if isinstance(d.token, NotANumber)
+            else self._append(d.sequence, d.token, d.logprob)
+            for d in drawn
+        ]  # fmt: skip
 
     def _append(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Token:
         params, first = sequence.request.params, not sequence.generated
@@ -466,7 +487,11 @@ class Engine:
         self._tell("hidden_states", tokens=list(tokens))
         request = Request("", tuple(tokens), SamplingParams(prompt_logprobs=0), 0, 0, rope_length=self.runner.rotary.stretch(len(tokens)))
         sequence, found = Sequence(request, 0, list(tokens)), []
-        sequence.blocks = [self.blocks.allocate() for _ in range(self.blocks.blocks_for(len(tokens)))]
+        needed = self.blocks.blocks_for(len(tokens))
+        while not self.blocks.can_allocate(needed):
+            if not self._drop_session():
+                raise ResourceError(Problem("KV cache", f"{self.blocks.free_blocks} free blocks", f"{needed} for {len(tokens)} tokens"))
+        sequence.blocks = [self.blocks.allocate() for _ in range(needed)]
         try:
             while sequence.pending:
                 work = Work(sequence, min(sequence.pending, self.scheduler.limits.tokens))
@@ -485,6 +510,21 @@ class Engine:
         """Steps until nothing is left to do."""
         while self.has_work:
             yield from self.step()
+
+
+def _wrong_kinds(prompt: object, id: object, priority: object, session: object) -> list[Problem]:
+    """Arguments that are not what they are typed as."""
+    found = []
+    if not isinstance(prompt, str):
+        items = prompt if isinstance(prompt, (list, tuple)) else None
+        if items is None or not all(isinstance(t, int) and not isinstance(t, bool) for t in items):
+            found.append(Problem("prompt", repr(prompt)[:80], "text, or a list of token ids"))
+    if not isinstance(id, str):
+        found.append(Problem("id", repr(id)[:80], "text"))
+    for name, value in (("priority", priority), ("session", session)):
+        if (value is not None or name == "priority") and (not isinstance(value, int) or isinstance(value, bool)):
+            found.append(Problem(name, repr(value)[:80], "an integer"))
+    return found
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -8,6 +8,7 @@ print(llm.chat([{"role": "user", "content": "Hello!"}], SamplingParams(max_token
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from pathlib import Path
@@ -62,6 +63,7 @@ class LLM:
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = Engine(model, EngineConfig(**options))
+        self._inboxes: dict[str, deque[Token]] = {}  # a step's tokens may be for another stream than the one that stepped
 
     def generate(self, prompts: Prompt | Many[Prompt], params: SamplingParams | Many[SamplingParams] | None = None) -> list[Output]:
         """What the model makes of each prompt (text, or token ids), in their order; all of them run together.
@@ -77,14 +79,14 @@ class LLM:
         collectors: dict[str, Collector] = {}
         try:
             for prompt, wanted in zip(many, each, strict=True):
-                request = self.engine.submit(prompt, wanted)
+                request = self._submit(prompt, wanted)
                 collectors[request.id] = Collector(request)
-            for token in self.engine.tokens():
-                if token.request in collectors:
-                    collectors[token.request].add(token)
+            for id, collector in collectors.items():
+                while not collector.done:
+                    collector.add(self._next(id))
         finally:
             for id in collectors:  # what is left after an interruption or an error
-                self.engine.abort(id)
+                self._leave(id)
         return [_checked(collector.output()) for collector in collectors.values()]
 
     def chat(self, messages: Many[Message], params: SamplingParams | None = None) -> Output:
@@ -97,18 +99,35 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, session: int | None = None) -> Iterator[Token]:
         """The tokens and their text as they come. Leaving the loop aborts the request. session: see `Engine.submit`."""
-        request = self.engine.submit(prompt, params, session=session)
+        request = self._submit(prompt, params, session=session)
         open_texts = request.params.n
         try:
             while open_texts:
-                for token in self.engine.step():
-                    if token.request == request.id:
-                        open_texts -= token.finish is not None
-                        if token.finish == Finish.error:
-                            raise ResourceError(Problem(request.id, token.reason))
-                        yield token
+                token = self._next(request.id)
+                open_texts -= token.finish is not None
+                if token.finish == Finish.error:
+                    raise ResourceError(Problem(request.id, token.reason))
+                yield token
         finally:
-            self.engine.abort(request.id)
+            self._leave(request.id)
+
+    def _submit(self, prompt: Prompt, params: SamplingParams | None, session: int | None = None) -> Request:
+        request = self.engine.submit(prompt, params, session=session)
+        self._inboxes[request.id] = deque()
+        return request
+
+    def _next(self, id: str) -> Token:
+        """A request's next token, after as many steps as it takes."""
+        inbox = self._inboxes[id]
+        while not inbox:
+            for token in self.engine.step():
+                if token.request in self._inboxes:
+                    self._inboxes[token.request].append(token)
+        return inbox.popleft()
+
+    def _leave(self, id: str) -> None:
+        self.engine.abort(id)
+        del self._inboxes[id]
 
     def stream_infer(self, session_id: int, input_ids: Many[int], params: SamplingParams | None = None) -> Iterator[list[int]]:
         """The generated token ids so far, a longer list at every step, as LMDeploy's `stream_infer` yields them; the session goes on from

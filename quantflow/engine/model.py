@@ -15,10 +15,11 @@ from torch import Tensor
 
 from quantflow.engine.ops import Batch, KVCache, Linear, Ops
 from quantflow.models.config import DecoderConfig
-from quantflow.models.rope import rotary_table
+from quantflow.models.rope import inverse_frequencies
 
 STRETCHED = ("dynamic", "qwen")  # kinds of rotary embedding that depend on the length
-TABLES = 64  # rotary tables of stretched sequences that are kept
+CHUNK = 256  # positions of a rotary table
+KEPT = 256  # tables that are kept
 
 
 @dataclass(frozen=True)
@@ -141,16 +142,18 @@ class Model:
 
 
 class Rotary:
-    """cos and sin of positions, from tables: an angle's bits do not depend on what else is in the batch."""
+    """cos and sin of positions, from tables of `CHUNK` positions that are made when they are needed: an angle's bits do not depend on what
+    else is in the batch."""
 
-    def __init__(self, config: DecoderConfig, context: int, device: torch.device) -> None:
-        self.config, self.context, self.device = config, context, device
-        self._table = lru_cache(TABLES)(self._make)
+    def __init__(self, config: DecoderConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self._frequencies = lru_cache(KEPT)(lambda length: inverse_frequencies(config, length))
+        self._table = lru_cache(KEPT)(self._make)
 
-    def _make(self, length: int) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary_table(self.config, length, self.device)
-        half = self.config.head_dim // 2
-        return cos[:, :half].contiguous(), sin[:, :half].contiguous()
+    def _make(self, length: int, chunk: int) -> tuple[Tensor, Tensor]:
+        frequencies, factor = self._frequencies(length)
+        angles = torch.outer(torch.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=torch.float32), frequencies)
+        return (angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device)
 
     def stretch(self, length: int) -> int:
         """A sequence's rope_length, if it will have `length` tokens: 0 where nothing depends on that."""
@@ -160,7 +163,11 @@ class Rotary:
         """cos and sin `[T, D / 2]` for (rope_length, first position, count) of each sequence."""
         if self.config.family == "opt":
             return None, None
-        natural = min(self.context, self.config.max_positions) if self.config.rope.kind in STRETCHED else self.context
-        tables = [self._table(stretch or natural) for stretch, _, _ in parts]
-        cos, sin = (torch.cat([t[which][first : first + n] for t, (_, first, n) in zip(tables, parts, strict=True)]) for which in (0, 1))
-        return cos, sin
+        cos, sin = [], []
+        for stretch, first, count in parts:
+            for chunk in range(first // CHUNK, (first + count - 1) // CHUNK + 1):
+                tables = self._table(stretch or self.config.max_positions, chunk)
+                part = slice(max(first - chunk * CHUNK, 0), min(first + count - chunk * CHUNK, CHUNK))
+                cos.append(tables[0][part])
+                sin.append(tables[1][part])
+        return torch.cat(cos), torch.cat(sin)

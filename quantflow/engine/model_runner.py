@@ -14,11 +14,11 @@ LOGIT_ELEMENTS = 2**25  # logits of prompts that are computed at once
 
 
 class ModelRunner:
-    """block_size: tokens a cache block; context: the longest of a sequence."""
+    """block_size: tokens a cache block."""
 
-    def __init__(self, model: Model, caches: list[KVCache], block_size: int, context: int) -> None:
+    def __init__(self, model: Model, caches: list[KVCache], block_size: int) -> None:
         self.model, self.caches, self.block_size = model, caches, block_size
-        self.rotary = Rotary(model.config, context, model.ops.device)
+        self.rotary = Rotary(model.config, model.ops.device)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Tensor]:

@@ -11,6 +11,7 @@ from quantflow.errors import Problem, RequestError
 
 MOST_SEQUENCES = 64  # of one request
 MOST_LOGPROBS = 50
+LEAST_TEMPERATURE = 1e-5  # less than that overflows
 MOST_BIASES = 1024
 MOST_STOPS, MOST_STOP_LETTERS = 32, 512
 
@@ -44,10 +45,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
+            object.__setattr__(self, name, value)
         wrong = [*_outside(self, "max_tokens", int, 1, None), *_outside(self, "min_tokens", int, 0, None)]
         for name, low, high in (
             ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -2, 2),
@@ -59,16 +60,25 @@ class SamplingParams:
             ("seed", -(2**63), 2**64 - 1),
         ):  # fmt: skip
             wrong += _outside(self, name, int, low, most)
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                wrong.append(Problem(name, "0", "more than 0"))
+        for name, least in (("top_p", 0.0), ("repetition_penalty", 0.01), ("temperature", LEAST_TEMPERATURE)):
+            value = getattr(self, name)
+            if _is(value, float, 0, least) and value < max(least, 1e-30) and (value or name != "temperature"):
+                wrong.append(Problem(name, str(value), f"{'0, or ' if name == 'temperature' else ''}more than {least:g}"))
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
             wrong.append(Problem("logit_bias", _shown(self.logit_bias), f"at most {MOST_BIASES} tokens and their biases"))
         elif not all(_is(k, int, 0, None) and _is(v, float, -100, 100) for k, v in self.logit_bias.items()):
             wrong.append(Problem("logit_bias", _shown(dict(self.logit_bias)), "token ids, each with a number from -100 to 100"))
-        if len(self.stop) > MOST_STOPS or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_LETTERS for s in self.stop):
+        if (
+            not isinstance(self.stop, tuple)
+            or len(self.stop) > MOST_STOPS
+            or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_LETTERS for s in self.stop)
+        ):
             wrong.append(Problem("stop", _shown(self.stop), f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_LETTERS} letters"))
-        if len(self.stop_token_ids) > MOST_BIASES or not all(_is(t, int, 0, None) for t in self.stop_token_ids):
+        if (
+            not isinstance(self.stop_token_ids, tuple)
+            or len(self.stop_token_ids) > MOST_BIASES
+            or not all(_is(t, int, 0, None) for t in self.stop_token_ids)
+        ):
             wrong.append(Problem("stop_token_ids", _shown(self.stop_token_ids), f"at most {MOST_BIASES} token ids"))
         if not wrong and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             wrong.append(Problem("min_tokens", str(self.min_tokens), f"at most max_tokens, {self.max_tokens}"))
@@ -94,7 +104,7 @@ def _shown(value: object) -> str:
 def _is(value: object, kind: type, low: float, high: float | None) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         return False
-    return math.isfinite(value) and value >= low and (high is None or value <= high)
+    return value >= low and (high is None or value <= high) and (isinstance(value, int) or math.isfinite(value))
 
 
 def _outside(params: SamplingParams, name: str, kind: type, low: float, high: float | None) -> list[Problem]:

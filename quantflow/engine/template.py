@@ -47,8 +47,10 @@ class Renderer:
                 process.stdin.write(line)
                 process.stdin.flush()
                 answer = _line(process.stdout.fileno())
-            except OSError as error:
-                self._end()
+            except BaseException as error:
+                self._end()  # an answer that nobody waited for would be the next question's
+                if not isinstance(error, OSError):
+                    raise
                 raise TemplateRefused(f"it took more than {MOST_BYTES >> 20} MiB, or its process was ended ({error})") from error
             if answer is None:
                 self._end()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import Problem, RequestError
@@ -17,7 +16,9 @@ from quantflow.models.tokenizer import chat_template, load_tokenizer, special_to
 
 Message = Mapping[str, Any]  # role and content
 
-CONTEXT = 8  # tokens of the prompt that the text of the first new ones may depend on
+CONTEXT = 8  # tokens before, that the text of the next one may depend on
+LONGEST = 8  # tokens that may make one letter; what is no letter by then is shown as it is
+BROKEN = "\ufffd"
 
 
 class Text:
@@ -72,23 +73,31 @@ def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> froz
     found: set[int | None] = {tokenizer.token_to_id(token) for token in named}
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        found |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
-    return frozenset(v for v in found if v is not None)
+        found |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and not isinstance(v, bool)}
+    return frozenset(v for v in found if v is not None and v >= 0)
 
 
 class Detokenizer:
-    """The text of one sequence as it grows. Letters that may be the beginning of a stop string are held back."""
+    """The text of one sequence as it grows. Letters that may be the beginning of a stop string are held back, and so are bytes that may
+    be the beginning of a letter.
+
+    What a token adds is what the text of some tokens before it grows by: it depends on them, since SentencePiece drops the space before a
+    first word and a letter may be made of several tokens.
+    """
 
     def __init__(self, text: Text, prompt: Sequence[int], stops: Sequence[str]) -> None:
         self._tokenizer, self._stops = text.tokenizer, stops
-        # What a token adds depends on what precedes it: SentencePiece drops the space before a first word.
-        self._stream = DecodeStream(ids=list(prompt[-CONTEXT:]), skip_special_tokens=True)
+        self._ids = list(prompt[-CONTEXT:])  # the tokens before, then those whose text is not shown yet
+        self._known = len(self._ids)
+        while self._known and self._decode(self._known).endswith(BROKEN):  # the prompt ends within a letter
+            self._known -= 1
         self._held = ""
         self.stopped = False
 
     def add(self, token: int, *, search: bool = True) -> str:
         """The letters that can be shown now. search: whether stop strings count yet. `stopped` is set where one was found."""
-        self._held += self._stream.step(self._tokenizer, token) or ""
+        self._ids.append(token)
+        self._held += self._grown(whole=len(self._ids) - self._known > LONGEST)
         if not self._stops or not search:
             return self._take(len(self._held))
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
@@ -101,7 +110,23 @@ class Detokenizer:
 
     def finish(self) -> str:
         """The letters that were held back, once no more tokens come."""
-        return "" if self.stopped else self._take(len(self._held))
+        if self.stopped:
+            return ""
+        self._held += self._grown(whole=True)
+        return self._take(len(self._held))
+
+    def _decode(self, count: int) -> str:
+        return str(self._tokenizer.decode(self._ids[:count], skip_special_tokens=True))
+
+    def _grown(self, *, whole: bool) -> str:
+        """What the text has grown by. whole: even if its last letter is not."""
+        before, after = self._decode(self._known), self._decode(len(self._ids))
+        if after.endswith(BROKEN) and not whole:
+            return ""
+        shared = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
+        keep = max(0, self._known - CONTEXT)
+        self._ids, self._known = self._ids[keep:], len(self._ids) - keep
+        return after[shared:]
 
     def _take(self, count: int) -> str:
         shown, self._held = self._held[:count], self._held[count:]
