@@ -65,6 +65,17 @@ def unsupported(bits: int, group_size: int, in_features: int, dtype: torch.dtype
     return "" if available() else f"no compiled products here ({cpu_kernels.library()[1] or 'no AVX-512 BF16'})"
 
 
+def fits(zeros: Tensor, group_index: Tensor | None) -> bool:
+    """Whether zero points `[N, G]` and the groups of the input channels are such as the packed layout holds."""
+    if zeros.numel() and int(zeros.max()) > MOST_ZERO:
+        return False
+    if group_index is None:
+        return True
+    groups = zeros.shape[1]
+    inside = int(group_index.min()) >= 0 and int(group_index.max()) < groups
+    return inside and bool((torch.bincount(group_index, minlength=groups) == len(group_index) // groups).all())
+
+
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | None = None) -> Int4Weight:
     """A canonical weight (codes uint8 `[N, K]`, scales and zeros `[N, G]`) for these products. `unsupported` has been asked.
 
@@ -72,11 +83,9 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | Non
     """
     (n, k), groups = codes.shape, scales.shape[1]
     order = None
-    if int(zeros.max()) > MOST_ZERO:
-        raise ValueError(f"a zero point of {int(zeros.max())}, expected at most {MOST_ZERO}")
+    if not fits(zeros, group_index):
+        raise ValueError(f"groups of unequal size, or a zero point of {int(zeros.max())}: expected full groups, and at most {MOST_ZERO}")
     if group_index is not None:
-        if not bool((torch.bincount(group_index, minlength=groups) == k // groups).all()):
-            raise ValueError(f"a group index with groups of unequal size, expected {groups} of {k // groups} channels")
         order = group_index.long().argsort(stable=True)
         codes = codes[:, order]
     packed = torch.empty(-(-n // BLOCK), k // STEP, 2 * BLOCK, dtype=torch.int16)

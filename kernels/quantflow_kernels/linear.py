@@ -48,7 +48,7 @@ def prepare(
     dtype: of the activations. group_index: int32 `[K]` where channels do not belong to the groups they stand in (GPTQ's `g_idx`).
     """
     n, k = codes.shape
-    if codes.device.type == "cpu" and not cpu_matmul.unsupported(bits, group_size, k, dtype):
+    if codes.device.type == "cpu" and not cpu_matmul.unsupported(bits, group_size, k, dtype) and cpu_matmul.fits(zeros, group_index):
         return cpu_matmul.pack(codes, scales, zeros, group_index)
     if group_index is None:
         if codes.device.type == "cuda":

@@ -12,7 +12,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quantflow.cli.console import console, progress, reporting
+from quantflow.cli.console import RUNNING, console, progress, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Mode, ModelDirectory, ModeOption
 from quantflow.errors import Problem, UserError
 
@@ -43,8 +43,8 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure prefill, decode, time to the first token and memory: 16 bits, quantised weights, int8 KV, both, and transformers."""
-    with reporting(debug):
-        from quantflow.evaluate.throughput import Case, measure, memory_table
+    with reporting(debug, RUNNING):
+        from quantflow.evaluate.throughput import Case, Row, measure, memory_table
         from quantflow.formats.reader import Weights
         from quantflow.machine import resolve_device
         from quantflow.models.checkpoint import resolve_model
@@ -67,17 +67,17 @@ def bench(
         cases = [
             Case(name, engine, path, kv, mode.value, where, b, p, new) for b in batches for p in prompts for name, engine, path, kv in kinds
         ]
-        rows = []
+        rows: list[Row] = []
+        memory = memory_table(original or quantised, batches, [1024, 2048, 4096])
+        record = {**_machine(where), "mode": mode.value, "rows": [], "memory": memory}
         with progress() as watcher:
             watcher.phase("bench", len(cases))
             for case in cases:
+                _write(output, record)  # what has been measured is not lost to what follows
                 rows.append(measure(case))
+                record["rows"].append(rows[-1].as_dict())
                 watcher.step(f"{case.name}, batch {case.batch}, prompt {case.prompt}")
-        memory = memory_table(original or quantised, batches, [1024, 2048, 4096])
-        record = {**_machine(where), "mode": mode.value, "rows": [row.as_dict() for row in rows], "memory": memory}
-        if output:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _write(output, record)
         if as_json:
             print(json.dumps(record))
             return
@@ -95,6 +95,12 @@ def bench(
             )  # fmt: skip
         console.print(table)
         console.print(_memory(memory, original or quantised))
+
+
+def _write(output: Path | None, record: dict[str, Any]) -> None:
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _memory(memory: list[dict[str, int]], model: str) -> Table:

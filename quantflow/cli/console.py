@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -73,10 +74,25 @@ def progress() -> Iterator[Plain | Bars]:
         yield Bars(bars)
 
 
-def translate(error: BaseException) -> tuple[int, str, tuple[Any, ...]]:
+@dataclass(frozen=True)
+class Hints:
+    """What to do when a verb was interrupted, or ran out of memory."""
+
+    interrupted: str
+    memory: str
+
+
+QUANTISING = Hints(
+    "Finished layers are in the store: run the same command to go on.",
+    "Lower calibration.samples or seqlen (`quantflow plan` estimates the peak), or free memory; run again to go on.",
+)
+RUNNING = Hints("", "Lower --session-len, --cache-max-entry-count or the batch, use --kv int8, or free memory.")
+
+
+def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str, tuple[Any, ...]]:
     """The exit code of an exception, a title, and its problems. The one table from exceptions to messages."""
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted", ("Finished layers are in the store: run the same command to go on.",)
+        return INTERRUPTED, "interrupted", (hints.interrupted,) if hints.interrupted else ()
     if isinstance(error, GateError):
         return error.exit_code, "quality gate failed", error.problems
     if isinstance(error, ResourceError):
@@ -91,11 +107,7 @@ def translate(error: BaseException) -> tuple[int, str, tuple[Any, ...]]:
     if isinstance(error, PermissionError):
         return 2, "not permitted", (f"{error.filename}: {error.strerror}. Choose another place with --output.",)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
-        return (
-            4,
-            "out of memory",
-            ("Lower calibration.samples or seqlen (`quantflow plan` estimates the peak), or free memory; run again to go on.",),
-        )
+        return 4, "out of memory", (hints.memory,)
     if isinstance(error, OSError):
         return 4, "the system refused", (f"{error.filename or ''} {error.strerror or error}".strip(),)
     return 1, "internal error", (f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug for the traceback.",)
@@ -107,7 +119,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
-def reporting(debug: bool) -> Iterator[None]:
+def reporting(debug: bool, hints: Hints = QUANTISING) -> Iterator[None]:
     """Turns exceptions into one clear message and an exit code; `debug` lets the traceback through first."""
     try:
         yield
@@ -116,7 +128,7 @@ def reporting(debug: bool) -> Iterator[None]:
     except BaseException as error:
         if debug:
             errors.print_exception()
-        code, title, problems = translate(error)
+        code, title, problems = translate(error, hints)
         errors.print(f"[bold red]quantflow: {title}[/]")
         for problem in problems:
             errors.print(f"  {problem}", markup=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
 
-from quantflow.cli.console import errors, reporting
+from quantflow.cli.console import RUNNING, errors, reporting
 from quantflow.cli.options import (
     KV,
     CacheShare,
@@ -26,12 +26,16 @@ from quantflow.cli.options import (
     TensorParallel,
 )
 
+DEFAULT_TOKENS = 256
+
 
 def generate(
     model: ModelDirectory,
     prompt: Annotated[list[str], typer.Option("--prompt", help="The text to go on from; - reads it from stdin. May be repeated.")],
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a question, put in the model's dialogue format.")] = False,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Tokens to generate; by default 256, or what the context still holds.")
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that together have this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Draw from this many tokens; 0: all.")] = 0,
@@ -50,7 +54,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Generate text with an artifact or any checkpoint that QuantFlow reads."""
-    with reporting(debug):
+    with reporting(debug, RUNNING):
         from quantflow.engine.follower import follow
         from quantflow.engine.llm import LLM
         from quantflow.engine.request import SamplingParams
@@ -75,6 +79,9 @@ def generate(
         texts = [sys.stdin.read() if text == "-" else text for text in prompt]
         prompts = [llm.get_prompt(text) if chat else text for text in texts]
         tokens = [llm.encode(text, special=not chat) for text in prompts]  # a dialogue format has its own first tokens
+        if max_tokens is None:
+            room = llm.engine.context - max(map(len, tokens))
+            params = replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
         if stream:
             for token in llm.stream(tokens[0], params):
                 print(token.text, end="", flush=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from quantflow.cli.console import console, progress, reporting
+from quantflow.cli.console import RUNNING, console, progress, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json
 
 
@@ -23,7 +23,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check files, load, compare every layer with the dequantised weights, generate. Exit code 3 if anything is off."""
-    with reporting(debug):
+    with reporting(debug, RUNNING):
         from quantflow.errors import GateError, Problem
         from quantflow.evaluate.verify import verify as run
         from quantflow.models.checkpoint import resolve_model

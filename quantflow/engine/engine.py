@@ -84,19 +84,23 @@ class EngineConfig:
                 object.__setattr__(self, name, kind(getattr(self, name)))
             except ValueError:
                 wrong.append(Problem(name, repr(getattr(self, name)), " or ".join(kind)))
-        for name in ("session_len", "step_tokens", "cache_bytes"):
+        for name in ("session_len", "step_tokens", "cache_bytes", "max_batch_size", "block_size", "tp"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                wrong.append(Problem(name, str(value), "at least 1"))
-        for name in ("max_batch_size", "tp"):
-            if getattr(self, name) < 1:
-                wrong.append(Problem(name, str(getattr(self, name)), "at least 1"))
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            optional = name in ("session_len", "step_tokens", "cache_bytes")
+            if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                wrong.append(Problem(name, repr(value), "an integer of at least 1"))
+        if self.device not in ("auto", "cpu", "cuda"):
+            wrong.append(Problem("device", repr(self.device), "auto, cpu or cuda"))
+        for name in ("prefix_cache", "check"):
+            if not isinstance(getattr(self, name), bool):
+                wrong.append(Problem(name, repr(getattr(self, name)), "True or False"))
+        faulty = {problem.where for problem in wrong}
+        if "block_size" not in faulty and (self.block_size < 16 or self.block_size & (self.block_size - 1)):
             wrong.append(Problem("block_size", str(self.block_size), "a power of two, at least 16"))
         share = self.cache_max_entry_count
-        if share is not None and not 0 < share <= 1:
-            wrong.append(Problem("cache_max_entry_count", str(share), "a share of the free memory, more than 0 and at most 1"))
-        if self.step_tokens is not None and self.step_tokens <= self.max_batch_size:
+        if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
+            wrong.append(Problem("cache_max_entry_count", repr(share), "a share of the free memory, more than 0 and at most 1"))
+        if self.step_tokens is not None and not faulty & {"step_tokens", "max_batch_size"} and self.step_tokens <= self.max_batch_size:
             wrong.append(Problem("step_tokens", str(self.step_tokens), f"more than max_batch_size, {self.max_batch_size}"))
         if wrong:
             raise UserError(wrong)
@@ -292,9 +296,20 @@ class Engine:
                 found.append(Problem(where, f"token {wrong[0]}", f"ids from 0 to {vocabulary - 1}"))
         if params.n > self.config.max_batch_size:
             found.append(Problem("n", str(params.n), f"at most {self.config.max_batch_size}, the sequences that run at once"))
+        special = [
+            stop for stop in params.stop if self.text and self.text.tokenizer.token_to_id(stop) is not None and not self._shows(stop)
+        ]
+        if special:
+            hint = "Name it in stop_token_ids"
+            found.append(Problem("stop", repr(special[0]), "text: a special token is never shown as such", hint))
         if params.stop and self.text is None:
             found.append(Problem("stop", "strings, and the model has no tokenizer", "stop_token_ids"))
         return found
+
+    def _shows(self, token: str) -> bool:
+        """Whether a token's name is what its text is."""
+        number = self.tokenizer.tokenizer.token_to_id(token)
+        return number is not None and self.tokenizer.decode([number]) != ""
 
     def _history(self, session: int | None, params: SamplingParams) -> list[int]:
         if session is None:
@@ -427,9 +442,9 @@ class Engine:
             finish = Finish.length
         prompt_logprobs = tuple(self._prompt_logprobs.get(sequence.request.id, ())) if first and not sequence.index else ()
         if finish is None:
-            return Token(sequence.request.id, sequence.index, token, text, logprob, prompt_logprobs=prompt_logprobs)
+            return Token(sequence.request.id, sequence.index, token, text, logprob, prompt_logprobs=prompt_logprobs, cached=sequence.cached)
         ended = self._finish(sequence, finish)
-        return Token(sequence.request.id, sequence.index, token, text + ended.text, logprob, finish, prompt_logprobs=prompt_logprobs)
+        return replace(ended, token=token, text=text + ended.text, logprob=logprob, prompt_logprobs=prompt_logprobs)
 
     def _give_up(self, sequence: Sequence, finish: Finish, reason: str = "") -> list[Token]:
         """Ends a sequence, and the siblings that would have begun where its prompt ends."""
@@ -451,7 +466,8 @@ class Engine:
             self._keep(request.session, sequence, blocks)
         else:
             self.blocks.release(blocks)
-        return Token(request.id, sequence.index, None, detokenizer.finish() if detokenizer else "", finish=finish, reason=reason)
+        text = detokenizer.finish() if detokenizer else ""
+        return Token(request.id, sequence.index, None, text, finish=finish, reason=reason, cached=sequence.cached)
 
     def _keep(self, number: int, sequence: Sequence, blocks: list[int]) -> None:
         """The turn is over: its tokens and blocks are the session's, which is now the last to be dropped."""

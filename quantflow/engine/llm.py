@@ -33,6 +33,7 @@ class Collector:
         self._logprobs: list[list[Logprob]] = [[] for _ in range(count)]
         self._ends: list[tuple[Finish, str] | None] = [None] * count
         self._prompt: tuple[Logprob | None, ...] = ()
+        self._cached = 0
 
     @property
     def done(self) -> bool:
@@ -44,6 +45,7 @@ class Collector:
         self._texts[token.index].append(token.text)
         if token.logprob:
             self._logprobs[token.index].append(token.logprob)
+        self._cached = max(self._cached, token.cached)
         if token.prompt_logprobs:
             self._prompt = token.prompt_logprobs
         if token.finish:
@@ -55,7 +57,7 @@ class Collector:
             finish, reason = end or (Finish.abort, "")
             text = "".join(self._texts[index])
             completions.append(Completion(index, tuple(self._tokens[index]), text, finish, reason, tuple(self._logprobs[index])))
-        return Output(self.request.id, self.request.prompt, tuple(completions), self._prompt)
+        return Output(self.request.id, self.request.prompt, tuple(completions), self._prompt, self._cached)
 
 
 class LLM:

@@ -200,6 +200,7 @@ class Token:
     finish: Finish | None = None
     reason: str = ""
     prompt_logprobs: tuple[Logprob | None, ...] = ()
+    cached: int = 0  # tokens of the prompt that the prefix cache held
 
 
 @dataclass(frozen=True)

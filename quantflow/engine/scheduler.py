@@ -2,8 +2,8 @@
 
 Every step carries the running sequences on, in the order of their requests, and then admits waiting ones, within a budget of tokens.
 A decode takes one token of it, so that decodes and chunks of prompts share a step. Where blocks run out, the last sequence in order
-gives its own back and waits; the first in order always finds room, since a request that could not run alone was refused: nothing
-starves.
+gives its own back and waits; the first in order always finds room, since a request that could not run alone was refused: among equals
+nothing starves. A lower priority waits for as long as higher ones keep coming, and what runs is not stopped for them.
 """
 
 from __future__ import annotations

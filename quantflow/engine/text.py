@@ -91,6 +91,8 @@ class Detokenizer:
         self._known = len(self._ids)
         while self._known and self._decode(self._known).endswith(BROKEN):  # the prompt ends within a letter
             self._known -= 1
+        while self._known and self._decode(self._known).startswith(BROKEN):  # or its last tokens begin within one
+            self._ids, self._known = self._ids[1:], self._known - 1
         self._held = ""
         self.stopped = False
 
@@ -123,10 +125,9 @@ class Detokenizer:
         before, after = self._decode(self._known), self._decode(len(self._ids))
         if after.endswith(BROKEN) and not whole:
             return ""
-        shared = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), min(len(before), len(after)))
-        keep = max(0, self._known - CONTEXT)
-        self._ids, self._known = self._ids[keep:], len(self._ids) - keep
-        return after[shared:]
+        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known  # what was shown last begins with a whole letter
+        # A stray byte may spoil letters before it, which have been shown: only what comes after them is new.
+        return after[len(before) :]
 
     def _take(self, count: int) -> str:
         shown, self._held = self._held[:count], self._held[count:]

@@ -126,3 +126,71 @@ def test_a_loop_that_is_closed_does_not_stop_the_engine(tiny: Path) -> None:
         time.sleep(0.01)
     assert llm.alive and time.monotonic() < until
     llm.close()
+
+
+def test_waiters_of_the_step_that_failed_are_answered(tiny: Path) -> None:
+    """One text ends in the very step that raises for another: its end is lost, and both are told."""
+
+    async def run() -> None:
+        llm = AsyncLLM(tiny, device="cpu")
+        append, seen = llm.engine._append, []
+
+        def broken(*arguments: Any) -> Any:
+            seen.append(1)
+            if len(seen) == 2:
+                raise RuntimeError("shapes do not match")
+            return append(*arguments)
+
+        llm.engine._append = broken  # type: ignore[method-assign]
+        llm.engine.step, step = (lambda: []), llm.engine.step  # type: ignore[method-assign]
+        waiting = [asyncio.create_task(llm.generate(PROMPT, SamplingParams(max_tokens=1))) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        llm.engine.step = step  # type: ignore[method-assign]
+        for task in waiting:
+            with pytest.raises(ResourceError, match="shapes do not match"):
+                await task
+
+    within(30, run())
+
+
+def test_an_id_may_be_used_again(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            old = llm.stream(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True), id="mine")
+            await old.__anext__()
+            while await asyncio.wrap_future(llm.call(lambda engine: engine.has_work)):
+                await asyncio.sleep(0.01)
+            new = asyncio.create_task(llm.generate(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True), id="mine"))
+            await asyncio.sleep(0.02)
+            await old.aclose()
+            assert len((await new).completions[0].token_ids) == 60
+
+    within(30, run())
+
+
+def test_abort_answers_who_waits(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            task = asyncio.create_task(llm.generate(PROMPT, LONG, id="mine"))
+            await asyncio.sleep(0.05)
+            await asyncio.wrap_future(llm.abort("mine"))
+            with pytest.raises(ResourceError, match="aborted"):
+                await task
+
+    within(30, run())
+
+
+def test_calls_that_were_cancelled_do_not_disturb_the_end(tiny: Path) -> None:
+    llm = AsyncLLM(tiny, device="cpu")
+    llm.call(lambda engine: time.sleep(0.3))
+    cancelled, waiting = llm.call(lambda engine: 1), llm.call(lambda engine: 2)
+    assert cancelled.cancel()
+    assert waiting.result(10) == 2
+    llm.engine.step = None  # type: ignore[method-assign, assignment]
+    llm.call(lambda engine: time.sleep(0.3))
+    futures = [llm.call(lambda engine: engine.submit(PROMPT)), llm.call(lambda engine: 1)]
+    futures[1].cancel()
+    llm._thread.join(20)
+    late = llm.call(lambda engine: 3)
+    with pytest.raises(ResourceError):
+        late.result(10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.llm import LLM, Collector
 from quantflow.engine.request import Completion, Finish, SamplingParams
 from quantflow.errors import RequestError, ResourceError, UserError
+from tests.helpers.zoo import specimen, write
 
 PROMPT = [5, 9, 13, 17, 21]
 
@@ -330,3 +332,171 @@ def test_a_low_priority_waits_but_every_request_ends(tiny: Path) -> None:
     second = engine.submit(PROMPT, SamplingParams(max_tokens=3), priority=0)
     ends = [t.request for t in engine.tokens() if t.finish]
     assert ends == [second.id, first.id]
+
+
+# --- found by reviewers
+
+
+def test_as_many_tokens_as_fit_beside_others_on_a_stretched_model(tmp_path: Path) -> None:
+    """A text that may run to the end of a stretched context is stretched for that, and leaves its neighbours alone."""
+    engine = make(write(tmp_path, specimen("qwen")), dtype="float32", session_len=128)
+    alone = run(engine, [3] * 20, max_tokens=40, ignore_eos=True).token_ids
+    told = run(engine, [7, 8], max_tokens=126, ignore_eos=True).token_ids
+    collectors = [
+        Collector(engine.submit(prompt, SamplingParams(max_tokens=most, ignore_eos=True)))
+        for prompt, most in (([7, 8], None), ([3] * 20, 40), ([7, 8], None))
+    ]
+    for token in engine.tokens():
+        next(c for c in collectors if c.request.id == token.request).add(token)
+    assert [c.output().completions[0].token_ids for c in collectors] == [told, alone, told]
+    assert len(told) == 126
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("more", [1, 60, 107])
+@pytest.mark.parametrize("scored", [None, 0])
+def test_a_sessions_own_blocks_never_keep_its_next_turn_out(tiny: Path, prefix_cache: bool, more: int, scored: int | None) -> None:
+    engine = make(tiny, max_batch_size=1, prefix_cache=prefix_cache)
+    assert engine.blocks.count == 8
+    first = run(engine, [4] * 10, session=1, max_tokens=10, ignore_eos=True).token_ids
+    stranger = engine.submit([9] * 100, SamplingParams(max_tokens=20, ignore_eos=True))
+    turn = engine.submit([3] * more, SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=scored), session=1)
+    finished = []
+    for _ in range(1000):
+        finished += [token.request for token in engine.step() if token.finish]
+        if not engine.has_work:
+            break
+    assert finished == [stranger.id, turn.id]
+    assert engine.sessions[1].tokens[:-1] == [4] * 10 + list(first) + [3] * more
+    engine.end(1)
+    assert engine.blocks.used_blocks == 0
+
+
+def test_out_of_memory_while_sampling_fails_one_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(tiny)
+    expected = run(engine, max_tokens=6, ignore_eos=True).token_ids
+    draw, calls = engine._draw, []
+
+    def short(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no room")
+        return draw(*arguments)
+
+    monkeypatch.setattr(engine, "_draw", short)
+    collectors = [Collector(engine.submit(PROMPT, SamplingParams(max_tokens=6, ignore_eos=True))) for _ in range(2)]
+    for token in engine.tokens():
+        next(c for c in collectors if c.request.id == token.request).add(token)
+    ends = sorted((c.output().completions[0].finish, c.output().completions[0].token_ids == expected) for c in collectors)
+    assert ends == [(Finish.error, False), (Finish.length, True)]
+    assert engine.problems() == [] and engine.blocks.used_blocks == 0
+
+
+def test_end_tokens_that_the_model_cannot_make_are_left_out(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 999, -1, true]}')
+    engine = make(folder)
+    assert engine.end_tokens == {1}
+    assert len(run(engine, max_tokens=6, min_tokens=4).token_ids) >= 4
+
+
+def test_streams_and_generate_share_an_engine(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu")
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    expected = llm.generate([PROMPT, [3]], params)
+    first, second = llm.stream(PROMPT, params), llm.stream([3], params)
+    found = [[next(first)], [next(second), next(second)]]
+    assert [o.completions for o in llm.generate([PROMPT, [3]], params)] == [o.completions for o in expected]
+    for tokens, stream in zip(found, (first, second), strict=True):
+        tokens += stream
+    assert [tuple(t.token for t in tokens) for tokens in found] == [o.completions[0].token_ids for o in expected]
+    assert not llm._inboxes
+
+
+def test_measuring_takes_blocks_from_idle_sessions_and_gives_all_back(tiny: Path) -> None:
+    engine = make(tiny, max_batch_size=1)
+    run(engine, [4] * 90, session=1, max_tokens=2)
+    states = engine.hidden_states([5] * 100)
+    assert states.shape == (100, 64) and engine.blocks.used_blocks == 0 and engine.problems() == []
+    engine.submit([4] * 100, SamplingParams(max_tokens=20))
+    engine.step()
+    with pytest.raises(ResourceError, match="free blocks"):
+        engine.hidden_states([5] * 100)
+    assert engine.problems() == []
+
+
+def test_min_tokens_holds_stop_strings_off_too(engine: Engine) -> None:
+    whole = run(engine, max_tokens=30, ignore_eos=True)
+    early = whole.text[2:5]
+    assert whole.text.index(early) == 2
+    found = run(engine, max_tokens=30, min_tokens=30, ignore_eos=True, stop=(early,))
+    assert found.text == whole.text and len(found.token_ids) == 30
+
+
+def test_aborting_before_siblings_begin_ends_them_all(engine: Engine) -> None:
+    request = engine.submit(PROMPT, SamplingParams(n=3))
+    assert sorted((t.index, t.finish) for t in engine.abort(request.id)) == [(i, Finish.abort) for i in range(3)]
+    assert engine.abort(request.id) == [] and not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"priority": "high"},
+        {"priority": None},
+        {"session": "a"},
+        {"id": 7},
+        {"prompt": [3.9]},
+        {"prompt": [True]},
+        {"prompt": None},
+        {"prompt": [[3]]},
+    ],
+)
+def test_arguments_of_another_kind_are_refused_and_leave_nothing(engine: Engine, arguments: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        engine.submit(**{"prompt": PROMPT, **arguments})
+    assert not engine.has_work
+
+
+def test_given_ids_and_made_ones_do_not_meet(engine: Engine) -> None:
+    ids = [engine.submit(PROMPT, id=f"request-{next(engine._arrivals) + 2}").id]
+    ids += [engine.submit(PROMPT).id for _ in range(3)]
+    with pytest.raises(RequestError, match="no running request"):
+        engine.submit(PROMPT, id=ids[0])
+    assert len(set(ids)) == 4
+    for id in ids:
+        engine.abort(id)
+
+
+def test_what_the_prefix_cache_held_is_said(tiny: Path) -> None:
+    llm = LLM(tiny, device="cpu", block_size=16)
+    first, second = (llm.generate([3] * 40, SamplingParams(max_tokens=2))[0] for _ in range(2))
+    assert (first.cached_tokens, second.cached_tokens) == (0, 32)
+
+
+@pytest.mark.parametrize(
+    "options", [{"device": "cuda:7"}, {"prefix_cache": "no"}, {"max_batch_size": 2.5}, {"session_len": 64.5}, {"tp": 0}]
+)
+def test_options_of_another_kind_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        EngineConfig(**options)
+    assert {p.where for p in caught.value.problems} == set(options)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"max_tokens": 10**400}, {"seed": 10**400}, {"logit_bias": {10**400: 1.0}}, {"stop": None}, {"stop": 5}, {"stop_token_ids": None},
+     {"temperature": 1e-39}, {"repetition_penalty": 1e-40}],
+)  # fmt: skip
+def test_absurd_parameters_are_refused_too(params: dict[str, Any]) -> None:
+    if "max_tokens" in params or "logit_bias" in params:
+        SamplingParams(**params)  # there is no bound but the model's
+        return
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**params)
+    assert {p.where for p in caught.value.problems} == set(params)
+
+
+def test_a_stop_string_that_is_never_shown_is_refused(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="stop_token_ids"):
+        engine.submit(PROMPT, SamplingParams(stop=("</s>",)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,46 @@ def test_stop_strings(tiny: Path, stops: tuple[str, ...], pieces: list[str], sho
             if not grown.stopped:
                 found += grown.add(token)
     assert (found + grown.finish(), grown.stopped) == (shown, stopped)
+
+
+def byte_fallback() -> Text:
+    """As SentencePiece models have it: a token for each byte, and some words."""
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"▁the": 256, "▁": 257, "中": 258, "x": 259, "<s>": 260}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="x"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    text = object.__new__(Text)
+    text.tokenizer = tokenizer
+    return text
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_tokens_have_a_text(seed: int) -> None:
+    """Random bytes and words: nothing raises, and no word is lost or shown twice. (What broken bytes become depends on how many are
+    decoded together.)"""
+    picked, text = random.Random(seed), byte_fallback()
+    prompt = [257, *picked.choices([*range(257, 260), *range(0xE0, 0xF0), *range(0x80, 0x90)], k=picked.randrange(6))]
+    tokens = picked.choices([256, 259, *range(0xE0, 0xF0), *range(0x80, 0xC0), 0x41], k=20)
+    grown = Detokenizer(text, prompt, ())
+    found = "".join([grown.add(token) for token in tokens]) + grown.finish()
+    assert [c for c in found if c in "thex"] == [c for token in tokens if token > 255 for c in ("the" if token == 256 else "x")]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_whole_letters_in_bytes_are_the_decoders(seed: int) -> None:
+    picked, text = random.Random(seed), byte_fallback()
+    letters = "".join(picked.choices("aé中🦊 \n", k=12))
+    tokens = [*letters.encode()]
+    grown = Detokenizer(text, [256, 259], ())
+    assert "".join([grown.add(token) for token in tokens]) + grown.finish() == letters
+
+
+def test_a_letter_that_begins_in_the_prompt_is_shown_once() -> None:
+    text = byte_fallback()
+    first, second, third = "中".encode()
+    grown = Detokenizer(text, [256, first, second], ())
+    assert grown.add(third) + grown.add(259) + grown.finish() == "中x"
+
+
+def test_bytes_that_never_become_a_letter_are_shown_in_the_end() -> None:
+    grown = Detokenizer(byte_fallback(), [256], ())
+    assert grown.add(0xE4) == "" and "\ufffd" in grown.finish()
