@@ -65,18 +65,22 @@ def test_help_is_quick() -> None:
 
 def test_the_verbs_and_their_options() -> None:
     top = invoke("--help")
-    assert top.exit_code == 0 and all(verb in top.stdout for verb in ("run", "plan", "inspect", "eval", "verify", "generate", "bench", "schema"))
+    verbs = ("run", "plan", "inspect", "eval", "verify", "generate", "bench", "schema")
+    assert top.exit_code == 0 and all(verb in top.stdout for verb in verbs)
     options = {
         "run": {"--model", "--output", "--set", "--device", "--fresh", "--json", "--debug"},
         "plan": {"--model", "--output", "--set", "--device", "--config-only", "--json", "--debug"},
         "inspect": {"--json", "--debug"},
         "eval": {"--reference", "--data", "--windows", "--length", "--skip", "--engine", "--kv", "--device", "--json", "--debug"},
         "verify": {"--reference", "--device", "--json", "--debug"},
-        "generate": {"--prompt", "--chat", "--max-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed", "--stop",
-                     "--stream", "--mode", "--kv", "--session-len", "--cache-max-entry-count", "--tp", "--dialogue", "--device", "--json",
-                     "--debug"},
-        "bench": {"--reference", "--batch", "--prompt", "--new", "--transformers", "--no-transformers", "--output", "--mode", "--device",
-                  "--json", "--debug"},
+        "generate": {
+            "--prompt", "--chat", "--max-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed", "--stop",
+            "--stream", "--mode", "--kv", "--session-len", "--cache-max-entry-count", "--tp", "--dialogue", "--device", "--json", "--debug",
+        },
+        "bench": {
+            "--reference", "--batch", "--prompt", "--new", "--transformers", "--no-transformers", "--output", "--mode", "--device",
+            "--json", "--debug",
+        },
         "schema": {"--debug"},
     }  # fmt: skip
     for verb, expected in options.items():

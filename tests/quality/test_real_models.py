@@ -5,10 +5,13 @@ Windows and evaluation as the project's anchors define them: calibration on the 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
@@ -40,6 +43,15 @@ def kl(folder: Path, model: Path, weights: str, stages: list[str], calib: Path, 
 def on_stories(folder: Path, name: str, weights: str, *stages: str) -> float:
     text: Any = STORIES["text"]
     return kl(folder, SHARED / "models" / name, weights, list(stages), text, text, 256, 700)
+
+
+@pytest.fixture(autouse=True)
+def all_cores() -> Iterator[None]:
+    """Other tests go on with one thread, as many of them run processes beside them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
