@@ -221,6 +221,8 @@ class Engine:
         share = config.cache_max_entry_count or SHARE[self.ops.device.type]
         limit = config.cache_bytes or int(free_bytes(self.ops.device) * share)
         count = min(limit // each, one * config.max_batch_size)
+        if self.ranks:  # free memory differs between them, and all must decide the same
+            count = self.ranks.least(count)
         if count < 1:
             raise ResourceError(Problem("KV cache", f"{limit} bytes", f"at least {each} for one block of {size} tokens"))
         return count

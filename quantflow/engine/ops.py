@@ -125,7 +125,7 @@ class Ops:
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of `x` over all tensor-parallel ranks."""
-        return self.ranks.sum(x) if self.ranks else x
+        return self.ranks.sum(x, ordered=self.exact) if self.ranks else x
 
     def batch(self, lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, config: DecoderConfig) -> Batch:
         """How a step's queries lie over the cache: see `quantflow_kernels.paging`."""

@@ -45,13 +45,30 @@ class Ranks:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over all ranks, in place, the same bits on each. Raises ResourceError where a rank has gone."""
+    def sum(self, x: Tensor, *, ordered: bool) -> Tensor:
+        """The sum of `x` over all ranks, the same bits on each. ordered: taken in the ranks' order, where all_reduce's order depends on
+        where in the tensor a number stands (two numbers have one order). Raises ResourceError where a rank has gone."""
         try:
-            dist.all_reduce(x)
+            if not ordered or self.size == 2:
+                dist.all_reduce(x)
+                return x
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(parts, x.contiguous())
         except RuntimeError as error:
             raise self._lost(error) from error
-        return x
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def least(self, number: int) -> int:
+        """The smallest of the ranks' numbers."""
+        found = torch.tensor([number], device=self.device)
+        try:
+            dist.all_reduce(found, dist.ReduceOp.MIN)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return int(found)
 
     def tell(self, call: dict[str, Any]) -> None:
         """The leader's: what the others shall do."""
