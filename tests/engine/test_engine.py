@@ -500,3 +500,15 @@ def test_absurd_parameters_are_refused_too(params: dict[str, Any]) -> None:
 def test_a_stop_string_that_is_never_shown_is_refused(engine: Engine) -> None:
     with pytest.raises(RequestError, match="stop_token_ids"):
         engine.submit(PROMPT, SamplingParams(stop=("</s>",)))
+
+
+def test_a_long_prompt_does_not_hold_up_texts_that_are_being_written(tiny: Path) -> None:
+    """Its chunks share the steps with their decodes, even where it comes first in order."""
+    engine = make(tiny, max_batch_size=2, step_tokens=20)
+    writing = engine.submit(PROMPT, SamplingParams(max_tokens=20, ignore_eos=True), priority=1)
+    engine.step()
+    engine.submit([9] * 100, SamplingParams(max_tokens=1), priority=0)
+    for _ in range(6):  # 100 tokens, 19 a step
+        assert writing.id in [token.request for token in engine.step()]
+    assert not [id for id in engine._requests if id != writing.id]
+    engine.abort(writing.id)
