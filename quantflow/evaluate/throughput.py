@@ -35,8 +35,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """first_token_s: until every sequence has its first token. prefill_tokens_s: prompt tokens over that. decode_tokens_s: tokens after
-    the first over their time. step_ms: the median of a decode step. peak_bytes: of memory above what the imports take (on a GPU, its own).
+    """first_token_s: until every sequence has its first token. prefill_tokens_s: prompt tokens over that. decode_tokens_s: what comes
+    after that, over its time. step_ms: the median of a decode step. peak_bytes: of memory above what the imports take (on a GPU, its own).
     weight_bytes, cache_bytes: as the engine counts them; 0 where it does not tell."""
 
     case: Case
@@ -126,23 +126,27 @@ def _run_engine(case: Case) -> dict[str, Any]:
         list(engine.tokens())
     for prompt in prompts:
         engine.submit(prompt, SamplingParams(max_tokens=case.new, ignore_eos=True))
-    began, first, seen, steps = time.perf_counter(), 0.0, set(), []
+    began, first, decoded, seen, steps = time.perf_counter(), 0.0, 0, set(), []
     while engine.has_work:
         start = time.perf_counter()
-        for token in engine.step():
-            seen.add(token.request)
+        tokens = engine.step()
         now = time.perf_counter()
-        if len(seen) == case.batch:
-            if first:
-                steps.append(now - start)
-            else:
-                first = now - began
+        seen |= {token.request for token in tokens}
+        if first:  # what the first prompts' texts got while the last were read is no part of the decode's time
+            decoded += len(tokens)
+            steps.append(now - start)
+        elif len(seen) == case.batch:
+            first = now - began
     total = time.perf_counter() - began
     used = case.batch * engine.blocks.blocks_for(length - 1)
     each = block_bytes(engine.model_config, engine.kv, engine.ops.dtype, block)
     peak = torch.cuda.max_memory_allocated() if engine.ops.cuda else peak_resident_bytes() - imports
     note = "; ".join(f"{count} × {way}" for way, count in engine.loaded.ways.items())
-    return _row(case, first, total, steps, peak) | {"weight_bytes": engine.loaded.weight_bytes, "cache_bytes": used * each, "note": note}
+    return _row(case, first, decoded, total, steps, peak) | {
+        "weight_bytes": engine.loaded.weight_bytes,
+        "cache_bytes": used * each,
+        "note": note,
+    }
 
 
 def _run_transformers(case: Case) -> dict[str, Any]:
@@ -172,7 +176,11 @@ def _run_transformers(case: Case) -> dict[str, Any]:
         first, steps = run(tokens, case.new)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes() - imports
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    return _row(case, first, first + sum(steps), steps, peak) | {"weight_bytes": weights, "note": str(model.dtype).removeprefix("torch.")}
+    decoded = case.batch * (case.new - 1)
+    return _row(case, first, decoded, first + sum(steps), steps, peak) | {
+        "weight_bytes": weights,
+        "note": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def _imported() -> int:
@@ -183,8 +191,7 @@ def _imported() -> int:
     return resident_bytes()
 
 
-def _row(case: Case, first: float, total: float, steps: list[float], peak: int) -> dict[str, Any]:
-    decoded = case.batch * (case.new - 1)
+def _row(case: Case, first: float, decoded: int, total: float, steps: list[float], peak: int) -> dict[str, Any]:
     return {
         "first_token_s": first, "prefill_tokens_s": case.batch * case.prompt / first,
         "decode_tokens_s": decoded / (total - first) if decoded else 0.0, "step_ms": statistics.median(steps) * 1e3 if steps else 0.0,
