@@ -103,11 +103,12 @@ def make_caches(config: DecoderConfig, kv: KVFormat, dtype: torch.dtype, device:
     shape = (blocks, config.kv_heads, size, config.head_dim)
 
     def layer(index: int) -> KVCache:
-        k, v = (torch.zeros(shape, dtype=torch.int8 if kv.int8 else dtype, device=device) for _ in range(2))
+        # Not filled: nothing is read that was not written, and a CPU's pages are taken up when they are.
+        k, v = (torch.empty(shape, dtype=torch.int8 if kv.int8 else dtype, device=device) for _ in range(2))
         if not kv.int8:
             return KVCache(k, v)
         if not kv.parameters:
-            return KVCache(k, v, *(torch.ones(shape[:3], device=device) for _ in range(2)))
+            return KVCache(k, v, *(torch.empty(shape[:3], device=device) for _ in range(2)))
         p = {name: value.to(device) for name, value in kv.parameters[index].items()}
         heads, channels = (config.kv_heads,), (config.kv_heads, config.head_dim)
         k_shape = channels if p["k_scale"].ndim == 2 else heads
