@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from quantflow_kernels import cpu, cpu_matmul, linear
 
+from quantflow.machine import processor
+
 SHAPES = ((11008, 4096), (4096, 11008), (4096, 4096))
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -36,14 +38,6 @@ def timed(*calls: Callable[[], Any]) -> list[float]:
             call()
             times.append((time.perf_counter() - start) * 1e3)
     return [statistics.median(times) for times in found]
-
-
-def processor() -> str:
-    """Its name, where the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def read_gb_s() -> float:

@@ -58,6 +58,21 @@ def free_bytes(device: torch.device) -> int:
     return min(free, int(limit) - int(used)) if limit.isdecimal() else free
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, a GPU's or this machine's, did not suffice: torch says so in several ways."""
+    text = str(error)
+    said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+
+
+def processor() -> str:
+    """Its name, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def give_back_freed_memory() -> None:
     """Returns what is freed to the system, where glibc would keep it.
 

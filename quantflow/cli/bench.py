@@ -116,12 +116,8 @@ def _memory(memory: list[dict[str, int]], model: str) -> Table:
 def _machine(device: str) -> dict[str, Any]:
     import torch
 
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    from quantflow.machine import processor
+
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     versions = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
     return {"device": name, "threads": torch.get_num_threads(), **versions}
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from quantflow.errors import GateError, QuantFlowError, ResourceError, UserError
-from quantflow.machine import resident_bytes
+from quantflow.machine import is_out_of_memory, resident_bytes
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -106,16 +106,11 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
         return 4, "disk full", (f"{place}: {error.strerror}. Free some space and run the same command: it goes on where it stopped.",)
     if isinstance(error, PermissionError):
         return 2, "not permitted", (f"{error.filename}: {error.strerror}. Choose another place with --output.",)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_out_of_memory(error)):
+    if is_out_of_memory(error):
         return 4, "out of memory", (hints.memory,)
     if isinstance(error, OSError):
         return 4, "the system refused", (f"{error.filename or ''} {error.strerror or error}".strip(),)
     return 1, "internal error", (f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug for the traceback.",)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text
 
 
 @contextmanager

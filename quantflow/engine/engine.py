@@ -28,9 +28,9 @@ from quantflow.engine.sampler import NotANumber, logprob_of, sample
 from quantflow.engine.scheduler import Limits, Scheduler, Step, Work
 from quantflow.engine.tensor_parallel import Ranks, join
 from quantflow.engine.text import Detokenizer, Text
-from quantflow.errors import ModelError, Problem, RequestError, ResourceError, UserError
+from quantflow.errors import Problem, RequestError, ResourceError, UserError
 from quantflow.formats.reader import Weights, checkpoint_folder
-from quantflow.machine import free_bytes, resolve_device
+from quantflow.machine import free_bytes, is_out_of_memory, resolve_device
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 
@@ -174,9 +174,7 @@ class Engine:
         ends = self.text.end_tokens if self.text else frozenset()
         self.end_tokens = frozenset(t for t in ends if t < self.model_config.vocabulary)  # the model can make no others
         self.sessions: dict[int, Session] = {}
-        self.steps = 0
         self._requests: dict[str, list[Sequence]] = {}
-        self._seeds: dict[str, int] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
         self._prompt_logprobs: dict[str, list[Logprob | None]] = {}
         self._arrivals = itertools.count()
@@ -263,7 +261,6 @@ class Engine:
         request = Request(id, tokens, params, most, arrival, priority, stretch, session)
         sequence = Sequence(request, 0, list(tokens), forks=params.n > 1)
         self._requests[id] = [sequence]
-        self._seeds[id] = params.seed or 0
         if session is not None:
             self.sessions.setdefault(session, Session()).turn = id
         if params.prompt_logprobs is not None:
@@ -385,12 +382,11 @@ class Engine:
                 self._score_prompt(work, h)
             drawn = self._draw([work.sequence for work, _ in ending], logits) if logits is not None else []
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or self.ranks:  # other ranks wait for what this one did not compute
+            if not is_out_of_memory(error) or self.ranks:  # other ranks wait for what this one did not compute
                 raise
             # The largest share of the step is the likeliest cause; the others go on in the next one.
             failed = max(step.work, key=lambda work: work.count).sequence
             return self._give_up(failed, Finish.error, f"out of memory with {len(step.work)} sequences in a step")
-        self.steps += 1
         for work in step.work:
             self.scheduler.advance(work)
         found = self._settle(drawn)
@@ -406,7 +402,7 @@ class Engine:
                 wanted += [(Sequence(s.request, i, list(s.tokens)), s, row) for i in range(1, s.request.params.n)]
         if len(wanted) > len(sequences):
             logits = logits[torch.tensor([row for _, _, row in wanted], device=logits.device)]
-        tokens = sample(logits, [s for s, _, _ in wanted], [self._seeds[s.request.id] for s, _, _ in wanted], self.end_tokens)
+        tokens = sample(logits, [s for s, _, _ in wanted], [s.request.params.seed or 0 for s, _, _ in wanted], self.end_tokens)
         found = []
         for (sequence, parent, _), token, row in zip(wanted, tokens, logits, strict=True):
             count = sequence.request.params.logprobs
@@ -456,13 +452,12 @@ class Engine:
 
     def _finish(self, sequence: Sequence, finish: Finish, reason: str = "") -> Token:
         request = sequence.request
-        sequence.finish, sequence.reason = finish, reason
         blocks = self.scheduler.remove(sequence)
         detokenizer = self._detokenizers.pop(sequence, None)
         siblings = self._requests[request.id]
         siblings.remove(sequence)
         if not siblings:
-            del self._requests[request.id], self._seeds[request.id]
+            del self._requests[request.id]
             self._prompt_logprobs.pop(request.id, None)
         if request.session is not None:
             self._keep(request.session, sequence, blocks)
@@ -545,11 +540,6 @@ def _wrong_kinds(prompt: object, id: object, priority: object, session: object) 
     return found
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text or "not enough memory" in text
-
-
 def _dtype(asked: DType, config: DecoderConfig, device: torch.device) -> torch.dtype:
     if asked != DType.auto:
         return getattr(torch, asked.value)
@@ -567,6 +557,3 @@ def _context(config: EngineConfig, model: DecoderConfig) -> int:
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json"))
-
-
-__all__ = ["DType", "Engine", "EngineConfig", "KVPrecision", "Mode", "ModelError", "Session"]

@@ -167,8 +167,6 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     chain: int = 0
     sealed: int = 0
-    finish: Finish | None = None
-    reason: str = ""
     cached: int = 0  # tokens found in the prefix cache when it was first admitted
     preemptions: int = 0
     forks: bool = False  # its siblings begin where its prompt ends

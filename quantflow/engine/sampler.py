@@ -27,8 +27,9 @@ def sample(logits: Tensor, sequences: list[Sequence], seeds: list[int], end_toke
 
     seeds: of each row, below 2^64. end_tokens: the model's, which may not come before `min_tokens`.
     """
-    best = logits.argmax(-1).tolist()  # NaN counts as the largest
-    tops = logits.gather(1, torch.tensor(best, device=logits.device)[:, None])[:, 0].isfinite().tolist()
+    likeliest = logits.argmax(-1)  # NaN counts as the largest
+    finite = logits.gather(1, likeliest[:, None])[:, 0].isfinite()
+    best, tops = torch.stack((likeliest, finite.long())).tolist()  # one transfer
     found: list[int | NotANumber] = []
     for row, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True)):
         if not tops[row]:
