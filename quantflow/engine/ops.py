@@ -1,4 +1,4 @@
-"""The operations of a model, by Triton kernels on a GPU and by torch on a CPU. No other module imports the kernels.
+"""The operations of a model, by Triton kernels on a GPU, by compiled C or plain torch on a CPU. No other module imports the kernels.
 
 Shapes: `T` tokens of all sequences of a step one after the other, `H` heads, `G` KV heads, `D` head_dim.
 """
