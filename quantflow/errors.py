@@ -20,12 +20,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, what was found, what was expected, what to do."""
+    """One thing that is wrong: where, what was found, what was expected, what to do. code: a name for programs, where one may ask."""
 
     where: str
     found: str
     expected: str = ""
     hint: str = ""
+    code: str = ""
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.found}"

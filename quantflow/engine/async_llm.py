@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,25 +24,68 @@ T = TypeVar("T")
 IDLE_S = 0.5  # how often an idle engine says that it is alive
 
 
-@dataclass(frozen=True)
-class _Listener:
-    """Who waits for a request. open: the texts that have not ended."""
+class Stream:
+    """A request's tokens as they come: `async for token in stream`. Close it, or use it in `async with`: whoever leaves it early aborts the
+    request. whole: nobody waits for single tokens, and who waits is woken when the last one is there. hear: called in the loop
+    with each token as it comes. Raises ResourceError where the engine has stopped."""
 
-    hear: Callable[[Token], None]
-    open: set[int]
+    def __init__(self, llm: AsyncLLM, count: int, *, whole: bool, hear: Callable[[Token], None]) -> None:
+        self.request: Request  # once it is submitted
+        self.loop = asyncio.get_running_loop()
+        self.left = set(range(count))  # the texts that have not ended; the engine's thread takes them out
+        self._llm, self._whole, self._hear, self._open = llm, whole, hear, count
+        self._tokens: list[Token] = []
+        self._arrived = asyncio.Event()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        while not self.done:
+            for token in await self.some():
+                yield token
+
+    @property
+    def done(self) -> bool:
+        """Whether every token has been taken."""
+        return not self._open and not self._tokens
+
+    async def some(self) -> list[Token]:
+        """All tokens that came since the last call, at least one; [] at the end."""
+        if not self.done:
+            await self._arrived.wait()
+        self._arrived.clear()
+        taken, self._tokens = self._tokens, []
+        return taken
+
+    def put(self, token: Token) -> None:
+        """In the loop."""
+        self._tokens.append(token)
+        self._hear(token)
+        self._open -= token.finish is not None
+        if not self._open or not self._whole:
+            self._arrived.set()
+
+    def close(self) -> None:
+        """Aborts the request, if it still runs."""
+        if self._open:
+            self._llm.abandon(self)
 
 
 class AsyncLLM:
     """A model for asyncio. options: those of `EngineConfig`. Close it when done, or use it in `async with`."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = Engine(model, EngineConfig(**options))
         self.progress = time.monotonic()
+        self.engine = Engine(model, EngineConfig(**options), self._beat)
         self.failure: BaseException | None = None
         self.alive = True
         self._gate = threading.Lock()  # so that no call is queued once the thread has looked for the last time
         self._calls: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]] | None] = queue.SimpleQueue()
-        self._listeners: dict[str, _Listener] = {}
+        self._streams: dict[str, Stream] = {}
         self._thread = threading.Thread(target=self._run, name="quantflow-engine", daemon=True)
         self._thread.start()
 
@@ -53,67 +95,75 @@ class AsyncLLM:
     async def __aexit__(self, *error: object) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.close)
 
+    def _beat(self) -> None:
+        self.progress = time.monotonic()
+
     def close(self) -> None:
         """Ends the thread after the step at hand, and waits for it; requests that still run end as aborted."""
         self._calls.put(None)
         self._thread.join()
+        self.engine.close()
 
     def abort(self, id: str) -> Future[None]:
         """Ends a request, if it runs: whoever waits for it hears so."""
         return self.call(lambda engine: self._deliver(engine.abort(id)))
 
-    async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None, priority: int = 0, session: int | None = None
-    ) -> AsyncIterator[Token]:
-        """The tokens as they come; leaving the loop, or being cancelled, aborts the request. Raises RequestError, and ResourceError
-        where the engine has stopped."""
-        request, tokens, listener = await self._open(prompt, params, id=id, priority=priority, session=session)
-        left = request.params.n
+    def abort_all(self) -> Future[None]:
+        """Ends all requests: whoever waits hears so."""
+        return self.call(lambda engine: self._deliver([token for id in list(self._streams) for token in engine.abort(id)]))
+
+    def end_session(self, session: int) -> Future[None]:
+        """Forgets a session, if there is one, and ends the turn that runs in it: whoever waits for it hears so."""
+
+        def end(engine: Engine) -> None:
+            known = engine.sessions.get(session)
+            if known is not None:
+                self._deliver(engine.abort(known.turn) if known.turn else [])
+                engine.end(session)
+
+        return self.call(end)
+
+    async def open(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None, priority: int = 0, session: int | None = None,
+        whole: bool = False,
+    ) -> Stream:  # fmt: skip
+        """The request, submitted. Raises RequestError, and ResourceError where the engine has stopped. whole: see `Stream`."""
+        return await self.open_by(lambda engine: engine.submit(prompt, params, id=id, priority=priority, session=session), params, whole)
+
+    async def open_by(
+        self, submit: Callable[[Engine], Request], params: SamplingParams | None, whole: bool = False,
+        hear: Callable[[Token], None] = lambda token: None,
+    ) -> Stream:  # fmt: skip
+        """The same for a request that `submit` makes, in the engine's thread. params: of the request. hear: see `Stream`."""
+        stream = Stream(self, (params or SamplingParams()).n, whole=whole, hear=hear)
+
+        def begin(engine: Engine) -> None:
+            stream.request = submit(engine)
+            self._streams[stream.request.id] = stream
+
+        submitted = self.call(begin)
         try:
-            while left:
-                token = await tokens.get()
-                left -= token.finish is not None
+            await asyncio.shield(asyncio.wrap_future(submitted))
+        except asyncio.CancelledError:
+            submitted.add_done_callback(lambda f: None if f.cancelled() or f.exception() else self.abandon(stream))
+            raise
+        return stream
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Token]:
+        """The tokens as they come; leaving the loop, or being cancelled, aborts the request. options: those of `open`."""
+        async with await self.open(prompt, params, **options) as stream:
+            async for token in stream:
                 yield token
-        finally:
-            if left:
-                self._abandon(request.id, listener)
 
     async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Output:
-        """All of it at once. Raises ResourceError where a text could not be finished."""
-        request, tokens, listener = await self._open(prompt, params, **options)
-        collector = Collector(request)
-        try:
-            while not collector.done:
-                token = await tokens.get()
+        """All of it at once. Raises ResourceError where a text could not be finished. options: those of `open`."""
+        async with await self.open(prompt, params, **options, whole=True) as stream:
+            collector = Collector(stream.request)
+            async for token in stream:
                 collector.add(token)
                 if token.finish in (Finish.error, Finish.abort):
                     raise ResourceError(Problem(token.request, token.reason or "aborted"))
-        finally:
-            if not collector.done:
-                self._abandon(request.id, listener)
         return collector.output()
-
-    async def _open(
-        self, prompt: Prompt, params: SamplingParams | None, **options: Any
-    ) -> tuple[Request, asyncio.Queue[Token], _Listener]:  # fmt: skip
-        loop, tokens = asyncio.get_running_loop(), asyncio.Queue[Token]()
-
-        def hear(token: Token) -> None:
-            loop.call_soon_threadsafe(tokens.put_nowait, token)
-
-        listener = _Listener(hear, set(range((params or SamplingParams()).n)))
-
-        def submit(engine: Engine) -> Request:
-            request = engine.submit(prompt, params, **options)
-            self._listeners[request.id] = listener
-            return request
-
-        submitted = self.call(submit)
-        try:
-            return await asyncio.shield(asyncio.wrap_future(submitted)), tokens, listener
-        except asyncio.CancelledError:
-            submitted.add_done_callback(lambda f: None if f.cancelled() or f.exception() else self._abandon(f.result().id, listener))
-            raise
 
     def call(self, action: Callable[[Engine], T]) -> Future[T]:
         """Runs `action` in the engine's thread, between two steps."""
@@ -133,18 +183,20 @@ class AsyncLLM:
                 future.set_exception(self._stopped())
         return future
 
-    def _abandon(self, id: str, listener: _Listener) -> None:
+    def abandon(self, stream: Stream) -> None:
+        """Aborts what nobody waits for any longer."""
+
         def abort(engine: Engine) -> None:
-            if self._listeners.get(id) is listener:  # else it has ended, and the id may be another request's by now
-                del self._listeners[id]
-                engine.abort(id)
+            if self._streams.get(stream.request.id) is stream:  # else it has ended, and the id may be another request's by now
+                del self._streams[stream.request.id]
+                engine.abort(stream.request.id)
 
         self.call(abort)
 
     def _run(self) -> None:
         try:
             while True:
-                self.progress = time.monotonic()
+                self._beat()
                 try:
                     call = self._calls.get(block=not self.engine.has_work, timeout=IDLE_S)
                 except queue.Empty:
@@ -160,28 +212,37 @@ class AsyncLLM:
                 self.alive = False
             finish, reason = (Finish.error, str(self._stopped())) if self.failure else (Finish.abort, "the engine was closed")
             # Every text that somebody still waits for, those of the step that failed among them.
-            self._deliver([Token(id, i, None, finish=finish, reason=reason) for id, found in self._listeners.items() for i in found.open])
+            self._deliver([Token(id, i, None, finish=finish, reason=reason) for id, s in self._streams.items() for i in sorted(s.left)])
             while not self._calls.empty():
                 call = self._calls.get()
                 if call is not None and call[1].set_running_or_notify_cancel():
                     call[1].set_exception(self._stopped())
 
     def _deliver(self, tokens: list[Token]) -> None:
+        """A step's tokens to their streams, with one message to each loop that waits."""
+        messages: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Token]]] = {}
         for token in tokens:
-            listener = self._listeners.get(token.request)
-            if listener is None:
+            stream = self._streams.get(token.request)
+            if stream is None:
                 continue
-            try:
-                listener.hear(token)
-            except RuntimeError:  # its event loop has been closed
-                del self._listeners[token.request]
-                self.engine.abort(token.request)
-                continue
+            messages.setdefault(stream.loop, []).append((stream, token))
             if token.finish:
-                listener.open.discard(token.index)
-                if not listener.open:
-                    del self._listeners[token.request]
+                stream.left.discard(token.index)
+                if not stream.left:
+                    del self._streams[token.request]
+        for loop, message in messages.items():
+            try:
+                loop.call_soon_threadsafe(_hand_over, message)
+            except RuntimeError:  # it has been closed
+                for id in {token.request for _, token in message}:
+                    self._streams.pop(id, None)
+                    self.engine.abort(id)
 
     def _stopped(self) -> ResourceError:
         said = f"failed: {type(self.failure).__name__}: {self.failure}" if self.failure else "was closed"
         return ResourceError(Problem("engine", said, "a running engine"))
+
+
+def _hand_over(message: list[tuple[Stream, Token]]) -> None:
+    for stream, token in message:
+        stream.put(token)

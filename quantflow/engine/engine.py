@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quantflow.engine.block_manager import BlockManager
+from quantflow.engine.grammar import Grammars, Matcher
 from quantflow.engine.kv_cache import KVFormat, KVPrecision, block_bytes, cache_bytes, kv_format, make_caches
 from quantflow.engine.load import Loaded, load_model, rank_config
 from quantflow.engine.model_runner import ModelRunner
@@ -108,6 +109,7 @@ class EngineConfig:
 
 SHARE = {"cuda": 0.8, "cpu": 0.25}  # of free memory for the cache
 STEP_TOKENS = {"cuda": 2048, "cpu": 512}
+TOO_LONG = "context_length_exceeded"  # the code of a request that the context cannot hold
 
 
 @dataclass
@@ -117,6 +119,18 @@ class Session:
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     turn: str | None = None
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """running, waiting: sequences. used_blocks: of the cache's `blocks`, those that belong to somebody."""
+
+    running: int
+    waiting: int
+    used_blocks: int
+    blocks: int
+    sessions: int
+    preemptions: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,8 @@ class Engine:
     """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it reads.
 
     Not safe for several threads at once: one thread submits, steps and aborts. Raises UserError where the model or the configuration is
-    wrong, ResourceError where memory does not suffice, or a tensor-parallel rank has gone. progress: called after each layer is loaded.
+    wrong, ResourceError where memory does not suffice, or a tensor-parallel rank has gone. progress: called after each layer that is loaded
+    or run.
     kv: in place of what `config.kv` finds in the model's directory. ranks: of a follower; a leader starts its own.
     """
 
@@ -170,9 +185,10 @@ class Engine:
         self.blocks = BlockManager(blocks, config.block_size, prefix_cache=config.prefix_cache)
         step_tokens = config.step_tokens or max(STEP_TOKENS[device.type], config.max_batch_size + config.block_size)
         self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_session)
-        self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size)
+        self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size, progress)
         ends = self.text.end_tokens if self.text else frozenset()
         self.end_tokens = frozenset(t for t in ends if t < self.model_config.vocabulary)  # the model can make no others
+        self.grammars = Grammars(self.text.tokenizer, self.model_config.vocabulary, self.end_tokens) if self.text else None
         self.sessions: dict[int, Session] = {}
         self._requests: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
@@ -225,6 +241,12 @@ class Engine:
             raise ResourceError(Problem("KV cache", f"{limit} bytes", f"at least {each} for one block of {size} tokens"))
         return count
 
+    def occupancy(self) -> Occupancy:
+        """How busy it is. Any thread may ask: the numbers are each right, if not of one moment."""
+        scheduler, blocks = self.scheduler, self.blocks
+        running, waiting, sessions = len(scheduler.running), len(scheduler.waiting), len(self.sessions)
+        return Occupancy(running, waiting, blocks.used_blocks, blocks.count, sessions, scheduler.preemptions)
+
     # --- requests
 
     @property
@@ -252,6 +274,7 @@ class Engine:
         problems = self._problems(id, tokens, params)
         if problems:
             raise RequestError(problems)
+        matcher = self._matcher(params)
         params = replace(params, seed=params.seed % 2**64 if params.seed is not None else secrets.randbits(64))
         new = list(tokens[len(history) :])
         self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=priority, session=session)
@@ -259,7 +282,7 @@ class Engine:
         # The last token that is generated never goes through the model.
         stretch = self.runner.rotary.stretch(len(tokens) + most - 1)
         request = Request(id, tokens, params, most, arrival, priority, stretch, session)
-        sequence = Sequence(request, 0, list(tokens), forks=params.n > 1)
+        sequence = Sequence(request, 0, list(tokens), forks=params.n > 1, matcher=matcher)
         self._requests[id] = [sequence]
         if session is not None:
             self.sessions.setdefault(session, Session()).turn = id
@@ -268,11 +291,18 @@ class Engine:
         self.scheduler.add(sequence)
         return request
 
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.grammar is None:
+            return None
+        if self.grammars is None:
+            raise RequestError(Problem("grammar", "a model without a tokenizer", "one that tells what a token says"))
+        return self.grammars.matcher(params.grammar)
+
     @property
     def tokenizer(self) -> Text:
         """Raises RequestError for a model without one."""
         if self.text is None:
-            raise RequestError(Problem("prompt", f"text, and {self.path} has no tokenizer", "token ids"))
+            raise RequestError(Problem("prompt", "text, and the model has no tokenizer", "token ids"))
         return self.text
 
     def _problems(self, id: str, tokens: tuple[int, ...], params: SamplingParams) -> list[Problem]:
@@ -284,10 +314,10 @@ class Engine:
         if not tokens:
             found.append(Problem("prompt", "no tokens", "at least one"))
         if len(tokens) >= room:
-            found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}"))
+            found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}", code=TOO_LONG))
         elif params.max_tokens is not None and len(tokens) + params.max_tokens > room:
             asked = f"{params.max_tokens} after a prompt of {len(tokens)} tokens"
-            found.append(Problem("max_tokens", asked, f"at most {room - len(tokens)}: {why} is {room}"))
+            found.append(Problem("max_tokens", asked, f"at most {room - len(tokens)}: {why} is {room}", code=TOO_LONG))
         named = [("prompt", tokens), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)]
         for where, ids in named:
             wrong = sorted({t for t in ids if not 0 <= t < vocabulary})
@@ -296,7 +326,9 @@ class Engine:
         if params.n > self.config.max_batch_size:
             found.append(Problem("n", str(params.n), f"at most {self.config.max_batch_size}, the sequences that run at once"))
         special = [
-            stop for stop in params.stop if self.text and self.text.tokenizer.token_to_id(stop) is not None and not self._shows(stop)
+            stop
+            for stop in params.stop
+            if params.skip_special_tokens and self.text and self.text.tokenizer.token_to_id(stop) is not None and not self._shows(stop)
         ]
         if special:
             hint = "Name it in stop_token_ids"
@@ -399,7 +431,8 @@ class Engine:
         wanted: list[tuple[Sequence, Sequence | None, int]] = [(s, None, row) for row, s in enumerate(sequences)]
         for row, s in enumerate(sequences):
             if s.forks:  # the same logits for all
-                wanted += [(Sequence(s.request, i, list(s.tokens)), s, row) for i in range(1, s.request.params.n)]
+                matchers = [s.matcher and s.matcher.copy() for _ in range(1, s.request.params.n)]
+                wanted += [(Sequence(s.request, i, list(s.tokens), matcher=m), s, row) for i, m in enumerate(matchers, 1)]
         if len(wanted) > len(sequences):
             logits = logits[torch.tensor([row for _, _, row in wanted], device=logits.device)]
         tokens = sample(logits, [s for s, _, _ in wanted], [s.request.params.seed or 0 for s, _, _ in wanted], self.end_tokens)
@@ -430,18 +463,26 @@ class Engine:
         ends = (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids
         if self.text and not (ends and free):
             if sequence not in self._detokenizers:
-                self._detokenizers[sequence] = Detokenizer(self.text, sequence.request.prompt, params.stop)
+                self._detokenizers[sequence] = Detokenizer(
+                    self.text, sequence.request.prompt, params.stop, special=not params.skip_special_tokens
+                )
             text = self._detokenizers[sequence].add(token, search=free)
             if self._detokenizers[sequence].stopped:
                 finish = Finish.stop
+        reason = ""
         if ends and free:
             finish = Finish.stop
-        elif finish is None and sequence.generated >= sequence.request.most_tokens:
+        elif sequence.matcher:
+            sequence.matcher.add(token)
+            reason = sequence.matcher.problem
+            if reason or sequence.matcher.ended:
+                finish = Finish.error if reason else Finish.stop
+        if finish is None and sequence.generated >= sequence.request.most_tokens:
             finish = Finish.length
         prompt_logprobs = tuple(self._prompt_logprobs.get(sequence.request.id, ())) if first and not sequence.index else ()
         if finish is None:
             return Token(sequence.request.id, sequence.index, token, text, logprob, prompt_logprobs=prompt_logprobs, cached=sequence.cached)
-        ended = self._finish(sequence, finish)
+        ended = self._finish(sequence, finish, reason)
         return replace(ended, token=token, text=text + ended.text, logprob=logprob, prompt_logprobs=prompt_logprobs)
 
     def _give_up(self, sequence: Sequence, finish: Finish, reason: str = "") -> list[Token]:

@@ -6,6 +6,7 @@ It computes what `quantflow.models.decoder` does, over fused and quantised linea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -83,8 +84,8 @@ class Model:
     final_norm: Norm
     head: Linear
 
-    def forward(self, inputs: Inputs, caches: list[KVCache]) -> Tensor:
-        """What the head reads, `[T, H]`; keys and values of the tokens are in the caches then."""
+    def forward(self, inputs: Inputs, caches: list[KVCache], progress: Callable[[], None] = lambda: None) -> Tensor:
+        """What the head reads, `[T, H]`; keys and values of the tokens are in the caches then. progress: called after each layer."""
         config, ops = self.config, self.ops
         residual = F.embedding(inputs.tokens, self.embedding)
         if self.positions is not None:
@@ -97,6 +98,7 @@ class Model:
             y = ops.reduce(self._mixture(layer.mlp, h) if isinstance(layer.mlp, Mixture) else self._mlp(layer.mlp, h))
             following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else self.final_norm
             h = ops.add_norm(config, y, residual, following.weight, following.bias)
+            progress()
         return h
 
     def logits(self, h: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,10 @@ LOGIT_ELEMENTS = 2**25  # logits of prompts that are computed at once
 
 
 class ModelRunner:
-    """block_size: tokens a cache block."""
+    """block_size: tokens a cache block. progress: called after each layer of a step."""
 
-    def __init__(self, model: Model, caches: list[KVCache], block_size: int) -> None:
-        self.model, self.caches, self.block_size = model, caches, block_size
+    def __init__(self, model: Model, caches: list[KVCache], block_size: int, progress: Callable[[], None] = lambda: None) -> None:
+        self.model, self.caches, self.block_size, self._progress = model, caches, block_size, progress
         self.rotary = Rotary(model.config, model.ops.device)
 
     @torch.inference_mode()
@@ -26,7 +28,7 @@ class ModelRunner:
         asked for."""
         for source, target in step.copies:
             copy_block(self.caches, source, target)
-        h = self.model.forward(self.inputs(step.work), self.caches)
+        h = self.model.forward(self.inputs(step.work), self.caches, self._progress)
         found, at = [], 0
         for work in step.work:
             first = at if work.sequence.request.params.prompt_logprobs is not None else at + work.count - 1

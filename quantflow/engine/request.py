@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from quantflow.engine.grammar import Grammar, Matcher, grammar_of
 from quantflow.errors import Problem, RequestError
 
 MOST_SEQUENCES = 64  # of one request
@@ -24,6 +25,7 @@ class SamplingParams:
     0 is greedy. top_k 0: off. min_p: of the most likely token's probability. repetition_penalty (Keskar et al. 2019) counts prompt and
     output, presence_penalty and frequency_penalty the output. logprobs, prompt_logprobs: how many alternatives to report beside the
     token itself, from the model's own distribution; None: nothing. seed: the same seed gives the same text; None: another each time.
+    grammar: what the text may be; it ends where nothing can follow. skip_special_tokens: whether they are left out of the text.
     """
 
     max_tokens: int | None = None
@@ -43,8 +45,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "grammar", grammar_of(self.grammar))
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
@@ -82,6 +87,8 @@ class SamplingParams:
             wrong.append(Problem("stop_token_ids", _shown(self.stop_token_ids), f"at most {MOST_BIASES} token ids"))
         if not wrong and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             wrong.append(Problem("min_tokens", str(self.min_tokens), f"at most max_tokens, {self.max_tokens}"))
+        if not wrong and self.grammar and (self.min_tokens or self.ignore_eos):
+            wrong.append(Problem("grammar", "with min_tokens or ignore_eos", "neither: where the text is complete, it ends"))
         if wrong:
             raise RequestError(wrong)
 
@@ -93,7 +100,7 @@ class SamplingParams:
     def plain(self) -> bool:
         """Whether the most likely token is taken, and nothing else asked for."""
         untouched = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0 and not self.logit_bias
-        return self.greedy and untouched and self.logprobs is None and not self.min_tokens
+        return self.greedy and untouched and self.logprobs is None and not self.min_tokens and self.grammar is None
 
 
 def _shown(value: object) -> str:
@@ -170,6 +177,7 @@ class Sequence:
     cached: int = 0  # tokens found in the prefix cache when it was first admitted
     preemptions: int = 0
     forks: bool = False  # its siblings begin where its prompt ends
+    matcher: Matcher | None = None  # of its grammar
 
     @property
     def prompt_length(self) -> int:

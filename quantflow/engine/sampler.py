@@ -42,7 +42,7 @@ def sample(logits: Tensor, sequences: list[Sequence], seeds: list[int], end_toke
 
 
 def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) -> Tensor:
-    """`logits` `[V]` with biases, penalties and what may not come yet, in this order, before the temperature."""
+    """`logits` `[V]` with biases, penalties and what may not come, in this order, before the temperature."""
     params: SamplingParams = sequence.request.params
     out = logits.clone()
     if params.logit_bias:
@@ -60,16 +60,19 @@ def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) ->
             tokens = torch.tensor(list(counts), device=out.device)
             times = torch.tensor(list(counts.values()), dtype=out.dtype, device=out.device)
             out[tokens] -= params.presence_penalty + params.frequency_penalty * times
+    if sequence.matcher:
+        sequence.matcher.forbid_(out)
     return out
 
 
 def _sample(logits: Tensor, sequence: Sequence, seed: int) -> int | NotANumber:
     params = sequence.request.params
-    if params.greedy:
-        return int(logits.argmax())
-    values, tokens = candidates(logits, params)
-    if not bool(values.max().isfinite()):
+    likeliest = int(logits.argmax())
+    if not bool(logits[likeliest].isfinite()):
         return NotANumber(f"no token is possible after {len(sequence.tokens)} tokens")
+    if params.greedy:
+        return likeliest
+    values, tokens = candidates(logits, params)
     # A uniform number picks the candidate in whose share of the sum it falls.
     cumulative = values.double().softmax(-1).cumsum(-1)
     at = int(torch.searchsorted(cumulative, uniform(seed, sequence.index, sequence.generated) * float(cumulative[-1]), right=True))

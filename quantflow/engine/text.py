@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import Problem, RequestError
 from quantflow.models.checkpoint import read_json
 from quantflow.models.dialogue import DIALOGUES
-from quantflow.models.tokenizer import chat_template, load_tokenizer, special_tokens, turn_end
+from quantflow.models.tokenizer import SPACE, byte_letters, chat_template, load_tokenizer, special_tokens, turn_end
 
 Message = Mapping[str, Any]  # role and content
 
 CONTEXT = 8  # tokens before, that the text of the next one may depend on
 LONGEST = 8  # tokens that may make one letter; what is no letter by then is shown as it is
 BROKEN = "\ufffd"
+BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}  # how byte-level vocabularies write bytes
 
 
 class Text:
@@ -31,6 +33,9 @@ class Text:
         self.folder, self._renderer = folder, Renderer()
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.roles = special_tokens(folder)
+        self._added = {token: added.special for token, added in self.tokenizer.get_added_tokens_decoder().items()}
+        decoder = self.tokenizer.decoder
+        self._byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
         self.template = DIALOGUES[dialogue].template if dialogue else chat_template(folder)
         turn = DIALOGUES[dialogue].end if dialogue else turn_end(folder)
         self.end_tokens = end_tokens(folder, self.tokenizer, [self.roles.get("eos_token", ""), turn])
@@ -44,6 +49,38 @@ class Text:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token says by itself: a part of a letter, perhaps."""
+        name = self.tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if token in self._added:
+            return str(name).encode()
+        if self._byte_level:
+            return b"".join(bytes([BYTE_OF[letter]]) if letter in BYTE_OF else str(letter).encode() for letter in name)
+        if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # SentencePiece's byte
+            return bytes.fromhex(name[3:5])
+        return str(name).replace(SPACE, " ").encode()
+
+    def token_text(self, token: int) -> str:
+        """It as text; a part of a letter as OpenAI writes it, `bytes:\\xe2\\x82`."""
+        data = self.token_bytes(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a token that text alone does not make; None where it is none."""
+        token = self.tokenizer.token_to_id(name)
+        return token if token is not None and self._added.get(token) else None
+
+    def warm(self) -> None:
+        """Starts the process that renders dialogues, so that the first need not wait for it. A template that refuses an empty dialogue
+        has been started, too."""
+        with suppress(TemplateRefused):
+            self._renderer.render("", {})
 
     def dialogue(self, messages: Sequence[Message], **extra: Any) -> list[int]:
         """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises RequestError."""
@@ -60,7 +97,7 @@ class Text:
             raise RequestError(problems or Problem("messages", "none", "at least one"))
         if self.template is None:
             hint = "Send a prompt, name a dialogue format, or put a chat_template.jinja into the directory"
-            raise RequestError(Problem(str(self.folder), "no dialogue format", "a model with a chat template", hint))
+            raise RequestError(Problem("messages", "the model has no dialogue format", "a model with a chat template", hint))
         variables = {"messages": [dict(m) for m in messages], "add_generation_prompt": True, **self.roles, **extra}
         try:
             return self._renderer.render(self.template, variables)
@@ -82,11 +119,11 @@ class Detokenizer:
     be the beginning of a letter.
 
     What a token adds is what the text of some tokens before it grows by: it depends on them, since SentencePiece drops the space before a
-    first word and a letter may be made of several tokens.
+    first word and a letter may be made of several tokens. special: whether special tokens are shown.
     """
 
-    def __init__(self, text: Text, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self._tokenizer, self._stops = text.tokenizer, stops
+    def __init__(self, text: Text, prompt: Sequence[int], stops: Sequence[str], *, special: bool = False) -> None:
+        self._tokenizer, self._stops, self._special = text.tokenizer, stops, special
         self._ids = list(prompt[-CONTEXT:])  # the tokens before, then those whose text is not shown yet
         self._known = len(self._ids)
         while self._known and self._decode(self._known).endswith(BROKEN):  # the prompt ends within a letter
@@ -118,7 +155,7 @@ class Detokenizer:
         return self._take(len(self._held))
 
     def _decode(self, count: int) -> str:
-        return str(self._tokenizer.decode(self._ids[:count], skip_special_tokens=True))
+        return str(self._tokenizer.decode(self._ids[:count], skip_special_tokens=not self._special))
 
     def _grown(self, *, whole: bool) -> str:
         """What the text has grown by. whole: even if its last letter is not."""

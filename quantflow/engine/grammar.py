@@ -1,0 +1,147 @@
+"""What a text may be: JSON of a schema, or a language written as a grammar. Every token that would leave it is forbidden.
+
+The library llguidance works out which tokens may come next; it does so lazily, within limits, so that no schema stops the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from quantflow.errors import Problem, RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MOST_LETTERS = 65536  # of a grammar
+KEPT = 64  # compiled grammars
+
+
+class GrammarKind(StrEnum):
+    """json_schema: a JSON value, without spaces between its parts. regex: Rust's syntax. lark: llguidance's dialect of Lark."""
+
+    json_schema = "json_schema"
+    regex = "regex"
+    lark = "lark"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """text: the schema as JSON, the expression, or the grammar. Raises RequestError."""
+
+    kind: GrammarKind
+    text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in tuple(GrammarKind):
+            raise RequestError(Problem("grammar", repr(self.kind)[:80], "one of " + ", ".join(GrammarKind)))
+        if not isinstance(self.text, str) or not self.text or len(self.text) > MOST_LETTERS:
+            found = f"{len(self.text)} letters" if isinstance(self.text, str) else type(self.text).__name__
+            raise RequestError(Problem(f"grammar ({self.kind})", found, f"text of 1 to {MOST_LETTERS} letters"))
+
+
+class Grammars:
+    """The grammars of one model's tokenizer, compiled once. Safe for several threads: compiling may take a second, and is done
+    beforehand by whoever must not wait. end_tokens: what may end a text that is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_tokens: Iterable[int]) -> None:
+        self._tokenizer, self._vocabulary, self._end_tokens = tokenizer, vocabulary, sorted(end_tokens)
+        self._lock = threading.Lock()
+        self._own: LLTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """For one text. Raises RequestError for a grammar that is wrong, or more than can be followed."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+            tokenizer = self._own = self._own or self._load()
+        if found is None:
+            found = _compile(tokenizer, grammar)
+            with self._lock:
+                self._compiled[grammar] = found
+                while len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+        return Matcher(found.deep_copy(), self._vocabulary)
+
+    def _load(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ImportError as error:
+            hint = "pip install 'quantflow[serve]'"
+            raise RequestError(Problem("grammar", "the package llguidance is not installed", "it", hint)) from error
+        if not self._end_tokens:
+            raise RequestError(Problem("grammar", "a model without an end token", "one that can end its text"))
+        try:
+            return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocabulary, eos_token=self._end_tokens)
+        except (ValueError, RuntimeError) as error:
+            raise RequestError(Problem("grammar", f"this model's tokenizer cannot be followed ({error})"[:200])) from error
+
+
+def _compile(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(verbose_errors=False, max_grammar_size=100_000, max_lexer_states=50_000)
+    try:
+        if grammar.kind == GrammarKind.json_schema:
+            schema = json.loads(grammar.text)
+            text = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+        elif grammar.kind == GrammarKind.regex:
+            text = LLMatcher.grammar_from_regex(grammar.text)
+        else:
+            text = LLMatcher.grammar_from_lark(grammar.text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(Problem(f"grammar ({grammar.kind})", f"{error}"[:200], "one that can be read")) from error
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise RequestError(Problem(f"grammar ({grammar.kind})", matcher.get_error()[:300], "one that can be followed"))
+    return matcher
+
+
+class Matcher:
+    """How far one text has come in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    def copy(self) -> Matcher:
+        return Matcher(self._matcher.deep_copy(), self._vocabulary)
+
+    def forbid_(self, logits: Tensor) -> None:
+        """Sets the logits `[V]` of tokens that may not come next to minus infinity."""
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        allowed = torch.zeros(len(logits), dtype=torch.bool)
+        known = min(len(bits), len(logits))
+        allowed[:known] = torch.from_numpy(bits[:known].astype(bool))
+        logits[~allowed.to(logits.device)] = -torch.inf
+
+    def add(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is complete and nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def problem(self) -> str:
+        """Why the text cannot go on; "" where it can."""
+        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+
+def grammar_of(value: Any) -> Grammar | None:
+    """A grammar, or the same as a dictionary. Raises RequestError."""
+    if value is None or isinstance(value, Grammar):
+        return value
+    if isinstance(value, dict) and set(value) == {"kind", "text"} and value["kind"] in tuple(GrammarKind):
+        return Grammar(GrammarKind(value["kind"]), value["text"])
+    raise RequestError(Problem("grammar", repr(value)[:80], "a Grammar"))

@@ -1,0 +1,246 @@
+"""One HTTP request's way to the engine and back: as one JSON object, or as server-sent events while the text grows.
+
+A `Job` says what to generate, a `Shape` what the answer looks like. `Answer` is the response: it enters the house, submits, sends, and
+leaves, in one coroutine, so that whatever happens (a client that goes away, a timeout, an error) all it holds is given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from quantflow.engine.async_llm import Stream
+from quantflow.engine.engine import Engine
+from quantflow.engine.llm import Collector
+from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
+from quantflow.errors import RequestError, ResourceError
+from quantflow.serve.errors import Json, Refused, engine_stopped, refused
+from quantflow.serve.service import Service
+
+Object = dict[str, Any]
+
+LAST_WORDS_S = 5.0  # for an error to reach a client that reads slowly
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+    @property
+    def body(self) -> Object:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+class Shape(Protocol):
+    """What an answer looks like. Texts are counted through all prompts: `params.n` of each."""
+
+    def start(self) -> Iterable[Object]:
+        """Events before the first token."""
+        ...
+
+    def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
+        """Events of a text's new tokens."""
+        ...
+
+    def end(self, usage: Usage) -> Iterable[Object]:
+        """Events after the last token."""
+        ...
+
+    def whole(self, outputs: list[Output], usage: Usage) -> Object:
+        """All in one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """submit: in place of the engine's own `submit`, for the one prompt there is. leave: called with what was generated, whole or not, once
+    it is over."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    shape: Shape
+    stream: bool
+    submit: Callable[[Engine], Request] | None = None
+    leave: Callable[[Output], None] = lambda output: None
+
+
+class Answer(Response):
+    """sequences: how many texts will be generated. prepare: makes the job, once there is room for it, and cleans up after it. renamed: what
+    the client calls the engine's arguments."""
+
+    def __init__(
+        self, service: Service, sequences: int, prepare: Callable[[], AbstractAsyncContextManager[Job]],
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.service, self.sequences, self.prepare, self.renamed = service, sequences, prepare, renamed
+        self.status_code, self.background = 200, None
+        self._begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work, gone = asyncio.create_task(self._answer(scope, receive, send)), asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        limit = self.service.config.request_timeout_s
+        try:
+            async with asyncio.timeout(limit):
+                with self.service.entered(self.sequences):
+                    await self._run(scope, receive, send)
+        except TimeoutError:
+            await self._fail(send, Refused(504, f"the answer took more than {limit:g} s", code="timeout"))
+        except (ClientDisconnect, ConnectionError):
+            return
+        except Refused as error:
+            await self._fail(send, error)
+        except RequestError as error:
+            await self._fail(send, refused(error.problems, self.renamed))
+        except ResourceError:
+            await self._fail(send, engine_stopped())
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self.prepare() as job:
+            if job.stream:
+                await self._events(job, send)
+            else:
+                content = await self._whole(job)
+                self._begun = True
+                await Json(content)(scope, receive, send)
+
+    async def _fail(self, send: Send, error: Refused) -> None:
+        """As an event, where the answer has begun."""
+        if not self._begun:
+            raise error
+        with contextlib.suppress(TimeoutError):  # who reads too slowly for that sees the connection end
+            async with asyncio.timeout(LAST_WORDS_S):
+                await send({"type": "http.response.body", "body": _event(error.body), "more_body": False})
+
+    async def _open(self, job: Job, stack: AsyncExitStack, *, whole: bool) -> tuple[list[Stream], list[Collector]]:
+        streams = []
+        for prompt in job.prompts:
+            stream = await self.service.open(prompt, job.params, whole=whole, submit=job.submit)
+            streams.append(await stack.enter_async_context(stream))
+        collectors = [Collector(stream.request) for stream in streams]
+        for collector in collectors:
+            stack.callback(_leave, job, collector)
+        return streams, collectors
+
+    async def _whole(self, job: Job) -> Object:
+        async with AsyncExitStack() as stack:
+            streams, collectors = await self._open(job, stack, whole=True)
+            for stream, collector in zip(streams, collectors, strict=True):
+                async for token in stream:
+                    _check(token, self.service)
+                    collector.add(token)
+        outputs = [collector.output() for collector in collectors]
+        return job.shape.whole(outputs, _usage(outputs))
+
+    async def _events(self, job: Job, send: Send) -> None:
+        async with AsyncExitStack() as stack:
+            streams, collectors = await self._open(job, stack, whole=False)
+            await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
+            self._begun = True
+            await _send(send, b"".join(map(_event, job.shape.start())))
+            async for prompt, tokens in _arriving(streams, self.service.config.keep_alive_s):
+                data = [] if tokens else [KEEP_ALIVE]
+                texts: dict[int, list[Token]] = {}
+                for token in tokens:
+                    _check(token, self.service)
+                    collectors[prompt].add(token)
+                    texts.setdefault(token.index, []).append(token)
+                for index, new in texts.items():
+                    data += map(_event, job.shape.more(prompt * job.params.n + index, new))
+                await _send(send, b"".join(data))
+            usage = _usage([collector.output() for collector in collectors])
+            last = b"".join(map(_event, job.shape.end(usage))) + DONE
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send(send: Send, data: bytes) -> None:
+    if data:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def _event(content: Object) -> bytes:
+    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+
+
+async def _arriving(streams: list[Stream], silence_s: float) -> AsyncIterator[tuple[int, list[Token]]]:
+    """The tokens of all streams as they come, with the stream's number; none after a long silence."""
+    if len(streams) == 1:
+        while not streams[0].done:
+            try:
+                async with asyncio.timeout(silence_s):
+                    tokens = await streams[0].some()
+            except TimeoutError:
+                tokens = []
+            yield 0, tokens
+        return
+    waiting = {asyncio.create_task(stream.some()): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            arrived, _ = await asyncio.wait(waiting, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
+            if not arrived:
+                yield 0, []
+            for task in arrived:
+                number = waiting.pop(task)
+                yield number, task.result()
+                if not streams[number].done:
+                    waiting[asyncio.create_task(streams[number].some())] = number
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+def _check(token: Token, service: Service) -> None:
+    """Raises Refused for a text that could not be finished."""
+    if token.finish == Finish.error and not service.llm.alive:
+        raise engine_stopped()
+    if token.finish == Finish.error:
+        raise Refused(
+            500, f"the text could not be finished: {token.reason.splitlines()[0][:200] if token.reason else 'error'}", code="failed"
+        )
+    if token.finish == Finish.abort:
+        raise Refused(503, "the server ended this request", code="aborted")
+
+
+def _usage(outputs: list[Output]) -> Usage:
+    return Usage(
+        sum(len(o.prompt) for o in outputs),
+        sum(len(c.token_ids) for o in outputs for c in o.completions),
+        sum(o.cached_tokens for o in outputs),
+    )
+
+
+def _leave(job: Job, collector: Collector) -> None:
+    job.leave(collector.output())

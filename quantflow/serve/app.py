@@ -1,0 +1,292 @@
+"""The routes, and the document that describes them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from quantflow import __version__
+from quantflow.errors import RequestError, ResourceError
+from quantflow.serve import protocol
+from quantflow.serve.answer import Answer, Job
+from quantflow.serve.chat import chat_job
+from quantflow.serve.completion import completion_job, sequences
+from quantflow.serve.errors import Json, Refused, engine_stopped, refused, response
+from quantflow.serve.guard import Guard
+from quantflow.serve.interactive import Sessions, turn_job
+from quantflow.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    InteractiveRequest,
+    TokenizeRequest,
+)
+from quantflow.serve.service import Service
+
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+PAGES = {"/": "index.html", "/docs": "docs.html"}  # beside each file of the page under its own name
+RENAMED = {"prompt": "messages"}  # what the engine calls a prompt is a dialogue's messages there
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The whole application, its guard included."""
+    sessions = Sessions(service)
+    app = FastAPI(title="QuantFlow", version=__version__, lifespan=_lifespan(service), docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.service = service
+    _models(app, service)
+    _generation(app, service, sessions)
+    _text(app, service)
+    _operation(app, service)
+    _administration(app, service, sessions)
+    static = _pages(app)
+    _errors(app, service)
+    guarded: ASGIApp = Guard(app, service.config, static)
+    if service.config.origins:  # outside the guard: a browser asks before it sends a key
+        guarded = CORSMiddleware(
+            guarded, allow_origins=service.config.origins, allow_methods=["GET", "POST"], allow_headers=["authorization", "content-type"]
+        )
+    return guarded
+
+
+def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.prepare(service.llm.close)
+
+    return lifespan
+
+
+def _answers(model: Any, *, events: bool = False, refusals: tuple[int, ...] = (400, 413, 415, 429)) -> dict[str, Any]:
+    """The part of the OpenAPI document that says what a route may answer."""
+    whole: dict[str, Any] = {"model": model}
+    if events:
+        whole["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    error = {"model": protocol.ErrorResponse}
+    return {
+        "response_model": model,
+        "responses": {200: whole, **dict.fromkeys(sorted({*refusals, 401, 403, 421, 500, 503}), error)},
+    }
+
+
+READS = (400,)
+GENERATES = (400, 404, 408, 413, 415, 429, 504)
+
+
+def _models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", tags=["models"], **_answers(protocol.ModelList, refusals=READS))
+    async def models() -> Any:
+        return protocol.ModelList(data=service.cards())
+
+    @app.get("/v1/models/{model}", tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
+    async def model(model: str) -> Any:
+        for card in service.cards():
+            if card.id == model:
+                return card
+        raise Refused(404, f"model: {model[:100]!r} is not served here", param="model", code="model_not_found")
+
+
+def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
+    @app.post("/v1/chat/completions", tags=["generation"], **_answers(protocol.ChatCompletion, events=True, refusals=GENERATES))
+    async def chat(body: ChatRequest) -> Any:
+        """A dialogue in, the assistant's message out."""
+
+        @asynccontextmanager
+        async def job() -> AsyncIterator[Job]:
+            yield await service.prepare(lambda: chat_job(service, body))
+
+        return Answer(service, body.n or 1, job, RENAMED)
+
+    @app.post("/v1/completions", tags=["generation"], **_answers(protocol.Completion, events=True, refusals=GENERATES))
+    async def completions(body: CompletionRequest) -> Any:
+        """A text in, what follows it out."""
+
+        @asynccontextmanager
+        async def job() -> AsyncIterator[Job]:
+            yield await service.prepare(lambda: completion_job(service, body))
+
+        return Answer(service, sequences(body), job)
+
+    @app.post(
+        "/v1/chat/interactive", tags=["generation"], **_answers(protocol.InteractiveResponse, events=True, refusals=(*GENERATES, 409))
+    )
+    async def interactive(body: InteractiveRequest, request: Request) -> Any:
+        """A turn of a dialogue that the server remembers."""
+        owner = request.state.owner
+        id = body.session_id if body.session_id >= 0 else sessions.unnamed()
+        if body.cancel:
+            sessions.cancel(owner, id)
+            return Json({"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "finish_reason": None})
+
+        @asynccontextmanager
+        async def job() -> AsyncIterator[Job]:
+            session = sessions.enter(owner, id)
+            try:
+                yield await service.prepare(lambda: turn_job(service, body, session))
+            finally:
+                sessions.leave(owner, id, session, keep=body.interactive_mode)
+
+        return Answer(service, 1, job, RENAMED)
+
+
+def _text(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse, refusals=(400, 404, 408, 413, 415)))
+    async def tokenize(body: TokenizeRequest) -> Any:
+        """The tokens of a text, or of a dialogue up to where the answer begins."""
+        service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise Refused(400, "prompt: expected it or messages, one of the two", param="prompt", code="invalid_value")
+        if body.messages is not None:
+            messages = [m.model_dump() for m in body.messages]
+            tokens = await service.prepare(lambda: service.dialogue(messages))
+        else:
+            text, special = body.prompt or "", body.add_special_tokens is not False
+            tokens = await service.prepare(lambda: service.text.encode(text, special=special))
+        return Json({"tokens": tokens, "count": len(tokens), "max_model_len": service.context})
+
+    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=(400, 404, 408, 413, 415)))
+    async def detokenize(body: DetokenizeRequest) -> Any:
+        service.check_model(body.model)
+        vocabulary = service.llm.engine.model_config.vocabulary
+        wrong = next((token for token in body.tokens if token >= vocabulary), None)
+        if wrong is not None:
+            message = f"tokens: {wrong}; expected ids from 0 to {vocabulary - 1}"
+            raise Refused(400, message, param="tokens", code="invalid_value")
+        return Json({"prompt": await service.prepare(lambda: service.text.decode(body.tokens))})
+
+
+def _operation(app: FastAPI, service: Service) -> None:
+    @app.get("/health", tags=["operation"], **_answers(protocol.Health, refusals=READS) | {"responses": {503: {"model": protocol.Health}}})
+    async def health() -> Any:
+        """200 only while the engine makes progress."""
+        return Json({"status": service.health}, 200 if service.health == "ok" else 503)
+
+    @app.get("/metrics", tags=["operation"], response_class=Response)
+    async def metrics() -> Any:
+        """Prometheus' text format."""
+        return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def document() -> Any:
+        return Json(openapi(app))
+
+
+def _administration(app: FastAPI, service: Service, sessions: Sessions) -> None:
+    """What changes the server needs an admin key."""
+
+    @app.post("/admin/drain", tags=["administration"], **_answers(protocol.Done, refusals=(400, 408, 413, 415)))
+    async def drain() -> Any:
+        """No new requests; those that run are finished. It lasts until the server is started again."""
+        service.draining = True
+        return Json({"done": f"draining: {service.inside} texts are left"})
+
+    @app.post("/admin/sessions/end", tags=["administration"], **_answers(protocol.Done, refusals=(400, 408, 413, 415)))
+    async def end_sessions() -> Any:
+        """Ends all sessions."""
+        return Json({"done": f"{sessions.clear()} sessions ended"})
+
+
+def _pages(app: FastAPI) -> list[str]:
+    """The web page's files; where they are found."""
+    folder = files("quantflow.serve") / "page"
+    places = dict(PAGES)
+    for file in folder.iterdir():
+        if not file.name.endswith(".html"):
+            places[f"/{file.name}"] = file.name
+    for path, name in places.items():
+        content, kind = (folder / name).read_bytes(), TYPES[name[name.rindex(".") :]]
+
+        def page(content: bytes = content, kind: str = kind) -> Any:
+            async def route() -> Any:
+                return Response(content, headers={"content-type": kind})
+
+            return route
+
+        app.get(path, include_in_schema=False)(page())
+    return list(places)
+
+
+def _errors(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(Refused)
+    async def refusal(request: Request, error: Refused) -> Response:
+        return response(error)
+
+    @app.exception_handler(RequestError)
+    async def wrong(request: Request, error: RequestError) -> Response:
+        return response(refused(error.problems))
+
+    @app.exception_handler(ResourceError)
+    async def failed(request: Request, error: ResourceError) -> Response:
+        return response(engine_stopped())
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return response(unreadable(error))
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:
+        return response(Refused(error.status_code, str(error.detail), code="http_error", headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        """What happened goes to the server's log, with the request's id, and not to the client."""
+        return response(Refused(500, f"internal error; the server's log has it under {request.state.request_id}", code="internal_error"))
+
+
+UNSUPPORTED = {
+    name
+    for model in (ChatRequest, CompletionRequest, InteractiveRequest)
+    for name, field in model.model_fields.items()
+    if field.annotation is type(None)
+}
+
+
+def unreadable(error: RequestValidationError) -> Refused:
+    """What pydantic found, in OpenAI's words."""
+    found = []
+    for problem in error.errors()[:5]:
+        if problem["type"] == "json_invalid":
+            return Refused(400, f"body: no valid JSON ({problem.get('ctx', {}).get('error', 'unreadable')})", code="invalid_json")
+        place = [part for part in problem["loc"] if part not in ("body",)]
+        param = ".".join(str(part) for part in place) or "body"
+        if problem["type"] == "extra_forbidden":
+            found.append((param, f"{param}: unknown parameter; expected one of the API's", "unknown_parameter"))
+        elif place and place[0] in UNSUPPORTED:
+            found.append((param, f"{param}: not supported here; expected none", "unsupported_parameter"))
+        else:
+            message = problem["msg"][:1].lower() + problem["msg"][1:]
+            found.append((param, f"{param}: {message}", "missing" if problem["type"] == "missing" else "invalid_value"))
+    param, _, code = found[0]
+    return Refused(400, "; ".join(dict.fromkeys(message for _, message, _ in found)), param=param[:200], code=code)
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, without what FastAPI says of errors that this server words otherwise."""
+    document = get_openapi(
+        title=app.title, version=app.version, routes=app.routes,
+        description="Large language models, quantised, over OpenAI's protocol.",
+    )  # fmt: skip
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}, {}]
+    return document

@@ -1,0 +1,152 @@
+"""/v1/chat/completions: a dialogue in, the assistant's message out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from quantflow.engine.request import Finish, Output, Token
+from quantflow.serve.answer import Job, Object, Usage
+from quantflow.serve.errors import Refused
+from quantflow.serve.protocol import ChatRequest, ToolChoice
+from quantflow.serve.sampling import chat_logprobs, compact, grammar_of, sampling_params, stream_usage
+from quantflow.serve.service import Service
+from quantflow.serve.tools import Call, ToolFormat, ToolReader, must_call
+
+
+class ChatShape:
+    """tools: how calls are read out of the text; None: they are not. most_calls: those after are dropped. usage: whether the last event
+    tells it."""
+
+    def __init__(
+        self, service: Service, texts: int, *, tools: ToolFormat | None, most_calls: int | None, logprobs: bool, usage: bool
+    ) -> None:
+        self._service, self._texts, self._logprobs, self._with_usage, self._most_calls = service, texts, logprobs, usage, most_calls
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+        self._readers = [ToolReader(tools) if tools else None for _ in range(texts)]
+        self._calls = [0] * texts
+
+    def start(self) -> Iterable[Object]:
+        for index in range(self._texts):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+
+    def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
+        ended = tokens[-1].finish
+        shown, calls = self._read(text, "".join(token.text for token in tokens), last=ended is not None)
+        scored = [token.logprob for token in tokens if token.logprob] if self._logprobs else []
+        if shown or scored:
+            yield self._chunk(text, {"content": shown}, chat_logprobs(self._service.text, scored) if self._logprobs else None)
+        for number, call in enumerate(calls, self._calls[text] - len(calls)):
+            yield self._chunk(text, {"tool_calls": [{"index": number, **_called(call)}]})
+        if ended is not None:
+            yield self._chunk(text, {}, finish=self._finish(text, ended))
+
+    def end(self, usage: Usage) -> Iterable[Object]:
+        if self._with_usage:
+            yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage.body}
+
+    def whole(self, outputs: list[Output], usage: Usage) -> Object:
+        choices = []
+        for completion in outputs[0].completions:
+            shown, calls = self._read(completion.index, completion.text, last=True)
+            message: Object = {"role": "assistant", "content": shown if shown or not calls else None, "refusal": None}
+            if calls:
+                message["tool_calls"] = [_called(call) for call in calls]
+            choices.append(
+                {
+                    "index": completion.index,
+                    "message": message,
+                    "logprobs": chat_logprobs(self._service.text, completion.logprobs) if self._logprobs else None,
+                    "finish_reason": self._finish(completion.index, completion.finish),
+                }
+            )
+        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body}
+
+    def _read(self, index: int, text: str, *, last: bool) -> tuple[str, list[Call]]:
+        reader = self._readers[index]
+        if reader is None:
+            return text, []
+        shown, calls = reader.add(text)
+        if last:
+            rest, others = reader.finish()
+            shown, calls = shown + rest, calls + others
+        if self._most_calls is not None:
+            calls = calls[: self._most_calls - self._calls[index]]
+        self._calls[index] += len(calls)
+        return shown, calls
+
+    def _finish(self, index: int, finish: Finish) -> str:
+        return "tool_calls" if self._calls[index] and finish == Finish.stop else str(finish)
+
+    def _chunk(self, index: int, delta: Object, logprobs: Object | None = None, finish: str | None = None) -> Object:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        found = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**found, "usage": None} if self._with_usage else found
+
+
+def _called(call: Call) -> Object:
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def chat_job(service: Service, body: ChatRequest) -> Job:
+    """Takes a while: tokenises. Raises Refused, RequestError."""
+    service.check_model(body.model)
+    if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
+        message = "max_tokens: with another max_completion_tokens; expected one of them"
+        raise Refused(400, message, param="max_tokens", code="invalid_value")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Refused(400, "top_logprobs: without logprobs; expected logprobs: true", param="top_logprobs", code="invalid_value")
+    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    if most == 0:
+        raise Refused(400, "max_tokens: 0; expected at least 1", param="max_tokens", code="invalid_value")
+    params = sampling_params(
+        body, max_tokens=most, grammar=grammar_of(body.response_format), logprobs=(body.top_logprobs or 0) if body.logprobs else None
+    )
+    tools, extra = None, {}
+    if body.tools and body.tool_choice != "none":
+        tools = _tools_of(service, body)
+        functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools]
+        extra["tools"] = [{"type": "function", "function": {"parameters": {}, **f}} for f in functions]
+        params = replace(params, skip_special_tokens=False)
+        if body.tool_choice not in (None, "auto"):
+            wanted = _wanted(body.tool_choice, functions)
+            for function in wanted:
+                compact(function.get("parameters"), "tools")
+            special = service.text.special_id(tools.begin)
+            params = replace(params, grammar=must_call(tools, wanted, special, several=body.parallel_tool_calls is not False))
+    elif body.tool_choice not in (None, "none", "auto"):
+        raise Refused(400, "tool_choice: without tools; expected some", param="tool_choice", code="invalid_value")
+    service.compile(params.grammar)
+    prompt = service.dialogue([m.model_dump() for m in body.messages], **extra)
+    usage = stream_usage(body.stream, body.stream_options)
+    most_calls = 1 if body.parallel_tool_calls is False else None
+    shape = ChatShape(service, params.n, tools=tools, most_calls=most_calls, logprobs=bool(body.logprobs), usage=usage)
+    return Job([prompt], params, shape, bool(body.stream))
+
+
+def _tools_of(service: Service, body: ChatRequest) -> ToolFormat:
+    found = service.tools
+    if found is None:
+        message = "tools: this model's dialogue format has no place for them; expected none, or a model trained to call tools"
+        raise Refused(400, message, param="tools", code="unsupported_value")
+    if body.response_format is not None and body.response_format.type != "text":
+        message = "response_format: with tools; expected one of them, or tool_choice: none"
+        raise Refused(400, message, param="response_format", code="unsupported_value")
+    if any(tool.function.strict for tool in body.tools or ()) and body.tool_choice in (None, "auto"):
+        message = "tools: strict with tool_choice auto; expected strict: false, or a tool_choice that demands a call"
+        raise Refused(400, message, param="tools", code="unsupported_value")
+    return found
+
+
+def _wanted(choice: Any, functions: list[Object]) -> list[Object]:
+    if not isinstance(choice, ToolChoice):
+        return functions
+    found = [f for f in functions if f["name"] == choice.function.name]
+    if not found:
+        names = ", ".join(f["name"] for f in functions)
+        message = f"tool_choice: {choice.function.name!r} is none of the tools; expected one of {names}"
+        raise Refused(400, message, param="tool_choice", code="invalid_value")
+    return found

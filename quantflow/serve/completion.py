@@ -1,0 +1,146 @@
+"""/v1/completions: a text in, what follows it out."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from quantflow.engine.request import Completion, Logprob, Output, Token
+from quantflow.serve.answer import Job, Object, Usage
+from quantflow.serve.errors import Refused
+from quantflow.serve.protocol import CompletionRequest
+from quantflow.serve.sampling import finite, grammar_of, sampling_params, stream_usage
+from quantflow.serve.service import Service
+
+DEFAULT_TOKENS = 16  # OpenAI's
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """text: as it is echoed."""
+
+    tokens: list[int]
+    text: str
+
+
+class TextShape:
+    """echo: whether prompts stand before what follows them. per_prompt: texts that are shown of each. nothing: what was generated is not
+    shown, since no tokens were asked for."""
+
+    def __init__(
+        self, service: Service, prompts: list[Prompt], per_prompt: int, *, echo: bool, logprobs: int | None, usage: bool, nothing: bool
+    ) -> None:
+        self._service, self._prompts, self._per_prompt = service, prompts, per_prompt
+        self._echo, self._count, self._with_usage, self._nothing = echo, logprobs, usage, nothing
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": service.name
+        }  # fmt: skip
+        self._lengths = [0] * (len(prompts) * per_prompt)  # letters shown so far
+        self._begun = [False] * len(self._lengths)
+        self._scored: list[Sequence[Logprob | None]] = [()] * len(prompts)
+
+    def start(self) -> Iterable[Object]:
+        return ()
+
+    def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
+        letters = "" if self._nothing else "".join(token.text for token in tokens)
+        scored: list[Logprob] = [] if self._nothing else [token.logprob for token in tokens if token.logprob]
+        before: Sequence[Logprob | None] = ()
+        prompt = text // self._per_prompt
+        self._scored[prompt] = tokens[0].prompt_logprobs or self._scored[prompt]  # they come with the first of its texts
+        if self._echo and not self._begun[text]:
+            letters, before = self._prompts[prompt].text + letters, self._scored[prompt]
+        self._begun[text] = True
+        yield self._event(self._choice(text, letters, before, scored, str(tokens[-1].finish) if tokens[-1].finish else None))
+
+    def end(self, usage: Usage) -> Iterable[Object]:
+        if self._with_usage:
+            yield {**self._head, "choices": [], "usage": self._usage(usage)}
+
+    def whole(self, outputs: list[Output], usage: Usage) -> Object:
+        choices = []
+        for number, output in enumerate(outputs):
+            best = sorted(output.completions, key=_quality)[: self._per_prompt] if len(output.completions) > self._per_prompt else None
+            for index, completion in enumerate(best or output.completions):
+                letters = (self._prompts[number].text if self._echo else "") + ("" if self._nothing else completion.text)
+                scored: Sequence[Logprob] = () if self._nothing else completion.logprobs
+                before = output.prompt_logprobs if self._echo else ()
+                choices.append(self._choice(number * self._per_prompt + index, letters, before, scored, str(completion.finish)))
+        return {**self._head, "choices": choices, "usage": self._usage(usage)}
+
+    def _usage(self, usage: Usage) -> Object:
+        return (Usage(usage.prompt, 0, usage.cached) if self._nothing else usage).body
+
+    def _event(self, choice: Object) -> Object:
+        found = {**self._head, "choices": [choice]}
+        return {**found, "usage": None} if self._with_usage else found
+
+    def _choice(self, index: int, letters: str, before: Sequence[Logprob | None], after: Sequence[Logprob], finish: str | None) -> Object:
+        logprobs = None if self._count is None else self._logprobs(index, before, after)
+        return {"index": index, "text": letters, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, index: int, before: Sequence[Logprob | None], after: Sequence[Logprob]) -> Object:
+        """before: of the prompt, whose first token has none."""
+        text = self._service.text
+        found: Object = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        scored: list[tuple[int, Logprob | None]] = [(score.token if score else -1, score) for score in before]
+        if before:
+            scored[0] = (self._prompts[index // self._per_prompt].tokens[0], None)
+        for token, score in [*scored, *((s.token, s) for s in after)]:
+            letters = text.token_text(token)
+            found["text_offset"].append(self._lengths[index])
+            found["tokens"].append(letters)
+            found["token_logprobs"].append(finite(score.logprob) if score else 0.0)
+            found["top_logprobs"].append({text.token_text(t): finite(p) for t, p in score.top} if score else {})
+            self._lengths[index] += len(letters)
+        return found
+
+
+def _quality(completion: Completion) -> float:
+    """Of several texts the one with the highest mean log-probability goes first."""
+    return -sum(p.logprob for p in completion.logprobs) / max(1, len(completion.logprobs))
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    if isinstance(body.prompt, list) and isinstance(body.prompt[0], (str, list)):
+        return list(body.prompt)
+    return [body.prompt]
+
+
+def _prompt(service: Service, given: str | list[int], *, echo: bool) -> Prompt:
+    if isinstance(given, str):
+        return Prompt(service.text.encode(given), given)
+    return Prompt(given, service.text.decode(given) if echo else "")
+
+
+def sequences(body: CompletionRequest) -> int:
+    """How many texts will be generated."""
+    return len(_prompts(body)) * max(body.n or 1, body.best_of or 1)
+
+
+def completion_job(service: Service, body: CompletionRequest) -> Job:
+    """Takes a while: tokenises. Raises Refused, RequestError."""
+    service.check_model(body.model)
+    shown, made = body.n or 1, body.best_of or body.n or 1
+    if made < shown:
+        raise Refused(400, f"best_of: {made}, less than n; expected at least {shown}", param="best_of", code="invalid_value")
+    if made > shown and body.stream:
+        raise Refused(400, "best_of: with stream; expected one of them", param="best_of", code="unsupported_value")
+    nothing = body.max_tokens == 0
+    if nothing and not body.echo:
+        raise Refused(400, "max_tokens: 0; expected at least 1, or echo: true", param="max_tokens", code="invalid_value")
+    prompts = [_prompt(service, given, echo=bool(body.echo)) for given in _prompts(body)]
+    params = sampling_params(
+        body,
+        n=made,
+        max_tokens=1 if nothing else DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+        logprobs=body.logprobs if body.logprobs is not None else 0 if made > shown else None,
+        prompt_logprobs=body.logprobs if body.echo else None,
+        grammar=grammar_of(body.response_format),
+    )
+    service.compile(params.grammar)
+    usage = stream_usage(body.stream, body.stream_options)
+    shape = TextShape(service, prompts, shown, echo=bool(body.echo), logprobs=body.logprobs, usage=usage, nothing=nothing)
+    return Job([prompt.tokens for prompt in prompts], params, shape, bool(body.stream))

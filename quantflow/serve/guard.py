@@ -1,0 +1,145 @@
+"""What every request meets before a route: a key, limits on its size, where it comes from; and what every answer carries.
+
+Keys are compared by their digests, all of them and to the last letter, so that the time taken tells nothing. A server without keys
+answers to loopback names alone, and takes nothing but JSON: no page of another site can make a browser use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+from collections.abc import Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quantflow.serve.config import ServerConfig
+from quantflow.serve.errors import Refused, response
+
+OPEN = ("/health",)  # beside the static pages
+READ_S = 30.0  # for a body to arrive
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    "cache-control": "no-store",
+}
+
+
+class Guard:
+    """app: what is behind. static: paths that need no key."""
+
+    def __init__(self, app: ASGIApp, config: ServerConfig, static: Iterable[str]) -> None:
+        self.app, self.config = app, config
+        self._open = frozenset((*OPEN, *static))
+        self._keys = tuple(_digest(key) for key in config.keys)
+        self._admin_keys = tuple(_digest(key) for key in config.admin_keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        id = f"req-{secrets.token_hex(12)}"
+        scope["state"]["request_id"] = id
+        begun = False
+
+        async def answer(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                found = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    found.setdefault(name, value)
+                found["x-request-id"] = id
+            await send(message)
+
+        try:
+            scope["state"]["owner"] = self._check(scope, headers)
+            limited = _Body(receive, self.config.max_body)
+            try:
+                await self.app(scope, limited.receive, answer)
+            except Refused as error:  # of the body, in the middle of a route
+                if begun:
+                    raise
+                await response(error)(scope, receive, answer)
+        except Refused as error:
+            await response(error)(scope, receive, answer)
+
+    def _check(self, scope: Scope, headers: Headers) -> str:
+        """Who asks: "" where no key is needed. Raises Refused."""
+        path = scope["path"]
+        owner = ""
+        if not self.config.keys and self.config.loopback and _host(headers.get("host", "localhost")) not in LOCAL_NAMES:
+            raise Refused(421, f"host: {headers['host'][:100]!r}; expected one of {', '.join(LOCAL_NAMES)}", code="unknown_host")
+        if path not in self._open and scope["method"] != "OPTIONS":
+            owner = self._owner(path, headers)
+        length = headers.get("content-length")
+        if length is not None and (not length.isdecimal() or len(length) > 15 or int(length) > self.config.max_body):
+            raise _too_large(self.config.max_body)
+        if (
+            scope["method"] in ("POST", "PUT", "PATCH")
+            and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
+        ):
+            message = f"content-type: {headers.get('content-type', 'none')[:100]!r}; expected application/json"
+            raise Refused(415, message, code="unsupported_media_type")
+        return owner
+
+    def _owner(self, path: str, headers: Headers) -> str:
+        admin = path.startswith("/admin/")
+        allowed = self._admin_keys if admin else (*self._keys, *self._admin_keys) if self._keys else ()
+        if admin and not allowed:
+            message = "administration is off: no admin key was given when the server was started"
+            raise Refused(403, message, code="no_admin_key")
+        if not allowed:
+            return ""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip()) if scheme.lower() == "bearer" else b""
+        matches = [hmac.compare_digest(given, known) for known in allowed]  # every one, whichever fits
+        if not any(matches):
+            message = "authorization: no valid key; expected 'Bearer' and a key of this server"
+            raise Refused(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+        return given.hex()
+
+
+class _Body:
+    """A request's body as it arrives: not too much of it, and not too slowly."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self._receive, self._most, self._size, self._whole = receive, most, 0, False
+
+    async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()  # waits for the client to go away
+        try:
+            async with asyncio.timeout(READ_S):
+                message = await self._receive()
+        except TimeoutError:
+            raise Refused(408, f"body: not there after {READ_S:g} s", code="timeout", headers={"connection": "close"}) from None
+        self._size += len(message.get("body", b""))
+        self._whole = not message.get("more_body", False)
+        if self._size > self._most:
+            raise _too_large(self._most)
+        return message
+
+
+def _too_large(most: int) -> Refused:
+    return Refused(413, f"body: too large; expected at most {most} bytes", code="body_too_large", headers={"connection": "close"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _host(header: str) -> str:
+    """The name in a Host header, without its port."""
+    name, colon, port = header.rpartition(":")
+    return (name if colon and port.isdecimal() else header).lower()

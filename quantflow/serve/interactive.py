@@ -1,0 +1,149 @@
+"""/v1/chat/interactive: dialogues that the server remembers, as LMDeploy keeps them, by number.
+
+The messages are kept here, their keys and values in the engine's session of the same dialogue. A turn renders the whole dialogue again and
+goes on from where it agrees with what the engine holds: a template may well write an old turn differently. A session belongs to the key
+that opened it: the same number under another key is another session.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from quantflow.engine.engine import Engine
+from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
+from quantflow.serve.answer import Job, Object, Usage
+from quantflow.serve.errors import Refused
+from quantflow.serve.protocol import InteractiveRequest
+from quantflow.serve.service import Service
+
+MOST_SESSIONS = 1024
+
+
+@dataclass
+class Session:
+    """number: the engine's. messages: as templates want them. used: when it was, on the monotonic clock. tokens: of the dialogue so far."""
+
+    number: int
+    messages: list[Object] = field(default_factory=list)
+    busy: bool = False
+    used: float = 0.0
+    tokens: int = 0
+
+
+class Sessions:
+    """By owner and the number that the client gave."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._found: dict[tuple[str, int], Session] = {}
+        self._numbers = itertools.count()
+
+    def unnamed(self) -> int:
+        """A number for a client that gave none, such as no client can give."""
+        return -2 - next(self._numbers)
+
+    def enter(self, owner: str, id: int) -> Session:
+        """The session, which nobody else can enter before it is left. Raises Refused."""
+        self._forget_old()
+        session = self._found.get((owner, id))
+        if session is None:
+            if len(self._found) >= MOST_SESSIONS and not self._forget_oldest():
+                raise Refused(429, "too many sessions are in use: try again", code="too_many_sessions", headers={"retry-after": "1"})
+            session = self._found[(owner, id)] = Session(next(self._numbers))
+        if session.busy:
+            message = f"session_id: a turn of session {id} is running; expected one turn at a time, or cancel: true"
+            raise Refused(409, message, param="session_id", code="session_busy")
+        session.busy, session.used = True, time.monotonic()
+        return session
+
+    def leave(self, owner: str, id: int, session: Session, *, keep: bool) -> None:
+        if self._found.get((owner, id)) is not session:  # cancelled meanwhile
+            return
+        session.busy, session.used = False, time.monotonic()
+        if not keep:
+            self._forget(owner, id)
+
+    def cancel(self, owner: str, id: int) -> None:
+        """Ends a session, and the turn that runs in it. Nothing happens where there is none."""
+        session = self._found.pop((owner, id), None)
+        if session is not None:
+            self._service.llm.end_session(session.number)
+
+    def clear(self) -> int:
+        """Ends all; how many there were."""
+        count = len(self._found)
+        for owner, id in list(self._found):
+            self.cancel(owner, id)
+        return count
+
+    def _forget_old(self) -> None:
+        limit = time.monotonic() - self._service.config.session_idle_s
+        for (owner, id), session in list(self._found.items()):
+            if not session.busy and session.used < limit:
+                self._forget(owner, id)
+
+    def _forget_oldest(self) -> bool:
+        idle = [(session.used, place) for place, session in self._found.items() if not session.busy]
+        if idle:
+            self._forget(*min(idle)[1])
+        return bool(idle)
+
+    def _forget(self, owner: str, id: int) -> None:
+        self._service.llm.end_session(self._found.pop((owner, id)).number)
+
+
+class TurnShape:
+    """Each event has the letters that are new, and counts them all."""
+
+    def __init__(self, prompt: int, history: int) -> None:
+        self._counts: Object = {"input_tokens": prompt, "history_tokens": history}
+        self._tokens = 0
+
+    def start(self) -> Iterable[Object]:
+        return ()
+
+    def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
+        self._tokens += sum(token.token is not None for token in tokens)
+        ended = tokens[-1].finish
+        yield self._object("".join(token.text for token in tokens), self._tokens, ended)
+
+    def end(self, usage: Usage) -> Iterable[Object]:
+        return ()
+
+    def whole(self, outputs: list[Output], usage: Usage) -> Object:
+        completion = outputs[0].completions[0]
+        return self._object(completion.text, len(completion.token_ids), completion.finish)
+
+    def _object(self, text: str, tokens: int, finish: Finish | None) -> Object:
+        return {"text": text, "tokens": tokens, **self._counts, "finish_reason": None if finish is None else str(finish)}
+
+
+def turn_job(service: Service, body: InteractiveRequest, session: Session) -> Job:
+    """Takes a while: tokenises. The session has been entered. Raises Refused, RequestError."""
+    new = [message.model_dump() for message in body.prompt]
+    dialogue = [*session.messages, *new]
+    tokens = service.dialogue(dialogue)
+    params = SamplingParams(
+        max_tokens=body.request_output_len, temperature=body.temperature, top_p=body.top_p, top_k=max(0, body.top_k), min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty, ignore_eos=body.ignore_eos, stop=tuple(body.stop or ()), seed=body.seed,
+        skip_special_tokens=body.skip_special_tokens,
+    )  # fmt: skip
+    history = session.tokens
+
+    def submit(engine: Engine) -> Request:
+        held = engine.sessions[session.number].tokens if session.number in engine.sessions else []
+        common = next((i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), min(len(held), len(tokens)))
+        common = min(common, len(tokens) - 1)
+        if session.number in engine.sessions:
+            engine.rewind(session.number, common)
+        return engine.submit(tokens[common:], params, session=session.number)
+
+    def leave(output: Output) -> None:
+        """What was said counts, even where the client went away in the middle."""
+        session.messages = [*dialogue, {"role": "assistant", "content": output.completions[0].text}]
+        session.tokens = len(tokens) + len(output.completions[0].token_ids)
+
+    return Job([tokens], params, TurnShape(len(tokens) - history, history), body.stream, submit=submit, leave=leave)

@@ -1,0 +1,417 @@
+"""The messages of the HTTP interface: OpenAI's, and LMDeploy's where it differs.
+
+Every parameter is honoured or refused by name. Those of OpenAI's that have no meaning here stand as fields that admit nothing but their
+neutral value, so that the document at /openapi.json says so.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+MOST_TOOLS = 128
+MOST_MESSAGES = 4096
+MOST_PROMPTS = 128
+MOST_STOPS = 16
+MOST_NAME = 256  # letters
+
+
+class Incoming(BaseModel):
+    """What clients send: of the types that are declared, and nothing else."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Outgoing(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+# --- requests
+
+Name = Annotated[str, Field(max_length=MOST_NAME)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=MOST_STOPS)]
+Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+TokenIds = list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+Label = Annotated[str, Field(max_length=4096)]  # of a user, for whoever sends it
+
+
+def _many(stop: Any) -> Any:
+    """`false` is LMDeploy's way of saying that there is none."""
+    return None if stop is False else [stop] if isinstance(stop, str) else stop
+
+
+Stop = Annotated[
+    StopStrings | None,
+    BeforeValidator(
+        _many, json_schema_input_type=Annotated[str, Field(min_length=1, max_length=512)] | StopStrings | Literal[False] | None
+    ),
+]
+
+
+class TextPart(Incoming):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(min_length=1)]
+
+
+class CalledFunction(Incoming):
+    name: Name
+    arguments: str
+
+
+class MessageToolCall(Incoming):
+    id: Name
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Incoming):
+    """content may be missing or null where there are tool_calls."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: Name | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_call_id: Name | None = None
+    refusal: str | None = None
+    audio: None = None
+    function_call: None = None
+
+
+def _dialogue(messages: Any) -> Any:
+    """A plain string, as LMDeploy takes it, is the user's."""
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MOST_MESSAGES),
+    BeforeValidator(_dialogue, json_schema_input_type=Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | str),
+]
+
+
+class Function(Incoming):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Incoming):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Incoming):
+    name: Name
+
+
+class ToolChoice(Incoming):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class JsonSchema(Incoming):
+    name: Name
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Incoming):
+    """json_object: any JSON object. json_schema: one that follows `json_schema.schema`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(Incoming):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Sampling(Incoming):
+    """What /v1/chat/completions and /v1/completions share. min_tokens, stop_token_ids, top_k, min_p, repetition_penalty, ignore_eos and
+    skip_special_tokens are not OpenAI's."""
+
+    model: Name | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Biases | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    n: Annotated[int, Field(ge=1, le=64)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Probability | None = None
+    user: Label | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Probability | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
+    skip_special_tokens: bool | None = None
+
+
+class ChatRequest(Sampling):
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    # Labels, which change nothing about an answer.
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    metadata: Annotated[dict[str, Label], Field(max_length=16)] | None = None
+    # LMDeploy's: every request brings its whole dialogue, so that there is nothing to renew.
+    renew_session: bool | None = None
+    # No meaning here.
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: Literal["in_memory"] | None = None
+    reasoning_effort: None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+class CompletionRequest(Sampling):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[TokenIds, Field(min_length=1)]
+        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
+    best_of: Annotated[int, Field(ge=1, le=64)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    response_format: ResponseFormat | None = None
+    suffix: None = None
+
+
+class InteractiveRequest(Incoming):
+    """A turn of a session, in LMDeploy's words. interactive_mode: the session stays for another turn; else it ends with this one.
+    cancel: ends the session, and the turn that runs. request_output_len: the most tokens to generate."""
+
+    prompt: Messages
+    session_id: Annotated[int, Field(ge=-1, le=2**53)] = -1
+    interactive_mode: bool = False
+    stream: bool = False
+    stop: Stop = None
+    cancel: bool = False
+    request_output_len: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.8
+    top_p: Probability = 0.95
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 40
+    min_p: Probability = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    adapter_name: None = None
+
+
+class TokenizeRequest(Incoming):
+    """Text, or a dialogue in the model's own format."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(Incoming):
+    model: Name | None = None
+    tokens: TokenIds
+
+
+# --- responses
+
+
+class ErrorBody(Outgoing):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(Outgoing):
+    error: ErrorBody
+
+
+class PromptTokens(Outgoing):
+    cached_tokens: int = 0
+
+
+class Usage(Outgoing):
+    """prompt_tokens_details.cached_tokens: those that the prefix cache held."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens
+
+
+class TopLogprob(Outgoing):
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Outgoing):
+    content: list[TokenLogprob] | None
+    refusal: None = None
+
+
+class FunctionCall(Outgoing):
+    name: str
+    arguments: str
+
+
+class ToolCall(Outgoing):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class AssistantMessage(Outgoing):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(Outgoing):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatCompletion(Outgoing):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ToolCallChunk(Outgoing):
+    index: int
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Delta(Outgoing):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallChunk] | None = None
+
+
+class ChatChunkChoice(Outgoing):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+
+
+class ChatChunk(Outgoing):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class TextLogprobs(Outgoing):
+    """The first token of a prompt follows nothing: its log-probability is given as 0."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class TextChoice(Outgoing):
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class Completion(Outgoing):
+    """One answer, or a part of it: OpenAI's completions have one shape for both."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | None = None
+
+
+class InteractiveResponse(Outgoing):
+    """tokens: generated so far; input_tokens: of the prompt; history_tokens: that the session held before."""
+
+    text: str
+    tokens: int
+    input_tokens: int
+    history_tokens: int
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ModelCard(Outgoing):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "quantflow"
+    max_model_len: int
+
+
+class ModelList(Outgoing):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeResponse(Outgoing):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeResponse(Outgoing):
+    prompt: str
+
+
+class Health(Outgoing):
+    status: Literal["ok", "stalled", "stopped", "draining"]
+
+
+class Done(Outgoing):
+    """What an administrator's call did."""
+
+    done: str

@@ -1,0 +1,85 @@
+"""From a request's words to the engine's: sampling parameters, grammars, and log-probabilities in both of OpenAI's forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from quantflow.engine.grammar import Grammar, GrammarKind
+from quantflow.engine.request import Logprob, SamplingParams
+from quantflow.engine.text import Text
+from quantflow.serve.errors import Refused
+from quantflow.serve.protocol import ResponseFormat, Sampling, StreamOptions
+
+Object = dict[str, Any]
+
+
+def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
+    """OpenAI's defaults where nothing is said. more: what has another name there. Raises RequestError."""
+
+    def default(value: Any, otherwise: Any) -> Any:
+        return otherwise if value is None else value
+
+    arguments: Object = {
+        "max_tokens": body.max_tokens,
+        "min_tokens": body.min_tokens or 0,
+        "temperature": default(body.temperature, 1.0),
+        "top_k": max(0, body.top_k or 0),  # -1 is off, too
+        "top_p": default(body.top_p, 1.0),
+        "min_p": body.min_p or 0.0,
+        "repetition_penalty": default(body.repetition_penalty, 1.0),
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "logit_bias": {int(token): bias for token, bias in (body.logit_bias or {}).items()},
+        "seed": body.seed,
+        "n": default(body.n, 1),
+        "stop": tuple(body.stop or ()),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "ignore_eos": bool(body.ignore_eos),
+        "skip_special_tokens": default(body.skip_special_tokens, True),
+    }
+    return SamplingParams(**{**arguments, **more})
+
+
+def stream_usage(stream: bool | None, options: StreamOptions | None) -> bool:
+    """Whether the last event tells the usage. Raises Refused."""
+    if options is not None and not stream:
+        raise Refused(400, "stream_options: without stream; expected stream: true", param="stream_options", code="invalid_value")
+    return bool(options and options.include_usage)
+
+
+def grammar_of(format: ResponseFormat | None) -> Grammar | None:
+    """Raises Refused."""
+    if format is None or format.type == "text":
+        return None
+    if format.type == "json_object":
+        return Grammar(GrammarKind.json_schema, '{"type":"object"}')
+    if format.json_schema is None:
+        raise Refused(400, "response_format: no json_schema; expected one beside its type", param="response_format", code="invalid_value")
+    schema = format.json_schema.schema_ if format.json_schema.schema_ is not None else {"type": "object"}
+    return Grammar(GrammarKind.json_schema, compact(schema, "response_format"))
+
+
+def compact(schema: Any, param: str) -> str:
+    """A JSON schema as text. Raises Refused."""
+    try:
+        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise Refused(400, f"{param}: a schema that is nested too deep", param=param, code="invalid_value") from None
+
+
+def chat_logprobs(text: Text, scored: Sequence[Logprob]) -> Object:
+    def one(token: int, logprob: float) -> Object:
+        data = text.token_bytes(token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+
+    return {
+        "content": [{**one(s.token, s.logprob), "top_logprobs": [one(t, p) for t, p in s.top]} for s in scored],
+        "refusal": None,
+    }
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: a token that cannot be has -9999, as OpenAI writes it."""
+    return max(logprob, -9999.0)

@@ -1,0 +1,153 @@
+"""The engine as the routes see it: who may enter, whether it is well, and what its model is called."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from quantflow.engine.async_llm import AsyncLLM, Stream
+from quantflow.engine.engine import Engine
+from quantflow.engine.grammar import Grammar
+from quantflow.engine.request import Request, SamplingParams, Token
+from quantflow.engine.text import Text
+from quantflow.serve.config import ServerConfig
+from quantflow.serve.errors import Refused
+from quantflow.serve.metrics import Metrics
+from quantflow.serve.protocol import ModelCard
+from quantflow.serve.tools import ToolFormat, tool_format
+
+RETRY_AFTER_S = 1
+
+
+class Service:
+    """llm: whose requests all come from here. draining: no new ones are taken; expired: those that still run are ended."""
+
+    def __init__(self, llm: AsyncLLM, config: ServerConfig, default_name: str) -> None:
+        engine = llm.engine
+        self.llm, self.config = llm, config
+        self.names = config.names or (default_name,)
+        self.context = min(engine.context, engine.blocks.count * engine.blocks.size)
+        self.most_sequences = engine.config.max_batch_size
+        self.metrics = Metrics(engine.occupancy, engine.blocks.size)
+        self.began = int(time.time())
+        self.inside = 0  # sequences of requests that have entered
+        self.draining = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def text(self) -> Text:
+        """Raises Refused for a model without a tokenizer."""
+        found = self.llm.engine.text
+        if found is None:
+            raise Refused(400, "prompt: text, and the model has no tokenizer; expected token ids", param="prompt", code="no_tokenizer")
+        return found
+
+    @property
+    def tools(self) -> ToolFormat | None:
+        found = self.llm.engine.text
+        return tool_format(found.template) if found else None
+
+    def cards(self) -> list[ModelCard]:
+        return [ModelCard(id=name, created=self.began, max_model_len=self.context) for name in self.names]
+
+    def check_model(self, name: str | None) -> None:
+        """Raises Refused for a name that the model does not have. Where none was given to the server, it answers to all."""
+        if name is not None and self.config.names and name not in self.names:
+            message = f"model: {name!r} is not served here; expected one of {', '.join(map(repr, self.names))}"
+            raise Refused(404, message, param="model", code="model_not_found")
+
+    @property
+    def health(self) -> str:
+        """ok, or what is the matter: stopped, stalled, draining."""
+        if not self.llm.alive:
+            return "stopped"
+        if time.monotonic() - self.llm.progress > self.config.stall_s:
+            return "stalled"
+        return "draining" if self.draining else "ok"
+
+    @contextmanager
+    def entered(self, sequences: int) -> Iterator[None]:
+        """For as long as a request is in the house. Raises Refused where there is no room, or the house is closing."""
+        most = self.most_sequences + self.config.max_queue
+        if self.draining:
+            raise Refused(503, "the server is shutting down", code="shutting_down", headers={"connection": "close", "retry-after": "10"})
+        if sequences > most:
+            raise Refused(400, f"n: {sequences} texts in all; expected at most {most}", param="n", code="invalid_value")
+        if self.inside + sequences > most:
+            message = f"the queue is full ({self.inside} texts run or wait): try again"
+            raise Refused(429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
+        self.inside += sequences
+        try:
+            yield
+        finally:
+            self.inside -= sequences
+
+    async def open(
+        self, prompt: Sequence[int], params: SamplingParams, *, whole: bool, submit: Callable[[Engine], Request] | None = None
+    ) -> Stream:
+        """The request, submitted, and listened to by the metrics. Raises RequestError, ResourceError."""
+        stream = await self.llm.open_by(submit or (lambda engine: engine.submit(list(prompt), params)), params, whole, self._counting())
+        self.metrics.prompt_tokens.inc(len(prompt))
+        return stream
+
+    def _counting(self) -> Callable[[Token], None]:
+        metrics, began, last = self.metrics, time.monotonic(), dict[int, float]()
+
+        def hear(token: Token) -> None:
+            now = time.monotonic()
+            if token.token is not None:
+                metrics.tokens.inc()
+                if token.index in last:
+                    metrics.between.observe(now - last[token.index])
+                elif not last:
+                    metrics.first.observe(now - began)
+                    metrics.cached_tokens.inc(token.cached)
+                last[token.index] = now
+            if token.finish:
+                metrics.finished.labels(str(token.finish)).inc()
+                metrics.whole.observe(now - began)
+
+        return hear
+
+    async def prepare(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives, done beside the loop: tokenising and compiling may take a while."""
+        return await asyncio.to_thread(work)
+
+    def compile(self, grammar: Grammar | None) -> None:
+        """Makes a grammar ready. Raises RequestError where it is none."""
+        grammars = self.llm.engine.grammars
+        if grammar is not None and grammars is not None:
+            grammars.matcher(grammar)
+
+    def dialogue(self, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
+        """The tokens of messages as templates want them. Raises RequestError."""
+        return self.text.dialogue([_for_template(m) for m in messages], **extra)
+
+    async def expire(self) -> None:
+        """Ends all that runs: whoever waits is told."""
+
+        await asyncio.wrap_future(self.llm.abort_all())
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """A message in the words that templates know: text in one piece, arguments as objects, `developer` as `system`."""
+    found = {k: v for k, v in message.items() if v is not None and k in ("role", "content", "name", "tool_calls", "tool_call_id")}
+    content = found.get("content", "")
+    found["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    found["role"] = "system" if message["role"] == "developer" else message["role"]
+    for call in found.get("tool_calls", ()):
+        try:
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            pass_as = call["function"]["arguments"]
+            raise Refused(
+                400, f"messages: tool_calls with arguments {pass_as[:80]!r}; expected JSON", param="messages", code="invalid_value"
+            ) from None
+    return found

@@ -1,0 +1,147 @@
+"""Tools: how a family's models write that they want one called, and how it is read out of their text.
+
+A model's chat template says which way is its own: its words for it stand in the template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantflow.engine.grammar import Grammar, GrammarKind
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """begin, end: what stands around a call; "": nothing. many: a list of calls stands there. arguments: what their name is.
+    sign: what a template of this format has in it."""
+
+    name: str
+    sign: str
+    begin: str
+    end: str
+    arguments: str = "arguments"
+    many: bool = False
+
+
+FORMATS = (
+    ToolFormat("hermes", "<tool_call>", "<tool_call>", "</tool_call>"),  # Hermes 2 Pro, Qwen 2.5 and 3
+    ToolFormat("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", "", many=True),
+    ToolFormat("llama3", "<|python_tag|>", "<|python_tag|>", "", arguments="parameters"),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """arguments: as JSON."""
+
+    name: str
+    arguments: str
+
+
+def tool_format(template: str | None) -> ToolFormat | None:
+    """The format that a chat template speaks of; None where it knows no tools."""
+    if template is None or "tools" not in template:
+        return None
+    return next((f for f in FORMATS if f.sign in template), None)
+
+
+class ToolReader:
+    """Splits a text, as it comes, into what is shown and the calls in it. What may be the beginning of a call is held back; what looks
+    like one and is none is shown as it is."""
+
+    def __init__(self, format: ToolFormat) -> None:
+        self.format = format
+        self._held = ""
+        self._inside = False
+        self._any = False
+
+    def add(self, text: str) -> tuple[str, list[Call]]:
+        self._held += text
+        shown, calls = "", []
+        while True:
+            if not self._inside:
+                if self._bare():
+                    break
+                before, begin, after = self._held.partition(self.format.begin)
+                if not begin:
+                    keep = _may_begin(self._held, self.format.begin)
+                    shown += self._held[: len(self._held) - keep]
+                    self._held = self._held[len(self._held) - keep :]
+                    break
+                shown, self._held, self._inside = shown + before, after, True
+            inner, end, after = self._held.partition(self.format.end) if self.format.end else ("", "", "")
+            if not end:
+                break
+            found = self._calls(inner)
+            calls += found
+            shown += "" if found else self.format.begin + inner + end
+            self._held, self._inside = after, False
+        if calls or self._any:
+            self._any = True
+            shown = shown.strip("\n") and shown  # line breaks between calls are no answer
+        return shown, calls
+
+    def finish(self) -> tuple[str, list[Call]]:
+        """What is left once the text is complete."""
+        held, self._held = self._held, ""
+        if not (self._inside or held.lstrip().startswith("{")) or not held.strip():
+            return ("" if self._any and not held.strip() else (self.format.begin if self._inside else "") + held), []
+        calls = self._calls(held)
+        return ("", calls) if calls else ((self.format.begin if self._inside else "") + held, [])
+
+    def _bare(self) -> bool:
+        """Whether all there is so far may be a call without anything around it, as Llama 3 writes them."""
+        return self.format.name == "llama3" and not self._any and self._held.lstrip()[:1] in ("", "{")
+
+    def _calls(self, text: str) -> list[Call]:
+        """[] where the text is no call."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            return []
+        items = found if isinstance(found, list) and self.format.many else [found]
+        calls = []
+        for item in items:
+            if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+                return []
+            arguments = item.get(self.format.arguments, item.get("arguments", {}))
+            calls.append(Call(item["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)))
+        return calls
+
+
+def _may_begin(text: str, word: str) -> int:
+    """Letters at the end of `text` that are the beginning of `word`."""
+    return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
+
+
+def must_call(format: ToolFormat, functions: Sequence[dict[str, Any]], token: int | None, *, several: bool) -> Grammar:
+    """Text that is a call of one of `functions`, with arguments that follow their schemas. token: the id of `begin`, where it is a special
+    token. several: more calls may follow."""
+    parameters = [f.get("parameters") or {"type": "object"} for f in functions]
+    schemas = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": function["name"]}, format.arguments: accepted},
+            "required": ["name", format.arguments],
+            "additionalProperties": False,
+        }
+        for function, accepted in zip(functions, parameters, strict=True)
+    ]
+    schema: dict[str, Any] = {"anyOf": schemas}
+    definitions = {name: definition for accepted in parameters for name, definition in accepted.get("$defs", {}).items()}
+    if definitions:
+        schema["$defs"] = definitions
+    if format.many:
+        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 16 if several else 1}
+    begin = f"<[{token}]>" if token is not None else json.dumps(format.begin)
+    line = json.dumps("\n")
+    if format.end:
+        one = f"{begin} {line} json {line} {json.dumps(format.end)}"
+        start = f"start: call ({line} call)*" if several else "start: call"
+        text = f"{start}\ncall: {one}\njson: %json {json.dumps(schema)}\n"
+    else:
+        text = f"start: {begin} json\njson: %json {json.dumps(schema)}\n"
+    return Grammar(GrammarKind.lark, text)
