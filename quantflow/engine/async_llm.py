@@ -54,12 +54,16 @@ class Stream:
         return not self._open and not self._tokens
 
     async def some(self) -> list[Token]:
-        """All tokens that came since the last call, at least one; [] at the end."""
+        """All tokens that came since the last call, at least one; [] at the end, and after a nudge."""
         if not self.done:
             await self._arrived.wait()
         self._arrived.clear()
         taken, self._tokens = self._tokens, []
         return taken
+
+    def nudge(self) -> None:
+        """Wakes who waits, even if nothing came."""
+        self._arrived.set()
 
     def put(self, token: Token) -> None:
         """In the loop."""

@@ -47,7 +47,7 @@ class Grammar:
             raise RequestError(Problem("grammar", repr(self.kind)[:80], "one of " + ", ".join(GrammarKind)))
         if not isinstance(self.text, str) or not self.text or len(self.text) > MOST_LETTERS:
             found = f"{len(self.text)} letters" if isinstance(self.text, str) else type(self.text).__name__
-            raise RequestError(Problem(f"grammar ({self.kind})", found, f"text of 1 to {MOST_LETTERS} letters"))
+            raise RequestError(Problem("grammar", f"{self.kind} of {found}", f"text of 1 to {MOST_LETTERS} letters"))
 
 
 class Grammars:
@@ -100,10 +100,10 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
         else:
             text = LLMatcher.grammar_from_lark(grammar.text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(Problem(f"grammar ({grammar.kind})", f"{error}"[:200], "one that can be read")) from error
+        raise RequestError(Problem("grammar", f"{grammar.kind}: {error}"[:200], "one that can be read")) from error
     matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if matcher.is_error():
-        raise RequestError(Problem(f"grammar ({grammar.kind})", matcher.get_error()[:300], "one that can be followed"))
+        raise RequestError(Problem("grammar", f"{grammar.kind}: {matcher.get_error()}"[:300], "one that can be followed"))
     return matcher
 
 

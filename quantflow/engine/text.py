@@ -71,6 +71,9 @@ class Text:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
+    def is_special(self, token: int) -> bool:
+        return bool(self._added.get(token))
+
     def special_id(self, name: str) -> int | None:
         """The id of a token that text alone does not make; None where it is none."""
         token = self.tokenizer.token_to_id(name)

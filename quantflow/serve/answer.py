@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,14 +22,13 @@ from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
 from quantflow.errors import RequestError, ResourceError
-from quantflow.serve.errors import Json, Refused, engine_stopped, refused
+from quantflow.serve.errors import Refused, engine_stopped, refused
 from quantflow.serve.service import Service
+from quantflow.serve.wire import DONE, KEEP_ALIVE, Json, event
 
 Object = dict[str, Any]
 
 LAST_WORDS_S = 5.0  # for an error to reach a client that reads slowly
-DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
 EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 
 
@@ -138,7 +136,7 @@ class Answer(Response):
             raise error
         with contextlib.suppress(TimeoutError):  # who reads too slowly for that sees the connection end
             async with asyncio.timeout(LAST_WORDS_S):
-                await send({"type": "http.response.body", "body": _event(error.body), "more_body": False})
+                await send({"type": "http.response.body", "body": event(error.body), "more_body": False})
 
     async def _open(self, job: Job, stack: AsyncExitStack, *, whole: bool) -> tuple[list[Stream], list[Collector]]:
         streams = []
@@ -165,8 +163,9 @@ class Answer(Response):
             streams, collectors = await self._open(job, stack, whole=False)
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
             self._begun = True
-            await _send(send, b"".join(map(_event, job.shape.start())))
-            async for prompt, tokens in _arriving(streams, self.service.config.keep_alive_s):
+            await _send(send, b"".join(map(event, job.shape.start())))
+            stack.enter_context(_nudged(streams[0], self.service.config.keep_alive_s))
+            async for prompt, tokens in _arriving(streams):
                 data = [] if tokens else [KEEP_ALIVE]
                 texts: dict[int, list[Token]] = {}
                 for token in tokens:
@@ -174,10 +173,10 @@ class Answer(Response):
                     collectors[prompt].add(token)
                     texts.setdefault(token.index, []).append(token)
                 for index, new in texts.items():
-                    data += map(_event, job.shape.more(prompt * job.params.n + index, new))
+                    data += map(event, job.shape.more(prompt * job.params.n + index, new))
                 await _send(send, b"".join(data))
             usage = _usage([collector.output() for collector in collectors])
-            last = b"".join(map(_event, job.shape.end(usage))) + DONE
+            last = b"".join(map(event, job.shape.end(usage))) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -191,28 +190,16 @@ async def _send(send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-def _event(content: Object) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
-
-
-async def _arriving(streams: list[Stream], silence_s: float) -> AsyncIterator[tuple[int, list[Token]]]:
-    """The tokens of all streams as they come, with the stream's number; none after a long silence."""
+async def _arriving(streams: list[Stream]) -> AsyncIterator[tuple[int, list[Token]]]:
+    """The tokens of all streams as they come, with the stream's number; none where a stream was nudged."""
     if len(streams) == 1:
         while not streams[0].done:
-            try:
-                async with asyncio.timeout(silence_s):
-                    tokens = await streams[0].some()
-            except TimeoutError:
-                tokens = []
-            yield 0, tokens
+            yield 0, await streams[0].some()
         return
     waiting = {asyncio.create_task(stream.some()): number for number, stream in enumerate(streams)}
     try:
         while waiting:
-            arrived, _ = await asyncio.wait(waiting, timeout=silence_s, return_when=asyncio.FIRST_COMPLETED)
-            if not arrived:
-                yield 0, []
-            for task in arrived:
+            for task in (await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))[0]:
                 number = waiting.pop(task)
                 yield number, task.result()
                 if not streams[number].done:
@@ -220,6 +207,22 @@ async def _arriving(streams: list[Stream], silence_s: float) -> AsyncIterator[tu
     finally:
         for task in waiting:
             task.cancel()
+
+
+@contextlib.contextmanager
+def _nudged(stream: Stream, every_s: float) -> Iterator[None]:
+    """Wakes who waits for the stream, now and then: one timer for all of it costs less than a timeout for each token."""
+    timers: list[asyncio.TimerHandle] = []
+
+    def nudge() -> None:
+        stream.nudge()
+        timers[:] = [asyncio.get_running_loop().call_later(every_s, nudge)]
+
+    timers.append(asyncio.get_running_loop().call_later(every_s, nudge))
+    try:
+        yield
+    finally:
+        timers[0].cancel()
 
 
 def _check(token: Token, service: Service) -> None:

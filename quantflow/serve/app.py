@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from quantflow import __version__
@@ -22,7 +24,7 @@ from quantflow.serve import protocol
 from quantflow.serve.answer import Answer, Job
 from quantflow.serve.chat import chat_job
 from quantflow.serve.completion import completion_job, sequences
-from quantflow.serve.errors import Json, Refused, engine_stopped, refused, response
+from quantflow.serve.errors import Refused, engine_stopped, refused, response
 from quantflow.serve.guard import Guard
 from quantflow.serve.interactive import Sessions, turn_job
 from quantflow.serve.protocol import (
@@ -33,6 +35,7 @@ from quantflow.serve.protocol import (
     TokenizeRequest,
 )
 from quantflow.serve.service import Service
+from quantflow.serve.wire import Json
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -41,7 +44,8 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 PAGES = {"/": "index.html", "/docs": "docs.html"}  # beside each file of the page under its own name
-RENAMED = {"prompt": "messages"}  # what the engine calls a prompt is a dialogue's messages there
+RENAMED = {"grammar": "response_format"}  # what clients call the engine's arguments
+CHAT_RENAMED = {**RENAMED, "prompt": "messages"}
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -56,7 +60,12 @@ def create_app(service: Service) -> ASGIApp:
     _administration(app, service, sessions)
     static = _pages(app)
     _errors(app, service)
-    guarded: ASGIApp = Guard(app, service.config, static)
+    known = {route.path for route in app.routes if isinstance(route, Route)}
+
+    def count(path: str, status: int) -> None:
+        service.metrics.responses.labels(path if path in known else "other", status).inc()
+
+    guarded: ASGIApp = Guard(app, service.config, static, count)
     if service.config.origins:  # outside the guard: a browser asks before it sends a key
         guarded = CORSMiddleware(
             guarded, allow_origins=service.config.origins, allow_methods=["GET", "POST"], allow_headers=["authorization", "content-type"]
@@ -111,7 +120,7 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
         async def job() -> AsyncIterator[Job]:
             yield await service.prepare(lambda: chat_job(service, body))
 
-        return Answer(service, body.n or 1, job, RENAMED)
+        return Answer(service, body.n or 1, job, CHAT_RENAMED)
 
     @app.post("/v1/completions", tags=["generation"], **_answers(protocol.Completion, events=True, refusals=GENERATES))
     async def completions(body: CompletionRequest) -> Any:
@@ -121,7 +130,7 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
         async def job() -> AsyncIterator[Job]:
             yield await service.prepare(lambda: completion_job(service, body))
 
-        return Answer(service, sequences(body), job)
+        return Answer(service, sequences(body), job, RENAMED)
 
     @app.post(
         "/v1/chat/interactive", tags=["generation"], **_answers(protocol.InteractiveResponse, events=True, refusals=(*GENERATES, 409))
@@ -142,7 +151,7 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
             finally:
                 sessions.leave(owner, id, session, keep=body.interactive_mode)
 
-        return Answer(service, 1, job, RENAMED)
+        return Answer(service, 1, job, CHAT_RENAMED)
 
 
 def _text(app: FastAPI, service: Service) -> None:
@@ -249,6 +258,7 @@ def _errors(app: FastAPI, service: Service) -> None:
         return response(Refused(500, f"internal error; the server's log has it under {request.state.request_id}", code="internal_error"))
 
 
+NAME = re.compile(r"[a-z][a-z_]*$")
 UNSUPPORTED = {
     name
     for model in (ChatRequest, CompletionRequest, InteractiveRequest)
@@ -260,11 +270,13 @@ UNSUPPORTED = {
 def unreadable(error: RequestValidationError) -> Refused:
     """What pydantic found, in OpenAI's words."""
     found = []
-    for problem in error.errors()[:5]:
+    for problem in _telling(error.errors())[:5]:
         if problem["type"] == "json_invalid":
             return Refused(400, f"body: no valid JSON ({problem.get('ctx', {}).get('error', 'unreadable')})", code="invalid_json")
-        place = [part for part in problem["loc"] if part not in ("body",)]
-        param = ".".join(str(part) for part in place) or "body"
+        place = [part for part in problem["loc"] if isinstance(part, int) or (NAME.match(part) and part != "str")][
+            1:
+        ]  # without `body` and unions' branches
+        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or "body"
         if problem["type"] == "extra_forbidden":
             found.append((param, f"{param}: unknown parameter; expected one of the API's", "unknown_parameter"))
         elif place and place[0] in UNSUPPORTED:
@@ -274,6 +286,20 @@ def unreadable(error: RequestValidationError) -> Refused:
             found.append((param, f"{param}: {message}", "missing" if problem["type"] == "missing" else "invalid_value"))
     param, _, code = found[0]
     return Refused(400, "; ".join(dict.fromkeys(message for _, message, _ in found)), param=param[:200], code=code)
+
+
+def _telling(problems: Sequence[Any]) -> list[Any]:
+    """Of what is said about each parameter, the most telling: where a union's branches all complain, those that fit but for a detail, or
+    else those that fit the furthest."""
+    groups: dict[Any, list[Any]] = {}
+    for problem in problems:
+        groups.setdefault(problem["loc"][1:2], []).append(problem)
+    found = []
+    for group in groups.values():
+        details = [p for p in group if not p["type"].endswith("_type")]
+        deepest = max(len(p["loc"]) for p in group)
+        found += details or [p for p in group if len(p["loc"]) == deepest]
+    return found
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:

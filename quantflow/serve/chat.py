@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from quantflow.engine.request import Finish, Output, Token
+from quantflow.errors import RequestError
 from quantflow.serve.answer import Job, Object, Usage
-from quantflow.serve.errors import Refused
+from quantflow.serve.errors import Refused, refused
 from quantflow.serve.protocol import ChatRequest, ToolChoice
 from quantflow.serve.sampling import chat_logprobs, compact, grammar_of, sampling_params, stream_usage
 from quantflow.serve.service import Service
@@ -119,7 +120,10 @@ def chat_job(service: Service, body: ChatRequest) -> Job:
             params = replace(params, grammar=must_call(tools, wanted, special, several=body.parallel_tool_calls is not False))
     elif body.tool_choice not in (None, "none", "auto"):
         raise Refused(400, "tool_choice: without tools; expected some", param="tool_choice", code="invalid_value")
-    service.compile(params.grammar)
+    try:
+        service.compile(params.grammar)
+    except RequestError as error:
+        raise refused(error.problems, {"grammar": "tools" if tools else "response_format"}) from error
     prompt = service.dialogue([m.model_dump() for m in body.messages], **extra)
     usage = stream_usage(body.stream, body.stream_options)
     most_calls = 1 if body.parallel_tool_calls is False else None

@@ -94,7 +94,7 @@ class TextShape:
             found["tokens"].append(letters)
             found["token_logprobs"].append(finite(score.logprob) if score else 0.0)
             found["top_logprobs"].append({text.token_text(t): finite(p) for t, p in score.top} if score else {})
-            self._lengths[index] += len(letters)
+            self._lengths[index] += 0 if text.is_special(token) else len(letters)  # special tokens are not in the text
         return found
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from starlette.responses import Response
-
 from quantflow.errors import Problem
+from quantflow.serve.wire import Json
 
 
 class Refused(Exception):
@@ -43,15 +41,6 @@ def refused(problems: Sequence[Problem], renamed: Mapping[str, str] | None = Non
 def engine_stopped() -> Refused:
     """Whatever it died of, which is in the server's log."""
     return Refused(503, "the engine has stopped", code="engine_stopped")
-
-
-class Json(Response):
-    """Any Unicode text, half surrogate pairs too."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def response(error: Refused) -> Json:

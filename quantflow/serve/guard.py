@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +20,7 @@ from quantflow.serve.errors import Refused, response
 
 OPEN = ("/health",)  # beside the static pages
 READ_S = 30.0  # for a body to arrive
+MOST_HEADER_BYTES = 32768
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -35,10 +36,10 @@ HEADERS = {
 
 
 class Guard:
-    """app: what is behind. static: paths that need no key."""
+    """app: what is behind. static: paths that need no key. count: told the path and the status of each answer."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, static: Iterable[str]) -> None:
-        self.app, self.config = app, config
+    def __init__(self, app: ASGIApp, config: ServerConfig, static: Iterable[str], count: Callable[[str, int], None]) -> None:
+        self.app, self.config, self._count = app, config, count
         self._open = frozenset((*OPEN, *static))
         self._keys = tuple(_digest(key) for key in config.keys)
         self._admin_keys = tuple(_digest(key) for key in config.admin_keys)
@@ -56,6 +57,7 @@ class Guard:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
+                self._count(scope["path"], message["status"])
                 found = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     found.setdefault(name, value)
@@ -82,6 +84,8 @@ class Guard:
             raise Refused(421, f"host: {headers['host'][:100]!r}; expected one of {', '.join(LOCAL_NAMES)}", code="unknown_host")
         if path not in self._open and scope["method"] != "OPTIONS":
             owner = self._owner(path, headers)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            raise headers_too_large()
         length = headers.get("content-length")
         if length is not None and (not length.isdecimal() or len(length) > 15 or int(length) > self.config.max_body):
             raise _too_large(self.config.max_body)
@@ -129,6 +133,10 @@ class _Body:
         if self._size > self._most:
             raise _too_large(self._most)
         return message
+
+
+def headers_too_large() -> Refused:
+    return Refused(431, f"headers: too large; expected at most {MOST_HEADER_BYTES} bytes", code="headers_too_large")
 
 
 def _too_large(most: int) -> Refused:

@@ -10,31 +10,32 @@ import asyncio
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from quantflow.serve.app import create_app
 from quantflow.serve.errors import Refused, response
+from quantflow.serve.guard import MOST_HEADER_BYTES, headers_too_large
 from quantflow.serve.service import Service
 
 HEADERS_S = 20.0  # for a request's first lines to arrive
-MOST_HEADER_BYTES = 32768
 LAST_S = 5.0  # for errors to reach the clients of requests that were ended
 WATCH_S = 0.2
 BACKLOG = 1024
 SPARE_FILES = 64  # descriptors that are not connections
 
 
-class Protocol(H11Protocol):
-    """uvicorn's, with a limit on how long a request's first lines may take and on how many connections there are, and OpenAI's error body
-    for what is no HTTP."""
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with limits on the size of a request's first lines and how long they may take, and on how many connections there are, and
+    with OpenAI's error body for what is no HTTP."""
 
     _late: asyncio.TimerHandle | None = None
+    _unread = 0  # bytes of a request that has not begun
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -49,37 +50,40 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         before = self.cycle
+        between = before is None or not before.more_body  # a body has come to its end
         super().data_received(data)
         if self.cycle is not before:
             self._arrived()
-        elif before is None or before.response_complete:
-            self._expect()  # a part of the next request
+        elif between:  # a part of the next request's first lines
+            self._unread += len(data)
+            if self._unread > MOST_HEADER_BYTES:
+                self._refuse(headers_too_large())
+            else:
+                self._expect()
 
     def _expect(self) -> None:
         if self._late is None:
             self._late = self.loop.call_later(HEADERS_S, self._close_late)
 
     def _arrived(self) -> None:
+        self._unread = 0
         if self._late is not None:
             self._late.cancel()
             self._late = None
 
     def _close_late(self) -> None:
-        if not self.transport.is_closing():
-            self._refuse(Refused(408, f"headers: not there after {HEADERS_S:g} s", code="timeout"))
+        self._refuse(Refused(408, f"headers: not there after {HEADERS_S:g} s", code="timeout"))
 
     def send_400_response(self, msg: str) -> None:
-        message = f"request: no valid HTTP, or more than {MOST_HEADER_BYTES} bytes of headers"
-        self._refuse(Refused(400, message, code="invalid_http"))
+        self._refuse(Refused(400, "request: no valid HTTP", code="invalid_http"))
 
     def _refuse(self, error: Refused) -> None:
-        answer = response(error)
-        with suppress(h11.LocalProtocolError):  # in the middle of another answer there is nothing to say
-            headers = [*answer.raw_headers, (b"connection", b"close")]
-            for event in (
-                h11.Response(status_code=error.status, headers=headers), h11.Data(data=bytes(answer.body)), h11.EndOfMessage()
-            ):  # fmt: skip
-                self.transport.write(self.conn.send(event) or b"")
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:  # in the middle of another answer there is nothing to say
+            answer = response(error)
+            lines = [STATUS_LINE[error.status], *(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)]
+            self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", bytes(answer.body)]))
         self.transport.close()
 
 
@@ -97,7 +101,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 create_app(service), host=config.host, port=config.port, http=Protocol, ws="none", lifespan="on", loop="asyncio",
                 log_level="warning" if config.log_level == "info" else config.log_level, access_log=config.log_level in ("debug", "trace"),
-                proxy_headers=False, server_header=False, h11_max_incomplete_event_size=MOST_HEADER_BYTES, backlog=BACKLOG,
+                proxy_headers=False, server_header=False, backlog=BACKLOG,
                 timeout_graceful_shutdown=int(config.drain_timeout_s + LAST_S),
             )
         )  # fmt: skip
@@ -132,7 +136,10 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """In place of uvicorn's, which ends the process by the signal it was sent."""
+        """In place of uvicorn's, which ends the process by the signal it was sent. Only the main thread hears signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         kept = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -1,0 +1,518 @@
+// The chat page: which session is shown, what is asked of the server, and how the server is.
+
+import { chat, health, metrics, models, onKeyNeeded } from "./api.js";
+import { Conversation } from "./conversation.js";
+import { askForKey, confirmed } from "./dialogs.js";
+import { byId, el, icon } from "./dom.js";
+import { Sessions, titleOf } from "./sessions.js";
+
+const POLL_MS = 2000;
+const SAMPLING = ["temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed"];
+const SERVER = {
+  unreachable: "The server cannot be reached. This page looks for it every two seconds.",
+  stopped: "The server’s engine has stopped: somebody has to start the server again.",
+  stalled: "The server makes no progress at the moment.",
+  draining: "The server is shutting down and takes no new questions.",
+};
+const CURRENT = "quantflow.current"; // in the tab's own storage: which session it shows
+
+const [log, prompt, parameters] = ["log", "prompt", "parameters"].map(byId);
+const drawer = matchMedia("(max-width: 760px)"); // as in style.css: the sessions cover the page
+const overlay = matchMedia("(max-width: 1100px)"); // the settings do
+
+const sessions = new Sessions(storage("localStorage"));
+const conversation = new Conversation(log, byId("jump"), { regenerate, edit, retry: answerLast });
+const runs = new Map(); // the AbortController of each session that is being answered
+const failures = new Map(); // why a session's last question has no answer, or half of one
+let session;
+let served = []; // the models
+let server = "ok";
+let unsaved = false;
+let renaming = null;
+
+function storage(name) {
+  try {
+    return window[name];
+  } catch {
+    return null; // the browser denies it
+  }
+}
+
+// --- sessions
+
+function open(id) {
+  if (session) keepDraft();
+  session = sessions.get(id);
+  try {
+    storage("sessionStorage").setItem(CURRENT, id);
+  } catch {
+    // A reload shows the latest.
+  }
+  prompt.value = session.draft;
+  writeSettings();
+  conversation.follow();
+  show();
+}
+
+function openNew() {
+  open(sessions.create(session?.settings ?? {}).id);
+  leaveDrawer();
+}
+
+function save(changed) {
+  unsaved = !sessions.save(changed);
+}
+
+function keepDraft() {
+  if (session.draft === prompt.value) return;
+  session.draft = prompt.value;
+  save(session);
+}
+
+function rename(id, title) {
+  const renamed = sessions.get(id);
+  if (renaming !== id || !renamed) return;
+  renaming = null;
+  if (title.trim()) {
+    Object.assign(renamed, { title: titleOf(title), named: true });
+    save(renamed);
+  }
+  show();
+  byId("sessions").querySelector(`[data-focus="rename ${id}"]`)?.focus();
+}
+
+async function remove(id) {
+  if (!(await confirmed(`Delete “${sessions.get(id).title}”?`, "Delete"))) return;
+  runs.get(id)?.abort();
+  failures.delete(id);
+  sessions.remove(id);
+  if (id === session.id) {
+    session = null;
+    open((sessions.list()[0] ?? sessions.create({})).id);
+  }
+  show();
+  byId("new").focus();
+}
+
+function showSessions() {
+  if (renaming !== null) return;
+  const list = byId("sessions");
+  const focused = list.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
+  list.replaceChildren(...sessions.list().map(sessionItem));
+  if (focused) list.querySelector(`[data-focus="${focused}"]`)?.focus();
+  byId("no-sessions").hidden = list.children.length > 0;
+}
+
+function sessionItem({ id, title }) {
+  const select = el(
+    "button",
+    { type: "button", class: "title", title, "data-focus": `select ${id}`, "aria-current": id === session.id && "true", onclick: pick },
+    title,
+    runs.has(id) ? el("span", { class: "dot" }, el("span", { class: "visually-hidden" }, " (being answered)")) : null,
+  );
+  const item = el(
+    "li",
+    {},
+    select,
+    tool("rename", "pencil", `Rename “${title}”`, edit),
+    tool("delete", "trash", `Delete “${title}”`, () => remove(id)),
+  );
+
+  function tool(name, drawing, label, onclick) {
+    return el("button", { type: "button", class: "icon-only", "data-focus": `${name} ${id}`, "aria-label": label, title: label, onclick }, icon(drawing));
+  }
+
+  function pick() {
+    open(id);
+    leaveDrawer();
+  }
+
+  function edit() {
+    const input = el("input", { type: "text", "aria-label": "Title", maxlength: "60", onblur: () => rename(id, input.value), onkeydown: key });
+    input.value = title;
+    renaming = id;
+    item.replaceChildren(input);
+    input.select();
+  }
+
+  function key(event) {
+    if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
+    event.stopPropagation(); // Escape ends this and no answer
+    rename(id, event.key === "Enter" ? event.target.value : title);
+  }
+
+  return item;
+}
+
+// --- questions and answers
+
+function send() {
+  if (!prompt.value.trim() || runs.has(session.id) || !settingsAreValid()) return;
+  const text = prompt.value.trimEnd();
+  const last = session.messages.at(-1);
+  // A question without an answer grows: many models' formats take no two questions in a row.
+  if (last?.role === "user") session.messages.splice(-1, 1, { role: "user", content: `${last.content}\n\n${text}` });
+  else session.messages.push({ role: "user", content: text });
+  if (!session.named && session.messages.length === 1) session.title = titleOf(text);
+  prompt.value = session.draft = "";
+  answer(session);
+}
+
+/** Asks again where there is no answer. */
+function answerLast() {
+  if (session.messages.at(-1)?.role === "user" && !runs.has(session.id)) answer(session);
+}
+
+/** Writes the last answer anew. The old one comes back where there will be nothing new. */
+function regenerate() {
+  if (session.messages.at(-1)?.role === "assistant" && !runs.has(session.id)) answer(session, session.messages.pop());
+}
+
+/** The last question goes back to the message field, and its answer away. */
+function edit() {
+  if (runs.has(session.id)) return;
+  const last = session.messages.findLastIndex((message) => message.role === "user");
+  const [question] = session.messages.splice(last);
+  prompt.value = [question.content, prompt.value].filter((text) => text.trim()).join("\n\n");
+  failures.delete(session.id);
+  keepDraft();
+  save(session);
+  show();
+  prompt.focus();
+}
+
+function stop() {
+  runs.get(session.id)?.abort();
+}
+
+/** The server's answer to a session that ends with a question. */
+async function answer(asked, replaced = null) {
+  const message = { role: "assistant", content: "", ended: "cut", stats: {} };
+  const body = { ...samplingOf(asked.settings), messages: dialogue(asked) };
+  const run = new AbortController();
+  const clock = { began: performance.now(), first: null, last: null };
+  let usage = null;
+  asked.messages.push(message);
+  asked.updated = Date.now();
+  runs.set(asked.id, run);
+  failures.delete(asked.id);
+  save(asked);
+  conversation.follow();
+  show();
+  announce("Answering.");
+  let failure = null;
+  try {
+    for await (const event of chat(body, run.signal)) {
+      usage = event.usage ?? usage;
+      const choice = event.choices[0];
+      if (choice?.delta.content) {
+        clock.last = performance.now();
+        clock.first ??= clock.last;
+        message.content += choice.delta.content;
+        if (asked === session) conversation.grow(message);
+      }
+      message.ended = choice?.finish_reason ?? message.ended;
+    }
+  } catch (error) {
+    if (run.signal.aborted) message.ended = "stopped";
+    else failure = error;
+  }
+  runs.delete(asked.id);
+  message.stats = measured(clock, usage, contextOf(asked));
+  const nothing = !message.content && ["stopped", "cut"].includes(message.ended);
+  if (nothing) asked.messages.splice(-1, 1, ...(replaced ? [replaced] : []));
+  save(asked);
+  show();
+  if (asked === session && !nothing) announce(`${message.ended === "cut" ? "The answer was cut off" : "Answer"}: ${message.content}`);
+  if (failure) await explain(asked, failure);
+}
+
+/** What the server's state explains is shown for as long as it lasts; another failure until the user does something about it. */
+async function explain(asked, failure) {
+  const refused = failure.status >= 400 && failure.status < 500;
+  if (refused || (await look()) === "ok") failures.set(asked.id, failure);
+  showNotice();
+}
+
+function dialogue({ settings, messages }) {
+  const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
+  return [...system, ...messages.map(({ role, content }) => ({ role, content }))];
+}
+
+function measured({ began, first, last }, usage, context) {
+  const tokens = usage?.completion_tokens;
+  return {
+    tokens,
+    prompt: usage?.prompt_tokens,
+    cached: usage?.prompt_tokens_details?.cached_tokens,
+    context,
+    first: first === null ? null : first - began,
+    rate: tokens > 1 && last > first ? ((tokens - 1) * 1000) / (last - first) : null, // of what came after the first
+  };
+}
+
+// --- settings: of the session that is shown; a new one begins with the same
+
+function samplingOf(settings) {
+  const given = SAMPLING.filter((name) => Number.isFinite(settings[name])).map((name) => [name, settings[name]]);
+  const model = modelOf(settings);
+  return { ...(model && { model: model.id }), ...Object.fromEntries(given) };
+}
+
+function modelOf(settings) {
+  return served.find(({ id }) => id === settings.model) ?? served[0];
+}
+
+function contextOf({ settings }) {
+  return modelOf(settings)?.max_model_len;
+}
+
+function writeSettings() {
+  const { elements } = parameters;
+  for (const name of SAMPLING) elements[name].value = Number.isFinite(session.settings[name]) ? session.settings[name] : "";
+  elements.system.value = session.settings.system ?? "";
+  elements.model.replaceChildren(...served.map(({ id }) => el("option", {}, id)));
+  elements.model.value = modelOf(session.settings)?.id ?? "";
+}
+
+function readSettings() {
+  const { elements } = parameters;
+  const given = SAMPLING.filter((name) => elements[name].value !== "" && elements[name].validity.valid);
+  session.settings = {
+    model: elements.model.value,
+    system: elements.system.value,
+    ...Object.fromEntries(given.map((name) => [name, elements[name].valueAsNumber])),
+  };
+  save(session);
+  showNotice();
+}
+
+function resetSettings() {
+  session.settings = { model: session.settings.model };
+  save(session);
+  writeSettings();
+}
+
+function settingsAreValid() {
+  if (parameters.checkValidity()) return true;
+  toggleSettings(true);
+  parameters.reportValidity();
+  return false;
+}
+
+async function loadModels() {
+  try {
+    served = await models();
+  } catch (error) {
+    if (error.status && error.status < 500) failures.set(session.id, error);
+  }
+  writeSettings();
+  show();
+}
+
+// --- the server
+
+/** Looks how the server is. */
+async function look() {
+  const before = server;
+  server = await health();
+  if (server === "ok" && before !== "ok") loadModels(); // perhaps another server
+  if (server !== before) showNotice();
+  return server;
+}
+
+async function poll() {
+  const found = (await look()) === "ok" ? await metrics() : null;
+  showGauges(found);
+}
+
+async function watch() {
+  for (;;) {
+    if (!document.hidden) await poll();
+    await new Promise((next) => setTimeout(next, POLL_MS));
+  }
+}
+
+function showGauges(found) {
+  const [used, all, size, running, waiting] = ["kv_blocks_used", "kv_blocks", "kv_block_tokens", "sequences_running", "sequences_waiting"].map(
+    (name) => found?.get(`quantflow_${name}`),
+  );
+  const memory = found?.get("process_resident_memory_bytes");
+  byId("kv-meter").value = all ? used / all : 0;
+  byId("kv-text").textContent = all ? `${used * size} of ${all * size} tokens` : "–";
+  byId("memory").textContent = memory ? bytes(memory) : "–";
+  byId("sequences").textContent = running === undefined ? "–" : `${running} running, ${waiting} waiting`;
+}
+
+function bytes(count) {
+  return count < 2 ** 30 ? `${Math.round(count / 2 ** 20)} MiB` : `${(count / 2 ** 30).toFixed(1)} GiB`;
+}
+
+async function retry() {
+  if ((await look()) === "ok") answerLast();
+}
+
+/** What is the matter, most urgent first, and what can be done about it: [text, {label: action}]. */
+function problem() {
+  const dismiss = {
+    Dismiss: () => {
+      failures.delete(session.id);
+      unsaved = false;
+      showNotice();
+    },
+  };
+  if (server !== "ok") return [SERVER[server] ?? SERVER.unreachable, { Retry: retry }];
+  const failure = failures.get(session.id);
+  if (failure?.code === "context_length_exceeded" && failure.param !== "max_tokens") {
+    const context = contextOf(session);
+    const text = `This conversation does not fit into the model’s context${context ? ` of ${context} tokens` : ""}. Shorten your message, or begin a new conversation.`;
+    return [text, { "Edit message": edit, "New conversation": openNew }];
+  }
+  if (failure?.param && SAMPLING.includes(failure.param)) return [failure.message, { Settings: () => toggleSettings(true), Retry: retry, ...dismiss }];
+  if (failure) return [failure.message, { Retry: retry, ...dismiss }];
+  if (unsaved) return ["The browser’s storage is full, or denied: what is new lasts only until this page is closed.", dismiss];
+  return null;
+}
+
+function showNotice() {
+  const notice = byId("notice");
+  const found = problem();
+  if (notice.dataset.text === found?.[0]) return; // an alert is read out once
+  if (!found) delete notice.dataset.text;
+  else [notice.dataset.text] = found;
+  const buttons = Object.entries(found?.[1] ?? {}).map(([label, onclick]) => el("button", { type: "button", onclick }, label));
+  notice.replaceChildren(...(found ? [el("p", {}, found[0]), el("div", { class: "row" }, ...buttons)] : []));
+}
+
+// --- the page
+
+function show() {
+  const running = runs.has(session.id);
+  byId("title").textContent = session.title;
+  document.title = `${session.title} – QuantFlow`;
+  showSessions();
+  showNotice();
+  conversation.show(session, { running, welcome: welcome() });
+  byId("stop").hidden = !running;
+  byId("send").hidden = running;
+  fitPrompt();
+}
+
+function welcome() {
+  const model = modelOf(session.settings);
+  return el(
+    "div",
+    { class: "welcome" },
+    el("h2", {}, model ? model.id : "QuantFlow"),
+    el("p", {}, model ? `Ask it something. Its context holds ${model.max_model_len} tokens.` : "Ask something."),
+  );
+}
+
+function announce(text) {
+  byId("announcer").textContent = text;
+}
+
+function fitPrompt() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${prompt.scrollHeight}px`;
+  byId("send").disabled = !prompt.value.trim();
+}
+
+function toggleDrawer(opened) {
+  document.body.classList.toggle("drawer", opened);
+  byId("menu").setAttribute("aria-expanded", String(opened));
+  guard();
+  if (opened) byId("new").focus();
+}
+
+/** After something was chosen in it. */
+function leaveDrawer() {
+  toggleDrawer(false);
+  (drawer.matches ? log : prompt).focus(); // on a phone the keyboard stays away
+}
+
+function toggleSettings(opened) {
+  byId("settings").hidden = !opened;
+  document.body.classList.toggle("settings", opened);
+  byId("settings-toggle").setAttribute("aria-expanded", String(opened));
+  guard();
+  if (opened) byId("settings-title").focus();
+  else byId("settings-toggle").focus();
+}
+
+/** What is covered cannot be reached. */
+function guard() {
+  const sessionsCover = drawer.matches && document.body.classList.contains("drawer");
+  const settingsCover = overlay.matches && !byId("settings").hidden;
+  byId("main").inert = sessionsCover || settingsCover;
+  byId("sidebar").inert = settingsCover;
+  byId("settings").inert = sessionsCover;
+  byId("backdrop").hidden = !(sessionsCover || settingsCover);
+}
+
+/** Closes what covers the page, if anything does. */
+function uncover() {
+  if (byId("backdrop").hidden) return false;
+  if (document.body.classList.contains("drawer")) {
+    toggleDrawer(false);
+    byId("menu").focus();
+  } else toggleSettings(false);
+  return true;
+}
+
+function start() {
+  byId("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    send();
+  });
+  prompt.addEventListener("input", fitPrompt);
+  prompt.addEventListener("keydown", (event) => {
+    // 229: Safari's key that ends a composition.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+    event.preventDefault();
+    send();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
+    if (!uncover()) stop();
+  });
+  byId("stop").addEventListener("click", () => {
+    stop();
+    prompt.focus(); // the button goes away
+  });
+  byId("new").addEventListener("click", openNew);
+  byId("menu").addEventListener("click", () => toggleDrawer(true));
+  byId("backdrop").addEventListener("click", uncover);
+  byId("settings-toggle").addEventListener("click", () => toggleSettings(byId("settings").hidden));
+  byId("settings-close").addEventListener("click", () => toggleSettings(false));
+  parameters.addEventListener("input", readSettings);
+  parameters.addEventListener("submit", (event) => event.preventDefault());
+  byId("reset").addEventListener("click", resetSettings);
+  for (const query of [drawer, overlay]) query.addEventListener("change", guard);
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) keepDraft();
+    else poll();
+  });
+  addEventListener("pagehide", () => {
+    keepDraft();
+    for (const id of runs.keys()) save(sessions.get(id)); // as far as the answers go
+  });
+  addEventListener("storage", ({ key }) => {
+    sessions.reload({ key, kept: [session.id, ...runs.keys()] });
+    show();
+  });
+  onKeyNeeded(askForKey);
+
+  let id = null;
+  try {
+    id = storage("sessionStorage").getItem(CURRENT);
+  } catch {
+    // The latest, then.
+  }
+  open((sessions.get(id) ?? sessions.list()[0] ?? sessions.create({})).id);
+  prompt.focus();
+  loadModels();
+  watch();
+}
+
+start();

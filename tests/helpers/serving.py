@@ -1,0 +1,113 @@
+"""A server in this process, on a free port of the loopback address, and the plainest HTTP client."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from quantflow.engine.async_llm import AsyncLLM
+from quantflow.serve.config import ServerConfig
+from quantflow.serve.server import Server
+from quantflow.serve.service import Service
+
+DEMO = Path(__file__).parents[2] / "calib_data" / "demo_model"
+LMDEPLOY_BODY = {
+    "model": "internlm-chat-7b", "messages": "写一首春天的诗", "temperature": 0.7, "top_p": 1, "n": 1, "max_tokens": 512, "stop": False,
+    "stream": False, "presence_penalty": 0, "frequency_penalty": 0, "user": "string", "repetition_penalty": 1, "renew_session": False,
+    "ignore_eos": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> Any:
+        return self.json["error"]
+
+    @property
+    def events(self) -> list[Any]:
+        """What a stream said, [DONE] left out."""
+        lines = [line[6:] for line in self.body.decode().splitlines() if line.startswith("data: ")]
+        return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+@dataclass(frozen=True)
+class Running:
+    address: str
+    service: Service
+
+    @property
+    def port(self) -> int:
+        port = urlsplit(self.address).port
+        assert port
+        return port
+
+    def send(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+            given = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, data, {"content-type": "application/json", **given})
+            response = connection.getresponse()
+            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.send("GET", path, **headers)
+
+    def post(self, path: str, body: Any, **headers: str) -> Answer:
+        return self.send("POST", path, body, **headers)
+
+    def complete(self, **body: Any) -> Answer:
+        return self.post("/v1/completions", {"prompt": "The table", "max_tokens": 8, "temperature": 0, **body})
+
+    def chat(self, **body: Any) -> Answer:
+        given = {"messages": [{"role": "user", "content": "What is a table?"}], "max_tokens": 8, "temperature": 0}
+        return self.post("/v1/chat/completions", {**given, **body})
+
+    def socket(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def metric(self, name: str) -> float:
+        found = [line for line in self.get("/metrics").body.decode().splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+
+
+@contextmanager
+def serving(model: Path = DEMO, config: ServerConfig | None = None, **options: Any) -> Iterator[Running]:
+    """options: those of EngineConfig."""
+    llm = AsyncLLM(model, device="cpu", **{"cache_bytes": 2**26, "max_batch_size": 8, **options})
+    config = config or ServerConfig(port=0)
+    ready, address = threading.Event(), list[str]()
+
+    def note(text: str) -> None:
+        address.append(text)
+        ready.set()
+
+    server = Server(Service(llm, config, model.name), note)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        yield Running(address[0], server.service)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()

@@ -1,0 +1,276 @@
+"""What clients may say, and what they are told: OpenAI's parameters and LMDeploy's, honoured or refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from quantflow import LLM, SamplingParams
+from tests.helpers.serving import DEMO, LMDEPLOY_BODY, Running
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(DEMO, device="cpu", cache_bytes=2**26)
+
+
+def test_lmdeploys_request_works_as_it_stands(server: Running) -> None:
+    answer = server.post("/v1/chat/completions", LMDEPLOY_BODY)
+    assert answer.status == 200
+    assert answer.json["object"] == "chat.completion" and answer.json["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_chat_is_what_the_engine_makes_of_the_dialogue(server: Running, llm: LLM) -> None:
+    messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "What is an index?"}]
+    expected = llm.chat(messages, SamplingParams(max_tokens=20))
+    parts = [{"role": "developer", "content": "Be short."}, {"role": "user", "content": [{"type": "text", "text": "What is an index?"}]}]
+    for given in (messages, parts):
+        found = server.chat(messages=given, max_tokens=20).json
+        assert found["choices"][0]["message"]["content"] == expected.text
+        assert found["usage"]["prompt_tokens"] == len(expected.prompt)
+        assert found["usage"]["completion_tokens"] == len(expected.completions[0].token_ids)
+
+
+@pytest.mark.parametrize(
+    ("body", "params"),
+    [
+        ({"max_tokens": 12}, {}),
+        ({"max_completion_tokens": 12, "max_tokens": None}, {}),
+        ({"temperature": 0.9, "seed": 5, "top_p": 0.8}, {"temperature": 0.9, "seed": 5, "top_p": 0.8}),
+        ({"temperature": 1, "seed": 5, "top_k": 3, "min_p": 0.1}, {"temperature": 1.0, "seed": 5, "top_k": 3, "min_p": 0.1}),
+        ({"temperature": None, "seed": 3}, {"temperature": 1.0, "seed": 3}),
+        ({"repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+        ({"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}),
+        ({"logit_bias": {"300": 100}}, {"logit_bias": {300: 100.0}}),
+        ({"stop": "a"}, {"stop": ("a",)}),
+        ({"stop": ["zzz", "e"]}, {"stop": ("zzz", "e")}),
+        ({"ignore_eos": True, "min_tokens": 12}, {"ignore_eos": True, "min_tokens": 12}),
+        ({"stop_token_ids": [300]}, {"stop_token_ids": (300,)}),
+        ({"top_k": -1}, {}),
+    ],
+)
+def test_a_parameter_does_what_it_does_in_the_engine(server: Running, llm: LLM, body: Any, params: Any) -> None:
+    prompt = llm.get_prompt("What is a table?")
+    expected = llm.generate(llm.encode(prompt, special=False), SamplingParams(**{"max_tokens": 12, **params}))[0].completions[0]
+    found = server.chat(**{"max_tokens": 12, **body}).json["choices"][0]
+    assert (found["message"]["content"], found["finish_reason"]) == (expected.text, str(expected.finish))
+
+
+def test_a_stream_says_what_one_answer_says(server: Running) -> None:
+    body: Any = {"max_tokens": 30, "n": 3, "temperature": 1, "seed": 11, "logprobs": True, "top_logprobs": 2, "stop": ["the", "is a"]}
+    whole = server.chat(**body).json
+    answer = server.chat(**body, stream=True, stream_options={"include_usage": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.body.endswith(b"data: [DONE]\n\n")
+    events = answer.events
+    assert events[-1]["choices"] == [] and events[-1]["usage"] == {**whole["usage"], "prompt_tokens_details": {"cached_tokens": 0}}
+    assert all(e["usage"] is None and len(e["choices"]) == 1 for e in events[:-1])
+    for choice in whole["choices"]:
+        mine = [e["choices"][0] for e in events[:-1] if e["choices"][0]["index"] == choice["index"]]
+        assert mine[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(c["delta"].get("content", "") for c in mine) == choice["message"]["content"]
+        assert [p for c in mine if c["logprobs"] for p in c["logprobs"]["content"]] == choice["logprobs"]["content"]
+        assert [c["finish_reason"] for c in mine if c["finish_reason"]] == [choice["finish_reason"]]
+
+
+def test_logprobs_are_the_engines(server: Running, llm: LLM) -> None:
+    prompt = llm.encode(llm.get_prompt("What is a table?"), special=False)
+    expected = llm.generate(prompt, SamplingParams(max_tokens=4, logprobs=3))[0].completions[0]
+    found = server.chat(max_tokens=4, logprobs=True, top_logprobs=3).json["choices"][0]["logprobs"]["content"]
+    for token, score in zip(found, expected.logprobs, strict=True):
+        assert token["logprob"] == pytest.approx(score.logprob)
+        assert bytes(token["bytes"]).decode() == token["token"] == llm.decode([score.token])
+        assert [t["logprob"] for t in token["top_logprobs"]] == pytest.approx([p for _, p in score.top])
+
+
+def test_letters_of_several_tokens_are_told_as_bytes(server: Running) -> None:
+    """The demo model's vocabulary has no token for 诗: its three bytes come in parts."""
+    tokens = server.post("/tokenize", {"prompt": "诗", "add_special_tokens": False}).json["tokens"]
+    assert len(tokens) > 1
+    answer = server.complete(prompt="诗", echo=True, max_tokens=0, logprobs=0).json["choices"][0]
+    names = answer["logprobs"]["tokens"][-len(tokens) :]
+    told = "".join(name.removeprefix("bytes:") for name in names)
+    assert bytes.fromhex(told.replace("\\x", "")).decode() == "诗"
+
+
+def test_completions_echo_score_and_number_their_texts(server: Running, llm: LLM) -> None:
+    prompts = ["The table", "An index is"]
+    answer = server.complete(prompt=prompts, n=2, max_tokens=5, echo=True, logprobs=1, temperature=1, seed=4).json
+    assert [c["index"] for c in answer["choices"]] == [0, 1, 2, 3]
+    for choice in answer["choices"]:
+        prompt = prompts[choice["index"] // 2]
+        tokens = llm.encode(prompt)
+        output = llm.generate(tokens, SamplingParams(max_tokens=5, n=2, temperature=1, seed=4, prompt_logprobs=1, logprobs=1))[0]
+        completion = output.completions[choice["index"] % 2]
+        assert choice["text"] == prompt + completion.text
+        scores = choice["logprobs"]
+        expected = [0.0, *(p.logprob for p in output.prompt_logprobs[1:] if p), *(p.logprob for p in completion.logprobs)]
+        assert scores["token_logprobs"] == pytest.approx(expected)
+        assert {len(scores[key]) for key in scores} == {len(expected)}
+        for token, offset in zip(scores["tokens"], scores["text_offset"], strict=True):
+            assert token in ("<s>", "</s>") or choice["text"][offset : offset + len(token)] == token
+
+
+def test_a_stream_of_several_prompts(server: Running) -> None:
+    body: Any = {"prompt": ["The table", "An index is"], "n": 2, "max_tokens": 6, "temperature": 1, "seed": 4, "echo": True}
+    whole = server.complete(**body).json
+    events = server.complete(**body, stream=True).events
+    for choice in whole["choices"]:
+        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
+        assert "".join(c["text"] for c in mine) == choice["text"]
+        assert mine[-1]["finish_reason"] == choice["finish_reason"]
+
+
+def test_best_of_shows_the_likeliest(server: Running) -> None:
+    many = server.complete(n=6, best_of=6, temperature=1.5, seed=2, logprobs=0, max_tokens=6).json["choices"]
+    means = {c["text"]: sum(c["logprobs"]["token_logprobs"]) for c in many}
+    best = server.complete(n=2, best_of=6, temperature=1.5, seed=2, max_tokens=6).json["choices"]
+    assert [c["text"] for c in best] == sorted(means, key=lambda text: -means[text])[:2]
+    assert [c["index"] for c in best] == [0, 1] and best[0]["logprobs"] is None
+
+
+def test_scoring_alone_generates_nothing(server: Running) -> None:
+    answer = server.complete(prompt="The table is", echo=True, max_tokens=0, logprobs=0).json
+    assert answer["choices"][0]["text"] == "The table is" and answer["usage"]["completion_tokens"] == 0
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+
+
+def test_token_ids_are_prompts_too(server: Running) -> None:
+    tokens = server.post("/tokenize", {"prompt": "The table"}).json["tokens"]
+    assert server.complete(prompt=tokens).json["choices"] == server.complete().json["choices"]
+    assert len(server.complete(prompt=[tokens, tokens]).json["choices"]) == 2
+
+
+def test_tokenize_and_back(server: Running, llm: LLM) -> None:
+    text = "Ein schöner Tisch 诗 🙂"
+    found = server.post("/tokenize", {"prompt": text, "add_special_tokens": False}).json
+    assert found["tokens"] == llm.encode(text, special=False) and found["count"] == len(found["tokens"])
+    assert server.post("/detokenize", {"tokens": found["tokens"]}).json == {"prompt": text}
+    messages = [{"role": "user", "content": "Hi"}]
+    assert server.post("/tokenize", {"messages": messages}).json["tokens"] == llm.encode(llm.get_prompt("Hi"), special=False)
+    assert server.post("/tokenize", {"messages": messages, "prompt": "x"}).error["param"] == "prompt"
+    assert server.post("/detokenize", {"tokens": [10**6]}).error["param"] == "tokens"
+
+
+def test_answers_follow_a_schema(server: Running) -> None:
+    schema = {
+        "type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"enum": [1, 2, 3]}},
+        "required": ["name", "size"], "additionalProperties": False,
+    }  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    answer = server.chat(response_format=form, max_tokens=100, temperature=1, n=4, seed=3).json
+    for choice in answer["choices"]:
+        found = json.loads(choice["message"]["content"])
+        assert set(found) == {"name", "size"} and len(found["name"]) <= 12 and found["size"] in (1, 2, 3)
+        assert choice["finish_reason"] == "stop"
+    anything = server.chat(response_format={"type": "json_object"}, max_tokens=10, logit_bias={}).json["choices"][0]["message"]["content"]
+    assert anything.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"frobnicate": 1}, "frobnicate", "unknown_parameter"),
+        ({"audio": {"voice": "alloy", "format": "wav"}}, "audio", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"web_search_options": {}}, "web_search_options", "unsupported_parameter"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "unsupported_parameter"),
+        ({"store": True}, "store", "invalid_value"),
+        ({"modalities": ["audio"]}, "modalities[0]", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+         "messages[0].content[0].type", "invalid_value"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]},
+         "messages", "invalid_value"),
+        ({"max_tokens": -1}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 10**30}, "max_tokens", "context_length_exceeded"),
+        ({"max_tokens": "5"}, "max_tokens", "invalid_value"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "invalid_value"),
+        ({"messages": "word " * 3000}, "messages", "context_length_exceeded"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": 9}, "n", "invalid_value"),
+        ({"n": 10**9}, "n", "invalid_value"),
+        ({"temperature": -0.1}, "temperature", "invalid_value"),
+        ({"temperature": float("nan")}, "temperature", "invalid_value"),
+        ({"temperature": float("inf")}, "temperature", "invalid_value"),
+        ({"temperature": 1e-9}, "temperature", "invalid_value"),
+        ({"top_p": 1.1}, "top_p", "invalid_value"),
+        ({"stop": ["x"] * 17}, "stop", "invalid_value"),
+        ({"stop": ["x" * 513]}, "stop[0]", "invalid_value"),
+        ({"stop": ""}, "stop[0]", "invalid_value"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"1": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"top_logprobs": 1}, "top_logprobs", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_value"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "wizard"}}}},
+         "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://example.com/s"}}}},
+         "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"description": "y" * 70000}}}},
+         "response_format", "invalid_value"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template", "unknown_parameter"),
+        ({"chat_template_kwargs": {}}, "chat_template_kwargs", "unknown_parameter"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_named(server: Running, body: Any, param: str, code: str) -> None:
+    answer = server.chat(**body)
+    assert answer.status == 400
+    assert set(answer.error) == {"message", "type", "param", "code"} and answer.error["type"] == "invalid_request_error"
+    assert (answer.error["param"], answer.error["code"]) == (param, code)
+    assert answer.error["message"].startswith(param.split("[")[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"suffix": "x"}, "suffix"), ({"best_of": 1, "n": 2}, "best_of"), ({"best_of": 3, "n": 1, "stream": True}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"), ({"prompt": [4096]}, "prompt"), ({"prompt": [-1]}, "prompt[0]"), ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"), ({"prompt": ["x"] * 129}, "prompt"), ({"logprobs": 6}, "logprobs"),
+    ],
+)  # fmt: skip
+def test_what_completions_refuse(server: Running, body: Any, param: str) -> None:
+    answer = server.complete(**body)
+    assert answer.status == 400 and answer.error["param"] == param, answer.error
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"5", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000, b'{"prompt": "\\ud800"}']
+)
+def test_bodies_that_are_none(server: Running, body: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/chat/interactive", "/tokenize", "/detokenize"):
+        answer = server.post(path, body)
+        assert answer.status == 400 and answer.error["type"] == "invalid_request_error", (path, answer)
+
+
+def test_half_a_surrogate_pair_is_refused_or_carried(server: Running) -> None:
+    for body in (
+        {"messages": "\ud800"},
+        {"messages": "x", "stop": "\ud800"},
+        {"messages": "x", "user": "\ud800"},
+        {"messages": "x", "\ud800": 1},
+    ):
+        answer = server.chat(**body)
+        assert answer.status in (200, 400), answer
+        assert answer.json
+
+
+def test_models(server: Running) -> None:
+    card = server.get("/v1/models").json["data"][0]
+    assert card["id"] == "demo_model" and card["max_model_len"] == 1024
+    assert server.get("/v1/models/demo_model").json == card
+    assert server.get("/v1/models/gpt-5").status == 404
+
+
+def test_unknown_paths_and_methods(server: Running) -> None:
+    missing, wrong = server.get("/v1/engines"), server.get("/v1/completions")
+    assert (missing.status, missing.error["type"]) == (404, "not_found_error")
+    assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
