@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from quantflow.errors import Problem
 from quantflow.serve.wire import Json
 
 
-class Refused(Exception):
+class Refused(HTTPException):
     """An answer that is an error. param: the name of what is wrong in the request; code: a name for programs."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, dict(headers or {})
+        super().__init__(status, message, dict(headers or {}))
+        self.status, self.message, self.param, self.code = status, message, param, code
 
     @property
     def body(self) -> dict[str, Any]:

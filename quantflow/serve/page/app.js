@@ -3,7 +3,8 @@
 import { chat, health, metrics, models, onKeyNeeded } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { askForKey, confirmed } from "./dialogs.js";
-import { byId, el, icon } from "./dom.js";
+import { byId, el } from "./dom.js";
+import { SessionList } from "./session_list.js";
 import { Sessions, titleOf } from "./sessions.js";
 
 const POLL_MS = 2000;
@@ -22,13 +23,13 @@ const overlay = matchMedia("(max-width: 1100px)"); // the settings do
 
 const sessions = new Sessions(storage("localStorage"));
 const conversation = new Conversation(log, byId("jump"), { regenerate, edit, retry: answerLast });
+const sessionList = new SessionList(byId("sessions"), { open: choose, rename, remove });
 const runs = new Map(); // the AbortController of each session that is being answered
 const failures = new Map(); // why a session's last question has no answer, or half of one
 let session;
 let served = []; // the models
 let server = "ok";
 let unsaved = false;
-let renaming = null;
 
 function storage(name) {
   try {
@@ -40,13 +41,13 @@ function storage(name) {
 
 // --- sessions
 
-function open(id) {
+function openSession(id) {
   if (session) keepDraft();
   session = sessions.get(id);
   try {
     storage("sessionStorage").setItem(CURRENT, id);
   } catch {
-    // A reload shows the latest.
+    // A reload begins a new one.
   }
   prompt.value = session.draft;
   writeSettings();
@@ -54,9 +55,15 @@ function open(id) {
   show();
 }
 
+/** The user's choice, in a drawer perhaps. */
+function choose(id) {
+  openSession(id);
+  toggleDrawer(false);
+  rest();
+}
+
 function openNew() {
-  open(sessions.create(session?.settings ?? {}).id);
-  leaveDrawer();
+  choose(sessions.create(session.settings).id);
 }
 
 function save(changed) {
@@ -71,14 +78,11 @@ function keepDraft() {
 
 function rename(id, title) {
   const renamed = sessions.get(id);
-  if (renaming !== id || !renamed) return;
-  renaming = null;
-  if (title.trim()) {
+  if (renamed && renamed.title !== title) {
     Object.assign(renamed, { title: titleOf(title), named: true });
     save(renamed);
   }
   show();
-  byId("sessions").querySelector(`[data-focus="rename ${id}"]`)?.focus();
 }
 
 async function remove(id) {
@@ -87,61 +91,12 @@ async function remove(id) {
   failures.delete(id);
   sessions.remove(id);
   if (id === session.id) {
+    const { settings } = session;
     session = null;
-    open((sessions.list()[0] ?? sessions.create({})).id);
+    openSession((sessions.list()[0] ?? sessions.create(settings)).id);
   }
   show();
   byId("new").focus();
-}
-
-function showSessions() {
-  if (renaming !== null) return;
-  const list = byId("sessions");
-  const focused = list.contains(document.activeElement) ? document.activeElement.dataset.focus : null;
-  list.replaceChildren(...sessions.list().map(sessionItem));
-  if (focused) list.querySelector(`[data-focus="${focused}"]`)?.focus();
-  byId("no-sessions").hidden = list.children.length > 0;
-}
-
-function sessionItem({ id, title }) {
-  const select = el(
-    "button",
-    { type: "button", class: "title", title, "data-focus": `select ${id}`, "aria-current": id === session.id && "true", onclick: pick },
-    title,
-    runs.has(id) ? el("span", { class: "dot" }, el("span", { class: "visually-hidden" }, " (being answered)")) : null,
-  );
-  const item = el(
-    "li",
-    {},
-    select,
-    tool("rename", "pencil", `Rename “${title}”`, edit),
-    tool("delete", "trash", `Delete “${title}”`, () => remove(id)),
-  );
-
-  function tool(name, drawing, label, onclick) {
-    return el("button", { type: "button", class: "icon-only", "data-focus": `${name} ${id}`, "aria-label": label, title: label, onclick }, icon(drawing));
-  }
-
-  function pick() {
-    open(id);
-    leaveDrawer();
-  }
-
-  function edit() {
-    const input = el("input", { type: "text", "aria-label": "Title", maxlength: "60", onblur: () => rename(id, input.value), onkeydown: key });
-    input.value = title;
-    renaming = id;
-    item.replaceChildren(input);
-    input.select();
-  }
-
-  function key(event) {
-    if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
-    event.stopPropagation(); // Escape ends this and no answer
-    rename(id, event.key === "Enter" ? event.target.value : title);
-  }
-
-  return item;
 }
 
 // --- questions and answers
@@ -156,16 +111,21 @@ function send() {
   if (!session.named && session.messages.length === 1) session.title = titleOf(text);
   prompt.value = session.draft = "";
   answer(session);
+  rest();
 }
 
 /** Asks again where there is no answer. */
 function answerLast() {
-  if (session.messages.at(-1)?.role === "user" && !runs.has(session.id)) answer(session);
+  if (session.messages.at(-1)?.role !== "user" || runs.has(session.id)) return;
+  answer(session);
+  rest();
 }
 
 /** Writes the last answer anew. The old one comes back where there will be nothing new. */
 function regenerate() {
-  if (session.messages.at(-1)?.role === "assistant" && !runs.has(session.id)) answer(session, session.messages.pop());
+  if (session.messages.at(-1)?.role !== "assistant" || runs.has(session.id)) return;
+  answer(session, session.messages.pop());
+  rest();
 }
 
 /** The last question goes back to the message field, and its answer away. */
@@ -204,9 +164,10 @@ async function answer(asked, replaced = null) {
   try {
     for await (const event of chat(body, run.signal)) {
       usage = event.usage ?? usage;
-      const choice = event.choices[0];
-      if (choice?.delta.content) {
+      const choice = event.choices?.[0];
+      if (choice?.delta?.content) {
         clock.last = performance.now();
+        if (clock.first === null) poll(); // an answer may be over before the next round
         clock.first ??= clock.last;
         message.content += choice.delta.content;
         if (asked === session) conversation.grow(message);
@@ -222,8 +183,11 @@ async function answer(asked, replaced = null) {
   const nothing = !message.content && ["stopped", "cut"].includes(message.ended);
   if (nothing) asked.messages.splice(-1, 1, ...(replaced ? [replaced] : []));
   save(asked);
+  const lost = document.activeElement === byId("stop"); // it goes away
   show();
-  if (asked === session && !nothing) announce(`${message.ended === "cut" ? "The answer was cut off" : "Answer"}: ${message.content}`);
+  if (lost) rest();
+  const heading = message.ended === "cut" ? "The answer was cut off" : "Answer";
+  if (asked === session && !nothing) announce(`${heading}: ${message.content}`);
   if (failure) await explain(asked, failure);
 }
 
@@ -334,9 +298,8 @@ async function watch() {
 }
 
 function showGauges(found) {
-  const [used, all, size, running, waiting] = ["kv_blocks_used", "kv_blocks", "kv_block_tokens", "sequences_running", "sequences_waiting"].map(
-    (name) => found?.get(`quantflow_${name}`),
-  );
+  const names = ["kv_blocks_used", "kv_blocks", "kv_block_tokens", "sequences_running", "sequences_waiting"];
+  const [used, all, size, running, waiting] = names.map((name) => found?.get(`quantflow_${name}`));
   const memory = found?.get("process_resident_memory_bytes");
   byId("kv-meter").value = all ? used / all : 0;
   byId("kv-text").textContent = all ? `${used * size} of ${all * size} tokens` : "–";
@@ -349,7 +312,10 @@ function bytes(count) {
 }
 
 async function retry() {
-  if ((await look()) === "ok") answerLast();
+  if ((await look()) !== "ok") return;
+  failures.delete(session.id);
+  if (!served.length) await loadModels();
+  answerLast();
 }
 
 /** What is the matter, most urgent first, and what can be done about it: [text, {label: action}]. */
@@ -364,11 +330,12 @@ function problem() {
   if (server !== "ok") return [SERVER[server] ?? SERVER.unreachable, { Retry: retry }];
   const failure = failures.get(session.id);
   if (failure?.code === "context_length_exceeded" && failure.param !== "max_tokens") {
-    const context = contextOf(session);
-    const text = `This conversation does not fit into the model’s context${context ? ` of ${context} tokens` : ""}. Shorten your message, or begin a new conversation.`;
+    const size = contextOf(session) ? ` of ${contextOf(session)} tokens` : "";
+    const text = `This conversation does not fit into the model’s context${size}. Shorten your message, or begin a new conversation.`;
     return [text, { "Edit message": edit, "New conversation": openNew }];
   }
-  if (failure?.param && SAMPLING.includes(failure.param)) return [failure.message, { Settings: () => toggleSettings(true), Retry: retry, ...dismiss }];
+  if (failure?.status === 401) return ["The server answers only to those who have a key.", { "Enter a key": retry }];
+  if (SAMPLING.includes(failure?.param)) return [failure.message, { Settings: () => toggleSettings(true), Retry: retry, ...dismiss }];
   if (failure) return [failure.message, { Retry: retry, ...dismiss }];
   if (unsaved) return ["The browser’s storage is full, or denied: what is new lasts only until this page is closed.", dismiss];
   return null;
@@ -390,7 +357,8 @@ function show() {
   const running = runs.has(session.id);
   byId("title").textContent = session.title;
   document.title = `${session.title} – QuantFlow`;
-  showSessions();
+  sessionList.show(sessions.list(), session.id, runs);
+  byId("no-sessions").hidden = sessions.list().length > 0;
   showNotice();
   conversation.show(session, { running, welcome: welcome() });
   byId("stop").hidden = !running;
@@ -425,10 +393,9 @@ function toggleDrawer(opened) {
   if (opened) byId("new").focus();
 }
 
-/** After something was chosen in it. */
-function leaveDrawer() {
-  toggleDrawer(false);
-  (drawer.matches ? log : prompt).focus(); // on a phone the keyboard stays away
+/** Where the focus goes when what had it goes away. On a phone the keyboard would cover what there is to read. */
+function rest() {
+  (drawer.matches ? log : prompt).focus();
 }
 
 function toggleSettings(opened) {
@@ -478,7 +445,7 @@ function start() {
   });
   byId("stop").addEventListener("click", () => {
     stop();
-    prompt.focus(); // the button goes away
+    rest();
   });
   byId("new").addEventListener("click", openNew);
   byId("menu").addEventListener("click", () => toggleDrawer(true));
@@ -498,7 +465,10 @@ function start() {
     for (const id of runs.keys()) save(sessions.get(id)); // as far as the answers go
   });
   addEventListener("storage", ({ key }) => {
-    sessions.reload({ key, kept: [session.id, ...runs.keys()] });
+    sessions.reload({ key, kept: [...runs.keys()] });
+    const here = sessions.get(session.id); // another tab may have written to it, or deleted it
+    if (here) session = here;
+    else openSession(sessions.create(session.settings).id);
     show();
   });
   onKeyNeeded(askForKey);
@@ -507,9 +477,9 @@ function start() {
   try {
     id = storage("sessionStorage").getItem(CURRENT);
   } catch {
-    // The latest, then.
+    // A new one, then.
   }
-  open((sessions.get(id) ?? sessions.list()[0] ?? sessions.create({})).id);
+  openSession((sessions.get(id) ?? sessions.create(sessions.list()[0]?.settings ?? {})).id);
   prompt.focus();
   loadModels();
   watch();

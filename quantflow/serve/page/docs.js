@@ -5,19 +5,13 @@ import { askForKey } from "./dialogs.js";
 import { byId, copyButton, el } from "./dom.js";
 
 const DEEPEST = 6; // schemas may contain themselves
-const LIMITS = {
-  minimum: (value) => `≥ ${value}`,
-  exclusiveMinimum: (value) => `> ${value}`,
-  maximum: (value) => `≤ ${value}`,
-  exclusiveMaximum: (value) => `< ${value}`,
-  minLength: (value) => `at least ${value} characters`,
-  maxLength: (value) => `at most ${value} characters`,
-  minItems: (value) => `at least ${value} items`,
-  maxItems: (value) => `at most ${value} items`,
-  maxProperties: (value) => `at most ${value} entries`,
-  pattern: (value) => `matches ${value}`,
-  default: (value) => `default ${JSON.stringify(value)}`,
-};
+const RANGES = [
+  ["minimum", "maximum", ""],
+  ["exclusiveMinimum", "exclusiveMaximum", " (exclusive)"],
+  ["minLength", "maxLength", " characters"],
+  ["minItems", "maxItems", " items"],
+  ["minProperties", "maxProperties", " entries"],
+];
 
 let whole;
 
@@ -59,13 +53,22 @@ function namesOf(schema) {
 /** What is demanded of a value beside its type, of an array's items too. */
 function limitsOf(schema) {
   const found = alternatives(schema).flatMap((one) => [
-    ...Object.entries(LIMITS)
-      .filter(([name]) => one[name] !== undefined)
-      .map(([name, tell]) => tell(one[name])),
+    ...RANGES.map(([least, most, unit]) => range(one[least], one[most], unit)),
+    one.pattern && `matches ${one.pattern}`,
     ...(one.items ? limitsOf(one.items).map((limit) => `each ${limit}`) : []),
   ]);
-  const outer = resolve(schema).default;
-  return [...new Set(outer === undefined || outer === null ? found : [...found, LIMITS.default(outer)])];
+  const preset = resolve(schema).default ?? null;
+  return [...new Set([...found, preset !== null && `default ${JSON.stringify(preset)}`])].filter(Boolean);
+}
+
+function range(least, most, unit) {
+  if (least === undefined && most === undefined) return null;
+  if (most === undefined) return `≥ ${number(least)}${unit}`;
+  return least === undefined ? `≤ ${number(most)}${unit}` : `${number(least)} to ${number(most)}${unit}`;
+}
+
+function number(value) {
+  return Math.abs(value) < 2 ** 53 ? String(value) : value.toExponential(1); // longer ones are not exact
 }
 
 /** The objects in a value: those whose properties are worth a table of their own. */
@@ -77,27 +80,35 @@ function objectsIn(schema) {
 
 function table(headings, rows) {
   const head = el("tr", {}, ...headings.map((heading) => el("th", { scope: "col" }, heading)));
-  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": headings.join(", ") }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
+  return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
 }
 
 function cells(...contents) {
-  return el("tr", {}, ...contents.map((content) => el("td", {}, ...[content].flat())));
+  return el("tr", {}, ...contents.map((content) => el("td", {}, content)));
 }
 
 /** The properties of an object, and of those in it, folded up. Those that admit nothing but null are only named. */
 function properties(schema, depth = 0) {
   const all = Object.entries(schema.properties);
-  const useful = all.filter(([, value]) => alternatives(value).length);
+  const required = ([name]) => (schema.required?.includes(name) ? 0 : 1);
+  const useful = all.filter(([, value]) => alternatives(value).length).sort((a, b) => required(a) - required(b));
   const idle = all.filter(([, value]) => !alternatives(value).length).map(([name]) => name);
-  const rows = useful.map(([name, value]) => {
-    const nested = depth < DEEPEST ? objectsIn(value) : [];
-    const folded = nested.map((one) => el("details", {}, el("summary", {}, one.title ?? "its properties"), properties(one, depth + 1)));
-    const type = [el("span", {}, namesOf(value)), ...folded];
+  const rows = useful.flatMap(([name, value]) => {
     const words = [resolve(value).description, limitsOf(value).join(", ")].filter(Boolean).join(" · ");
-    return cells(el("code", {}, name), type, words, schema.required?.includes(name) ? "yes" : "");
+    const nested = depth < DEEPEST ? objectsIn(value) : [];
+    const folded = nested.map((one) => el("details", {}, el("summary", {}, one.title ?? name), properties(one, depth + 1)));
+    return [
+      cells(el("code", {}, name), namesOf(value), words, required([name]) ? "" : "yes"),
+      ...(folded.length ? [el("tr", {}, el("td", { colspan: "4", class: "nested" }, ...folded))] : []),
+    ];
   });
-  const rest = idle.length ? el("p", { class: "hint" }, "Known, and admitted only as null: ", el("code", {}, idle.join(", "))) : null;
-  return el("div", {}, schema.description ? el("p", { class: "hint" }, schema.description) : null, table(["Name", "Type", "Constraints", "Required"], rows), rest);
+  return el(
+    "div",
+    {},
+    schema.description ? el("p", { class: "hint" }, schema.description) : null,
+    table(["Name", "Type", "Constraints", "Required"], rows),
+    idle.length ? el("p", { class: "hint" }, "Known, and admitted only as null: ", el("code", {}, idle.join(", "))) : null,
+  );
 }
 
 /** The least that fits a schema: what is required. */
@@ -116,7 +127,8 @@ function example(schema, name, depth = 0) {
 }
 
 function curl(method, path, schema, admin) {
-  const lines = [`curl ${method === "get" ? "" : `-X ${method.toUpperCase()} `}${new URL(path.slice(1), document.baseURI)}`];
+  const address = new URL(".", document.baseURI) + path.slice(1).replace(/{(\w+)}/g, (_, name) => name.toUpperCase());
+  const lines = [`curl ${method === "get" ? "" : `-X ${method.toUpperCase()} `}${address}`];
   if (admin) lines.push('-H "authorization: Bearer $QUANTFLOW_ADMIN_KEY"');
   else if (keyed()) lines.push('-H "authorization: Bearer $QUANTFLOW_API_KEY"');
   if (method !== "get") lines.push("-H 'content-type: application/json'");
@@ -130,7 +142,7 @@ function operation({ path, method, detail }) {
   const parameters = (detail.parameters ?? []).map(resolve);
   const answers = Object.entries(detail.responses).map(([status, given]) => {
     const { description, content = {} } = resolve(given);
-    const kinds = Object.entries(content).map(([kind, { schema: shape }]) => `${kind}${shape ? `: ${namesOf(shape)}` : ""}`);
+    const kinds = Object.entries(content).map(([kind, body]) => kind + (body.schema ? `: ${namesOf(body.schema)}` : ""));
     return cells(el("code", {}, status), description ?? "", kinds.join(", "));
   });
   const bodies = schema ? objectsIn(schema) : [];
@@ -138,10 +150,10 @@ function operation({ path, method, detail }) {
     "article",
     { class: "operation", id: anchor(method, path) },
     el("h3", {}, el("span", { class: "method" }, method.toUpperCase()), " ", el("code", {}, path)),
-    el("p", {}, detail.description ?? detail.summary ?? ""),
+    detail.description ? el("p", {}, detail.description) : null,
     ...(parameters.length ? [el("h4", {}, "In the address"), parametersTable(parameters)] : []),
     ...(bodies.length ? [el("h4", {}, "Request body"), ...bodies.map((body) => properties(body))] : []),
-    el("details", {}, el("summary", {}, "Answers"), table(["Status", "Meaning", "Content"], answers)),
+    el("details", {}, el("summary", {}, `Answers: ${Object.keys(detail.responses).join(", ")}`), table(["Status", "Meaning", "Content"], answers)),
     el(
       "figure",
       { class: "code" },
@@ -171,9 +183,10 @@ function draw() {
     }
   }
   byId("intro").textContent = `${whole.info.title} ${whole.info.version}. ${whole.info.description ?? ""}`;
-  const links = [...groups.values()].flat().map(({ path, method }) =>
-    el("li", {}, el("a", { href: `#${anchor(method, path)}` }, el("span", { class: "method" }, method.toUpperCase()), " ", el("code", {}, path))),
-  );
+  const links = [...groups.values()].flat().map(({ path, method }) => {
+    const words = [el("span", { class: "method" }, method.toUpperCase()), " ", el("code", {}, path)];
+    return el("li", {}, el("a", { href: `#${anchor(method, path)}` }, ...words));
+  });
   byId("contents").replaceChildren(el("ul", {}, ...links));
   const sections = [...groups].map(([tag, found]) =>
     el("section", {}, el("h2", {}, tag[0].toUpperCase() + tag.slice(1)), ...found.map(operation)),

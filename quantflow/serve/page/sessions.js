@@ -19,16 +19,16 @@ export class Sessions {
     this.reload();
   }
 
-  /** The latest first. Those in which nothing has been said are left out. */
+  /** The latest first. Those in which nothing has been written are left out. */
   list() {
-    return [...this.#found.values()].filter((s) => s.messages.length).sort((a, b) => b.updated - a.updated);
+    return [...this.#found.values()].filter((s) => s.messages.length || s.draft).sort((a, b) => b.updated - a.updated);
   }
 
   get(id) {
     return this.#found.get(id);
   }
 
-  /** A new one, or one in which nothing has been said yet. */
+  /** A new one, or one in which nothing has been written yet. */
   create(settings) {
     const unused = [...this.#found.values()].find((s) => !s.messages.length && !s.draft);
     const session = unused ?? { id: newId(), title: UNTITLED, named: false, updated: 0, draft: "", settings: {}, messages: [] };

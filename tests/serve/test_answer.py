@@ -1,0 +1,230 @@
+"""Requests while they run: who waits, who leaves, who is too slow, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from quantflow.serve.config import ServerConfig
+from tests.helpers.serving import Running, serving
+
+LONG: dict[str, Any] = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
+
+
+def request(body: Any, path: str = "/v1/completions") -> bytes:
+    data = json.dumps(body).encode()
+    lines = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    return lines.encode() + data
+
+
+def until(condition: Any, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def idle(running: Running) -> bool:
+    now = running.service.llm.engine.occupancy()
+    return (now.running, now.waiting, now.used_blocks, running.service.inside) == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_goes_away_leaves_nothing_behind(server: Running, stream: bool) -> None:
+    engine = server.service.llm.engine
+    steps: list[int] = []
+    with server.socket() as connection:
+        connection.sendall(request({**LONG, "stream": stream, "n": 3}))
+        assert until(lambda: engine.occupancy().running == 3)
+        step = engine.step
+        engine.step = lambda: [steps.append(len(engine.scheduler.running)), step()][1]  # type: ignore[method-assign, func-returns-value]
+    try:
+        assert until(lambda: idle(server))
+    finally:
+        engine.step = step  # type: ignore[method-assign]
+    assert len(steps) < 200  # of the 900 that it would have taken
+
+
+def test_who_goes_away_while_waiting_leaves_the_queue() -> None:
+    with serving(max_batch_size=1) as running, running.socket() as first:
+        first.sendall(request({**LONG, "stream": True}))
+        assert until(lambda: running.service.llm.engine.occupancy().running == 1)
+        with running.socket() as second:
+            second.sendall(request(LONG))
+            assert until(lambda: running.service.llm.engine.occupancy().waiting == 1)
+        assert until(lambda: running.service.llm.engine.occupancy().waiting == 0, 2)
+        assert running.service.llm.engine.occupancy().running == 1
+
+
+def test_a_full_queue_says_when_to_come_again() -> None:
+    with serving(config=ServerConfig(port=0, max_queue=2), max_batch_size=2) as running:
+        with running.socket() as connection:
+            connection.sendall(request({**LONG, "n": 2, "stream": True}))
+            assert until(lambda: running.service.inside == 2)
+            with ThreadPoolExecutor(3) as pool:
+                waiting = [pool.submit(running.complete, max_tokens=2) for _ in range(2)]
+                assert until(lambda: running.service.inside == 4)
+                answer = running.complete()
+                assert (answer.status, answer.headers["retry-after"], answer.error["code"]) == (429, "1", "queue_full")
+                assert answer.error["type"] == "rate_limit_error"
+                assert running.get("/health").status == 200
+                connection.close()
+                assert [w.result().status for w in waiting] == [200, 200]
+        assert running.complete(prompt=["x"] * 5).error["code"] == "invalid_value"  # more than there can ever be room for
+
+
+def test_an_answer_that_takes_too_long() -> None:
+    with serving(config=ServerConfig(port=0, request_timeout_s=0.3)) as running:
+        answer = running.complete(**LONG)
+        assert (answer.status, answer.error["code"]) == (504, "timeout")
+        events = running.complete(**LONG, stream=True).events
+        assert len(events) > 1 and events[-1]["error"]["code"] == "timeout"
+        assert until(lambda: idle(running))
+
+
+def test_a_silent_stream_is_kept_alive() -> None:
+    """A waiting request has nothing to say: proxies would close its connection."""
+    with serving(config=ServerConfig(port=0, keep_alive_s=0.05), max_batch_size=1) as running, running.socket() as first:
+        first.sendall(request({**LONG, "max_tokens": 400, "stream": True}))
+        assert until(lambda: running.service.inside == 1)
+        answer = running.complete(stream=True)
+        assert answer.body.startswith(b": keep-alive\n\n") and answer.events
+        assert answer.body.count(b": keep-alive") < 200
+
+
+def test_a_slow_reader_holds_up_nobody(server: Running) -> None:
+    with server.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(request({**LONG, "stream": True, "logprobs": 5, "n": 4}))
+        assert until(lambda: server.service.llm.engine.occupancy().running == 4)
+        began = time.monotonic()
+        assert server.complete(max_tokens=100, ignore_eos=True).status == 200
+        assert time.monotonic() - began < 10
+        assert until(lambda: server.service.llm.engine.occupancy().running == 0, 60)  # its texts are made whether it reads or not
+        assert server.service.inside == 4  # they wait for it, and nobody else does
+    assert until(lambda: idle(server))
+
+
+def test_many_clients_get_what_each_would_get_alone(server: Running) -> None:
+    bodies: list[Any] = [
+        {"prompt": f"Chapter {i}", "max_tokens": 5 + i, "temperature": 1, "seed": i, "n": 1 + i % 2, "stream": i % 3 == 0}
+        for i in range(24)
+    ]
+
+    def text(body: Any) -> dict[int, str]:
+        answer = server.post("/v1/completions", body)
+        found: dict[int, str] = {}
+        for event in answer.events if body["stream"] else [answer.json]:
+            for choice in event["choices"]:
+                found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
+        return found
+
+    alone = [text(body) for body in bodies]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(text, bodies)) == alone
+    assert until(lambda: idle(server))
+
+
+def test_metrics_count(server: Running) -> None:
+    before = {
+        name: server.metric(f"quantflow_{name}") for name in ("generated_tokens_total", "prompt_tokens_total", "inter_token_seconds_count")
+    }
+    firsts = server.metric("quantflow_time_to_first_token_seconds_count")
+    usage = server.complete(n=2, max_tokens=6, ignore_eos=True).json["usage"]
+    after = {name: server.metric(f"quantflow_{name}") for name in before}
+    assert after["generated_tokens_total"] - before["generated_tokens_total"] == usage["completion_tokens"] == 12
+    assert after["prompt_tokens_total"] - before["prompt_tokens_total"] == usage["prompt_tokens"]
+    assert after["inter_token_seconds_count"] - before["inter_token_seconds_count"] == 10
+    assert server.metric("quantflow_time_to_first_token_seconds_count") == firsts + 1
+    assert server.metric("quantflow_sequences_running") == 0 and server.metric("quantflow_kv_blocks") > 0
+    assert server.metric("process_resident_memory_bytes") > 2**20
+    server.get("/some/thing/else")
+    assert b'path="other",status="404"' in server.get("/metrics").body
+
+
+def test_the_prefix_cache_is_counted(server: Running) -> None:
+    prompt = "The index of a table is a structure that " * 30
+    before = server.metric("quantflow_prefix_cache_hit_tokens_total")
+    server.complete(prompt=prompt)
+    usage = server.complete(prompt=prompt).json["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= 128
+    assert server.metric("quantflow_prefix_cache_hit_tokens_total") - before >= 128
+
+
+def test_a_dead_engine_is_told_to_everybody() -> None:
+    with serving() as running:
+        engine = running.service.llm.engine
+        answers: list[Any] = []
+
+        def ask(stream: bool) -> None:
+            answers.append(running.complete(**LONG, stream=stream))
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        assert until(lambda: engine.occupancy().running == 2)
+        engine.step = None  # type: ignore[method-assign, assignment]
+        for thread in threads:
+            thread.join(20)
+        whole, stream = sorted(answers, key=lambda a: a.status, reverse=True)
+        assert (whole.status, whole.error["code"]) == (503, "engine_stopped")
+        assert stream.status == 200 and stream.events[-1]["error"]["code"] == "engine_stopped"
+        assert "NoneType" not in str(whole.body + stream.body)
+        health = running.get("/health")
+        assert (health.status, health.json) == (503, {"status": "stopped"})
+        assert running.complete().status == 503 and running.get("/metrics").status == 200
+
+
+def test_a_stalled_engine_is_unhealthy_within_five_seconds() -> None:
+    with serving() as running:
+        assert running.get("/health").json == {"status": "ok"}
+        release = threading.Event()
+        running.service.llm.call(lambda engine: release.wait(30))
+        began = time.monotonic()
+        assert until(lambda: running.get("/health").status == 503)
+        assert time.monotonic() - began < 5 and running.get("/health").json == {"status": "stalled"}
+        release.set()
+        assert until(lambda: running.get("/health").status == 200)
+
+
+def test_a_long_step_is_no_stall() -> None:
+    """Progress is counted in layers: a prompt of many seconds is none."""
+    with serving(config=ServerConfig(port=0, stall_s=0.4)) as running:
+        runner = running.service.llm.engine.runner
+        progress = runner._progress
+
+        def slow() -> None:
+            time.sleep(0.25)
+            progress()
+
+        runner._progress = slow
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(running.complete, max_tokens=1)
+            while not answer.done():
+                assert running.get("/health").status == 200
+                time.sleep(0.05)
+            assert answer.result().status == 200
+
+
+def test_the_engine_out_of_memory_is_said(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = server.service.llm.engine.runner
+    run, failed = runner.run, list[int]()
+
+    def once(step: Any) -> Any:
+        if not failed:
+            failed.append(1)
+            raise MemoryError
+        return run(step)
+
+    monkeypatch.setattr(runner, "run", once)
+    answer = server.complete()
+    assert answer.status == 500 and "out of memory" in answer.error["message"]
+    assert server.complete().status == 200 and until(lambda: idle(server))

@@ -1,0 +1,253 @@
+"""Keys, limits, headers, and what a page of another site can do: nothing."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantflow.errors import UserError
+from quantflow.serve import guard
+from quantflow.serve import server as server_module
+from quantflow.serve.app import create_app
+from quantflow.serve.config import ServerConfig, keys
+from quantflow.serve.guard import MOST_HEADER_BYTES
+from tests.helpers.serving import Running, serving
+
+KEY, OTHER, ADMIN = "key-of-a-user-0001", "key-of-a-user-0002", "key-of-an-admin-01"
+BEARER = {"authorization": f"Bearer {KEY}"}
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Running]:
+    with serving(config=ServerConfig(port=0, keys=(KEY, OTHER), admin_keys=(ADMIN,), max_body=100_000)) as running:
+        yield running
+
+
+def routes(running: Running) -> list[tuple[str, str]]:
+    guarded: Any = create_app(running.service)
+    return [(method, route.path.replace("{model}", "x")) for route in guarded.app.routes for method in route.methods]
+
+
+def test_every_route_but_the_page_and_health_needs_a_key(locked: Running) -> None:
+    found = routes(locked)
+    assert {("GET", "/metrics"), ("GET", "/openapi.json"), ("POST", "/v1/chat/completions"), ("POST", "/admin/drain")} <= set(found)
+    open_paths = {path for method, path in found if locked.send(method, path).status != 401}
+    assert {"/", "/health", "/docs"} <= open_paths
+    assert not any(path.startswith(("/v1", "/admin", "/metrics", "/openapi", "/tokenize", "/detokenize")) for path in open_paths)
+    assert locked.get("/nothing").status == 401  # nor can it be found out what there is
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "",
+        KEY,
+        "Bearer",
+        "Bearer ",
+        f"Basic {KEY}",
+        f"Bearer {KEY[:-1]}",
+        f"Bearer {KEY}x",
+        "Bearer " + "x" * 5000,
+        "Bearer \xff",
+        f"Bearer {ADMIN[:-1]}",
+    ],
+)
+def test_what_is_no_key(locked: Running, header: str) -> None:
+    answer = locked.get("/v1/models", authorization=header)
+    assert answer.status == 401 and answer.headers["www-authenticate"] == "Bearer"
+    assert answer.error["code"] == "invalid_api_key" and KEY not in str(answer)
+
+
+def test_any_key_opens(locked: Running) -> None:
+    for key in (KEY, OTHER, ADMIN):
+        assert locked.get("/v1/models", authorization=f"bearer {key}").status == 200
+
+
+def test_only_an_admin_administers(locked: Running) -> None:
+    assert locked.post("/admin/sessions/end", {}, **BEARER).status == 401
+    assert locked.post("/admin/sessions/end", {}, authorization=f"Bearer {ADMIN}").json == {"done": "0 sessions ended"}
+
+
+def test_without_an_admin_key_nothing_is_administered(server: Running) -> None:
+    answer = server.post("/admin/drain", {})
+    assert (answer.status, answer.error["code"]) == (403, "no_admin_key")
+    assert server.get("/health").status == 200
+
+
+def test_keys_are_read_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# ours\n{KEY}\n\n  {OTHER}  \n")
+    assert keys(file, "X", {}) == (KEY, OTHER)
+    assert keys(None, "X", {"X": f"{KEY},{OTHER}"}) == (KEY, OTHER)
+    assert keys(None, "X", {}) == ()
+    for content, said in (("", "no key"), ("short", "short"), ("schlüssel-schlüssel", "ASCII")):
+        file.write_text(content)
+        with pytest.raises(UserError, match=said):
+            keys(file, "X", {})
+    with pytest.raises(UserError, match="cannot be read"):
+        keys(tmp_path / "none", "X", {})
+
+
+def test_a_page_of_another_site_cannot_use_the_server(server: Running) -> None:
+    """A browser sends such requests without asking: text/plain needs no preflight, and a name of the page's own may point to 127.0.0.1."""
+    plain = server.post("/v1/completions", {"prompt": "x"}, **{"content-type": "text/plain"})
+    assert (plain.status, plain.error["code"]) == (415, "unsupported_media_type")
+    rebound = server.get("/v1/models", host="evil.example:80")
+    assert (rebound.status, rebound.error["code"]) == (421, "unknown_host")
+    for host in ("localhost", "127.0.0.1:23333", "[::1]:80", "LOCALHOST"):
+        assert server.get("/v1/models", host=host).status == 200
+    asked = server.send("OPTIONS", "/v1/completions", origin="http://evil.example", access_control_request_method="POST")
+    assert asked.status == 405 and not any(name.startswith("access-control") for name in asked.headers)
+    assert "access-control-allow-origin" not in server.get("/v1/models", origin="http://evil.example").headers
+
+
+def test_another_site_that_was_allowed() -> None:
+    with serving(config=ServerConfig(port=0, keys=(KEY,), origins=("https://chat.example",))) as running:
+        asked = running.send("OPTIONS", "/v1/completions", origin="https://chat.example", access_control_request_method="POST")
+        assert asked.status == 200 and asked.headers["access-control-allow-origin"] == "https://chat.example"
+        assert running.send("OPTIONS", "/v1/models", origin="https://evil.example", access_control_request_method="GET").status == 400
+        answer = running.get("/v1/models", origin="https://chat.example", **BEARER)
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        refused = running.get("/v1/models", origin="https://chat.example")
+        assert refused.status == 401 and refused.headers["access-control-allow-origin"] == "https://chat.example"
+        assert running.get("/v1/models", host="model.example", **BEARER).status == 200  # a key is asked for: any name will do
+
+
+def test_every_answer_carries_the_headers(server: Running) -> None:
+    for path in ("/", "/health", "/v1/models", "/nothing", "/metrics"):
+        headers = server.get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"] and "unsafe" not in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert headers["x-request-id"].startswith("req-") and "server" not in headers
+
+
+def test_bodies_that_are_too_large(locked: Running) -> None:
+    answer = locked.post("/v1/completions", {"prompt": "x" * 100_000}, **BEARER)
+    assert (answer.status, answer.error["code"]) == (413, "body_too_large")
+    huge = locked.send("POST", "/v1/completions", b"x", content_length="9" * 30, **BEARER)
+    assert huge.status in (400, 413)
+
+
+def test_bodies_whose_length_is_not_told(locked: Running) -> None:
+    with locked.socket() as connection:
+        lines = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nauthorization: Bearer {KEY}\r\n"
+        connection.sendall(f"{lines}transfer-encoding: chunked\r\n\r\n".encode())
+        answer = b""
+        try:
+            for _ in range(40):
+                connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+            answer = connection.recv(65536)
+        except (BrokenPipeError, ConnectionResetError):
+            answer = answer or connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def talk(running: Running, data: bytes) -> bytes:
+    """The whole answer to some bytes."""
+    with running.socket() as connection:
+        connection.sendall(data)
+        found = b""
+        while part := connection.recv(65536):
+            found += part
+        return found
+
+
+def test_headers_that_are_too_large(server: Running) -> None:
+    lines = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
+    assert b" 431 " in talk(server, lines + b"x-filler: " + b"x" * MOST_HEADER_BYTES + b"\r\n\r\n").split(b"\r\n")[0]
+    endless = talk(server, lines + b"x-filler: " + b"x" * 2 * MOST_HEADER_BYTES)  # they never end
+    assert b"headers_too_large" in endless or endless == b""
+    many = b"".join(b"x-%d: y\r\n" % i for i in range(5000))
+    assert b" 431 " in talk(server, lines + many + b"\r\n").split(b"\r\n")[0]
+
+
+def test_headers_behind_a_running_answer_are_limited_too(server: Running) -> None:
+    body = b'{"prompt":"x","max_tokens":800,"ignore_eos":true,"stream":true}'
+    first = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with server.socket() as connection:
+        connection.sendall(first + body)
+        assert connection.recv(64)
+        with pytest.raises(OSError):
+            for _ in range(200):
+                connection.sendall(b"GET / HTTP/1.1\r\nx: " + b"y" * 10_000)
+                time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET /%ff%00 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n",
+        b"GET \xff HTTP/1.1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n",
+    ],
+)
+def test_what_is_no_http(server: Running, data: bytes) -> None:
+    answer = talk(server, data)
+    assert answer.startswith(b"HTTP/1.1 4") and b'{"error":' in answer
+    assert server.get("/health").status == 200
+
+
+def test_slow_headers_and_bodies_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "HEADERS_S", 0.3)
+    monkeypatch.setattr(guard, "READ_S", 0.3)
+    with serving() as running:
+        for data in (
+            b"",
+            b"GET / HT",
+            b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+        ):
+            with running.socket() as connection:
+                began = time.monotonic()
+                connection.sendall(data)
+                assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+                assert time.monotonic() - began < 5
+        with running.socket() as connection:  # a second request on a connection that was kept
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(b"GET /hea")
+            assert b" 408 " in connection.recv(4096)
+
+
+def test_more_connections_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "most_connections", lambda: 5)
+    with serving() as running:
+        held = [running.socket() for _ in range(5)]
+        time.sleep(0.2)
+        with running.socket() as late, pytest.raises(ConnectionResetError):
+            late.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            time.sleep(0.2)
+            if late.recv(10) == b"":
+                raise ConnectionResetError
+        for connection in held:
+            connection.close()
+        time.sleep(0.2)
+        assert running.get("/health").status == 200
+
+
+def test_errors_say_nothing_of_the_inside(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("/secret/path is broken")
+
+    monkeypatch.setattr(type(server.service), "cards", broken)
+    answer = server.get("/v1/models")
+    assert answer.status == 500 and answer.error["code"] == "internal_error"
+    assert b"secret" not in answer.body and answer.headers["x-request-id"] in answer.error["message"]
+    assert "content-security-policy" in answer.headers
+
+
+def test_nothing_listens_beyond_loopback_by_default(server: Running) -> None:
+    assert ServerConfig().host == "127.0.0.1" and ServerConfig().loopback
+    assert not ServerConfig(host="0.0.0.0").loopback and ServerConfig(host="localhost").loopback and ServerConfig(host="::1").loopback
+    own = socket.gethostbyname(socket.gethostname())
+    if not own.startswith("127."):
+        with pytest.raises(OSError):
+            socket.create_connection((own, server.port), timeout=2)

@@ -1,0 +1,114 @@
+"""Dialogues that the server remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from quantflow.serve import interactive
+from quantflow.serve.config import ServerConfig
+from tests.helpers.serving import Answer, Running, serving
+from tests.serve.test_answer import idle, until
+
+FIRST, SECOND = "key-of-a-user-0001", "key-of-a-user-0002"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with serving(config=ServerConfig(port=0, keys=(FIRST, SECOND)), check=True) as found:
+        yield found
+
+
+def turn(running: Running, key: str = FIRST, **body: Any) -> Answer:
+    given = {"prompt": "What is a table?", "session_id": 7, "interactive_mode": True, "temperature": 0, "request_output_len": 12}
+    return running.post("/v1/chat/interactive", {**given, **body}, authorization=f"Bearer {key}")
+
+
+def sessions(running: Running) -> int:
+    return running.service.llm.engine.occupancy().sessions
+
+
+def test_a_turn_goes_on_from_the_last(running: Running) -> None:
+    """The same dialogue in one request gets the same answer."""
+    first = turn(running, session_id=1).json
+    second = turn(running, session_id=1, prompt="And an index?").json
+    assert second["history_tokens"] == first["input_tokens"] + first["tokens"]
+    said = [("user", "What is a table?"), ("assistant", first["text"]), ("user", "And an index?")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 12, "top_p": 0.95, "top_k": 40}
+    whole = running.post("/v1/chat/completions", body, authorization=f"Bearer {FIRST}").json
+    assert second["text"] == whole["choices"][0]["message"]["content"]
+    assert second["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert second["history_tokens"] + second["input_tokens"] == whole["usage"]["prompt_tokens"]
+
+
+def test_a_stream_of_a_turn(running: Running) -> None:
+    whole = turn(running, session_id=2, interactive_mode=False).json
+    events = turn(running, session_id=2, interactive_mode=False, stream=True).events
+    assert "".join(e["text"] for e in events) == whole["text"]
+    assert events[-1] == {**whole, "text": events[-1]["text"]} and events[0]["finish_reason"] is None
+
+
+def test_a_session_that_is_not_kept_leaves_nothing(running: Running) -> None:
+    before = sessions(running)
+    for id in (3, -1):
+        assert turn(running, session_id=id, interactive_mode=False).json["history_tokens"] == 0
+        assert turn(running, session_id=id, interactive_mode=False).json["history_tokens"] == 0
+    assert until(lambda: sessions(running) <= before)
+
+
+def test_a_number_under_another_key_is_another_session(running: Running) -> None:
+    turn(running, session_id=4, prompt="My secret is swordfish.")
+    assert turn(running, SECOND, session_id=4).json["history_tokens"] == 0
+    turn(running, SECOND, session_id=4, cancel=True)
+    assert turn(running, session_id=4).json["history_tokens"] > 0
+
+
+def test_cancel_ends_the_session_and_its_turn(running: Running) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(turn, running, session_id=5, request_output_len=900, ignore_eos=True)
+        assert until(lambda: running.service.llm.engine.occupancy().running == 1)
+        busy = turn(running, session_id=5)
+        assert (busy.status, busy.error["code"]) == (409, "session_busy")
+        assert turn(running, session_id=5, cancel=True).json["text"] == ""
+        answer = waiting.result()
+        assert (answer.status, answer.error["code"]) == (503, "aborted")
+    assert turn(running, session_id=5).json["history_tokens"] == 0
+
+
+def test_a_dialogue_that_outgrows_the_context_is_refused_and_kept(running: Running) -> None:
+    turn(running, session_id=6)
+    answer = turn(running, session_id=6, prompt="word " * 2000)
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+    assert turn(running, session_id=6, prompt="And an index?").json["history_tokens"] > 0
+
+
+def test_who_goes_away_keeps_what_was_said(running: Running) -> None:
+    from tests.serve.test_answer import request
+
+    turn(running, session_id=8)
+    body = {"prompt": "Go on.", "session_id": 8, "interactive_mode": True, "stream": True, "request_output_len": 800, "ignore_eos": True}
+    with running.socket() as connection:
+        data = request(body, "/v1/chat/interactive").replace(b"host: localhost", b"host: x\r\nauthorization: Bearer " + FIRST.encode())
+        connection.sendall(data)
+        assert connection.recv(100) and until(lambda: running.service.llm.engine.occupancy().running == 1)
+    assert until(lambda: running.service.inside == 0)
+    assert turn(running, session_id=8, prompt="And?").json["history_tokens"] > 40
+
+
+def test_sessions_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interactive, "MOST_SESSIONS", 3)
+    with serving(config=ServerConfig(port=0, session_idle_s=0.5), check=True) as running:
+        for id in range(5):
+            assert turn(running, session_id=id).status == 200
+        assert until(lambda: sessions(running) == 3)
+        assert turn(running, session_id=4).json["history_tokens"] > 0 and turn(running, session_id=0).json["history_tokens"] == 0
+        import time
+
+        time.sleep(0.6)
+        turn(running, session_id=9, interactive_mode=False)
+        assert until(lambda: sessions(running) == 0) and until(lambda: idle(running))
