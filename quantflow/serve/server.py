@@ -7,6 +7,7 @@ exits with 0. The second quits at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import resource
 import signal
@@ -28,6 +29,8 @@ LAST_S = 5.0  # for errors to reach the clients of requests that were ended
 WATCH_S = 0.2
 BACKLOG = 1024
 SPARE_FILES = 64  # descriptors that are not connections
+
+logger = logging.getLogger(__name__)
 
 
 class Protocol(HttpToolsProtocol):
@@ -121,8 +124,10 @@ class Server(uvicorn.Server):
         loop, until = asyncio.get_running_loop(), None
         while True:
             await asyncio.sleep(WATCH_S)
-            if not self.service.llm.alive and self.service.config.supervised and not self.should_exit:
-                self.exit_code, self.should_exit = 1, True
+            if not self.service.llm.alive and not self.exit_code:
+                logger.error("the engine has died", exc_info=self.service.llm.failure)
+                self.exit_code = 1
+                self.should_exit |= self.service.config.supervised
             if self.should_exit:
                 until = until or loop.time() + self.service.config.drain_timeout_s
                 if loop.time() >= until:

@@ -101,8 +101,9 @@ def test_a_silent_stream_is_kept_alive() -> None:
 
 
 def test_a_slow_reader_holds_up_nobody(server: Running) -> None:
-    with server.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects, so that little is on its way at a time
+        slow.connect(("127.0.0.1", server.port))
         slow.sendall(request({**LONG, "stream": True, "logprobs": 5, "n": 4}))
         assert until(lambda: server.service.llm.engine.occupancy().running == 4)
         began = time.monotonic()

@@ -145,6 +145,7 @@ function operation({ path, method, detail }) {
     const kinds = Object.entries(content).map(([kind, body]) => kind + (body.schema ? `: ${namesOf(body.schema)}` : ""));
     return cells(el("code", {}, status), description ?? "", kinds.join(", "));
   });
+  const statuses = Object.keys(detail.responses);
   const bodies = schema ? objectsIn(schema) : [];
   return el(
     "article",
@@ -153,7 +154,7 @@ function operation({ path, method, detail }) {
     detail.description ? el("p", {}, detail.description) : null,
     ...(parameters.length ? [el("h4", {}, "In the address"), parametersTable(parameters)] : []),
     ...(bodies.length ? [el("h4", {}, "Request body"), ...bodies.map((body) => properties(body))] : []),
-    el("details", {}, el("summary", {}, `Answers: ${Object.keys(detail.responses).join(", ")}`), table(["Status", "Meaning", "Content"], answers)),
+    el("details", {}, el("summary", {}, `Answers: ${statuses.join(", ")}`), table(["Status", "Meaning", "Content"], answers)),
     el(
       "figure",
       { class: "code" },

@@ -44,19 +44,20 @@ export class SessionList {
   }
 
   #rename(item, id, title) {
+    const list = this.#list;
     const input = el("input", { type: "text", "aria-label": "Title", maxlength: "60", onblur: () => end(input.value), onkeydown: key });
 
     const end = (written) => {
       if (!this.#renaming) return; // drawing the list anew takes the focus away, too
       this.#renaming = false;
       this.#actions.rename(id, written.trim() || title);
-      this.#list.querySelector(`[data-focus="rename ${id}"]`)?.focus();
     };
 
     function key(event) {
       if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
       event.stopPropagation(); // Escape ends this and no answer
       end(event.key === "Enter" ? input.value : title);
+      list.querySelector(`[data-focus="rename ${id}"]`)?.focus();
     }
 
     input.value = title;

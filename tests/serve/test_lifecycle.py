@@ -1,0 +1,192 @@
+"""The process: from start to exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.serving import DEMO
+
+ROOT = Path(__file__).parents[2]
+BODY = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 8}
+
+
+@contextmanager
+def started(*arguments: str, code: str | None = None, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server of its own, and its port. code: run in place of the command, with the same arguments."""
+    command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(DEMO), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--cache-max-entry-count", "0.01", "--max-batch-size", "8", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment},
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        assert line.startswith("ready: "), process.stderr and process.stderr.read()
+        yield process, int(line.split()[1].rsplit(":", 1)[1])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def begin(port: int, **body: Any) -> Any:
+    """A stream that has begun."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps({**BODY, **body}), {"content-type": "application/json"})
+    response = connection.getresponse()
+    assert response.status == 200 and response.readline().startswith(b"data: ")
+    return response
+
+
+def test_sigterm_finishes_what_runs_and_takes_nothing_new() -> None:
+    with started() as (process, port):
+        kept = HTTPConnection("127.0.0.1", port, timeout=60)
+        kept.request("GET", "/health")
+        assert kept.getresponse().read() == b'{"status":"ok"}'
+        response = begin(port, max_tokens=400)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        with pytest.raises(OSError):
+            HTTPConnection("127.0.0.1", port, timeout=5).request("GET", "/health")
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(20) == 0
+        assert process.stderr and "Traceback" not in process.stderr.read()
+
+
+def test_what_does_not_finish_in_time_is_ended_with_an_error() -> None:
+    with started("--drain-timeout", "0.3") as (process, port):
+        response = begin(port)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert b'"code":"aborted"' in response.read()
+        assert process.wait(20) == 0 and time.monotonic() - began < 5
+
+
+def test_a_second_signal_quits_at_once() -> None:
+    with started() as (process, port):
+        response = begin(port)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(3) == 128 + signal.SIGTERM
+        response.close()
+
+
+def test_an_idle_server_stops_at_once() -> None:
+    with started() as (process, _):
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0 and time.monotonic() - began < 3
+
+
+DIES = """
+import sys, threading, time
+from quantflow.engine.engine import Engine
+step, born = Engine.step, []
+def dying(self):
+    if threading.current_thread().name == "quantflow-engine" and self.has_work:
+        born.append(time.monotonic())
+        if born[-1] - born[0] > 0.5 and len(born) > 50:
+            raise RuntimeError("the thread is killed")
+    return step(self)
+Engine.step = dying
+from quantflow.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_the_engine_dies(supervised: bool) -> None:
+    with started(*(["--supervised"] if supervised else []), code=DIES) as (process, port):
+        response = begin(port)
+        assert b'"code":"engine_stopped"' in response.read()
+        if supervised:
+            assert process.wait(20) == 1
+            assert process.stderr and "the thread is killed" in process.stderr.read()
+        else:
+            connection = HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", "/health")
+            assert connection.getresponse().status == 503 and process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 1
+
+
+def test_the_first_token_comes_soon() -> None:
+    """Two seconds from start to first token, without the imports."""
+    code = """
+import sys, time
+from pathlib import Path
+from quantflow.cli.main import main
+import quantflow.serve.run, torch, quantflow.serve.app
+began = time.time()
+Path(sys.argv.pop()).write_text(str(began))
+main()
+"""
+    file = ROOT / "tests" / ".began"
+    try:
+        with started(str(file), code=code) as (_, port):
+            begin(port, max_tokens=1, n=1)
+            seconds = time.time() - float(file.read_text())
+            assert seconds < 4, seconds  # half of it spare: other tests may be running
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quantflow.cli.main", "serve", *arguments]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **paths, **environment})
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("no-such-model", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 2 and "in use" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no-such-model"], "no-such-model"),
+        ([str(DEMO), "--host", "999.1.1.1"], "999.1.1.1"),
+        ([str(DEMO), "--api-key-file", "no-such-file"], "no-such-file"),
+        ([str(DEMO), "--session-len", "99999"], "session_len"),
+    ],
+)
+def test_what_is_wrong_at_start(arguments: list[str], said: str) -> None:
+    done = run(*arguments, "--port", "0")
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_open_door_is_warned_of() -> None:
+    with started("--host", "0.0.0.0") as (process, port):
+        assert port
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+        assert process.stderr and "no key is asked for" in process.stderr.read()
+
+
+def test_names_that_were_given_are_the_only_ones() -> None:
+    with started("--served-model-name", "a", "--served-model-name", "b") as (_, port):
+        for name, status in (("a", 200), ("b", 200), ("c", 404)):
+            connection = HTTPConnection("127.0.0.1", port, timeout=20)
+            body = json.dumps({"prompt": "x", "model": name, "max_tokens": 1})
+            connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+            response = connection.getresponse()
+            found = json.loads(response.read())
+            assert response.status == status
+            assert found.get("model") == "a" or found["error"]["code"] == "model_not_found"
