@@ -12,11 +12,13 @@ from typing import Any
 
 from quantflow.engine.grammar import Grammar, GrammarKind
 
+MOST_CALLS = 16  # that must be made at once
+
 
 @dataclass(frozen=True)
 class ToolFormat:
     """begin, end: what stands around a call; "": nothing. many: a list of calls stands there. arguments: what their name is.
-    sign: what a template of this format has in it."""
+    bare: a text may be a call with nothing around it. sign: what a template of this format has in it."""
 
     name: str
     sign: str
@@ -24,12 +26,13 @@ class ToolFormat:
     end: str
     arguments: str = "arguments"
     many: bool = False
+    bare: bool = False
 
 
 FORMATS = (
     ToolFormat("hermes", "<tool_call>", "<tool_call>", "</tool_call>"),  # Hermes 2 Pro, Qwen 2.5 and 3
     ToolFormat("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", "", many=True),
-    ToolFormat("llama3", "<|python_tag|>", "<|python_tag|>", "", arguments="parameters"),
+    ToolFormat("llama3", "<|python_tag|>", "<|python_tag|>", "", arguments="parameters", bare=True),
 )
 
 
@@ -59,42 +62,40 @@ class ToolReader:
         self._any = False
 
     def add(self, text: str) -> tuple[str, list[Call]]:
+        """What can be shown by now, and the calls that are complete."""
         self._held += text
-        shown, calls = "", []
-        while True:
+        shown, calls = "", list[Call]()
+        while not self._bare:
             if not self._inside:
-                if self._bare():
-                    break
                 before, begin, after = self._held.partition(self.format.begin)
+                keep = 0 if begin else _may_begin(before, self.format.begin)
+                shown += self._between(before[: len(before) - keep])
+                self._held, self._inside = after if begin else before[len(before) - keep :], bool(begin)
                 if not begin:
-                    keep = _may_begin(self._held, self.format.begin)
-                    shown += self._held[: len(self._held) - keep]
-                    self._held = self._held[len(self._held) - keep :]
                     break
-                shown, self._held, self._inside = shown + before, after, True
-            inner, end, after = self._held.partition(self.format.end) if self.format.end else ("", "", "")
+            inner, end, after = self._held.partition(self.format.end) if self.format.end else (self._held, "", "")
             if not end:
                 break
             found = self._calls(inner)
-            calls += found
-            shown += "" if found else self.format.begin + inner + end
-            self._held, self._inside = after, False
-        if calls or self._any:
-            self._any = True
-            shown = shown.strip("\n") and shown  # line breaks between calls are no answer
+            calls, shown = calls + found, shown + ("" if found else self.format.begin + inner + end)
+            self._held, self._inside, self._any = after, False, self._any or bool(found)
         return shown, calls
 
     def finish(self) -> tuple[str, list[Call]]:
         """What is left once the text is complete."""
-        held, self._held = self._held, ""
-        if not (self._inside or held.lstrip().startswith("{")) or not held.strip():
-            return ("" if self._any and not held.strip() else (self.format.begin if self._inside else "") + held), []
-        calls = self._calls(held)
-        return ("", calls) if calls else ((self.format.begin if self._inside else "") + held, [])
+        calls = self._calls(self._held) if self._inside or self._bare else []
+        shown = "" if calls else self.format.begin + self._held if self._inside else self._between(self._held)
+        self._held = ""
+        return shown, calls
 
+    @property
     def _bare(self) -> bool:
         """Whether all there is so far may be a call without anything around it, as Llama 3 writes them."""
-        return self.format.name == "llama3" and not self._any and self._held.lstrip()[:1] in ("", "{")
+        return self.format.bare and not self._any and not self._inside and self._held.lstrip()[:1] in ("", "{")
+
+    def _between(self, text: str) -> str:
+        """Line breaks between calls are no answer."""
+        return text if text.strip("\n") or not self._any else ""
 
     def _calls(self, text: str) -> list[Call]:
         """[] where the text is no call."""
@@ -131,11 +132,11 @@ def must_call(format: ToolFormat, functions: Sequence[dict[str, Any]], token: in
         for function, accepted in zip(functions, parameters, strict=True)
     ]
     schema: dict[str, Any] = {"anyOf": schemas}
-    definitions = {name: definition for accepted in parameters for name, definition in accepted.get("$defs", {}).items()}
-    if definitions:
-        schema["$defs"] = definitions
     if format.many:
-        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": 16 if several else 1}
+        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": MOST_CALLS if several else 1}
+    # References begin at the root.
+    schema["$defs"] = {name: definition for accepted in parameters for name, definition in accepted.get("$defs", {}).items()}
+    schema["x-guidance"] = {"whitespace_flexible": False}
     begin = f"<[{token}]>" if token is not None else json.dumps(format.begin)
     line = json.dumps("\n")
     if format.end:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from quantflow.serve.config import ServerConfig
+from quantflow.serve.server import Protocol
 from tests.helpers.serving import Running, serving
 
 LONG: dict[str, Any] = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -100,18 +101,25 @@ def test_a_silent_stream_is_kept_alive() -> None:
         assert answer.body.count(b": keep-alive") < 200
 
 
-def test_a_slow_reader_holds_up_nobody(server: Running) -> None:
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it connects, so that little is on its way at a time
-        slow.connect(("127.0.0.1", server.port))
-        slow.sendall(request({**LONG, "stream": True, "logprobs": 5, "n": 4}))
-        assert until(lambda: server.service.llm.engine.occupancy().running == 4)
-        began = time.monotonic()
-        assert server.complete(max_tokens=100, ignore_eos=True).status == 200
-        assert time.monotonic() - began < 10
-        assert until(lambda: server.service.llm.engine.occupancy().running == 0, 60)  # its texts are made whether it reads or not
-        assert server.service.inside == 4  # they wait for it, and nobody else does
-    assert until(lambda: idle(server))
+def test_a_slow_reader_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Protocol.connection_made
+
+    def narrow(protocol: Any, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        made(protocol, transport)
+
+    monkeypatch.setattr(Protocol, "connection_made", narrow)
+    with serving() as running:
+        engine = running.service.llm.engine
+        with running.socket() as slow:
+            slow.sendall(request({**LONG, "stream": True, "logprobs": 5, "n": 2}))
+            assert until(lambda: engine.occupancy().running == 2)
+            began = time.monotonic()
+            assert running.complete(max_tokens=100, ignore_eos=True).status == 200
+            assert time.monotonic() - began < 10
+            assert until(lambda: engine.occupancy().running == 0, 60)  # its texts are made whether it reads or not
+            assert running.service.inside == 2  # they wait for it, and nobody else does
+        assert until(lambda: idle(running))
 
 
 def test_many_clients_get_what_each_would_get_alone(server: Running) -> None:

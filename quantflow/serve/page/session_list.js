@@ -56,6 +56,7 @@ export class SessionList {
     function key(event) {
       if (event.isComposing || !["Enter", "Escape"].includes(event.key)) return;
       event.stopPropagation(); // Escape ends this and no answer
+      event.preventDefault(); // Enter would press the button that has the focus next
       end(event.key === "Enter" ? input.value : title);
       list.querySelector(`[data-focus="rename ${id}"]`)?.focus();
     }
@@ -63,6 +64,7 @@ export class SessionList {
     input.value = title;
     this.#renaming = true;
     item.replaceChildren(input);
+    input.focus();
     input.select();
   }
 }

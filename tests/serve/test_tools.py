@@ -1,0 +1,165 @@
+"""Tools: rendered into the template, read out of the text, and called when they must be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantflow.serve.tools import FORMATS, Call, ToolReader, tool_format
+from tests.helpers.serving import DEMO, Running, serving
+
+HERMES, MISTRAL, LLAMA3 = FORMATS
+WEATHER = {
+    "type": "object", "properties": {"city": {"type": "string", "maxLength": 8}, "unit": {"$ref": "#/$defs/unit"}},
+    "required": ["city", "unit"], "additionalProperties": False, "$defs": {"unit": {"enum": ["C", "F"]}},
+}  # fmt: skip
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "description": "The weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "time"}},
+]
+WIZARD = {"type": "function", "function": {"name": "f", "parameters": {"type": "wizard"}}}
+MESSAGES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+TEMPLATES = {
+    "hermes": "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}Answer in <tool_call></tool_call>{% endif %}",
+    "mistral": "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS] answer with [TOOL_CALLS]{% endif %}",
+    "llama3": "{% if tools %}{{ tools | tojson }} answer with <|python_tag|>{% endif %}",
+}
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("tools") / "model"
+    shutil.copytree(DEMO, folder)
+    end = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (folder / "chat_template.jinja").write_text(TEMPLATES[request.param] + MESSAGES + end)
+    with serving(folder, check=True) as found:
+        yield found
+
+
+def read(format: Any, *pieces: str) -> tuple[str, list[Call]]:
+    reader = ToolReader(format)
+    shown, calls = "", []
+    for piece in pieces:
+        more, found = reader.add(piece)
+        shown, calls = shown + more, calls + found
+    more, found = reader.finish()
+    return shown + more, calls + found
+
+
+CALL = '{"name": "f", "arguments": {"x": [1, "}"]}}'
+F = Call("f", '{"x": [1, "}"]}')
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "shown", "calls"),
+    [
+        (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", "", [F]),
+        (HERMES, f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>{CALL}</tool_call>", "Let me see.\n", [F, F]),
+        (HERMES, "a < b and <tool", "a < b and <tool", []),
+        (HERMES, "plain", "plain", []),
+        (HERMES, "<tool_call>no json</tool_call> then", "<tool_call>no json</tool_call> then", []),
+        (HERMES, '<tool_call>{"x": 1}</tool_call>', '<tool_call>{"x": 1}</tool_call>', []),
+        (HERMES, f"<tool_call>{CALL}", "", [F]),  # it stopped before the end
+        (HERMES, '<tool_call>{"name": "f", "argu', '<tool_call>{"name": "f", "argu', []),
+        (HERMES, '<tool_call>{"name": "f"}</tool_call>', "", [Call("f", "{}")]),
+        (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]", "", [F, F]),
+        (MISTRAL, f"Sure. [TOOL_CALLS] [{CALL}]", "Sure. ", [F]),
+        (MISTRAL, "[TOOL", "[TOOL", []),
+        (LLAMA3, '{"name": "f", "parameters": {"y": "é"}}', "", [Call("f", '{"y": "é"}')]),
+        (LLAMA3, '<|python_tag|>{"name": "f", "parameters": {}}', "", [Call("f", "{}")]),
+        (LLAMA3, '{"a set": 1}', '{"a set": 1}', []),
+        (LLAMA3, "It is {so}.", "It is {so}.", []),
+    ],
+)
+def test_calls_are_read_however_the_text_is_cut(format: Any, text: str, shown: str, calls: list[Call]) -> None:
+    assert read(format, text) == (shown, calls)
+    assert read(format, *text) == (shown, calls)
+    for cut in range(1, len(text)):
+        assert read(format, text[:cut], text[cut:]) == (shown, calls)
+
+
+def test_what_is_no_call_is_shown_as_soon_as_that_is_sure() -> None:
+    reader = ToolReader(HERMES)
+    assert [reader.add(piece)[0] for piece in ("a <to", "ol", " b")] == ["a ", "", "<tool b"]
+
+
+def test_a_format_is_known_by_its_template() -> None:
+    for name, template in TEMPLATES.items():
+        found = tool_format(template)
+        assert found and found.name == name
+    assert tool_format("{{ messages }}") is None and tool_format(None) is None
+    assert tool_format("{% if tools %}{{ tools }}{% endif %}") is None  # a way that we do not know
+
+
+def ask(running: Running, **body: Any) -> Any:
+    return running.chat(**{"tools": TOOLS, "max_tokens": 200, "temperature": 1, "seed": 5, **body})
+
+
+def test_tools_are_rendered(running: Running) -> None:
+    with_tools, without = (running.chat(**body).json["usage"]["prompt_tokens"] for body in ({"tools": TOOLS}, {}))
+    assert with_tools > without + 20
+    assert running.chat(tools=TOOLS, tool_choice="none").json["usage"]["prompt_tokens"] == without
+    answer = running.chat(tools=TOOLS).json["choices"][0]  # this model was not trained to call any
+    assert answer["message"]["content"] and answer["finish_reason"] == "length" and "tool_calls" not in answer["message"]
+
+
+def test_a_call_that_must_be_made_follows_its_schema(running: Running) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        for seed in range(4):
+            found = ask(running, tool_choice=choice, seed=seed, parallel_tool_calls=False).json["choices"][0]
+            (call,) = found["message"]["tool_calls"]
+            assert found["finish_reason"] == "tool_calls" and found["message"]["content"] is None
+            assert call["type"] == "function" and call["id"]
+            if call["function"]["name"] == "weather":
+                arguments = json.loads(call["function"]["arguments"])
+                assert set(arguments) == {"city", "unit"} and arguments["unit"] in ("C", "F") and len(arguments["city"]) <= 8
+            else:
+                assert choice == "required" and call["function"]["name"] == "time"
+
+
+def test_a_stream_of_a_call(running: Running) -> None:
+    whole = ask(running, tool_choice="required", parallel_tool_calls=False).json["choices"][0]
+    events = [e["choices"][0] for e in ask(running, tool_choice="required", parallel_tool_calls=False, stream=True).events]
+    (chunk,) = [call for e in events for call in e["delta"].get("tool_calls", ())]
+    assert chunk["index"] == 0 and chunk["function"] == whole["message"]["tool_calls"][0]["function"]
+    assert events[-1]["finish_reason"] == "tool_calls" and not any(e["delta"].get("content") for e in events)
+
+
+def test_a_dialogue_with_calls_goes_on(running: Running) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "What is the weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "Sunny."},
+    ]
+    assert running.chat(messages=messages, tools=TOOLS).status == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": TOOLS * 65}, "tools"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "wizard"}}}], "tool_choice": "required"},
+            "tools",
+        ),
+    ],
+)
+def test_what_is_refused(running: Running, body: Any, param: str) -> None:
+    answer = ask(running, **body)
+    assert answer.status == 400 and answer.error["param"] == param, answer.error
+
+
+def test_a_template_is_the_models_alone(running: Running, tmp_path: Path) -> None:
+    for name in ("chat_template", "template", "chat_template_kwargs"):
+        assert running.chat(**{name: "{{ 7 * 7 }}"}).error["code"] == "unknown_parameter"
