@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from quantflow.cli import bench, generate, inspect, plan, run, schema, serve, verify
+from quantflow.cli import bench, chat, generate, inspect, plan, run, schema, serve, verify
 from quantflow.cli import eval as eval_command
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("eval")(eval_command.evaluate)
 app.command("verify")(verify.verify)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)
+app.command("chat")(chat.chat)
 app.command("bench")(bench.bench)
 app.command("schema")(schema.schema)
 
