@@ -64,6 +64,37 @@ def cpu(record: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def serve(record: dict[str, Any] | None) -> list[str]:
+    """The server under load and faults."""
+    if record is None:
+        return ["Not yet measured."]
+    place = f"{record['device']}, {record['threads']} threads, torch {record['torch']}, {record['date']}; `python benchmarks/serve.py`"
+    load, gone, fuzz, slow = record["load"], record["disconnect"], record["fuzz"], record["slow"]
+    speeds, part = load["tokens_per_s"], load["of_offline"]
+    answered = ", ".join(f"{status}: {count}" for status, count in fuzz["statuses"].items())
+    return [
+        f"{place}; the demo model.",
+        "",
+        _row("under", "result"),
+        _row("---", "---"),
+        _row(
+            f"{load['clients']} clients, {load['requests']} requests of {load['new_tokens']} new tokens, tokens/s",
+            f"{speeds['whole']:.0f} in one answer, {speeds['stream']:.0f} streamed: {part['whole']:.0%} and {part['stream']:.0%} of"
+            f" `LLM.generate` on the same requests ({speeds['offline']:.0f})",
+        ),
+        _row(
+            f"{gone['requests']} requests, a third of which go away at random moments",
+            f"then {gone['left']['sequences_running']:.0f} running, {gone['left']['kv_blocks_used']:.0f} blocks used;"
+            f" resident memory {gone['grown_in_the_second_half_mib']:+.0f} MiB in the second half",
+        ),
+        _row(
+            f"{fuzz['requests']} fuzzed bodies and headers",
+            f"{len(fuzz['server_errors'])} server errors, {len(fuzz['hangs'])} hangs ({answered})",
+        ),
+        _row(f"{slow['readers']} streams that are hardly read", f"others' requests take {slow['ratio']:.2f} times as long"),
+    ]
+
+
 def engine(record: dict[str, Any] | None) -> list[str]:
     """The engine beside transformers on a CPU."""
     if record is None:
@@ -82,7 +113,7 @@ def engine(record: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-TABLES = {"kernels_gpu": gpu, "kernels_cpu": cpu, "engine_cpu": engine}
+TABLES = {"kernels_gpu": gpu, "kernels_cpu": cpu, "engine_cpu": engine, "serve_cpu": serve}
 
 
 def written(text: str) -> str:

@@ -51,7 +51,9 @@ CHAT_RENAMED = {**RENAMED, "prompt": "messages"}
 def create_app(service: Service) -> ASGIApp:
     """The whole application, its guard included."""
     sessions = Sessions(service)
-    app = FastAPI(title="QuantFlow", version=__version__, lifespan=_lifespan(service), docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="QuantFlow", version=__version__, lifespan=_lifespan(service), docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
+    )  # fmt: skip
     app.state.service = service
     _models(app, service)
     _generation(app, service, sessions)

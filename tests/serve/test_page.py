@@ -324,14 +324,14 @@ def test_an_answer_goes_on_beside_another_session(page: Any) -> None:
 
 def test_html_in_an_answer_is_text(page: Any) -> None:
     bad = "<img src=x onerror='window.hacked = 1'><script>window.hacked = 1</script>"
-    answer_with(page, stream(f"{bad} `{bad}` **{bad}**", f"\n\n```{bad}\n{bad}\n```\n[x](javascript:hacked=1)"))
+    answer_with(page, stream(f"{bad} `{bad}` **{bad}** {bad}", f"\n\n```{bad}\n{bad}\n```\n[x](javascript:hacked=1)"))
     ask(page, bad)
     page.wait_for_timeout(200)
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 1, "the page's own"
     assert page.locator("#log script, #log a, #sessions script").count() == 0
     assert page.inner_text(".question .body") == bad and bad[:20] in page.inner_text("#title")
-    assert last(page).count("<script>") == 4  # a fence's first word is all of its language
+    assert last(page).count("<script>") == 5  # a fence's first word is all of its language
     assert page.locator(".answer strong").inner_text() == page.locator(".answer pre").inner_text() == bad
 
 
@@ -419,11 +419,12 @@ def test_another_tab_sees_the_sessions(page: Any) -> None:
 
 def test_a_storage_that_is_corrupt_is_survived(browser: Any, open_server: Server) -> None:
     entries = {"a": "{", "b": "null", "c": '{"id": "c", "title": "C", "messages": [{"role": "user"}]}', "d": "[]"}
-    good = {"id": "e", "title": "Good", "updated": "x", "messages": [{"role": "user", "content": "Hello"}], "settings": "no"}
-    fill = f"const found = {json.dumps({**entries, 'e': json.dumps(good)})};"
+    said = [{"role": "assistant", "content": "Well", "stats": {"rate": "x"}}, {"role": "user", "content": "Hello"}]
+    odd = {"id": "e", "title": "Odd", "updated": "x", "messages": said, "settings": {"system": 5, "temperature": "hot"}}
+    fill = f"const found = {json.dumps({**entries, 'e': json.dumps(odd)})};"
     fill += "for (const [id, text] of Object.entries(found)) localStorage.setItem(`quantflow.session.${id}`, text);"
     with visit(browser, open_server.address, fill + "localStorage.setItem('quantflow.theme', '{')") as page:
-        assert page.locator("#sessions .title").all_inner_texts() == ["Good"]
+        assert page.locator("#sessions .title").all_inner_texts() == ["Odd"]
         page.click("#sessions .title")
         answer_with(page, stream("An answer."))
         press(page, "Retry")  # what was asked has no answer yet
@@ -517,7 +518,7 @@ def test_an_error_in_the_middle_keeps_what_was_written(page: Any) -> None:
     alert(page, "the text could not be finished")
     assert last(page) == "Half an ans" and page.inner_text(".stats").endswith("cut off")
     answer_with(page, stream("Whole."))
-    press(page, "Regenerate")
+    press(page, "Retry")
     page.wait_for_selector(".answer >> text=Whole.")
     assert page.inner_text("#notice") == ""
 
@@ -711,17 +712,22 @@ def test_both_themes_can_be_read_and_follow_the_system(browser: Any, open_server
         dark = background(page)
         assert light == "rgb(255, 255, 255)" and dark != light
         assert page.evaluate(CONTRAST)[0][0] >= 4.5, page.evaluate(CONTRAST)[:3]
-        assert page.get_attribute("#theme", "aria-pressed") == "true"
+        page.emulate_media(color_scheme="light")
+        page.click("#theme")
+        page.reload()
+        assert background(page) == dark and page.get_attribute("#theme", "aria-pressed") == "true"
+        page.emulate_media(color_scheme="dark")
         page.click("#theme")
         page.reload()
         assert background(page) == light and page.get_attribute("#theme", "aria-pressed") == "false"
         page.goto(f"{open_server.address}/docs")
         assert background(page) == light
-        page.click("#theme")  # agrees with the system, and follows it from now on
-        page.emulate_media(color_scheme="light")
-        assert background(page) == light
         page.wait_for_selector(".operation")
         assert page.evaluate(CONTRAST)[0][0] >= 4.5, page.evaluate(CONTRAST)[:3]
+        page.click("#theme")  # agrees with the system, and follows it from now on
+        assert background(page) == dark and page.evaluate(CONTRAST)[0][0] >= 4.5, page.evaluate(CONTRAST)[:3]
+        page.emulate_media(color_scheme="light")
+        assert background(page) == light
 
 
 def test_nothing_moves_for_those_who_want_no_motion(browser: Any, open_server: Server) -> None:

@@ -86,7 +86,8 @@ function rename(id, title) {
 }
 
 async function remove(id) {
-  if (!(await confirmed(`Delete “${sessions.get(id).title}”?`, "Delete"))) return;
+  const { title } = sessions.get(id);
+  if (!(await confirmed("Delete this conversation?", `“${title}” cannot be brought back.`, "Delete"))) return;
   runs.get(id)?.abort();
   failures.delete(id);
   sessions.remove(id);
@@ -315,7 +316,8 @@ async function retry() {
   if ((await look()) !== "ok") return;
   failures.delete(session.id);
   if (!served.length) await loadModels();
-  answerLast();
+  if (session.messages.at(-1)?.ended === "cut") regenerate();
+  else answerLast();
 }
 
 /** What is the matter, most urgent first, and what can be done about it: [text, {label: action}]. */
@@ -325,6 +327,7 @@ function problem() {
       failures.delete(session.id);
       unsaved = false;
       showNotice();
+      rest();
     },
   };
   if (server !== "ok") return [SERVER[server] ?? SERVER.unreachable, { Retry: retry }];

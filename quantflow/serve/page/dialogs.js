@@ -16,8 +16,8 @@ export async function askForKey(refused) {
   return answer ? input.value.trim() || null : null;
 }
 
-export function confirmed(question, action) {
-  return ask(question, action, el("p", {}, "This cannot be undone."));
+export function confirmed(question, detail, action) {
+  return ask(question, action, el("p", {}, detail));
 }
 
 /** Whether the user agreed. */

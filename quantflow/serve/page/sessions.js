@@ -92,7 +92,7 @@ function newId() {
 function read(storage, name) {
   try {
     const found = JSON.parse(storage.getItem(name));
-    const { id, title, named, updated, draft, settings } = found;
+    const { id, title, named, updated, draft } = found;
     const messages = found.messages.map(message).filter((m) => m.role === "user" || m.content || m.ended !== "cut");
     if (typeof id !== "string" || typeof title !== "string") return null;
     return {
@@ -101,7 +101,7 @@ function read(storage, name) {
       named: named === true,
       updated: Number(updated) || 0,
       draft: typeof draft === "string" ? draft : "",
-      settings: settings && typeof settings === "object" ? settings : {},
+      settings: { ...numbers(found.settings), ...texts(found.settings ?? {}) },
       messages,
     };
   } catch {
@@ -113,5 +113,14 @@ function message({ role, content, ended, stats }) {
   if (typeof content !== "string") throw new TypeError("content");
   if (role === "user") return { role, content };
   if (role !== "assistant") throw new TypeError("role");
-  return { role, content, ended: ENDS.includes(ended) ? ended : "cut", stats: stats && typeof stats === "object" ? stats : {} };
+  return { role, content, ended: ENDS.includes(ended) ? ended : "cut", stats: numbers(stats) };
+}
+
+function numbers(found) {
+  return Object.fromEntries(Object.entries(found ?? {}).filter(([, value]) => Number.isFinite(value)));
+}
+
+/** Those of the settings that are text. */
+function texts({ model, system }) {
+  return { model: typeof model === "string" ? model : "", system: typeof system === "string" ? system : "" };
 }
