@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import random
 import resource
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL, TEXT = ROOT / "calib_data" / "demo_model", ROOT / "calib_data" / "demo_eval.txt"
 CLIENTS, NEW, LETTERS = 32, 128, 400
 HANG_S = 60.0
+ADMIN_KEY = "the-admin-of-the-test"
 
 DIES = """
 import threading
@@ -52,12 +54,13 @@ main()
 
 
 @contextmanager
-def server(*options: str, code: str | None = None) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def server(*options: str, code: str | None = None, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process and its port."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(MODEL), "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--max-batch-size", "32", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+        [*command, "--max-batch-size", "32", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
     try:
         assert process.stdout
         line = process.stdout.readline()
@@ -230,18 +233,13 @@ def disconnect(scale: float) -> dict[str, Any]:
             if said["quantflow_sequences_running"] == said["quantflow_sequences_waiting"] == 0:
                 break
             await asyncio.sleep(0.1)
-        await ask(port, request("/admin/sessions/end", {}, "authorization: Bearer the-admin-of-the-test"))
+        await ask(port, request("/admin/sessions/end", {}, f"authorization: Bearer {ADMIN_KEY}"))
         await asyncio.sleep(0.5)
         return seconds, await metrics(port)
 
-    file = ROOT / ".serve-admin-key"
-    file.write_text("the-admin-of-the-test\n")
-    try:
-        with server("--admin-key-file", str(file), "--max-queue", "1000") as (process, port):
-            seconds, said = asyncio.run(run(process, port))
-            grown = max(sizes[-3:]) - max(sizes[len(sizes) // 2 : len(sizes) // 2 + 3])
-    finally:
-        file.unlink()
+    with server("--max-queue", "1000", QUANTFLOW_ADMIN_KEY=ADMIN_KEY) as (process, port):
+        seconds, said = asyncio.run(run(process, port))
+        grown = max(sizes[-3:]) - max(sizes[len(sizes) // 2 : len(sizes) // 2 + 3])
     left = {name: said[f"quantflow_{name}"] for name in ("sequences_running", "sequences_waiting", "kv_blocks_used", "sessions")}
     refused = sum(v for k, v in said.items() if k.startswith("quantflow_http_responses_total") and 'status="409"' in k)
     return {

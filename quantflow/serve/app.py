@@ -14,7 +14,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -52,7 +52,8 @@ def create_app(service: Service) -> ASGIApp:
     """The whole application, its guard included."""
     sessions = Sessions(service)
     app = FastAPI(
-        title="QuantFlow", version=__version__, lifespan=_lifespan(service), docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
+        title="QuantFlow", version=__version__, lifespan=_lifespan(service), docs_url=None, redoc_url=None, openapi_url=None,
+        redirect_slashes=False,
     )  # fmt: skip
     app.state.service = service
     _models(app, service)
@@ -86,7 +87,7 @@ def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
 
 def _answers(model: Any, *, events: bool = False, refusals: tuple[int, ...] = (400, 413, 415, 429)) -> dict[str, Any]:
     """The part of the OpenAPI document that says what a route may answer."""
-    whole: dict[str, Any] = {"model": model}
+    whole: dict[str, Any] = {"model": model} if model else {}
     if events:
         whole["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
     error = {"model": protocol.ErrorResponse}
@@ -103,10 +104,12 @@ GENERATES = (400, 404, 408, 413, 415, 429, 504)
 def _models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["models"], **_answers(protocol.ModelList, refusals=READS))
     async def models() -> Any:
+        """The names that the model answers to."""
         return protocol.ModelList(data=service.cards())
 
     @app.get("/v1/models/{model}", tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
     async def model(model: str) -> Any:
+        """What is known of one of them."""
         for card in service.cards():
             if card.id == model:
                 return card
@@ -173,6 +176,7 @@ def _text(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=(400, 404, 408, 413, 415)))
     async def detokenize(body: DetokenizeRequest) -> Any:
+        """The text of tokens, special ones left out."""
         service.check_model(body.model)
         vocabulary = service.llm.engine.model_config.vocabulary
         wrong = next((token for token in body.tokens if token >= vocabulary), None)
@@ -188,7 +192,7 @@ def _operation(app: FastAPI, service: Service) -> None:
         """200 only while the engine makes progress."""
         return Json({"status": service.health}, 200 if service.health == "ok" else 503)
 
-    @app.get("/metrics", tags=["operation"], response_class=Response)
+    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse, **_answers(None, refusals=READS))
     async def metrics() -> Any:
         """Prometheus' text format."""
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)

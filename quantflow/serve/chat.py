@@ -101,8 +101,6 @@ def chat_job(service: Service, body: ChatRequest) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise Refused(400, "top_logprobs: without logprobs; expected logprobs: true", param="top_logprobs", code="invalid_value")
     most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    if most == 0:
-        raise Refused(400, "max_tokens: 0; expected at least 1", param="max_tokens", code="invalid_value")
     params = sampling_params(
         body, max_tokens=most, grammar=grammar_of(body.response_format), logprobs=(body.top_logprobs or 0) if body.logprobs else None
     )

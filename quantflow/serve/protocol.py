@@ -163,6 +163,7 @@ class Sampling(Incoming):
 
 class ChatRequest(Sampling):
     messages: Messages
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
