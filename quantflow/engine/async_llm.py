@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,15 +28,18 @@ IDLE_S = 0.5  # how often an idle engine says that it is alive
 class Stream:
     """A request's tokens as they come: `async for token in stream`. Close it, or use it in `async with`: whoever leaves it early aborts the
     request. whole: nobody waits for single tokens, and who waits is woken when the last one is there. hear: called in the loop
-    with each token as it comes. Raises ResourceError where the engine has stopped."""
+    with each token as it comes. arrived: set when there are tokens, for who waits for several streams at once. Raises ResourceError where
+    the engine has stopped."""
 
-    def __init__(self, llm: AsyncLLM, count: int, *, whole: bool, hear: Callable[[Token], None]) -> None:
+    def __init__(
+        self, llm: AsyncLLM, count: int, *, whole: bool, hear: Callable[[Token], None], arrived: asyncio.Event | None = None
+    ) -> None:
         self.request: Request  # once it is submitted
         self.loop = asyncio.get_running_loop()
         self.left = set(range(count))  # the texts that have not ended; the engine's thread takes them out
         self._llm, self._whole, self._hear, self._open = llm, whole, hear, count
         self._tokens: list[Token] = []
-        self._arrived = asyncio.Event()
+        self._arrived, self._ended = arrived or asyncio.Event(), asyncio.Event()
 
     async def __aenter__(self) -> Stream:
         return self
@@ -54,22 +58,30 @@ class Stream:
         return not self._open and not self._tokens
 
     async def some(self) -> list[Token]:
-        """All tokens that came since the last call, at least one; [] at the end, and after a nudge."""
+        """All tokens that came since the last call, at least one; [] at the end."""
         if not self.done:
             await self._arrived.wait()
         self._arrived.clear()
+        return self.take()
+
+    def take(self) -> list[Token]:
+        """All tokens that came since the last call."""
         taken, self._tokens = self._tokens, []
         return taken
 
-    def nudge(self) -> None:
-        """Wakes who waits, even if nothing came."""
-        self._arrived.set()
+    async def rest(self, seconds: float) -> None:
+        """Lets tokens gather for a while, or until the last one is there."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
 
     def put(self, token: Token) -> None:
         """In the loop."""
         self._tokens.append(token)
         self._hear(token)
         self._open -= token.finish is not None
+        if not self._open:
+            self._ended.set()
         if not self._open or not self._whole:
             self._arrived.set()
 
@@ -132,14 +144,16 @@ class AsyncLLM:
         whole: bool = False,
     ) -> Stream:  # fmt: skip
         """The request, submitted. Raises RequestError, and ResourceError where the engine has stopped. whole: see `Stream`."""
-        return await self.open_by(lambda engine: engine.submit(prompt, params, id=id, priority=priority, session=session), params, whole)
+        return await self.open_by(
+            lambda engine: engine.submit(prompt, params, id=id, priority=priority, session=session), params, whole=whole
+        )
 
     async def open_by(
-        self, submit: Callable[[Engine], Request], params: SamplingParams | None, whole: bool = False,
-        hear: Callable[[Token], None] = lambda token: None,
+        self, submit: Callable[[Engine], Request], params: SamplingParams | None, *, whole: bool = False,
+        hear: Callable[[Token], None] = lambda token: None, arrived: asyncio.Event | None = None,
     ) -> Stream:  # fmt: skip
-        """The same for a request that `submit` makes, in the engine's thread. params: of the request. hear: see `Stream`."""
-        stream = Stream(self, (params or SamplingParams()).n, whole=whole, hear=hear)
+        """The same for a request that `submit` makes, in the engine's thread. params: of the request. The rest: see `Stream`."""
+        stream = Stream(self, (params or SamplingParams()).n, whole=whole, hear=hear, arrived=arrived)
 
         def begin(engine: Engine) -> None:
             stream.request = submit(engine)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -138,10 +138,13 @@ class Answer(Response):
             async with asyncio.timeout(LAST_WORDS_S):
                 await send({"type": "http.response.body", "body": event(error.body), "more_body": False})
 
-    async def _open(self, job: Job, stack: AsyncExitStack, *, whole: bool) -> tuple[list[Stream], list[Collector]]:
+    async def _open(
+        self, job: Job, stack: AsyncExitStack, arrived: asyncio.Event | None = None
+    ) -> tuple[list[Stream], list[Collector]]:  # fmt: skip
+        """A stream and what gathers it for each prompt. arrived: set when one of them has tokens; None: nobody waits for single ones."""
         streams = []
         for prompt in job.prompts:
-            stream = await self.service.open(prompt, job.params, whole=whole, submit=job.submit)
+            stream = await self.service.open(prompt, job.params, whole=arrived is None, submit=job.submit, arrived=arrived)
             streams.append(await stack.enter_async_context(stream))
         collectors = [Collector(stream.request) for stream in streams]
         for collector in collectors:
@@ -150,7 +153,7 @@ class Answer(Response):
 
     async def _whole(self, job: Job) -> Object:
         async with AsyncExitStack() as stack:
-            streams, collectors = await self._open(job, stack, whole=True)
+            streams, collectors = await self._open(job, stack)
             for stream, collector in zip(streams, collectors, strict=True):
                 async for token in stream:
                     _check(token, self.service)
@@ -159,25 +162,34 @@ class Answer(Response):
         return job.shape.whole(outputs, _usage(outputs))
 
     async def _events(self, job: Job, send: Send) -> None:
+        arrived = asyncio.Event()
         async with AsyncExitStack() as stack:
-            streams, collectors = await self._open(job, stack, whole=False)
+            streams, collectors = await self._open(job, stack, arrived)
+            stack.enter_context(_nudged(arrived, self.service.config.keep_alive_s))
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
             self._begun = True
             await _send(send, b"".join(map(event, job.shape.start())))
-            stack.enter_context(_nudged(streams[0], self.service.config.keep_alive_s))
-            async for prompt, tokens in _arriving(streams):
-                data = [] if tokens else [KEEP_ALIVE]
-                texts: dict[int, list[Token]] = {}
-                for token in tokens:
-                    _check(token, self.service)
-                    collectors[prompt].add(token)
-                    texts.setdefault(token.index, []).append(token)
-                for index, new in texts.items():
-                    data += map(event, job.shape.more(prompt * job.params.n + index, new))
-                await _send(send, b"".join(data))
+            while not all(stream.done for stream in streams):
+                await arrived.wait()
+                arrived.clear()
+                came = [stream.take() for stream in streams]
+                data = [piece for at, tokens in enumerate(came) for piece in self._new(job, at, tokens, collectors[at])]
+                await _send(send, b"".join(data) if any(came) else KEEP_ALIVE)
+                if len(streams) == 1:
+                    await streams[0].rest(self.service.pause_s)
             usage = _usage([collector.output() for collector in collectors])
             last = b"".join(map(event, job.shape.end(usage))) + DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _new(self, job: Job, prompt: int, tokens: list[Token], collector: Collector) -> Iterator[bytes]:
+        """The events of a prompt's new tokens."""
+        texts: dict[int, list[Token]] = {}
+        for token in tokens:
+            _check(token, self.service)
+            collector.add(token)
+            texts.setdefault(token.index, []).append(token)
+        for index, new in texts.items():
+            yield from map(event, job.shape.more(prompt * job.params.n + index, new))
 
 
 async def _gone(receive: Receive) -> None:
@@ -190,32 +202,13 @@ async def _send(send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
-async def _arriving(streams: list[Stream]) -> AsyncIterator[tuple[int, list[Token]]]:
-    """The tokens of all streams as they come, with the stream's number; none where a stream was nudged."""
-    if len(streams) == 1:
-        while not streams[0].done:
-            yield 0, await streams[0].some()
-        return
-    waiting = {asyncio.create_task(stream.some()): number for number, stream in enumerate(streams)}
-    try:
-        while waiting:
-            for task in (await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED))[0]:
-                number = waiting.pop(task)
-                yield number, task.result()
-                if not streams[number].done:
-                    waiting[asyncio.create_task(streams[number].some())] = number
-    finally:
-        for task in waiting:
-            task.cancel()
-
-
 @contextlib.contextmanager
-def _nudged(stream: Stream, every_s: float) -> Iterator[None]:
-    """Wakes who waits for the stream, now and then: one timer for all of it costs less than a timeout for each token."""
+def _nudged(event: asyncio.Event, every_s: float) -> Iterator[None]:
+    """Sets the event now and then: one timer for all of a stream costs less than a timeout for each token."""
     timers: list[asyncio.TimerHandle] = []
 
     def nudge() -> None:
-        stream.nudge()
+        event.set()
         timers[:] = [asyncio.get_running_loop().call_later(every_s, nudge)]
 
     timers.append(asyncio.get_running_loop().call_later(every_s, nudge))
