@@ -319,7 +319,8 @@ def fuzzed(draw: random.Random) -> bytes:
         data = bytes(cut[: draw.randrange(len(cut) + 1)])
     if draw.random() < 0.03:
         data = draw.choice((b"[", b'{"a":', b'{"messages":[')) * draw.choice((100, 1000, 20000))
-    path = draw.choice((path, path, path, path + "?x=%ff", path + "/", "/" + "a" * 3000, "/%00", "/admin/drain", "//", "/v1/models/%2e%2e"))
+    if draw.random() < 0.1:
+        path = draw.choice((path + "?x=%ff", path + "/", "/" + "a" * 3000, "/%00", "/admin/drain", "//", "/v1/models/%2e%2e"))
     headers = []
     for _ in range(draw.choice((0, 0, 0, 1, 3))):
         name = draw.choice(
@@ -372,10 +373,11 @@ def fuzz(scale: float) -> dict[str, Any]:
             data = fuzzed(draw)
             try:
                 # Some are half a request, for which the server waits: the client closes its end.
-                answer = await ask(port, data, 3.0 if number % 20 == 0 else 25.0)
+                answer = await ask(port, data, 3.0 if number % 20 == 0 else HANG_S)
             except TimeoutError:
                 hangs.append(repr(data[:200]))
                 return
+            answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
             status = answer[9:12].decode("ascii", "replace") if answer.startswith(b"HTTP/1.1 ") else "none"
             statuses[status] = statuses.get(status, 0) + 1
             if status.startswith("5"):
@@ -383,7 +385,7 @@ def fuzz(scale: float) -> dict[str, Any]:
 
         return await crowd(count, 24, one)
 
-    with server("--request-timeout", "20") as (process, port):
+    with server("--session-len", "128") as (process, port):  # where a request sets no limit, its answer is short
         seconds = asyncio.run(run(port))
         health = asyncio.run(get(port, "/health"))
         alive = process.poll() is None and health.startswith(b"HTTP/1.1 200 ")

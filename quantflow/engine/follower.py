@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import torch
@@ -35,10 +36,9 @@ def follow(device: str) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the leader, which may want to finish what runs
     try:
         follow(sys.argv[1])
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     except QuantFlowError as error:
         raise SystemExit("\n".join(f"quantflow rank {os.environ.get('RANK')}: {problem}" for problem in error.problems)) from error
 

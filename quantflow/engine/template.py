@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -107,6 +108,7 @@ def main() -> None:
     import jinja2.ext
     import jinja2.sandbox  # noqa: F401 - before the limit
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who started this; its end closes stdin
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     for line in sys.stdin.buffer:
         try:

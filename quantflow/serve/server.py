@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
         loop, until = asyncio.get_running_loop(), None
         while True:
             await asyncio.sleep(WATCH_S)
-            if not self.service.llm.alive and not self.exit_code:
+            if self.service.llm.failure is not None and not self.exit_code:
                 logger.error("the engine has died", exc_info=self.service.llm.failure)
                 self.exit_code = 1
                 self.should_exit |= self.service.config.supervised

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from quantflow.engine.grammar import Grammar, GrammarKind
 from quantflow.engine.llm import LLM
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import ModelError, ResourceError
@@ -63,6 +65,18 @@ def test_the_ranks_of_a_sharded_artifact(tmp_path: Path) -> None:
     for rank in (0, 1):
         (bench.output / "tp2" / f"rank-{rank}").rename(tmp_path / f"away-{rank}")
     assert texts(bench.output, 2) == expected  # cut out of the whole
+
+
+def test_grammars_and_all_parameters_reach_every_rank(tiny: Path) -> None:
+    grammar = Grammar(GrammarKind.regex, "[a-z ]{3,9}")
+    params = [
+        SamplingParams(max_tokens=12, temperature=1, seed=3, n=2, grammar=grammar),
+        SamplingParams(max_tokens=12, temperature=1, seed=3, logit_bias={5: 3.0}, stop=("e",), skip_special_tokens=False, min_p=0.01),
+    ]
+    expected = [o.completions for o in LLM(tiny, device="cpu").generate(PROMPTS[:2], params)]
+    with llm(tiny, 2) as model:
+        assert [o.completions for o in model.generate(PROMPTS[:2], params)] == expected
+        assert all(re.fullmatch("[a-z ]{3,9}", c.text) for c in expected[0])
 
 
 def test_a_rank_that_dies_is_said_within_seconds(tiny: Path) -> None:

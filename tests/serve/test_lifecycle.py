@@ -29,7 +29,8 @@ def started(*arguments: str, code: str | None = None, **environment: str) -> Ite
     command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(DEMO), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--cache-max-entry-count", "0.01", "--max-batch-size", "8", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment},
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment},
     )  # fmt: skip
     try:
         assert process.stdout
@@ -82,6 +83,16 @@ def test_a_second_signal_quits_at_once() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(3) == 128 + signal.SIGTERM
         response.close()
+
+
+def test_a_terminals_ctrl_c_lets_all_ranks_finish() -> None:
+    """A terminal sends it to every process: the other ranks and the template's process leave it to the first."""
+    with started("--tp", "2") as (process, port):
+        response = begin(port, max_tokens=100, n=2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert process.wait(20) == 0
+        assert process.stderr and "died" not in process.stderr.read()
 
 
 def test_an_idle_server_stops_at_once() -> None:
