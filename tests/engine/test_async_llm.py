@@ -51,6 +51,63 @@ def test_leaving_or_being_cancelled_gives_blocks_back(tiny: Path) -> None:
     within(30, run())
 
 
+def test_who_leaves_costs_one_step_at_most(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu", check=True) as llm:
+            step, begun = llm.engine.step, list[float]()
+
+            def timed() -> Any:
+                begun.append(time.monotonic())
+                return step()
+
+            llm.engine.step = timed  # type: ignore[method-assign]
+            for _ in range(5):
+                stream = await llm.open(PROMPT, SamplingParams(ignore_eos=True, n=3))
+                await stream.some()
+                left = time.monotonic()
+                stream.close()
+                assert await asyncio.wrap_future(llm.call(lambda engine: engine.blocks.used_blocks)) == 0
+                assert sum(at > left for at in begun) <= 1
+
+    within(30, run())
+
+
+def test_tokens_gather_while_nobody_takes_them(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            stream = await llm.open(PROMPT, SamplingParams(max_tokens=40, ignore_eos=True))
+            began = time.monotonic()
+            await stream.rest(30)
+            assert time.monotonic() - began < 10  # the last token ends the rest
+            assert len(await stream.some()) == 40 and stream.done and await stream.some() == []
+            endless = await llm.open(PROMPT, LONG)
+            began = time.monotonic()
+            await endless.rest(0.02)
+            assert time.monotonic() - began < 5 and not endless.done
+            endless.close()
+
+    within(30, run())
+
+
+def test_one_event_for_several_streams(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            arrived, params = asyncio.Event(), SamplingParams(max_tokens=9, ignore_eos=True)
+            streams = [
+                await llm.open_by(lambda engine, p=p: engine.submit(p, params), params, arrived=arrived) for p in (PROMPT, PROMPT[:2], [7])
+            ]
+            got: list[list[int | None]] = [[], [], []]
+            while not all(stream.done for stream in streams):
+                await arrived.wait()
+                arrived.clear()
+                for tokens, stream in zip(got, streams, strict=True):
+                    tokens += [token.token for token in stream.take()]
+            expected = LLM(tiny, device="cpu").generate([PROMPT, PROMPT[:2], [7]], params)
+            assert [tuple(tokens) for tokens in got] == [output.completions[0].token_ids for output in expected]
+
+    within(30, run())
+
+
 def test_a_bad_request_is_refused_and_the_engine_goes_on(tiny: Path) -> None:
     async def run() -> None:
         async with AsyncLLM(tiny, device="cpu") as llm:
