@@ -60,7 +60,8 @@ class Sessions:
         return session
 
     def leave(self, owner: str, id: int, session: Session, *, keep: bool) -> None:
-        if self._found.get((owner, id)) is not session:  # cancelled meanwhile
+        if self._found.get((owner, id)) is not session:  # cancelled meanwhile, perhaps before the engine had heard of it
+            self._service.llm.end_session(session.number)
             return
         session.busy, session.used = False, time.monotonic()
         if not keep:

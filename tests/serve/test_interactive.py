@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from quantflow.serve import interactive
 from quantflow.serve.config import ServerConfig
 from tests.helpers.serving import Answer, Running, serving
-from tests.serve.test_answer import idle, until
+from tests.serve.test_answer import idle, request, until
 
 FIRST, SECOND = "key-of-a-user-0001", "key-of-a-user-0002"
 
@@ -67,8 +70,6 @@ def test_a_number_under_another_key_is_another_session(running: Running) -> None
 
 
 def test_cancel_ends_the_session_and_its_turn(running: Running) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(turn, running, session_id=5, request_output_len=900, ignore_eos=True)
         assert until(lambda: running.service.llm.engine.occupancy().running == 1)
@@ -80,6 +81,25 @@ def test_cancel_ends_the_session_and_its_turn(running: Running) -> None:
     assert turn(running, session_id=5).json["history_tokens"] == 0
 
 
+def test_cancel_while_a_turn_is_prepared(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, dialogue = sessions(running), running.service.dialogue
+    prepared = threading.Event()
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        prepared.wait(10)
+        return dialogue(*arguments, **more)
+
+    monkeypatch.setattr(running.service, "dialogue", slow)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(turn, running, session_id=11)
+        assert until(lambda: running.service.inside == 1)
+        assert turn(running, session_id=11, cancel=True).status == 200
+        prepared.set()
+        assert waiting.result().status == 200
+    assert until(lambda: sessions(running) == before)
+    assert turn(running, session_id=11, interactive_mode=False).json["history_tokens"] == 0
+
+
 def test_a_dialogue_that_outgrows_the_context_is_refused_and_kept(running: Running) -> None:
     turn(running, session_id=6)
     answer = turn(running, session_id=6, prompt="word " * 2000)
@@ -88,8 +108,6 @@ def test_a_dialogue_that_outgrows_the_context_is_refused_and_kept(running: Runni
 
 
 def test_who_goes_away_keeps_what_was_said(running: Running) -> None:
-    from tests.serve.test_answer import request
-
     turn(running, session_id=8)
     body = {"prompt": "Go on.", "session_id": 8, "interactive_mode": True, "stream": True, "request_output_len": 800, "ignore_eos": True}
     with running.socket() as connection:
@@ -107,8 +125,6 @@ def test_sessions_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
             assert turn(running, session_id=id).status == 200
         assert until(lambda: sessions(running) == 3)
         assert turn(running, session_id=4).json["history_tokens"] > 0 and turn(running, session_id=0).json["history_tokens"] == 0
-        import time
-
         time.sleep(0.6)
         turn(running, session_id=9, interactive_mode=False)
         assert until(lambda: sessions(running) == 0) and until(lambda: idle(running))
