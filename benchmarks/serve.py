@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
 import random
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -54,9 +57,9 @@ main()
 
 
 @contextmanager
-def server(*options: str, code: str | None = None, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def server(*options: str, model: Path = MODEL, code: str | None = None, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process and its port."""
-    command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(MODEL), "--port", "0"]
+    command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(model), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--max-batch-size", "32", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env={**os.environ, **environment},
@@ -257,7 +260,11 @@ SEEDS: list[tuple[str, Any]] = [
         "model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0.7, "n": 1, "stop": ["a"],
         "stream": True, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1}, "seed": 1, "response_format": {"type": "json_object"},
     }),
-    ("/v1/chat/completions", {"messages": "x", "max_tokens": 2, "stop": False, "tools": [{"type": "function", "function": {"name": "f"}}]}),
+    ("/v1/chat/completions", {"messages": "x", "max_tokens": 2, "stop": False}),
+    ("/v1/chat/completions", {
+        "messages": "x", "max_tokens": 2, "tool_choice": "required", "parallel_tool_calls": False,
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {**SCHEMA, "$defs": {"u": {"enum": [1]}}}}}],
+    }),
     ("/v1/chat/completions", {
         "messages": [{"role": "assistant", "content": [{"type": "text", "text": "x"}]}], "max_tokens": 1,
         "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
@@ -385,7 +392,13 @@ def fuzz(scale: float) -> dict[str, Any]:
 
         return await crowd(count, 24, one)
 
-    with server("--session-len", "128") as (process, port):  # where a request sets no limit, its answer is short
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        model = Path(folder) / "model"  # the demo model, as if it knew tools
+        shutil.copytree(MODEL, model)
+        with (model / "chat_template.jinja").open("a") as template:
+            template.write("{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}")
+        # Where a request sets no limit, its answer is short.
+        process, port = stack.enter_context(server("--session-len", "128", model=model))
         seconds = asyncio.run(run(port))
         health = asyncio.run(get(port, "/health"))
         alive = process.poll() is None and health.startswith(b"HTTP/1.1 200 ")

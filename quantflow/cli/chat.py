@@ -14,7 +14,7 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
-from quantflow.cli.console import RUNNING, console, errors, reporting
+from quantflow.cli.console import HARMLESS, RUNNING, console, errors, reporting, show
 from quantflow.cli.options import (
     KV,
     CacheShare,
@@ -39,9 +39,6 @@ An empty line sends what you wrote. exit leaves; Ctrl-C stops an answer.
   /save FILE     writes the dialogue: JSON where the name ends in .json, else text
   /stats         tokens and speed of the last answer
   /help"""
-
-# What is said must not work the terminal: control characters but tab and line feed are shown as pictures.
-HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
 
 
 class Partner(Protocol):
@@ -139,8 +136,7 @@ class Chat:
             stopped = True
         except QuantFlowError as error:
             self.write("\n")
-            for problem in error.problems:
-                errors.print(f"  {problem}", markup=False)
+            show(error.problems)
             return
         self.write(" [stopped]\n\n" if stopped else "\n\n")
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
@@ -179,8 +175,8 @@ class Chat:
             text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
         try:
             file.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(Problem(str(file), error.strerror or str(error), "a place that can be written to")) from error
+        except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+            raise OutputError(Problem(str(file), str(error), "a place that can be written to")) from error
         self.write(f"{len(messages)} messages in {file}\n")
 
 
@@ -190,7 +186,7 @@ def turns(read: Callable[[], str]) -> Iterator[str]:
     lines: list[str] = []
     while True:
         try:
-            line = read()
+            line = read().encode("utf-8", "replace").decode()  # what is no UTF-8 arrives as surrogates
         except KeyboardInterrupt:
             if not lines:
                 errors.print("\nexit leaves", markup=False)
@@ -269,14 +265,13 @@ def talk(chat: Chat) -> None:
     if interactive:
         import readline  # noqa: F401 - gives input() its editing keys and history
 
-        console.print(f"{chat.partner.name}. {HELP}", markup=False)
+        console.print(f"{chat.partner.name.translate(HARMLESS)}. {HELP}", markup=False)
     for turn in turns(lambda: input("> " if interactive else "")):
         if turn.startswith("/"):
             try:
                 chat.command(turn)
             except QuantFlowError as error:
-                for problem in error.problems:
-                    errors.print(f"  {problem}", markup=False)
+                show(error.problems)
         else:
             chat.say(turn)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,8 @@ console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 INTERRUPTED = 130
+# What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures.
+HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
 _DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
@@ -89,6 +91,12 @@ QUANTISING = Hints(
 RUNNING = Hints("", "Lower --session-len, --cache-max-entry-count or the batch, use --kv int8, or free memory.")
 
 
+def show(problems: Iterable[Any]) -> None:
+    """A line each, on stderr."""
+    for problem in problems:
+        errors.print(f"  {problem}".translate(HARMLESS), markup=False)
+
+
 def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str, tuple[Any, ...]]:
     """The exit code of an exception, a title, and its problems. The one table from exceptions to messages."""
     if isinstance(error, KeyboardInterrupt):
@@ -125,6 +133,5 @@ def reporting(debug: bool, hints: Hints = QUANTISING) -> Iterator[None]:
             errors.print_exception()
         code, title, problems = translate(error, hints)
         errors.print(f"[bold red]quantflow: {title}[/]")
-        for problem in problems:
-            errors.print(f"  {problem}", markup=False)
+        show(problems)
         sys.exit(code)

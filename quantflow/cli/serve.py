@@ -53,8 +53,12 @@ def serve(
     ] = None,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Texts that may wait; more are refused with 429.")] = 256,
     max_body: Annotated[int, typer.Option("--max-body", min=1024, help="Bytes of a request.")] = 4 * 2**20,
-    request_timeout: Annotated[float, typer.Option("--request-timeout", min=0.1, help="Seconds that an answer may take.")] = 600.0,
-    drain_timeout: Annotated[float, typer.Option("--drain-timeout", min=0.0, help="Seconds for running answers after SIGTERM.")] = 30.0,
+    request_timeout: Annotated[
+        float, typer.Option("--request-timeout", min=0.1, max=86400.0, help="Seconds that an answer may take.")
+    ] = 600.0,
+    drain_timeout: Annotated[
+        float, typer.Option("--drain-timeout", min=0.0, max=86400.0, help="Seconds for running answers after SIGTERM.")
+    ] = 30.0,
     allow_origin: Annotated[
         list[str] | None, typer.Option("--allow-origin", help="Another site whose pages may call this server (CORS); may be repeated.")
     ] = None,

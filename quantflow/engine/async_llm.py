@@ -114,11 +114,15 @@ class AsyncLLM:
     def _beat(self) -> None:
         self.progress = time.monotonic()
 
-    def close(self) -> None:
-        """Ends the thread after the step at hand, and waits for it; requests that still run end as aborted."""
+    def close(self, timeout_s: float | None = None) -> bool:
+        """Ends the thread after the step at hand, and waits for it; requests that still run end as aborted. timeout_s: how long to wait;
+        None: for ever. Whether it has ended: a thread that hangs is left behind."""
         self._calls.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
         self.engine.close()
+        return True
 
     def abort(self, id: str) -> Future[None]:
         """Ends a request, if it runs: whoever waits for it hears so."""

@@ -472,7 +472,7 @@ class Engine:
         reason = ""
         if ends and free:
             finish = Finish.stop
-        elif sequence.matcher:
+        elif sequence.matcher and finish is None:
             sequence.matcher.add(token)
             reason = sequence.matcher.problem
             if reason or sequence.matcher.ended:

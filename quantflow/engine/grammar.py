@@ -1,11 +1,17 @@
 """What a text may be: JSON of a schema, or a language written as a grammar. Every token that would leave it is forbidden.
 
-The library llguidance works out which tokens may come next; it does so lazily, within limits, so that no schema stops the engine.
+The library llguidance works out which tokens may come next; it does so lazily, within limits. Its limits do not hold for all that happens
+while a grammar is compiled (intersections of expressions, large multiples), so that each is compiled in a process of its own first, with
+limits on memory and time.
+
+    python -m quantflow.engine.grammar    reads a tokenizer, then a grammar a line, as JSON; writes {} or {"error": …}
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -18,6 +24,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from quantflow.engine.child import Child, ChildEnded, ChildSlow
 from quantflow.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
 
 MOST_LETTERS = 65536  # of a grammar
 KEPT = 64  # compiled grammars
+START_S = 30.0
+MOST_SECONDS, MOST_BYTES = 3.0, 2**30  # to compile one
 
 
 class GrammarKind(StrEnum):
@@ -56,7 +65,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_tokens: Iterable[int]) -> None:
         self._tokenizer, self._vocabulary, self._end_tokens = tokenizer, vocabulary, sorted(end_tokens)
-        self._lock = threading.Lock()
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
+        self._child = Child("quantflow.engine.grammar")
         self._own: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
@@ -64,14 +74,31 @@ class Grammars:
         """For one text. Raises RequestError for a grammar that is wrong, or more than can be followed."""
         with self._lock:
             found = self._compiled.get(grammar)
-            tokenizer = self._own = self._own or self._load()
+            if found is not None:
+                self._compiled.move_to_end(grammar)
         if found is None:
-            found = _compile(tokenizer, grammar)
+            with self._compiling:
+                tokenizer = self._own = self._own or self._load()
+                self._try(grammar)
+                found = _compile(tokenizer, grammar)
             with self._lock:
                 self._compiled[grammar] = found
                 while len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
         return Matcher(found.deep_copy(), self._vocabulary)
+
+    def _try(self, grammar: Grammar) -> None:
+        """Compiles it where that can do no harm. Raises RequestError."""
+        if not self._child.running:
+            given = {"tokenizer": self._tokenizer.to_str(), "vocabulary": self._vocabulary, "end_tokens": self._end_tokens}
+            self._child.start(json.dumps(given).encode(), START_S)
+        try:
+            answer = json.loads(self._child.ask(json.dumps({"kind": grammar.kind, "text": grammar.text}).encode(), MOST_SECONDS))
+        except (ChildSlow, ChildEnded) as error:
+            found = f"{grammar.kind}: it takes more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB to compile"
+            raise RequestError(Problem("grammar", found, "a simpler one")) from error
+        if "error" in answer:
+            raise RequestError(Problem("grammar", f"{grammar.kind}: {answer['error']}", "one that can be followed"))
 
     def _load(self) -> LLTokenizer:
         try:
@@ -103,7 +130,7 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
         raise RequestError(Problem("grammar", f"{grammar.kind}: {error}"[:200], "one that can be read")) from error
     matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if matcher.is_error():
-        raise RequestError(Problem("grammar", f"{grammar.kind}: {matcher.get_error()}"[:300], "one that can be followed"))
+        raise RequestError(Problem("grammar", f"{grammar.kind}: {_first_line(matcher.get_error())}", "one that can be followed"))
     return matcher
 
 
@@ -117,11 +144,12 @@ class Matcher:
         return Matcher(self._matcher.deep_copy(), self._vocabulary)
 
     def forbid_(self, logits: Tensor) -> None:
-        """Sets the logits `[V]` of tokens that may not come next to minus infinity."""
+        """Sets the logits `[V]` of tokens that may not come next to minus infinity: all, where it cannot be followed any further."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         allowed = torch.zeros(len(logits), dtype=torch.bool)
         known = min(len(bits), len(logits))
-        allowed[:known] = torch.from_numpy(bits[:known].astype(bool))
+        if not self._matcher.is_error():  # else the mask allows the end alone
+            allowed[:known] = torch.from_numpy(bits[:known].astype(bool))
         logits[~allowed.to(logits.device)] = -torch.inf
 
     def add(self, token: int) -> None:
@@ -145,3 +173,37 @@ def grammar_of(value: Any) -> Grammar | None:
     if isinstance(value, dict) and set(value) == {"kind", "text"} and value["kind"] in tuple(GrammarKind):
         return Grammar(GrammarKind(value["kind"]), value["text"])
     raise RequestError(Problem("grammar", repr(value)[:80], "a Grammar"))
+
+
+def _first_line(text: str) -> str:
+    """Of an error, without the grammar that llguidance shows below it."""
+    return text.strip().splitlines()[0][:300] if text.strip() else "it cannot be followed"
+
+
+def main() -> None:
+    import resource
+
+    from llguidance import LLTokenizer
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who started this; its end closes stdin
+    given = json.loads(sys.stdin.buffer.readline())
+    tokenizer = LLTokenizer(given["tokenizer"], n_vocab=given["vocabulary"], eos_token=given["end_tokens"])
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, used + MOST_BYTES))
+    answer: dict[str, str] = {}
+    while True:
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        found = json.loads(line)
+        try:
+            _compile(tokenizer, Grammar(GrammarKind(found["kind"]), found["text"]))
+            answer = {}
+        except RequestError as error:
+            answer = {"error": error.problems[0].found.removeprefix(f"{found['kind']}: ")}
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ LOGIT_ELEMENTS = 2**25  # logits of prompts that are computed at once
 
 
 class ModelRunner:
-    """block_size: tokens a cache block. progress: called after each layer of a step."""
+    """block_size: tokens a cache block. progress: called after each layer of a step, and the head."""
 
     def __init__(self, model: Model, caches: list[KVCache], block_size: int, progress: Callable[[], None] = lambda: None) -> None:
         self.model, self.caches, self.block_size, self._progress = model, caches, block_size, progress
@@ -39,7 +39,9 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
         """`[n, V]` of rows of what `run` gives."""
-        return self.model.logits(h)
+        found = self.model.logits(h)
+        self._progress()
+        return found
 
     def prompt_chunks(self, rows: int) -> int:
         """How many rows' logits may be in memory at once."""

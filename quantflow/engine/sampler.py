@@ -69,7 +69,8 @@ def _sample(logits: Tensor, sequence: Sequence, seed: int) -> int | NotANumber:
     params = sequence.request.params
     likeliest = int(logits.argmax())
     if not bool(logits[likeliest].isfinite()):
-        return NotANumber(f"no token is possible after {len(sequence.tokens)} tokens")
+        problem = sequence.matcher.problem if sequence.matcher else ""
+        return NotANumber(problem or f"no token is possible after {len(sequence.tokens)} tokens")
     if params.greedy:
         return likeliest
     values, tokens = candidates(logits, params)

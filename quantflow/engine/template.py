@@ -7,14 +7,13 @@ from using the machine up.
 from __future__ import annotations
 
 import json
-import os
-import select
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
+
+from quantflow.engine.child import Child, ChildEnded, ChildSlow
 
 MOST_LETTERS = 4_000_000
 MOST_BYTES = 2**30  # of memory
@@ -26,64 +25,35 @@ class TemplateRefused(ValueError):
 
 
 class Renderer:
-    """Renders in a process that is started when it is first needed, and again after it had to be ended."""
+    """For several threads, one at a time."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child = Child("quantflow.engine.template")
         self._lock = threading.Lock()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """Raises TemplateRefused."""
-        line = json.dumps({"template": template, "variables": dict(variables)}).encode() + b"\n"
+        line = json.dumps({"template": template, "variables": dict(variables)}).encode()
         with self._lock:
-            process = self._process
-            if process is None or process.poll() is not None:
-                # -P: nothing of the current folder is imported.
-                command = [sys.executable, "-P", "-m", "quantflow.engine.template"]
-                process = self._process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-                )
-            assert process.stdin and process.stdout
             try:
-                process.stdin.write(line)
-                process.stdin.flush()
-                answer = _line(process.stdout.fileno())
-            except BaseException as error:
-                self._end()  # an answer that nobody waited for would be the next question's
-                if not isinstance(error, OSError):
-                    raise
+                answer = self._ask(line)
+            except ChildSlow as error:
+                raise TemplateRefused(f"it took more than {MOST_SECONDS:g} s") from error
+            except ChildEnded as error:
                 raise TemplateRefused(f"it took more than {MOST_BYTES >> 20} MiB, or its process was ended ({error})") from error
-            if answer is None:
-                self._end()
-                raise TemplateRefused(f"it took more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB")
         found = json.loads(answer)
         if "error" in found:
             raise TemplateRefused(found["error"])
         return str(found["text"])
 
-    def _end(self) -> None:
-        if self._process:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def __del__(self) -> None:
-        process = self._process
-        if process and process.poll() is None:
-            process.kill()
-
-
-def _line(descriptor: int) -> bytes | None:
-    """What comes until the end of a line; None where the other end is silent too long, or gone."""
-    parts: list[bytes] = []
-    while True:
-        ready, _, _ = select.select([descriptor], [], [], MOST_SECONDS)
-        part = os.read(descriptor, 1 << 20) if ready else b""
-        if not part:
-            return None
-        parts.append(part)
-        if part.endswith(b"\n"):
-            return b"".join(parts)
+    def _ask(self, line: bytes) -> bytes:
+        if not self._child.running:
+            self._child.start()
+        try:
+            return self._child.ask(line, MOST_SECONDS)
+        except ChildEnded:  # somebody may have ended it, which is not the template's fault
+            self._child.start()
+            return self._child.ask(line, MOST_SECONDS)
 
 
 def _render(template: str, variables: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ class Text:
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.roles = special_tokens(folder)
         self._added = {token: added.special for token, added in self.tokenizer.get_added_tokens_decoder().items()}
+        self.longest = max(map(len, self.tokenizer.get_vocab()))  # letters of a token
         decoder = self.tokenizer.decoder
         self._byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
         self.template = DIALOGUES[dialogue].template if dialogue else chat_template(folder)
@@ -71,9 +72,6 @@ class Text:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def is_special(self, token: int) -> bool:
-        return bool(self._added.get(token))
-
     def special_id(self, name: str) -> int | None:
         """The id of a token that text alone does not make; None where it is none."""
         token = self.tokenizer.token_to_id(name)
@@ -104,7 +102,7 @@ class Text:
         variables = {"messages": [dict(m) for m in messages], "add_generation_prompt": True, **self.roles, **extra}
         try:
             return self._renderer.render(self.template, variables)
-        except (TemplateRefused, TypeError) as error:  # TypeError: what JSON cannot hold
+        except (TemplateRefused, TypeError, ValueError, RecursionError) as error:  # the last three: what JSON cannot hold
             raise RequestError(Problem("messages", f"the model's chat template refused them: {error}")) from error
 
 

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
@@ -71,7 +72,7 @@ class Shape(Protocol):
 @dataclass(frozen=True)
 class Job:
     """submit: in place of the engine's own `submit`, for the one prompt there is. leave: called with what was generated, whole or not, once
-    it is over."""
+    it is over. grammar_from: the parameter that the grammar was made of."""
 
     prompts: list[list[int]]
     params: SamplingParams
@@ -79,6 +80,13 @@ class Job:
     stream: bool
     submit: Callable[[Engine], Request] | None = None
     leave: Callable[[Output], None] = lambda output: None
+    grammar_from: str = "response_format"
+
+
+class Begun(Enum):
+    """What of an answer is on its way."""
+
+    nothing, object, events = range(3)
 
 
 class Answer(Response):
@@ -91,18 +99,24 @@ class Answer(Response):
     ) -> None:  # fmt: skip
         self.service, self.sequences, self.prepare, self.renamed = service, sequences, prepare, renamed
         self.status_code, self.background = 200, None
-        self._begun = False
+        self._begun = Begun.nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work, gone = asyncio.create_task(self._answer(scope, receive, send)), asyncio.create_task(_gone(receive))
+        expired = asyncio.create_task(self.service.expired.wait())
+        tasks = (work, gone, expired)
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
+            elif not gone.done():
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                await self._fail(send, Refused(503, "the server ended this request", code="aborted"))
         finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self.service.config.request_timeout_s
@@ -123,17 +137,23 @@ class Answer(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.prepare() as job:
+            try:
+                await self.service.compile(job.params.grammar)
+            except RequestError as error:
+                raise refused(error.problems, {"grammar": job.grammar_from}) from error
             if job.stream:
                 await self._events(job, send)
             else:
                 content = await self._whole(job)
-                self._begun = True
+                self._begun = Begun.object
                 await Json(content)(scope, receive, send)
 
     async def _fail(self, send: Send, error: Refused) -> None:
-        """As an event, where the answer has begun."""
-        if not self._begun:
+        """As an event, where those have begun."""
+        if self._begun == Begun.nothing:
             raise error
+        if self._begun == Begun.object:  # it can only be cut short
+            return
         with contextlib.suppress(TimeoutError):  # who reads too slowly for that sees the connection end
             async with asyncio.timeout(LAST_WORDS_S):
                 await send({"type": "http.response.body", "body": event(error.body), "more_body": False})
@@ -142,10 +162,12 @@ class Answer(Response):
         self, job: Job, stack: AsyncExitStack, arrived: asyncio.Event | None = None
     ) -> tuple[list[Stream], list[Collector]]:  # fmt: skip
         """A stream and what gathers it for each prompt. arrived: set when one of them has tokens; None: nobody waits for single ones."""
-        streams = []
-        for prompt in job.prompts:
+
+        async def one(prompt: list[int]) -> Stream:
             stream = await self.service.open(prompt, job.params, whole=arrived is None, submit=job.submit, arrived=arrived)
-            streams.append(await stack.enter_async_context(stream))
+            return await stack.enter_async_context(stream)
+
+        streams = await asyncio.gather(*map(one, job.prompts))  # all in one gap between two steps
         collectors = [Collector(stream.request) for stream in streams]
         for collector in collectors:
             stack.callback(_leave, job, collector)
@@ -167,14 +189,20 @@ class Answer(Response):
             streams, collectors = await self._open(job, stack, arrived)
             stack.enter_context(_nudged(arrived, self.service.config.keep_alive_s))
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
-            self._begun = True
-            await _send(send, b"".join(map(event, job.shape.start())))
+            self._begun = Begun.events
+            await send({"type": "http.response.body", "body": b"".join(map(event, job.shape.start())), "more_body": True})
+            loop, silence_s = asyncio.get_running_loop(), self.service.config.keep_alive_s
+            said = loop.time()
             while not all(stream.done for stream in streams):
                 await arrived.wait()
                 arrived.clear()
                 came = [stream.take() for stream in streams]
-                data = [piece for at, tokens in enumerate(came) for piece in self._new(job, at, tokens, collectors[at])]
-                await _send(send, b"".join(data) if any(came) else KEEP_ALIVE)
+                data = b"".join(piece for at, tokens in enumerate(came) for piece in self._new(job, at, tokens, collectors[at]))
+                if not data and loop.time() - said >= silence_s * 0.9:  # nothing came, or nothing that can be shown yet
+                    data = KEEP_ALIVE
+                if data:
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    said = loop.time()
                 if len(streams) == 1:
                     await streams[0].rest(self.service.pause_s)
             usage = _usage([collector.output() for collector in collectors])
@@ -195,11 +223,6 @@ class Answer(Response):
 async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _send(send: Send, data: bytes) -> None:
-    if data:
-        await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ TYPES = {
 }
 PAGES = {"/": "index.html", "/docs": "docs.html"}  # beside each file of the page under its own name
 RENAMED = {"grammar": "response_format"}  # what clients call the engine's arguments
+MODEL_PATH = "/v1/models/{model}"
 CHAT_RENAMED = {**RENAMED, "prompt": "messages"}
 
 
@@ -66,12 +67,17 @@ def create_app(service: Service) -> ASGIApp:
     known = {route.path for route in app.routes if isinstance(route, Route)}
 
     def count(path: str, status: int) -> None:
-        service.metrics.responses.labels(path if path in known else "other", status).inc()
+        place = path if path in known else MODEL_PATH if path.startswith("/v1/models/") else "other"
+        service.metrics.responses.labels(place, status).inc()
 
     guarded: ASGIApp = Guard(app, service.config, static, count)
     if service.config.origins:  # outside the guard: a browser asks before it sends a key
         guarded = CORSMiddleware(
-            guarded, allow_origins=service.config.origins, allow_methods=["GET", "POST"], allow_headers=["authorization", "content-type"]
+            guarded,
+            allow_origins=service.config.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
         )
     return guarded
 
@@ -80,7 +86,8 @@ def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await service.prepare(service.llm.close)
+        await service.prepare(lambda: service.llm.close(CLOSE_S))
+        service.close()
 
     return lifespan
 
@@ -97,6 +104,7 @@ def _answers(model: Any, *, events: bool = False, refusals: tuple[int, ...] = (4
     }
 
 
+CLOSE_S = 5.0  # for the engine's thread to end its step
 READS = (400,)
 GENERATES = (400, 404, 408, 413, 415, 429, 504)
 
@@ -107,7 +115,7 @@ def _models(app: FastAPI, service: Service) -> None:
         """The names that the model answers to."""
         return protocol.ModelList(data=service.cards())
 
-    @app.get("/v1/models/{model}", tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
+    @app.get(MODEL_PATH, tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
     async def model(model: str) -> Any:
         """What is known of one of them."""
         for card in service.cards():
@@ -145,7 +153,7 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
         owner = request.state.owner
         id = body.session_id if body.session_id >= 0 else sessions.unnamed()
         if body.cancel:
-            sessions.cancel(owner, id)
+            sessions.end(owner, id)
             return Json({"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "finish_reason": None})
 
         @asynccontextmanager
@@ -154,27 +162,28 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
             try:
                 yield await service.prepare(lambda: turn_job(service, body, session))
             finally:
-                sessions.leave(owner, id, session, keep=body.interactive_mode)
+                sessions.leave(owner, id, session, keep=body.interactive_mode and body.session_id >= 0)
 
         return Answer(service, 1, job, CHAT_RENAMED)
 
 
 def _text(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse, refusals=(400, 404, 408, 413, 415)))
+    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse, refusals=(400, 404, 408, 413, 415, 429)))
     async def tokenize(body: TokenizeRequest) -> Any:
         """The tokens of a text, or of a dialogue up to where the answer begins."""
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise Refused(400, "prompt: expected it or messages, one of the two", param="prompt", code="invalid_value")
-        if body.messages is not None:
-            messages = [m.model_dump() for m in body.messages]
-            tokens = await service.prepare(lambda: service.dialogue(messages))
-        else:
-            text, special = body.prompt or "", body.add_special_tokens is not False
-            tokens = await service.prepare(lambda: service.text.encode(text, special=special))
+        with service.entered(1):
+            if body.messages is not None:
+                messages = [m.model_dump() for m in body.messages]
+                tokens = await service.prepare_aside(lambda: service.dialogue(messages))
+            else:
+                text, special = body.prompt or "", body.add_special_tokens is not False
+                tokens = await service.prepare_aside(lambda: service.text.encode(text, special=special))
         return Json({"tokens": tokens, "count": len(tokens), "max_model_len": service.context})
 
-    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=(400, 404, 408, 413, 415)))
+    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=(400, 404, 408, 413, 415, 429)))
     async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of tokens, special ones left out."""
         service.check_model(body.model)
@@ -183,7 +192,8 @@ def _text(app: FastAPI, service: Service) -> None:
         if wrong is not None:
             message = f"tokens: {wrong}; expected ids from 0 to {vocabulary - 1}"
             raise Refused(400, message, param="tokens", code="invalid_value")
-        return Json({"prompt": await service.prepare(lambda: service.text.decode(body.tokens))})
+        with service.entered(1):
+            return Json({"prompt": await service.prepare_aside(lambda: service.text.decode(body.tokens))})
 
 
 def _operation(app: FastAPI, service: Service) -> None:
@@ -191,6 +201,8 @@ def _operation(app: FastAPI, service: Service) -> None:
     async def health() -> Any:
         """200 only while the engine makes progress."""
         return Json({"status": service.health}, 200 if service.health == "ok" else 503)
+
+    app.head("/health", include_in_schema=False)(health)
 
     @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse, **_answers(None, refusals=READS))
     async def metrics() -> Any:
@@ -233,7 +245,7 @@ def _pages(app: FastAPI) -> list[str]:
 
             return route
 
-        app.get(path, include_in_schema=False)(page())
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(page())
     return list(places)
 
 
@@ -264,6 +276,7 @@ def _errors(app: FastAPI, service: Service) -> None:
         return response(Refused(500, f"internal error; the server's log has it under {request.state.request_id}", code="internal_error"))
 
 
+BRANCHES = ("str", "text", "texts", "tokens", "lists")  # what pydantic calls those of unions
 NAME = re.compile(r"[a-z][a-z_]*$")
 UNSUPPORTED = {
     name
@@ -279,9 +292,7 @@ def unreadable(error: RequestValidationError) -> Refused:
     for problem in _telling(error.errors())[:5]:
         if problem["type"] == "json_invalid":
             return Refused(400, f"body: no valid JSON ({problem.get('ctx', {}).get('error', 'unreadable')})", code="invalid_json")
-        place = [part for part in problem["loc"] if isinstance(part, int) or (NAME.match(part) and part != "str")][
-            1:
-        ]  # without `body` and unions' branches
+        place = [part for at, part in enumerate(problem["loc"]) if at and _is_name(part, at)]
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or "body"
         if problem["type"] == "extra_forbidden":
             found.append((param, f"{param}: unknown parameter; expected one of the API's", "unknown_parameter"))
@@ -292,6 +303,11 @@ def unreadable(error: RequestValidationError) -> Refused:
             found.append((param, f"{param}: {message}", "missing" if problem["type"] == "missing" else "invalid_value"))
     param, _, code = found[0]
     return Refused(400, "; ".join(dict.fromkeys(message for _, message, _ in found)), param=param[:200], code=code)
+
+
+def _is_name(part: int | str, at: int) -> bool:
+    """Whether a part of a place is a parameter's name or an item's number, and not a branch of a union."""
+    return isinstance(part, int) or (NAME.match(part) is not None and (at < 2 or part not in BRANCHES))
 
 
 def _telling(problems: Sequence[Any]) -> list[Any]:

@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from quantflow.engine.request import Finish, Output, Token
-from quantflow.errors import RequestError
 from quantflow.serve.answer import Job, Object, Usage
-from quantflow.serve.errors import Refused, refused
+from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import ChatRequest, ToolChoice
-from quantflow.serve.sampling import chat_logprobs, compact, grammar_of, sampling_params, stream_usage
+from quantflow.serve.sampling import chat_logprobs, grammar_of, sampling_params, stream_usage
 from quantflow.serve.service import Service
 from quantflow.serve.tools import Call, ToolFormat, ToolReader, must_call
 
@@ -112,21 +111,19 @@ def chat_job(service: Service, body: ChatRequest) -> Job:
         params = replace(params, skip_special_tokens=False)
         if body.tool_choice not in (None, "auto"):
             wanted = _wanted(body.tool_choice, functions)
-            for function in wanted:
-                compact(function.get("parameters"), "tools")
             special = service.text.special_id(tools.begin)
-            params = replace(params, grammar=must_call(tools, wanted, special, several=body.parallel_tool_calls is not False))
+            try:
+                grammar = must_call(tools, wanted, special, several=body.parallel_tool_calls is not False)
+            except RecursionError as error:
+                raise Refused(400, "tools: a schema that is nested too deep", param="tools", code="invalid_value") from error
+            params = replace(params, grammar=grammar)
     elif body.tool_choice not in (None, "none", "auto"):
         raise Refused(400, "tool_choice: without tools; expected some", param="tool_choice", code="invalid_value")
-    try:
-        service.compile(params.grammar)
-    except RequestError as error:
-        raise refused(error.problems, {"grammar": "tools" if tools else "response_format"}) from error
     prompt = service.dialogue([m.model_dump() for m in body.messages], **extra)
     usage = stream_usage(body.stream, body.stream_options)
     most_calls = 1 if body.parallel_tool_calls is False else None
     shape = ChatShape(service, params.n, tools=tools, most_calls=most_calls, logprobs=bool(body.logprobs), usage=usage)
-    return Job([prompt], params, shape, bool(body.stream))
+    return Job([prompt], params, shape, bool(body.stream), grammar_from="tools" if tools else "response_format")
 
 
 def _tools_of(service: Service, body: ChatRequest) -> ToolFormat:

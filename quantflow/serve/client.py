@@ -51,16 +51,21 @@ class Client:
                         yield from self._piece(json.loads(event.data))
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
-        except (json.JSONDecodeError, LookupError) as error:
+        except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
             raise ResourceError(Problem(self.address, f"an event that cannot be read ({error})", "OpenAI's")) from error
 
-    def _piece(self, event: Mapping[str, Any]) -> Iterator[str]:
+    def _piece(self, event: Any) -> Iterator[str]:
+        """Raises TypeError, LookupError and AttributeError for what is no event."""
         if "error" in event:
-            raise ResourceError(Problem(self.address, str(event["error"].get("message", event["error"]))))
-        self.usage = event.get("usage") or self.usage
+            said = event["error"]
+            raise ResourceError(Problem(self.address, str(said.get("message", said) if isinstance(said, dict) else said)))
+        usage = event.get("usage")
+        if isinstance(usage, dict):
+            self.usage = usage
         for choice in event["choices"]:
-            if choice["delta"].get("content"):
-                yield choice["delta"]["content"]
+            content = choice["delta"].get("content")
+            if isinstance(content, str) and content:
+                yield content
 
     def _check(self, answer: httpx.Response) -> None:
         if answer.status_code == 200:

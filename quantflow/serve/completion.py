@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quantflow.engine.request import Completion, Logprob, Output, Token
+from quantflow.engine.text import Detokenizer
 from quantflow.serve.answer import Job, Object, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import CompletionRequest
@@ -37,8 +38,9 @@ class TextShape:
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": service.name
         }  # fmt: skip
-        self._lengths = [0] * (len(prompts) * per_prompt)  # letters shown so far
-        self._begun = [False] * len(self._lengths)
+        texts = len(prompts) * per_prompt
+        self._lengths, self._begun = [0] * texts, [False] * texts  # letters so far; whether anything was shown
+        self._growing: dict[int, Detokenizer] = {}
         self._scored: list[Sequence[Logprob | None]] = [()] * len(prompts)
 
     def start(self) -> Iterable[Object]:
@@ -88,13 +90,14 @@ class TextShape:
         scored: list[tuple[int, Logprob | None]] = [(score.token if score else -1, score) for score in before]
         if before:
             scored[0] = (self._prompts[index // self._per_prompt].tokens[0], None)
+        before_it = [] if self._echo else self._prompts[index // self._per_prompt].tokens
+        growing = self._growing.setdefault(index, Detokenizer(text, before_it, ()))
         for token, score in [*scored, *((s.token, s) for s in after)]:
-            letters = text.token_text(token)
             found["text_offset"].append(self._lengths[index])
-            found["tokens"].append(letters)
+            found["tokens"].append(text.token_text(token))
             found["token_logprobs"].append(finite(score.logprob) if score else 0.0)
             found["top_logprobs"].append({text.token_text(t): finite(p) for t, p in score.top} if score else {})
-            self._lengths[index] += 0 if text.is_special(token) else len(letters)  # special tokens are not in the text
+            self._lengths[index] += len(growing.add(token))  # of the text: its first word may lose a space, a letter take several tokens
         return found
 
 
@@ -111,7 +114,7 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 def _prompt(service: Service, given: str | list[int], *, echo: bool) -> Prompt:
     if isinstance(given, str):
-        return Prompt(service.text.encode(given), given)
+        return Prompt(service.encode(given), given)
     return Prompt(given, service.text.decode(given) if echo else "")
 
 
@@ -140,7 +143,6 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
         prompt_logprobs=body.logprobs if body.echo else None,
         grammar=grammar_of(body.response_format),
     )
-    service.compile(params.grammar)
     usage = stream_usage(body.stream, body.stream_options)
     shape = TextShape(service, prompts, shown, echo=bool(body.echo), logprobs=body.logprobs, usage=usage, nothing=nothing)
     return Job([prompt.tokens for prompt in prompts], params, shape, bool(body.stream))

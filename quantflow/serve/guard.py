@@ -41,6 +41,7 @@ class Guard:
     def __init__(self, app: ASGIApp, config: ServerConfig, static: Iterable[str], count: Callable[[str, int], None]) -> None:
         self.app, self.config, self._count = app, config, count
         self._open = frozenset((*OPEN, *static))
+        self._names = (*LOCAL_NAMES, config.host)
         self._keys = tuple(_digest(key) for key in config.keys)
         self._admin_keys = tuple(_digest(key) for key in config.admin_keys)
 
@@ -51,12 +52,9 @@ class Guard:
         headers = Headers(scope=scope)
         id = f"req-{secrets.token_hex(12)}"
         scope["state"]["request_id"] = id
-        begun = False
 
         async def answer(message: Message) -> None:
-            nonlocal begun
             if message["type"] == "http.response.start":
-                begun = True
                 self._count(scope["path"], message["status"])
                 found = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -66,23 +64,18 @@ class Guard:
 
         try:
             scope["state"]["owner"] = self._check(scope, headers)
-            limited = _Body(receive, self.config.max_body)
-            try:
-                await self.app(scope, limited.receive, answer)
-            except Refused as error:  # of the body, in the middle of a route
-                if begun:
-                    raise
-                await response(error)(scope, receive, answer)
         except Refused as error:
             await response(error)(scope, receive, answer)
+            return
+        await self.app(scope, _Body(receive, self.config.max_body).receive, answer)
 
     def _check(self, scope: Scope, headers: Headers) -> str:
         """Who asks: "" where no key is needed. Raises Refused."""
         path = scope["path"]
         owner = ""
-        if not self.config.keys and self.config.loopback and _host(headers.get("host", "localhost")) not in LOCAL_NAMES:
-            raise Refused(421, f"host: {headers['host'][:100]!r}; expected one of {', '.join(LOCAL_NAMES)}", code="unknown_host")
-        if path not in self._open and scope["method"] != "OPTIONS":
+        if not self.config.keys and self.config.loopback and _host(headers.get("host", "localhost")) not in self._names:
+            raise Refused(421, f"host: {headers['host'][:100]!r}; expected one of {', '.join(self._names)}", code="unknown_host")
+        if path not in self._open:
             owner = self._owner(path, headers)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             raise headers_too_large()
@@ -119,12 +112,13 @@ class _Body:
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive, self._most, self._size, self._whole = receive, most, 0, False
+        self._until = asyncio.get_running_loop().time() + READ_S
 
     async def receive(self) -> Message:
         if self._whole:
             return await self._receive()  # waits for the client to go away
         try:
-            async with asyncio.timeout(READ_S):
+            async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
             raise Refused(408, f"body: not there after {READ_S:g} s", code="timeout", headers={"connection": "close"}) from None

@@ -23,14 +23,16 @@ MOST_SESSIONS = 1024
 
 
 @dataclass
-class Session:
-    """number: the engine's. messages: as templates want them. used: when it was, on the monotonic clock. tokens: of the dialogue so far."""
+class Conversation:
+    """number: of the engine's session. messages: as templates want them. used: when it was, on the monotonic clock. tokens: of the dialogue
+    so far. ended: by its owner or an administrator, so that a turn that is prepared must not begin."""
 
     number: int
     messages: list[Object] = field(default_factory=list)
     busy: bool = False
     used: float = 0.0
     tokens: int = 0
+    ended: bool = False
 
 
 class Sessions:
@@ -38,62 +40,58 @@ class Sessions:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._found: dict[tuple[str, int], Session] = {}
+        self._found: dict[tuple[str, int], Conversation] = {}
         self._numbers = itertools.count()
 
     def unnamed(self) -> int:
         """A number for a client that gave none, such as no client can give."""
         return -2 - next(self._numbers)
 
-    def enter(self, owner: str, id: int) -> Session:
+    def enter(self, owner: str, id: int) -> Conversation:
         """The session, which nobody else can enter before it is left. Raises Refused."""
         self._forget_old()
         session = self._found.get((owner, id))
         if session is None:
-            if len(self._found) >= MOST_SESSIONS and not self._forget_oldest():
+            if len(self._found) >= MOST_SESSIONS and not self._forget_oldest(owner):
                 raise Refused(429, "too many sessions are in use: try again", code="too_many_sessions", headers={"retry-after": "1"})
-            session = self._found[(owner, id)] = Session(next(self._numbers))
+            session = self._found[(owner, id)] = Conversation(next(self._numbers))
         if session.busy:
             message = f"session_id: a turn of session {id} is running; expected one turn at a time, or cancel: true"
             raise Refused(409, message, param="session_id", code="session_busy")
         session.busy, session.used = True, time.monotonic()
         return session
 
-    def leave(self, owner: str, id: int, session: Session, *, keep: bool) -> None:
-        if self._found.get((owner, id)) is not session:  # cancelled meanwhile, perhaps before the engine had heard of it
-            self._service.llm.end_session(session.number)
-            return
+    def leave(self, owner: str, id: int, session: Conversation, *, keep: bool) -> None:
+        """A session in which nothing was said is not kept either."""
         session.busy, session.used = False, time.monotonic()
-        if not keep:
-            self._forget(owner, id)
+        if self._found.get((owner, id)) is session and not (keep and session.messages):
+            self.end(owner, id)
 
-    def cancel(self, owner: str, id: int) -> None:
+    def end(self, owner: str, id: int) -> None:
         """Ends a session, and the turn that runs in it. Nothing happens where there is none."""
         session = self._found.pop((owner, id), None)
         if session is not None:
+            session.ended = True
             self._service.llm.end_session(session.number)
 
     def clear(self) -> int:
         """Ends all; how many there were."""
         count = len(self._found)
-        for owner, id in list(self._found):
-            self.cancel(owner, id)
+        for place in list(self._found):
+            self.end(*place)
         return count
 
     def _forget_old(self) -> None:
         limit = time.monotonic() - self._service.config.session_idle_s
-        for (owner, id), session in list(self._found.items()):
-            if not session.busy and session.used < limit:
-                self._forget(owner, id)
+        for place in [place for place, session in self._found.items() if not session.busy and session.used < limit]:
+            self.end(*place)
 
-    def _forget_oldest(self) -> bool:
-        idle = [(session.used, place) for place, session in self._found.items() if not session.busy]
+    def _forget_oldest(self, owner: str) -> bool:
+        """One of the owner's own, if it has any."""
+        idle = [(place[0] != owner, session.used, place) for place, session in self._found.items() if not session.busy]
         if idle:
-            self._forget(*min(idle)[1])
+            self.end(*min(idle)[2])
         return bool(idle)
-
-    def _forget(self, owner: str, id: int) -> None:
-        self._service.llm.end_session(self._found.pop((owner, id)).number)
 
 
 class TurnShape:
@@ -122,7 +120,7 @@ class TurnShape:
         return {"text": text, "tokens": tokens, **self._counts, "finish_reason": None if finish is None else str(finish)}
 
 
-def turn_job(service: Service, body: InteractiveRequest, session: Session) -> Job:
+def turn_job(service: Service, body: InteractiveRequest, session: Conversation) -> Job:
     """Takes a while: tokenises. The session has been entered. Raises Refused, RequestError."""
     new = [message.model_dump() for message in body.prompt]
     dialogue = [*session.messages, *new]
@@ -135,6 +133,8 @@ def turn_job(service: Service, body: InteractiveRequest, session: Session) -> Jo
     history = session.tokens
 
     def submit(engine: Engine) -> Request:
+        if session.ended:
+            raise Refused(503, "the server ended this request", code="aborted")
         held = engine.sessions[session.number].tokens if session.number in engine.sessions else []
         common = next((i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), min(len(held), len(tokens)))
         common = min(common, len(tokens) - 1)
@@ -143,8 +143,10 @@ def turn_job(service: Service, body: InteractiveRequest, session: Session) -> Jo
         return engine.submit(tokens[common:], params, session=session.number)
 
     def leave(output: Output) -> None:
-        """What was said counts, even where the client went away in the middle."""
-        session.messages = [*dialogue, {"role": "assistant", "content": output.completions[0].text}]
-        session.tokens = len(tokens) + len(output.completions[0].token_ids)
+        """What was said counts, even where the client went away in the middle; a turn that came to nothing does not."""
+        completion = output.completions[0]
+        if completion.text or completion.finish in (Finish.stop, Finish.length):
+            session.messages = [*dialogue, {"role": "assistant", "content": completion.text}]
+            session.tokens = len(tokens) + len(completion.token_ids)
 
     return Job([tokens], params, TurnShape(len(tokens) - history, history), body.stream, submit=submit, leave=leave)

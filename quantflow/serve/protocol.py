@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 MOST_TOOLS = 128
 MOST_MESSAGES = 4096
@@ -32,9 +32,10 @@ class Outgoing(BaseModel):
 Name = Annotated[str, Field(max_length=MOST_NAME)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=MOST_STOPS)]
+StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=MOST_STOPS, fail_fast=True)]
 Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
-TokenIds = list[Annotated[int, Field(ge=0, le=2**31 - 1)]]
+# fail_fast: a million wrong items are one error, not a million.
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=2**20, fail_fast=True)]
 Label = Annotated[str, Field(max_length=4096)]  # of a user, for whoever sends it
 
 
@@ -56,7 +57,7 @@ class TextPart(Incoming):
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(min_length=1)]
+Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class CalledFunction(Incoming):
@@ -90,7 +91,7 @@ def _dialogue(messages: Any) -> Any:
 
 Messages = Annotated[
     list[Message],
-    Field(min_length=1, max_length=MOST_MESSAGES),
+    Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
     BeforeValidator(_dialogue, json_schema_input_type=Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | str),
 ]
 
@@ -193,13 +194,25 @@ class ChatRequest(Sampling):
     web_search_options: None = None
 
 
+def _kind(prompt: Any) -> str:
+    """Which of the four it is meant to be, by its first item."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else None
+    return "texts" if isinstance(first, str) else "lists" if isinstance(first, list) else "tokens"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("texts")]
+    | Annotated[TokenIds, Field(min_length=1), Tag("tokens")]
+    | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("lists")],
+    Discriminator(_kind),
+]
+
+
 class CompletionRequest(Sampling):
-    prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[TokenIds, Field(min_length=1)]
-        | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
-    )
+    prompt: Prompt
     best_of: Annotated[int, Field(ge=1, le=64)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

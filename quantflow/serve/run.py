@@ -9,8 +9,9 @@ from typing import Any
 
 from quantflow.engine.async_llm import AsyncLLM
 from quantflow.engine.engine import Engine
-from quantflow.engine.request import SamplingParams
-from quantflow.errors import Problem, UserError
+from quantflow.engine.request import Finish, SamplingParams
+from quantflow.errors import Problem, ResourceError, UserError
+from quantflow.serve.app import CLOSE_S
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.server import serve
 from quantflow.serve.service import Service
@@ -26,21 +27,33 @@ def start(model: str, config: ServerConfig, note: Callable[[str], None], ready: 
     llm = AsyncLLM(model, **options)
     try:
         note(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
-        llm.call(_warm).result(WARM_S)
+        _warm(llm)
         service = Service(llm, config, llm.engine.path.resolve().name)
         seconds = time.monotonic() - began
-        return serve(service, lambda address: ready(f"ready: {address} serves {service.name} ({seconds:.1f} s)"))
+        code = serve(service, lambda address: ready(f"ready: {address} serves {service.name} ({seconds:.1f} s)"))
     finally:
-        llm.close()
+        ended = llm.close(CLOSE_S)
+    if not ended:
+        note("the engine hangs and was left behind")
+    return code if ended else 1
 
 
-def _warm(engine: Engine) -> None:
-    """One token, so that what is compiled or started at first use is ready; and the chat template's process."""
-    engine.submit([0], SamplingParams(max_tokens=1))
-    for _ in engine.tokens():
-        pass
-    if engine.text and engine.text.template:
-        engine.text.warm()
+def _warm(llm: AsyncLLM) -> None:
+    """One token, so that what is compiled or started at first use is ready, and a model that cannot run is noticed; and the chat template's
+    process. Raises ResourceError."""
+
+    def generate(engine: Engine) -> None:
+        engine.submit([0], SamplingParams(max_tokens=1))
+        for token in engine.tokens():
+            if token.finish == Finish.error:
+                raise ResourceError(Problem("the first token", token.reason))
+        if engine.text and engine.text.template:
+            engine.text.warm()
+
+    try:
+        llm.call(generate).result(WARM_S)
+    except TimeoutError:
+        raise ResourceError(Problem("the first token", f"not there after {WARM_S:g} s")) from None
 
 
 def _check_port(config: ServerConfig) -> None:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantflow.engine.grammar import Grammar, GrammarKind
-from quantflow.engine.request import Logprob, SamplingParams
+from quantflow.engine.request import LEAST_TEMPERATURE, Logprob, SamplingParams
 from quantflow.engine.text import Text
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import ResponseFormat, Sampling, StreamOptions
 
 Object = dict[str, Any]
+
+LEAST_TOP_P = 1e-9  # the likeliest token alone, as 0 is
 
 
 def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
@@ -24,9 +26,9 @@ def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
     arguments: Object = {
         "max_tokens": body.max_tokens,
         "min_tokens": body.min_tokens or 0,
-        "temperature": default(body.temperature, 1.0),
+        "temperature": _temperature(default(body.temperature, 1.0)),
         "top_k": max(0, body.top_k or 0),  # -1 is off, too
-        "top_p": default(body.top_p, 1.0),
+        "top_p": max(default(body.top_p, 1.0), LEAST_TOP_P),
         "min_p": body.min_p or 0.0,
         "repetition_penalty": default(body.repetition_penalty, 1.0),
         "presence_penalty": body.presence_penalty or 0.0,
@@ -42,6 +44,11 @@ def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
     return SamplingParams(**{**arguments, **more})
 
 
+def _temperature(asked: float) -> float:
+    """One that is too small to divide by is what it comes near to: greedy."""
+    return asked if asked >= LEAST_TEMPERATURE else 0.0
+
+
 def stream_usage(stream: bool | None, options: StreamOptions | None) -> bool:
     """Whether the last event tells the usage. Raises Refused."""
     if options is not None and not stream:
@@ -52,6 +59,9 @@ def stream_usage(stream: bool | None, options: StreamOptions | None) -> bool:
 def grammar_of(format: ResponseFormat | None) -> Grammar | None:
     """Raises Refused."""
     if format is None or format.type == "text":
+        if format is not None and format.json_schema is not None:
+            message = "response_format: json_schema with type text; expected type json_schema"
+            raise Refused(400, message, param="response_format", code="invalid_value")
         return None
     if format.type == "json_object":
         return Grammar(GrammarKind.json_schema, '{"type":"object"}')

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import resource
 import signal
 import threading
@@ -28,6 +29,7 @@ HEADERS_S = 20.0  # for a request's first lines to arrive
 LAST_S = 5.0  # for errors to reach the clients of requests that were ended
 WATCH_S = 0.2
 BACKLOG = 1024
+UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 SPARE_FILES = 64  # descriptors that are not connections
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         before = self.cycle
         between = before is None or not before.more_body  # a body has come to its end
-        super().data_received(data)
+        super().data_received(_without_upgrade(data) if between else data)
         if self.cycle is not before:
             self._arrived()
         elif between:  # a part of the next request's first lines
@@ -63,6 +65,11 @@ class Protocol(HttpToolsProtocol):
                 self._refuse(headers_too_large())
             else:
                 self._expect()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            self._expect()  # the rest of a body that was refused
 
     def _expect(self) -> None:
         if self._late is None:
@@ -88,6 +95,13 @@ class Protocol(HttpToolsProtocol):
             lines = [STATUS_LINE[error.status], *(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)]
             self.transport.write(b"".join([*lines, b"connection: close\r\n\r\n", bytes(answer.body)]))
         self.transport.close()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A request's first lines without an offer to change the protocol, which Java's HttpClient and `curl --http2` make: the parser would
+    leave the body unread."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return UPGRADE.sub(b"\r\nx-refused-upgrade:", head) + end + rest
 
 
 def most_connections() -> int:
@@ -131,7 +145,7 @@ class Server(uvicorn.Server):
             if self.should_exit:
                 until = until or loop.time() + self.service.config.drain_timeout_s
                 if loop.time() >= until:
-                    await self.service.expire()
+                    self.service.expired.set()
 
     async def shutdown(self, sockets: Any = None) -> None:
         self.service.draining = True

@@ -6,11 +6,12 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from quantflow.engine.async_llm import AsyncLLM, Stream
-from quantflow.engine.engine import Engine
+from quantflow.engine.engine import TOO_LONG, Engine
 from quantflow.engine.grammar import Grammar
 from quantflow.engine.request import Request, SamplingParams, Token
 from quantflow.engine.text import Text
@@ -38,6 +39,9 @@ class Service:
         self.began = int(time.time())
         self.inside = 0  # sequences of requests that have entered
         self.draining = False
+        self.expired = asyncio.Event()
+        # A pool for each kind of work, so that one cannot keep the others waiting.
+        self._texts, self._asides, self._compilations = (ThreadPoolExecutor(n, thread_name_prefix="quantflow") for n in (4, 1, 1))
 
     @property
     def name(self) -> str:
@@ -126,23 +130,39 @@ class Service:
         return hear
 
     async def prepare(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives, done beside the loop: tokenising and compiling may take a while."""
-        return await asyncio.to_thread(work)
+        """What `work` gives, done beside the loop: tokenising takes a while. Where nobody waits any longer, it is not begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
 
-    def compile(self, grammar: Grammar | None) -> None:
-        """Makes a grammar ready. Raises RequestError where it is none."""
+    async def prepare_aside(self, work: Callable[[], Any]) -> Any:
+        """The same for what generates nothing, so that generation does not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._asides, work)
+
+    async def compile(self, grammar: Grammar | None) -> None:
+        """Makes a grammar ready. Raises RequestError where it is none, or too much."""
         grammars = self.llm.engine.grammars
         if grammar is not None and grammars is not None:
-            grammars.matcher(grammar)
+            await asyncio.get_running_loop().run_in_executor(self._compilations, grammars.matcher, grammar)
+
+    def close(self) -> None:
+        """What has not begun never will."""
+        for pool in (self._texts, self._asides, self._compilations):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt. Raises Refused for one that is too long, before it is tokenised, and RequestError."""
+        if len(text) > self.context * self.text.longest:
+            message = f"prompt: {len(text)} letters; expected fewer than {self.context} tokens, the model's context"
+            raise Refused(400, message, param="prompt", code=TOO_LONG)
+        return self.text.encode(text)
 
     def dialogue(self, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
-        """The tokens of messages as templates want them. Raises RequestError."""
-        return self.text.dialogue([_for_template(m) for m in messages], **extra)
-
-    async def expire(self) -> None:
-        """Ends all that runs: whoever waits is told."""
-
-        await asyncio.wrap_future(self.llm.abort_all())
+        """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long, before any work."""
+        given = [_for_template(m) for m in messages]
+        letters = sum(len(m["content"]) for m in given)
+        if letters > self.context * self.text.longest:
+            message = f"messages: {letters} letters; expected fewer than {self.context} tokens, the model's context"
+            raise Refused(400, message, param="messages", code=TOO_LONG)
+        return self.text.dialogue(given, **extra)
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +175,6 @@ def _for_template(message: dict[str, Any]) -> dict[str, Any]:
         try:
             call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
         except (ValueError, RecursionError):
-            pass_as = call["function"]["arguments"]
-            raise Refused(
-                400, f"messages: tool_calls with arguments {pass_as[:80]!r}; expected JSON", param="messages", code="invalid_value"
-            ) from None
+            wrong = f"messages: tool_calls with arguments {call['function']['arguments'][:80]!r}; expected JSON"
+            raise Refused(400, wrong, param="messages", code="invalid_value") from None
     return found

@@ -18,7 +18,8 @@ MOST_CALLS = 16  # that must be made at once
 @dataclass(frozen=True)
 class ToolFormat:
     """begin, end: what stands around a call; "": nothing. many: a list of calls stands there. arguments: what their name is.
-    bare: a text may be a call with nothing around it. sign: what a template of this format has in it."""
+    bare: a text may be a call with nothing around it. sign: what a template of this format has in it; others: what those of others have
+    beside it."""
 
     name: str
     sign: str
@@ -27,11 +28,13 @@ class ToolFormat:
     arguments: str = "arguments"
     many: bool = False
     bare: bool = False
+    others: tuple[str, ...] = ()
 
 
 FORMATS = (
-    ToolFormat("hermes", "<tool_call>", "<tool_call>", "</tool_call>"),  # Hermes 2 Pro, Qwen 2.5 and 3
-    ToolFormat("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", "", many=True),
+    # Hermes 2 Pro, Qwen 2.5 and 3; not those with XML inside
+    ToolFormat("hermes", "<tool_call>", "<tool_call>", "</tool_call>", others=("<function=", "<arg_key>")),
+    ToolFormat("mistral", "[TOOL_CALLS]", "[TOOL_CALLS]", "", many=True, others=("[ARGS]",)),
     ToolFormat("llama3", "<|python_tag|>", "<|python_tag|>", "", arguments="parameters", bare=True),
 )
 
@@ -48,7 +51,7 @@ def tool_format(template: str | None) -> ToolFormat | None:
     """The format that a chat template speaks of; None where it knows no tools."""
     if template is None or "tools" not in template:
         return None
-    return next((f for f in FORMATS if f.sign in template), None)
+    return next((f for f in FORMATS if f.sign in template and not any(other in template for other in f.others)), None)
 
 
 class ToolReader:
@@ -59,7 +62,8 @@ class ToolReader:
         self.format = format
         self._held = ""
         self._inside = False
-        self._any = False
+        self._any = False  # call so far
+        self._said = False  # anything else
 
     def add(self, text: str) -> tuple[str, list[Call]]:
         """What can be shown by now, and the calls that are complete."""
@@ -79,6 +83,7 @@ class ToolReader:
             found = self._calls(inner)
             calls, shown = calls + found, shown + ("" if found else self.format.begin + inner + end)
             self._held, self._inside, self._any = after, False, self._any or bool(found)
+        self._said |= bool(shown.strip())
         return shown, calls
 
     def finish(self) -> tuple[str, list[Call]]:
@@ -91,7 +96,7 @@ class ToolReader:
     @property
     def _bare(self) -> bool:
         """Whether all there is so far may be a call without anything around it, as Llama 3 writes them."""
-        return self.format.bare and not self._any and not self._inside and self._held.lstrip()[:1] in ("", "{")
+        return self.format.bare and not (self._any or self._said or self._inside) and self._held.lstrip()[:1] in ("", "{")
 
     def _between(self, text: str) -> str:
         """Line breaks between calls are no answer."""
@@ -120,22 +125,20 @@ def _may_begin(text: str, word: str) -> int:
 
 def must_call(format: ToolFormat, functions: Sequence[dict[str, Any]], token: int | None, *, several: bool) -> Grammar:
     """Text that is a call of one of `functions`, with arguments that follow their schemas. token: the id of `begin`, where it is a special
-    token. several: more calls may follow."""
-    parameters = [f.get("parameters") or {"type": "object"} for f in functions]
+    token. several: more calls may follow. Raises RecursionError for schemas nested too deep."""
     schemas = [
         {
             "type": "object",
-            "properties": {"name": {"const": function["name"]}, format.arguments: accepted},
+            "properties": {"name": {"const": f["name"]}, format.arguments: {"$ref": f"#/$defs/{f['name']}"}},
             "required": ["name", format.arguments],
             "additionalProperties": False,
         }
-        for function, accepted in zip(functions, parameters, strict=True)
+        for f in functions
     ]
     schema: dict[str, Any] = {"anyOf": schemas}
     if format.many:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": MOST_CALLS if several else 1}
-    # References begin at the root.
-    schema["$defs"] = {name: definition for accepted in parameters for name, definition in accepted.get("$defs", {}).items()}
+    schema["$defs"] = {f["name"]: _moved(f.get("parameters") or {"type": "object"}, f"#/$defs/{f['name']}") for f in functions}
     schema["x-guidance"] = {"whitespace_flexible": False}
     begin = f"<[{token}]>" if token is not None else json.dumps(format.begin)
     line = json.dumps("\n")
@@ -146,3 +149,16 @@ def must_call(format: ToolFormat, functions: Sequence[dict[str, Any]], token: in
     else:
         text = f"start: {begin} json\njson: %json {json.dumps(schema)}\n"
     return Grammar(GrammarKind.lark, text)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references, which begin at its own root, begin at another's, where it stands at `place`."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _moved(value, place) for key, value in schema.items()}
+    reference = found.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        found["$ref"] = place + reference[1:]
+    return found

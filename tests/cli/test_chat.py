@@ -7,14 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantflow.cli.chat import Chat, Message, turns
+from quantflow.cli.chat import Chat, Message, Remote, turns
+from quantflow.cli.console import show
 from quantflow.errors import OutputError, Problem, RequestError
 from quantflow.serve.config import ServerConfig
 from tests.helpers.serving import DEMO, Running, serving
@@ -111,6 +114,11 @@ def test_the_terminal_is_not_worked_by_what_is_said() -> None:
     assert "".join(said) == "␛[2Ja\tb␇\ufffd\n\n"
 
 
+def test_nor_by_what_a_server_says(capfd: pytest.CaptureFixture[str]) -> None:
+    show([Problem("http://x", "bad\x1b[2J\x1b]52;c;AAAA")])
+    assert "\x1b" not in capfd.readouterr().err
+
+
 def test_a_dialogue_is_saved(tmp_path: Path) -> None:
     chat, _, _ = made()
     chat.say("täble")
@@ -178,3 +186,45 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(server: Running, remote: bo
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    "event",
+    ['{"error": "text"}', '{"error": {"message": "bad\x1b[2J"}}', "5", "[]", "nonsense", '{"choices": 5}', '{"choices": [{"delta": null}]}',
+     '{"choices": [{"delta": {"content": {}}}], "usage": []}'],
+)  # fmt: skip
+def test_a_server_that_talks_nonsense_does_not_end_the_dialogue(event: str) -> None:
+    class Nonsense(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer("application/json", b'{"data": [{"id": "m"}]}')
+
+        def do_POST(self) -> None:
+            self.answer("text/event-stream", f"data: {event}\n\n".encode())
+
+        def answer(self, kind: str, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Nonsense) as fake:
+        thread = threading.Thread(target=fake.serve_forever)
+        thread.start()
+        said: list[str] = []
+        chat = Chat(Remote(f"http://127.0.0.1:{fake.server_port}", None, {}), said.append)
+        chat.say("x")
+        chat.say("y")
+        fake.shutdown()
+        thread.join()
+    assert "\x1b" not in "".join(said)
+
+
+def test_input_that_is_no_text() -> None:
+    assert list(turns(lines("a\udcffb", ""))) == ["a?b"]
+    chat, _, _ = made()
+    with pytest.raises(OutputError):
+        chat.command("/save a\0b")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,40 @@ def test_tokens_gather_while_nobody_takes_them(tiny: Path) -> None:
             endless.close()
 
     within(30, run())
+
+
+def test_who_wants_all_at_once_is_woken_once(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu") as llm:
+            stream = await llm.open(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True, n=2), whole=True)
+            assert len(await stream.some()) == 60 and stream.done
+
+    within(30, run())
+
+
+def test_an_opening_that_was_cancelled_leaves_nothing(tiny: Path) -> None:
+    async def run() -> None:
+        async with AsyncLLM(tiny, device="cpu", check=True) as llm:
+            busy = llm.call(lambda engine: time.sleep(0.3))
+            opening = asyncio.create_task(llm.open(PROMPT, LONG))
+            await asyncio.sleep(0.05)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            await asyncio.wrap_future(busy)
+            await asyncio.sleep(0.05)
+            assert not await asyncio.wrap_future(llm.call(lambda engine: engine.has_work))
+
+    within(30, run())
+
+
+def test_a_thread_that_hangs_is_left_behind(tiny: Path) -> None:
+    llm = AsyncLLM(tiny, device="cpu")
+    release = threading.Event()
+    llm.call(lambda engine: release.wait(30))
+    assert not llm.close(0.1)
+    release.set()
+    assert llm.close(10)
 
 
 def test_one_event_for_several_streams(tiny: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import llguidance
 import pytest
 
 from quantflow import LLM, SamplingParams
@@ -68,9 +70,10 @@ def test_a_lark_grammar(llm: LLM) -> None:
 def test_the_same_beside_others_and_after_preemption(llm: LLM) -> None:
     """The grammar's state goes with the text, not with its place in a batch."""
     alone = [llm.generate("x", SamplingParams(max_tokens=60, temperature=1, seed=s, grammar=of(SCHEMA)))[0].completions for s in range(6)]
-    tight = LLM(DEMO, device="cpu", cache_bytes=24 * 16 * 1024 * 4, block_size=16, max_batch_size=8, prefix_cache=False, check=True)
+    tight = LLM(DEMO, device="cpu", cache_bytes=300_000, block_size=16, max_batch_size=8, session_len=128, prefix_cache=False, check=True)
     params = [SamplingParams(max_tokens=60, temperature=1, seed=s, grammar=of(SCHEMA) if s < 6 else None) for s in range(12)]
     assert [o.completions for o in tight.generate(["x"] * 12, params)][:6] == alone
+    assert tight.engine.scheduler.preemptions > 0
 
 
 def test_penalties_and_biases_do_not_break_it(llm: LLM) -> None:
@@ -121,6 +124,18 @@ def test_what_is_too_hard_ends_that_text_alone(llm: LLM) -> None:
     with pytest.raises((RequestError, ResourceError)):
         llm.generate(["x", "x"], [SamplingParams(max_tokens=20, temperature=1, seed=1, grammar=hard), SamplingParams(max_tokens=5)])
     assert llm.generate("x", SamplingParams(max_tokens=5))[0].text
+
+
+def test_a_matcher_that_fails_is_not_taken_for_an_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llguidance's mask allows the end alone once its limits are met: the text is not complete then."""
+    limits = functools.partial(llguidance.LLParserLimits, step_max_items=60)
+    monkeypatch.setattr(llguidance, "LLParserLimits", lambda **given: limits(**{"verbose_errors": False}))
+    grammar = Grammar(GrammarKind.lark, 'start: ("a" | "b" | "ab" | "ba" | "bb" | "aa")* "!"')
+    with pytest.raises(ResourceError) as failed:
+        for seed in range(5):
+            text = llm.generate("x", SamplingParams(max_tokens=60, temperature=3, seed=seed, grammar=grammar))[0].text
+            assert text.endswith("!"), text
+    assert "not finite" not in str(failed.value)
 
 
 def test_what_does_not_go_together() -> None:

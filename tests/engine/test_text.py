@@ -189,3 +189,42 @@ def test_a_letter_that_begins_in_the_prompt_is_shown_once() -> None:
 def test_bytes_that_never_become_a_letter_are_shown_in_the_end() -> None:
     grown = Detokenizer(byte_fallback(), [256], ())
     assert grown.add(0xE4) == "" and "\ufffd" in grown.finish()
+
+
+def test_a_templates_process_that_somebody_ended_is_started_again(tiny: Path) -> None:
+    text = Text(tiny, "chatml")
+    expected = text.render(TALK)
+    process = text._renderer._child._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert text.render(TALK) == expected
+    process = text._renderer._child._process
+    assert process is not None
+    process.kill()  # not yet noticed, perhaps
+    assert text.render(TALK) == expected
+
+
+def test_what_json_cannot_hold_is_refused(tiny: Path) -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RequestError, match="messages"):
+        Text(tiny, "chatml").render([{"role": "user", "content": "x", "more": deep}])
+
+
+def test_single_tokens_as_bytes_and_as_text(tiny: Path) -> None:
+    text = Text(Path(__file__).parents[2] / "calib_data" / "demo_model")
+    for word in ("table", " x", "é", "诗", "\n"):
+        assert b"".join(map(text.token_bytes, text.encode(word, special=False))) == word.encode()
+    first = text.encode("诗", special=False)[0]
+    assert text.token_text(first).startswith("bytes:\\x") and text.token_text(text.encode("table", special=False)[0])
+    assert text.token_bytes(10**6) == b""
+
+
+def test_sentencepieces_bytes() -> None:
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "<0xE8>": 1, "\u2581table": 2, "x": 3}, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    text = object.__new__(Text)
+    text.tokenizer, text._added, text._byte_level = tokenizer, {0: True}, False
+    assert [text.token_bytes(i) for i in range(4)] == [b"<unk>", b"\xe8", b" table", b"x"]

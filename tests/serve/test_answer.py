@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from quantflow.engine.model import Model
+from quantflow.serve.chat import ChatShape
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.server import Protocol
 from tests.helpers.serving import Running, serving
@@ -51,7 +53,7 @@ def test_who_goes_away_leaves_nothing_behind(server: Running, stream: bool) -> N
         assert until(lambda: idle(server))
     finally:
         engine.step = step  # type: ignore[method-assign]
-    assert len(steps) < 200  # of the 900 that it would have taken
+    assert len(steps) < 60  # of the 900 that it would have taken; it takes a moment until the connection is seen to have ended
 
 
 def test_who_goes_away_while_waiting_leaves_the_queue() -> None:
@@ -168,6 +170,38 @@ def test_the_prefix_cache_is_counted(server: Running) -> None:
     assert server.metric("quantflow_prefix_cache_hit_tokens_total") - before >= 128
 
 
+def test_a_stream_that_has_nothing_to_show_is_kept_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens come, but all their text is held back, as a tool call's is."""
+    monkeypatch.setattr(ChatShape, "more", lambda self, text, tokens: [])
+    with serving(config=ServerConfig(port=0, keep_alive_s=0.05)) as running:
+        body = running.chat(stream=True, max_tokens=300, ignore_eos=True).body
+        assert body.count(b": keep-alive\n\n") >= 3
+
+
+def test_prompts_of_one_request_begin_together(server: Running) -> None:
+    engine, seen = server.service.llm.engine, list[int]()
+    schedule = engine.scheduler.schedule
+    engine.scheduler.schedule = lambda: [seen.append(len(list(engine.scheduler.sequences()))), schedule()][1]  # type: ignore
+    try:
+        server.complete(prompt=["a", "b", "c", "d"], max_tokens=3, ignore_eos=True)
+    finally:
+        engine.scheduler.schedule = schedule  # type: ignore[method-assign]
+    assert seen[:2] in ([4, 4], [1, 4], [2, 4], [3, 4])
+
+
+def test_a_draining_server_takes_nothing_new() -> None:
+    admin = "key-of-an-admin-01"
+    with serving(config=ServerConfig(port=0, admin_keys=(admin,))) as running, running.socket() as connection:
+        connection.sendall(request({**LONG, "stream": True}))
+        assert until(lambda: running.service.inside == 1)
+        assert running.post("/admin/drain", {}, authorization=f"Bearer {admin}").json == {"done": "draining: 1 texts are left"}
+        answer = running.complete()
+        assert (answer.status, answer.error["code"], answer.headers["connection"]) == (503, "shutting_down", "close")
+        assert running.post("/tokenize", {"prompt": "x"}).status == 503
+        assert (running.get("/health").status, running.get("/health").json) == (503, {"status": "draining"})
+        assert running.service.llm.engine.occupancy().running == 1  # what runs is finished
+
+
 def test_a_dead_engine_is_told_to_everybody() -> None:
     with serving() as running:
         engine = running.service.llm.engine
@@ -204,17 +238,16 @@ def test_a_stalled_engine_is_unhealthy_within_five_seconds() -> None:
         assert until(lambda: running.get("/health").status == 200)
 
 
-def test_a_long_step_is_no_stall() -> None:
+def test_a_long_step_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     """Progress is counted in layers: a prompt of many seconds is none."""
+    slow_mlp = Model._mlp
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.25)
+        return slow_mlp(*arguments)
+
     with serving(config=ServerConfig(port=0, stall_s=0.4)) as running:
-        runner = running.service.llm.engine.runner
-        progress = runner._progress
-
-        def slow() -> None:
-            time.sleep(0.25)
-            progress()
-
-        runner._progress = slow
+        monkeypatch.setattr(Model, "_mlp", slow)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(running.complete, max_tokens=1)
             while not answer.done():

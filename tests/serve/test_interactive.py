@@ -95,7 +95,7 @@ def test_cancel_while_a_turn_is_prepared(running: Running, monkeypatch: pytest.M
         assert until(lambda: running.service.inside == 1)
         assert turn(running, session_id=11, cancel=True).status == 200
         prepared.set()
-        assert waiting.result().status == 200
+        assert (waiting.result().status, waiting.result().error["code"]) == (503, "aborted")
     assert until(lambda: sessions(running) == before)
     assert turn(running, session_id=11, interactive_mode=False).json["history_tokens"] == 0
 
@@ -107,15 +107,36 @@ def test_a_dialogue_that_outgrows_the_context_is_refused_and_kept(running: Runni
     assert turn(running, session_id=6, prompt="And an index?").json["history_tokens"] > 0
 
 
+def test_a_turn_that_came_to_nothing_is_no_part_of_the_dialogue(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = turn(running, session_id=12).json
+    runner = running.service.llm.engine.runner
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "run", lambda step: (_ for _ in ()).throw(MemoryError()))
+        assert turn(running, session_id=12, prompt="Lost.").status == 500
+        assert turn(running, session_id=13, prompt="Lost.").status == 500
+    second = turn(running, session_id=12, prompt="And an index?").json
+    assert second["history_tokens"] == first["input_tokens"] + first["tokens"]
+    assert turn(running, session_id=13).json["history_tokens"] == 0
+
+
+def test_a_session_without_a_number_is_not_kept(running: Running) -> None:
+    before = sessions(running)
+    assert turn(running, session_id=-1, interactive_mode=True).status == 200
+    assert until(lambda: sessions(running) == before)
+
+
 def test_who_goes_away_keeps_what_was_said(running: Running) -> None:
-    turn(running, session_id=8)
+    first = turn(running, session_id=8).json
     body = {"prompt": "Go on.", "session_id": 8, "interactive_mode": True, "stream": True, "request_output_len": 800, "ignore_eos": True}
     with running.socket() as connection:
         data = request(body, "/v1/chat/interactive").replace(b"host: localhost", b"host: x\r\nauthorization: Bearer " + FIRST.encode())
         connection.sendall(data)
-        assert connection.recv(100) and until(lambda: running.service.llm.engine.occupancy().running == 1)
+        said = b""
+        while said.count(b"data: ") < 3:
+            said += connection.recv(4096)
     assert until(lambda: running.service.inside == 0)
-    assert turn(running, session_id=8, prompt="And?").json["history_tokens"] > 40
+    last = turn(running, session_id=8, prompt="And?").json
+    assert last["history_tokens"] > first["input_tokens"] + first["tokens"] + 3
 
 
 def test_sessions_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +149,14 @@ def test_sessions_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.6)
         turn(running, session_id=9, interactive_mode=False)
         assert until(lambda: sessions(running) == 0) and until(lambda: idle(running))
+
+
+def test_ones_own_sessions_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interactive, "MOST_SESSIONS", 3)
+    with serving(config=ServerConfig(port=0, keys=(FIRST, SECOND))) as running:
+        turn(running, FIRST, session_id=0)
+        for id in range(6):
+            turn(running, SECOND, session_id=id)
+        assert turn(running, SECOND, session_id=9, prompt="word " * 3000).status == 400  # nor does one that was refused take a place
+        assert turn(running, FIRST, session_id=0).json["history_tokens"] > 0
+        assert turn(running, SECOND, session_id=0).json["history_tokens"] == 0

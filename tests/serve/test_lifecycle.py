@@ -134,6 +134,32 @@ def test_the_engine_dies(supervised: bool) -> None:
             assert process.wait(10) == 1
 
 
+HANGS = """
+import threading, time
+from quantflow.engine.engine import Engine
+step = Engine.step
+def hanging(self):
+    if self.scheduler.running and len(self.scheduler.running) == 3:
+        time.sleep(1000)
+    return step(self)
+Engine.step = hanging
+from quantflow.cli.main import main
+main()
+"""
+
+
+def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
+    with started("--drain-timeout", "0.5", code=HANGS) as (process, port):
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps({**BODY, "n": 3, "stream": False}), {"content-type": "application/json"})
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        response = connection.getresponse()
+        assert response.status == 503 and json.loads(response.read())["error"]["code"] == "aborted"
+        assert process.wait(30) == 1
+        assert process.stderr and "hangs" in process.stderr.read()
+
+
 def test_the_first_token_comes_soon() -> None:
     """Two seconds from start to first token, without the imports."""
     code = """
@@ -176,6 +202,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded() -> None:
         ([str(DEMO), "--host", "999.1.1.1"], "999.1.1.1"),
         ([str(DEMO), "--api-key-file", "no-such-file"], "no-such-file"),
         ([str(DEMO), "--session-len", "99999"], "session_len"),
+        ([str(DEMO), "--drain-timeout", "inf"], "--drain-timeout"),
     ],
 )
 def test_what_is_wrong_at_start(arguments: list[str], said: str) -> None:

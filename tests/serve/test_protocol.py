@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from quantflow import LLM, SamplingParams
+from quantflow.engine import grammar
 from tests.helpers.serving import DEMO, LMDEPLOY_BODY, Running
+
+DEEP = {"name": "f", "arguments": "[" * 980 + "]" * 980}
+CALLED = {"role": "assistant", "tool_calls": [{"id": "1", "function": DEEP}]}
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,8 @@ def test_chat_is_what_the_engine_makes_of_the_dialogue(server: Running, llm: LLM
         ({"ignore_eos": True, "min_tokens": 12}, {"ignore_eos": True, "min_tokens": 12}),
         ({"stop_token_ids": [300]}, {"stop_token_ids": (300,)}),
         ({"top_k": -1}, {}),
+        ({"temperature": 1e-9}, {}),
+        ({"temperature": 1, "top_p": 0, "seed": 1}, {"temperature": 1.0, "top_p": 1e-9, "seed": 1}),
     ],
 )
 def test_a_parameter_does_what_it_does_in_the_engine(server: Running, llm: LLM, body: Any, params: Any) -> None:
@@ -95,6 +104,17 @@ def test_letters_of_several_tokens_are_told_as_bytes(server: Running) -> None:
     assert bytes.fromhex(told.replace("\\x", "")).decode() == "诗"
 
 
+def test_offsets_are_those_of_the_text(server: Running) -> None:
+    """Where letters take several tokens, the text has fewer letters than the tokens' names."""
+    answer = server.complete(prompt="诗 table 🙂 x", echo=True, max_tokens=3, logprobs=0).json["choices"][0]
+    scores = answer["logprobs"]
+    assert scores["text_offset"] == sorted(scores["text_offset"]) and scores["text_offset"][-1] <= len(answer["text"])
+    whole = [(t, o) for t, o in zip(scores["tokens"], scores["text_offset"], strict=True) if not t.startswith(("bytes:", "<"))]
+    assert len(whole) >= 3
+    for token, offset in whole:
+        assert answer["text"][offset : offset + len(token)] == token
+
+
 def test_completions_echo_score_and_number_their_texts(server: Running, llm: LLM) -> None:
     prompts = ["The table", "An index is"]
     answer = server.complete(prompt=prompts, n=2, max_tokens=5, echo=True, logprobs=1, temperature=1, seed=4).json
@@ -124,9 +144,11 @@ def test_a_stream_of_several_prompts(server: Running) -> None:
 
 
 def test_best_of_shows_the_likeliest(server: Running) -> None:
-    many = server.complete(n=6, best_of=6, temperature=1.5, seed=2, logprobs=0, max_tokens=6).json["choices"]
-    means = {c["text"]: sum(c["logprobs"]["token_logprobs"]) for c in many}
-    best = server.complete(n=2, best_of=6, temperature=1.5, seed=2, max_tokens=6).json["choices"]
+    many = server.complete(n=6, best_of=6, temperature=1.5, seed=2, logprobs=0, max_tokens=20, stop=["x"]).json["choices"]
+    lengths = {len(c["logprobs"]["token_logprobs"]) for c in many}
+    assert len(lengths) > 1  # the mean and the sum differ
+    means = {c["text"]: statistics.mean(c["logprobs"]["token_logprobs"]) for c in many}
+    best = server.complete(n=2, best_of=6, temperature=1.5, seed=2, max_tokens=20, stop=["x"]).json["choices"]
     assert [c["text"] for c in best] == sorted(means, key=lambda text: -means[text])[:2]
     assert [c["index"] for c in best] == [0, 1] and best[0]["logprobs"] is None
 
@@ -197,7 +219,8 @@ def test_answers_follow_a_schema(server: Running) -> None:
         ({"temperature": -0.1}, "temperature", "invalid_value"),
         ({"temperature": float("nan")}, "temperature", "invalid_value"),
         ({"temperature": float("inf")}, "temperature", "invalid_value"),
-        ({"temperature": 1e-9}, "temperature", "invalid_value"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format", "invalid_value"),
+        ({"messages": [CALLED]}, "messages", "invalid_value"),
         ({"top_p": 1.1}, "top_p", "invalid_value"),
         ({"stop": ["x"] * 17}, "stop", "invalid_value"),
         ({"stop": ["x" * 513]}, "stop[0]", "invalid_value"),
@@ -249,6 +272,55 @@ def test_bodies_that_are_none(server: Running, body: bytes) -> None:
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/chat/interactive", "/tokenize", "/detokenize"):
         answer = server.post(path, body)
         assert answer.status == 400 and answer.error["type"] == "invalid_request_error", (path, answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/detokenize", {"tokens": [-1] * 1_000_000}),
+        ("/v1/completions", {"prompt": [-1] * 1_000_000}),
+        ("/v1/completions", {"prompt": [{}] * 900_000}),
+        ("/v1/completions", {"prompt": ["x"] * 800_000}),
+        ("/v1/chat/completions", {"messages": [{}] * 900_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 900_000}]}),
+    ],
+)
+def test_a_million_mistakes_are_one(server: Running, path: str, body: Any) -> None:
+    began = time.monotonic()
+    answer = server.post(path, body)
+    assert answer.status == 400 and len(answer.body) < 2000
+    assert time.monotonic() - began < 5
+
+
+def test_a_prompt_that_is_far_too_long_is_not_even_tokenised(server: Running) -> None:
+    for answer in (server.complete(prompt="x" * 4_000_000), server.chat(messages="x" * 4_000_000)):
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert "letters" in answer.error["message"]
+
+
+PATTERNS = [f"(a|b)*a(a|b){{{i}}}" for i in range(5, 35)]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "allOf": [{"pattern": pattern} for pattern in PATTERNS]},  # its automaton has 2^34 states
+        {"type": "integer", "multipleOf": 9999991},
+    ],
+)
+def test_schemas_that_would_take_the_machine_are_refused(server: Running, schema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MOST_SECONDS", 1.0)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    before, began = server.metric("process_resident_memory_bytes"), time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(server.chat, response_format=form) for _ in range(3)]
+        assert server.chat().status == server.post("/tokenize", {"prompt": "x"}).status == 200  # others do not wait for them
+        assert time.monotonic() - began < 3
+        for answer in (w.result() for w in waiting):
+            assert (answer.status, answer.error["param"]) == (400, "response_format")
+            assert "to compile" in answer.error["message"]
+    assert time.monotonic() - began < 25
+    assert server.metric("process_resident_memory_bytes") - before < 2**29
 
 
 def test_half_a_surrogate_pair_is_refused_or_carried(server: Running) -> None:

@@ -74,6 +74,7 @@ F = Call("f", '{"x": [1, "}"]}')
         (LLAMA3, '<|python_tag|>{"name": "f", "parameters": {}}', "", [Call("f", "{}")]),
         (LLAMA3, '{"a set": 1}', '{"a set": 1}', []),
         (LLAMA3, "It is {so}.", "It is {so}.", []),
+        (LLAMA3, 'It is {"name": "f", "parameters": {}}', 'It is {"name": "f", "parameters": {}}', []),
     ],
 )
 def test_calls_are_read_however_the_text_is_cut(format: Any, text: str, shown: str, calls: list[Call]) -> None:
@@ -88,12 +89,33 @@ def test_what_is_no_call_is_shown_as_soon_as_that_is_sure() -> None:
     assert [reader.add(piece)[0] for piece in ("a <to", "ol", " b")] == ["a ", "", "<tool b"]
 
 
+def test_a_brace_in_the_middle_holds_nothing_back() -> None:
+    reader = ToolReader(LLAMA3)
+    assert "".join(reader.add(piece)[0] for piece in ("Use ", "{", "x} then more")) == "Use {x} then more"
+
+
+def test_definitions_of_two_functions_do_not_mix(running: Running) -> None:
+    def tool(name: str, word: str) -> Any:
+        parameters = {"type": "object", "properties": {"x": {"$ref": "#/$defs/u"}}, "required": ["x"], "$defs": {"u": {"enum": [word]}}}
+        return {"type": "function", "function": {"name": name, "parameters": {**parameters, "additionalProperties": False}}}
+
+    for name, word in (("a", "AAA"), ("b", "BBB")):
+        named = {"type": "function", "function": {"name": name}}
+        for choice in (named, "required"):
+            found = ask(running, tools=[tool("a", "AAA"), tool("b", "BBB")], tool_choice=choice, parallel_tool_calls=False).json
+            call = found["choices"][0]["message"]["tool_calls"][0]["function"]
+            assert json.loads(call["arguments"]) == {"x": {"a": "AAA", "b": "BBB"}[call["name"]]}
+            assert choice == "required" or json.loads(call["arguments"]) == {"x": word}
+
+
 def test_a_format_is_known_by_its_template() -> None:
     for name, template in TEMPLATES.items():
         found = tool_format(template)
         assert found and found.name == name
     assert tool_format("{{ messages }}") is None and tool_format(None) is None
     assert tool_format("{% if tools %}{{ tools }}{% endif %}") is None  # a way that we do not know
+    assert tool_format("{% if tools %}<tool_call><function=x>{% endif %}") is None
+    assert tool_format("{% if tools %}[TOOL_CALLS]name[ARGS]{% endif %}") is None
 
 
 def ask(running: Running, **body: Any) -> Any:
@@ -163,3 +185,22 @@ def test_what_is_refused(running: Running, body: Any, param: str) -> None:
 def test_a_template_is_the_models_alone(running: Running, tmp_path: Path) -> None:
     for name in ("chat_template", "template", "chat_template_kwargs"):
         assert running.chat(**{name: "{{ 7 * 7 }}"}).error["code"] == "unknown_parameter"
+
+
+def test_definitions_that_are_none(running: Running) -> None:
+    for wrong in (5, [1], None, "abc"):
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "$defs": wrong}}}
+        assert ask(running, tools=[tool], tool_choice="required").status in (200, 400)
+
+
+def test_a_schema_that_refers_to_itself(running: Running) -> None:
+    """Its root is the function's, wherever it stands in the grammar."""
+    tree = {
+        "type": "object", "properties": {"leaf": {"const": 1}, "more": {"type": "array", "maxItems": 1, "items": {"$ref": "#"}}},
+        "required": ["leaf"], "additionalProperties": False, "definitions": {"x": {"const": 2}},
+    }  # fmt: skip
+    tool = {"type": "function", "function": {"name": "f", "parameters": tree}}
+    for seed in range(3):
+        found = ask(running, tools=[tool], tool_choice="required", parallel_tool_calls=False, seed=seed, max_tokens=400).json["choices"][0]
+        if found["finish_reason"] == "tool_calls":
+            assert json.loads(found["message"]["tool_calls"][0]["function"]["arguments"])["leaf"] == 1
