@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from quantflow.quant.grid import QuantizedTensor, Scheme
 
 
+EIGHTS = 0x88888888 - 2**32  # an int32 of eight zero points of 8
+
+
 @dataclass(frozen=True)
 class Awq:
     name: str = "awq"
@@ -92,6 +95,10 @@ class Awq:
         if bits != 4:
             raise FormatError(Problem("quantization_config.bits", f"{bits}", "4"))
         return read_scheme(bits, setting(config, "group_size", int), not setting(config, "zero_point", bool, default=True), module)
+
+    def is_symmetric(self, qzeros: Tensor) -> bool:
+        """Whether every zero point of a packed tensor is 8."""
+        return bool((qzeros == EIGHTS).all())
 
     def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
         """As the protocol says. The scheme is symmetric if every zero point is 8, since `zero_point` is true in either case."""
