@@ -74,9 +74,10 @@ def grammar_of(format: ResponseFormat | None) -> Grammar | None:
 def compact(schema: Any, param: str) -> str:
     """A JSON schema as text. Raises Refused."""
     try:
-        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
-    except RecursionError:
-        raise Refused(400, f"{param}: a schema that is nested too deep", param=param, code="invalid_value") from None
+        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (RecursionError, ValueError):
+        message = f"{param}: a schema with NaN or infinity in it, or nested too deep"
+        raise Refused(400, message, param=param, code="invalid_value") from None
 
 
 def chat_logprobs(text: Text, scored: Sequence[Logprob]) -> Object:

@@ -240,6 +240,8 @@ def test_answers_follow_a_schema(server: Running) -> None:
          "response_format", "invalid_value"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"description": "y" * 70000}}}},
          "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": float("nan")}}}},
+         "response_format", "invalid_value"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "unknown_parameter"),
         ({"chat_template_kwargs": {}}, "chat_template_kwargs", "unknown_parameter"),
     ],
