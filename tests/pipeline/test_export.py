@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantflow.errors import FormatError, ModelError, OutputError
 from quantflow.formats import FORMATS
@@ -163,3 +164,55 @@ def test_the_table_says_what_the_formats_do() -> None:
         assert (ability.mixed_bits == "yes") == FORMATS[name].mixed_bits
         index = FORMATS[name].check("m", (128, 128), Scheme(ability.bits[-1], 32, True), act_order_index=True)
         assert (not index) == (ability.act_order_index == "yes")
+
+
+def rewritten(folder: Path, change: Any) -> None:
+    """The checkpoint's tensors, changed, in one file."""
+    file = folder / "model.safetensors"
+    found = load_file(file)
+    change(found)
+    save_file(found, file, {"format": "pt"})
+
+
+def narrow(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith(".qzeros"))
+    tensors[name] = tensors[name][:, :-1].contiguous()
+
+
+def floating(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith(".qweight"))
+    tensors[name] = tensors[name].float()
+
+
+def infinite(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith(".scales"))
+    tensors[name][0, 0] = torch.inf
+
+
+def absurd_header(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes((2**60).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def outside(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../../model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut, absurd_header, outside, lambda f: rewritten(f, narrow), lambda f: rewritten(f, floating), lambda f: rewritten(f, infinite)],
+    ids=["cut", "absurd_header", "outside", "narrow_zeros", "floating_codes", "infinite_scale"],
+)
+def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(bench: Bench, tmp_path: Path, damage: Any) -> None:
+    export(bench.output, "gptq_v2", tmp_path / "source")
+    damage(tmp_path / "source")
+    result = invoke("export", tmp_path / "source", "--format", "awq", "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "internal error" not in result.output, result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
