@@ -20,15 +20,22 @@ def export(
     format: Annotated[str, typer.Option("--format", help="compressed-tensors, awq, gptq or gptq_v2: see `quantflow formats`.")],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the checkpoint goes.")],
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks to cut beside the whole.")] = 1,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Bytes a file, at most: 5GB, 512MiB, or a number.")] = "5GB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a quantised checkpoint in another format, exactly or not at all."""
     with reporting(debug, EXPORTING):
+        from quantflow.errors import Problem, UserError
         from quantflow.pipeline import export as exporting
+        from quantflow.recipe.schema import parse_bytes
 
+        try:
+            most = parse_bytes(int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size)
+        except ValueError as error:
+            raise UserError(Problem("--max-shard-size", repr(max_shard_size), str(error))) from error
         with progress() as shown:
-            done = exporting.export(source, format, output, tp=tp, progress=shown)
+            done = exporting.export(source, format, output, tp=tp, max_shard_bytes=most, progress=shown)
         if as_json:
             print(json.dumps({"output": str(done.output), "from": done.source_format, "to": done.format, "modules": done.modules}))
         else:

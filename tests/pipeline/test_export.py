@@ -148,6 +148,20 @@ def test_what_is_wrong_is_said(bench: Bench, tmp_path: Path) -> None:
         export(bench.output, "awq", tmp_path / "no", tp=3)
 
 
+def test_files_of_a_size(bench: Bench, tmp_path: Path) -> None:
+    done = invoke("export", bench.output, "--format", "awq", "--output", tmp_path / "parts", "--max-shard-size", "40000")
+    assert done.exit_code == 0, done.output
+    files = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    held = {name: file.name for file in files for name in load_file(file)}
+    assert index["weight_map"] == dict(sorted(held.items()))
+    assert_same(tensors(tmp_path / "parts"), tensors(bench.output))
+    for wrong in ("5", "5XB", "-1"):
+        result = invoke("export", bench.output, "--format", "awq", "--output", tmp_path / "no", "--max-shard-size", wrong)
+        assert result.exit_code == 2 and "--max-shard-size" in result.output
+
+
 def test_the_commands(bench: Bench, tmp_path: Path) -> None:
     result = invoke("export", bench.output, "--format", "awq", "--output", tmp_path / "out", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["to"] == "awq"
