@@ -25,6 +25,7 @@ from quantflow.errors import ModelError, OutputError, Problem
 from quantflow.models.checkpoint import read_json
 
 MANIFEST = "quantflow.json"
+KV_FILE = "kv_qparams.safetensors"
 RUN = "run.json"
 MANIFEST_KEYS = {
     "name": str, "fingerprint": str, "status": str, "failed_gates": list, "formats": dict, "source": dict, "quality": dict, "files": dict,

@@ -35,7 +35,7 @@ def inspect(
 def describe(directory: Path) -> dict[str, Any]:
     """What `directory` is, from its headers, config and manifest."""
     from quantflow.artifacts.artifact import read_manifest
-    from quantflow.formats import FORMATS, detect
+    from quantflow.formats import detect
     from quantflow.formats.reader import Weights, checkpoint_folder
     from quantflow.models.architecture import linear_shapes
 
@@ -48,7 +48,7 @@ def describe(directory: Path) -> dict[str, Any]:
         prefix = checkpoint.architecture.layer_prefix(index)
         for linear in linear_shapes(checkpoint.architecture, config, index):
             module = f"{prefix}.{linear}"
-            scheme = FORMATS[name].scheme_of(module, checkpoint.quantization or {}) if name and module in weights.modules else None
+            scheme = weights.scheme_of(module)
             modules[module] = str(scheme) if scheme else checkpoint.dtype_of(f"{module}.weight")
     manifest = read_manifest(directory)
     return {

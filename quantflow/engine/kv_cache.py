@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantflow.artifacts.artifact import read_manifest
+from quantflow.artifacts.artifact import KV_FILE, read_manifest
 from quantflow.engine.ops import KVCache
 from quantflow.errors import ModelError, Problem
 from quantflow.models.config import DecoderConfig
 from quantflow.models.tensor_file import TensorFile
 
-KV_FILE = "kv_qparams.safetensors"
 PARAMETERS = ("k_scale", "k_zero_point", "v_scale", "v_zero_point")
 
 

@@ -14,7 +14,7 @@ from quantflow.models.checkpoint import Checkpoint, read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantflow.quant.grid import QuantizedTensor
+    from quantflow.quant.grid import QuantizedTensor, Scheme
 
 MANIFEST = "quantflow.json"
 KV_SUFFIXES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")  # of a KV cache that others calibrated
@@ -60,6 +60,10 @@ class Weights:
             return set()
         suffix = self.format.suffixes[0]
         return {n.removesuffix(suffix) for n in self.checkpoint.source_names if n.endswith(suffix)}
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        """The scheme of a module by the configuration; None for one that is not quantised. Raises FormatError."""
+        return self.format.scheme_of(module, self._config) if self.format and module in self.modules else None
 
     def is_quantised(self, name: str) -> bool:
         return name.endswith(".weight") and name.removesuffix(".weight") in self.modules

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantflow.artifacts.artifact import building
-from quantflow.artifacts.store import write_json
+from quantflow.artifacts.artifact import KV_FILE, building
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.awq import Awq
@@ -23,9 +22,8 @@ from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.grid import QuantizedTensor, Scheme
-from quantflow.stages.pack import PackJob, write_checkpoint
+from quantflow.stages.pack import PackJob, write_checkpoint, write_ranks
 
-KV_FILE = "kv_qparams.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -89,10 +87,7 @@ def export(
         write_checkpoint(folder, job, _Moved(weights, schemes), told.step)
         if kv is not None:
             shutil.copyfile(kv, folder / KV_FILE)
-        for rank in range(tp) if tp > 1 else ():
-            place = folder / f"tp{tp}" / f"rank-{rank}"
-            write_checkpoint(place, replace(job, rank=rank, tp=tp), _Moved(weights, schemes), told.step)
-            write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": tp})
+        for rank, place in write_ranks(folder, job, tp, _Moved(weights, schemes), told.step):
             if kv is not None:
                 save_tensors(place / KV_FILE, _kv_of_rank(TensorFile(kv), checkpoint.config.kv_heads, rank, tp))
     return Exported(output, weights.format.name, format_name, sum(map(len, schemes)), default)
@@ -101,13 +96,12 @@ def export(
 def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
     """For each layer, the scheme of every quantised linear by its name in the layer."""
     checkpoint, found = weights.checkpoint, []
-    assert weights.format is not None
     for index in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(index)
         layer: dict[str, Scheme] = {}
         for linear in linear_shapes(checkpoint.architecture, checkpoint.config, index):
-            scheme = weights.format.scheme_of(f"{prefix}.{linear}", checkpoint.quantization or {})
-            if scheme is not None and f"{prefix}.{linear}" in weights.modules:
+            scheme = weights.scheme_of(f"{prefix}.{linear}")
+            if scheme is not None:
                 layer[linear] = scheme
         found.append(layer)
     if isinstance(weights.format, Awq) and _all_symmetric(weights, weights.format):  # its config says the same of either kind

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantflow import __version__
-from quantflow.artifacts.artifact import MANIFEST, RUN, building, file_entries, is_whole, read_manifest
+from quantflow.artifacts.artifact import KV_FILE, MANIFEST, RUN, building, file_entries, is_whole, read_manifest
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
@@ -41,7 +41,7 @@ from quantflow.quant.grid import Scheme
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, Gptq, KvQparams, dump
 from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, rounding
-from quantflow.stages.pack import PackJob, write_checkpoint
+from quantflow.stages.pack import PackJob, write_checkpoint, write_ranks
 
 
 @dataclass(frozen=True)
@@ -231,12 +231,9 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
             pack.max_shard_size,
         )
         write_checkpoint(target, whole, reader, progress.step)
-        for rank in range(plan.tp) if plan.tp > 1 else ():
-            place = target / f"tp{plan.tp}" / f"rank-{rank}"
-            write_checkpoint(place, replace(whole, rank=rank, tp=plan.tp), reader, progress.step)
-            write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": plan.tp})
+        for rank, place in write_ranks(target, whole, plan.tp, reader, progress.step):
             if plan.stage(KvQparams):
-                save_tensors(place / "kv_qparams.safetensors", _kv_tensors(plan, reader, rank, plan.tp))
+                save_tensors(place / KV_FILE, _kv_tensors(plan, reader, rank, plan.tp))
     return formats
 
 
@@ -258,7 +255,7 @@ def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:
     settings = plan.stage(KvQparams)
     if settings is None:
         return None
-    summary: dict[str, Any] = {**settings.model_dump(mode="json"), "file": "kv_qparams.safetensors"}
+    summary: dict[str, Any] = {**settings.model_dump(mode="json"), "file": KV_FILE}
     if settings.granularity == "tensor":
         summary["layers"] = [
             {f"{letter}_{what}": float(f"{float(getattr(p, field)):.9g}") for letter, p in (("k", found["key"]), ("v", found["value"]))
@@ -270,7 +267,7 @@ def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:
 
 def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, folder: Path) -> None:
     if plan.stage(KvQparams):
-        save_tensors(folder / "kv_qparams.safetensors", _kv_tensors(plan, reader))
+        save_tensors(folder / KV_FILE, _kv_tensors(plan, reader))
     if not plan.stage(Calibrate):
         return
     files = [TensorFile(plan.store.layer(identity.calibrate, i)) for i in range(plan.config.layers)]

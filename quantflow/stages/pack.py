@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from quantflow.artifacts.store import write_json
 from quantflow.formats.base import Format, Spec
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import INDEX, Checkpoint
@@ -67,6 +68,17 @@ def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Callabl
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _write_configs(folder, job)
     export_tokenizer(job.checkpoint.path, folder)
+
+
+def write_ranks(
+    folder: Path, job: PackJob, tp: int, results: Results, step: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[int, Path]]:  # fmt: skip
+    """Writes the tensor-parallel ranks beside the whole checkpoint in `folder`, and yields each with its own folder. None where tp is 1."""
+    for rank in range(tp) if tp > 1 else ():
+        place = folder / f"tp{tp}" / f"rank-{rank}"
+        write_checkpoint(place, replace(job, rank=rank, tp=tp), results, step)
+        write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": tp})
+        yield rank, place
 
 
 def _ahead(pieces: list[_Piece], load: Callable[[_Piece], dict[str, Tensor]]) -> Iterator[tuple[_Piece, dict[str, Tensor]]]:
