@@ -67,8 +67,9 @@ def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) ->
 
 def _sample(logits: Tensor, sequence: Sequence, seed: int) -> int | NotANumber:
     params = sequence.request.params
-    likeliest = int(logits.argmax())
-    if not bool(logits[likeliest].isfinite()):
+    top = logits.argmax(keepdim=True)
+    likeliest, possible = torch.cat((top, logits.gather(0, top).isfinite().long())).tolist()  # one transfer
+    if not possible:
         problem = sequence.matcher.problem if sequence.matcher else ""
         return NotANumber(problem or f"no token is possible after {len(sequence.tokens)} tokens")
     if params.greedy:
