@@ -128,10 +128,6 @@ class AsyncLLM:
         """Ends a request, if it runs: whoever waits for it hears so."""
         return self.call(lambda engine: self._deliver(engine.abort(id)))
 
-    def abort_all(self) -> Future[None]:
-        """Ends all requests: whoever waits hears so."""
-        return self.call(lambda engine: self._deliver([token for id in list(self._streams) for token in engine.abort(id)]))
-
     def end_session(self, session: int) -> Future[None]:
         """Forgets a session, if there is one, and ends the turn that runs in it: whoever waits for it hears so."""
 

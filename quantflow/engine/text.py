@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,16 @@ class Text:
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.roles = special_tokens(folder)
         self._added = {token: added.special for token, added in self.tokenizer.get_added_tokens_decoder().items()}
-        self.longest = max(map(len, self.tokenizer.get_vocab()))  # letters of a token
         decoder = self.tokenizer.decoder
         self._byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
         self.template = DIALOGUES[dialogue].template if dialogue else chat_template(folder)
         turn = DIALOGUES[dialogue].end if dialogue else turn_end(folder)
         self.end_tokens = end_tokens(folder, self.tokenizer, [self.roles.get("eos_token", ""), turn])
+
+    @cached_property
+    def longest(self) -> int:
+        """Letters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """special: with the tokens that open every text (BOS), where the model has them."""

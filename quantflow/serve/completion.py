@@ -90,8 +90,9 @@ class TextShape:
         scored: list[tuple[int, Logprob | None]] = [(score.token if score else -1, score) for score in before]
         if before:
             scored[0] = (self._prompts[index // self._per_prompt].tokens[0], None)
-        before_it = [] if self._echo else self._prompts[index // self._per_prompt].tokens
-        growing = self._growing.setdefault(index, Detokenizer(text, before_it, ()))
+        if index not in self._growing:
+            self._growing[index] = Detokenizer(text, [] if self._echo else self._prompts[index // self._per_prompt].tokens, ())
+        growing = self._growing[index]
         for token, score in [*scored, *((s.token, s) for s in after)]:
             found["text_offset"].append(self._lengths[index])
             found["tokens"].append(text.token_text(token))

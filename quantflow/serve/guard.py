@@ -1,7 +1,8 @@
 """What every request meets before a route: a key, limits on its size, where it comes from; and what every answer carries.
 
-Keys are compared by their digests, all of them and to the last letter, so that the time taken tells nothing. A server without keys
-answers to loopback names alone, and takes nothing but JSON: no page of another site can make a browser use it.
+Keys are compared by their digests, all of them and to the last letter, so that the time taken tells nothing. A server on
+loopback and without keys answers to loopback names alone, and every server takes nothing but JSON: no page of another site can make a
+browser use it.
 """
 
 from __future__ import annotations

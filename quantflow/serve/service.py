@@ -22,7 +22,7 @@ from quantflow.serve.protocol import ModelCard
 from quantflow.serve.tools import ToolFormat, tool_format
 
 RETRY_AFTER_S = 1
-MOST_SENDS_S = 500.0  # of all streams together; each takes about as long as a tenth of a millisecond of both cores of a small machine
+SENDS_PER_S = 500.0  # of all streams together: one costs a small machine about a tenth of a millisecond of both its cores
 MOST_PAUSE_S = 0.05  # a reader sees no difference
 
 
@@ -81,7 +81,7 @@ class Service:
     @property
     def pause_s(self) -> float:
         """How long a stream gathers tokens between two events: hardly at all where few run; many would spend the machine on sending."""
-        return min(MOST_PAUSE_S, self.inside / MOST_SENDS_S)
+        return min(MOST_PAUSE_S, self.inside / SENDS_PER_S)
 
     @contextmanager
     def entered(self, sequences: int) -> Iterator[None]:
@@ -150,19 +150,20 @@ class Service:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt. Raises Refused for one that is too long, before it is tokenised, and RequestError."""
-        if len(text) > self.context * self.text.longest:
-            message = f"prompt: {len(text)} letters; expected fewer than {self.context} tokens, the model's context"
-            raise Refused(400, message, param="prompt", code=TOO_LONG)
+        self._check_letters("prompt", len(text))
         return self.text.encode(text)
 
     def dialogue(self, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long, before any work."""
         given = [_for_template(m) for m in messages]
-        letters = sum(len(m["content"]) for m in given)
-        if letters > self.context * self.text.longest:
-            message = f"messages: {letters} letters; expected fewer than {self.context} tokens, the model's context"
-            raise Refused(400, message, param="messages", code=TOO_LONG)
+        self._check_letters("messages", sum(len(m["content"]) for m in given))
         return self.text.dialogue(given, **extra)
+
+    def _check_letters(self, param: str, letters: int) -> None:
+        """Raises Refused where even the longest tokens would be too many."""
+        if letters > self.context * self.text.longest:
+            message = f"{param}: {letters} letters; expected fewer than {self.context} tokens, the model's context"
+            raise Refused(400, message, param=param, code=TOO_LONG)
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
