@@ -22,7 +22,7 @@ from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
 from quantflow.errors import ModelError, OutputError, Problem
-from quantflow.models.checkpoint import read_json
+from quantflow.models.directory import read_json
 
 MANIFEST = "quantflow.json"
 KV_FILE = "kv_qparams.safetensors"

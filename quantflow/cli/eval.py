@@ -48,7 +48,7 @@ def evaluate(
             raise ModelError(Problem(directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"))
         if a.rope.kind == "default" and length > a.max_positions:
             raise ModelError(Problem("--length", str(length), f"at most the model's {a.max_positions} positions"))
-        tokenizer = load_tokenizer(original.checkpoint.path)
+        tokenizer = load_tokenizer(original.checkpoint.tokenizer_path)
         text = cut_windows(tokenizer, documents(data), count=windows, length=length, skip=skip, source=data)
         with progress() as watcher:
             watcher.phase("evaluate", a.layers + b.layers)

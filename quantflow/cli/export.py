@@ -16,31 +16,43 @@ EXPORTING = Hints("", "Free memory: a few tensors are held at a time.")
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Artifact, quantised checkpoint, or hub id.")],
-    format: Annotated[str, typer.Option("--format", help="compressed-tensors, awq, gptq or gptq_v2: see `quantflow formats`.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Artifact, checkpoint, workspace, .gguf file, or hub id.")],
+    format: Annotated[str, typer.Option("--format", help="As in a recipe's pack: see `quantflow formats`.")],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the checkpoint goes.")],
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks to cut beside the whole.")] = 1,
+    requantize: Annotated[bool, typer.Option("--requantize", help="Round what the format cannot hold, and report the error.")] = False,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="With huggingface: float32 (exact), float16 or bfloat16.")] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Bytes a file, at most: 5GB, 512MiB, or a number.")] = "5GB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a quantised checkpoint in another format, exactly or not at all."""
+    """Write a checkpoint in another format, exactly or not at all."""
     with reporting(debug, EXPORTING):
         from quantflow.errors import Problem, UserError
         from quantflow.pipeline import export as exporting
         from quantflow.recipe.schema import parse_bytes
+        from quantflow.stages.requantize import RECORD
 
         try:
             most = parse_bytes(int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size)
         except ValueError as error:
             raise UserError(Problem("--max-shard-size", repr(max_shard_size), str(error))) from error
+        options = exporting.Options(tp=tp, max_shard_bytes=most, requantize=requantize, dtype=dtype)
         with progress() as shown:
-            done = exporting.export(source, format, output, tp=tp, max_shard_bytes=most, progress=shown)
+            done = exporting.export(source, format, output, options, shown)
         if as_json:
-            print(json.dumps({"output": str(done.output), "from": done.source_format, "to": done.format, "modules": done.modules}))
-        else:
+            found = {"output": str(done.output), "from": done.source_format, "to": done.format, "modules": done.modules}
+            print(json.dumps({**found, "relative_errors": dict(done.errors)}))
+            return
+        what = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
+        console.print(f"{done.output} written: {what}, {done.source_format} to {done.format}.", markup=False)
+        if done.errors:
+            worst = max(done.errors, key=lambda name: done.errors[name])
+            mean = sum(done.errors.values()) / len(done.errors)
             console.print(
-                f"{done.output} written: {done.modules} linears of {done.scheme}, {done.source_format} to {done.format}.", markup=False
+                f"Not exact: {len(done.errors)} tensors were put on another grid or rounded. Relative error {mean:.2e} on average, "
+                f"{done.errors[worst]:.2e} at most ({worst}); each is in {RECORD}.",
+                markup=False,
             )
 
 

@@ -172,10 +172,11 @@ class Engine:
         self.ops = Ops(device, _dtype(config.dtype, self.model_config, device), config.mode == Mode.exact, ranks)
         self.context = _context(config, self.model_config)
         folder = weights.checkpoint.path
-        self.text = Text(folder, config.dialogue) if _has_tokenizer(folder) else None
+        texts = weights.checkpoint.tokenizer_path
+        self.text = Text(texts, config.dialogue) if _has_tokenizer(texts) else None
         found = weights.checkpoint
         in_folder = found.config if found.tp != config.tp else self.model_config
-        self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix)
+        self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix, found.container.kv_parameters())
         if ranks and found.tp != config.tp:  # the files hold all heads
             self.kv = self.kv.part(ranks.rank, ranks.size)
         with torch.inference_mode():

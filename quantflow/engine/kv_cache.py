@@ -50,12 +50,25 @@ class KVFormat:
         return "int8, calibrated" if self.parameters else "int8, dynamic per token and head"
 
 
-def kv_format(precision: KVPrecision, folder: Path, config: DecoderConfig, layer_prefix: str) -> KVFormat:
-    """What `precision` means for the model in `folder` (or the artifact that it is a part of). layer_prefix holds `{i}`."""
+def kv_format(
+    precision: KVPrecision, folder: Path, config: DecoderConfig, layer_prefix: str, own: Mapping[str, Tensor] | None = None
+) -> KVFormat:
+    """What `precision` means for the model in `folder` (or the artifact that it is a part of). layer_prefix holds `{i}`. own: parameters
+    that the checkpoint itself holds, named as in `kv_qparams.safetensors`, one a layer or one a rank."""
     if precision == KVPrecision.full:
         return KVFormat(False)
-    found = calibrated(folder, config, layer_prefix) if precision != KVPrecision.dynamic else ()
+    found: tuple[Mapping[str, Tensor], ...] = ()
+    if precision != KVPrecision.dynamic:
+        found = _of_checkpoint(own, config, layer_prefix) if own else calibrated(folder, config, layer_prefix)
     return KVFormat(bool(found) or precision != KVPrecision.auto, found)
+
+
+def _of_checkpoint(own: Mapping[str, Tensor], config: DecoderConfig, layer_prefix: str) -> tuple[Mapping[str, Tensor], ...]:
+    def part(index: int, name: str) -> Tensor:
+        value = own[f"{layer_prefix.format(i=index)}.self_attn.{name}"].float()
+        return value.repeat_interleave(config.kv_heads // len(value)) if value.ndim else value  # one a rank: its heads share it
+
+    return tuple({name: part(i, name) for name in PARAMETERS} for i in range(config.layers))
 
 
 def calibrated(folder: Path, config: DecoderConfig, layer_prefix: str) -> tuple[Mapping[str, Tensor], ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantflow.engine.model import Layer, Mixture, Mlp, Model, Norm
 from quantflow.engine.ops import Linear, Ops, resident_bytes
 from quantflow.errors import ModelError, Problem
-from quantflow.formats.base import grid_problems
+from quantflow.formats.base import grid_problems, integer_grid
 from quantflow.formats.reader import Weights
 from quantflow.models.architecture import has_bias
 from quantflow.models.config import DecoderConfig
@@ -105,12 +105,17 @@ class _Loader:
         if row_parallel and self.rank:
             bias = False  # it is added once
         biases = [self._part(f"{m}.bias", self.weights.tensor(f"{m}.bias")) for m in modules] if bias else []
-        quantised = [self.weights.is_quantised(f"{m}.weight") for m in modules]
+        schemes = [self.weights.scheme_of(m) for m in modules]
+        quantised = [scheme is not None and scheme.kind == "integer" for scheme in schemes]
         found: list[Linear]
         if not any(quantised):
             stored = (self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")) for m in modules)
             dense = [tensor.to(self.ops.device, self.ops.dtype) for tensor in stored]
             found = [self.ops.dense(_joined(dense), _joined(biases) if biases else None)]
+            if schemes[0] is not None:
+                self.ways[f"{found[0].way} ({schemes[0]} has no kernel: dequantised at the start)"] += 1
+                self.bytes += resident_bytes(found[0].weight)
+                return tuple(found)
         elif all(quantised) and _fusable(tensors := [self._quantised(m) for m in modules]):
             first = tensors[0]
             codes, scales, zeros = (_joined([getattr(t, part) for t in tensors]) for part in ("codes", "scales", "zeros"))
@@ -134,13 +139,13 @@ class _Loader:
         return shard_plain(name, tensor, cut, self.rank, self.tp)
 
     def _quantised(self, module: str) -> QuantizedTensor:
-        tensor, cut = self.weights.quantized(module), self.weights.checkpoint.cut(f"{module}.weight")
+        tensor, cut = integer_grid(module, self.weights.quantized(module)), self.weights.checkpoint.cut(f"{module}.weight")
         if self.tp == self.weights.checkpoint.tp or cut is None:
             return tensor
         problems = grid_problems(module, tensor.shape, tensor.scheme, self.tp, cut, tensor.group_index is not None)
         if problems:
             raise ModelError(problems)
-        return shard_quantized(tensor, cut, self.rank, self.tp)
+        return integer_grid(module, shard_quantized(tensor, cut, self.rank, self.tp))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import Problem, RequestError
-from quantflow.models.checkpoint import read_json
 from quantflow.models.dialogue import DIALOGUES
+from quantflow.models.directory import read_json
 from quantflow.models.tokenizer import SPACE, byte_letters, chat_template, load_tokenizer, special_tokens, turn_end
 
 Message = Mapping[str, Any]  # role and content

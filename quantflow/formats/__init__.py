@@ -8,14 +8,22 @@ from typing import Any
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.awq import Awq
 from quantflow.formats.base import Format
+from quantflow.formats.bitsandbytes import Bitsandbytes
 from quantflow.formats.compressed_tensors import CompressedTensors
+from quantflow.formats.gguf import Gguf
 from quantflow.formats.gptq import Gptq
+from quantflow.formats.huggingface import HuggingFace
+from quantflow.formats.turbomind import TurboMind
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "awq": Awq(),
     "gptq": Gptq("gptq", version=1),
     "gptq_v2": Gptq("gptq_v2", version=2),
+    "bitsandbytes": Bitsandbytes(),
+    "turbomind": TurboMind(),
+    "gguf": Gguf(),
+    "huggingface": HuggingFace(),
 }
 
 
@@ -32,8 +40,9 @@ def detect(config: Mapping[str, Any]) -> str | None:
     name = str(quantization.get("quant_method"))
     if name == "gptq":
         name = str(quantization.get("checkpoint_format") or "gptq")  # writers before version 2 did not say
-    if name not in FORMATS:
-        raise FormatError(Problem("config.json quantization_config", f"format {name!r}", f"one of {', '.join(FORMATS)}"))
+    if name not in FORMATS or not FORMATS[name].marks:
+        readable = ", ".join(known for known, form in FORMATS.items() if form.marks)
+        raise FormatError(Problem("config.json quantization_config", f"format {name!r}", f"one of {readable}"))
     return name
 
 

@@ -7,7 +7,7 @@ fp16 `[G, N]`. Zero points are stored as they are; a symmetric weight has 8 ever
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
@@ -17,6 +17,8 @@ from quantflow.formats.base import (
     exact_scales,
     expect_shape,
     grid_problems,
+    integer_grid,
+    integer_scheme,
     main_scheme,
     rank_shape,
     read_scheme,
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
 
 
 EIGHTS = 0x88888888 - 2**32  # an int32 of eight zero points of 8
@@ -37,9 +39,13 @@ EIGHTS = 0x88888888 - 2**32  # an int32 of eight zero points of 8
 @dataclass(frozen=True)
 class Awq:
     name: str = "awq"
-    kv_scales: bool = False
     mixed_bits: bool = False
+    container: str = "directory"
+    dtype: str | None = None
+    min_zero: int = 0
+    holds_index: bool = False
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales")
+    marks: tuple[str, ...] = (".qweight",)
 
     def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
         return ("float16",)
@@ -59,6 +65,9 @@ class Awq:
             problems.append(Problem(module, "a group index, which AWQ cannot hold", hint="Use act_order: static, or gptq"))
         return problems
 
+    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        return replace(integer_scheme(scheme), bits=4)
+
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape
         groups = scheme.groups(k)
@@ -68,11 +77,12 @@ class Awq:
             f"{module}.scales": ("F16", (groups, n)),
         }
 
-    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_awq
 
+        tensor = integer_grid(module, tensor)
         problems = self.check(module, tensor.shape, tensor.scheme, act_order_index=tensor.group_index is not None)
         if problems:
             raise FormatError(problems)

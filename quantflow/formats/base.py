@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantflow.errors import FormatError, Problem
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
 
 Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype as safetensors spells it, and its shape
 
@@ -35,8 +36,20 @@ class Format(Protocol):
         """The name in a recipe."""
 
     @property
-    def kv_scales(self) -> bool:
-        """Whether KV-cache scales are written with this format by default."""
+    def container(self) -> str:
+        """What the tensors are written into: `directory` (safetensors and config.json), `gguf` or `workspace`."""
+
+    @property
+    def dtype(self) -> str | None:
+        """What weights are dequantised into, as torch names it; None where codes are kept."""
+
+    @property
+    def holds_index(self) -> bool:
+        """Whether it has a place for a group index."""
+
+    @property
+    def min_zero(self) -> int:
+        """The least zero point that is held."""
 
     @property
     def mixed_bits(self) -> bool:
@@ -44,7 +57,11 @@ class Format(Protocol):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """What follows the module in the names of its tensors, the one that is always there first."""
+        """What follows the module in the names of its tensors."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Those suffixes of which every quantised module has one, and no other module any."""
 
     def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
         """The dtypes, as torch names them, in which the scales of a model in `model_dtype` can be stored."""
@@ -58,17 +75,20 @@ class Format(Protocol):
         inputs (1), and each rank must be writable; None where every rank holds all of it.
         """
 
+    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        """The scheme to quantise a weight with again that `check` refuses in `scheme`. Where it is refused too, nothing helps."""
+
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         """The tensors that `encode` writes, in its order. `scale_dtype` is one of `scale_dtypes`."""
 
-    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of one weight, which may share memory with `tensor`. Raises FormatError for what cannot be held exactly."""
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         """The scheme that a `quantization_config` gives a module, or None if it leaves it alone. Raises FormatError for what
         QuantFlow cannot read."""
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
         """The weight of a module, from (at least) its tensors and the `quantization_config`. Raises FormatError if they do not fit."""
 
     def quantization_config(
@@ -90,9 +110,14 @@ class Format(Protocol):
         """Further JSON files that readers of the format expect, by name, from its `quantization_config`."""
 
 
-def grid_problems(module: str, shape: tuple[int, int], scheme: Scheme, tp: int, tp_dim: int | None, index: bool) -> list[Problem]:
-    """What is wrong with `scheme` on a weight of `shape` whatever the format: bits, group size, ranks."""
+def grid_problems(
+    module: str, shape: tuple[int, int], scheme: Scheme, tp: int, tp_dim: int | None, index: bool, *, kinds: tuple[Kind, ...] = ("integer",)
+) -> list[Problem]:  # fmt: skip
+    """What is wrong with `scheme` on a weight of `shape` whatever the format: bits, group size, ranks. kinds: of grids that it holds."""
     problems = []
+    if scheme.kind not in kinds:
+        expected = " or ".join(f"a grid {_KINDS[kind]}" for kind in kinds)
+        problems.append(Problem(module, f"{scheme}, a grid {_KINDS[scheme.kind]}", expected))
     if scheme.bits not in (2, 3, 4, 8):
         problems.append(Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8"))
     if tp > 1 and tp_dim is not None and shape[tp_dim] % tp:
@@ -126,6 +151,9 @@ def grid_problems(module: str, shape: tuple[int, int], scheme: Scheme, tp: int, 
     return problems
 
 
+_KINDS = {"integer": "with integer zero points", "minimum": "with floating minimums", "nf4": "of NF4's table"}
+
+
 def rank_shape(shape: tuple[int, int], tp: int, tp_dim: int | None) -> tuple[int, int]:
     """`(N, K)` of what one rank holds."""
     if tp == 1 or tp_dim is None:
@@ -133,38 +161,69 @@ def rank_shape(shape: tuple[int, int], tp: int, tp_dim: int | None) -> tuple[int
     return (shape[0] // tp, shape[1]) if tp_dim == 0 else (shape[0], shape[1] // tp)
 
 
-def check_tensor(module: str, tensor: QuantizedTensor) -> None:
+def check_tensor(module: str, tensor: AnyTensor) -> None:
     """Raises FormatError unless the tensor is what its scheme says: shapes, ranges of codes and zeros, finite scales, full groups.
 
     An encoder that trusted its input would spill a code that is out of range into its neighbours.
     """
     import torch
 
+    from quantflow.quant.grid import MinimumTensor, QuantizedTensor
+
     scheme, (n, k) = tensor.scheme, tensor.shape
-    problems = grid_problems(module, (n, k), scheme, 1, None, False)
+    problems = grid_problems(module, (n, k), scheme, 1, None, False, kinds=(scheme.kind,))
     if problems:
         raise FormatError(problems)
     groups = scheme.groups(k)
-    for name, part in (("scales", tensor.scales), ("zeros", tensor.zeros)):
-        if tuple(part.shape) != (n, groups):
+    integers, numbers = {"codes": tensor.codes}, {"scales": tensor.scales}
+    if isinstance(tensor, QuantizedTensor):
+        integers["zeros"] = tensor.zeros
+    elif isinstance(tensor, MinimumTensor):
+        numbers["minimums"] = tensor.minimums
+    for name, part in {**numbers, **integers}.items():
+        if name != "codes" and tuple(part.shape) != (n, groups):
             problems.append(Problem(f"{module} {name}", f"shape {list(part.shape)}", f"[{n}, {groups}] for {scheme}"))
-    for name, part in (("codes", tensor.codes), ("zeros", tensor.zeros)):
+    for name, part in integers.items():
         if part.dtype != torch.uint8:
             problems.append(Problem(f"{module} {name}", f"dtype {part.dtype}", "torch.uint8"))
         elif part.numel() and int(part.max()) > scheme.levels:
             problems.append(Problem(f"{module} {name}", f"a value of {int(part.max())}", f"at most {scheme.levels} for {scheme.bits} bits"))
+    for name, part in numbers.items():
+        if not bool(torch.isfinite(part).all()):
+            problems.append(Problem(f"{module} {name}", "NaN or infinity", "finite numbers"))
+    if isinstance(tensor, QuantizedTensor):
+        problems += _zero_and_index_problems(module, tensor, groups)
+    if problems:
+        raise FormatError(problems)
+
+
+def _zero_and_index_problems(module: str, tensor: QuantizedTensor, groups: int) -> list[Problem]:
+    import torch
+
+    scheme, k, problems = tensor.scheme, tensor.shape[1], []
     if scheme.symmetric and not bool((tensor.zeros == scheme.midpoint).all()):
         problems.append(Problem(f"{module} zeros", f"a symmetric scheme with a zero point other than {scheme.midpoint}"))
-    if not bool(torch.isfinite(tensor.scales).all()):
-        problems.append(Problem(f"{module} scales", "NaN or infinity", "finite numbers"))
     index = tensor.group_index
     if index is not None:
         if tuple(index.shape) != (k,) or index.dtype != torch.int32:
             problems.append(Problem(f"{module} group index", f"{index.dtype} {list(index.shape)}", f"torch.int32 [{k}]"))
         elif not groups_are_full(index, groups):
             problems.append(Problem(f"{module} group index", "groups of unequal size", f"{groups} groups of {k // groups} channels"))
-    if problems:
-        raise FormatError(problems)
+    return problems
+
+
+def integer_scheme(scheme: Scheme) -> Scheme:
+    """The scheme with integer zero points that is nearest to one of any kind."""
+    return replace(scheme, kind="integer", double=False)
+
+
+def integer_grid(module: str, tensor: AnyTensor) -> QuantizedTensor:
+    """The tensor itself. Raises FormatError where its grid is of another kind."""
+    from quantflow.quant.grid import QuantizedTensor
+
+    if not isinstance(tensor, QuantizedTensor):
+        raise FormatError(Problem(module, f"{tensor.scheme}", f"a grid {_KINDS['integer']}"))
+    return tensor
 
 
 def groups_are_full(index: Tensor, groups: int) -> bool:
@@ -176,7 +235,7 @@ def groups_are_full(index: Tensor, groups: int) -> bool:
     return bool((torch.bincount(index, minlength=groups) == index.numel() // groups).all())
 
 
-def exact_scales(name: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def exact_scales(name: str, scales: Tensor, dtype: torch.dtype, what: str = "scales") -> Tensor:
     """`scales` in `dtype`. Raises FormatError, with an example, if any value changes."""
     stored = scales.to(dtype)
     # float64 holds all of these dtypes; a value that overflowed has become infinite and so differs.
@@ -186,9 +245,9 @@ def exact_scales(name: str, scales: Tensor, dtype: torch.dtype) -> Tensor:
         raise FormatError(
             Problem(
                 name,
-                f"{int(changed.sum())} of {scales.numel()} scales are no exact {str(dtype).removeprefix('torch.')} (one is {example:.9g})",
-                f"scales rounded to {str(dtype).removeprefix('torch.')} before the weights are quantised",
-                "A weight is never quantised again while it is packed",
+                f"{int(changed.sum())} of {scales.numel()} {what} are no exact {str(dtype).removeprefix('torch.')} (one is {example:.9g})",
+                f"{what} rounded to {str(dtype).removeprefix('torch.')} before the weights are quantised",
+                "A weight is never quantised again unasked",
             )
         )
     return stored

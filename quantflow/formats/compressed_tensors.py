@@ -23,6 +23,8 @@ from quantflow.formats.base import (
     expect_shape,
     grid_problems,
     groups_are_full,
+    integer_grid,
+    integer_scheme,
     main_scheme,
     matches,
     name_patterns,
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
 
 _INDEX = Problem("group index", "compressed-tensors holds none since its version 0.19", hint="Use act_order: static, or gptq")
 
@@ -46,9 +48,13 @@ class CompressedTensors:
     `kv_cache_scheme` to mean an fp8 cache."""
 
     name: str = "compressed-tensors"
-    kv_scales: bool = False
+    container: str = "directory"
     mixed_bits: bool = True
+    dtype: str | None = None
+    min_zero: int = 0
+    holds_index: bool = False
     suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+    marks: tuple[str, ...] = (".weight_packed",)
 
     def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
         return (model_dtype,)
@@ -65,6 +71,9 @@ class CompressedTensors:
             problems.append(Problem(module, "an asymmetric expert, which readers of compressed-tensors cannot load", hint=hint))
         return problems
 
+    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        return integer_scheme(scheme)
+
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape
         groups = scheme.groups(k)
@@ -77,11 +86,12 @@ class CompressedTensors:
         specs[f"{module}.weight_shape"] = ("I64", (2,))
         return specs
 
-    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_columns, pack_rows
 
+        tensor = integer_grid(module, tensor)
         scheme = tensor.scheme
         problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.group_index is not None)
         if problems:

@@ -20,6 +20,8 @@ from quantflow.formats.base import (
     expect_shape,
     grid_problems,
     groups_are_full,
+    integer_grid,
+    integer_scheme,
     main_scheme,
     matches,
     name_patterns,
@@ -34,16 +36,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
 
 
 @dataclass(frozen=True)
 class Gptq:
     name: str
     version: int
-    kv_scales: bool = False
+    container: str = "directory"
     mixed_bits: bool = True
+    dtype: str | None = None
+    holds_index: bool = True
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales", ".g_idx")
+    marks: tuple[str, ...] = (".qweight",)
+
+    @property
+    def min_zero(self) -> int:
+        return 2 - self.version
 
     def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
         return ("float16",)
@@ -61,6 +70,9 @@ class Gptq:
                     problems.append(Problem(module, f"{count} {kind} channels", expected, hint))
         return problems
 
+    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        return integer_scheme(scheme)
+
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape
         groups = scheme.groups(k)
@@ -71,11 +83,12 @@ class Gptq:
             f"{module}.g_idx": ("I32", (k,)),
         }
 
-    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_rows
 
+        tensor = integer_grid(module, tensor)
         scheme, (_, k) = tensor.scheme, tensor.shape
         problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.group_index is not None)
         if problems:

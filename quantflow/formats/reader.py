@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantflow.errors import ModelError, Problem
-from quantflow.formats import FORMATS, detect
+from quantflow.formats import FORMATS
 from quantflow.formats.base import Format
-from quantflow.models.checkpoint import Checkpoint, read_json
+from quantflow.formats.recognise import recognise
+from quantflow.models.checkpoint import Checkpoint
+from quantflow.models.directory import read_json
+from quantflow.models.gguf_file import gguf_file
+from quantflow.models.workspace import is_workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantflow.quant.grid import QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, Scheme
 
 MANIFEST = "quantflow.json"
 KV_SUFFIXES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")  # of a KV cache that others calibrated
@@ -22,7 +26,7 @@ KV_SUFFIXES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_poi
 
 def checkpoint_folder(path: Path) -> Path:
     """The directory that holds the checkpoint: `path`, or the first format of an artifact that holds several."""
-    if not (path / "config.json").is_file() and (path / MANIFEST).is_file():
+    if not (path / "config.json").is_file() and not gguf_file(path) and not is_workspace(path) and (path / MANIFEST).is_file():
         folders = read_json(path / MANIFEST).get("formats")
         if isinstance(folders, dict) and folders:
             first = Path(str(next(iter(folders.values()))))
@@ -41,9 +45,9 @@ class Weights:
 
     def __init__(self, path: Path, *, tp: int = 1) -> None:
         self.checkpoint = Checkpoint(checkpoint_folder(path), tp=tp)
-        name = detect(self.checkpoint.raw_config)
-        self.format: Format | None = FORMATS[name] if name else None
-        self._config = self.checkpoint.quantization or {}
+        found = recognise(self.checkpoint)
+        self.format: Format | None = FORMATS[found[0]] if found else None
+        self._config = found[1] if found else {}
         ranks = self.checkpoint.path / "tensor_parallel.json"
         number = read_json(ranks).get("tensor_parallel") if ranks.is_file() else 1
         if number != tp:
@@ -56,10 +60,8 @@ class Weights:
     @cached_property
     def modules(self) -> set[str]:
         """The quantised modules."""
-        if not self.format:
-            return set()
-        suffix = self.format.suffixes[0]
-        return {n.removesuffix(suffix) for n in self.checkpoint.source_names if n.endswith(suffix)}
+        marks = self.format.marks if self.format else ()
+        return {n.removesuffix(mark) for n in self.checkpoint.source_names for mark in marks if n.endswith(mark)}
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a module by the configuration; None for one that is not quantised. Raises FormatError."""
@@ -70,14 +72,15 @@ class Weights:
 
     def _belongs(self, name: str) -> bool:
         """Whether a tensor is part of a quantised module, or the weight of one."""
-        module = name.rpartition(".")[0]
-        if module in self.modules and self.format:
-            if name.endswith(".bias"):  # GPTQ's writers add biases of zeros
-                return f"{module}.bias" not in self.checkpoint.expected and not bool(self.checkpoint.read_source(name).any())
-            return name.endswith((".weight", *self.format.suffixes))
-        return self.format is not None and name.endswith(KV_SUFFIXES)
+        if self.format is None:
+            return False
+        module = name.removesuffix(".bias")
+        if module != name and module in self.modules:  # GPTQ's writers add biases of zeros
+            return f"{module}.bias" not in self.checkpoint.expected and not bool(self.checkpoint.read_source(name).any())
+        parts = (".weight", *self.format.suffixes)
+        return name.endswith(KV_SUFFIXES) or any(name.removesuffix(p) in self.modules for p in parts if name.endswith(p))
 
-    def quantized(self, module: str) -> QuantizedTensor:
+    def quantized(self, module: str) -> AnyTensor:
         """The canonical tensor of a quantised module. Raises ModelError where it does not fit the model, or is not finite."""
         assert self.format is not None
         names = [f"{module}{suffix}" for suffix in self.format.suffixes]

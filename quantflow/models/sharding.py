@@ -14,7 +14,7 @@ from quantflow.models.architecture import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantflow.quant.grid import QuantizedTensor
+    from quantflow.quant.grid import AnyTensor
 
 
 def parallel_dimension(linear: str, names: Layer) -> int:
@@ -34,15 +34,23 @@ def cut_dimension(tensor: str, names: Layer) -> int | None:
     return parallel_dimension(linear, names)
 
 
-def shard_quantized(tensor: QuantizedTensor, dimension: int, rank: int, tp: int) -> QuantizedTensor:
-    """Rank `rank`'s part; `dimension` 0 cuts the outputs, 1 the inputs (whole groups: the plan has checked)."""
-    from quantflow.quant.grid import QuantizedTensor
+def shard_quantized(tensor: AnyTensor, dimension: int, rank: int, tp: int) -> AnyTensor:
+    """Rank `rank`'s part; `dimension` 0 cuts the outputs, 1 the inputs (whole groups: the plan has checked). Raises ValueError for scales
+    that are quantised themselves, whose blocks know nothing of rows."""
+    from quantflow.quant.grid import MinimumTensor, Nf4Tensor, QuantizedTensor
 
-    codes, scales, zeros, index = tensor.codes, tensor.scales, tensor.zeros, tensor.group_index
-    codes = codes.chunk(tp, dimension)[rank].contiguous()
-    if dimension == 0 or scales.shape[1] > 1:
-        scales, zeros = (t.chunk(tp, dimension)[rank].contiguous() for t in (scales, zeros))
-    return QuantizedTensor(tensor.scheme, codes, scales, zeros, index)
+    def part(whole: Tensor) -> Tensor:
+        # One group a row is every rank's, if the inputs are cut.
+        return whole if dimension == 1 and whole.shape[1] == 1 else whole.chunk(tp, dimension)[rank].contiguous()
+
+    codes, scales = tensor.codes.chunk(tp, dimension)[rank].contiguous(), part(tensor.scales)
+    if isinstance(tensor, QuantizedTensor):
+        return QuantizedTensor(tensor.scheme, codes, scales, part(tensor.zeros), tensor.group_index)
+    if isinstance(tensor, MinimumTensor):
+        return MinimumTensor(tensor.scheme, codes, scales, part(tensor.minimums))
+    if tensor.nested is not None:
+        raise ValueError(f"{tensor.scheme} cannot be cut")
+    return Nf4Tensor(tensor.scheme, codes, scales)
 
 
 def shard_plain(name: str, tensor: Tensor, dimension: int | None, rank: int, tp: int) -> Tensor:

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from quantflow.errors import DataError, ModelError, Problem
-from quantflow.models.checkpoint import read_json
 from quantflow.models.dialogue import OF_FAMILY, Dialogue
+from quantflow.models.directory import read_json
 
 Json = dict[str, Any]
 _Token = TypeVar("_Token", str, bytes)

@@ -1,96 +1,170 @@
-"""`quantflow export`: a quantised checkpoint in another format. Codes, scales and zero points are moved, never rounded again."""
+"""`quantflow export`: a checkpoint in another format. Codes, scales and zero points are moved, never rounded again unless asked for."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from quantflow.artifacts.artifact import KV_FILE, building
+from quantflow.artifacts.store import write_json
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.awq import Awq
 from quantflow.formats.base import Format
+from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import resolve_model
 from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
-from quantflow.quant.grid import QuantizedTensor, Scheme
-from quantflow.stages.pack import PackJob, write_checkpoint, write_ranks
+from quantflow.quant.grid import AnyTensor, Scheme
+from quantflow.stages.kv_qparams import of_rank, per_rank
+from quantflow.stages.pack import PackJob, Results, container_problems, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.requantize import RECORD, Requantizing, one_scheme, schemes_to_write
 
 MAX_SHARD_BYTES = 5 * 10**9
+_DEFAULT = Scheme(4, 128, False)  # what a plain checkpoint is rounded to where that is asked for
+
+
+@dataclass(frozen=True)
+class Options:
+    """tp: tensor-parallel ranks. requantize: put on another grid what the format cannot hold. dtype: of a plain checkpoint, as torch
+    names it."""
+
+    tp: int = 1
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    requantize: bool = False
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
 class Exported:
-    """modules: how many quantised weights were moved. scheme: of most of them."""
+    """modules: how many quantised weights were written. scheme: of most of them; None for a plain checkpoint. errors: what had to be
+    rounded -> its relative error, {} where the translation is exact."""
 
     output: Path
     source_format: str
     format: str
     modules: int
-    scheme: Scheme
+    scheme: Scheme | None
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+
+def export(source: str | Path, format_name: str, output: Path, options: Options = Options(), progress: Progress | None = None) -> Exported:
+    """Writes `source`, an artifact or any checkpoint that is read, into `output` in the format `format_name`; with tp > 1 the ranks too.
+
+    Raises FormatError, with every reason, where the format cannot hold it exactly and `options.requantize` is not set; ModelError where
+    the source is wrong; OutputError. Nothing is left behind then.
+    """
+    target = _target(format_name, options)
+    path = resolve_model(str(source))
+    weights = Weights(path)
+    if output.resolve() == path.resolve() or path.resolve().is_relative_to(output.resolve()):
+        raise OutputError(Problem(str(output), "the source itself", "another directory"))
+    job = _job(weights, target, options)
+    checkpoint = weights.checkpoint
+    kv = kv_tensors(path, weights)
+    if kv and target.container == "workspace":
+        job = replace(job, kv=per_rank(kv, checkpoint.config.kv_heads, options.tp, rounded=options.requantize))
+    moved: Results = _Moved(weights, job)
+    errors: dict[str, float] = {}
+    if options.requantize:
+        moved = Requantizing(moved, job, None if weights.modules else weights.tensor, errors)
+    told = progress or Silent()
+    told.phase("export", checkpoint.config.layers * (1 + rank_folders(job)))
+    with building(output) as folder:
+        rounded = write_checkpoint(folder, job, moved, told.step)
+        if kv and target.container != "workspace":
+            save_tensors(folder / KV_FILE, kv)
+        for rank, place in write_ranks(folder, job, moved, told.step):
+            if kv:
+                save_tensors(place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp))
+        errors = dict(sorted({**errors, **rounded}.items()))
+        source_format = weights.format.name if weights.format else "huggingface"
+        if errors:
+            write_json(folder / RECORD, {"from": source_format, "to": format_name, "relative_errors": errors})
+    count = sum(map(len, job.schemes.values()))
+    return Exported(output, source_format, format_name, count, job.default if count else None, errors)
+
+
+def kv_tensors(path: Path, weights: Weights) -> dict[str, Tensor]:
+    """The KV-cache parameters that lie in a checkpoint, or in the artifact that it is a part of; {} where there are none."""
+    for file in (path / KV_FILE, checkpoint_folder(path) / KV_FILE):
+        if file.is_file():
+            found = TensorFile(file)
+            return {name: found.read(name) for name in found.tensors}
+    return weights.checkpoint.container.kv_parameters()
+
+
+def _target(name: str, options: Options) -> Format:
+    if name not in FORMATS:
+        raise FormatError(Problem("--format", repr(name), f"one of {', '.join(FORMATS)}"))
+    target = FORMATS[name]
+    if isinstance(target, HuggingFace):
+        dtype = options.dtype or target.dtype
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise FormatError(Problem("--dtype", repr(dtype), "float32, float16 or bfloat16"))
+        return replace(target, dtype=dtype, rounded=options.requantize)
+    if options.dtype is not None:
+        raise FormatError(Problem("--dtype", f"{options.dtype!r} with --format {name}", "--format huggingface, the one that dequantises"))
+    return target
+
+
+def _job(weights: Weights, target: Format, options: Options) -> PackJob:
+    """What is to be written. Raises FormatError with everything that is known to stand against it before a weight is read."""
+    checkpoint = weights.checkpoint
+    architecture, config = checkpoint.architecture, checkpoint.config
+    held = _schemes(weights)
+    indexed = _indexed(weights)
+    keeps_plain = target.dtype is not None or target.container != "directory"
+    if not any(held):
+        if not keeps_plain and not options.requantize:
+            hint = "quantflow run quantises it well; --requantize rounds to nearest"
+            raise FormatError(Problem(str(checkpoint.path), "no quantised checkpoint", f"one whose codes {target.name} can hold", hint))
+        if not keeps_plain:
+            held = [dict.fromkeys(linear_shapes(architecture, config, index), _DEFAULT) for index in range(config.layers)]
+    schemes, problems = schemes_to_write(
+        checkpoint, target, dict(enumerate(held)), indexed.__contains__, tp=options.tp, requantize=options.requantize
+    )
+    default = Counter(scheme for layer in schemes.values() for scheme in layer.values()).most_common(1)[0][0] if any(held) else _DEFAULT
+    if options.requantize and not target.mixed_bits:
+        schemes = one_scheme(schemes, default)
+    outer = frozenset(f"{m}.weight" for m in weights.modules if f"{m}.weight" in checkpoint.outer_names())
+    job = PackJob(
+        checkpoint, target, schemes, default, lambda name: parallel_dimension(name, architecture.layer),
+        target.scale_dtypes(config.dtype)[0], bool(indexed) and target.holds_index, options.max_shard_bytes, options.tp,
+        unpacked=outer, rounded=options.requantize,
+    )  # fmt: skip
+    problems += container_problems(job)
+    if problems:
+        raise FormatError(problems)
+    return job
 
 
 @dataclass(frozen=True)
 class _Moved:
-    """The source's own tensors, as `pack` asks for them. A tensor whose zero points happen to lie in the middle is asymmetric like the
-    others."""
+    """The source's own tensors, as `pack` asks for them."""
 
     weights: Weights
-    schemes: list[dict[str, Scheme]]
+    job: PackJob
 
-    def linear(self, index: int, name: str, in_features: int) -> QuantizedTensor:
+    def linear(self, index: int, name: str, in_features: int) -> AnyTensor:
         tensor = self.weights.quantized(f"{self.weights.checkpoint.architecture.layer_prefix(index)}.{name}")
-        return replace(tensor, scheme=self.schemes[index][name])
+        wanted = self.job.schemes[index][name]
+        return replace(tensor, scheme=wanted) if _alike(tensor.scheme, wanted) else tensor
 
-    def changed(self, index: int, name: str) -> Tensor | None:
-        return None
+    def changed(self, index: int | None, name: str) -> Tensor | None:
+        return self.weights.tensor(name) if index is None and name in self.job.unpacked else None
 
 
-def export(
-    source: str | Path, format_name: str, output: Path, *, tp: int = 1, max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
-) -> Exported:  # fmt: skip
-    """Writes `source`, an artifact or any quantised checkpoint that is read, into `output` in the format `format_name`; with tp > 1 the
-    ranks beside it. Raises FormatError, with every reason, where the format cannot hold it exactly; ModelError where the source is wrong;
-    OutputError. Nothing is left behind then."""
-    if format_name not in FORMATS:
-        raise FormatError(Problem("--format", repr(format_name), f"one of {', '.join(FORMATS)}"))
-    path = resolve_model(str(source))
-    weights, target = Weights(path), FORMATS[format_name]
-    if weights.format is None:
-        raise FormatError(Problem(str(path), "no quantised checkpoint", "one in a format QuantFlow reads", "quantflow run quantises"))
-    if output.resolve() == path.resolve() or path.resolve().is_relative_to(output.resolve()):
-        raise OutputError(Problem(str(output), "the source itself", "another directory"))
-    schemes = _schemes(weights)
-    default = Counter(scheme for layer in schemes for scheme in layer.values()).most_common(1)[0][0]
-    indexed = _indexed(weights)
-    problems = _problems(weights, target, schemes, indexed, tp)
-    if problems:
-        raise FormatError(problems)
-    checkpoint = weights.checkpoint
-    job = PackJob(
-        checkpoint, target, dict(enumerate(schemes)), default, lambda name: parallel_dimension(name, checkpoint.architecture.layer),
-        target.scale_dtypes(checkpoint.config.dtype)[0], bool(indexed), max_shard_bytes,
-    )  # fmt: skip
-    told = progress or Silent()
-    told.phase("export", checkpoint.config.layers * (1 + tp * (tp > 1)))
-    kv = _kv_file(path)
-    with building(output) as folder:
-        write_checkpoint(folder, job, _Moved(weights, schemes), told.step)
-        if kv is not None:
-            shutil.copyfile(kv, folder / KV_FILE)
-        for rank, place in write_ranks(folder, job, tp, _Moved(weights, schemes), told.step):
-            if kv is not None:
-                save_tensors(place / KV_FILE, _kv_of_rank(TensorFile(kv), checkpoint.config.kv_heads, rank, tp))
-    return Exported(output, weights.format.name, format_name, sum(map(len, schemes)), default)
+def _alike(found: Scheme, wanted: Scheme) -> bool:
+    """Whether they differ in name alone: an asymmetric tensor whose zero points all happen to lie in the middle reads as symmetric."""
+    return found.symmetric and replace(found, symmetric=False) == wanted
 
 
 def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
@@ -106,8 +180,6 @@ def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
         found.append(layer)
     if isinstance(weights.format, Awq) and _all_symmetric(weights, weights.format):  # its config says the same of either kind
         found = [{name: replace(scheme, symmetric=True) for name, scheme in layer.items()} for layer in found]
-    if not any(found):
-        raise FormatError(Problem(str(checkpoint.path), "no quantised linear in its layers", "at least one"))
     return found
 
 
@@ -120,38 +192,9 @@ def _indexed(weights: Weights) -> set[str]:
     found = set()
     names = set(weights.checkpoint.source_names)
     for module in weights.modules:
-        if f"{module}.g_idx" in names:
-            index = weights.checkpoint.read_source(f"{module}.g_idx")
-            if bool((index[1:] < index[:-1]).any()):
-                found.add(module)
+        for name in (f"{module}.g_idx", f"{module}.weight_g_idx"):
+            if name in names:
+                index = weights.checkpoint.read_source(name)
+                if bool((index[1:] < index[:-1]).any()):
+                    found.add(module)
     return found
-
-
-def _problems(weights: Weights, target: Format, schemes: list[dict[str, Scheme]], indexed: set[str], tp: int) -> list[Problem]:
-    checkpoint, problems = weights.checkpoint, []
-    for index, layer in enumerate(schemes):
-        shapes = linear_shapes(checkpoint.architecture, checkpoint.config, index)
-        prefix = checkpoint.architecture.layer_prefix(index)
-        for linear, scheme in layer.items():
-            module = f"{prefix}.{linear}"
-            cut = parallel_dimension(linear, checkpoint.architecture.layer) if tp > 1 else None
-            problems += target.check(module, shapes[linear], scheme, act_order_index=module in indexed, tp=tp, tp_dim=cut)
-    distinct = {scheme for layer in schemes for scheme in layer.values()}
-    if len(distinct) > 1 and not target.mixed_bits:
-        problems.append(Problem(target.name, "modules of " + ", ".join(sorted(map(str, distinct))), "one scheme for all"))
-    return problems
-
-
-def _kv_file(path: Path) -> Path | None:
-    """The KV-cache parameters that lie in a checkpoint, or in the artifact that it is a part of."""
-    return next((p for p in (path / KV_FILE, checkpoint_folder(path) / KV_FILE) if p.is_file()), None)
-
-
-def _kv_of_rank(file: TensorFile, heads: int, rank: int, tp: int) -> dict[str, Tensor]:
-    """The part for a rank's heads: parameters per tensor are everybody's."""
-
-    def part(value: Tensor) -> Tensor:
-        by_head = value.dim() > 0 and value.shape[0] == heads
-        return torch.chunk(value, tp)[rank].contiguous() if by_head else value
-
-    return {name: part(file.read(name)) for name in file.tensors}

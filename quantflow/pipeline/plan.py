@@ -19,17 +19,21 @@ from quantflow.artifacts.artifact import foreign_files
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
-from quantflow.errors import DataError, FormatError, ModelError, OutputError, Problem, UserError
+from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
-from quantflow.models.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint, resolve_model
+from quantflow.models.checkpoint import TOKENIZER_FILES, Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
+from quantflow.models.directory import INDEX
 from quantflow.models.sharding import parallel_dimension
 from quantflow.quant.grid import Scheme
-from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump
+from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Nf4, Pack, Recipe, Rtn, Shard, dump
+from quantflow.stages.pack import PackJob, container_problems
+from quantflow.stages.requantize import one_scheme, schemes_to_write
 
 T = TypeVar("T")
+NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
 
@@ -119,6 +123,24 @@ class Plan:
         root = os.environ.get("QUANTFLOW_STORE")
         return Store(Path(root) if root else self.output.absolute().parent / ".quantflow-store")
 
+    def job(self, pack: Pack) -> PackJob:
+        """What a pack stage writes: the whole checkpoint."""
+        gptq, weights, form = self.stage(Gptq), self.recipe.weights, FORMATS[pack.format]
+        index = bool(gptq and gptq.act_order == "dynamic")
+        layers = range(self.config.layers)
+        schemes, _ = schemes_to_write(
+            self.checkpoint, form, {i: self.schemes(i) for i in layers}, lambda _: index, tp=self.tp, requantize=pack.requantize
+        )
+        default = Scheme(weights.bits, weights.group_size, weights.symmetric)
+        if not any(scheme == default for layer in schemes.values() for scheme in layer.values()):
+            default = next((scheme for layer in schemes.values() for scheme in layer.values()), default)
+        if pack.requantize and not form.mixed_bits:
+            schemes = one_scheme(schemes, default)
+        return PackJob(
+            self.checkpoint, form, schemes, default, lambda name: parallel_dimension(name, self.checkpoint.architecture.layer),
+            form.scale_dtypes(self.config.dtype)[0], index and form.holds_index, pack.max_shard_size, self.tp, rounded=pack.requantize,
+        )  # fmt: skip
+
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
 
     def weights_key(self, digests: Iterable[str]) -> str:
@@ -135,7 +157,7 @@ class Plan:
     def sweep_key(self, weights: str, tokens: str) -> str:
         """Identity of the layers' results. `kv_qparams`' settings are not in it: the extremes that are stored serve them all."""
         recipe = self.recipe
-        stages = [dump(recipe)["stages"][i] for i, s in enumerate(recipe.stages) if isinstance(s, (Awq, Gptq, Rtn))]
+        stages = [dump(recipe)["stages"][i] for i, s in enumerate(recipe.stages) if isinstance(s, (Awq, Gptq, Rtn, Nf4))]
         linears = [[p.module, str(p.scheme)] for p in self.linears]
         kv = self.stage(KvQparams) is not None
         return digest(
@@ -169,7 +191,7 @@ class Plan:
     def min_zero(self) -> int:
         """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats of an asymmetric grid."""
         asymmetric = any(p.scheme is not None and not p.scheme.symmetric for p in self.linears)
-        return int(asymmetric and any(p.format == "gptq" for p in self.packs))
+        return max(FORMATS[p.format].min_zero for p in self.packs) if asymmetric else 0
 
 
 def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False) -> Plan:
@@ -185,9 +207,11 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     linears = tuple(_linears(recipe, checkpoint))
     plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.architecture.notes)
     grids = _grid_problems(plan)
-    problems += grids or _config_problems(plan)
+    problems += grids or _pack_problems(plan)
     problems += _tensor_parallel_problems(plan) + _data_problems(plan) + _output_problems(plan)
-    if not config_only and not any((checkpoint.path / name).is_file() for name in (*TOKENIZER_FILES[:2], "vocab.json", "qwen.tiktoken")):
+    if not config_only and not any(
+        (checkpoint.tokenizer_path / name).is_file() for name in (*TOKENIZER_FILES[:2], "vocab.json", "qwen.tiktoken")
+    ):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
     if problems:
         raise UserError(problems)
@@ -196,6 +220,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
 
 def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
     weights = recipe.weights
+    nf4 = next((stage for stage in recipe.stages if isinstance(stage, Nf4)), None)
     for i in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(i)
         for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, i).items():
@@ -216,6 +241,8 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
                         base.symmetric if override.symmetric is None else override.symmetric,
                     )
                     reason = ""
+            if scheme and nf4:
+                scheme = Scheme(4, NF4_BLOCK, True, "nf4", nf4.double_quant)
             yield LinearPlan(i, name, module, shape, scheme, reason)
 
 
@@ -233,9 +260,11 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             continue
         dimension = parallel_dimension(linear.name, plan.checkpoint.architecture.layer)
         for pack in plan.packs:
-            checks = FORMATS[pack.format].check(
-                linear.module, linear.shape, linear.scheme, act_order_index=index, tp=plan.tp, tp_dim=dimension if plan.tp > 1 else None
-            )
+            form = FORMATS[pack.format]
+            scheme = form.nearest(linear.scheme, linear.shape) if pack.requantize else linear.scheme
+            has_index = index and (form.holds_index or not pack.requantize)
+            cut = dimension if plan.tp > 1 else None
+            checks = form.check(linear.module, linear.shape, scheme, act_order_index=has_index, tp=plan.tp, tp_dim=cut)
             for problem in checks:
                 leaf = linear.name.rpartition(".")[2]
                 key = (leaf, problem.found)
@@ -251,7 +280,7 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     if not schemes:
         problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
     for pack in plan.packs:
-        if len(schemes) > 1 and not FORMATS[pack.format].mixed_bits:
+        if len(schemes) > 1 and not FORMATS[pack.format].mixed_bits and not pack.requantize:
             listed = ", ".join(sorted(map(str, schemes)))
             problems.append(
                 Problem(f"pack {pack.format}", f"several schemes ({listed})", "one scheme for all linears", "Use compressed-tensors")
@@ -272,18 +301,31 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     return problems
 
 
-def _config_problems(plan: Plan) -> list[Problem]:
-    """What the formats' `quantization_config` cannot say, which would else be found when all layers are done."""
-    gptq, architecture, weights = plan.stage(Gptq), plan.checkpoint.architecture, plan.recipe.weights
-    modules = {p.module: p.scheme for p in plan.linears if p.scheme is not None}
-    ignored = [architecture.head, *(p.module for p in plan.linears if p.scheme is None)]
-    default = Scheme(weights.bits, weights.group_size, weights.symmetric)
+def _pack_problems(plan: Plan) -> list[Problem]:
+    """What the formats cannot say of the whole, which would else be found when all layers are done."""
     problems: list[Problem] = []
     for pack in plan.packs:
-        try:
-            FORMATS[pack.format].quantization_config(modules, ignored, default, act_order=bool(gptq and gptq.act_order == "dynamic"))
-        except FormatError as error:
-            problems += error.problems
+        problems += container_problems(plan.job(pack))
+        if not pack.requantize:
+            problems += _doubtful(plan, pack)
+    return problems
+
+
+def _doubtful(plan: Plan, pack: Pack) -> list[Problem]:
+    """What a format holds if the numbers happen to be so: nobody should wait for hours to learn that they are not."""
+    where, hint = f"pack {pack.format}", "Set requantize: true in pack, which reports the error"
+    problems = []
+    asymmetric = [p.module for p in plan.linears if p.scheme is not None and p.scheme.kind == "integer" and not p.scheme.symmetric]
+    if pack.format == "gguf" and asymmetric:
+        found = f"asymmetric weights ({asymmetric[0]}): about half of their minimums -zero * scale are no exact float16"
+        problems.append(Problem(where, found, "weights.symmetric: true, which Q4_0 holds exactly", hint))
+    if pack.format == "turbomind" and plan.config.dtype == "bfloat16":
+        found = "embeddings and norms in bfloat16, of which int4 workspaces hold what float16 does"
+        problems.append(Problem(where, found, "a float16 model", hint))
+    kv = plan.stage(KvQparams)
+    if pack.format == "turbomind" and kv and kv.granularity != "tensor":
+        found = f"kv_qparams with granularity {kv.granularity}"
+        problems.append(Problem(where, found, "tensor: a workspace has one scale for each layer and rank", hint))
     return problems
 
 

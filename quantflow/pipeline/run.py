@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,21 @@ from quantflow.engine.kv_cache import KVFormat
 from quantflow.errors import DataError, ModelError, Problem, UserError
 from quantflow.evaluate.divergence import Model, Variant, compare
 from quantflow.evaluate.running import Running
-from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.machine import peak_resident_bytes
-from quantflow.models.checkpoint import TOKENIZER_FILES, read_json
-from quantflow.models.sharding import parallel_dimension
+from quantflow.models.checkpoint import TOKENIZER_FILES
+from quantflow.models.directory import read_json
 from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
 from quantflow.pipeline.windows import recipe_windows
-from quantflow.quant.grid import Scheme
 from quantflow.quant.kv import KVParameters
-from quantflow.recipe import Calibrate, Evaluate, Gptq, KvQparams, dump
-from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, rounding
-from quantflow.stages.pack import PackJob, write_checkpoint, write_ranks
+from quantflow.recipe import Calibrate, Evaluate, KvQparams, dump
+from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, per_rank, rounding
+from quantflow.stages.pack import rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.requantize import Requantizing
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
 def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
     """The windows of the calibration (none where no stage reads it) and of `evaluate`. Raises UserError, also for an overlap."""
     evaluate, calibration = plan.stage(Evaluate), plan.recipe.calibration
-    tokenizer = load_tokenizer(plan.checkpoint.path) if plan.reads_calibration or evaluate else None
+    tokenizer = load_tokenizer(plan.checkpoint.tokenizer_path) if plan.reads_calibration or evaluate else None
     windows = Windows([], frozenset(), "")
     if plan.reads_calibration and calibration:
         windows = recipe_windows(plan, tokenizer, calibration)
@@ -113,13 +112,13 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
     check_complete(reader, plan)
     place = plan.output.resolve()  # where the current folder is the output, it is another one afterwards
     with building(place) as folder:
-        formats = _pack(plan, reader, folder, progress)
+        formats, inexact = _pack(plan, reader, folder, progress)
         clock.lap("pack")
         _write_statistics(plan, identity, reader, folder)
         quality = _evaluate(plan, identity, reader, folder / next(iter(formats.values())), held_out, progress) if held_out else {}
         clock.lap("evaluate")
         failures = _missed_gates(evaluate, quality) if evaluate else []
-        report = _report(plan, reader, quality, failures)
+        report = {**_report(plan, reader, quality, failures), **({"requantized": inexact} if inexact else {})}
         write_json(folder / "report.json", report)
         files = file_entries(folder)
         manifest = {
@@ -183,7 +182,8 @@ def _lock(root: Path) -> Iterator[None]:
 
 def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:
     calibrate, sweep_key = plan.calibrate_key(weights, windows.digest), plan.sweep_key(weights, windows.digest)
-    copied = {n: file_digest(plan.checkpoint.path / n) for n in TOKENIZER_FILES if (plan.checkpoint.path / n).is_file()}
+    tokenizer = plan.checkpoint.tokenizer_path
+    copied = {n: file_digest(tokenizer / n) for n in TOKENIZER_FILES if (tokenizer / n).is_file()}
     artifact = digest(
         ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, portable(plan), held_out.digest if held_out else "",
          source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant")]
@@ -211,30 +211,34 @@ def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
     return RunResult(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
 
 
-def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> dict[str, str]:
-    """Writes every format (and its ranks); returns format -> folder relative to the artifact."""
-    gptq = plan.stage(Gptq)
-    layers, weights = plan.config.layers, plan.recipe.weights
-    progress.phase("pack", layers * len(plan.packs) * (1 + plan.tp * (plan.tp > 1)))
+def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """Writes every format (and its ranks). Returns format -> folder relative to the artifact, and format -> what had to be put on
+    another grid or rounded -> its relative error."""
+    jobs = [plan.job(pack) for pack in plan.packs]
+    progress.phase("pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs))
     formats: dict[str, str] = {}
-    for pack in plan.packs:
+    errors: dict[str, dict[str, float]] = {}
+    for pack, job in zip(plan.packs, jobs, strict=True):
         formats[pack.format] = "." if len(plan.packs) == 1 else pack.format
         target = folder / formats[pack.format]
-        whole = PackJob(
-            plan.checkpoint,
-            FORMATS[pack.format],
-            {i: plan.schemes(i) for i in range(layers)},
-            Scheme(weights.bits, weights.group_size, weights.symmetric),
-            lambda name: parallel_dimension(name, plan.checkpoint.architecture.layer),
-            FORMATS[pack.format].scale_dtypes(plan.config.dtype)[0],
-            bool(gptq and gptq.act_order == "dynamic"),
-            pack.max_shard_size,
-        )
-        write_checkpoint(target, whole, reader, progress.step)
-        for rank, place in write_ranks(target, whole, plan.tp, reader, progress.step):
+        off: dict[str, float] = {}
+        if plan.stage(KvQparams) and job.format.container == "workspace":
+            job = replace(job, kv=_kv_of_ranks(plan, reader))
+        results = Requantizing(reader, job, errors=off) if pack.requantize else reader
+        off |= write_checkpoint(target, job, results, progress.step)
+        for rank, place in write_ranks(target, job, results, progress.step):
             if plan.stage(KvQparams):
                 save_tensors(place / KV_FILE, _kv_tensors(plan, reader, rank, plan.tp))
-    return formats
+        if off:
+            errors[pack.format] = dict(sorted(off.items()))
+    return formats, errors
+
+
+def _kv_of_ranks(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
+    """KV parameters for a workspace: one a layer and rank, from the extremes of the rank's heads."""
+    ranks = [_kv_tensors(plan, reader, rank, plan.tp) for rank in range(plan.tp)]
+    each = [per_rank(tensors, plan.config.kv_heads // plan.tp, 1, rounded=True) for tensors in ranks]
+    return {name: torch.stack([tensors[name] for tensors in each]) if plan.tp > 1 else value for name, value in each[0].items()}
 
 
 def _kv_parameters(plan: Plan, reader: SweepReader, index: int, rank: int = 0, tp: int = 1) -> dict[str, KVParameters]:

@@ -20,6 +20,6 @@ def stored_layers(plan: Plan) -> int | None:
     if plan.needs_stream and calibration:
         if not Path(calibration.file or calibration.data).is_file():
             return None
-        windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.path), calibration)
+        windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.tokenizer_path), calibration)
     key = plan.sweep_key(plan.weights_key(digests.values()), windows.digest)
     return plan.store.finished_layers(key, plan.config.layers)

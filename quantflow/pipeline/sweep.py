@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from quantflow.models.decoder import DecoderLayer, Sequences, embed, sequences
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.pipeline.progress import Progress
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.grid import AnyTensor, NestedScales, Nf4Tensor, QuantizedTensor, Scheme
+from quantflow.quant.nf4 import dynamic_table
 from quantflow.quant.packing import pack_rows, unpack_rows
 from quantflow.quant.rtn import GridRules
 from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
-from quantflow.stages.quantize import Quantized, factor_for, gptq_group, gptq_rounder, rtn_linear
+from quantflow.stages.quantize import Quantized, factor_for, gptq_group, gptq_rounder, nf4_linear, rtn_linear
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ def _calibrate(
 def _quantise(
     context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One layer through awq, gptq or rtn, and kv_qparams' observation."""
+    """One layer through awq, gptq, rtn or nf4, and kv_qparams' observation."""
     plan = context.plan
     schemes = plan.schemes(index)
     awq = plan.stage(Awq)
@@ -229,7 +230,7 @@ def _quantise(
     report = {
         "linears": {name: done[name].report for name in sorted(done)},
         "awq": found.report,
-        "schemes": {n: [s.bits, s.group_size, s.symmetric] for n, s in schemes.items()},
+        "schemes": {n: list(astuple(s)) for n, s in schemes.items()},
     }
     return {n: t.cpu().contiguous() for n, t in tensors.items()}, report
 
@@ -260,7 +261,10 @@ def _rtn_layer(
         weight = stored[f"{name}.weight"]
         if name in found.folding.columns or name in found.folding.rows:
             weight = found.folding.weight(name, weight)
-        done[name] = rtn_linear(weight, scheme, context.rules, search=search, importance=found.importance.get(name))
+        if scheme.kind == "nf4":
+            done[name] = nf4_linear(weight, scheme)
+        else:
+            done[name] = rtn_linear(weight, scheme, context.rules, search=search, importance=found.importance.get(name))
         if streams:
             tensors[f"{name}.weight"] = done[name].tensor.dequantize(context.dtype)
     if streams:
@@ -365,15 +369,17 @@ def _gptq_experts(
                 x.write(a, part.view(b - a, -1, hidden))
 
 
-def _canonical(name: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+def _canonical(name: str, tensor: AnyTensor) -> dict[str, Tensor]:
     """The store's tensors of a linear: codes packed along the row, low bits first."""
-    found = {
-        f"{name}.codes": pack_rows(tensor.codes, tensor.scheme.bits),
-        f"{name}.scales": tensor.scales,
-        f"{name}.zeros": tensor.zeros,
-    }
-    if tensor.group_index is not None:
-        found[f"{name}.group_index"] = tensor.group_index
+    found = {f"{name}.codes": pack_rows(tensor.codes, tensor.scheme.bits), f"{name}.scales": tensor.scales}
+    if isinstance(tensor, QuantizedTensor):
+        found[f"{name}.zeros"] = tensor.zeros
+        if tensor.group_index is not None:
+            found[f"{name}.group_index"] = tensor.group_index
+    elif isinstance(tensor, Nf4Tensor) and tensor.nested:
+        nested = tensor.nested
+        found |= {f"{name}.nested.codes": nested.codes, f"{name}.nested.absmax": nested.absmax}
+        found[f"{name}.nested.offset"] = torch.tensor(nested.offset, dtype=torch.float32)
     return found
 
 
@@ -392,17 +398,26 @@ class SweepReader:
     def report(self, index: int) -> dict[str, Any]:
         return json.loads(self.file(index).metadata["report"])
 
-    def linear(self, index: int, name: str, in_features: int) -> QuantizedTensor:
+    def linear(self, index: int, name: str, in_features: int) -> AnyTensor:
         file = self.file(index)
-        bits, group_size, symmetric = json.loads(file.metadata["report"])["schemes"][name]
-        group_index = file.read(f"{name}.group_index") if f"{name}.group_index" in file.tensors else None
-        codes = unpack_rows(file.read(f"{name}.codes"), bits, in_features)
-        return QuantizedTensor(
-            Scheme(bits, group_size, symmetric), codes, file.read(f"{name}.scales"), file.read(f"{name}.zeros"), group_index
-        )
+        scheme = Scheme(*json.loads(file.metadata["report"])["schemes"][name])
 
-    def changed(self, index: int, name: str) -> Tensor | None:
+        def part(suffix: str) -> Tensor | None:
+            return file.read(f"{name}.{suffix}") if f"{name}.{suffix}" in file.tensors else None
+
+        codes, scales = unpack_rows(file.read(f"{name}.codes"), scheme.bits, in_features), file.read(f"{name}.scales")
+        if scheme.kind == "integer":
+            return QuantizedTensor(scheme, codes, scales, file.read(f"{name}.zeros"), part("group_index"))
+        nested = None
+        if (nested_codes := part("nested.codes")) is not None:
+            absmax, offset = file.read(f"{name}.nested.absmax"), float(file.read(f"{name}.nested.offset"))
+            nested = NestedScales(nested_codes, absmax, dynamic_table(), offset)
+        return Nf4Tensor(scheme, codes, scales, nested)
+
+    def changed(self, index: int | None, name: str) -> Tensor | None:
         """A tensor that the sweep changed without quantising it (a norm, a bias, a router), or None where it is the checkpoint's."""
+        if index is None:
+            return None
         file = self.file(index)
         return file.read(name) if name in file.tensors else None
 

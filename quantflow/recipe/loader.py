@@ -22,6 +22,7 @@ from quantflow.recipe.schema import DATA_NAMES, STAGE_TYPES, Calibration, Overri
 
 _MAX_BYTES = 2**20  # a recipe is a page long; more is some other file
 _Path = tuple[str | int, ...]
+ROUNDING = ("gptq", "rtn", "nf4")  # a recipe has one of them
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str | None = None, output: str | None = None) -> Recipe:
@@ -483,12 +484,15 @@ def _check_together(source: _Source) -> Iterator[Problem]:
     complete = isinstance(entries, list) and None not in names  # an unknown stage may be the one that seems to be missing
     listed = source.place(("stages",))
 
-    rounding = [name for name in ("gptq", "rtn") if name in names]
+    rounding = [name for name in ROUNDING if name in names]
     if complete and not rounding:
         hint = "awq only scales: add `- rtn` or `- gptq` after it" if "awq" in names else "Add `- rtn`, or `- gptq` with calibration data"
-        yield Problem(at.get("awq", listed), "no stage rounds the weights", "exactly one of gptq, rtn", hint)
+        yield Problem(at.get("awq", listed), "no stage rounds the weights", f"exactly one of {', '.join(ROUNDING)}", hint)
     if len(rounding) > 1:
-        yield Problem(max(at["gptq"], at["rtn"], key=_line), "both gptq and rtn round the weights", "exactly one of them")
+        verb = "both" if len(rounding) == 2 else "all of"
+        yield Problem(max((at[n] for n in rounding), key=_line), f"{verb} {_listing(rounding)} round the weights", "exactly one of them")
+    if "nf4" in names:
+        yield from _check_nf4(source, at)
     if complete and "pack" not in names:
         yield Problem(listed, "no stage writes a checkpoint", "at least one `- pack: {format: …}`")
     if complete and "kv_qparams" in names and "calibrate" not in names:
@@ -507,7 +511,7 @@ def _check_together(source: _Source) -> Iterator[Problem]:
             continue
         place = source.place(("stages", position))
         later = [other for other in seen if order.index(other) > order.index(name)]
-        if later and not (name in ("gptq", "rtn") and set(later) <= {"gptq", "rtn"}):
+        if later and not (name in ROUNDING and set(later) <= set(ROUNDING)):
             yield Problem(place, f"{name} comes after {later[0]}", f"the order {', '.join(order)}")
         if name == "pack":
             form = settings.get("format")
@@ -522,6 +526,23 @@ def _check_together(source: _Source) -> Iterator[Problem]:
         if name == "pack" and settings.get("format") == "awq":
             yield from _check_awq_format(source, ("stages", position, "pack", "format"))
     yield from _check_overrides(source)
+
+
+def _check_nf4(source: _Source, at: dict[str, str]) -> Iterator[Problem]:
+    """NF4 has a grid of its own."""
+    if "awq" in at:
+        yield Problem(at["awq"], "awq with nf4", "awq with rtn or gptq", "AWQ searches its scales for a grid of integers")
+    weights = source.data.get("weights")
+    weights = weights if isinstance(weights, dict) else {}
+    said: list[_Path] = [("weights", key) for key in ("bits", "group_size", "symmetric") if key in weights]
+    overrides = weights.get("overrides")
+    for i, override in enumerate(overrides if isinstance(overrides, list) else []):
+        if isinstance(override, dict):
+            said += [("weights", "overrides", i, key) for key in ("bits", "group_size", "symmetric") if override.get(key) is not None]
+    for path in said:
+        if path == ("weights", "bits") and weights.get("bits") == 4:
+            continue
+        yield Problem(source.place(path), f"`{_dotted(path)}` with nf4", "nothing: NF4 has 4 bits, blocks of 64 and a table of its own")
 
 
 def _check_awq_format(source: _Source, path: _Path) -> Iterator[Problem]:

@@ -141,6 +141,14 @@ class Rtn(Section):
     )
 
 
+class Nf4(Section):
+    """Round to the nearest of NF4's 16 numbers, in blocks of 64 (QLoRA; what people know as `load_in_4bit`). Needs no calibration, and
+    takes neither bits nor group size from `weights`."""
+
+    name: ClassVar[str] = "nf4"
+    double_quant: bool = Field(default=False, description="Quantise the blocks' scales too: 4.13 bits a weight rather than 4.5.")
+
+
 class KvQparams(Section):
     """Scales and zero points for an int8 KV cache, measured on the K and V of the quantised model."""
 
@@ -154,7 +162,12 @@ class Pack(Section):
     """Write a checkpoint that other software loads."""
 
     name: ClassVar[str] = "pack"
-    format: Literal["compressed-tensors", "awq", "gptq", "gptq_v2"] = Field(description="The layout of the packed tensors.")
+    format: Literal["compressed-tensors", "awq", "gptq", "gptq_v2", "bitsandbytes", "turbomind", "gguf", "huggingface"] = Field(
+        description="The layout of the packed tensors: see `quantflow formats`."
+    )
+    requantize: bool = Field(
+        default=False, description="Put on another grid, or round, what the format cannot hold exactly, and report the error."
+    )
     max_shard_size: ByteSize = Field(default=5 * 10**9, description='Bytes a safetensors file, at most: "5GB", "512MiB" or an integer.')
 
 
@@ -191,8 +204,10 @@ class Evaluate(Section):
     gates: Gates = Field(default=Gates(), description="Limits that the result must keep.")
 
 
-Stage = Calibrate | Awq | Gptq | Rtn | KvQparams | Pack | Shard | Evaluate
-STAGE_TYPES: dict[str, type[Stage]] = {c.name: c for c in (Calibrate, Awq, Gptq, Rtn, KvQparams, Pack, Shard, Evaluate)}  # in their order
+Stage = Calibrate | Awq | Gptq | Rtn | Nf4 | KvQparams | Pack | Shard | Evaluate
+STAGE_TYPES: dict[str, type[Stage]] = {
+    c.name: c for c in (Calibrate, Awq, Gptq, Rtn, Nf4, KvQparams, Pack, Shard, Evaluate)
+}  # in their order
 
 
 def stage_name(value: Any) -> str | None:
@@ -219,6 +234,7 @@ _Entry = Annotated[
     | Annotated[Awq, BeforeValidator(stage_settings), Tag("awq")]
     | Annotated[Gptq, BeforeValidator(stage_settings), Tag("gptq")]
     | Annotated[Rtn, BeforeValidator(stage_settings), Tag("rtn")]
+    | Annotated[Nf4, BeforeValidator(stage_settings), Tag("nf4")]
     | Annotated[KvQparams, BeforeValidator(stage_settings), Tag("kv_qparams")]
     | Annotated[Pack, BeforeValidator(stage_settings), Tag("pack")]
     | Annotated[Shard, BeforeValidator(stage_settings), Tag("shard")]

@@ -1,4 +1,8 @@
-"""`pack`: the checkpoint that other software loads, written a tensor at a time from the store and the source."""
+"""`pack`: the checkpoint that other software loads, written a tensor at a time from the store and the source.
+
+A format says how a quantised weight is laid out, and into which container: a Hugging Face directory, a GGUF file or a TurboMind
+workspace, for each of which there is one function here.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +18,36 @@ import torch
 from torch import Tensor
 
 from quantflow.artifacts.store import write_json
+from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import Format, Spec
 from quantflow.models.architecture import linear_shapes
-from quantflow.models.checkpoint import INDEX, Checkpoint
+from quantflow.models.checkpoint import Checkpoint
+from quantflow.models.directory import INDEX
+from quantflow.models.gguf_file import NAME, SCHEMES_KEY, GgufWriter, decoder_problems
+from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.sharding import shard_plain, shard_quantized, shard_shape
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.models.tokenizer import export_tokenizer
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.models.workspace import TOKENIZER, WorkspaceWriter, workspace_problems
+from quantflow.quant.grid import AnyTensor, Scheme
 
 
 class Results(Protocol):
-    """What the sweep left (see `pipeline/sweep.py`)."""
+    """What the sweep left (see `pipeline/sweep.py`). changed: a tensor that is not the checkpoint's any more, else None; index is None
+    outside the layers."""
 
-    def linear(self, index: int, name: str, in_features: int) -> QuantizedTensor: ...
+    def linear(self, index: int, name: str, in_features: int) -> AnyTensor: ...
 
-    def changed(self, index: int, name: str) -> Tensor | None: ...
+    def changed(self, index: int | None, name: str) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
 class PackJob:
     """One checkpoint to write. schemes: layer -> relative name -> scheme. dimension: relative linear name -> the dimension that tensor
-    parallelism cuts. scale_dtype: torch's name. has_index: tensors carry a group index."""
+    parallelism cuts. scale_dtype: torch's name. has_index: tensors carry a group index. ranks: how many there will be; rank, tp: which
+    one this is, of how many, where it is not the whole. kv: KV-cache parameters for a container that holds them, `[]` or `[ranks]` each.
+    unpacked: weights outside the layers that the source holds quantised, which are written in float32. rounded: tensors that a
+    container's dtype does not hold exactly are rounded."""
 
     checkpoint: Checkpoint
     format: Format
@@ -44,40 +57,116 @@ class PackJob:
     scale_dtype: str
     has_index: bool
     max_shard_bytes: int
+    ranks: int = 1
     rank: int = 0
     tp: int = 1
+    kv: Mapping[str, Tensor] | None = None
+    unpacked: frozenset[str] = frozenset()
+    rounded: bool = False
 
 
-def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Callable[[str], None] = lambda _: None) -> None:
-    """Writes weights, index, config, tokenizer and generation config into `folder` (new)."""
+Step = Callable[[str], None]
+
+
+def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Step = lambda _: None) -> dict[str, float]:
+    """Writes weights, config, tokenizer and generation config into `folder` (new), and returns the relative error of every tensor that
+    the container made inexact: none, unless the job allows it. Raises FormatError for what cannot be held exactly."""
     folder.mkdir(parents=True, exist_ok=True)
+    return _CONTAINERS[job.format.container](folder, job, results, step)
+
+
+def _write_directory(folder: Path, job: PackJob, results: Results, step: Step) -> dict[str, float]:
     pieces = list(_pieces(job))
     shards = _split(pieces, job.max_shard_bytes)
     names = _shard_names(len(shards))
     for file_name, shard in zip(names, shards, strict=True):
-        specs = {name: spec for piece in shard for name, spec in piece.specs.items()}
-        with TensorWriter(folder / file_name, specs, {"format": "pt"}) as writer:
-            for piece, tensors in _ahead(shard, lambda piece: _load(piece, job, results)):
-                for name, tensor in tensors.items():
-                    writer.write(name, tensor)
-                if piece.last_of_layer:
-                    step(f"layer {piece.layer}")
+        with TensorWriter(folder / file_name, _specs(shard), {"format": "pt"}) as writer:
+            _fill(writer, shard, job, results, step)
     # Always with an index: statistics and KV parameters may lie beside the weights, and readers without one take every file.
     weight_map = {n: f for f, shard in zip(names, shards, strict=True) for piece in shard for n in piece.specs}
     index = {"metadata": {"total_size": sum(piece.nbytes for piece in pieces)}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _write_configs(folder, job)
-    export_tokenizer(job.checkpoint.path, folder)
+    export_tokenizer(job.checkpoint.tokenizer_path, folder)
+    return {}
 
 
-def write_ranks(
-    folder: Path, job: PackJob, tp: int, results: Results, step: Callable[[str], None] = lambda _: None
-) -> Iterator[tuple[int, Path]]:  # fmt: skip
-    """Writes the tensor-parallel ranks beside the whole checkpoint in `folder`, and yields each with its own folder. None where tp is 1."""
-    for rank in range(tp) if tp > 1 else ():
-        place = folder / f"tp{tp}" / f"rank-{rank}"
-        write_checkpoint(place, replace(job, rank=rank, tp=tp), results, step)
-        write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": tp})
+def _write_gguf(folder: Path, job: PackJob, results: Results, step: Step) -> dict[str, float]:
+    """One file, and the tokenizer's own files beside it: llama.cpp needs the former alone."""
+    checkpoint = job.checkpoint
+    export_tokenizer(checkpoint.tokenizer_path, folder)
+    config = checkpoint.architecture.native_config(checkpoint.raw_config)
+    config = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    schemes = _quantization(job).get("schemes", {})
+    metadata = {"general.name": str(config.get("_name_or_path") or config["model_type"]), SCHEMES_KEY: json.dumps(schemes, sort_keys=True)}
+    metadata |= vocabulary_metadata(folder, config, checkpoint.config.vocabulary)
+    pieces = list(_pieces(job))
+    with GgufWriter(folder / NAME, _specs(pieces), config, checkpoint.config, metadata) as writer:
+        _fill(writer, pieces, job, results, step)
+    return {}
+
+
+def _write_workspace(folder: Path, job: PackJob, results: Results, step: Step) -> dict[str, float]:
+    """LMDeploy's layout, which holds all ranks in itself."""
+    checkpoint = job.checkpoint
+    pieces = list(_pieces(job))
+    config = checkpoint.architecture.native_config(checkpoint.raw_config)
+    group_size = job.default.group_size if any(job.schemes.values()) else 0
+    with WorkspaceWriter(
+        folder, checkpoint.config, config, _specs(pieces), tp=job.ranks, model_name=str(config["model_type"]), kv=job.kv,
+        group_size=group_size, rounded=job.rounded,
+    ) as writer:  # fmt: skip
+        _fill(writer, pieces, job, results, step)
+    export_tokenizer(checkpoint.tokenizer_path, folder / TOKENIZER)
+    return writer.rounding
+
+
+def container_problems(job: PackJob) -> list[Problem]:
+    """What stands against the whole checkpoint in the job's container, or in the format's config, known before a weight is read."""
+    checkpoint, found = job.checkpoint, []
+    schemes = {scheme for layer in job.schemes.values() for scheme in layer.values()}
+    config = checkpoint.architecture.native_config(checkpoint.raw_config)
+    if job.format.container == "gguf":
+        found += decoder_problems(str(config.get("model_type")), checkpoint.config)
+    if job.format.container == "workspace":
+        found += workspace_problems(checkpoint.config, tp=job.ranks, int4=bool(schemes), group_size=job.default.group_size)
+    try:
+        _quantization(job)
+    except FormatError as error:
+        found += error.problems
+    return found
+
+
+_CONTAINERS = {"directory": _write_directory, "gguf": _write_gguf, "workspace": _write_workspace}
+
+
+class _Writer(Protocol):
+    def write(self, name: str, tensor: Tensor) -> None: ...
+
+
+def _fill(writer: _Writer, pieces: list[_Piece], job: PackJob, results: Results, step: Step) -> None:
+    for piece, tensors in _ahead(pieces, lambda piece: _load(piece, job, results)):
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        if piece.last_of_layer:
+            step(f"layer {piece.layer}")
+
+
+def _specs(pieces: list[_Piece]) -> dict[str, Spec]:
+    return {name: spec for piece in pieces for name, spec in piece.specs.items()}
+
+
+def rank_folders(job: PackJob) -> int:
+    """How many ranks are written beside the whole: none where there is but one, or the container holds them in itself."""
+    return job.ranks if job.ranks > 1 and job.format.container == "directory" else 0
+
+
+def write_ranks(folder: Path, job: PackJob, results: Results, step: Step = lambda _: None) -> Iterator[tuple[int, Path]]:
+    """Writes the tensor-parallel ranks beside the whole checkpoint in `folder`, and yields each with its own folder."""
+    for rank in range(rank_folders(job)):
+        place = folder / f"tp{job.ranks}" / f"rank-{rank}"
+        write_checkpoint(place, replace(job, rank=rank, tp=job.ranks), results, step)
+        write_json(place / "tensor_parallel.json", {"rank": rank, "tensor_parallel": job.ranks})
         yield rank, place
 
 
@@ -113,7 +202,8 @@ class _Piece:
 def _pieces(job: PackJob) -> Iterator[_Piece]:
     checkpoint = job.checkpoint
     for name in checkpoint.outer_names():
-        yield _Piece(name, None, name, {name: (checkpoint.dtype_of(name), checkpoint.shape_of(name))}, shape=checkpoint.shape_of(name))
+        dtype, shape = "F32" if name in job.unpacked else checkpoint.dtype_of(name), checkpoint.shape_of(name)
+        yield _Piece(name, None, name, {name: (dtype, shape)}, shape=shape)
     for index in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(index) + "."
         schemes = job.schemes[index]
@@ -146,7 +236,7 @@ def _load(piece: _Piece, job: PackJob, results: Results) -> dict[str, Tensor]:
         if piece.cut is not None:
             tensor = shard_quantized(tensor, piece.cut, job.rank, job.tp)
         return job.format.encode(piece.name, tensor, getattr(torch, job.checkpoint.config.dtype))
-    changed = results.changed(piece.layer, piece.relative) if piece.layer is not None else None
+    changed = results.changed(piece.layer, piece.relative)
     value = job.checkpoint.tensor(piece.name) if changed is None else changed
     return {piece.name: shard_plain(piece.name, value, piece.cut, job.rank, job.tp)}
 
@@ -169,7 +259,8 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
-def _write_configs(folder: Path, job: PackJob) -> None:
+def _quantization(job: PackJob) -> dict[str, Any]:
+    """The `quantization_config`; {} where nothing is quantised."""
     checkpoint = job.checkpoint
     modules: dict[str, Scheme] = {}
     ignored = [checkpoint.architecture.head]
@@ -182,10 +273,19 @@ def _write_configs(folder: Path, job: PackJob) -> None:
                 ignored.append(f"{prefix}.{linear}")
         if checkpoint.config.is_moe(index):
             ignored.append(f"{prefix}.{checkpoint.architecture.layer.router}")
-    quantization = job.format.quantization_config(modules, ignored, job.default, kv=None, act_order=job.has_index)
-    config: dict[str, Any] = dict(checkpoint.architecture.native_config(checkpoint.raw_config))
-    config.pop("auto_map", None)
-    config["quantization_config"] = quantization
+    return job.format.quantization_config(modules, ignored, job.default, kv=None, act_order=job.has_index) if modules else {}
+
+
+def _write_configs(folder: Path, job: PackJob) -> None:
+    quantization = _quantization(job)
+    config: dict[str, Any] = dict(job.checkpoint.architecture.native_config(job.checkpoint.raw_config))
+    for key in ("auto_map", "quantization_config", "compression_config"):
+        config.pop(key, None)
+    if quantization:
+        config["quantization_config"] = quantization
+    if job.format.dtype:
+        config.pop("dtype", None)
+        config["torch_dtype"] = job.format.dtype
     write = {"config.json": config, **job.format.extra_files(quantization)}
     for name, value in write.items():
         (folder / name).write_text(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quantflow.calibration.statistics import Hessian
 from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
+from quantflow.quant.nf4 import quantize_nf4
 from quantflow.quant.rtn import GridRules, quantize_rtn
 from quantflow.stages.awq import Rounder
 from quantflow.stages.folding import Folding
@@ -22,7 +23,7 @@ from quantflow.stages.folding import Folding
 class Quantized:
     """A linear's canonical tensor, and its line of the report."""
 
-    tensor: QuantizedTensor
+    tensor: AnyTensor
     report: dict[str, Any]
 
 
@@ -39,6 +40,14 @@ def rtn_linear(
     """One linear, rounded to nearest; with `importance` (AWQ's clip search) on the range of least output error."""
     tensor = quantize_rtn(weight, scheme, rules, search=search or importance is not None, importance=importance)
     return Quantized(tensor, _line(scheme, tensor, rules, method="rtn", fallback=fallback))
+
+
+def nf4_linear(weight: Tensor, scheme: Scheme) -> Quantized:
+    """One linear, in the nearest of NF4's numbers."""
+    tensor = quantize_nf4(weight, scheme)
+    empty = int((tensor.scales == 0).sum())
+    report = {"scheme": str(scheme), "method": "nf4", **({"zero_blocks": empty} if empty else {})}
+    return Quantized(tensor, report)
 
 
 def factor_for(hessian: Hessian, settings: Any) -> Factor | None:

@@ -287,7 +287,7 @@ def test_experts_share_a_scheme() -> None:
 
 
 def test_kv_scales_round_keys_and_values_in_transformers(tmp_path: Path) -> None:
-    # Not written unless asked for (`kv_scales`), because of what vLLM makes of them.
+    # Not written unless asked for, because of what vLLM makes of them.
     model = tiny_llama()
     scales = {f"model.layers.{i}.self_attn": (2.0 ** (-7 - i), 2.0**-8) for i in range(2)}
     state = write(model, tmp_path, lambda module: None if module == "lm_head" else Scheme(4, -1, True), scales)
@@ -309,7 +309,6 @@ def test_kv_scales_round_keys_and_values_in_transformers(tmp_path: Path) -> None
 
 
 def test_kv_scales_that_readers_do_not_know_are_refused() -> None:
-    assert not FORMAT.kv_scales
     scheme = Scheme(4, 32, True)
     for kv in (
         {"bits": 8, "symmetric": False, "granularity": "tensor"},

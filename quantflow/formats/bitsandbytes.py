@@ -1,0 +1,207 @@
+"""bitsandbytes' NF4, serialized: read by bitsandbytes itself, transformers and vLLM. What people know as `load_in_4bit`.
+
+`weight` uint8 `[N*K/2, 1]`, two codes a byte, the first in the high nibble; `weight.absmax` float32 `[N*K/g]` and
+`weight.quant_map` float32 `[16]`. Double quantisation has `absmax` uint8 with `weight.nested_absmax` float32 (one for 256) and
+`weight.nested_quant_map` float32 `[256]`. `weight.quant_state.bitsandbytes__nf4` is JSON in uint8. Blocks run through the flattened
+weight; here each lies within a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import FormatError, Problem
+from quantflow.formats.base import Spec, check_tensor, expect_shape, grid_problems, setting, take
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantflow.quant.grid import AnyTensor, NestedScales, Scheme
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes computes
+_STATE = ".weight.quant_state.bitsandbytes__nf4"
+_NESTED_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Bitsandbytes:
+    name: str = "bitsandbytes"
+    container: str = "directory"
+    mixed_bits: bool = False
+    dtype: str | None = None
+    min_zero: int = 0
+    holds_index: bool = False
+    suffixes: tuple[str, ...] = (
+        ".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map", _STATE,
+    )  # fmt: skip
+    marks: tuple[str, ...] = (_STATE,)
+
+    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
+        return ("float32",)
+
+    def check(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+    ) -> list[Problem]:
+        problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=("nf4",))
+        if tp > 1:
+            problems.append(Problem(module, f"tp = {tp}, but bitsandbytes has no ranks", "1", "Engines cut the whole checkpoint"))
+        if scheme.kind == "nf4" and scheme.group_size not in BLOCK_SIZES:
+            problems.append(Problem(module, f"blocks of {scheme.group_size}", f"one of {', '.join(map(str, BLOCK_SIZES))}"))
+        return problems
+
+    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        if scheme.kind == "nf4" and scheme.group_size in BLOCK_SIZES:
+            return scheme
+        return replace(scheme, bits=4, group_size=64, symmetric=True, kind="nf4")
+
+    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+        (n, k), groups = shape, shape[0] * scheme.groups(shape[1])
+        specs: dict[str, Spec] = {
+            f"{module}.weight": ("U8", (n * k // 2, 1)),
+            f"{module}.weight.absmax": ("U8" if scheme.double else "F32", (groups,)),
+            f"{module}.weight.quant_map": ("F32", (16,)),
+        }
+        if scheme.double:
+            specs[f"{module}.weight.nested_absmax"] = ("F32", (-(-groups // _NESTED_BLOCK),))
+            specs[f"{module}.weight.nested_quant_map"] = ("F32", (256,))
+        specs[f"{module}{_STATE}"] = ("U8", (_STATE_BYTES,))
+        return specs
+
+    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+        import torch
+
+        from quantflow.quant.grid import NF4, Nf4Tensor
+
+        problems = self.check(module, tensor.shape, tensor.scheme, act_order_index=False)
+        if problems:
+            raise FormatError(problems)
+        check_tensor(module, tensor)
+        assert isinstance(tensor, Nf4Tensor)
+        flat, nested = tensor.codes.reshape(-1), tensor.nested
+        encoded = {
+            f"{module}.weight": (flat[::2] << 4 | flat[1::2])[:, None],
+            f"{module}.weight.absmax": nested.codes if nested else tensor.scales.reshape(-1),
+            f"{module}.weight.quant_map": torch.tensor(NF4, dtype=torch.float32),
+        }
+        if nested:
+            encoded[f"{module}.weight.nested_absmax"] = nested.absmax
+            encoded[f"{module}.weight.nested_quant_map"] = nested.table
+        encoded[f"{module}{_STATE}"] = _state(tensor.scheme, tensor.shape, str(model_dtype).removeprefix("torch."), nested)
+        return encoded
+
+    def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
+        """As the protocol says; the block size is the library's usual 64 here, and `decode` refuses another."""
+        from quantflow.quant.grid import Scheme
+
+        if not setting(config, "load_in_4bit", bool, default=False):
+            raise FormatError(Problem("quantization_config.load_in_4bit", "false", "true: 8-bit checkpoints of bitsandbytes are not read"))
+        if (kind := config.get("bnb_4bit_quant_type", "fp4")) != "nf4":
+            raise FormatError(Problem("quantization_config.bnb_4bit_quant_type", f"{kind!r}", "'nf4'"))
+        skipped = setting(config, "llm_int8_skip_modules", list, default=[])
+        if module == "lm_head" or any(module == name or module.endswith(f".{name}") for name in skipped):
+            return None
+        group = setting(config, "bnb_4bit_blocksize", int, default=64)
+        return Scheme(4, group, True, "nf4", setting(config, "bnb_4bit_use_double_quant", bool, default=False))
+
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
+        import torch
+
+        from quantflow.quant.grid import NF4, NestedScales, Nf4Tensor
+
+        scheme = self.scheme_of(module, config)
+        if scheme is None:
+            raise FormatError(Problem(module, "not quantised, says quantization_config"))
+        where = f"{module}{_STATE}"
+        state = _read_state(where, take(tensors, where, torch.uint8, dims=1))
+        n, k = state["shape"]
+        if (state["blocksize"], "nested_blocksize" in state) != (scheme.group_size, scheme.double):
+            found = f"blocks of {state['blocksize']}{', double' if 'nested_blocksize' in state else ''}"
+            raise FormatError(Problem(where, found, f"{scheme}, says quantization_config"))
+        if k % scheme.group_size:
+            hint = "Its blocks run from one row into the next: load it with bitsandbytes, and save it dequantised"
+            raise FormatError(Problem(where, f"{k} input channels", f"a multiple of the blocks of {scheme.group_size}", hint))
+        groups = n * k // scheme.group_size
+        packed = take(tensors, f"{module}.weight", torch.uint8)
+        expect_shape(f"{module}.weight", packed, (n * k // 2, 1))
+        table = take(tensors, f"{module}.weight.quant_map", torch.float32, dims=1)
+        if not torch.equal(table, torch.tensor(NF4, dtype=torch.float32)):
+            raise FormatError(Problem(f"{module}.weight.quant_map", "another table", "NF4's"))
+        name = f"{module}.weight.absmax"
+        absmax = take(tensors, name, torch.uint8 if scheme.double else torch.float32, dims=1)
+        expect_shape(name, absmax, (groups,))
+        nested = None
+        if scheme.double:
+            outer, inner = f"{module}.weight.nested_absmax", f"{module}.weight.nested_quant_map"
+            nested = NestedScales(
+                absmax, take(tensors, outer, torch.float32, dims=1), take(tensors, inner, torch.float32, dims=1), state["nested_offset"]
+            )
+            expect_shape(outer, nested.absmax, (-(-groups // _NESTED_BLOCK),))
+            expect_shape(inner, nested.table, (256,))
+        flat = packed.view(-1)
+        codes = torch.stack((flat >> 4, flat & 15), -1).view(n, k)
+        scales = (nested.scales() if nested else absmax).view(n, -1)
+        return Nf4Tensor(scheme, codes, scales, nested)
+
+    def quantization_config(
+        self,
+        modules: Mapping[str, Scheme],
+        ignored: list[str],
+        default: Scheme,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        act_order: bool = False,
+    ) -> dict[str, Any]:
+        schemes = set(modules.values()) or {default}
+        if len(schemes) > 1:
+            raise FormatError(Problem("bitsandbytes", " and ".join(sorted(map(str, schemes))), "one scheme for all linears"))
+        scheme = schemes.pop()
+        if kv is not None:
+            raise FormatError(Problem("kv", "bitsandbytes has no place for KV scales"))
+        size = {} if scheme.group_size == 64 else {"bnb_4bit_blocksize": scheme.group_size}  # readers go by each weight's own state
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": scheme.double,
+            **size,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": list(ignored),
+        }
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {}
+
+
+_STATE_BYTES = 224  # room for every state that is written, filled with blanks, which JSON allows
+
+
+def _state(scheme: Scheme, shape: tuple[int, int], dtype: str, nested: NestedScales | None) -> Tensor:
+    """The quantisation state as JSON in uint8, `[_STATE_BYTES]`: its length must be known before the offset is."""
+    import torch
+
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": scheme.group_size, "dtype": dtype, "shape": list(shape)}
+    if nested:
+        state |= {"nested_blocksize": nested.BLOCK, "nested_dtype": "float32", "nested_offset": nested.offset}
+    return torch.tensor(list(json.dumps(state).ljust(_STATE_BYTES).encode()), dtype=torch.uint8)
+
+
+def _read_state(where: str, stored: Tensor) -> dict[str, Any]:
+    if stored.numel() > 4096:
+        raise FormatError(Problem(where, f"{stored.numel()} bytes", "a short JSON object"))
+    try:
+        state = json.loads(bytes(stored.tolist()))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(Problem(where, f"not JSON ({error})", "a JSON object")) from error
+    shape = state.get("shape") if isinstance(state, dict) else None
+    numbers = [*shape, state.get("blocksize")] if isinstance(shape, list) else []
+    offset = state.get("nested_offset", 0.0) if isinstance(state, dict) else None
+    good = len(numbers) == 3 and all(type(number) is int and 0 < number < 2**31 for number in numbers) and state.get("quant_type") == "nf4"
+    if not good or not isinstance(offset, float | int) or state.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
+        raise FormatError(Problem(where, f"{state!r}"[:120], "quant_type nf4, blocksize and a shape [N, K]; nested blocks of 256"))
+    return {**state, "nested_offset": float(offset)}

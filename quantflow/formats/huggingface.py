@@ -1,0 +1,83 @@
+"""A plain checkpoint: every weight as the numbers that its codes stand for. Read by everything, and four to eight times as large.
+
+In float32 it is what dequantisation gives, bit for bit. In 16 bits a product of code and scale is rounded, unless the numbers happen to
+fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import FormatError, Problem
+from quantflow.formats.base import SAFETENSORS_DTYPE, Spec, check_tensor, grid_problems
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantflow.quant.grid import AnyTensor, Scheme
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """dtype: None is the model's own. rounded: write also weights that do not fit into it."""
+
+    name: str = "huggingface"
+    dtype: str | None = "float32"
+    rounded: bool = False
+    container: str = "directory"
+    mixed_bits: bool = True
+    min_zero: int = 0
+    holds_index: bool = True
+    suffixes: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+
+    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
+        """The dtype of the weights themselves, which have no scales any more."""
+        return (self.dtype or model_dtype,)
+
+    def check(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+    ) -> list[Problem]:
+        return grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=("integer", "minimum", "nf4"))
+
+    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        return scheme
+
+    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+        return {f"{module}.weight": (SAFETENSORS_DTYPE[scale_dtype], shape)}
+
+    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+        import torch
+
+        check_tensor(module, tensor)
+        exact = tensor.dequantize()
+        dtype = getattr(torch, self.dtype) if self.dtype else model_dtype
+        stored = exact.to(dtype)
+        changed = stored.float() != exact
+        if bool(stored.isinf().any()) or (not self.rounded and bool(changed.any())):
+            found = f"{int(changed.sum())} of {changed.numel()} weights are no exact {str(dtype).removeprefix('torch.')}"
+            raise FormatError(Problem(f"{module}.weight", found, "numbers that fit", "Use --dtype float32, or --requantize to round them"))
+        return {f"{module}.weight": stored}
+
+    def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
+        return None
+
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
+        raise FormatError(Problem(module, "a plain weight, which has no codes"))
+
+    def quantization_config(
+        self,
+        modules: Mapping[str, Scheme],
+        ignored: list[str],
+        default: Scheme,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        act_order: bool = False,
+    ) -> dict[str, Any]:
+        return {}
+
+    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        return {}

@@ -1,0 +1,45 @@
+"""TurboMind's workspace, of LMDeploy v0.1: what AWQ holds, in other files and another order of nibbles.
+
+A weight is handed over in AWQ's three tensors, and read back in them; how the workspace arranges those, and the rest of the model, is
+`models/workspace.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import Problem
+from quantflow.formats.awq import Awq
+
+if TYPE_CHECKING:
+    from quantflow.quant.grid import Scheme
+
+
+@dataclass(frozen=True)
+class TurboMind(Awq):
+    name: str = "turbomind"
+    container: str = "workspace"
+
+    def check(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+    ) -> list[Problem]:
+        problems = super().check(module, shape, scheme, act_order_index=act_order_index, tp=tp, tp_dim=tp_dim)
+        for axis, kind in enumerate(("output", "input")):
+            period = 128 * tp if tp > 1 and tp_dim == axis else 32
+            if shape[axis] % period:
+                expected = f"a multiple of {period}{', 128 on each rank' if period > 32 else ''}"
+                problems.append(Problem(module, f"{shape[axis]} {kind} channels", expected, "Use awq or gptq, or fewer ranks"))
+        return problems
+
+    def quantization_config(
+        self,
+        modules: Mapping[str, Scheme],
+        ignored: list[str],
+        default: Scheme,
+        *,
+        kv: Mapping[str, Any] | None = None,
+        act_order: bool = False,
+    ) -> dict[str, Any]:
+        return {**super().quantization_config(modules, ignored, default, act_order=act_order), "quant_method": "turbomind"}

@@ -1,0 +1,102 @@
+"""A checkpoint as Hugging Face lays it out: `config.json`, and safetensors files with or without an index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantflow.errors import ModelError, Problem
+from quantflow.models.tensor_file import TensorFile, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model directory; raises ModelError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(Problem(str(path), error.strerror or str(error), "a readable file")) from error
+    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or JSON, or a number of thousands of digits
+        raise ModelError(Problem(str(path), f"not JSON ({error})", "a JSON object")) from error
+    if not isinstance(value, dict):
+        raise ModelError(Problem(str(path), f"JSON of type {type(value).__name__}", "a JSON object"))
+    return value
+
+
+class Directory:
+    """A model directory. The constructor reads config.json and, unless `config_only`, the headers of the weight files."""
+
+    def __init__(self, path: Path, *, config_only: bool = False) -> None:
+        self.config = read_json(path / "config.json")
+        self.tokenizer = path
+        self._places = {} if config_only else _locate(path)
+        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._places.items()}
+        self.files = sorted({file.path for file in self._places.values()})
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        return self._places[name].read(name, index)
+
+    def kv_parameters(self) -> dict[str, Tensor]:
+        return {}
+
+
+def _locate(path: Path) -> dict[str, TensorFile]:
+    """The file of every tensor: by the index, where there is one."""
+    index = path / INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ModelError(Problem(str(index), "no weight_map from tensor names to files", "a safetensors index"))
+        unsafe = sorted({v for v in weight_map.values() if os.path.basename(v) != v or not v.endswith(".safetensors")})
+        if unsafe:
+            raise ModelError(
+                [Problem(str(index), f"weight file {v!r}", "the name of a .safetensors file in the same directory") for v in unsafe]
+            )
+        absent = sorted({v for v in weight_map.values() if not (path / v).is_file()})
+        if absent:
+            raise ModelError([Problem(str(path / v), "missing shard", hint=f"{INDEX} names it: download it") for v in absent])
+        names: Iterable[str] = sorted(set(weight_map.values()))
+    else:
+        names = sorted(p.name for p in path.glob("*.safetensors"))
+        weight_map = {}
+        if not names:
+            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+            hint = "Pickled weights run code when loaded: convert them to safetensors first" if pickles else "Is the download complete?"
+            raise ModelError(Problem(str(path), f"no .safetensors file{' but ' + pickles[0] if pickles else ''}", hint=hint))
+    _refuse_strangers(path, names)
+    files = {name: TensorFile(path / name) for name in names}
+    places: dict[str, TensorFile] = {}
+    problems = []
+    for file_name, file in files.items():
+        for tensor in file.tensors:
+            if weight_map and weight_map.get(tensor) != file_name:
+                continue
+            if tensor in places:
+                problems.append(Problem(str(path / file_name), f"tensor {tensor} stands in two files", hint=f"Remove one, or add {INDEX}"))
+            places[tensor] = file
+    problems += [
+        Problem(str(path / f), f"tensor {t} is missing", hint=f"{INDEX} says it is there")
+        for t, f in weight_map.items()
+        if t not in files[f].tensors
+    ]
+    if problems:
+        raise ModelError(problems)
+    return places
+
+
+def _refuse_strangers(path: Path, names: Iterable[str]) -> None:
+    """Raises ModelError for links that lead to another place: a model that somebody sent may not name files of the reader's. The hub's
+    cache is such a place on purpose, where a snapshot's files are links to `blobs` beside it."""
+    inside = path.resolve()
+    blobs = inside.parent.parent / "blobs"
+    strangers = [n for n in names if (path / n).is_symlink() and (path / n).resolve().parent not in (inside, blobs)]
+    if strangers:
+        found = "a symbolic link that leads out of the directory"
+        raise ModelError([Problem(str(path / n), found, "a file of the model", "Copy it, or link the whole directory") for n in strangers])
