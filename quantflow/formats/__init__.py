@@ -11,7 +11,7 @@ from quantflow.formats.base import Format
 from quantflow.formats.bitsandbytes import Bitsandbytes
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.formats.gguf import Gguf
-from quantflow.formats.gptq import Gptq
+from quantflow.formats.gptq import Gptq, declared_version
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.turbomind import TurboMind
 
@@ -39,7 +39,7 @@ def detect(config: Mapping[str, Any]) -> str | None:
         raise FormatError(Problem("config.json quantization_config", f"{quantization!r}", "a mapping"))
     name = str(quantization.get("quant_method"))
     if name == "gptq":
-        name = str(quantization.get("checkpoint_format") or "gptq")  # writers before version 2 did not say
+        name = declared_version(quantization)
     if name not in FORMATS or not FORMATS[name].marks:
         readable = ", ".join(known for known, form in FORMATS.items() if form.marks)
         raise FormatError(Problem("config.json quantization_config", f"format {name!r}", f"one of {readable}"))

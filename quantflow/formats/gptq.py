@@ -1,8 +1,9 @@
 """GPTQ, in AutoGPTQ's version 1 and GPTQModel's version 2. 2, 3, 4 or 8 bits, fp16 scales, a group index where there is one.
 
 `qweight` int32 `[K*b/32, N]` packed along the inputs, `qzeros` int32 `[G, N*b/32]` along the outputs, `scales` fp16 `[G, N]`, `g_idx`
-int32 `[K]`. Version 1 stores each zero point less one, modulo `2^b`, so that it cannot hold 0: some of its readers add the one back
-without the modulo. Modules with settings of their own are listed in GPTQModel's `dynamic`, which vLLM reads as well.
+int32 `[K]`. Version 1 stores each zero point less one, so that it cannot hold 0: AutoGPTQ writes the -1 over the rest of its word and
+reads 16, GPTQModel borrows one from the field above and gives it back. Modules with settings of their own are listed in GPTQModel's
+`dynamic`, which vLLM reads as well.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Gptq:
         }
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
-        found = config.get("checkpoint_format") or "gptq"
+        found = declared_version(config)
         if found != self.name:
             raise FormatError(Problem("quantization_config.checkpoint_format", f"{found!r}", f"{self.name!r}"))
         if module == "lm_head" and not config.get("lm_head"):
@@ -134,7 +135,7 @@ class Gptq:
         return read_scheme(setting(merged, "bits", int), setting(merged, "group_size", int), setting(merged, "sym", bool), module)
 
     def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
-        """As the protocol says. A zero point that version 1 wrapped is read as the 0 that its writer meant."""
+        """As the protocol says. A zero point of 0 in version 1 is read where GPTQModel wrote it; others lose its neighbours."""
         import torch
 
         from quantflow.quant.grid import QuantizedTensor
@@ -154,9 +155,21 @@ class Gptq:
         qzeros, scales = take(tensors, f"{module}.qzeros", torch.int32), take(tensors, f"{module}.scales")
         expect_shape(f"{module}.qzeros", qzeros, (groups, n * bits // 32))
         expect_shape(f"{module}.scales", scales, (groups, n))
+        borrows = self.version == 1 and _by_gptqmodel(config) and bits != 3
+        if borrows:  # it subtracts from whole words; for 3 bits from each field, which wraps
+            qzeros = qzeros + sum(1 << shift for shift in range(0, 32, bits))
         zeros = unpack_rows(qzeros, bits, n).t().contiguous()
-        if self.version == 1:
+        if self.version == 1 and not borrows:
             zeros = (zeros + 1) & scheme.levels  # uint8 wraps by itself at 8 bits
+            if bool((zeros == 0).any()) and not _by_gptqmodel(config):
+                raise FormatError(
+                    Problem(
+                        f"{module}.qzeros",
+                        f"{int((zeros == 0).sum())} zero points are -1, over which version 1 loses others",
+                        f"zero points of 1..{scheme.levels}, or quantization_config.meta.quantizer: gptqmodel, which keeps them",
+                        "Quantise it again, as gptq_v2",
+                    )
+                )
         if scheme.symmetric and not bool((zeros == scheme.midpoint).all()):
             hint = "The checkpoint may be of the other GPTQ version than its checkpoint_format says"
             raise FormatError(Problem(f"{module}.qzeros", f"zero points other than {scheme.midpoint} with sym: true", hint=hint))
@@ -208,6 +221,19 @@ class Gptq:
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"quantize_config.json": dict(config)}
+
+
+def declared_version(config: Mapping[str, Any]) -> str:
+    """`gptq`, `gptq_v2` or what else a `quantization_config` says. Writers before version 2 said nothing; GPTQModel says it twice, and
+    calls `checkpoint_format` the older name."""
+    return str(config.get("checkpoint_format") or config.get("format") or "gptq")
+
+
+def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
+    meta = config.get("meta")
+    writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    names = [writers] if isinstance(writers, str) else writers if isinstance(writers, list) else []
+    return any(str(name).lower().partition(":")[0] == "gptqmodel" for name in names)
 
 
 def _plain_index(k: int, group: int) -> Tensor:

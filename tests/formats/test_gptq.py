@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantflow.errors import FormatError
-from quantflow.formats import FORMATS
+from quantflow.formats import FORMATS, detect
 from quantflow.quant.grid import QuantizedTensor, Scheme
 from tests.formats.helpers import field, random_tensor
 
@@ -47,13 +47,34 @@ def test_v1_refuses_a_zero_point_of_0() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_wrapped_zero_of_another_writer_is_read_as_0(bits: int) -> None:
+def test_a_zero_point_of_0_is_read_where_its_writer_says_that_it_is_there(bits: int) -> None:
+    # The vectors have what GPTQModel and AutoGPTQ write; this is every spelling of who wrote it.
     scheme = Scheme(bits, 16, False)
     tensor = random_tensor(32, 32, scheme, smallest_zero=1)
     encoded = FORMATS["gptq"].encode("m", tensor, torch.float16)
-    encoded["m.qzeros"] = torch.full_like(encoded["m.qzeros"], -1)  # every bit set
     config = FORMATS["gptq"].quantization_config({"m": scheme}, [], scheme)
-    assert FORMATS["gptq"].decode("m", encoded, config).zeros.eq(0).all()
+    tensor.zeros[31] = 0  # the last field of its word, above which there is nothing to borrow from
+    encoded["m.qzeros"] = FORMATS["gptq_v2"].encode("m", tensor, torch.float16)["m.qzeros"]
+    if bits == 3:
+        minus_one = QuantizedTensor(scheme, tensor.codes, tensor.scales, (tensor.zeros - 1) & 7)
+        encoded["m.qzeros"] = FORMATS["gptq_v2"].encode("m", minus_one, torch.float16)["m.qzeros"]
+    else:
+        encoded["m.qzeros"] -= sum(1 << shift for shift in range(0, 32, bits))
+    for meta in ({"quantizer": ["optimum:1.20", "GPTQModel:1.4.0"]}, {"quantizer": "gptqmodel:2.0"}):
+        assert torch.equal(FORMATS["gptq"].decode("m", encoded, config | {"meta": meta}).zeros, tensor.zeros)
+    for meta in ({}, None, "gptqmodel", {"quantizer": None}, {"quantizer": ["autoround:0.5"]}):
+        with pytest.raises(FormatError, match=r"m\.qzeros: 2 zero points are -1"):
+            FORMATS["gptq"].decode("m", encoded, config | {"meta": meta})
+
+
+def test_the_newer_name_of_the_version() -> None:
+    # A file of version 2 that is taken for version 1 is off by one in every asymmetric zero point, which nothing else would show.
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "format": "gptq_v2"}
+    assert detect({"quantization_config": config}) == "gptq_v2"
+    assert FORMATS["gptq_v2"].scheme_of("m", config) == Scheme(4, 16, False)
+    with pytest.raises(FormatError, match="'gptq_v2'; expected 'gptq'"):
+        FORMATS["gptq"].scheme_of("m", config)
+    assert detect({"quantization_config": config | {"checkpoint_format": "gptq"}}) == "gptq"
 
 
 def test_a_mislabelled_version_is_noticed() -> None:
