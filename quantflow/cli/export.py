@@ -22,6 +22,7 @@ def export(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks to cut beside the whole.")] = 1,
     requantize: Annotated[bool, typer.Option("--requantize", help="Round what the format cannot hold, and report the error.")] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="With huggingface: float32 (exact), float16 or bfloat16.")] = None,
+    kv_scales: Annotated[bool, typer.Option("--kv-scales", help="Write KV scales into a compressed-tensors checkpoint.")] = False,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Bytes a file, at most: 5GB, 512MiB, or a number.")] = "5GB",
     as_json: Json = False,
     debug: Debug = False,
@@ -37,7 +38,7 @@ def export(
             most = parse_bytes(int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size)
         except ValueError as error:
             raise UserError(Problem("--max-shard-size", repr(max_shard_size), str(error))) from error
-        options = exporting.Options(tp=tp, max_shard_bytes=most, requantize=requantize, dtype=dtype)
+        options = exporting.Options(tp=tp, max_shard_bytes=most, requantize=requantize, dtype=dtype, kv_scales=kv_scales)
         with progress() as shown:
             done = exporting.export(source, format, output, options, shown)
         if as_json:

@@ -176,7 +176,7 @@ class Engine:
         self.text = Text(texts, config.dialogue) if _has_tokenizer(texts) else None
         found = weights.checkpoint
         in_folder = found.config if found.tp != config.tp else self.model_config
-        self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix, found.container.kv_parameters())
+        self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix, weights.kv_parameters())
         if ranks and found.tp != config.tp:  # the files hold all heads
             self.kv = self.kv.part(ranks.rank, ranks.size)
         with torch.inference_mode():

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ability:
-    """here: whether QuantFlow reads and writes it. engines: who loads it, by their documentation; which of them this project has run stands
-    in the README."""
+    """grid: which numbers a code can stand for. bits: of integer grids. here: whether QuantFlow reads and writes it. engines: who loads
+    it, by their documentation; which of them this project has run stands in the README."""
 
+    grid: str
     bits: tuple[int, ...]
     groups: str
     asymmetric: str
@@ -22,15 +23,34 @@ class Ability:
 
 
 FILE = "beside it"  # kv_qparams.safetensors
+BOTH = "read, write"
 
 ABILITIES: dict[str, Ability] = {
     "compressed-tensors": Ability(
-        (2, 3, 4, 8), "any divisor, per channel", "yes, not for experts", "yes", "no", FILE, "yes", "read, write", "vLLM, transformers"
+        "integers", (2, 3, 4, 8), "any divisor, per channel", "yes, not for experts", "yes", "read", "beside it, or inside (--kv-scales)",
+        "yes", BOTH, "vLLM, transformers",
     ),
-    "awq": Ability((4,), "any divisor", "yes", "no", "no", FILE, "yes", "read, write", "AutoAWQ, vLLM, LMDeploy, SGLang, transformers"),
+    "awq": Ability(
+        "integers", (4,), "any divisor", "yes", "no", "no", FILE, "yes", BOTH, "AutoAWQ, vLLM, LMDeploy, SGLang, transformers"
+    ),
     "gptq": Ability(
-        (2, 3, 4, 8), "any divisor, per channel", "yes, without a zero point of 0", "yes", "yes", FILE, "yes", "read, write",
+        "integers", (2, 3, 4, 8), "any divisor, per channel", "yes, without a zero point of 0", "yes", "yes", FILE, "yes", BOTH,
         "GPTQModel, AutoGPTQ, vLLM, LMDeploy, SGLang, transformers",
     ),
-    "gptq_v2": Ability((2, 3, 4, 8), "any divisor, per channel", "yes", "yes", "yes", FILE, "yes", "read, write", "GPTQModel, SGLang"),
+    "gptq_v2": Ability(
+        "integers", (2, 3, 4, 8), "any divisor, per channel", "yes", "yes", "yes", FILE, "yes", BOTH, "GPTQModel, SGLang"
+    ),
+    "bitsandbytes": Ability(
+        "NF4, single or double", (), "blocks of 64 (32 to 4096)", "no", "no", "no", FILE, "no", BOTH, "bitsandbytes, transformers, vLLM"
+    ),
+    "turbomind": Ability(
+        "integers", (4,), "any divisor", "yes", "no", "no", "inside, one a layer and rank", "yes, inside", BOTH, "LMDeploy v0.1"
+    ),
+    "gguf": Ability(
+        "integers, floating minimums", (4, 8), "multiples of 32", "4 bits, where -zero * scale is exact", "yes", "no", FILE, "no", BOTH,
+        "llama.cpp, Ollama, LM Studio",
+    ),
+    "huggingface": Ability(
+        "any, dequantised", (2, 3, 4, 8), "any", "yes", "yes", "yes", FILE, "yes", BOTH, "transformers, vLLM, everything"
+    ),
 }  # fmt: skip

@@ -247,7 +247,7 @@ def exact_scales(name: str, scales: Tensor, dtype: torch.dtype, what: str = "sca
                 name,
                 f"{int(changed.sum())} of {scales.numel()} {what} are no exact {str(dtype).removeprefix('torch.')} (one is {example:.9g})",
                 f"{what} rounded to {str(dtype).removeprefix('torch.')} before the weights are quantised",
-                "A weight is never quantised again unasked",
+                "A weight is not quantised again unless asked for: export --requantize, or requantize: true in pack",
             )
         )
     return stored

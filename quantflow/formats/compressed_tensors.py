@@ -225,6 +225,11 @@ class CompressedTensors:
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
 
+    def decode_kv(self, config: Mapping[str, Any]) -> bool:
+        """Whether `k_scale` and `v_scale` of the checkpoint are those that `encode_kv` writes. Others (fp8, by head) are not read."""
+        scheme = config.get("kv_cache_scheme")
+        return isinstance(scheme, Mapping) and all(scheme.get(key) == value for key, value in _KV_SCHEME.items())
+
     def encode_kv(self, attention: str, k_scale: float, v_scale: float, model_dtype: torch.dtype) -> dict[str, Tensor]:
         """`k_scale` and `v_scale` `[1]` of an attention module (`model.layers.0.self_attn`), int8 symmetric, for a config written
         with `kv`. In the model's dtype, in which the package keeps them; raises FormatError if that changes them."""

@@ -173,6 +173,13 @@ class Gptq:
         if scheme.symmetric and not bool((zeros == scheme.midpoint).all()):
             hint = "The checkpoint may be of the other GPTQ version than its checkpoint_format says"
             raise FormatError(Problem(f"{module}.qzeros", f"zero points other than {scheme.midpoint} with sym: true", hint=hint))
+        # Symmetric weights, which may be declared as any, have one zero point, the middle: read as the wrong version, its neighbour.
+        neighbour = scheme.midpoint + (1 if self.version == 1 else -1)
+        if not scheme.symmetric and zeros.numel() > 1 and bool((zeros == neighbour).all()):
+            other = "gptq_v2" if self.version == 1 else "gptq"
+            found = f"every zero point is {neighbour} as {self.name}, and the middle, {scheme.midpoint}, as {other}"
+            hint = f"If they are symmetric, set checkpoint_format to {other}: with the wrong one, models write '!!!!'"
+            raise FormatError(Problem(f"{module}.qzeros", found, "the version that checkpoint_format says", hint))
         index = None
         if f"{module}.g_idx" in tensors:  # some writers leave it out where it says nothing
             index = take(tensors, f"{module}.g_idx", torch.int32, dims=1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import Format
+from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.formats.recognise import recognise
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.directory import read_json
@@ -94,6 +95,23 @@ class Weights:
         if not bool(tensor.scales.isfinite().all()):
             raise ModelError(Problem(f"{self.checkpoint.path} {module}", "scales that are NaN or infinite", "finite scales"))
         return tensor
+
+    def kv_parameters(self) -> dict[str, Tensor]:
+        """Scales and zero points of the KV cache that the checkpoint itself holds, named as in `kv_qparams.safetensors`; {} without any."""
+        if not isinstance(self.format, CompressedTensors) or not self.format.decode_kv(self._config):
+            return self.checkpoint.container.kv_parameters()
+        found: dict[str, Tensor] = {}
+        present = set(self.checkpoint.source_names)
+        for index in range(self.checkpoint.config.layers):
+            for letter in "kv":
+                name = f"{self.checkpoint.architecture.layer_prefix(index)}.self_attn.{letter}_scale"
+                scale = self.checkpoint.read_source(name).float() if name in present else None
+                if scale is None or scale.numel() != 1 or not bool(scale > 0) or not bool(scale.isfinite()):
+                    place = f"{self.checkpoint.path} {name}"
+                    raise ModelError(Problem(place, "missing, or no scale", "one finite number above 0, says kv_cache_scheme"))
+                found[name] = scale.reshape(())
+                found[f"{name.removesuffix('scale')}zero_point"] = scale.new_zeros(())
+        return found
 
     def tensor(self, name: str) -> Tensor:
         """A native tensor in float32 if it is quantised, else as stored."""

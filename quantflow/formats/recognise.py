@@ -42,9 +42,19 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
         config.setdefault("zero_point", True)
     if config["quant_method"] == "gptq" and "sym" not in config and _module(checkpoint):
         config["sym"] = _stored_zeros(checkpoint, _module(checkpoint), _gptq_bits(config)) is not None
-    name = detect({"quantization_config": config})
-    assert name is not None  # a config that is not empty names a format, or is refused
-    return name, config
+    if config["quant_method"] == "gptq_v2":
+        config |= {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}
+    if config["quant_method"] == "gptq":
+        if config.get("group_size") is None:
+            config["group_size"] = -1  # AutoGPTQ's default
+        if config.get("is_marlin_format"):
+            hint = "Save it in its plain layout with the tool that made it"
+            raise FormatError(
+                Problem(str(checkpoint.path), "weights repacked for one kernel (is_marlin_format)", "GPTQ's own layout", hint)
+            )
+    found = detect({"quantization_config": config})
+    assert found is not None  # a config that is not empty names a format, or is refused
+    return found, config
 
 
 def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:

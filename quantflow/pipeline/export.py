@@ -24,22 +24,24 @@ from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.grid import AnyTensor, Scheme
 from quantflow.stages.kv_qparams import of_rank, per_rank
-from quantflow.stages.pack import PackJob, Results, container_problems, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack import PackJob, Results, check_kv_inside, container_problems, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import RECORD, Requantizing, one_scheme, schemes_to_write
 
 MAX_SHARD_BYTES = 5 * 10**9
+_ASK = "--requantize puts them on another grid, and reports the error"
 _DEFAULT = Scheme(4, 128, False)  # what a plain checkpoint is rounded to where that is asked for
 
 
 @dataclass(frozen=True)
 class Options:
     """tp: tensor-parallel ranks. requantize: put on another grid what the format cannot hold. dtype: of a plain checkpoint, as torch
-    names it."""
+    names it. kv_scales: write the KV cache's scales into the checkpoint itself, where compressed-tensors has names for them."""
 
     tp: int = 1
     max_shard_bytes: int = MAX_SHARD_BYTES
     requantize: bool = False
     dtype: str | None = None
+    kv_scales: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,10 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     job = _job(weights, target, options)
     checkpoint = weights.checkpoint
     kv = kv_tensors(path, weights)
-    if kv and target.container == "workspace":
+    if kv and (target.container == "workspace" or options.kv_scales):
         job = replace(job, kv=per_rank(kv, checkpoint.config.kv_heads, options.tp, rounded=options.requantize))
+    if options.kv_scales:
+        check_kv_inside(job)
     moved: Results = _Moved(weights, job)
     errors: dict[str, float] = {}
     if options.requantize:
@@ -98,7 +102,7 @@ def kv_tensors(path: Path, weights: Weights) -> dict[str, Tensor]:
         if file.is_file():
             found = TensorFile(file)
             return {name: found.read(name) for name in found.tensors}
-    return weights.checkpoint.container.kv_parameters()
+    return weights.kv_parameters()
 
 
 def _target(name: str, options: Options) -> Format:
@@ -142,8 +146,19 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
     )  # fmt: skip
     problems += container_problems(job)
     if problems:
-        raise FormatError(problems)
+        raise FormatError(_by_cause(problems, "" if options.requantize else _ASK))
     return job
+
+
+def _by_cause(problems: list[Problem], hint: str) -> list[Problem]:
+    """One problem for all modules of which the same is wrong. hint: what to add where nothing is advised yet."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for problem in problems:
+        alike.setdefault((problem.found, problem.expected, problem.hint), []).append(problem.where)
+    return [
+        Problem(places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else ""), found, expected, advice or hint)
+        for (found, expected, advice), places in alike.items()
+    ]
 
 
 @dataclass(frozen=True)

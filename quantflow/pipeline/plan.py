@@ -306,8 +306,24 @@ def _pack_problems(plan: Plan) -> list[Problem]:
     problems: list[Problem] = []
     for pack in plan.packs:
         problems += container_problems(plan.job(pack))
+        if pack.kv_scales:
+            problems += _kv_problems(plan, pack)
         if not pack.requantize:
             problems += _doubtful(plan, pack)
+    return problems
+
+
+def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:
+    """What keeps KV scales from being written into the checkpoint itself."""
+    kv, where, problems = plan.stage(KvQparams), f"pack {pack.format} kv_scales", []
+    if pack.format != "compressed-tensors":
+        problems.append(Problem(where, f"the format {pack.format}", "compressed-tensors, the one with names for them"))
+    if kv is None or not kv.symmetric or kv.granularity != "tensor":
+        found = f"symmetric: {str(kv.symmetric).lower()}, granularity: {kv.granularity}" if kv else "no stage kv_qparams"
+        problems.append(Problem(where, found, "kv_qparams: {symmetric: true, granularity: tensor}"))
+    elif not pack.requantize and plan.config.dtype != "float32":
+        hint = "Set requantize: true in pack, which rounds the scales up"
+        problems.append(Problem(where, f"float32 scales in a {plan.config.dtype} checkpoint", "scales of the model's dtype", hint))
     return problems
 
 

@@ -39,7 +39,7 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams, dump
 from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, per_rank, rounding
-from quantflow.stages.pack import rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack import check_kv_inside, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing
 
 
@@ -224,6 +224,9 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
         off: dict[str, float] = {}
         if plan.stage(KvQparams) and job.format.container == "workspace":
             job = replace(job, kv=_kv_of_ranks(plan, reader))
+        if pack.kv_scales:
+            job = replace(job, kv=_kv_tensors(plan, reader))
+            check_kv_inside(job)
         results = Requantizing(reader, job, errors=off) if pack.requantize else reader
         off |= write_checkpoint(target, job, results, progress.step)
         for rank, place in write_ranks(target, job, results, progress.step):

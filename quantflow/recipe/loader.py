@@ -490,7 +490,8 @@ def _check_together(source: _Source) -> Iterator[Problem]:
         yield Problem(at.get("awq", listed), "no stage rounds the weights", f"exactly one of {', '.join(ROUNDING)}", hint)
     if len(rounding) > 1:
         verb = "both" if len(rounding) == 2 else "all of"
-        yield Problem(max((at[n] for n in rounding), key=_line), f"{verb} {_listing(rounding)} round the weights", "exactly one of them")
+        found = f"{verb} {' and '.join(rounding)} round the weights"
+        yield Problem(max((at[n] for n in rounding), key=_line), found, "exactly one of them")
     if "nf4" in names:
         yield from _check_nf4(source, at)
     if complete and "pack" not in names:

@@ -168,6 +168,10 @@ class Pack(Section):
     requantize: bool = Field(
         default=False, description="Put on another grid, or round, what the format cannot hold exactly, and report the error."
     )
+    kv_scales: bool = Field(
+        default=False,
+        description="Write the KV scales into the checkpoint too: compressed-tensors, symmetric, one a tensor. vLLM takes them for fp8.",
+    )
     max_shard_size: ByteSize = Field(default=5 * 10**9, description='Bytes a safetensors file, at most: "5GB", "512MiB" or an integer.')
 
 

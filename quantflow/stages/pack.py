@@ -19,7 +19,8 @@ from torch import Tensor
 
 from quantflow.artifacts.store import write_json
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import Format, Spec
+from quantflow.formats.base import SAFETENSORS_DTYPE, Format, Spec
+from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.directory import INDEX
@@ -66,6 +67,7 @@ class PackJob:
 
 
 Step = Callable[[str], None]
+_KV = "kv"  # a piece that is no tensor of the layer, but the scales of its cache
 
 
 def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Step = lambda _: None) -> dict[str, float]:
@@ -207,6 +209,7 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
     for index in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(index) + "."
         schemes = job.schemes[index]
+        yield from _kv_pieces(job, index)
         linears = set(job_linears(job, index))
         names = list(checkpoint.layer_names(index))
         for name in names:
@@ -230,6 +233,13 @@ def job_linears(job: PackJob, index: int) -> Iterator[str]:
 
 
 def _load(piece: _Piece, job: PackJob, results: Results) -> dict[str, Tensor]:
+    if piece.relative == _KV:
+        assert job.kv is not None and isinstance(job.format, CompressedTensors)
+        scales = [float(job.kv[f"{piece.name}.{letter}_scale"]) for letter in "kv"]
+        dtype = getattr(torch, job.checkpoint.config.dtype)
+        if job.rounded:
+            scales = [_rounded_up(scale, dtype) for scale in scales]
+        return job.format.encode_kv(piece.name, scales[0], scales[1], dtype)
     if piece.scheme is not None:
         assert piece.layer is not None
         tensor = results.linear(piece.layer, piece.relative, piece.shape[1])
@@ -239,6 +249,14 @@ def _load(piece: _Piece, job: PackJob, results: Results) -> dict[str, Tensor]:
     changed = results.changed(piece.layer, piece.relative)
     value = job.checkpoint.tensor(piece.name) if changed is None else changed
     return {piece.name: shard_plain(piece.name, value, piece.cut, job.rank, job.tp)}
+
+
+def _rounded_up(scale: float, dtype: torch.dtype) -> float:
+    """The least number of `dtype` that is no less: a smaller scale would clip."""
+    near = torch.tensor(scale, dtype=torch.float64).to(dtype)
+    if float(near) < scale:
+        near = torch.nextafter(near, torch.full_like(near, torch.inf))
+    return float(near)
 
 
 def _split(pieces: list[_Piece], limit: int) -> list[list[_Piece]]:
@@ -259,6 +277,30 @@ def _shard_names(count: int) -> list[str]:
     return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
+def check_kv_inside(job: PackJob) -> None:
+    """Raises FormatError unless the job's KV-cache parameters can be written into the checkpoint itself."""
+    problems = []
+    if not isinstance(job.format, CompressedTensors):
+        problems.append(Problem("kv_scales", f"the format {job.format.name}", "compressed-tensors, the one with names for them"))
+    elif not job.kv:
+        problems.append(Problem("kv_scales", "no KV-cache parameters", "those of the stage kv_qparams"))
+    elif any(value.dim() for value in job.kv.values()):
+        problems.append(Problem("kv_scales", "a scale for each rank", "one for each layer"))
+    elif any(bool(value.any()) for name, value in job.kv.items() if name.endswith("zero_point")):
+        problems.append(Problem("kv_scales", "zero points", "symmetric scales", "Use kv_qparams: {symmetric: true}"))
+    if problems:
+        raise FormatError(problems)
+
+
+def _kv_pieces(job: PackJob, index: int) -> Iterator[_Piece]:
+    """The scales of a layer's KV cache, for a format that holds them among the weights."""
+    if job.kv and isinstance(job.format, CompressedTensors):
+        attention = f"{job.checkpoint.architecture.layer_prefix(index)}.self_attn"
+        dtype = SAFETENSORS_DTYPE[job.checkpoint.config.dtype]
+        specs: dict[str, Spec] = {f"{attention}.{letter}_scale": (dtype, (1,)) for letter in "kv"}
+        yield _Piece(attention, index, _KV, specs)
+
+
 def _quantization(job: PackJob) -> dict[str, Any]:
     """The `quantization_config`; {} where nothing is quantised."""
     checkpoint = job.checkpoint
@@ -273,7 +315,8 @@ def _quantization(job: PackJob) -> dict[str, Any]:
                 ignored.append(f"{prefix}.{linear}")
         if checkpoint.config.is_moe(index):
             ignored.append(f"{prefix}.{checkpoint.architecture.layer.router}")
-    return job.format.quantization_config(modules, ignored, job.default, kv=None, act_order=job.has_index) if modules else {}
+    kv = {"bits": 8, "symmetric": True, "granularity": "tensor"} if job.kv and isinstance(job.format, CompressedTensors) else None
+    return job.format.quantization_config(modules, ignored, job.default, kv=kv, act_order=job.has_index) if modules else {}
 
 
 def _write_configs(folder: Path, job: PackJob) -> None:

@@ -134,7 +134,6 @@ def test_export_and_back(name: str, formats: tuple[str, ...], tmp_path: Path) ->
         ("llmcompressor_older_w4_group", "awq", "a group index"),
         ("gptqmodel_v1_asymmetric", "gptq", r"proj\.qzeros: \d+ zero points are 0"),
         ("gptqmodel_v1_asymmetric", "compressed-tensors", r"proj\.weight_scale: \d+ of \d+ scales are no exact bfloat16"),
-        ("gptqmodel_v2_act_order", "gptq_v2", "lm_head: quantised, and no linear of a layer"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(name: str, format_name: str, message: str, tmp_path: Path) -> None:

@@ -78,9 +78,9 @@ def test_the_schema_is_a_schema_and_describes_every_key() -> None:
             described = {**schema["$defs"].get(value.get("$ref", "").removeprefix("#/$defs/"), {}), **value}
             assert described.get("description"), f"{section['title']}.{key} has no description"
     stages = schema["properties"]["stages"]["items"]["anyOf"]
-    assert [entry["const"] for entry in stages[:-1]] == ["calibrate", "awq", "gptq", "rtn", "kv_qparams"]
+    assert [entry["const"] for entry in stages[:-1]] == ["calibrate", "awq", "gptq", "rtn", "nf4", "kv_qparams"]
     assert list(stages[-1]["properties"]) == list(STAGE_TYPES) == [
-        "calibrate", "awq", "gptq", "rtn", "kv_qparams", "pack", "shard", "evaluate"
+        "calibrate", "awq", "gptq", "rtn", "nf4", "kv_qparams", "pack", "shard", "evaluate"
     ]  # fmt: skip
 
 
@@ -115,7 +115,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     (recipe(stages=[{"gptq": {"damp": 1}}]), "$.stages[0]"),
     (recipe(stages=[{"gptq": {"damp": "0.1"}}]), "$.stages[0]"),
     (recipe(stages=[{"kv_qparams": {"bits": 4}}]), "$.stages[0]"),
-    (recipe(stages=[{"pack": {"format": "gguf"}}]), "$.stages[0]"),
+    (recipe(stages=[{"pack": {"format": "gguv"}}]), "$.stages[0]"),
     (recipe(stages=[{"pack": {"format": "awq", "max_shard_size": "5"}}]), "$.stages[0]"),
     (recipe(stages=[{"shard": {"tp": 6}}]), "$.stages[0]"),
     (recipe(stages=[{"evaluate": {"data": "c4", "gates": {"top1": 2}}}]), "$.stages[0]"),
