@@ -6,6 +6,7 @@ channels, `K` input channels, `G` groups a row. A module is named as in the chec
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -186,10 +187,11 @@ def check_tensor(module: str, tensor: AnyTensor) -> None:
     for name, part in integers.items():
         if part.dtype != torch.uint8:
             problems.append(Problem(f"{module} {name}", f"dtype {part.dtype}", "torch.uint8"))
-        elif part.numel() and int(part.max()) > scheme.levels:
-            problems.append(Problem(f"{module} {name}", f"a value of {int(part.max())}", f"at most {scheme.levels} for {scheme.bits} bits"))
+        elif part.numel() and (most := int(part.max())) > scheme.levels:
+            problems.append(Problem(f"{module} {name}", f"a value of {most}", f"at most {scheme.levels} for {scheme.bits} bits"))
+    # Extremes, here and below: torch finds them in a tenth of the time that `all` takes over truth values, and NaN is one.
     for name, part in numbers.items():
-        if not bool(torch.isfinite(part).all()):
+        if part.numel() and not all(math.isfinite(end) for end in part.aminmax()):
             problems.append(Problem(f"{module} {name}", "NaN or infinity", "finite numbers"))
     if isinstance(tensor, QuantizedTensor):
         problems += _zero_and_index_problems(module, tensor, groups)
@@ -201,7 +203,7 @@ def _zero_and_index_problems(module: str, tensor: QuantizedTensor, groups: int) 
     import torch
 
     scheme, k, problems = tensor.scheme, tensor.shape[1], []
-    if scheme.symmetric and not bool((tensor.zeros == scheme.midpoint).all()):
+    if scheme.symmetric and tensor.zeros.numel() and any(int(end) != scheme.midpoint for end in tensor.zeros.aminmax()):
         problems.append(Problem(f"{module} zeros", f"a symmetric scheme with a zero point other than {scheme.midpoint}"))
     index = tensor.group_index
     if index is not None:
@@ -237,10 +239,12 @@ def groups_are_full(index: Tensor, groups: int) -> bool:
 
 def exact_scales(name: str, scales: Tensor, dtype: torch.dtype, what: str = "scales") -> Tensor:
     """`scales` in `dtype`. Raises FormatError, with an example, if any value changes."""
+    import torch
+
     stored = scales.to(dtype)
     # float64 holds all of these dtypes; a value that overflowed has become infinite and so differs.
-    changed = stored.double() != scales.double()
-    if bool(changed.any()):
+    if stored.dtype != scales.dtype and not torch.equal(stored.double(), scales.double()):
+        changed = stored.double() != scales.double()
         example = float(scales[changed][0])
         raise FormatError(
             Problem(

@@ -87,7 +87,7 @@ class Gptq:
     def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
-        from quantflow.quant.packing import pack_rows
+        from quantflow.quant.packing import pack_rows, pack_rows_transposed
 
         tensor = integer_grid(module, tensor)
         scheme, (_, k) = tensor.scheme, tensor.shape
@@ -97,7 +97,7 @@ class Gptq:
         check_tensor(module, tensor)
         zeros = tensor.zeros
         if self.version == 1:
-            if bool((zeros == 0).any()):
+            if int(zeros.count_nonzero()) < zeros.numel():
                 raise FormatError(
                     Problem(
                         f"{module}.qzeros",
@@ -111,7 +111,7 @@ class Gptq:
         if index is None:
             index = _plain_index(k, scheme.group_of(k)).to(tensor.codes.device)
         return {
-            f"{module}.qweight": pack_rows(tensor.codes, scheme.bits).t().contiguous(),
+            f"{module}.qweight": pack_rows_transposed(tensor.codes, scheme.bits),
             f"{module}.qzeros": pack_rows(zeros.t(), scheme.bits),
             f"{module}.scales": exact_scales(f"{module}.scales", tensor.scales, torch.float16).t().contiguous(),
             f"{module}.g_idx": index,

@@ -7,7 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantflow.quant.packing import AWQ_ORDER, pack_awq, pack_columns, pack_rows, unpack_awq, unpack_columns, unpack_rows, word_count
+from quantflow.quant import packing
+from quantflow.quant.packing import (
+    AWQ_ORDER,
+    pack_awq,
+    pack_columns,
+    pack_rows,
+    pack_rows_transposed,
+    transpose,
+    unpack_awq,
+    unpack_columns,
+    unpack_rows,
+    word_count,
+)
 
 BITS = (2, 3, 4, 8)
 
@@ -129,3 +141,42 @@ def test_what_cannot_be_packed() -> None:
         pack_awq(random_codes(12, 4, 4))
     with pytest.raises(ValueError, match="fill 12 words, not 13"):
         unpack_rows(torch.zeros(1, 13, dtype=torch.int32), 3, 128)
+    with pytest.raises(ValueError, match="fill 12 words, not 13"):
+        unpack_columns(torch.zeros(13, 1, dtype=torch.int32), 3, 128)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (31, 32), (32, 40), (65, 33), (128, 96), (97, 5)])
+@pytest.mark.parametrize("chunk", [1, 1000, 2048])
+def test_chunks(bits: int, n: int, k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = random_codes(n, k, bits)
+    whole = pack_rows(codes, bits), pack_columns(codes, bits)  # in one chunk
+    monkeypatch.setattr(packing, "_CPU_CHUNK", chunk)
+    assert torch.equal(pack_rows(codes, bits), whole[0])
+    assert torch.equal(pack_rows_transposed(codes, bits), whole[0].t())
+    assert torch.equal(pack_columns(codes, bits), whole[1])
+    assert torch.equal(unpack_rows(whole[0], bits, k), codes)
+    assert torch.equal(unpack_rows(whole[0].t().contiguous().t(), bits, k), codes)  # as GPTQ's words come
+    assert torch.equal(unpack_columns(whole[1], bits, n), codes)
+    if bits == 4 and n % 8 == 0:
+        assert torch.equal(unpack_awq(pack_awq(codes)), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("n", "k"), [(0, 32), (32, 0), (0, 0)])
+def test_nothing_to_pack(bits: int, n: int, k: int) -> None:
+    codes = random_codes(n, k, bits)
+    assert pack_rows(codes, bits).shape == (n, word_count(k, bits))
+    assert pack_rows_transposed(codes, bits).shape == (word_count(k, bits), n)
+    assert pack_columns(codes, bits).shape == (word_count(n, bits), k)
+    assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, k), codes)
+    assert torch.equal(unpack_columns(pack_columns(codes, bits), bits, n), codes)
+    if bits == 4:
+        assert torch.equal(unpack_awq(pack_awq(codes)), codes)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 2000), (2000, 1), (128, 1024), (129, 1025), (300, 2100), (257, 16)])
+def test_transpose(rows: int, columns: int) -> None:
+    words = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
+    assert torch.equal(transpose(words), words.t()) and transpose(words).is_contiguous()
+    assert torch.equal(transpose(packing._odd_rows(rows, columns, words.device).copy_(words)), words.t())
