@@ -52,6 +52,11 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def kv_file(folder: Path) -> Path | None:
+    """The KV-cache parameters of a checkpoint: beside its files, or those of the artifact that it is a part of; None without any."""
+    return next((p for p in (folder / KV_FILE, folder.parent / KV_FILE) if p.is_file()), None)
+
+
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
     """`bytes` and `sha256` of every file of an artifact but the manifest and `run.json`, by relative path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantflow.artifacts.artifact import KV_FILE, read_manifest
+from quantflow.artifacts.artifact import kv_file, read_manifest
 from quantflow.engine.ops import KVCache
 from quantflow.errors import ModelError, Problem
 from quantflow.models.config import DecoderConfig
@@ -73,7 +73,7 @@ def _of_checkpoint(own: Mapping[str, Tensor], config: DecoderConfig, layer_prefi
 
 def calibrated(folder: Path, config: DecoderConfig, layer_prefix: str) -> tuple[Mapping[str, Tensor], ...]:
     """A layer's parameters each, or () where the artifact has none. Raises ModelError for a file that does not fit the model."""
-    path = next((p for p in (folder / KV_FILE, folder.parent / KV_FILE) if p.is_file()), None)
+    path = kv_file(folder)
     if path is None:
         return ()
     file = TensorFile(path)

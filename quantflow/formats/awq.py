@@ -66,7 +66,7 @@ class Awq:
         return problems
 
     def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        return replace(integer_scheme(scheme), bits=4)
+        return replace(integer_scheme(scheme, shape), bits=4)
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape

@@ -139,7 +139,7 @@ def grid_problems(
     if group < 1:
         problems.append(Problem(module, f"group_size {group}", "a positive number, or -1 for per channel"))
     elif k % group:
-        fitting = max(d for d in range(1, group + 1) if k % d == 0)
+        fitting = fitting_group(k, group)
         each = f" on each of {tp} ranks" if tp > 1 and tp_dim == 1 else ""
         problems.append(
             Problem(
@@ -214,9 +214,16 @@ def _zero_and_index_problems(module: str, tensor: QuantizedTensor, groups: int) 
     return problems
 
 
-def integer_scheme(scheme: Scheme) -> Scheme:
-    """The scheme with integer zero points that is nearest to one of any kind."""
-    return replace(scheme, kind="integer", double=False)
+def integer_scheme(scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+    """The scheme with integer zero points that is nearest to one of any kind, its groups no larger than they were."""
+    group = scheme.group_of(shape[1])
+    size = scheme.group_size if shape[1] % group == 0 else fitting_group(shape[1], group)
+    return replace(scheme, group_size=size, kind="integer", double=False)
+
+
+def fitting_group(k: int, most: int) -> int:
+    """The largest group size up to `most` that divides `k` input channels."""
+    return max(d for d in range(1, most + 1) if k % d == 0)
 
 
 def integer_grid(module: str, tensor: AnyTensor) -> QuantizedTensor:

@@ -72,7 +72,7 @@ class CompressedTensors:
         return problems
 
     def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        return integer_scheme(scheme)
+        return integer_scheme(scheme, shape)
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape

@@ -104,6 +104,8 @@ def ini_values(config: DecoderConfig, raw_config: Mapping[str, Any], layout: Lay
         "rope_scaling_factor": factor,
         "use_logn_attn": int(config.logn_length is not None),
     }
+    if config.tied:
+        values["tie_word_embeddings"] = 1  # a key of ours: the head is stored in any case, and a reader would not know
     return {name: str(value) for name, value in values.items()}
 
 
@@ -229,7 +231,7 @@ def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
         "rope_scaling": {"rope_type": "dynamic", "factor": factor} if factor else None,
         "attention_bias": layout.bias,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": bool(settings.integer("tie_word_embeddings", 0, 1, 0)),
         "bos_token_id": None if start < 0 else start,
         "eos_token_id": None if end < 0 else end,
         "torch_dtype": "bfloat16" if layout.dtype == "BF16" else "float16",

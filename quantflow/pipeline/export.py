@@ -9,14 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantflow.artifacts.artifact import KV_FILE, building
+from quantflow.artifacts.artifact import KV_FILE, building, kv_file
 from quantflow.artifacts.store import write_json
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.awq import Awq
 from quantflow.formats.base import Format
 from quantflow.formats.huggingface import HuggingFace
-from quantflow.formats.reader import Weights, checkpoint_folder
+from quantflow.formats.reader import Weights
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import resolve_model
 from quantflow.models.sharding import parallel_dimension
@@ -70,7 +70,7 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
         raise OutputError(Problem(str(output), "the source itself", "another directory"))
     job = _job(weights, target, options)
     checkpoint = weights.checkpoint
-    kv = kv_tensors(path, weights)
+    kv = kv_tensors(weights)
     if kv and (target.container == "workspace" or options.kv_scales):
         job = replace(job, kv=per_rank(kv, checkpoint.config.kv_heads, options.tp, rounded=options.requantize))
     if options.kv_scales:
@@ -96,13 +96,13 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     return Exported(output, source_format, format_name, count, job.default if count else None, errors)
 
 
-def kv_tensors(path: Path, weights: Weights) -> dict[str, Tensor]:
-    """The KV-cache parameters that lie in a checkpoint, or in the artifact that it is a part of; {} where there are none."""
-    for file in (path / KV_FILE, checkpoint_folder(path) / KV_FILE):
-        if file.is_file():
-            found = TensorFile(file)
-            return {name: found.read(name) for name in found.tensors}
-    return weights.kv_parameters()
+def kv_tensors(weights: Weights) -> dict[str, Tensor]:
+    """The KV-cache parameters that a checkpoint holds, or that lie beside it; {} without any."""
+    file = kv_file(weights.checkpoint.path)
+    if file is None:
+        return weights.kv_parameters()
+    found = TensorFile(file)
+    return {name: found.read(name) for name in found.tensors}
 
 
 def _target(name: str, options: Options) -> Format:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quantflow.errors import FormatError, ModelError, OutputError
 from quantflow.formats import FORMATS
 from quantflow.formats.abilities import ABILITIES
 from quantflow.formats.reader import Weights
+from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.export import Options, export
-from quantflow.quant.grid import Scheme
+from quantflow.quant.grid import QuantizedTensor, Scheme
 from quantflow.recipe import Pack
+from tests.formats.helpers import random_tensor
 from tests.helpers.runs import Bench, contents, invoke, make_bench
 
+ROOT = Path(__file__).parents[2]
 EVERY = ("compressed-tensors", "awq", "gptq", "gptq_v2")
 
 
@@ -239,3 +245,223 @@ def test_a_damaged_checkpoint_is_refused_and_leaves_nothing(bench: Bench, tmp_pa
     result = invoke("export", tmp_path / "source", "--format", "awq", "--output", tmp_path / "out")
     assert result.exit_code == 2 and "internal error" not in result.output, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def uneven_index(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith(".g_idx"))
+    tensors[name][0] = 2**20
+
+
+def negative_index(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith(".g_idx"))
+    tensors[name][0] = -1
+
+
+def long_words(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith(".qweight"))
+    tensors[name] = tensors[name].long()
+
+
+def tall(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(n for n in tensors if n.endswith(".qweight"))
+    tensors[name] = torch.cat([tensors[name]] * 2)
+
+
+@pytest.mark.parametrize("change", [uneven_index, negative_index, long_words, tall])
+def test_tensors_that_do_not_fit_are_named(bench: Bench, tmp_path: Path, change: Any) -> None:
+    export(bench.output, "gptq", tmp_path / "source")
+    rewritten(tmp_path / "source", change)
+    result = invoke("export", tmp_path / "source", "--format", "compressed-tensors", "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "_proj" in result.output and "internal error" not in result.output, result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_links_that_lead_out_are_refused(bench: Bench, tmp_path: Path) -> None:
+    """A checkpoint that somebody sent may not name files of the reader's. The hub's cache, which is made of links, is another matter."""
+    export(bench.output, "gptq_v2", tmp_path / "source")
+    weights = tmp_path / "source" / "model.safetensors"
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    weights.rename(elsewhere)
+    weights.symlink_to(elsewhere)
+    result = invoke("export", tmp_path / "source", "--format", "awq", "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "leads out of the directory" in result.output and not (tmp_path / "out").exists()
+    hub = tmp_path / "hub" / "snapshots" / "abc"
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    hub.mkdir(parents=True)
+    for file in (tmp_path / "source").iterdir():
+        blob = tmp_path / "hub" / "blobs" / f"{file.name}-hash"
+        blob.write_bytes(file.read_bytes())
+        (hub / file.name).symlink_to(Path("../../blobs") / blob.name)
+    export(hub, "awq", tmp_path / "out")
+    (tmp_path / "whole").symlink_to(tmp_path / "out")  # a directory that is itself a link is the user's own doing
+    export(tmp_path / "whole", "gptq", tmp_path / "again")
+    assert_same(tensors(tmp_path / "again"), tensors(bench.output))
+
+
+def small_demo(root: Path) -> Path:
+    """The demo recipe's artifact, from less text."""
+    fewer = ["calibration.samples=8", "calibration.seqlen=128", "stages.evaluate.windows=1", "stages.evaluate.length=32"]
+    fewer += ["stages.evaluate.gates.kl_mean=null", "stages.evaluate.gates.top1=null"]
+    result = invoke("run", ROOT / "recipes/demo_w4_kv8.yaml", "--output", root / "artifact", *(a for f in fewer for a in ("--set", f)))
+    assert result.exit_code == 0, result.output
+    return root / "artifact"
+
+
+@pytest.mark.slow
+def test_the_demo_artifact_in_every_format(tmp_path: Path) -> None:
+    """To every format that holds it exactly; refused with the reason by the rest, where --requantize takes it, and says how far off."""
+    artifact = small_demo(tmp_path)
+    original = tensors(artifact)
+    refusals = {
+        "bitsandbytes": "model.layers.0.self_attn.q_proj and 55 more: W4 g128 asymmetric, a grid with integer zero points",
+        "turbomind": "model.embed_tokens.weight: 37 of 1048576 values",
+        "gguf": r"proj: \d+ of \d+ minimums \(-zero \* scale\) are no exact float16",
+    }
+    worst = {"bitsandbytes": 0.12, "turbomind": 1e-6, "gguf": 2**-11}  # NF4 of 4 bits; rounding 37 numbers; fp16's half unit
+    zero = any(bool((value[3] == 0).any()) for value in original.values() if isinstance(value, tuple))
+    if zero:
+        refusals["gptq"] = "zero points are 0"
+        worst["gptq"] = 0.05
+    for name in FORMATS:
+        out = tmp_path / name
+        if name in refusals:
+            with pytest.raises(FormatError, match=refusals[name]):
+                export(artifact, name, out)
+            assert not out.exists()
+        done = export(artifact, name, out, Options(requantize=name in refusals))
+        assert done.modules == 56 and bool(done.errors) == (name in refusals)
+        here = Weights(out)
+        if name not in refusals and name != "huggingface":
+            assert_same(tensors(out), original)
+        for module in ("model.layers.0.self_attn.q_proj", "model.layers.7.mlp.down_proj"):
+            before, after = (w.tensor(f"{module}.weight").double() for w in (Weights(artifact), here))
+            error = float((after - before).norm() / before.norm())
+            if name not in refusals:
+                assert error == 0, name
+            elif module in done.errors:
+                assert done.errors[module] == pytest.approx(error, rel=1e-3) and 0 < error < worst[name], (name, error)
+        assert max(done.errors.values(), default=0) < worst.get(name, 1)
+        assert json.loads((out / "requantized.json").read_text())["relative_errors"] == dict(done.errors) if done.errors else True
+        assert here.checkpoint.config.tied and load_tokenizer(here.checkpoint.tokenizer_path).encode("SELECT 1").ids
+        kv = here.kv_parameters() if name == "turbomind" else load_file(out / "kv_qparams.safetensors")
+        assert same_tensors(kv, load_file(artifact / "kv_qparams.safetensors"))
+
+
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_half_precision_workspaces_by_rank(tmp_path: Path) -> None:
+    """int4 in a float16 model is exact; two ranks put together again are the whole; KV parameters go along."""
+    config = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "dtype": torch.float16}
+    bench = make_bench(tmp_path / "bench", **config)
+    recipe = bench.recipe(
+        stages=["calibrate", "rtn", "kv_qparams", {"pack": {"format": "awq"}}, {"pack": {"format": "turbomind"}}, {"shard": {"tp": 2}}],
+        weights={"bits": 4, "group_size": 64, "symmetric": False},
+    )
+    result = invoke("run", recipe)
+    assert result.exit_code == 0, result.output
+    awq, workspace = bench.output / "awq", bench.output / "turbomind"
+    assert_same(tensors(workspace), tensors(awq))
+    names = {p.name for p in (workspace / "triton_models/weights").iterdir()}
+    assert {"layers.0.attention.w_qkv.1.qweight", "layers.1.past_kv_scale.1.weight", "config.ini"} <= names
+    export(workspace, "gptq_v2", tmp_path / "back", Options(tp=2))
+    assert_same(tensors(tmp_path / "back"), tensors(awq))
+    export(awq, "turbomind", tmp_path / "again", Options(tp=2))
+    ours, theirs = contents(tmp_path / "again"), contents(workspace)
+    # A run takes each rank's own extremes; an export has the layer's alone, and gives them to both.
+    assert {n for n in theirs if ours.get(n) != theirs[n]} <= {n for n in theirs if "past_kv_scale" in n} and set(ours) == set(theirs)
+
+
+def test_kv_parameters_that_a_workspace_has_no_place_for(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="one scale for each layer and rank"):
+        export(bench.output, "turbomind", tmp_path / "no", Options(requantize=False))
+
+
+def test_scales_of_the_cache_inside_the_checkpoint(tmp_path: Path) -> None:
+    kv = {"kv_qparams": {"granularity": "tensor", "symmetric": True}}
+    bench = made(tmp_path, "compressed-tensors", ["calibrate", "rtn", kv], weights={"bits": 4, "group_size": 32})
+    with pytest.raises(FormatError, match=r"k_scale: 1 of 1 scales are no exact"):
+        export(bench.output, "compressed-tensors", tmp_path / "no", Options(kv_scales=True))
+    export(bench.output, "compressed-tensors", tmp_path / "in", Options(kv_scales=True, requantize=True))
+    (tmp_path / "in" / "kv_qparams.safetensors").unlink()
+    inside, before = Weights(tmp_path / "in").kv_parameters(), load_file(bench.output / "kv_qparams.safetensors")
+    assert set(inside) == set(before)
+    for name, value in inside.items():
+        assert value == before[name] == 0 if name.endswith("zero_point") else 0 <= value / before[name] - 1 < 2**-7  # up, in bfloat16
+    config = json.loads((tmp_path / "in" / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["num_bits"] == 8 and config["kv_cache_scheme"]["symmetric"] is True
+    from quantflow import LLM
+
+    assert "int8, calibrated" in LLM(tmp_path / "in", device="cpu").engine.describe()["KV cache"]
+    with pytest.raises(FormatError, match="compressed-tensors, the one with names"):
+        export(bench.output, "awq", tmp_path / "no", Options(kv_scales=True))
+
+
+def test_plain_checkpoints(bench: Bench, tmp_path: Path) -> None:
+    export(bench.output, "huggingface", tmp_path / "exact")
+    exact, original = Weights(tmp_path / "exact"), Weights(bench.output)
+    assert exact.format is None
+    for name in original.checkpoint.expected:
+        assert torch.equal(exact.tensor(name).float(), original.tensor(name).float()), name
+    with pytest.raises(FormatError, match="no exact bfloat16"):
+        export(bench.output, "huggingface", tmp_path / "no", Options(dtype="bfloat16"))
+    done = export(bench.output, "huggingface", tmp_path / "rounded", Options(dtype="bfloat16", requantize=True))
+    assert 0 < max(done.errors.values()) < 2**-8 and "bfloat16" in (tmp_path / "rounded" / "config.json").read_text()
+    with pytest.raises(FormatError, match="--format huggingface"):
+        export(bench.output, "awq", tmp_path / "no", Options(dtype="bfloat16"))
+    # The other way: a plain checkpoint is rounded to nearest where that is asked for.
+    done = export(tmp_path / "exact", "gptq_v2", tmp_path / "again", Options(requantize=True))
+    assert done.source_format == "huggingface" and done.modules == 14 and 0 < max(done.errors.values()) < 0.2
+    assert Weights(tmp_path / "again").scheme_of("model.layers.0.self_attn.q_proj") is not None
+    export(bench.model, "gguf", tmp_path / "plain_gguf")
+    assert_same(tensors(tmp_path / "plain_gguf"), tensors(bench.model))
+
+
+def test_nothing_but_what_is_known_is_carried_over(bench: Bench, tmp_path: Path) -> None:
+    export(bench.output, "gptq", tmp_path / "source")
+    (tmp_path / "source" / "modeling_evil.py").write_text("raise SystemExit('ran')")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "source" / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "eos_token_id": 1}))
+    (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("awq", "gguf", "huggingface"):
+        export(tmp_path / "source", name, tmp_path / name)
+        files = {p.name for p in (tmp_path / name).iterdir()}
+        assert "modeling_evil.py" not in files and {"generation_config.json", "chat_template.jinja", "tokenizer.json"} <= files
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.5
+        if name != "gguf":
+            assert "auto_map" not in (tmp_path / name / "config.json").read_text()
+
+
+CHAINS = st.lists(st.sampled_from(("compressed-tensors", "awq", "gptq", "gptq_v2", "gguf", "turbomind")), min_size=2, max_size=5)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    CHAINS, st.sampled_from((2, 3, 4, 8)), st.sampled_from((-1, 32, 64)), st.booleans(), st.booleans(), st.integers(1, 2),
+    st.integers(1, 3), st.integers(0, 1000),
+)  # fmt: skip
+def test_any_chain_of_formats_is_exact_or_refused(
+    chain: list[str], bits: int, group: int, symmetric: bool, index: bool, n: int, k: int, seed: int
+) -> None:
+    scheme = Scheme(bits, group, symmetric)
+    shape = (32 * n, 64 * k)
+    first = tensor = random_tensor(*shape, scheme, seed=seed, index=index and scheme.groups(shape[1]) > 1, smallest_zero=1)
+    for name in chain:
+        form = FORMATS[name]
+        has_index = tensor.group_index is not None
+        try:
+            encoded = form.encode("m", tensor, torch.float16)
+        except FormatError:
+            minimums = -tensor.zeros.double() * tensor.scales.double()
+            inexact = name == "gguf" and not symmetric and bool((minimums.half().double() != minimums).any())
+            assert inexact or form.check("m", shape, scheme, act_order_index=has_index)
+            continue
+        decoded = form.decode("m", encoded, form.quantization_config({"m": scheme}, [], scheme, act_order=has_index))
+        assert isinstance(decoded, QuantizedTensor)
+        tensor = replace(decoded, scheme=scheme)  # AWQ's config does not tell symmetric from asymmetric
+    assert same(
+        (first.codes, first.scales, first.zeros, first.group_index), (tensor.codes, tensor.scales, tensor.zeros, tensor.group_index)
+    )
