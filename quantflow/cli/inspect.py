@@ -22,9 +22,10 @@ def inspect(
     """Show architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers, no weight."""
     with reporting(debug):
         from quantflow.errors import ModelError, Problem
+        from quantflow.models.gguf_file import gguf_file
 
-        if not directory.is_dir():
-            raise ModelError(Problem(str(directory), "no such directory", "a model directory or an artifact"))
+        if not directory.is_dir() and not gguf_file(directory):
+            raise ModelError(Problem(str(directory), "no such directory", "a model directory, an artifact or a .gguf file"))
         summary = describe(directory)
         if as_json:
             print(json.dumps(summary, indent=2))
@@ -35,14 +36,12 @@ def inspect(
 def describe(directory: Path) -> dict[str, Any]:
     """What `directory` is, from its headers, config and manifest."""
     from quantflow.artifacts.artifact import read_manifest
-    from quantflow.formats import detect
     from quantflow.formats.reader import Weights, checkpoint_folder
     from quantflow.models.architecture import linear_shapes
 
     folder = checkpoint_folder(directory)
     weights = Weights(folder)
     checkpoint, config = weights.checkpoint, weights.checkpoint.config
-    name = detect(checkpoint.raw_config)
     modules: dict[str, str] = {}
     for index in range(config.layers):
         prefix = checkpoint.architecture.layer_prefix(index)
@@ -62,7 +61,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "kv_heads": config.kv_heads,
         "vocabulary": config.vocabulary,
         "experts": config.experts,
-        "format": name or "full precision",
+        "format": weights.format.name if weights.format else "full precision",
         "weight_bytes": checkpoint.weight_bytes,
         "files": len(checkpoint.files),
         "modules": modules,

@@ -139,16 +139,15 @@ def grid_problems(
     if group < 1:
         problems.append(Problem(module, f"group_size {group}", "a positive number, or -1 for per channel"))
     elif k % group:
+        ranks = tp if tp_dim == 1 else 1
+        each = f" on each of {ranks} ranks" if ranks > 1 else ""
+        straddling = ", so that a group straddles two of them" if ranks > 1 and shape[1] % group == 0 else ""
         fitting = fitting_group(k, group)
-        each = f" on each of {tp} ranks" if tp > 1 and tp_dim == 1 else ""
-        problems.append(
-            Problem(
-                module,
-                f"{k} input channels{each}",
-                f"a multiple of group_size {group}",
-                f"Use group_size {fitting} or -1 (per channel) for this module, or ignore it",
-            )
-        )
+        sizes = [fitting, *(size for size in (64, 32, 16) if size < fitting and k % size == 0)]  # what kernels like, behind the largest
+        padded = -(-shape[1] // (group * ranks)) * group * ranks
+        hint = f"Use group_size {', '.join(map(str, sizes))} or -1 (per channel) for this module, or ignore it"
+        hint += f"; {group} fits if the {shape[1]} inputs are padded with zeros to {padded}"
+        problems.append(Problem(module, f"{k} input channels{each}{straddling}", f"a multiple of group_size {group}", hint))
     return problems
 
 

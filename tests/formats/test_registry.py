@@ -165,7 +165,12 @@ def test_checks_of_groups_and_ranks(name: str) -> None:
     assert any("172 input channels; expected a multiple of group_size 128. Use group_size 86 or -1" in p for p in check((64, 172), 128))
     # 29568 = 231 groups of 128: one rank can hold it, two cannot
     assert check((64, 29568), 128) == []
-    assert any("14784 input channels on each of 2 ranks" in p for p in check((64, 29568), 128, tp=2, tp_dim=1))
+    (straddling,) = check((64, 29568), 128, tp=2, tp_dim=1)
+    assert "14784 input channels on each of 2 ranks, so that a group straddles two of them" in straddling
+    # What is advised works: each of the sizes, and the padding.
+    assert "Use group_size 112, 64, 32, 16 or -1" in straddling and "padded with zeros to 29696" in straddling
+    assert [check((64, 29568), group, tp=2, tp_dim=1) for group in (112, 64, 32, 16, -1)] == [[]] * 5
+    assert check((64, 29696), 128, tp=2, tp_dim=1) == []
     assert check((64, 29568), 128, tp=2, tp_dim=0) == []
     assert any("66 output channels; expected a multiple of tp = 4" in p for p in check((66, 256), 128, tp=4, tp_dim=0))
 

@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "scale_attn_weights": True, "tie_word_embeddings": False,
     },
     "qwen2_w4": config("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, rope_theta=1e6, use_sliding_window=False, sliding_window=131072),
+    "qwen2_gguf": config("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, rope_theta=1e6, use_sliding_window=False, sliding_window=131072),
     "qwen3_w4": config("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, head_dim=128, rope_theta=1e6, sliding_window=None),
     "mistral_w4": config("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, rope_theta=1e6, sliding_window=None),
     "mixtral_w4": config(
