@@ -77,7 +77,8 @@ class Ops:
         """A quantised linear in the layout that it is computed from, on the device."""
         codes, scales, zeros = (t.to(self.device) for t in (tensor.codes, tensor.scales, tensor.zeros))
         index = None if tensor.group_index is None else tensor.group_index.to(self.device)
-        weight = kernels.prepare(codes, scales, zeros, tensor.scheme.group_size, tensor.scheme.bits, self.dtype, index)
+        bits = tensor.scheme.bits if tensor.scheme.bits <= 4 else 8  # codes of 5 to 7 bits are codes of 8 as well
+        weight = kernels.prepare(codes, scales, zeros, tensor.scheme.group_size, bits, self.dtype, index)
         return Linear(weight, None if bias is None else bias.to(self.device, self.dtype))
 
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> Linear:

@@ -27,8 +27,8 @@ BOTH = "read, write"
 
 ABILITIES: dict[str, Ability] = {
     "compressed-tensors": Ability(
-        "integers", (2, 3, 4, 8), "any divisor, per channel", "yes, not for experts", "yes", "read", "beside it, or inside (--kv-scales)",
-        "yes", BOTH, "vLLM, transformers",
+        "integers", (2, 3, 4, 5, 6, 7, 8), "any divisor, per channel", "yes, not for experts", "yes", "read",
+        "beside it, or inside (--kv-scales)", "yes", BOTH, "vLLM, transformers",
     ),
     "awq": Ability(
         "integers", (4,), "any divisor", "yes", "no", "no", FILE, "yes", BOTH, "AutoAWQ, vLLM, LMDeploy, SGLang, transformers"
@@ -51,6 +51,6 @@ ABILITIES: dict[str, Ability] = {
         "llama.cpp, Ollama, LM Studio",
     ),
     "huggingface": Ability(
-        "any, dequantised", (2, 3, 4, 8), "any", "yes", "yes", "yes", FILE, "yes", BOTH, "transformers, vLLM, everything"
+        "any, dequantised", (2, 3, 4, 5, 6, 7, 8), "any", "yes", "yes", "yes", FILE, "yes", BOTH, "transformers, vLLM, everything"
     ),
 }  # fmt: skip

@@ -54,7 +54,7 @@ class Awq:
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
         problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
-        if scheme.bits in (2, 3, 8):
+        if scheme.kind == "integer" and scheme.bits != 4:
             problems.append(Problem(module, f"{scheme.bits} bits", "4 bits, the only width of AWQ", "Use gptq or compressed-tensors"))
         n = rank_shape(shape, tp, tp_dim)[0]
         if n % 8:

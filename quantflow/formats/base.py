@@ -119,8 +119,8 @@ def grid_problems(
     if scheme.kind not in kinds:
         expected = " or ".join(f"a grid {_KINDS[kind]}" for kind in kinds)
         problems.append(Problem(module, f"{scheme}, a grid {_KINDS[scheme.kind]}", expected))
-    if scheme.bits not in (2, 3, 4, 8):
-        problems.append(Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8"))
+    if not 2 <= scheme.bits <= 8:
+        problems.append(Problem(module, f"{scheme.bits} bits", "2 to 8"))
     if tp > 1 and tp_dim is not None and shape[tp_dim] % tp:
         kind = ("output", "input")[tp_dim]
         problems.append(Problem(module, f"{shape[tp_dim]} {kind} channels", f"a multiple of tp = {tp}"))
@@ -303,7 +303,7 @@ def read_scheme(bits: int, group_size: int, symmetric: bool, where: str) -> Sche
     from quantflow.quant.grid import BITS, PER_CHANNEL, Scheme
 
     if bits not in BITS:
-        raise FormatError(Problem(where, f"{bits} bits", "2, 3, 4 or 8"))
+        raise FormatError(Problem(where, f"{bits} bits", "2 to 8"))
     if group_size < 1 and group_size != PER_CHANNEL:
         raise FormatError(Problem(where, f"group_size {group_size}", "a positive number, or -1 for per channel"))
     return Scheme(bits, group_size, symmetric)

@@ -1,4 +1,4 @@
-"""compressed-tensors, "pack-quantized": read by vLLM and transformers. 2, 3, 4 or 8 bits, scales in the model's dtype.
+"""compressed-tensors, "pack-quantized": read by vLLM and transformers. 2 to 8 bits, scales in the model's dtype.
 
 `weight_packed` int32 `[N, ceil(K*b/32)]`, `weight_scale` `[N, G]`, `weight_zero_point` int32 `[ceil(N*b/32), G]` for asymmetric
 weights alone, `weight_shape` int64 `[N, K]`. The package counts codes and zero points from `-2^(b-1)` and adds that back when it packs

@@ -70,7 +70,7 @@ class Gguf:
         group = scheme.group_size if scheme.group_of(shape[1]) % BLOCK == 0 else BLOCK
         if scheme.kind == "nf4" or (scheme.bits == 4 and not scheme.symmetric):
             return replace(scheme, bits=4, group_size=group, symmetric=False, kind="minimum", double=False)
-        return replace(scheme, bits=8 if scheme.bits == 8 else 4, group_size=group, symmetric=True)
+        return replace(scheme, bits=8 if scheme.bits > 4 else 4, group_size=group, symmetric=True)
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         kind = type_of(scheme)

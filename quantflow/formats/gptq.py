@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
@@ -62,7 +62,9 @@ class Gptq:
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
         problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
-        if scheme.bits in (2, 3, 4, 8):
+        if scheme.kind == "integer" and scheme.bits not in (2, 3, 4, 8):
+            problems.append(Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8", "Use compressed-tensors"))
+        elif scheme.kind == "integer":
             period = {2: 16, 3: 32, 4: 8, 8: 4}[scheme.bits]
             for count, kind in zip(rank_shape(shape, tp, tp_dim), ("output", "input"), strict=True):
                 if count % period:
@@ -72,7 +74,8 @@ class Gptq:
         return problems
 
     def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        return integer_scheme(scheme, shape)
+        scheme = integer_scheme(scheme, shape)
+        return replace(scheme, bits=8) if 4 < scheme.bits < 8 else scheme
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape
@@ -132,6 +135,8 @@ class Gptq:
                 own = setting(dynamic, pattern, dict, "quantization_config.dynamic")
                 break
         merged = {**config, **own}
+        if setting(merged, "bits", int) not in (2, 3, 4, 8):
+            raise FormatError(Problem("quantization_config.bits", f"{merged['bits']}", "2, 3, 4 or 8"))
         return read_scheme(setting(merged, "bits", int), setting(merged, "group_size", int), setting(merged, "sym", bool), module)
 
     def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 PER_CHANNEL = -1  # a group size: one group spans the whole row
 
 # integer: (code - zero) * scale, zero an integer. minimum: code * scale + minimum. nf4: table[code] * scale.
@@ -22,7 +22,7 @@ Kind: TypeAlias = Literal["integer", "minimum", "nf4"]
 class Scheme:
     """How a linear layer's weight is quantised.
 
-    bits: 2, 3, 4 or 8. group_size: input channels that share a scale, or `PER_CHANNEL`. symmetric: the zero point is the
+    bits: 2 to 8. group_size: input channels that share a scale, or `PER_CHANNEL`. symmetric: the zero point is the
     middle code, `2^(bits-1)`. kind: of its grid. double: the scales of an nf4 grid are quantised themselves.
     """
 

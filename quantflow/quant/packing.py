@@ -7,14 +7,14 @@ Codes are uint8 in `0..2^bits - 1`; a code out of range would spill into its nei
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Codes after which the stream is at a word's edge again.
-_PERIOD = {2: 16, 3: 32, 4: 8, 8: 4}
+_PERIOD = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 7: 32, 8: 4}
 
 # Nibble i of an AWQ word holds output channel `8 * word + AWQ_ORDER[i]`.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -32,7 +32,7 @@ def word_count(codes: int, bits: int) -> int:
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """int32 `[N, ceil(K * bits / 32)]` from uint8 `[N, K]`: each row a dense stream of bits, low bits first.
 
-    The result of 8 bits may share the memory of `codes`. Raises ValueError for bits other than 2, 3, 4 and 8.
+    The result of 8 bits may share the memory of `codes`. Raises ValueError for bits other than 2 to 8.
     """
     n, k = codes.shape
     if bits == 8 and k % 4 == 0:
@@ -209,6 +209,9 @@ def _pack_chunk(codes: Tensor, bits: int, words: Tensor) -> None:
     elif bits == 2:
         four = _join(_view(codes, torch.int16), 2, 8).to(torch.uint8)
         out.copy_(_join(four.view(torch.int16), 4, 8))
+    elif bits > 4:
+        fields = codes.reshape(codes.shape[0], -1, _PERIOD[bits])
+        words.copy_(torch.stack(_words(fields.unbind(-1), bits), -1).view(words.shape))
     else:
         six = _join(_view(codes, torch.int16), 3, 8).to(torch.uint8)
         twelve = _join(six.view(torch.int16), 6, 8)
@@ -226,6 +229,9 @@ def _unpack_chunk(words: Tensor, bits: int, codes: Tensor) -> Tensor:
     elif bits == 2:
         four = _split(stream.to(torch.int16), 4, 8).view(torch.uint8)
         _split(four.to(torch.int16), 2, 8, out=pairs)
+    elif bits > 4:
+        parts = words.reshape(words.shape[0], -1, _PERIOD[bits] * bits // 32)
+        codes.copy_(torch.stack(_fields(parts.unbind(-1), bits), -1).view(codes.shape))
     else:
         parts = _view(words, torch.int16)
         sixteen = parts.new_zeros(parts.shape[0], parts.shape[1] // 3 * 4)
@@ -236,6 +242,30 @@ def _unpack_chunk(words: Tensor, bits: int, codes: Tensor) -> Tensor:
         six = _split(twelve, 6, 8).view(torch.uint8)
         _split(six.to(torch.int16), 3, 8, out=pairs)
     return codes
+
+
+def _words(fields: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """The int32 words of a period of codes, each a tensor, for the widths that no halving reaches (5, 6, 7)."""
+    words = [torch.zeros_like(fields[0], dtype=torch.int64) for _ in range(len(fields) * bits // 32)]
+    for i, field in enumerate(fields):
+        word, shift = divmod(i * bits, 32)
+        words[word] |= field.long() << shift
+        if shift + bits > 32:
+            words[word + 1] |= field.long() >> 32 - shift
+    return [word.to(torch.int32) for word in words]  # which keeps the low 32 bits
+
+
+def _fields(words: Sequence[Tensor], bits: int) -> list[Tensor]:
+    """`_words` backwards: the uint8 codes of a period."""
+    wide = [word.long() & 0xFFFFFFFF for word in words]
+    fields = []
+    for i in range(len(words) * 32 // bits):
+        word, shift = divmod(i * bits, 32)
+        field = wide[word] >> shift
+        if shift + bits > 32:
+            field = field | wide[word + 1] << 32 - shift
+        fields.append((field & 2**bits - 1).to(torch.uint8))
+    return fields
 
 
 def _join(pairs: Tensor, bits: int, apart: int) -> Tensor:
@@ -252,6 +282,8 @@ def _split(joined: Tensor, bits: int, apart: int, out: Tensor | None = None) -> 
 
 def _join_rows(codes: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """int32 `[P, period * bits / 32, K]` from uint8 `[P, period, K]`."""
+    if 4 < bits < 8:
+        return torch.stack(_words(codes.unbind(1), bits), 1, out=out)
     if bits == 3:
         six = _merged(codes[:, 0::2], codes[:, 1::2], 3, torch.uint8)
         twelve = _merged(six[:, 0::2], six[:, 1::2], 6, torch.int16)
@@ -274,6 +306,8 @@ def _merged(low: Tensor, high: Tensor, bits: int, dtype: torch.dtype, out: Tenso
 
 def _split_rows(words: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """uint8 `[P, period, K]` from int32 `[P, period * bits / 32, K]`: `_join_rows` backwards."""
+    if 4 < bits < 8:
+        return torch.stack(_fields(words.unbind(1), bits), 1, out=out)
     if bits == 3:
         a, b, c = words.unbind(1)
         # `>>` carries the sign down, hence the masks after it.

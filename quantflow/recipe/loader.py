@@ -555,7 +555,7 @@ def _check_awq_format(source: _Source, path: _Path) -> Iterator[Problem]:
         if isinstance(override, dict):
             said.append((("weights", "overrides", i, "bits"), override.get("bits")))
     for place, bits in said:
-        if bits in (2, 3, 8) and not isinstance(bits, bool):
+        if bits in (2, 3, 5, 6, 7, 8) and not isinstance(bits, bool):
             hint = "Pack compressed-tensors instead" if len(place) == 2 else "Pack compressed-tensors instead, or use ignore: true"
             found = f"the format awq cannot hold {bits} bits (`{_dotted(place)}`, {source.place(place)})"
             yield Problem(source.place(path), found, "4 bits", hint)

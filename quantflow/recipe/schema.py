@@ -29,7 +29,7 @@ _MIN_SHARD_BYTES = 1024  # a bare 5 was meant as "5GB"
 _MIN_GROUP_SIZE = 4
 _NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # it becomes a directory's name
 
-WeightBits = Literal[2, 3, 4, 8]
+WeightBits = Literal[2, 3, 4, 5, 6, 7, 8]
 
 
 def parse_bytes(value: Any) -> int:
@@ -90,7 +90,7 @@ class Override(Section):
 class Weights(Section):
     """The grid that the linears' weights are rounded to."""
 
-    bits: WeightBits = Field(default=4, description="Bits a weight.")
+    bits: WeightBits = Field(default=4, description="Bits a weight; 5, 6 and 7 for compressed-tensors alone.")
     group_size: GroupSize = Field(default=128, description="Input channels that share a scale; -1: the whole row.")
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle code.")
     ignore: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(

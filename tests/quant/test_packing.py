@@ -21,7 +21,7 @@ from quantflow.quant.packing import (
     word_count,
 )
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def random_codes(n: int, k: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -135,8 +135,8 @@ def test_awq_by_hand() -> None:
 
 
 def test_what_cannot_be_packed() -> None:
-    with pytest.raises(ValueError, match="5 bits"):
-        pack_rows(random_codes(1, 8, 4), 5)
+    with pytest.raises(ValueError, match="9 bits"):
+        pack_rows(random_codes(1, 8, 4), 9)
     with pytest.raises(ValueError, match="does not divide 12"):
         pack_awq(random_codes(12, 4, 4))
     with pytest.raises(ValueError, match="fill 12 words, not 13"):

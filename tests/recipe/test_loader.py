@@ -83,8 +83,8 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (CALIBRATION, "calibration:\n\n  data: demo\n  skip: -1", 7, ["`calibration.skip` is -1"]),
     (CALIBRATION, "calibration:\n  data: demo\n  seq_len: 64", 6, ["unknown key `seq_len`", "Did you mean `seqlen`?"]),
     (CALIBRATION, "", CALIBRATE - 1, ["calibrate, awq, gptq, kv_qparams need calibration data"]),
-    (WEIGHTS, "weights: {bits: 5}", WEIGHTS, ["`weights.bits` is 5", "one of 2, 3, 4 or 8"]),
-    (WEIGHTS, 'weights: {bits: "4"}', WEIGHTS, ["`weights.bits` is '4'", "one of 2, 3, 4 or 8"]),
+    (WEIGHTS, "weights: {bits: 9}", WEIGHTS, ["`weights.bits` is 9", "one of 2, 3, 4, 5, 6, 7 or 8"]),
+    (WEIGHTS, 'weights: {bits: "4"}', WEIGHTS, ["`weights.bits` is '4'", "one of 2, 3, 4, 5, 6, 7 or 8"]),
     (WEIGHTS, "weights: {bits: true}", WEIGHTS, ["`weights.bits` is true"]),
     (WEIGHTS, "weights:", WEIGHTS, ["`weights` is empty", "a mapping"]),
     (WEIGHTS, "weights: {group_size: 0}", WEIGHTS, ["`weights.group_size` is 0", "-1 (one group a row) or an integer of at least 4"]),
@@ -249,7 +249,7 @@ name: no
 sede: 1
 calibration: {data: c5, samples: many}
 weights:
-  bits: 6
+  bits: 16
   overrides:
     - match: x
 stages:
@@ -265,7 +265,7 @@ stages:
             (2, "Did you mean `seed`?"),
             (3, "'c5', neither a known data set"),
             (3, "`calibration.samples` is 'many' (a text); expected an integer"),
-            (5, "`weights.bits` is 6"),
+            (5, "`weights.bits` is 16"),
             (7, "`weights.overrides[0]` changes nothing"),
             (9, "Did you mean `awq`?"),
             (10, "`stages.gptq.damp` is 3; expected less than 1"),
@@ -432,7 +432,7 @@ SETS: list[tuple[str, list[str]]] = [
     ("stages.7.damp=0.1", ["there is no stage 7", "from 0 to 6"]),
     ("stages.calibrate.samples=4", ["unknown key `samples`", "belongs under `calibration`"]),
     ("weight.bits=3", ["unknown key `weight`", "Did you mean `weights`?"]),
-    ("weights.bits=5", ["`weights.bits` is 5", "2, 3, 4 or 8"]),
+    ("weights.bits=9", ["`weights.bits` is 9", "2, 3, 4, 5, 6, 7 or 8"]),
     ("weights.overrides.0.bits=8", ["`weights.overrides` is a list of 0"]),
     ("weights.ignore.x=8", ["`weights.ignore` is a list of 0", "not `x`"]),
     ("weights=4", ["`weights` is 4 (an integer)", "a mapping"]),
@@ -456,8 +456,8 @@ def test_a_mistake_on_the_command_line(text: str, fragments: list[str], tmp_path
 
 def test_mistakes_of_the_command_line_come_after_the_files(tmp_path: Path) -> None:
     path = write(tmp_path, edited(SEED, "seed: -1"))
-    problems = problems_of(path, "weights.bits=5", "stages.gptq.dmap=1")
-    assert [p.where for p in problems] == [f"{path}:3", "--set stages.gptq.dmap=1", "--set weights.bits=5"]
+    problems = problems_of(path, "weights.bits=9", "stages.gptq.dmap=1")
+    assert [p.where for p in problems] == [f"{path}:3", "--set stages.gptq.dmap=1", "--set weights.bits=9"]
 
 
 def test_two_stages_of_a_name_are_told_apart_by_position(tmp_path: Path) -> None:

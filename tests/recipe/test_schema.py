@@ -30,7 +30,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
 def test_every_promised_recipe_is_there() -> None:
     assert {path.stem for path in RECIPES} == {
         "demo_w4_kv8", "internlm20b_w4_kv8", "internlm2_w4_kv8", "internlm7b_w4_kv8", "llama2_w4", "mistral_w4", "mixtral_w4",
-        "opt-125m_w4", "qwen2_w4", "qwen3_w4", "qwen_w4", "vicuna_w4",
+        "opt-125m_w4", "qwen2_gguf", "qwen2_w4", "qwen3_w4", "qwen_w4", "vicuna_w4",
     }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     (recipe(seed=-1), "$.seed"),
     (recipe(seed="1"), "$.seed"),
     (recipe(calibration={"data": "c4", "seqlen": 8}), "$.calibration"),
-    (recipe(weights={"bits": 5}), "$.weights.bits"),
+    (recipe(weights={"bits": 9}), "$.weights.bits"),
     (recipe(weights={"group_size": 3}), "$.weights.group_size"),
     (recipe(weights={"ignore": "lm_head"}), "$.weights.ignore"),
     (recipe(weights={"overrides": [{"bits": 8}]}), "$.weights.overrides[0]"),
