@@ -142,7 +142,8 @@ class _Loader:
         tensor, cut = integer_grid(module, self.weights.quantized(module)), self.weights.checkpoint.cut(f"{module}.weight")
         if self.tp == self.weights.checkpoint.tp or cut is None:
             return tensor
-        problems = grid_problems(module, tensor.shape, tensor.scheme, self.tp, cut, tensor.group_index is not None)
+        index = tensor.group_index is not None
+        problems = grid_problems(module, tensor.shape, tensor.scheme, self.tp, cut, index, kinds=("integer",))
         if problems:
             raise ModelError(problems)
         return integer_grid(module, shard_quantized(tensor, cut, self.rank, self.tp))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
 
 
 EIGHTS = 0x88888888 - 2**32  # an int32 of eight zero points of 8
@@ -43,17 +43,18 @@ class Awq:
     container: str = "directory"
     dtype: str | None = None
     min_zero: int = 0
+    kinds: tuple[Kind, ...] = ("integer",)
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales")
     marks: tuple[str, ...] = (".qweight",)
 
-    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
-        return ("float16",)
+    def scale_dtype(self, model_dtype: str) -> str:
+        return "float16"
 
     def check(
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
+        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
         if scheme.kind == "integer" and scheme.bits != 4:
             problems.append(Problem(module, f"{scheme.bits} bits", "4 bits, the only width of AWQ", "Use gptq or compressed-tensors"))
         n = rank_shape(shape, tp, tp_dim)[0]

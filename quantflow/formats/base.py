@@ -64,8 +64,13 @@ class Format(Protocol):
     def marks(self) -> tuple[str, ...]:
         """Those suffixes of which every quantised module has one, and no other module any."""
 
-    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
-        """The dtypes, as torch names them, in which the scales of a model in `model_dtype` can be stored."""
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of grid that it holds."""
+
+    def scale_dtype(self, model_dtype: str) -> str:
+        """The dtype, as torch names it, in which the scales of a model in `model_dtype` are stored; of the weights themselves where they
+        are dequantised."""
 
     def check(
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
@@ -80,7 +85,7 @@ class Format(Protocol):
         """The scheme to quantise a weight with again that `check` refuses in `scheme`. Where it is refused too, nothing helps."""
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
-        """The tensors that `encode` writes, in its order. `scale_dtype` is one of `scale_dtypes`."""
+        """The tensors that `encode` writes, in its order. scale_dtype: as `scale_dtype` says."""
 
     def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of one weight, which may share memory with `tensor`. Raises FormatError for what cannot be held exactly."""
@@ -112,7 +117,7 @@ class Format(Protocol):
 
 
 def grid_problems(
-    module: str, shape: tuple[int, int], scheme: Scheme, tp: int, tp_dim: int | None, index: bool, *, kinds: tuple[Kind, ...] = ("integer",)
+    module: str, shape: tuple[int, int], scheme: Scheme, tp: int, tp_dim: int | None, index: bool, *, kinds: tuple[Kind, ...]
 ) -> list[Problem]:  # fmt: skip
     """What is wrong with `scheme` on a weight of `shape` whatever the format: bits, group size, ranks. kinds: of grids that it holds."""
     problems = []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, NestedScales, Scheme
+    from quantflow.quant.grid import AnyTensor, Kind, NestedScales, Scheme
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes computes
 _STATE = ".weight.quant_state.bitsandbytes__nf4"
@@ -34,19 +34,20 @@ class Bitsandbytes:
     mixed_bits: bool = False
     dtype: str | None = None
     min_zero: int = 0
+    kinds: tuple[Kind, ...] = ("nf4",)
     holds_index: bool = False
     suffixes: tuple[str, ...] = (
         ".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map", _STATE,
     )  # fmt: skip
     marks: tuple[str, ...] = (_STATE,)
 
-    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
-        return ("float32",)
+    def scale_dtype(self, model_dtype: str) -> str:
+        return "float32"
 
     def check(
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=("nf4",))
+        problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
         if tp > 1:
             problems.append(Problem(module, f"tp = {tp}, but bitsandbytes has no ranks", "1", "Engines cut the whole checkpoint"))
         if scheme.kind == "nf4" and scheme.group_size not in BLOCK_SIZES:

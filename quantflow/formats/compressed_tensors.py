@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
 
 _INDEX = Problem("group index", "compressed-tensors holds none since its version 0.19", hint="Use act_order: static, or gptq")
 
@@ -52,17 +52,18 @@ class CompressedTensors:
     mixed_bits: bool = True
     dtype: str | None = None
     min_zero: int = 0
+    kinds: tuple[Kind, ...] = ("integer",)
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
     marks: tuple[str, ...] = (".weight_packed",)
 
-    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
-        return (model_dtype,)
+    def scale_dtype(self, model_dtype: str) -> str:
+        return model_dtype
 
     def check(
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
+        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
         if act_order_index:
             problems.append(Problem(module, f"a group index: {_INDEX.found}", hint=_INDEX.hint))
         if _is_expert(module) and not scheme.symmetric:

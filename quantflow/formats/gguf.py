@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, Kind, Scheme
 
 BLOCK = 32
 _BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
@@ -43,17 +43,18 @@ class Gguf:
     mixed_bits: bool = True
     dtype: str | None = None
     min_zero: int = 0
+    kinds: tuple[Kind, ...] = ("integer", "minimum")
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".q4_0", ".q4_1", ".q8_0")
     marks: tuple[str, ...] = (".q4_0", ".q4_1", ".q8_0")
 
-    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
-        return ("float16",)
+    def scale_dtype(self, model_dtype: str) -> str:
+        return "float16"
 
     def check(
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=("integer", "minimum"))
+        problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
         if tp > 1:
             problems.append(Problem(module, f"tp = {tp}, but a GGUF file has no ranks", "1", "llama.cpp splits the whole file itself"))
         if type_of(scheme) is None and scheme.kind != "nf4":

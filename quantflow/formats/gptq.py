@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Gptq:
     container: str = "directory"
     mixed_bits: bool = True
     dtype: str | None = None
+    kinds: tuple[Kind, ...] = ("integer",)
     holds_index: bool = True
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales", ".g_idx")
     marks: tuple[str, ...] = (".qweight",)
@@ -55,13 +56,13 @@ class Gptq:
     def min_zero(self) -> int:
         return 2 - self.version
 
-    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
-        return ("float16",)
+    def scale_dtype(self, model_dtype: str) -> str:
+        return "float16"
 
     def check(
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index)
+        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
         if scheme.kind == "integer" and scheme.bits not in (2, 3, 4, 8):
             problems.append(Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8", "Use compressed-tensors"))
         elif scheme.kind == "integer":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Scheme
+    from quantflow.quant.grid import AnyTensor, Kind, Scheme
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,18 @@ class HuggingFace:
     container: str = "directory"
     mixed_bits: bool = True
     min_zero: int = 0
+    kinds: tuple[Kind, ...] = ("integer", "minimum", "nf4")
     holds_index: bool = True
     suffixes: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
 
-    def scale_dtypes(self, model_dtype: str) -> tuple[str, ...]:
-        """The dtype of the weights themselves, which have no scales any more."""
-        return (self.dtype or model_dtype,)
+    def scale_dtype(self, model_dtype: str) -> str:
+        return self.dtype or model_dtype
 
     def check(
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
-        return grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=("integer", "minimum", "nf4"))
+        return grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
 
     def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         return scheme

@@ -19,7 +19,6 @@ from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import Weights
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import resolve_model
-from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.grid import AnyTensor, Scheme
@@ -139,10 +138,10 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
     if options.requantize and not target.mixed_bits:
         schemes = one_scheme(schemes, default)
     outer = frozenset(f"{m}.weight" for m in weights.modules if f"{m}.weight" in checkpoint.outer_names())
+    has_index = bool(indexed) and target.holds_index
     job = PackJob(
-        checkpoint, target, schemes, default, lambda name: parallel_dimension(name, architecture.layer),
-        target.scale_dtypes(config.dtype)[0], bool(indexed) and target.holds_index, options.max_shard_bytes, options.tp,
-        unpacked=outer, rounded=options.requantize,
+        checkpoint, target, schemes, default, has_index, options.max_shard_bytes, ranks=options.tp, unpacked=outer,
+        rounded=options.requantize,
     )  # fmt: skip
     problems += container_problems(job)
     if problems:

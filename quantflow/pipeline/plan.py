@@ -85,7 +85,8 @@ class Plan:
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
         """Dtypes in which every scale is exact: those of every format, so that packing to another one repeats no layer."""
-        return tuple(dict.fromkeys(form.scale_dtypes(self.config.dtype)[0] for form in FORMATS.values()))
+        holding = (form for form in FORMATS.values() if "integer" in form.kinds and form.dtype is None)
+        return tuple(dict.fromkeys(form.scale_dtype(self.config.dtype) for form in holding))
 
     @property
     def needs_stream(self) -> bool:
@@ -136,10 +137,8 @@ class Plan:
             default = next((scheme for layer in schemes.values() for scheme in layer.values()), default)
         if pack.requantize and not form.mixed_bits:
             schemes = one_scheme(schemes, default)
-        return PackJob(
-            self.checkpoint, form, schemes, default, lambda name: parallel_dimension(name, self.checkpoint.architecture.layer),
-            form.scale_dtypes(self.config.dtype)[0], index and form.holds_index, pack.max_shard_size, self.tp, rounded=pack.requantize,
-        )  # fmt: skip
+        has_index = index and form.holds_index
+        return PackJob(self.checkpoint, form, schemes, default, has_index, pack.max_shard_size, ranks=self.tp, rounded=pack.requantize)
 
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
 

@@ -26,7 +26,7 @@ from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.directory import INDEX
 from quantflow.models.gguf_file import NAME, SCHEMES_KEY, GgufWriter, decoder_problems
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
-from quantflow.models.sharding import shard_plain, shard_quantized, shard_shape
+from quantflow.models.sharding import parallel_dimension, shard_plain, shard_quantized, shard_shape
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.models.tokenizer import export_tokenizer
 from quantflow.models.workspace import TOKENIZER, WorkspaceWriter, workspace_problems
@@ -44,18 +44,15 @@ class Results(Protocol):
 
 @dataclass(frozen=True)
 class PackJob:
-    """One checkpoint to write. schemes: layer -> relative name -> scheme. dimension: relative linear name -> the dimension that tensor
-    parallelism cuts. scale_dtype: torch's name. has_index: tensors carry a group index. ranks: how many there will be; rank, tp: which
-    one this is, of how many, where it is not the whole. kv: KV-cache parameters for a container that holds them, `[]` or `[ranks]` each.
-    unpacked: weights outside the layers that the source holds quantised, which are written in float32. rounded: tensors that a
-    container's dtype does not hold exactly are rounded."""
+    """One checkpoint to write. schemes: layer -> relative name -> scheme. has_index: tensors carry a group index. ranks: how many there
+    will be; rank, tp: which one this is, of how many, where it is not the whole. kv: KV-cache parameters for a container that holds them,
+    `[]` or `[ranks]` each. unpacked: weights outside the layers that the source holds quantised, which are written in float32. rounded:
+    tensors that a container's dtype does not hold exactly are rounded."""
 
     checkpoint: Checkpoint
     format: Format
     schemes: Mapping[int, Mapping[str, Scheme]]
     default: Scheme
-    dimension: Callable[[str], int]
-    scale_dtype: str
     has_index: bool
     max_shard_bytes: int
     ranks: int = 1
@@ -202,7 +199,7 @@ class _Piece:
 
 
 def _pieces(job: PackJob) -> Iterator[_Piece]:
-    checkpoint = job.checkpoint
+    checkpoint, scale_dtype = job.checkpoint, job.format.scale_dtype(job.checkpoint.config.dtype)
     for name in checkpoint.outer_names():
         dtype, shape = "F32" if name in job.unpacked else checkpoint.dtype_of(name), checkpoint.shape_of(name)
         yield _Piece(name, None, name, {name: (dtype, shape)}, shape=shape)
@@ -216,12 +213,12 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
             last = name == names[-1]
             relative = name.removeprefix(prefix)
             linear, _, part = relative.rpartition(".")
-            cut = job.dimension(linear) if job.tp > 1 and linear in linears else None
+            cut = parallel_dimension(linear, checkpoint.architecture.layer) if job.tp > 1 and linear in linears else None
             shape = checkpoint.shape_of(name)
             if part == "weight" and linear in schemes:
                 local = shard_shape(name, shape, cut, job.tp)
                 module = name.removesuffix(".weight")
-                specs = job.format.specs(module, (local[0], local[1]), schemes[linear], job.scale_dtype, job.has_index)
+                specs = job.format.specs(module, (local[0], local[1]), schemes[linear], scale_dtype, job.has_index)
                 yield _Piece(module, index, linear, specs, schemes[linear], shape, cut, last)
             else:
                 local = shard_shape(name, shape, cut, job.tp)

@@ -77,7 +77,7 @@ class Requantizing:
         if source is not None and source.scheme == wanted and self._holds(module, source):
             return source
         weight = self.plain(f"{module}.weight").float() if self.plain else source.dequantize()  # type: ignore[union-attr]
-        rules = GridRules(tuple(getattr(torch, d) for d in target.scale_dtypes(checkpoint.config.dtype)), target.min_zero)
+        rules = GridRules((getattr(torch, target.scale_dtype(checkpoint.config.dtype)),), target.min_zero)
         found = requantize(weight, source, wanted, rules)
         self.errors[module] = _shown(relative_error(found, weight))
         return found

@@ -41,7 +41,7 @@ def test_round_trip_is_exact_or_refused(
     form = FORMATS[name]
     shape = (32 * n, 32 * k)
     dtype_name = str(model_dtype).removeprefix("torch.")
-    scale_dtype = form.scale_dtypes(dtype_name)[0]
+    scale_dtype = form.scale_dtype(dtype_name)
     tensor = random_tensor(*shape, scheme, seed=seed, index=index, dtype=getattr(torch, scale_dtype), smallest_zero=int(name == "gptq"))
     if form.check(MODULE, shape, scheme, act_order_index=index):
         with pytest.raises(FormatError, match=MODULE):
