@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import Spec, check_tensor, exact_scales, expect_shape, grid_problems, take
+from quantflow.formats.base import Spec, check_tensor, exact_scales, expect_shape, grid_problems, setting, take
 
 if TYPE_CHECKING:
     import torch
@@ -109,10 +109,12 @@ class Gguf:
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         from quantflow.quant.grid import Scheme
 
-        kind = config.get("types", {}).get(module)
-        if kind is None:
+        types, schemes = setting(config, "types", dict, default={}), setting(config, "schemes", dict, default={})
+        if module not in types:
             return None
-        said = config.get("schemes", {}).get(module)
+        kind, said = types[module], schemes.get(module)
+        if kind not in tuple(_BYTES):
+            raise FormatError(Problem(f"quantization_config.types {module}", f"{kind!r}"[:80], f"one of {', '.join(_BYTES)}"))
         if said is None:
             return Scheme(8 if kind == "q8_0" else 4, BLOCK, kind != "q4_1", "minimum" if kind == "q4_1" else "integer")
         wrong = FormatError(Problem(f"quantflow.schemes {module}", f"{said!r}"[:80], f"bits, group size, symmetry and kind of a {kind}"))
@@ -148,6 +150,8 @@ class Gguf:
         if kind != "q4_1":
             return QuantizedTensor(scheme, codes, scales, torch.full(scales.shape, scheme.midpoint, dtype=torch.uint8))
         minimums = _once(name, numbers[..., 1], scheme.groups(k))
+        if not bool(minimums.isfinite().all()):
+            raise FormatError(Problem(name, "minimums that are NaN or infinite", "finite minimums"))
         if scheme.kind == "minimum":
             return MinimumTensor(scheme, codes, scales, minimums)
         zeros = torch.where(scales != 0, -minimums.float() / scales.float(), 0)
