@@ -12,6 +12,8 @@ import math
 import os
 import re
 import struct
+import sys
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.models.config import DecoderConfig
-from quantflow.models.tensor_file import ITEM_BYTES, TensorInfo, torch_dtype
+from quantflow.models.gguf_superblocks import SUPERBLOCK, SUPERBLOCK_TYPES, dequantize_superblocks
+from quantflow.models.tensor_file import ITEM_BYTES, MAX_HEADER_BYTES, TensorInfo, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +36,10 @@ _PLAIN = {0: "F32", 1: "F16", 30: "BF16"}
 # ggml's number of a type -> its name, and the bytes of a block of 32 weights
 BLOCK_TYPES = {2: ("q4_0", 18), 3: ("q4_1", 20), 8: ("q8_0", 34)}
 _OTHER_TYPES = {
-    6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 18: "IQ3_XXS", 20: "IQ4_NL",
-    21: "IQ3_S", 23: "IQ4_XS", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL",
+    21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
+_READ_TYPES = ", ".join([*_PLAIN.values(), *(name.upper() for name, _ in BLOCK_TYPES.values()), *(n for n, _ in SUPERBLOCK_TYPES.values())])
 _FILE_TYPES = {"F32": 0, "F16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "BF16": 32}  # general.file_type: of most weights
 
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -46,15 +50,26 @@ _INNER = {
 }  # fmt: skip
 # model_type of config.json -> the architecture's name, and whether q and k lie in the order of llama.cpp's rotary pairs
 ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
+_MOST_TENSORS, _LONGEST_NAME = 2**16, 64  # the latter is ggml's
+_ORIGINAL = "Start from the original checkpoint instead"
+_REQUANTIZE = "Start from the original checkpoint, or rewrite it with llama.cpp's llama-quantize --allow-requantize FILE OUT Q8_0"
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that lies in that directory alone; else None."""
+    """The GGUF file that `path` is, or that lies in that directory; None where there is none. Raises ModelError for several."""
     if path.is_file():
         return path if path.suffix == ".gguf" else None
     found = sorted(path.glob("*.gguf"))
-    return found[0] if len(found) == 1 else None
+    if len(found) > 1:
+        raise ModelError(Problem(str(path), f"{len(found)} .gguf files", "one", f"Name the one that is meant, such as {found[0]}"))
+    return found[0] if found else None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The keys and values of a GGUF file: numbers, strings, `array`s of numbers and lists of strings. Raises ModelError."""
+    return _read_header(path)[0]
 
 
 def to_gguf_name(module: str) -> str:
@@ -66,7 +81,7 @@ def to_gguf_name(module: str) -> str:
 
 def from_gguf_name(name: str) -> str | None:
     """The inverse of `to_gguf_name`; None for a name that is not known."""
-    if match := re.fullmatch(r"blk\.(\d{1,6})\.(.+)", name):
+    if match := re.fullmatch(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)", name):
         inner = next((ours for ours, theirs in _INNER.items() if theirs == match[2]), None)
         return inner and f"model.layers.{match[1]}.{inner}"
     return next((ours for ours, theirs in _OUTER.items() if theirs == name), None)
@@ -97,62 +112,98 @@ def _rotary_heads(module: str, config: Mapping[str, Any]) -> int:
 @dataclass(frozen=True)
 class _Place:
     module: str
+    kind: int  # ggml's number of the type
     info: TensorInfo  # start and stop are places in the file
 
 
 class Gguf:
     """A GGUF file as a checkpoint: plain tensors by their Hugging Face names, blocks as uint8 `[N, bytes]` under `{module}.q4_0` and the
-    like. Raises ModelError for a damaged file, with all that is wrong, and for types and architectures that are not read."""
+    like, superblocks (Q4_K, Q5_K, Q6_K), whose grid no other format has, as plain float32. Raises ModelError for a damaged file, with
+    all that is wrong, and for types and architectures that are not read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = [path]
-        self.tokenizer = path.parent
-        self.metadata, found = _read_header(path)
+        beside = any((path.parent / name).is_file() for name in _TOKENIZERS)
+        self.tokenizer = path.parent if beside else path  # its metadata holds one too
+        self.metadata, headers, base, size = _read_header(path)
+        self._architecture = self._known_architecture()
+        found = _placed(path, headers, base, size)
+        self._rope_factors = found.pop("rope_freqs.weight", None)
         self._places: dict[str, _Place] = {}
-        problems = []
+        unknown = []
         for name, (kind, info) in found.items():
-            module = from_gguf_name(name.rpartition(".")[0])
-            part = name.rpartition(".")[2]
-            if name == "rope_freqs.weight":
-                continue  # computed from the config
-            if module is None or part not in ("weight", "bias"):
-                problems.append(Problem(f"{path} tensor {name}", "none that QuantFlow knows", "a decoder of llama, qwen2 or qwen3"))
-            elif kind in _PLAIN:
-                self._places[f"{module}.{part}"] = _Place(module, info)
+            stem, _, part = name.rpartition(".")
+            module = from_gguf_name(stem)
+            if module is None or part not in ("weight", "bias") or (part == "bias" and len(info.shape) != 1):
+                unknown.append(name)
             else:
-                self._places[f"{module}.{BLOCK_TYPES[kind][0]}"] = _Place(module, info)
-        if problems:
-            raise ModelError(problems)
+                self._places[f"{module}.{BLOCK_TYPES[kind][0] if kind in BLOCK_TYPES else part}"] = _Place(module, kind, info)
+        if unknown:
+            names = ", ".join(map(repr, unknown[:4])) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+            hint = "They would be lost: convert the original checkpoint"
+            raise ModelError(Problem(str(path), f"tensors that a decoder of llama, qwen2 or qwen3 does not have: {names}", hint=hint))
         self.tensors: Mapping[str, TensorInfo] = {name: place.info for name, place in self._places.items()}
-        self.config = self._config(rope_factors="rope_freqs.weight" in found)
+        self.config = self._config()
+        self._check_rotary_rows()
 
     def read(self, name: str, index: int | None = None) -> Tensor:
+        place = self._places[name]
+        raw = self._read(place.info)
+        if place.kind in SUPERBLOCK_TYPES:
+            tensor = dequantize_superblocks(place.kind, raw).view(place.info.shape)
+        else:
+            tensor = raw.view(torch_dtype(place.info.dtype)).view(place.info.shape)
+        if heads := _rotary_heads(place.module, self.config):
+            tensor = to_rotary_halves(tensor, heads)
+        return tensor if index is None else tensor[index].clone()
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        """uint8: the bytes of a tensor."""
         import torch
 
-        place = self._places[name]
-        info = place.info
-        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        view = raw.numpy().data
         with open(self.path, "rb", buffering=0) as file:
             file.seek(info.start)
             done = 0
             while done < info.nbytes:
                 count = file.readinto(view[done:])
                 if not count:
-                    raise ModelError(Problem(f"{self.path} tensor {name}", "the file ends inside the tensor", hint="Download it again"))
+                    raise ModelError(Problem(str(self.path), "the file ends inside a tensor", hint="Download it again"))
                 done += count
-        if heads := _rotary_heads(place.module, self.config):
-            tensor = to_rotary_halves(tensor, heads)
-        return tensor if index is None else tensor[index].clone()
+        return raw
+
+    def _check_rotary_rows(self) -> None:
+        """Or reading them would cut heads."""
+        problems = []
+        for name, place in self._places.items():
+            heads = _rotary_heads(place.module, self.config)
+            if heads and place.info.shape[0] % (2 * heads):
+                problems.append(Problem(f"{self.path} tensor {name}", f"shape {list(place.info.shape)}", f"pairs of rows in {heads} heads"))
+        if problems:
+            raise ModelError(problems)
 
     def kv_parameters(self) -> dict[str, Tensor]:
         return {}
 
-    def _config(self, rope_factors: bool) -> dict[str, Any]:
+    def _known_architecture(self) -> str:
+        """`general.architecture`. Raises ModelError where the whole file is another thing than is read."""
+        name = self.metadata.get("general.architecture")
+        if not isinstance(name, str) or name not in _CLASSES:
+            found = "missing" if name is None else f"{name!r}"[:80]
+            raise ModelError(Problem(f"{self.path} general.architecture", found, f"one of {', '.join(_CLASSES)}"))
+        if self.metadata.get("split.count") not in (None, 0, 1):
+            hint = "Join them with llama.cpp's llama-gguf-split --merge"
+            raise ModelError(Problem(str(self.path), "one of several files of a model", "the whole model in one", hint))
+        if self.metadata.get(f"{name}.expert_count"):
+            raise ModelError(Problem(str(self.path), "a mixture of experts", "a dense decoder", "Start from the original checkpoint"))
+        return name
+
+    def _config(self) -> dict[str, Any]:
         """What config.json would say."""
         own = self.metadata.get(CONFIG_KEY)
-        config = self._own_config(own) if own is not None else self._standard_config(rope_factors)
+        config = self._own_config(own) if own is not None else self._standard_config()
         said = self.metadata.get(SCHEMES_KEY, "{}")
         try:
             schemes = json.loads(said) if isinstance(said, str) else None
@@ -160,7 +211,7 @@ class Gguf:
             schemes = None
         if not isinstance(schemes, dict):
             raise ModelError(Problem(f"{self.path} {SCHEMES_KEY}", f"{said!r}"[:80], "a JSON object"))
-        types = {place.module: kind for name, place in self._places.items() if (kind := name.rpartition(".")[2]) not in ("weight", "bias")}
+        types = {place.module: BLOCK_TYPES[place.kind][0] for place in self._places.values() if place.kind in BLOCK_TYPES}
         if types:
             known = {module: scheme for module, scheme in schemes.items() if module in types}
             config["quantization_config"] = {"quant_method": "gguf", "types": types, "schemes": known}
@@ -170,175 +221,235 @@ class Gguf:
         try:
             config = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ModelError(Problem(f"{self.path} {CONFIG_KEY}", f"not JSON ({error})", "a JSON object")) from error
-        heads = config.get("num_attention_heads") if isinstance(config, dict) else None
-        if type(heads) is not int or heads < 1:
-            raise ModelError(Problem(f"{self.path} {CONFIG_KEY}", f"{text!r}"[:80], "the config of a decoder"))
+            raise ModelError(Problem(f"{self.path} {CONFIG_KEY}", f"not JSON ({error})"[:200], "a JSON object")) from error
+        wrong = ModelError(Problem(f"{self.path} {CONFIG_KEY}", f"{text!r}"[:80], f"the config of a decoder of {self._architecture}"))
+        if not isinstance(config, dict) or ARCHITECTURES.get(str(config.get("model_type")), ("",))[0] != self._architecture:
+            raise wrong
+        heads = config.get("num_attention_heads")
+        kv_heads = config.get("num_key_value_heads") or heads
+        if not all(type(count) is int and count > 0 for count in (heads, kv_heads)):
+            raise wrong
         config.pop("quantization_config", None)
-        return dict(config)
+        return config
 
-    def _standard_config(self, rope_factors: bool) -> dict[str, Any]:
-        architecture = self.metadata.get("general.architecture")
-        if architecture not in _CLASSES:
-            raise ModelError(Problem(f"{self.path} general.architecture", repr(architecture), f"one of {', '.join(_CLASSES)}"))
+    def _standard_config(self) -> dict[str, Any]:
+        architecture = self._architecture
         problems: list[Problem] = []
 
         def value(key: str, kind: type, default: Any = None) -> Any:
-            found = self.metadata.get(f"{architecture}.{key}", default)
-            if kind is float and isinstance(found, int) and not isinstance(found, bool):
+            found: Any = self.metadata.get(f"{architecture}.{key}", default)
+            if isinstance(found, array) and len(set(found)) == 1:  # one for each layer
+                found = found[0]
+            if kind is float and type(found) is int:
                 found = float(found)
-            wrong = not isinstance(found, kind) or isinstance(found, bool)
-            if wrong or (isinstance(found, int) and not 0 < found < 2**31):
+            wrong = type(found) is not kind
+            if wrong or not 0 < found < 2**31:
                 expected = f"a positive {kind.__name__}"
                 problems.append(Problem(f"{self.path} {architecture}.{key}", "missing" if found is None else f"{found!r}"[:80], expected))
-                return 1
+                return kind(1)
             return found
 
         heads, hidden = value("attention.head_count", int), value("embedding_length", int)
-        embedding = self.tensors.get("model.embed_tokens.weight") or self.tensors.get("lm_head.weight")
+        head_dim = value("attention.key_length", int, max(1, hidden // heads))
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if value(key, int, head_dim) != head_dim:
+                found = repr(self.metadata.get(f"{architecture}.{key}"))
+                problems.append(Problem(f"{self.path} {architecture}.{key}", found[:80], f"the whole head, {head_dim}"))
+        embedding = self._places.get("model.embed_tokens.weight")
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
         config: dict[str, Any] = {
-            "architectures": [_CLASSES[str(architecture)]],
+            "architectures": [_CLASSES[architecture]],
             "model_type": architecture,
             "hidden_size": hidden,
             "intermediate_size": value("feed_forward_length", int),
             "num_hidden_layers": value("block_count", int),
             "num_attention_heads": heads,
             "num_key_value_heads": value("attention.head_count_kv", int, heads),
-            "head_dim": value("attention.key_length", int, max(1, hidden // heads)),
+            "head_dim": head_dim,
             "max_position_embeddings": value("context_length", int),
             "rms_norm_eps": value("attention.layer_norm_rms_epsilon", float),
             "rope_theta": value("rope.freq_base", float, 10000.0),
-            "vocab_size": value("vocab_size", int, len(self.metadata.get("tokenizer.ggml.tokens") or []) or None),
+            "vocab_size": value("vocab_size", int, len(tokens) if isinstance(tokens, list) else None),
             "hidden_act": "silu",
             "tie_word_embeddings": not any(place.module == "lm_head" for place in self._places.values()),
-            "torch_dtype": {"F32": "float32", "BF16": "bfloat16"}.get(embedding.dtype if embedding else "", "float16"),
+            "torch_dtype": {0: "float32", 30: "bfloat16"}.get(embedding.kind if embedding else 1, "float16"),
         }
         if architecture == "llama":
             config["attention_bias"] = "model.layers.0.self_attn.o_proj.bias" in self._places
         kind = self.metadata.get(f"{architecture}.rope.scaling.type", "none")
-        if kind in ("linear", "yarn"):
-            scaling: dict[str, Any] = {"rope_type": kind, "factor": value("rope.scaling.factor", float)}
-            if kind == "yarn":
-                scaling["original_max_position_embeddings"] = value("rope.scaling.original_context_length", int)
+        if self._rope_factors is not None:
+            scaling = self._llama3_scaling(config["rope_theta"], head_dim) if kind == "none" else None
+            if scaling is None:
+                problems.append(Problem(f"{self.path} rope_freqs.weight", "other factors than Llama 3's", hint=_ORIGINAL))
             config["rope_scaling"] = scaling
-        elif kind != "none" or rope_factors:
-            found = f"rope scaling {kind!r}" if kind != "none" else "rope_freqs.weight"
-            problems.append(Problem(str(self.path), found, "none, linear or yarn", "Convert the original checkpoint instead"))
+        elif kind in ("linear", "yarn"):
+            config["rope_scaling"] = {"rope_type": kind, "factor": value("rope.scaling.factor", float)}
+            if kind == "yarn":
+                config["rope_scaling"]["original_max_position_embeddings"] = value("rope.scaling.original_context_length", int)
+        elif kind != "none":
+            problems.append(Problem(f"{self.path} {architecture}.rope.scaling.type", f"{kind!r}"[:80], "none, linear or yarn", _ORIGINAL))
         for role in ("bos", "eos"):
             token = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
-            if isinstance(token, int):
+            if type(token) is int:
                 config[f"{role}_token_id"] = token
         if problems:
             raise ModelError(problems)
         return config
+
+    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
+        """The `rope_scaling` that gives the file's factors, with the wavelengths of every Llama 3 since 3.1; None if there is none."""
+        import torch
+
+        assert self._rope_factors is not None
+        kind, info = self._rope_factors
+        if kind != 0:
+            return None
+        found = self._read(info).view(torch.float32)
+        numbers = {"factor": float(found.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        if not 1 <= numbers["factor"] < 2**31:
+            return None
+        expected = _llama3_factors(theta, head_dim, numbers)
+        same = expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=0)
+        return {"rope_type": "llama3", **numbers} if same else None
+
+
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_DAMAGED = "The file is damaged or incomplete: copy or download it again"
 
 
 class _Reader:
     """The bytes of a header, none of which are believed before they are there."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
-        self.path, self.file, self.left = path, file, size
+        self.path, self.file = path, file
+        self.left = min(size, MAX_HEADER_BYTES)
 
-    def wrong(self, found: str, expected: str = "") -> ModelError:
-        return ModelError(Problem(str(self.path), found, expected, "The file is damaged or incomplete: copy or download it again"))
+    def wrong(self, found: str, expected: str = "a GGUF file", hint: str = _DAMAGED) -> ModelError:
+        return ModelError(Problem(str(self.path), found, expected, hint))
 
     def take(self, count: int) -> bytes:
-        if not 0 <= count <= self.left:
-            raise self.wrong(f"the file ends {count - self.left} bytes inside its header", "a GGUF file")
+        if count > self.left:
+            raise self.wrong(f"the file ends {count - self.left} bytes inside its header")
         self.left -= count
-        return self.file.read(count)
+        taken = self.file.read(count)
+        if len(taken) < count:
+            raise self.wrong("the file shrinks while it is read")
+        return taken
 
     def number(self, form: str) -> Any:
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
 
-    def text(self) -> str:
-        raw = self.take(self.number("Q"))
+    def text(self, errors: str = "strict") -> str:
         try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return raw.decode("utf-8", "surrogateescape")  # tokens of some vocabularies are no whole letters
+            return self.take(self.number("Q")).decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise self.wrong("a name or text that is no UTF-8") from error
 
-    def count(self, least: int) -> int:
+    def count(self, least: int, most: int = MAX_HEADER_BYTES) -> int:
         """A number of things of at least `least` bytes each."""
         found = int(self.number("Q"))
-        if found * least > self.left:
-            raise self.wrong(f"a header that promises {found} entries in {self.left} bytes", "a GGUF file")
+        if found * least > self.left or found > most:
+            raise self.wrong(f"a header that promises {found} entries in {self.left} bytes")
         return found
 
-    def value(self, kind: int, depth: int = 0) -> Any:
-        forms = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-        if kind in forms:
-            return self.number(forms[kind])
+    def value(self) -> Any:
+        """A bool, number or string; numbers of an array as an `array`, its strings as a list."""
+        kind = self.number("I")
+        if kind in _NUMBERS:
+            return self.number(_NUMBERS[kind])
         if kind == 8:
             return self.text()
-        if kind != 9 or depth > 2:
-            raise self.wrong(f"a metadata value of type {kind}", "types 0 to 12")
-        item = int(self.number("I"))
-        if item in forms:
-            size = struct.calcsize("<" + forms[item])
-            count = self.count(size)
-            return list(struct.unpack(f"<{count}{forms[item]}", self.take(count * size)))
-        return [self.value(item, depth + 1) for _ in range(self.count(8))]
+        item = self.number("I") if kind == 9 else None
+        if item in _NUMBERS:
+            form = _NUMBERS[item].replace("?", "B")
+            size = struct.calcsize("<" + form)
+            numbers = array(form, self.take(self.count(size) * size))
+            if sys.byteorder == "big":
+                numbers.byteswap()
+            return numbers
+        if item == 8:
+            return [self.text("surrogateescape") for _ in range(self.count(8))]  # tokens of some vocabularies are no whole letters
+        raise self.wrong(f"a metadata value of type {kind}" + (f" of {item}" if kind == 9 else ""), "numbers, strings or an array of them")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, TensorInfo]]]:
-    """Metadata, and of every tensor its ggml type, and the dtype, shape and place as `TensorFile` has them."""
+_Header = tuple[tuple[int, ...], int, int]  # shape, ggml's number of the type, place behind the header
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Header], int, int]:
+    """Metadata, the headers of the tensors, where their bytes begin, and how many bytes the file has."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             reader = _Reader(path, file, size)
             magic = reader.take(min(4, size))
             if magic != MAGIC:
-                raise reader.wrong(f"the first bytes are {magic!r}", f"{MAGIC!r}")
+                hint = "It is a Git LFS pointer: fetch the file with git lfs pull" if magic == b"vers" else _DAMAGED
+                raise reader.wrong(f"the first bytes are {magic!r}", f"{MAGIC!r}", hint)
             version = reader.number("I")
             if version not in (2, 3):
-                raise reader.wrong(f"version {version}", "2 or 3, little-endian")
-            tensor_count, metadata_count = reader.count(24), reader.count(12)
-            metadata = {}
+                swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+                found = f"version {version}" if swapped > VERSION else "a big-endian file"
+                raise reader.wrong(found, "version 2 or 3, little-endian", "Convert the original checkpoint with a newer llama.cpp")
+            tensor_count, metadata_count = reader.count(24, _MOST_TENSORS), reader.count(13)
+            metadata: dict[str, Any] = {}
             for _ in range(metadata_count):
                 key = reader.text()
-                metadata[key] = reader.value(reader.number("I"))
-            headers = {}
+                if key in metadata:
+                    raise reader.wrong(f"the key {key!r} stands there twice"[:200])
+                metadata[key] = reader.value()
+            headers: dict[str, _Header] = {}
             for _ in range(tensor_count):
                 name, dims = reader.text(), reader.number("I")
-                if dims > 4:
-                    raise reader.wrong(f"tensor {name} has {dims} dimensions", "at most 4")
+                if len(name) > _LONGEST_NAME or name in headers or not 0 < dims <= 4:
+                    found = f"tensor {name[:_LONGEST_NAME]!r} has {dims} dimensions, stands there twice or has too long a name"
+                    raise reader.wrong(found, "1 to 4, once")
                 shape = tuple(reader.number("Q") for _ in range(dims))
                 headers[name] = (shape[::-1], reader.number("I"), reader.number("Q"))
-            at = size - reader.left
+            at = file.tell()
     except OSError as error:
         raise ModelError(Problem(str(path), error.strerror or str(error), "a readable GGUF file")) from error
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-        raise reader.wrong(f"general.alignment {alignment!r}", "a power of two")
-    base = at + -at % alignment
-    return metadata, _placed(path, headers, base, size)
+    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+        raise reader.wrong(f"general.alignment {alignment!r}"[:80], "a power of two")
+    return metadata, headers, at + -at % alignment, size
 
 
-def _placed(path: Path, headers: Mapping[str, tuple[tuple[int, ...], int, int]], base: int, size: int) -> dict[str, tuple[int, TensorInfo]]:
-    found, problems = {}, []
+def _placed(path: Path, headers: Mapping[str, _Header], base: int, size: int) -> dict[str, tuple[int, TensorInfo]]:
+    """ggml's number of the type, and dtype, shape and place as `TensorFile` has them, of every tensor."""
+    found: dict[str, tuple[int, TensorInfo]] = {}
+    problems: list[Problem] = []
+    strange: dict[str, list[str]] = {}
     for name, (shape, kind, offset) in headers.items():
-        where = f"{path} tensor {name}"
+        dtype = _PLAIN.get(kind, "F32")
         if kind in _PLAIN:
-            dtype, nbytes = _PLAIN[kind], math.prod(shape) * ITEM_BYTES[_PLAIN[kind]]
+            nbytes = math.prod(shape) * ITEM_BYTES[dtype]
         elif kind in BLOCK_TYPES and len(shape) == 2 and shape[1] % BLOCK == 0:
             dtype, shape = "U8", (shape[0], shape[1] // BLOCK * BLOCK_TYPES[kind][1])
             nbytes = math.prod(shape)
+        elif kind in SUPERBLOCK_TYPES and len(shape) == 2 and shape[1] % SUPERBLOCK == 0:
+            nbytes = math.prod(shape) // SUPERBLOCK * SUPERBLOCK_TYPES[kind][1]
+        elif kind in BLOCK_TYPES or kind in SUPERBLOCK_TYPES:
+            problems.append(Problem(f"{path} tensor {name!r}", f"shape {list(shape)} in blocks", "two dimensions of whole blocks"))
+            continue
         else:
-            known = ", ".join([*_PLAIN.values(), *(name.upper() for name, _ in BLOCK_TYPES.values())])
-            problems.append(Problem(where, f"type {_OTHER_TYPES.get(kind, kind)}, shape {list(shape)}", f"one of {known}"))
+            strange.setdefault(_OTHER_TYPES.get(kind, f"{kind}"), []).append(name)
             continue
         start = base + offset
-        if start + nbytes > size:
-            problems.append(Problem(where, f"it ends at byte {start + nbytes}, the file at {size}", "a whole file", "Download it again"))
+        if nbytes == 0 or start + nbytes > size:
+            expected = f"a tensor within the file's {size}"
+            problems.append(Problem(f"{path} tensor {name!r}", f"{nbytes} bytes from byte {start}", expected, "Download it again"))
         found[name] = (kind, TensorInfo(dtype, shape, start, start + nbytes))
+    for kind_name, names in strange.items():
+        such = f"{len(names)} tensors of type {kind_name}, the first of which is {names[0]!r}"
+        problems.append(Problem(str(path), such, f"one of {_READ_TYPES}", _REQUANTIZE))
     at, last = base, ""
     for name, (_, info) in sorted(found.items(), key=lambda item: item[1][1].start):
         if info.start < at:
-            problems.append(Problem(f"{path} tensor {name}", f"it overlaps with {last}", "tensors one after the other"))
+            problems.append(Problem(f"{path} tensor {name!r}", f"it overlaps with {last!r}", "tensors one after the other"))
         at, last = info.stop, name
     if problems:
-        raise ModelError(problems)
+        more = len(problems) - 20
+        raise ModelError(problems[:20] + ([Problem(str(path), f"{more} more such problems")] if more > 0 else []))
     return found
 
 
@@ -437,6 +548,12 @@ def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:
         problems.append(Problem("gguf", "a sliding window, which llama.cpp leaves out for this family", "full attention"))
     if config.rope.kind not in ("default", "linear", "yarn", "llama3"):
         problems.append(Problem("gguf", f"rope scaling of type {config.rope.kind}", "default, linear, yarn or llama3"))
+    known = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": 1.0}
+    rope = {k: v for k, v in config.rope.parameters.items() if k not in ("factor", "original_max_position_embeddings")}
+    if config.rope.kind == "yarn" and any(known.get(key) != number for key, number in rope.items()):
+        problems.append(Problem("gguf", f"yarn with {rope}", f"llama.cpp's own {known}, and no other"))
+    if model_type == "qwen3" and config.attention_bias:
+        problems.append(Problem("gguf", "biases in the attention of Qwen3", "none, as llama.cpp has it"))
     if config.logn_length is not None:
         problems.append(Problem("gguf", "logn attention scaling", "none"))
     return problems
@@ -477,13 +594,17 @@ def _rope_factors(decoder: DecoderConfig) -> Tensor | None:
     """float32 `[D/2]`: by what llama.cpp divides each frequency, for Llama 3's scaling; None for other kinds."""
     if decoder.rope.kind != "llama3":
         return None
+    parameters = {"original_max_position_embeddings": float(decoder.max_positions), **decoder.rope.parameters}
+    return _llama3_factors(decoder.rope.theta, decoder.head_dim, parameters)
+
+
+def _llama3_factors(theta: float, head_dim: int, p: Mapping[str, float]) -> Tensor:
     import torch
 
-    p = decoder.rope.parameters
-    trained = p.get("original_max_position_embeddings", float(decoder.max_positions))
-    frequencies = 1.0 / decoder.rope.theta ** (torch.arange(0, decoder.head_dim, 2, dtype=torch.float64) / decoder.head_dim)
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     waves = 2 * math.pi / frequencies
-    smooth = ((trained / waves - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])).clamp(0, 1)
+    trained, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
+    smooth = ((trained / waves - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / p["factor"] + smooth)).float()
 
 
