@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.models.tokenizer import chat_template, load_tokenizer, special_tokens
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+from quantflow.models.tokenizer import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    QWEN_PATTERN,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    chat_template,
+    load_tokenizer,
+    special_tokens,
+)
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLITTERS = {_LLAMA3: "llama-bpe", _QWEN2: "qwen2", _GPT2: "gpt-2"}
+SPLITTERS = {"llama-bpe": _LLAMA3, "qwen2": QWEN_PATTERN, "gpt-2": _GPT2}  # llama.cpp's names
 
 
 def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -28,8 +38,11 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
     tokenizer = json.loads(load_tokenizer(folder).to_str())
     model = tokenizer["model"]
     vocabulary = model.get("vocab")
-    if model.get("type") != "BPE" or not isinstance(vocabulary, dict):
-        raise FormatError(Problem("tokenizer", f"a model of type {model.get('type')}", "BPE, the only one that is translated to GGUF"))
+    odd = any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"))
+    if model.get("type") != "BPE" or not isinstance(vocabulary, dict) or odd:
+        raise FormatError(
+            Problem("tokenizer", f"a model of type {model.get('type')}", "plain BPE, the only one that is translated to GGUF")
+        )
     added = {token["id"]: token for token in tokenizer.get("added_tokens", [])}
     by_id = {number: text for text, number in vocabulary.items()} | {number: token["content"] for number, token in added.items()}
     if max(by_id) >= size:
@@ -40,6 +53,7 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
     found: dict[str, Any] = {"tokenizer.ggml.model": "llama" if plain else "gpt2"}
     if plain:
+        _check_merges(dict(zip(tokens, types, strict=True)), merges)
         found["tokenizer.ggml.pre"] = "default"
         found["tokenizer.ggml.scores"] = _scores(tokens, merges)
         found["tokenizer.ggml.add_space_prefix"] = _adds_space(tokenizer)
@@ -56,7 +70,8 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
         number = numbers.get(text) if text is not None else number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and 0 <= number < size:
             found[f"tokenizer.ggml.{key}_token_id"] = number
-    begins, ends = _template_ends(tokenizer)
+    begin, end = (by_id.get(found.get(f"tokenizer.ggml.{role}_token_id", -1)) for role in ("bos", "eos"))
+    begins, ends = _template_ends(tokenizer, begin, end)
     found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"] = begins, ends
     if template := chat_template(folder):
         found["tokenizer.chat_template"] = template
@@ -88,40 +103,72 @@ def _parts(step: Mapping[str, Any] | None, inner: str) -> list[Mapping[str, Any]
 
 
 def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
-    steps = [*_parts(tokenizer.get("normalizer"), "normalizers"), *_parts(tokenizer.get("pre_tokenizer"), "pretokenizers")]
-    known = {"Prepend", "Replace", "Metaspace"}
-    if strange := [str(step.get("type")) for step in steps if step.get("type") not in known]:
-        expected = f"only {', '.join(sorted(known))}, which llama.cpp's SentencePiece does"
-        raise FormatError(Problem("tokenizer", f"the step {strange[0]}", expected))
-    return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("always", "first") for step in steps)
+    """Whether a space goes before a text. Raises FormatError for steps that llama.cpp's SentencePiece does not do.
+
+    One difference is let pass, as in llama.cpp's own converter: it adds a space behind special tokens within a text too, which
+    `prepend_scheme: first` does not.
+    """
+    adds = False
+    for step in [*_parts(tokenizer.get("normalizer"), "normalizers"), *_parts(tokenizer.get("pre_tokenizer"), "pretokenizers")]:
+        kind, pattern = step.get("type"), step.get("pattern", {})
+        begins = str(pattern.get("Regex", "")).startswith(r"\A(?!")  # but before a symbol alone: `tokenizer.py` says why
+        if kind == "Prepend" and step.get("prepend") == SPACE:
+            adds = True
+        elif kind == "Replace" and step.get("content") == SPACE and (begins or pattern == {"String": " "}):
+            adds = adds or begins
+        elif kind == "Metaspace" and step.get("replacement") == SPACE and not step.get("split", True):
+            adds = adds or step.get("prepend_scheme") in ("always", "first")
+        else:
+            expected = "a space before the text and ▁ for every space: all that llama.cpp's SentencePiece does"
+            raise FormatError(Problem("tokenizer", f"the step {json.dumps(step, ensure_ascii=False)}"[:120], expected))
+    return adds
+
+
+def _check_merges(types: Mapping[str, int], merges: list[str]) -> None:
+    """llama.cpp's SentencePiece joins the pair whose result is best, whatever its halves. Raises FormatError where these merges do
+    something else: lack a way to split a token, or make one at several places of their order."""
+    listed, made = set(merges), [merge.replace(" ", "", 1) for merge in merges]
+    normal = {text for text, kind in types.items() if kind == NORMAL}
+    problem = "merges that make a token at two places of their order" if len(list(groupby(made))) != len(set(made)) else ""
+    for text in normal:
+        splits = (f"{text[:cut]} {text[cut:]}" for cut in range(1, len(text)) if text[:cut] in normal and text[cut:] in normal)
+        if missing := next((split for split in splits if split not in listed), None):
+            problem = f"no merge {missing!r}"
+    if problem:
+        raise FormatError(
+            Problem("tokenizer", problem, "the merges of a SentencePiece model, all that llama.cpp has beside byte-level BPE")
+        )
 
 
 def _splitter(tokenizer: Mapping[str, Any]) -> str:
     """llama.cpp's name of the regular expression that a byte-level tokenizer splits at."""
     if strange := [str(step.get("type")) for step in _parts(tokenizer.get("normalizer"), "normalizers") if step.get("type") != "NFC"]:
         raise FormatError(Problem("tokenizer", f"the normalizer {strange[0]}", "none, or NFC"))
-    found = None
+    found: list[str | None] = []
     for step in _parts(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         if step.get("type") == "ByteLevel":
             if step.get("add_prefix_space"):
                 raise FormatError(Problem("tokenizer", "add_prefix_space", "byte-level splitting without it"))
             if step.get("use_regex", True):
-                found = "gpt-2"
-        elif step.get("type") == "Split":
-            found = _SPLITTERS.get(str(step.get("pattern", {}).get("Regex")))
+                found.append("gpt-2")
+        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            regex = step.get("pattern", {}).get("Regex")
+            found.append(next((name for name, known in SPLITTERS.items() if known == regex), None))
         else:
-            found = None
-            break
-    if found is None:
-        known = ", ".join(_SPLITTERS.values())
+            found.append(None)
+    if len(found) != 1 or found[0] is None:
+        known = ", ".join(SPLITTERS)
         hint = "llama.cpp would split another way: add its name to quantflow/models/gguf_vocabulary.py if it has the expression"
         raise FormatError(Problem("tokenizer", "a pre-tokenizer that llama.cpp has no known name for", f"that of {known}", hint))
-    return found
+    return found[0]
 
 
-def _template_ends(tokenizer: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether the post-processor puts BOS before a text, and EOS after it."""
+def _template_ends(tokenizer: Mapping[str, Any], begin: str | None, end: str | None) -> tuple[bool, bool]:
+    """Whether the post-processor puts BOS before a text, and EOS after it. Raises FormatError where it puts anything else."""
     processors = _parts(tokenizer.get("post_processor"), "processors")
-    single: list[Any] = next((p["single"] for p in processors if p.get("type") == "TemplateProcessing"), [])
-    names = ["special" if "SpecialToken" in part else "text" for part in single]
-    return names[:1] == ["special"], names[-1:] == ["special"] and len(names) > 1
+    single: list[Any] = next((p["single"] for p in processors if p.get("type") == "TemplateProcessing"), [{"Sequence": {}}])
+    names = [part["SpecialToken"]["id"] if "SpecialToken" in part else "" for part in single]
+    at = names.index("")
+    if names[:at] not in ([], [begin]) or names[at + 1 :] not in ([], [end]):
+        raise FormatError(Problem("tokenizer", f"{' '.join(filter(None, names))} around a text", "at most BOS before and EOS after it"))
+    return bool(names[:at]), bool(names[at + 1 :])

@@ -2,7 +2,8 @@
 
 Four kinds of vocabulary are read, the first that is there: tokenizer.json as it is; SentencePiece's tokenizer.model (Llama 2,
 Vicuna, InternLM, Mistral); qwen.tiktoken (the first Qwen); vocab.json with merges.txt (GPT-2, OPT). The last three become what
-tokenizer.json would have held, so that an artifact always has one, and every loader splits text as the calibration did.
+tokenizer.json would have held, so that an artifact always has one, and every loader splits text as the calibration did. In the place
+of a directory may stand a .gguf file, whose metadata holds one of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from quantflow.errors import DataError, ModelError, Problem
 from quantflow.models.dialogue import OF_FAMILY, Dialogue
 from quantflow.models.directory import read_json
+from quantflow.models.gguf_file import read_metadata
 
 Json = dict[str, Any]
 _Token = TypeVar("_Token", str, bytes)
@@ -158,18 +160,24 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
+    """A tokenizer as it was read."""
+
     tokenizer: Tokenizer
     roles: dict[str, str]  # bos_token -> "<s>", as far as the vocabulary's own file and the JSON files beside it say
     made: bool  # not read from a tokenizer.json
 
 
-def _load(path: Path) -> _Loaded:
+def _load(path: Path) -> Loaded:
     for name, reader in _READERS.items():
         if (path / name).is_file():
             loaded = reader(path)
             break
     else:
+        if path.is_file():
+            from quantflow.models.gguf_tokenizer import tokenizer_from_metadata  # which is made of parts of this file
+
+            return tokenizer_from_metadata(read_metadata(path), path)
         expected = ", ".join(_READERS) + " with merges.txt"
         if any((path / name).is_file() for name in ("merges.txt", "tekken.json")):
             hint = "merges.txt goes with vocab.json, and tekken.json with a tokenizer.json: download them too"
@@ -198,16 +206,16 @@ def _check_size(path: Path, tokenizer: Tokenizer) -> None:
 # --- tokenizer.json
 
 
-def _from_json(path: Path) -> _Loaded:
+def _from_json(path: Path) -> Loaded:
     file = path / "tokenizer.json"
     text = _text(file)
-    tokenizer = _guarded(file, "a tokenizer that the tokenizers library can read", lambda: Tokenizer.from_str(text))
+    tokenizer = guarded(file, "a tokenizer that the tokenizers library can read", lambda: Tokenizer.from_str(text))
     declared = _declared(path)
     roles = dict(declared.roles)
     unknown = getattr(tokenizer.model, "unk_token", None)
     if isinstance(unknown, str):
         roles.setdefault("unk_token", unknown)
-    return _Loaded(tokenizer, roles, made=False)
+    return Loaded(tokenizer, roles, made=False)
 
 
 # --- tokenizer.model: SentencePiece
@@ -275,11 +283,12 @@ def read_sentencepiece(data: bytes) -> SentencePieceModel:
         collapse_spaces=bool(_int(normalizer.get(4, 1))),
         escape_spaces=bool(_int(normalizer.get(5, 1))),
     )
-    _check_sentencepiece(model)
+    check_sentencepiece(model)
     return model
 
 
-def _check_sentencepiece(model: SentencePieceModel) -> None:
+def check_sentencepiece(model: SentencePieceModel) -> None:
+    """Raises ValueError, which says what is wrong."""
     if model.kind not in (UNIGRAM, BPE):
         raise ValueError(f"model type {model.kind}: only BPE and unigram can be read")
     if model.space_suffix or not model.escape_spaces:
@@ -347,7 +356,7 @@ def _int(value: int | bytes) -> int:
     return value
 
 
-def _from_sentencepiece(path: Path) -> _Loaded:
+def _from_sentencepiece(path: Path) -> Loaded:
     file = path / "tokenizer.model"
     data = _data(file)
     try:
@@ -357,7 +366,11 @@ def _from_sentencepiece(path: Path) -> _Loaded:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
             hint = "It is a tiktoken file, as Llama 3 has: such a model needs its tokenizer.json"
         raise ModelError(Problem(str(file), f"not a SentencePiece model ({error})", hint=hint)) from error
-    declared = _declared(path)
+    return sentencepiece_tokenizer(path, file, model, _declared(path))
+
+
+def sentencepiece_tokenizer(path: Path, file: Path, model: SentencePieceModel, declared: Declared) -> Loaded:
+    """The tokenizer of a SentencePiece model that stood in `file`, with what else was declared in `path`. Raises ModelError."""
     names = [piece.text for piece in model.pieces]
     kinds = [piece.kind for piece in model.pieces]
     for i in declared.placed:
@@ -375,7 +388,7 @@ def _from_sentencepiece(path: Path) -> _Loaded:
 
     if model.kind == BPE:
         scores = {piece.text: piece.score for i, piece in enumerate(model.pieces) if kinds[i] == NORMAL and i not in added}
-        tokenizer = _guarded(
+        tokenizer = guarded(
             file,
             "a consistent vocabulary",
             lambda: Tokenizer(
@@ -395,7 +408,7 @@ def _from_sentencepiece(path: Path) -> _Loaded:
             found, expected = f"ids {[i for i, _ in extra]}", f"ids that go on from {len(names)} without a gap"
             raise ModelError(Problem(f"{path} added tokens", found, expected))
         entries += [(name, 0.0) for _, name in extra]
-        tokenizer = _guarded(
+        tokenizer = guarded(
             file, "a consistent vocabulary", lambda: Tokenizer(models.Unigram(entries, unk_id=unknown, byte_fallback=model.byte_fallback))
         )
 
@@ -403,7 +416,7 @@ def _from_sentencepiece(path: Path) -> _Loaded:
             # Or <0x41> as somebody wrote it would be found in the vocabulary, and become an A.
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), behavior="merged_with_previous")
     symbols = [token.content for token in added.values() if token.normalized]
-    tokenizer.normalizer = _guarded(file, "a character map that can be read", lambda: _space_normalizer(model, symbols))
+    tokenizer.normalizer = guarded(file, "a character map that can be read", lambda: _space_normalizer(model, symbols))
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if model.dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1, right=0))
@@ -415,8 +428,8 @@ def _from_sentencepiece(path: Path) -> _Loaded:
             roles[role] = names[i]
     roles = {**roles, **declared.roles}
     _add_tokens(tokenizer, added, declared, roles)
-    _add_template(tokenizer, roles, declared.add_bos if declared.add_bos is not None else True, bool(declared.add_eos))
-    return _Loaded(tokenizer, roles, made=True)
+    add_template(tokenizer, roles, declared.add_bos if declared.add_bos is not None else True, bool(declared.add_eos))
+    return Loaded(tokenizer, roles, made=True)
 
 
 def _space_normalizer(model: SentencePieceModel, symbols: list[str]) -> Any:
@@ -457,7 +470,7 @@ def _merges(order: Mapping[_Token, float]) -> list[tuple[_Token, _Token]]:
 # --- qwen.tiktoken
 
 
-def _from_tiktoken(path: Path) -> _Loaded:
+def _from_tiktoken(path: Path) -> Loaded:
     file = path / "qwen.tiktoken"
     ranks = _read_ranks(file)
     letters = byte_letters()
@@ -479,17 +492,17 @@ def _from_tiktoken(path: Path) -> _Loaded:
     declared = _declared(path)
     vocab = _vocabulary(path, names, declared)
     merges = [(spelled(left), spelled(right)) for left, right in _merges(ranks)]
-    tokenizer = _guarded(
+    tokenizer = guarded(
         # ignore_merges: tiktoken, too, looks a whole word up before it merges.
         file, "a consistent vocabulary", lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     )  # fmt: skip
-    _set_qwen_splitting(tokenizer)
+    set_qwen_splitting(tokenizer)
     raw_prompts = _optional_json(path / "generation_config.json").get("chat_format") == "raw"
     roles = {"eos_token": "<|endoftext|>" if raw_prompts else "<|im_end|>", "pad_token": "<|endoftext|>", **declared.roles}
     _add_tokens(tokenizer, {**specials, **declared.placed}, declared, roles)
     if declared.add_bos or declared.add_eos:
-        _add_template(tokenizer, roles, bool(declared.add_bos), bool(declared.add_eos))
-    return _Loaded(tokenizer, roles, made=True)
+        add_template(tokenizer, roles, bool(declared.add_bos), bool(declared.add_eos))
+    return Loaded(tokenizer, roles, made=True)
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
@@ -515,7 +528,7 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _set_qwen_splitting(tokenizer: Tokenizer) -> None:
+def set_qwen_splitting(tokenizer: Tokenizer) -> None:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -537,7 +550,7 @@ def byte_letters() -> list[str]:
 # --- vocab.json and merges.txt
 
 
-def _from_vocab(path: Path) -> _Loaded:
+def _from_vocab(path: Path) -> Loaded:
     file = path / "vocab.json"
     vocab = read_json(file)
     bad = next((t for t, i in vocab.items() if not isinstance(i, int) or isinstance(i, bool) or i < 0), None)
@@ -565,9 +578,9 @@ def _from_vocab(path: Path) -> _Loaded:
         raise ModelError(Problem(where, f"has id {clash}, which is {by_id[clash]!r} in vocab.json"))
     for i, token in declared.placed.items():
         vocab[token.content] = i
-    tokenizer = _guarded(path / "merges.txt", "merges of tokens in vocab.json", lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges)))
+    tokenizer = guarded(path / "merges.txt", "merges of tokens in vocab.json", lambda: Tokenizer(models.BPE(vocab=vocab, merges=merges)))
     if qwen:
-        _set_qwen_splitting(tokenizer)
+        set_qwen_splitting(tokenizer)
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(declared.config.get("add_prefix_space", False)))
         tokenizer.decoder = decoders.ByteLevel()
@@ -577,8 +590,8 @@ def _from_vocab(path: Path) -> _Loaded:
     # OPT was trained with </s> in front.
     add_bos = declared.add_bos if declared.add_bos is not None else model_type == "opt"
     if add_bos or declared.add_eos:
-        _add_template(tokenizer, roles, add_bos, bool(declared.add_eos))
-    return _Loaded(tokenizer, roles, made=True)
+        add_template(tokenizer, roles, add_bos, bool(declared.add_eos))
+    return Loaded(tokenizer, roles, made=True)
 
 
 def _read_merges(file: Path, vocab: Json) -> list[tuple[str, str]]:
@@ -606,7 +619,7 @@ def _read_merges(file: Path, vocab: Json) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class _Declared:
+class Declared:
     """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say."""
 
     config: Json
@@ -617,7 +630,7 @@ class _Declared:
     add_eos: bool | None = None
 
 
-def _declared(path: Path) -> _Declared:
+def _declared(path: Path) -> Declared:
     problems: list[Problem] = []
     config = _optional_json(path / "tokenizer_config.json")
     special_map = _optional_json(path / "special_tokens_map.json")
@@ -666,10 +679,10 @@ def _declared(path: Path) -> _Declared:
     if problems:
         raise ModelError(problems)
     add_bos, add_eos = (config[key] if isinstance(config.get(key), bool) else None for key in ("add_bos_token", "add_eos_token"))
-    return _Declared(config, roles, tuple(specials), dict(sorted(placed.items())), add_bos, add_eos)
+    return Declared(config, roles, tuple(specials), dict(sorted(placed.items())), add_bos, add_eos)
 
 
-def _vocabulary(path: Path, names: list[str], declared: _Declared) -> dict[str, int]:
+def _vocabulary(path: Path, names: list[str], declared: Declared) -> dict[str, int]:
     """Token -> id of a vocabulary and the tokens added to it with an id of their own."""
     entries = [*enumerate(names), *((i, token.content) for i, token in declared.placed.items() if i >= len(names))]
     vocab: dict[str, int] = {}
@@ -682,7 +695,7 @@ def _vocabulary(path: Path, names: list[str], declared: _Declared) -> dict[str, 
     return vocab
 
 
-def _add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], declared: _Declared, roles: Mapping[str, str]) -> None:
+def _add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], declared: Declared, roles: Mapping[str, str]) -> None:
     """Makes tokens of the vocabulary special; those without an id come behind it, as in transformers."""
     tokenizer.add_tokens([token for _, token in sorted(added.items())])
     present = tokenizer.get_vocab()
@@ -690,7 +703,7 @@ def _add_tokens(tokenizer: Tokenizer, added: Mapping[int, AddedToken], declared:
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in new])
 
 
-def _add_template(tokenizer: Tokenizer, roles: Mapping[str, str], add_bos: bool, add_eos: bool) -> None:
+def add_template(tokenizer: Tokenizer, roles: Mapping[str, str], add_bos: bool, add_eos: bool) -> None:
     bos = roles.get("bos_token") if add_bos else None
     eos = roles.get("eos_token") if add_eos else None
     single = [f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos)
@@ -703,7 +716,7 @@ def _add_template(tokenizer: Tokenizer, roles: Mapping[str, str], add_bos: bool,
 # --- files of the artifact
 
 
-def _all_roles(loaded: _Loaded, model_config: Json) -> dict[str, str]:
+def _all_roles(loaded: Loaded, model_config: Json) -> dict[str, str]:
     """The tokens of the roles a loader asks for; what the tokenizer's files leave open comes from config.json's ids."""
     roles = {role: loaded.roles[role] for role in ROLES if role in loaded.roles}
     for role in ("bos_token", "eos_token", "pad_token"):
@@ -716,7 +729,7 @@ def _all_roles(loaded: _Loaded, model_config: Json) -> dict[str, str]:
     return roles
 
 
-def _ending_turns(generation_config: Json, end: str, loaded: _Loaded, special_tokens_map: Json) -> Json:
+def _ending_turns(generation_config: Json, end: str, loaded: Loaded, special_tokens_map: Json) -> Json:
     """generation_config.json with the token that ends a turn among those that end the text: the remote code's chat() had it."""
     index = loaded.tokenizer.token_to_id(end)
     if index is None:
@@ -735,7 +748,10 @@ def _ending_turns(generation_config: Json, end: str, loaded: _Loaded, special_to
 
 
 def _template_file(source: Path) -> bytes | None:
-    """The chat template that stands in a file of its own, as UTF-8."""
+    """The chat template that stands in a file of its own, or in GGUF's metadata, as UTF-8."""
+    if source.is_file():
+        template = read_metadata(source).get("tokenizer.chat_template")
+        return template.encode() if isinstance(template, str) and template else None
     if (source / "chat_template.jinja").is_file():
         return _text(source / "chat_template.jinja").encode()
     template = _optional_json(source / "chat_template.json").get("chat_template")
@@ -768,7 +784,7 @@ def _text(file: Path) -> str:
         raise ModelError(Problem(str(file), f"not text ({error})", "UTF-8")) from error
 
 
-def _guarded(file: Path, expected: str, build: Callable[[], Any]) -> Any:
+def guarded(file: Path, expected: str, build: Callable[[], Any]) -> Any:
     """What `build` gives; raises ModelError for whatever the tokenizers library says of a damaged file."""
     try:
         return build()
@@ -783,7 +799,7 @@ def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-_READERS: dict[str, Callable[[Path], _Loaded]] = {
+_READERS: dict[str, Callable[[Path], Loaded]] = {
     "tokenizer.json": _from_json,
     "tokenizer.model": _from_sentencepiece,
     "qwen.tiktoken": _from_tiktoken,

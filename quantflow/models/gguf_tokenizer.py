@@ -1,0 +1,154 @@
+"""A tokenizer from GGUF's metadata: the way back from `gguf_vocabulary.py`, and the only one for files that others wrote."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from quantflow.errors import ModelError, Problem
+from quantflow.models.gguf_vocabulary import SPLITTERS
+from quantflow.models.tokenizer import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Declared,
+    Loaded,
+    Piece,
+    SentencePieceModel,
+    add_template,
+    byte_letters,
+    check_sentencepiece,
+    guarded,
+    sentencepiece_tokenizer,
+)
+
+# Further names that llama.cpp has for the same expressions.
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "gpt2": "gpt-2"}
+_ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unknown": "unk",
+    "padding": "pad",
+    "seperator": "sep",
+    "cls": "cls",
+    "mask": "mask",
+}  # as it is spelt
+_HINT = "Put the model's own tokenizer.json and tokenizer_config.json beside the file"
+
+
+def tokenizer_from_metadata(metadata: Mapping[str, Any], file: Path) -> Loaded:
+    """The tokenizer of the `tokenizer.ggml.…` keys, which splits as llama.cpp does, and the tokens of the roles. file: where they stood.
+
+    Raises ModelError for a kind that is not translated, and for keys that contradict each other.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("llama", "gpt2"):
+        found = "missing" if kind is None else f"{kind!r}"[:80]
+        raise ModelError(Problem(f"{file} tokenizer.ggml.model", found, "llama or gpt2", _HINT))
+    tokens, types = _tokens(metadata, file)
+    return (_sentencepiece if kind == "llama" else _byte_level)(metadata, file, tokens, types)
+
+
+def _tokens(metadata: Mapping[str, Any], file: Path) -> tuple[list[str], list[int]]:
+    """The tokens and their types, without those that only fill up the embedding."""
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list):
+        raise ModelError(Problem(f"{file} tokenizer.ggml.tokens", f"{tokens!r}"[:80], "a list of tokens", _HINT))
+    types = array("i", [NORMAL] * len(tokens)) if types is None else types
+    if not isinstance(types, array) or len(types) != len(tokens) or not set(types) <= set(range(NORMAL, BYTE + 1)):
+        raise ModelError(Problem(f"{file} tokenizer.ggml.token_type", f"{types!r}"[:80], f"{len(tokens)} numbers from 1 to 6", _HINT))
+    used = max((i + 1 for i, kind in enumerate(types) if kind != UNUSED), default=0)
+    tokens = tokens[:used]
+    wrong = next((token for token in tokens if not token or any("\ud800" <= letter <= "\udfff" for letter in token)), None)
+    if wrong is not None or len(set(tokens)) < used or not used:
+        found = "no token" if not used else "two tokens that are the same" if wrong is None else f"the token {wrong!r}"[:80]
+        raise ModelError(Problem(f"{file} tokenizer.ggml.tokens", found, "different tokens, in UTF-8", _HINT))
+    return tokens, list(types[:used])
+
+
+def _number(metadata: Mapping[str, Any], key: str, default: int = -1) -> int:
+    found = metadata.get(f"tokenizer.ggml.{key}", default)
+    return found if type(found) is int else default
+
+
+def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
+    found = metadata.get(f"tokenizer.ggml.{key}", default)
+    return found if isinstance(found, bool) else default
+
+
+def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
+    numbers = {role: _number(metadata, f"{key}_token_id") for key, role in _ROLES.items()}
+    return {f"{role}_token": tokens[number] for role, number in numbers.items() if 0 <= number < len(tokens)}
+
+
+def _sentencepiece(metadata: Mapping[str, Any], file: Path, tokens: list[str], types: list[int]) -> Loaded:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, array) or len(scores) < len(tokens):
+        raise ModelError(Problem(f"{file} tokenizer.ggml.scores", f"{scores!r}"[:80], f"{len(tokens)} numbers", _HINT))
+    model = SentencePieceModel(
+        tuple(Piece(*piece) for piece in zip(tokens, scores, types, strict=False)),
+        kind=BPE,
+        byte_fallback=BYTE in types,
+        bos_id=_number(metadata, "bos_token_id", 1),
+        eos_id=_number(metadata, "eos_token_id", 2),
+        pad_id=_number(metadata, "padding_token_id"),
+        space_suffix=False,
+        charsmap=b"",
+        dummy_prefix=_flag(metadata, "add_space_prefix", True),
+        collapse_spaces=False,  # llama.cpp does so for other models alone
+        escape_spaces=True,
+    )
+    try:
+        check_sentencepiece(model)
+    except ValueError as error:
+        raise ModelError(Problem(f"{file} tokenizer.ggml", f"{error}", "a SentencePiece vocabulary", _HINT)) from error
+    declared = Declared(
+        {}, _roles(metadata, tokens), add_bos=_flag(metadata, "add_bos_token", True), add_eos=_flag(metadata, "add_eos_token", False)
+    )
+    return sentencepiece_tokenizer(file, file, model, declared)
+
+
+def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], types: list[int]) -> Loaded:
+    name = metadata.get("tokenizer.ggml.pre")
+    pre = _ALIASES.get(name, name) if isinstance(name, str) else None
+    if pre not in SPLITTERS:
+        found = "missing" if name is None else f"{name!r}"[:80]
+        raise ModelError(Problem(f"{file} tokenizer.ggml.pre", found, f"one of {', '.join([*SPLITTERS, *_ALIASES])}", _HINT))
+    vocab = {token: number for number, token in enumerate(tokens)}
+    # The library drops a byte that is not in the vocabulary without a word.
+    if missing := [letter for letter in byte_letters() if letter not in vocab]:
+        raise ModelError(
+            Problem(f"{file} tokenizer.ggml.tokens", f"{len(missing)} of the 256 bytes have no token", "a byte-level one", _HINT)
+        )
+    merges = metadata.get("tokenizer.ggml.merges")
+    pairs = [tuple(merge.split(" ")) for merge in merges] if isinstance(merges, list) else []
+    if not isinstance(merges, list) or any(len(pair) != 2 for pair in pairs):
+        raise ModelError(Problem(f"{file} tokenizer.ggml.merges", "not there, or no pairs of tokens", "pairs of tokens", _HINT))
+    # llama.cpp, too, looks a whole word up before it merges, for Llama 3 alone.
+    whole = pre == "llama-bpe"
+    tokenizer = guarded(
+        file, "merges of its own tokens", lambda: Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole))
+    )  # fmt: skip
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()  # as the models were trained; llama.cpp leaves it out
+    split = pre_tokenizers.Split(Regex(SPLITTERS[pre]), behavior="isolated", invert=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+        ]
+    )
+    roles = _roles(metadata, tokens)
+    add_template(tokenizer, roles, _flag(metadata, "add_bos_token", whole), _flag(metadata, "add_eos_token", False))
+    return Loaded(tokenizer, roles, made=True)
