@@ -51,7 +51,8 @@ _INNER = {
 # model_type of config.json -> the architecture's name, and whether q and k lie in the order of llama.cpp's rotary pairs
 ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
-_MOST_TENSORS, _LONGEST_NAME = 2**16, 64  # the latter is ggml's
+_MOST_TENSORS, _MOST_KEYS, _MOST_STRINGS = 2**16, 2**16, 2**22  # far beyond any model, and read in seconds
+_LONGEST_NAME = 64  # ggml's
 _ORIGINAL = "Start from the original checkpoint instead"
 _REQUANTIZE = "Start from the original checkpoint, or rewrite it with llama.cpp's llama-quantize --allow-requantize FILE OUT Q8_0"
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -368,7 +369,9 @@ class _Reader:
                 numbers.byteswap()
             return numbers
         if item == 8:
-            return [self.text("surrogateescape") for _ in range(self.count(8))]  # tokens of some vocabularies are no whole letters
+            return [
+                self.text("surrogateescape") for _ in range(self.count(8, _MOST_STRINGS))
+            ]  # tokens of some vocabularies are no whole letters
         raise self.wrong(f"a metadata value of type {kind}" + (f" of {item}" if kind == 9 else ""), "numbers, strings or an array of them")
 
 
@@ -390,7 +393,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Header], int, i
                 swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
                 found = f"version {version}" if swapped > VERSION else "a big-endian file"
                 raise reader.wrong(found, "version 2 or 3, little-endian", "Convert the original checkpoint with a newer llama.cpp")
-            tensor_count, metadata_count = reader.count(24, _MOST_TENSORS), reader.count(13)
+            tensor_count, metadata_count = reader.count(24, _MOST_TENSORS), reader.count(13, _MOST_KEYS)
             metadata: dict[str, Any] = {}
             for _ in range(metadata_count):
                 key = reader.text()

@@ -452,6 +452,7 @@ HOSTILE = {
     "2^60 tensors": ("promises", header(2**60, 0)),
     "2^64 tensors": ("promises", header(U64, 0)),
     "many tensors": ("promises 131072", header(2**17, 0, bytes(2**22))),
+    "many pairs": ("promises 131072", header(0, 2**17, bytes(2**22))),
     "2^60 pairs": ("promises", header(0, 2**60)),
     "2^60 letters": ("inside its header", header(0, 1, struct.pack("<Q", 2**60) + bytes(100))),
     "2^64 letters": ("inside its header", header(0, 1, struct.pack("<Q", U64) + bytes(100))),
