@@ -34,6 +34,7 @@ from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.machine import free_bytes, is_out_of_memory, resolve_device
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
+from quantflow.models.tokenizer import has_tokenizer
 
 
 class Mode(StrEnum):
@@ -173,7 +174,7 @@ class Engine:
         self.context = _context(config, self.model_config)
         folder = weights.checkpoint.path
         texts = weights.checkpoint.tokenizer_path
-        self.text = Text(texts, config.dialogue) if _has_tokenizer(texts) else None
+        self.text = Text(texts, config.dialogue) if has_tokenizer(texts) else None
         found = weights.checkpoint
         in_folder = found.config if found.tp != config.tp else self.model_config
         self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix, weights.kv_parameters())
@@ -595,7 +596,3 @@ def _context(config: EngineConfig, model: DecoderConfig) -> int:
     if asked > model.max_positions and model.rope.kind not in ("dynamic", "qwen"):
         raise UserError(Problem("session_len", str(asked), f"at most the model's {model.max_positions} positions"))
     return asked
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json"))

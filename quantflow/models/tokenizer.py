@@ -80,6 +80,11 @@ def _family_dialogue(path: Path) -> Dialogue | None:
     return None if raw_prompts else OF_FAMILY.get(str(_optional_json(path / "config.json").get("model_type")))
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a model directory, or a GGUF file, has a tokenizer of a kind that `load_tokenizer` knows."""
+    return path.is_file() or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json"))
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a model directory: ids with special tokens, truncation and padding off.
 

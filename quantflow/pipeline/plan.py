@@ -23,10 +23,11 @@ from quantflow.errors import DataError, ModelError, OutputError, Problem, UserEr
 from quantflow.formats import FORMATS
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
-from quantflow.models.checkpoint import TOKENIZER_FILES, Checkpoint, resolve_model
+from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 from quantflow.models.directory import INDEX
 from quantflow.models.sharding import parallel_dimension
+from quantflow.models.tokenizer import has_tokenizer
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Nf4, Pack, Recipe, Rtn, Shard, dump
 from quantflow.stages.pack import PackJob, container_problems
@@ -208,9 +209,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     grids = _grid_problems(plan)
     problems += grids or _pack_problems(plan)
     problems += _tensor_parallel_problems(plan) + _data_problems(plan) + _output_problems(plan)
-    if not config_only and not any(
-        (checkpoint.tokenizer_path / name).is_file() for name in (*TOKENIZER_FILES[:2], "vocab.json", "qwen.tiktoken")
-    ):
+    if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
     if problems:
         raise UserError(problems)

@@ -96,7 +96,7 @@ def test_what_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     for options, said in ((Options(), "group_size 16; expected a multiple of 32"), (Options(tp=2), "has no ranks")):
         with pytest.raises(FormatError, match=said) as refused:
             export(bench.output, "gguf", tmp_path / "no", options)
-        assert len(refused.value.problems) >= 14
+        assert "q_proj and 13 more" in str(refused.value)
     with pytest.raises(FormatError, match="sliding window"):
         export(write(tmp_path / "mistral", specimen("mistral")), "gguf", tmp_path / "no")
     assert not (tmp_path / "no").exists()
