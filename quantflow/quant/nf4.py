@@ -30,7 +30,11 @@ def quantize_nf4(weight: Tensor, scheme: Scheme) -> Nf4Tensor:
 
 
 def nest_scales(scales: Tensor) -> NestedScales:
-    """The scales in 8 bits: their mean is taken off, and what is left is rounded to the dynamic table, in blocks of 256."""
+    """The scales in 8 bits: their mean is taken off, and what is left is rounded to the dynamic table, in blocks of 256.
+
+    The codes are the nearest, as bitsandbytes' GPU kernels choose them. Its CPU kernel rounds each share to a multiple of 2 / 65535
+    before it looks the code up, and so takes a neighbour of the nearest where two are about equally near.
+    """
     flat = scales.reshape(-1)
     offset = flat.mean()
     rest = flat - offset
@@ -38,7 +42,7 @@ def nest_scales(scales: Tensor) -> NestedScales:
     padded = torch.nn.functional.pad(rest, (0, -rest.numel() % block)).view(-1, block)
     absmax = padded.abs().amax(-1)
     table = dynamic_table().to(scales.device)
-    shares = padded / absmax.clamp(min=1e-38)[:, None]
+    shares = padded * (1.0 / absmax.clamp(min=1e-38))[:, None]
     codes = torch.bucketize(shares, (table[:-1] + table[1:]) / 2).to(torch.uint8)
     return NestedScales(codes.view(-1)[: rest.numel()].contiguous(), absmax, table, float(offset))
 
