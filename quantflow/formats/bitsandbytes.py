@@ -9,6 +9,7 @@ weight; here each lies within a row.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from quantflow.quant.grid import AnyTensor, Kind, NestedScales, Scheme
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes computes
+STORAGE = ("uint8", "float16", "bfloat16", "float32")  # dtypes that the bytes of the codes may be stored as
 _STATE = ".weight.quant_state.bitsandbytes__nf4"
+_UNREAD = (".weight.quant_state.bitsandbytes__fp4", ".SCB", ".weight_format")  # of fp4 and int8, recognised to be refused by name
 _NESTED_BLOCK = 256
 
 
@@ -38,8 +41,9 @@ class Bitsandbytes:
     holds_index: bool = False
     suffixes: tuple[str, ...] = (
         ".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map", _STATE,
+        *_UNREAD,
     )  # fmt: skip
-    marks: tuple[str, ...] = (_STATE,)
+    marks: tuple[str, ...] = (_STATE, *_UNREAD[:2])
 
     def scale_dtype(self, model_dtype: str) -> str:
         return "float32"
@@ -48,10 +52,13 @@ class Bitsandbytes:
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
         problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
-        if tp > 1:
-            problems.append(Problem(module, f"tp = {tp}, but bitsandbytes has no ranks", "1", "Engines cut the whole checkpoint"))
         if scheme.kind == "nf4" and scheme.group_size not in BLOCK_SIZES:
             problems.append(Problem(module, f"blocks of {scheme.group_size}", f"one of {', '.join(map(str, BLOCK_SIZES))}"))
+        if ".experts." in module:
+            hint = "transformers joins a layer's experts into one tensor, which it cannot do with these"
+            problems.append(Problem(module, "an expert of a mixture", "a linear of its own, or experts that are ignored", hint))
+        if tp > 1:
+            problems.append(Problem(module, f"tp = {tp}, but bitsandbytes has no ranks", "1", "Engines cut the whole checkpoint"))
         return problems
 
     def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
@@ -83,6 +90,8 @@ class Bitsandbytes:
         check_tensor(module, tensor)
         assert isinstance(tensor, Nf4Tensor)
         flat, nested = tensor.codes.reshape(-1), tensor.nested
+        if (nested is not None) != tensor.scheme.double or (nested and not torch.equal(nested.scales(), tensor.scales.reshape(-1))):
+            raise FormatError(Problem(f"{module} scales", "others than the nested ones stand for", "the same, where the scheme is double"))
         encoded = {
             f"{module}.weight": (flat[::2] << 4 | flat[1::2])[:, None],
             f"{module}.weight.absmax": nested.codes if nested else tensor.scales.reshape(-1),
@@ -106,6 +115,8 @@ class Bitsandbytes:
         if module == "lm_head" or any(module == name or module.endswith(f".{name}") for name in skipped):
             return None
         group = setting(config, "bnb_4bit_blocksize", int, default=64)
+        if group not in BLOCK_SIZES:
+            raise FormatError(Problem("quantization_config.bnb_4bit_blocksize", f"{group}", f"one of {', '.join(map(str, BLOCK_SIZES))}"))
         return Scheme(4, group, True, "nf4", setting(config, "bnb_4bit_use_double_quant", bool, default=False))
 
     def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
@@ -121,13 +132,17 @@ class Bitsandbytes:
         n, k = state["shape"]
         if (state["blocksize"], "nested_blocksize" in state) != (scheme.group_size, scheme.double):
             found = f"blocks of {state['blocksize']}{', double' if 'nested_blocksize' in state else ''}"
-            raise FormatError(Problem(where, found, f"{scheme}, says quantization_config"))
+            hint = "Say so there: bnb_4bit_blocksize and bnb_4bit_use_double_quant"
+            raise FormatError(Problem(where, found, f"{scheme}, says quantization_config", hint))
         if k % scheme.group_size:
             hint = "Its blocks run from one row into the next: load it with bitsandbytes, and save it dequantised"
             raise FormatError(Problem(where, f"{k} input channels", f"a multiple of the blocks of {scheme.group_size}", hint))
         groups = n * k // scheme.group_size
-        packed = take(tensors, f"{module}.weight", torch.uint8)
-        expect_shape(f"{module}.weight", packed, (n * k // 2, 1))
+        storage = setting(config, "bnb_4bit_quant_storage", str, default="uint8")
+        if storage not in STORAGE:
+            raise FormatError(Problem("quantization_config.bnb_4bit_quant_storage", f"{storage!r}", f"one of {', '.join(STORAGE)}"))
+        packed = take(tensors, f"{module}.weight", getattr(torch, storage))
+        expect_shape(f"{module}.weight", packed, (n * k // 2 // packed.element_size(), 1))
         table = take(tensors, f"{module}.weight.quant_map", torch.float32, dims=1)
         if not torch.equal(table, torch.tensor(NF4, dtype=torch.float32)):
             raise FormatError(Problem(f"{module}.weight.quant_map", "another table", "NF4's"))
@@ -142,7 +157,7 @@ class Bitsandbytes:
             )
             expect_shape(outer, nested.absmax, (-(-groups // _NESTED_BLOCK),))
             expect_shape(inner, nested.table, (256,))
-        flat = packed.view(-1)
+        flat = packed.view(torch.uint8).view(-1)
         codes = torch.stack((flat >> 4, flat & 15), -1).view(n, k)
         scales = (nested.scales() if nested else absmax).view(n, -1)
         return Nf4Tensor(scheme, codes, scales, nested)
@@ -199,10 +214,12 @@ def _read_state(where: str, stored: Tensor) -> dict[str, Any]:
         state = json.loads(bytes(stored.tolist()))
     except (ValueError, RecursionError) as error:
         raise FormatError(Problem(where, f"not JSON ({error})", "a JSON object")) from error
-    shape = state.get("shape") if isinstance(state, dict) else None
+    state = state if isinstance(state, dict) else {"state": state}
+    shape = state.get("shape")
     numbers = [*shape, state.get("blocksize")] if isinstance(shape, list) else []
-    offset = state.get("nested_offset", 0.0) if isinstance(state, dict) else None
     good = len(numbers) == 3 and all(type(number) is int and 0 < number < 2**31 for number in numbers) and state.get("quant_type") == "nf4"
-    if not good or not isinstance(offset, float | int) or state.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
-        raise FormatError(Problem(where, f"{state!r}"[:120], "quant_type nf4, blocksize and a shape [N, K]; nested blocks of 256"))
-    return {**state, "nested_offset": float(offset)}
+    offset = state.get("nested_offset", 0.0)
+    if not good or type(offset) is not float or not math.isfinite(offset) or state.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
+        expected = "quant_type nf4, blocksize and a shape [N, K]; nested blocks of 256 with a finite offset"
+        raise FormatError(Problem(where, f"{state!r}"[:120], expected))
+    return {**state, "nested_offset": offset}
