@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantflow.calibration.statistics import Hessian
 from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
-from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
+from quantflow.quant.grid import NF4, AnyTensor, QuantizedTensor, Scheme
 from quantflow.quant.nf4 import quantize_nf4
 from quantflow.quant.rtn import GridRules, quantize_rtn
 from quantflow.stages.awq import Rounder
@@ -45,7 +45,7 @@ def rtn_linear(
 def nf4_linear(weight: Tensor, scheme: Scheme) -> Quantized:
     """One linear, in the nearest of NF4's numbers."""
     tensor = quantize_nf4(weight, scheme)
-    empty = int((tensor.scales == 0).sum())
+    empty = int(tensor.codes.view(*tensor.scales.shape, -1).eq(NF4.index(0.0)).all(-1).sum())  # a scale of 0 does not survive double
     report = {"scheme": str(scheme), "method": "nf4", **({"zero_blocks": empty} if empty else {})}
     return Quantized(tensor, report)
 
