@@ -55,10 +55,14 @@ class HuggingFace:
         check_tensor(module, tensor)
         exact = tensor.dequantize()
         dtype = getattr(torch, self.dtype) if self.dtype else model_dtype
-        stored = exact.to(dtype)
-        changed = stored.float() != exact
-        if bool(stored.isinf().any()) or (not self.rounded and bool(changed.any())):
-            found = f"{int(changed.sum())} of {changed.numel()} weights are no exact {str(dtype).removeprefix('torch.')}"
+        stored, name = exact.to(dtype), str(dtype).removeprefix("torch.")
+        if beyond := int(stored.isinf().sum()):
+            found = f"{beyond} of {stored.numel()} weights are beyond the range of {name}"
+            raise FormatError(
+                Problem(f"{module}.weight", found, "numbers that fit", "" if dtype == torch.float32 else "Use --dtype float32")
+            )
+        if not self.rounded and (changed := int((stored.float() != exact).sum())):
+            found = f"{changed} of {stored.numel()} weights are no exact {name}"
             raise FormatError(Problem(f"{module}.weight", found, "numbers that fit", "Use --dtype float32, or --requantize to round them"))
         return {f"{module}.weight": stored}
 
