@@ -34,29 +34,33 @@ def relative_error(tensor: AnyTensor, weight: Tensor) -> float:
 
 
 def _loss(tensor: AnyTensor, weight: Tensor) -> float:
-    return float((tensor.dequantize() - weight).double().square().sum())
+    return float(tensor.dequantize().double().sub_(weight).square_().sum())
 
 
-def _repeated(source: QuantizedTensor, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
-    """Scales and zeros of the source for each group of `scheme`, float32; None where groups cross, or a scale is not positive."""
-    k = weight.shape[1]
-    ratio, rest = divmod(source.scheme.group_of(k), scheme.group_of(k))
-    scales = source.scales.float()
-    if rest or source.group_index is not None or not bool((scales > 0).all()):
+def _repeated(source: AnyTensor | None, weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor] | None:
+    """Scales of the source for each group of `scheme`, and where its zero lies in steps of them, float32; None where it has no even steps,
+    groups cross, or a scale is not positive."""
+    if not isinstance(source, QuantizedTensor | MinimumTensor):
         return None
-    return scales.repeat_interleave(ratio, 1), source.zeros.float().repeat_interleave(ratio, 1)
+    k, scales = weight.shape[1], source.scales.float()
+    ratio, rest = divmod(source.scheme.group_of(k), scheme.group_of(k))
+    indexed = isinstance(source, QuantizedTensor) and source.group_index is not None
+    if rest or indexed or not bool((scales > 0).all()):
+        return None
+    zeros = source.zeros.float() if isinstance(source, QuantizedTensor) else -source.minimums.float() / scales
+    return scales.repeat_interleave(ratio, 1), zeros.repeat_interleave(ratio, 1)
 
 
 def _kept_grid(source: AnyTensor | None, weight: Tensor, scheme: Scheme, rules: GridRules) -> Iterator[Grid]:
     """The source's own steps, its zero points moved to where `scheme` has them: exact where all codes then fit."""
-    if isinstance(source, QuantizedTensor) and (steps := _repeated(source, weight, scheme)):
+    if steps := _repeated(source, weight, scheme):
         scales, zeros = steps
-        zeros = torch.full_like(zeros, scheme.midpoint) if scheme.symmetric else zeros.clamp(rules.min_zero, scheme.levels)
+        zeros = torch.full_like(zeros, scheme.midpoint) if scheme.symmetric else zeros.round().clamp(rules.min_zero, scheme.levels)
         yield Grid(rules.round_scale(scales), zeros)
 
 
 def _kept_minimums(source: AnyTensor | None, weight: Tensor, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(source, QuantizedTensor) and (steps := _repeated(source, weight, scheme)):
+    if steps := _repeated(source, weight, scheme):
         scales, zeros = steps
         yield scales, -zeros * scales
 
@@ -70,6 +74,7 @@ def _range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 def _with_minimums(weight: Tensor, scheme: Scheme, rules: GridRules, scales: Tensor, minimums: Tensor) -> MinimumTensor:
     scales = rules.round_scale(torch.where(scales > 0, scales, torch.ones_like(scales)))
-    minimums = minimums.to(rules.scale_dtype).float()
+    largest = torch.finfo(rules.scale_dtype).max
+    minimums = minimums.clamp(-largest, largest).to(rules.scale_dtype).float()
     codes = ((grouped(weight, scheme) - minimums[:, :, None]) / scales[:, :, None]).round_().clamp_(0, scheme.levels)
     return MinimumTensor(scheme, codes.view(weight.shape).to(torch.uint8), scales.to(rules.scale_dtype), minimums.to(rules.scale_dtype))
