@@ -31,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "internlm2", 4096, 14336, 32, 32, 8, 92544, 32768, bias=False, rope_theta=1e6, rope_scaling={"type": "dynamic", "factor": 2.0}
     ),
     "llama2_w4": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
+    "llama2_nf4": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
     "vicuna_w4": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
     "qwen_w4": {
         "model_type": "qwen", "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
