@@ -149,6 +149,7 @@ def test_the_configuration(scheme: Scheme) -> None:
 
 
 def test_the_configuration_is_transformers_own() -> None:
+    pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
     config = config_of(DOUBLE)

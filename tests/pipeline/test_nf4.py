@@ -58,8 +58,10 @@ def dequantised(module: Any) -> Tensor:
 
 def load(folder: Path, **options: Any) -> Any:
     """transformers' model, which must find every weight and no more."""
-    transformers = pytest.importorskip("transformers")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
     return model
 
@@ -133,7 +135,6 @@ def test_transformers_loads_the_same_weights(bench: Bench) -> None:
 def test_transformers_computes_what_the_plain_export_does(bench: Bench, tmp_path: Path) -> None:
     """Bit for bit while bitsandbytes dequantises to the model's dtype. In `eval` mode its CPU kernel may take another way, which rounds
     the scales to bfloat16 as well: nearer than 2%."""
-    pytest.importorskip("bitsandbytes")
     export(bench.output, "huggingface", tmp_path / "plain")
     plain, model, tokens = load(tmp_path / "plain", dtype=torch.bfloat16), load(bench.output), zoo.random_tokens(2, 24)
     with torch.inference_mode():
@@ -166,7 +167,6 @@ def test_what_transformers_quantises_is_read(bench: Bench, tmp_path: Path, doubl
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
     bench = make_bench(tmp_path, intermediate_size=128, tie_word_embeddings=True)
     run(bench, DOUBLE, PACK)
     assert "lm_head.weight" not in load_file(bench.output / "model.safetensors")
@@ -196,7 +196,6 @@ def of_the_zoo(root: Path, name: str) -> Bench:
 @pytest.mark.parametrize("name", ["internlm2", "qwen", "qwen2", "qwen3", "opt"])
 def test_families(wide: None, tmp_path: Path, name: str) -> None:
     """What transformers sees are the native family's linears, whatever the source called them."""
-    pytest.importorskip("bitsandbytes")
     bench = of_the_zoo(tmp_path, name)
     run(bench, DOUBLE, PACK)
     model, weights = load(bench.output), Weights(bench.output)
@@ -211,7 +210,6 @@ def test_experts_are_refused_and_may_be_ignored(wide: None, tmp_path: Path, name
     text = run(bench, "nf4", PACK, code=2)
     assert "an expert of a mixture" in text and "joins a layer's experts into one tensor" in text and not bench.output.exists()
     run(bench, "nf4", PACK, weights={"ignore": ["lm_head", "*.experts.*"]})
-    pytest.importorskip("bitsandbytes")
     model, weights = load(bench.output), Weights(bench.output)
     assert set(linears(model)) == weights.modules and any("q_proj" in module for module in weights.modules)
     with torch.inference_mode():
@@ -220,7 +218,6 @@ def test_experts_are_refused_and_may_be_ignored(wide: None, tmp_path: Path, name
 
 def test_transformers_reads_no_quantised_experts(wide: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why they are refused. Should this fail one day, they need not be."""
-    pytest.importorskip("bitsandbytes")
     from quantflow.formats.bitsandbytes import Bitsandbytes
 
     monkeypatch.setattr(Bitsandbytes, "check", lambda *arguments, **more: [])
@@ -284,9 +281,9 @@ def test_the_recipe(tmp_path: Path) -> None:
     ("change", "expected"),
     [
         (("- nf4", "- awq\n- nf4"), [(5, "awq with nf4; expected awq with rtn or gptq")]),
-        (("- nf4", "- nf4\n- gptq"), [(6, "both gptq, nf4 round the weights; expected exactly one")]),
-        (("- nf4", "- rtn\n- nf4"), [(6, "both rtn, nf4 round the weights")]),
-        (("- nf4", "- gptq\n- rtn\n- nf4"), [(7, "all of gptq, rtn, nf4 round the weights")]),
+        (("- nf4", "- nf4\n- gptq"), [(6, "both gptq and nf4 round the weights; expected exactly one")]),
+        (("- nf4", "- rtn\n- nf4"), [(6, "both rtn and nf4 round the weights")]),
+        (("- nf4", "- gptq\n- rtn\n- nf4"), [(7, "all of gptq and rtn and nf4 round the weights")]),
         (("{ignore", "\n  bits: 8\n #{"), [(4, "`weights.bits` with nf4; expected nothing: NF4 has 4 bits")]),
         (("{ignore", "\n  group_size: 128\n  symmetric: true\n #{"), [(4, "`weights.group_size` with nf4"), (5, "`weights.symmetric`")]),
         (
