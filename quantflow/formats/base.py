@@ -143,6 +143,9 @@ def grid_problems(
     group = scheme.group_of(k)
     if group < 1:
         problems.append(Problem(module, f"group_size {group}", "a positive number, or -1 for per channel"))
+    elif k % group and scheme.kind == "nf4":
+        expected = f"a multiple of the blocks of {group}"
+        problems.append(Problem(module, f"{k} input channels", expected, "Ignore this module: it stays in 16 bits"))
     elif k % group:
         ranks = tp if tp_dim == 1 else 1
         each = f" on each of {ranks} ranks" if ranks > 1 else ""

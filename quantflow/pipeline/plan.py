@@ -21,6 +21,7 @@ from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
 from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS
+from quantflow.formats.base import grid_problems
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -263,6 +264,8 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             has_index = index and (form.holds_index or not pack.requantize)
             cut = dimension if plan.tp > 1 else None
             checks = form.check(linear.module, linear.shape, scheme, act_order_index=has_index, tp=plan.tp, tp_dim=cut)
+            if pack.requantize:  # from a grid that the weight must have first
+                checks += grid_problems(linear.module, linear.shape, linear.scheme, 1, None, False, kinds=(linear.scheme.kind,))
             for problem in checks:
                 leaf = linear.name.rpartition(".")[2]
                 key = (leaf, problem.found)

@@ -233,6 +233,11 @@ def test_rows_that_blocks_do_not_fill(tmp_path: Path) -> None:
     text = run(bench, "nf4", PACK, code=2)
     assert "mlp.down_proj (pack bitsandbytes): 96 input channels; expected a multiple of the blocks of 64" in text
     assert '{match: "*.down_proj", ignore: true}' in text
+    for pack in ({"format": "huggingface"}, {"format": "awq", "requantize": True}):  # AWQ could hold groups of 48
+        text = run(bench, "nf4", {"pack": pack}, code=2)
+        assert "96 input channels; expected a multiple of the blocks of 64" in text and "hash" not in text  # nothing was begun
+    text = run(bench, "rtn", {"pack": {"format": "gguf", "requantize": True}}, weights={"group_size": 64, "symmetric": True}, code=2)
+    assert "96 input channels; expected a multiple of group_size 64" in text and "hash" not in text
     run(bench, "nf4", PACK, weights={"overrides": [{"match": "*.down_proj", "ignore": True}]})
     assert len(Weights(bench.output).modules) == 12
 
