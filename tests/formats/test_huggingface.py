@@ -92,7 +92,7 @@ def test_16_bits_hold_what_fits(dtype: str) -> None:
     encoded = HuggingFace(dtype=dtype).encode(MODULE, tensor, torch.float32)
     assert encoded[WEIGHT].dtype == getattr(torch, dtype) and torch.equal(encoded[WEIGHT].double(), tensor.dequantize(torch.float64))
     own = HuggingFace(dtype=None)  # the model's
-    assert own.scale_dtypes(dtype) == (dtype,)
+    assert own.scale_dtype(dtype) == dtype
     assert torch.equal(own.encode(MODULE, tensor, getattr(torch, dtype))[WEIGHT], encoded[WEIGHT])
 
 
