@@ -41,7 +41,8 @@ ABILITIES: dict[str, Ability] = {
         "integers", (2, 3, 4, 8), "any divisor, per channel", "yes", "yes", "yes", FILE, "yes", BOTH, "GPTQModel, SGLang"
     ),
     "bitsandbytes": Ability(
-        "NF4, single or double", (), "blocks of 64 (32 to 4096)", "no", "no", "no", FILE, "no", BOTH, "bitsandbytes, transformers, vLLM"
+        "NF4, single or double; no experts", (), "blocks of 64 (32 to 4096)", "no", "no", "no", FILE, "no", BOTH,
+        "bitsandbytes, transformers, vLLM",
     ),
     "turbomind": Ability(
         "integers", (4,), "any divisor", "yes", "no", "no", "inside, one a layer and rank", "yes, inside", BOTH, "LMDeploy v0.1"

@@ -549,16 +549,15 @@ def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:
         problems.append(Problem("gguf", "biases in the MLP", "none"))
     if any(window is not None and window < config.max_positions for window in config.sliding_windows):
         problems.append(Problem("gguf", "a sliding window, which llama.cpp leaves out for this family", "full attention"))
-    if config.rope.kind not in ("default", "linear", "yarn", "llama3"):
-        problems.append(Problem("gguf", f"rope scaling of type {config.rope.kind}", "default, linear, yarn or llama3"))
+    # Dynamic scaling, and the first Qwen's logn, change nothing up to the trained length, which is all that the file promises.
+    if config.rope.kind not in ("default", "dynamic", "qwen", "linear", "yarn", "llama3"):
+        problems.append(Problem("gguf", f"rope scaling of type {config.rope.kind}", "default, dynamic, linear, yarn or llama3"))
     known = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": 1.0}
     rope = {k: v for k, v in config.rope.parameters.items() if k not in ("factor", "original_max_position_embeddings")}
     if config.rope.kind == "yarn" and any(known.get(key) != number for key, number in rope.items()):
         problems.append(Problem("gguf", f"yarn with {rope}", f"llama.cpp's own {known}, and no other"))
     if model_type == "qwen3" and config.attention_bias:
         problems.append(Problem("gguf", "biases in the attention of Qwen3", "none, as llama.cpp has it"))
-    if config.logn_length is not None:
-        problems.append(Problem("gguf", "logn attention scaling", "none"))
     return problems
 
 

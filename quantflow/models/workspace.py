@@ -195,18 +195,21 @@ class WorkspaceWriter:
         wanted = torch_dtype(self.layout.dtype)
         if tensor.dtype == wanted:
             return tensor
-        converted = tensor.to(wanted)
-        lost = converted != tensor  # compared in float32, which holds both; NaN is always lost
-        count = int(lost.sum())
-        if not count:
-            return converted
-        hint = f"A workspace of {self.layout.dtype} must round it"
-        if bool((converted.isfinite() != tensor.isfinite()).any()):
-            raise FormatError(Problem(name, f"values beyond the range of {self.layout.dtype}", "numbers that it holds"))
-        if bool(tensor.isnan().any()) or not self._rounded:
-            raise FormatError(Problem(name, f"{count} of {tensor.numel()} values are not exact in {self.layout.dtype}", "exact ones", hint))
-        norm = torch.linalg.vector_norm
-        self.rounding[name] = float(norm(converted.float() - tensor.float(), dtype=torch.float64) / norm(tensor, dtype=torch.float64))
+        converted, count, error, size = torch.empty_like(tensor, dtype=wanted), 0, 0.0, 0.0
+        # A few rows at a time: an embedding is the largest tensor of a model, and float64 makes it four times as large.
+        for rows, target in zip(_pieces(tensor), _pieces(converted), strict=True):
+            target.copy_(rows)
+            if bool((target.isfinite() != rows.isfinite()).any()) or bool(rows.isnan().any()):
+                raise FormatError(Problem(name, f"values beyond the range of {self.layout.dtype}", "numbers that it holds"))
+            off = target.double() - rows.double()
+            count += int(off.count_nonzero())
+            error += float(off.square().sum())
+            size += float(rows.double().square().sum())
+        if count and not self._rounded:
+            found, hint = f"{count} of {tensor.numel()} values are not exact in {self.layout.dtype}", "Ask for them to be rounded"
+            raise FormatError(Problem(name, found, "exact ones", f"{hint}: export --requantize, or requantize: true in pack"))
+        if count:
+            self.rounding[name] = math.sqrt(error / size)
         return converted
 
     def _write_file(self, name: str, tensor: Tensor) -> None:
@@ -235,6 +238,11 @@ class WorkspaceWriter:
         self._held.clear()
         if kind is None:
             self.close()
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Its rows, about 2^22 numbers at a time."""
+    return tensor.split(max(1, 2**22 * len(tensor) // max(1, tensor.numel())))
 
 
 def _spec_problems(specs: Mapping[str, Spec], layout: Layout, config: DecoderConfig) -> list[Problem]:

@@ -28,10 +28,11 @@ class Estimate:
 
 
 def quantised_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
-    """Bytes of one packed weight: codes, 16-bit scales and, asymmetric, zeros."""
+    """Bytes of one packed weight: codes, scales (16 bits; of NF4 32, or 8 where they are quantised) and, asymmetric, zeros."""
     n, k = shape
     groups = scheme.groups(k)
-    return n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * 2 + (0 if scheme.symmetric else n * groups * scheme.bits // 8)
+    scale = 2 if scheme.kind == "integer" else 1 if scheme.double else 4
+    return n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * scale + (0 if scheme.symmetric else n * groups * scheme.bits // 8)
 
 
 def estimate(plan: Plan) -> Estimate:

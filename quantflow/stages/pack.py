@@ -117,7 +117,7 @@ def _write_workspace(folder: Path, job: PackJob, results: Results, step: Step) -
     ) as writer:  # fmt: skip
         _fill(writer, pieces, job, results, step)
     export_tokenizer(checkpoint.tokenizer_path, folder / TOKENIZER)
-    return writer.rounding
+    return {name: float(f"{error:.4g}") for name, error in writer.rounding.items()}
 
 
 def container_problems(job: PackJob) -> list[Problem]:
