@@ -67,11 +67,15 @@ def formats(as_json: Json = False, debug: Debug = False) -> None:
         if as_json:
             print(json.dumps({name: asdict(ability) for name, ability in ABILITIES.items()}, indent=2))
             return
-        table = Table(title="Checkpoint formats")
-        table.add_column("")
-        for name in ABILITIES:
-            table.add_column(name, no_wrap=len(name) > 10, overflow="fold")
-        for field in fields(Ability):
-            values = [getattr(ability, field.name) for ability in ABILITIES.values()]
-            table.add_row(field.name.replace("_", " "), *(", ".join(map(str, v)) if isinstance(v, tuple) else v for v in values))
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True, style="bold")
+        table.add_column(no_wrap=True, style="dim")
+        for name, ability in ABILITIES.items():
+            for field in fields(Ability):
+                value = getattr(ability, field.name)
+                text = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+                if text:
+                    table.add_row(name, field.name.replace("_", " "), text)
+                    name = ""
+            table.add_row()
         console.print(table)

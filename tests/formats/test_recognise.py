@@ -83,12 +83,9 @@ def test_the_older_files_beside_the_config(tmp_path: Path, name: str, beside: st
     assert found(written(tmp_path, name, Scheme(4, 32, True), config, beside=beside)) == name
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["awq", "gptq", "gptq_v2"])
+@pytest.mark.parametrize(("name", "bits"), [("awq", 4), *((name, bits) for name in ("gptq", "gptq_v2") for bits in (2, 3, 4, 8))])
 @pytest.mark.parametrize("group", [32, -1])
 def test_by_the_tensors_alone(tmp_path: Path, name: str, bits: int, group: int) -> None:
-    if name == "awq" and bits != 4:
-        pytest.skip("AWQ has 4 bits")
     scheme = Scheme(bits, group, True)
     folder = written(tmp_path, name, scheme, None)
     assert found(folder) == name
