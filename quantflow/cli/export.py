@@ -32,7 +32,6 @@ def export(
         from quantflow.errors import Problem, UserError
         from quantflow.pipeline import export as exporting
         from quantflow.recipe.schema import parse_bytes
-        from quantflow.stages.requantize import RECORD
 
         try:
             most = parse_bytes(int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size)
@@ -47,12 +46,14 @@ def export(
             return
         what = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
         console.print(f"{done.output} written: {what}, {done.source_format} to {done.format}.", markup=False)
+        for note in done.notes:
+            console.print(f"Note: {note}.", markup=False)
         if done.errors:
             worst = max(done.errors, key=lambda name: done.errors[name])
             mean = sum(done.errors.values()) / len(done.errors)
             console.print(
                 f"Not exact: {len(done.errors)} tensors were put on another grid or rounded. Relative error {mean:.2e} on average, "
-                f"{done.errors[worst]:.2e} at most ({worst}); each is in {RECORD}.",
+                f"{done.errors[worst]:.2e} at most ({worst}); each is in requantized.json.",
                 markup=False,
             )
 

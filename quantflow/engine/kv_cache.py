@@ -64,11 +64,8 @@ def kv_format(
 
 
 def _of_checkpoint(own: Mapping[str, Tensor], config: DecoderConfig, layer_prefix: str) -> tuple[Mapping[str, Tensor], ...]:
-    def part(index: int, name: str) -> Tensor:
-        value = own[f"{layer_prefix.format(i=index)}.self_attn.{name}"].float()
-        return value.repeat_interleave(config.kv_heads // len(value)) if value.ndim else value  # one a rank: its heads share it
-
-    return tuple({name: part(i, name) for name in PARAMETERS} for i in range(config.layers))
+    prefixes = [f"{layer_prefix.format(i=index)}.self_attn" for index in range(config.layers)]
+    return tuple({name: own[f"{prefix}.{name}"].float() for name in PARAMETERS} for prefix in prefixes)
 
 
 def calibrated(folder: Path, config: DecoderConfig, layer_prefix: str) -> tuple[Mapping[str, Tensor], ...]:

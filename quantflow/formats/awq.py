@@ -39,7 +39,6 @@ EIGHTS = 0x88888888 - 2**32  # an int32 of eight zero points of 8
 @dataclass(frozen=True)
 class Awq:
     name: str = "awq"
-    mixed_bits: bool = False
     container: str = "directory"
     dtype: str | None = None
     min_zero: int = 0
@@ -66,8 +65,11 @@ class Awq:
             problems.append(Problem(module, "a group index, which AWQ cannot hold", hint="Use act_order: static, or gptq"))
         return problems
 
-    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         return replace(integer_scheme(scheme, shape), bits=4)
+
+    def shares_scheme(self, module: str) -> bool:
+        return True
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape
@@ -141,6 +143,7 @@ class Awq:
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         scheme = main_scheme(modules, default)
         # Symmetric and asymmetric modules may be mixed: they are stored alike.

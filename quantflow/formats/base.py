@@ -53,10 +53,6 @@ class Format(Protocol):
         """The least zero point that is held."""
 
     @property
-    def mixed_bits(self) -> bool:
-        """Whether modules may have different schemes."""
-
-    @property
     def suffixes(self) -> tuple[str, ...]:
         """What follows the module in the names of its tensors."""
 
@@ -81,8 +77,12 @@ class Format(Protocol):
         inputs (1), and each rank must be writable; None where every rank holds all of it.
         """
 
-    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        """The scheme to quantise a weight with again that `check` refuses in `scheme`. Where it is refused too, nothing helps."""
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        """The scheme to quantise a weight with again that `check` refuses in `scheme`, which is `scheme` itself where it does not.
+        shape: of what a rank holds. Where it is refused too, nothing helps."""
+
+    def shares_scheme(self, module: str) -> bool:
+        """Whether a module's width and groups must be those of all others for which this is so."""
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         """The tensors that `encode` writes, in its order. scale_dtype: as `scale_dtype` says."""
@@ -105,11 +105,12 @@ class Format(Protocol):
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         """The `quantization_config` of config.json. Raises FormatError for what the format cannot say.
 
         modules: the scheme of every quantised module. ignored: the linears that are not. kv: `bits`, `symmetric`, `granularity` of
-        KV scales that are written too. act_order: some tensor has a group index.
+        KV scales that are written too. act_order: some tensor has a group index. model_dtype: as torch names it.
         """
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -249,6 +250,25 @@ def groups_are_full(index: Tensor, groups: int) -> bool:
     if int(index.min()) < 0 or int(index.max()) >= groups:
         return False
     return bool((torch.bincount(index, minlength=groups) == index.numel() // groups).all())
+
+
+def group_index(name: str, index: Tensor, groups: int) -> Tensor | None:
+    """A stored group index, None where it says nothing. Raises FormatError for groups that are not full."""
+    import torch
+
+    k = index.numel()
+    if torch.equal(index, plain_index(k, k // groups).to(index.device)):
+        return None
+    if not groups_are_full(index, groups):
+        raise FormatError(Problem(name, "groups of unequal size", f"{groups} groups of {k // groups} channels"))
+    return index
+
+
+def plain_index(k: int, group: int) -> Tensor:
+    """int32 `[K]`: the group of each channel where nothing was reordered."""
+    import torch
+
+    return torch.arange(k, dtype=torch.int32) // group
 
 
 def exact_scales(name: str, scales: Tensor, dtype: torch.dtype, what: str = "scales") -> Tensor:

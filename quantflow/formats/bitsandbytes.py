@@ -34,7 +34,6 @@ _NESTED_BLOCK = 256
 class Bitsandbytes:
     name: str = "bitsandbytes"
     container: str = "directory"
-    mixed_bits: bool = False
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("nf4",)
@@ -61,10 +60,13 @@ class Bitsandbytes:
             problems.append(Problem(module, f"tp = {tp}, but bitsandbytes has no ranks", "1", "Engines cut the whole checkpoint"))
         return problems
 
-    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         if scheme.kind == "nf4" and scheme.group_size in BLOCK_SIZES:
             return scheme
         return replace(scheme, bits=4, group_size=64, symmetric=True, kind="nf4")
+
+    def shares_scheme(self, module: str) -> bool:
+        return True
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         (n, k), groups = shape, shape[0] * scheme.groups(shape[1])
@@ -170,6 +172,7 @@ class Bitsandbytes:
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         schemes = set(modules.values()) or {default}
         if len(schemes) > 1:
@@ -185,7 +188,7 @@ class Bitsandbytes:
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": scheme.double,
             **size,
-            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_compute_dtype": model_dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(ignored),
         }

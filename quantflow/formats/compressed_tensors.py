@@ -11,7 +11,7 @@ group` and would read the weights in the wrong groups without it: it is read her
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
@@ -22,7 +22,7 @@ from quantflow.formats.base import (
     exact_scales,
     expect_shape,
     grid_problems,
-    groups_are_full,
+    group_index,
     integer_grid,
     integer_scheme,
     main_scheme,
@@ -49,7 +49,6 @@ class CompressedTensors:
 
     name: str = "compressed-tensors"
     container: str = "directory"
-    mixed_bits: bool = True
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer",)
@@ -72,8 +71,12 @@ class CompressedTensors:
             problems.append(Problem(module, "an asymmetric expert, which readers of compressed-tensors cannot load", hint=hint))
         return problems
 
-    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        return integer_scheme(scheme, shape)
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        scheme = integer_scheme(scheme, shape)
+        return replace(scheme, symmetric=True) if _is_expert(module) else scheme
+
+    def shares_scheme(self, module: str) -> bool:
+        return _is_expert(module)
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape
@@ -172,10 +175,8 @@ class CompressedTensors:
         if f"{module}.weight_g_idx" in tensors:
             index = take(tensors, f"{module}.weight_g_idx", torch.int32, dims=1)
             expect_shape(f"{module}.weight_g_idx", index, (k,))
-            if bool((index == -1).all()):  # how the package marked an index that was never set
-                index = None
-            elif not groups_are_full(index, groups):
-                raise FormatError(Problem(f"{module}.weight_g_idx", "groups of unequal size", f"{groups} groups of {k // groups} channels"))
+            # -1 is how the package marked an index that was never set.
+            index = None if bool((index == -1).all()) else group_index(f"{module}.weight_g_idx", index, groups)
         return QuantizedTensor(scheme, unpack_rows(packed, bits, k), scales, zeros, index)
 
     def quantization_config(
@@ -186,6 +187,7 @@ class CompressedTensors:
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         problems = [_INDEX] if act_order else []
         # transformers and vLLM fuse experts and read all of them with one scheme.

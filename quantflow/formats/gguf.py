@@ -40,7 +40,6 @@ def type_of(scheme: Scheme) -> str | None:
 class Gguf:
     name: str = "gguf"
     container: str = "gguf"
-    mixed_bits: bool = True
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer", "minimum")
@@ -67,11 +66,14 @@ class Gguf:
             problems.append(Problem(module, "a group index, which GGUF cannot hold", hint="Use act_order: static, or gptq"))
         return problems
 
-    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         group = scheme.group_size if scheme.group_of(shape[1]) % BLOCK == 0 else BLOCK
         if scheme.kind == "nf4" or (scheme.bits == 4 and not scheme.symmetric):
             return replace(scheme, bits=4, group_size=group, symmetric=False, kind="minimum", double=False)
         return replace(scheme, bits=8 if scheme.bits > 4 else 4, group_size=group, symmetric=True)
+
+    def shares_scheme(self, module: str) -> bool:
+        return False
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         kind = type_of(scheme)
@@ -167,6 +169,7 @@ class Gguf:
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         if act_order:
             raise FormatError(Problem("act_order", "a group index, which GGUF cannot hold", hint="Use act_order: static, or gptq"))

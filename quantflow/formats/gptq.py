@@ -20,12 +20,13 @@ from quantflow.formats.base import (
     exact_scales,
     expect_shape,
     grid_problems,
-    groups_are_full,
+    group_index,
     integer_grid,
     integer_scheme,
     main_scheme,
     matches,
     name_patterns,
+    plain_index,
     rank_shape,
     read_scheme,
     setting,
@@ -45,7 +46,6 @@ class Gptq:
     name: str
     version: int
     container: str = "directory"
-    mixed_bits: bool = True
     dtype: str | None = None
     kinds: tuple[Kind, ...] = ("integer",)
     holds_index: bool = True
@@ -74,9 +74,12 @@ class Gptq:
                     problems.append(Problem(module, f"{count} {kind} channels", expected, hint))
         return problems
 
-    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         scheme = integer_scheme(scheme, shape)
         return replace(scheme, bits=8) if 4 < scheme.bits < 8 else scheme
+
+    def shares_scheme(self, module: str) -> bool:
+        return False
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         n, k = shape
@@ -113,7 +116,7 @@ class Gptq:
             zeros = zeros - 1
         index = tensor.group_index
         if index is None:
-            index = _plain_index(k, scheme.group_of(k)).to(tensor.codes.device)
+            index = plain_index(k, scheme.group_of(k)).to(tensor.codes.device)
         return {
             f"{module}.qweight": pack_rows_transposed(tensor.codes, scheme.bits),
             f"{module}.qzeros": pack_rows(zeros.t(), scheme.bits),
@@ -190,10 +193,7 @@ class Gptq:
         if f"{module}.g_idx" in tensors:  # some writers leave it out where it says nothing
             index = take(tensors, f"{module}.g_idx", torch.int32, dims=1)
             expect_shape(f"{module}.g_idx", index, (k,))
-            if torch.equal(index, _plain_index(k, k // groups).to(index.device)):
-                index = None
-            elif not groups_are_full(index, groups):
-                raise FormatError(Problem(f"{module}.g_idx", "groups of unequal size", f"{groups} groups of {k // groups} channels"))
+            index = group_index(f"{module}.g_idx", index, groups)
         return QuantizedTensor(scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index)
 
     def quantization_config(
@@ -204,6 +204,7 @@ class Gptq:
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         if kv is not None:
             raise FormatError(Problem("kv", "GPTQ has no place for KV scales"))
@@ -247,13 +248,6 @@ def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
     writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
     names = [writers] if isinstance(writers, str) else writers if isinstance(writers, list) else []
     return any(str(name).lower().partition(":")[0] == "gptqmodel" for name in names)
-
-
-def _plain_index(k: int, group: int) -> Tensor:
-    """int32 `[K]`: the group of each channel where nothing was reordered."""
-    import torch
-
-    return torch.arange(k, dtype=torch.int32) // group
 
 
 def _dynamic_patterns(chosen: list[str], others: list[str]) -> list[str]:

@@ -28,7 +28,6 @@ class HuggingFace:
     dtype: str | None = "float32"
     rounded: bool = False
     container: str = "directory"
-    mixed_bits: bool = True
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer", "minimum", "nf4")
     holds_index: bool = True
@@ -43,8 +42,11 @@ class HuggingFace:
     ) -> list[Problem]:
         return grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
 
-    def nearest(self, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         return scheme
+
+    def shares_scheme(self, module: str) -> bool:
+        return False
 
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         return {f"{module}.weight": (SAFETENSORS_DTYPE[scale_dtype], shape)}
@@ -80,6 +82,7 @@ class HuggingFace:
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         return {}
 

@@ -22,18 +22,20 @@ if TYPE_CHECKING:
     from quantflow.quant.grid import AnyTensor, Scheme
 
 MANIFEST = "quantflow.json"
+REQUANTIZED = "requantized.json"  # beside a checkpoint that is no exact translation
 KV_SUFFIXES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_point")  # of a KV cache that others calibrated
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The directory that holds the checkpoint: `path`, or the first format of an artifact that holds several."""
+    """The directory that holds the checkpoint: `path`, or the first of an artifact's several formats that is an exact one."""
     if not (path / "config.json").is_file() and not gguf_file(path) and not is_workspace(path) and (path / MANIFEST).is_file():
         folders = read_json(path / MANIFEST).get("formats")
         if isinstance(folders, dict) and folders:
-            first = Path(str(next(iter(folders.values()))))
-            if first.is_absolute() or ".." in first.parts:
-                raise ModelError(Problem(f"{path / MANIFEST} formats", str(first), "a folder of the artifact"))
-            return path / first
+            places = {str(name): Path(str(place)) for name, place in folders.items()}
+            if outside := [place for place in places.values() if place.is_absolute() or ".." in place.parts]:
+                raise ModelError(Problem(f"{path / MANIFEST} formats", str(outside[0]), "a folder of the artifact"))
+            # Those first that hold what was quantised as it was: no inexact one, and none whose codes are gone.
+            return path / min(places.items(), key=lambda item: ((path / item[1] / REQUANTIZED).is_file(), item[0] == "huggingface"))[1]
     return path
 
 
@@ -55,6 +57,10 @@ class Weights:
             expected = "a whole checkpoint" if tp == 1 else f"one of {tp}"
             raise ModelError(Problem(str(path), f"one of {number} tensor-parallel ranks", expected))
         problems = self.checkpoint.problems(self._belongs)
+        for module in sorted(self.modules):
+            if f"{module}.weight" in self.checkpoint.expected and self.scheme_of(module) is None:
+                hint = "Is it in the list of modules that are not converted, or not in that of targets?"
+                problems.append(Problem(f"{path} {module}", "packed tensors, and a quantization_config that leaves it alone", hint=hint))
         if problems:
             raise ModelError(problems)
 
@@ -99,7 +105,8 @@ class Weights:
     def kv_parameters(self) -> dict[str, Tensor]:
         """Scales and zero points of the KV cache that the checkpoint itself holds, named as in `kv_qparams.safetensors`; {} without any."""
         if not isinstance(self.format, CompressedTensors) or not self.format.decode_kv(self._config):
-            return self.checkpoint.container.kv_parameters()
+            own, heads = self.checkpoint.container.kv_parameters(), self.checkpoint.config.kv_heads
+            return {n: t.repeat_interleave(heads // len(t)) if t.dim() else t for n, t in own.items()}  # one a rank: its heads share it
         found: dict[str, Tensor] = {}
         present = set(self.checkpoint.source_names)
         for index in range(self.checkpoint.config.layers):

@@ -7,11 +7,12 @@ A weight is handed over in AWQ's three tensors, and read back in them; how the w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import Problem
 from quantflow.formats.awq import Awq
+from quantflow.formats.base import fitting_group
 
 if TYPE_CHECKING:
     from quantflow.quant.grid import Scheme
@@ -33,6 +34,11 @@ class TurboMind(Awq):
                 problems.append(Problem(module, f"{shape[axis]} {kind} channels", expected, "Use awq or gptq, or fewer ranks"))
         return problems
 
+    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
+        scheme = super().nearest(module, scheme, shape)
+        # config.ini has one number for all, so that a whole row's scale is repeated for smaller groups.
+        return replace(scheme, group_size=fitting_group(shape[1], 128)) if scheme.group_size == -1 else scheme
+
     def quantization_config(
         self,
         modules: Mapping[str, Scheme],
@@ -41,5 +47,6 @@ class TurboMind(Awq):
         *,
         kv: Mapping[str, Any] | None = None,
         act_order: bool = False,
+        model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         return {**super().quantization_config(modules, ignored, default, act_order=act_order), "quant_method": "turbomind"}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.models.config import DecoderConfig
+from quantflow.models.rounding import converted
 from quantflow.models.tensor_file import ITEM_BYTES, TensorInfo, dtype_name, torch_dtype
 from quantflow.models.workspace_config import CONFIG, KV_INT8, MOST_RANKS, WEIGHTS, dimension_problems, ini_values, layout_of, read_ini
 from quantflow.models.workspace_layout import (
@@ -71,7 +72,7 @@ def workspace_problems(config: DecoderConfig, *, tp: int, int4: bool, group_size
         wrong("model", "biases in the MLP, for which a workspace has no place")
     if config.output_bias and not config.attention_bias:
         wrong("model", "a bias on o alone", "biases on q, k and v too, or none")
-    if any(window is not None for window in config.sliding_windows):
+    if any(window is not None and window < config.max_positions for window in config.sliding_windows):
         wrong("model", "sliding windows", "full attention", "TurboMind v0.1 would attend to everything")
     if config.activation != "silu":
         wrong("model", f"activation {config.activation}", "silu")
@@ -190,27 +191,10 @@ class WorkspaceWriter:
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` in the workspace's dtype; raises FormatError where that loses something and may not."""
-        import torch
-
-        wanted = torch_dtype(self.layout.dtype)
-        if tensor.dtype == wanted:
-            return tensor
-        converted, count, error, size = torch.empty_like(tensor, dtype=wanted), 0, 0.0, 0.0
-        # A few rows at a time: an embedding is the largest tensor of a model, and float64 makes it four times as large.
-        for rows, target in zip(_pieces(tensor), _pieces(converted), strict=True):
-            target.copy_(rows)
-            if bool((target.isfinite() != rows.isfinite()).any()) or bool(rows.isnan().any()):
-                raise FormatError(Problem(name, f"values beyond the range of {self.layout.dtype}", "numbers that it holds"))
-            off = target.double() - rows.double()
-            count += int(off.count_nonzero())
-            error += float(off.square().sum())
-            size += float(rows.double().square().sum())
-        if count and not self._rounded:
-            found, hint = f"{count} of {tensor.numel()} values are not exact in {self.layout.dtype}", "Ask for them to be rounded"
-            raise FormatError(Problem(name, found, "exact ones", f"{hint}: export --requantize, or requantize: true in pack"))
-        if count:
-            self.rounding[name] = math.sqrt(error / size)
-        return converted
+        result, error = converted(name, tensor, torch_dtype(self.layout.dtype), rounded=self._rounded)
+        if error:
+            self.rounding[name] = error
+        return result
 
     def _write_file(self, name: str, tensor: Tensor) -> None:
         import torch
@@ -238,11 +222,6 @@ class WorkspaceWriter:
         self._held.clear()
         if kind is None:
             self.close()
-
-
-def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Its rows, about 2^22 numbers at a time."""
-    return tensor.split(max(1, 2**22 * len(tensor) // max(1, tensor.numel())))
 
 
 def _spec_problems(specs: Mapping[str, Spec], layout: Layout, config: DecoderConfig) -> list[Problem]:

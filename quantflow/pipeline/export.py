@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,17 +14,18 @@ from quantflow.artifacts.store import write_json
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.awq import Awq
-from quantflow.formats.base import Format
+from quantflow.formats.base import Format, fitting_group
 from quantflow.formats.huggingface import HuggingFace
-from quantflow.formats.reader import Weights
+from quantflow.formats.reader import REQUANTIZED, Weights
 from quantflow.models.architecture import linear_shapes
-from quantflow.models.checkpoint import resolve_model
+from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.grid import AnyTensor, Scheme
 from quantflow.stages.kv_qparams import of_rank, per_rank
-from quantflow.stages.pack import PackJob, Results, check_kv_inside, container_problems, rank_folders, write_checkpoint, write_ranks
-from quantflow.stages.requantize import RECORD, Requantizing, one_scheme, schemes_to_write
+from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack_job import PackJob, check_kv_inside, prepare
+from quantflow.stages.requantize import Requantizing, record
 
 MAX_SHARD_BYTES = 5 * 10**9
 _ASK = "--requantize puts them on another grid, and reports the error"
@@ -45,14 +46,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Exported:
-    """modules: how many quantised weights were written. scheme: of most of them; None for a plain checkpoint. errors: what had to be
-    rounded -> its relative error, {} where the translation is exact."""
+    """modules: how many quantised weights were written. scheme: of most of them; None for a plain checkpoint. notes: what a user should
+    know of the architecture. errors: what had to be rounded -> its relative error, {} where the translation is exact."""
 
     output: Path
     source_format: str
     format: str
     modules: int
     scheme: Scheme | None
+    notes: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -67,32 +69,37 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     weights = Weights(path)
     if output.resolve() == path.resolve() or path.resolve().is_relative_to(output.resolve()):
         raise OutputError(Problem(str(output), "the source itself", "another directory"))
-    job = _job(weights, target, options)
+    job, errors = _with_kv(_job(weights, target, options), kv := kv_tensors(weights), options)
     checkpoint = weights.checkpoint
-    kv = kv_tensors(weights)
-    if kv and (target.container == "workspace" or options.kv_scales):
-        job = replace(job, kv=per_rank(kv, checkpoint.config.kv_heads, options.tp, rounded=options.requantize))
-    if options.kv_scales:
-        check_kv_inside(job)
     moved: Results = _Moved(weights, job)
-    errors: dict[str, float] = {}
     if options.requantize:
         moved = Requantizing(moved, job, None if weights.modules else weights.tensor, errors)
     told = progress or Silent()
     told.phase("export", checkpoint.config.layers * (1 + rank_folders(job)))
     with building(output) as folder:
-        rounded = write_checkpoint(folder, job, moved, told.step)
+        errors |= write_checkpoint(folder, job, moved, told.step)
         if kv and target.container != "workspace":
             save_tensors(folder / KV_FILE, kv)
         for rank, place in write_ranks(folder, job, moved, told.step):
             if kv:
                 save_tensors(place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp))
-        errors = dict(sorted({**errors, **rounded}.items()))
         source_format = weights.format.name if weights.format else "huggingface"
         if errors:
-            write_json(folder / RECORD, {"from": source_format, "to": format_name, "relative_errors": errors})
-    count = sum(map(len, job.schemes.values()))
-    return Exported(output, source_format, format_name, count, job.default if count else None, errors)
+            write_json(folder / REQUANTIZED, {"from": source_format, "to": format_name, "relative_errors": record(errors)})
+    count, notes = len(job.modules), checkpoint.architecture.notes
+    return Exported(output, source_format, format_name, count, job.default if count else None, notes, record(errors))
+
+
+def _with_kv(job: PackJob, kv: Mapping[str, Tensor], options: Options) -> tuple[PackJob, dict[str, float]]:
+    """The job with the KV-cache parameters that go into the checkpoint itself, and by how much scales were widened for that."""
+    errors: dict[str, float] = {}
+    if kv and (job.format.container == "workspace" or options.kv_scales):
+        ranks = options.tp if job.format.container == "workspace" else 1
+        whole, errors = per_rank(kv, job.checkpoint.config.kv_heads, ranks, rounded=options.requantize)
+        job = replace(job, kv=whole)
+    if options.kv_scales:
+        check_kv_inside(job)
+    return job, errors
 
 
 def kv_tensors(weights: Weights) -> dict[str, Tensor]:
@@ -121,32 +128,30 @@ def _target(name: str, options: Options) -> Format:
 def _job(weights: Weights, target: Format, options: Options) -> PackJob:
     """What is to be written. Raises FormatError with everything that is known to stand against it before a weight is read."""
     checkpoint = weights.checkpoint
-    architecture, config = checkpoint.architecture, checkpoint.config
     held = _schemes(weights)
-    indexed = _indexed(weights)
-    keeps_plain = target.dtype is not None or target.container != "directory"
-    if not any(held):
-        if not keeps_plain and not options.requantize:
+    if not any(held) and target.dtype is None and target.container == "directory":  # which holds quantised weights alone
+        if not options.requantize:
             hint = "quantflow run quantises it well; --requantize rounds to nearest"
             raise FormatError(Problem(str(checkpoint.path), "no quantised checkpoint", f"one whose codes {target.name} can hold", hint))
-        if not keeps_plain:
-            held = [dict.fromkeys(linear_shapes(architecture, config, index), _DEFAULT) for index in range(config.layers)]
-    schemes, problems = schemes_to_write(
-        checkpoint, target, dict(enumerate(held)), indexed.__contains__, tp=options.tp, requantize=options.requantize
-    )
-    default = Counter(scheme for layer in schemes.values() for scheme in layer.values()).most_common(1)[0][0] if any(held) else _DEFAULT
-    if options.requantize and not target.mixed_bits:
-        schemes = one_scheme(schemes, default)
-    outer = frozenset(f"{m}.weight" for m in weights.modules if f"{m}.weight" in checkpoint.outer_names())
-    has_index = bool(indexed) and target.holds_index
-    job = PackJob(
-        checkpoint, target, schemes, default, has_index, options.max_shard_bytes, ranks=options.tp, unpacked=outer,
-        rounded=options.requantize,
+        layers = range(checkpoint.config.layers)
+        group = fitting_group(math.gcd(*(k for i in layers for _, k in _shapes(checkpoint, i).values())), _DEFAULT.group_size)
+        held = [dict.fromkeys(_shapes(checkpoint, index), replace(_DEFAULT, group_size=group)) for index in layers]
+    outside = {f"{name.removesuffix('.weight')}" for name in checkpoint.outer_names()}
+    outer = {module: scheme for module in sorted(weights.modules & outside) if (scheme := weights.scheme_of(module))}
+    indexed = _indexed(weights)
+    prepared = prepare(
+        checkpoint, target, dict(enumerate(held)), indexed=indexed.__contains__, max_shard_bytes=options.max_shard_bytes, ranks=options.tp,
+        requantize=options.requantize, outer=outer,
     )  # fmt: skip
-    problems += container_problems(job)
-    if problems:
-        raise FormatError(_by_cause(problems, "" if options.requantize else _ASK))
-    return job
+    # Another grid is of no use to a model that the container does not compute.
+    modules = _by_cause(prepared.modules, "" if options.requantize or prepared.whole else _ASK)
+    if problems := [*modules, *prepared.whole]:
+        raise FormatError(problems)
+    return prepared.job
+
+
+def _shapes(checkpoint: Checkpoint, index: int) -> dict[str, tuple[int, int]]:
+    return linear_shapes(checkpoint.architecture, checkpoint.config, index)
 
 
 def _by_cause(problems: list[Problem], hint: str) -> list[Problem]:
@@ -167,7 +172,9 @@ class _Moved:
     weights: Weights
     job: PackJob
 
-    def linear(self, index: int, name: str, in_features: int) -> AnyTensor:
+    def linear(self, index: int | None, name: str, in_features: int) -> AnyTensor:
+        if index is None:
+            return self.weights.quantized(name)
         tensor = self.weights.quantized(f"{self.weights.checkpoint.architecture.layer_prefix(index)}.{name}")
         wanted = self.job.schemes[index][name]
         return replace(tensor, scheme=wanted) if _alike(tensor.scheme, wanted) else tensor

@@ -21,7 +21,6 @@ from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
 from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS
-from quantflow.formats.base import grid_problems
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -31,8 +30,7 @@ from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Nf4, Pack, Recipe, Rtn, Shard, dump
-from quantflow.stages.pack import PackJob, container_problems
-from quantflow.stages.requantize import one_scheme, schemes_to_write
+from quantflow.stages.pack_job import Prepared, prepare
 
 T = TypeVar("T")
 NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
@@ -126,21 +124,15 @@ class Plan:
         root = os.environ.get("QUANTFLOW_STORE")
         return Store(Path(root) if root else self.output.absolute().parent / ".quantflow-store")
 
-    def job(self, pack: Pack) -> PackJob:
-        """What a pack stage writes: the whole checkpoint."""
-        gptq, weights, form = self.stage(Gptq), self.recipe.weights, FORMATS[pack.format]
+    def prepare(self, pack: Pack) -> Prepared:
+        """What a pack stage writes, the whole checkpoint, and what stands against it."""
+        gptq, weights = self.stage(Gptq), self.recipe.weights
         index = bool(gptq and gptq.act_order == "dynamic")
-        layers = range(self.config.layers)
-        schemes, _ = schemes_to_write(
-            self.checkpoint, form, {i: self.schemes(i) for i in layers}, lambda _: index, tp=self.tp, requantize=pack.requantize
-        )
-        default = Scheme(weights.bits, weights.group_size, weights.symmetric)
-        if not any(scheme == default for layer in schemes.values() for scheme in layer.values()):
-            default = next((scheme for layer in schemes.values() for scheme in layer.values()), default)
-        if pack.requantize and not form.mixed_bits:
-            schemes = one_scheme(schemes, default)
-        has_index = index and form.holds_index
-        return PackJob(self.checkpoint, form, schemes, default, has_index, pack.max_shard_size, ranks=self.tp, rounded=pack.requantize)
+        return prepare(
+            self.checkpoint, FORMATS[pack.format], {i: self.schemes(i) for i in range(self.config.layers)}, indexed=lambda _: index,
+            max_shard_bytes=pack.max_shard_size, ranks=self.tp, requantize=pack.requantize,
+            default=Scheme(weights.bits, weights.group_size, weights.symmetric),
+        )  # fmt: skip
 
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
 
@@ -207,9 +199,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     problems += checkpoint.problems()
     linears = tuple(_linears(recipe, checkpoint))
     plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.architecture.notes)
-    grids = _grid_problems(plan)
-    problems += grids or _pack_problems(plan)
-    problems += _tensor_parallel_problems(plan) + _data_problems(plan) + _output_problems(plan)
+    problems += _grid_problems(plan) + _data_problems(plan) + _output_problems(plan)
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
     if problems:
@@ -250,42 +240,35 @@ def _matches(module: str, pattern: str) -> bool:
 
 
 def _grid_problems(plan: Plan) -> list[Problem]:
-    """One problem a kind of linear and cause, not one a layer."""
+    """What stands against the packs: one problem a kind of linear and cause, not one a layer; what the formats cannot say of the whole;
+    and patterns that match nothing."""
     found: dict[tuple[str, str], Problem] = {}
-    gptq = plan.stage(Gptq)
-    index = bool(gptq and gptq.act_order == "dynamic")
-    for linear in plan.linears:
-        if linear.scheme is None:
-            continue
-        dimension = parallel_dimension(linear.name, plan.checkpoint.architecture.layer)
-        for pack in plan.packs:
-            form = FORMATS[pack.format]
-            scheme = form.nearest(linear.scheme, linear.shape) if pack.requantize else linear.scheme
-            has_index = index and (form.holds_index or not pack.requantize)
-            cut = dimension if plan.tp > 1 else None
-            checks = form.check(linear.module, linear.shape, scheme, act_order_index=has_index, tp=plan.tp, tp_dim=cut)
-            if pack.requantize:  # from a grid that the weight must have first
-                checks += grid_problems(linear.module, linear.shape, linear.scheme, 1, None, False, kinds=(linear.scheme.kind,))
-            for problem in checks:
-                leaf = linear.name.rpartition(".")[2]
-                key = (leaf, problem.found)
-                if key not in found:
-                    change = "symmetric: true" if "asymmetric" in problem.found else "ignore: true"
-                    if "group_size" in problem.expected:
-                        channels = linear.shape[1] // (plan.tp if dimension == 1 else 1)
-                        change = f"group_size: {nearest_group(channels, linear.scheme.group_of(channels))}"
-                    hint = f'{problem.hint}; for instance weights.overrides: [{{match: "*.{leaf}", {change}}}]'.lstrip("; ")
-                    found[key] = Problem(f"{linear.module} (pack {pack.format})", problem.found, problem.expected, hint)
-    problems = list(found.values())
-    schemes = {p.scheme for p in plan.linears if p.scheme is not None}
-    if not schemes:
+    problems: list[Problem] = []
+    linears = {linear.module: linear for linear in plan.linears}
+    if not any(linear.scheme for linear in plan.linears):
         problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
     for pack in plan.packs:
-        if len(schemes) > 1 and not FORMATS[pack.format].mixed_bits and not pack.requantize:
-            listed = ", ".join(sorted(map(str, schemes)))
-            problems.append(
-                Problem(f"pack {pack.format}", f"several schemes ({listed})", "one scheme for all linears", "Use compressed-tensors")
-            )
+        prepared = plan.prepare(pack)
+        for problem in prepared.modules:
+            linear = linears[problem.where]
+            assert linear.scheme is not None
+            leaf = linear.name.rpartition(".")[2]
+            key = (leaf, problem.found)
+            if key not in found:
+                change = "symmetric: true" if "asymmetric" in problem.found else "ignore: true"
+                if "group_size" in problem.expected:
+                    row = parallel_dimension(linear.name, plan.checkpoint.architecture.layer) == 1
+                    channels = linear.shape[1] // (plan.tp if row else 1)
+                    change = f"group_size: {nearest_group(channels, linear.scheme.group_of(channels))}"
+                hint = f'{problem.hint}; for instance weights.overrides: [{{match: "*.{leaf}", {change}}}]'.lstrip("; ")
+                found[key] = Problem(f"{linear.module} (pack {pack.format})", problem.found, problem.expected, hint)
+        problems += (problem for problem in prepared.whole if problem not in problems)
+        if not prepared.modules:
+            if pack.kv_scales:
+                problems += _kv_problems(plan, pack)
+            if not pack.requantize:
+                problems += _doubtful(plan, pack)
+    problems = [*found.values(), *problems]
     patterns = [(f"weights.overrides match {o.match!r}", o.match) for o in plan.recipe.weights.overrides]
     patterns += [(f"weights.ignore {p!r}", p) for p in plan.recipe.weights.ignore if p != plan.checkpoint.architecture.head]
     for where, pattern in patterns:
@@ -299,18 +282,6 @@ def _grid_problems(plan: Plan) -> list[Problem]:
                 "weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is"
             )
         )
-    return problems
-
-
-def _pack_problems(plan: Plan) -> list[Problem]:
-    """What the formats cannot say of the whole, which would else be found when all layers are done."""
-    problems: list[Problem] = []
-    for pack in plan.packs:
-        problems += container_problems(plan.job(pack))
-        if pack.kv_scales:
-            problems += _kv_problems(plan, pack)
-        if not pack.requantize:
-            problems += _doubtful(plan, pack)
     return problems
 
 
@@ -350,14 +321,6 @@ def nearest_group(channels: int, wanted: int) -> int:
     """The divisor of `channels` nearest to the group size that was wanted, by ratio."""
     divisors = (d for d in range(1, channels + 1) if channels % d == 0)
     return min(divisors, key=lambda d: (abs(math.log(d / wanted)), d))
-
-
-def _tensor_parallel_problems(plan: Plan) -> list[Problem]:
-    tp, config = plan.tp, plan.config
-    if tp == 1:
-        return []
-    checks = (("attention heads", config.heads), ("KV heads", config.kv_heads))
-    return [Problem(f"shard tp {tp}", f"{count} {name}", f"a multiple of {tp}") for name, count in checks if count % tp]
 
 
 def _data_problems(plan: Plan) -> list[Problem]:

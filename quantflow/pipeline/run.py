@@ -26,7 +26,7 @@ from quantflow.engine.kv_cache import KVFormat
 from quantflow.errors import DataError, ModelError, Problem, UserError
 from quantflow.evaluate.divergence import Model, Variant, compare
 from quantflow.evaluate.running import Running
-from quantflow.formats.reader import Weights
+from quantflow.formats.reader import REQUANTIZED, Weights
 from quantflow.machine import peak_resident_bytes
 from quantflow.models.checkpoint import TOKENIZER_FILES
 from quantflow.models.directory import read_json
@@ -39,8 +39,9 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams, dump
 from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, per_rank, rounding
-from quantflow.stages.pack import check_kv_inside, rank_folders, write_checkpoint, write_ranks
-from quantflow.stages.requantize import Requantizing
+from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack_job import check_kv_inside
+from quantflow.stages.requantize import Requantizing, record
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,10 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
          source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant")]
     )  # fmt: skip
     kv = plan.stage(KvQparams)
+    settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json")
     evaluate = digest(
-        ["evaluate", sweep_key, held_out.digest if held_out else "", kv.model_dump(mode="json") if kv else None, plan.packs[0].format,
-         plan.device, plan.measures_engine, source_digest("evaluate", "engine", "models", "formats", "quant", "stages/kv_qparams.py")]
+        ["evaluate", sweep_key, held_out.digest if held_out else "", settings, first, plan.device, plan.measures_engine,
+         source_digest("evaluate", "engine", "models", "formats", "quant", "stages")]
     )  # fmt: skip
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 
@@ -214,7 +216,7 @@ def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
 def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """Writes every format (and its ranks). Returns format -> folder relative to the artifact, and format -> what had to be put on
     another grid or rounded -> its relative error."""
-    jobs = [plan.job(pack) for pack in plan.packs]
+    jobs = [plan.prepare(pack).job for pack in plan.packs]
     progress.phase("pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs))
     formats: dict[str, str] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -223,25 +225,29 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
         target = folder / formats[pack.format]
         off: dict[str, float] = {}
         if plan.stage(KvQparams) and job.format.container == "workspace":
-            job = replace(job, kv=_kv_of_ranks(plan, reader))
+            kv, off = _kv_of_ranks(plan, reader)
+            job = replace(job, kv=kv)
         if pack.kv_scales:
             job = replace(job, kv=_kv_tensors(plan, reader))
             check_kv_inside(job)
-        results = Requantizing(reader, job, errors=off) if pack.requantize else reader
+        results: Results = Requantizing(reader, job, errors=off) if pack.requantize else reader
         off |= write_checkpoint(target, job, results, progress.step)
         for rank, place in write_ranks(target, job, results, progress.step):
             if plan.stage(KvQparams):
                 save_tensors(place / KV_FILE, _kv_tensors(plan, reader, rank, plan.tp))
         if off:
-            errors[pack.format] = dict(sorted(off.items()))
+            errors[pack.format] = record(off)
+            write_json(target / REQUANTIZED, {"from": "recipe", "to": pack.format, "relative_errors": errors[pack.format]})
     return formats, errors
 
 
-def _kv_of_ranks(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
-    """KV parameters for a workspace: one a layer and rank, from the extremes of the rank's heads."""
-    ranks = [_kv_tensors(plan, reader, rank, plan.tp) for rank in range(plan.tp)]
-    each = [per_rank(tensors, plan.config.kv_heads // plan.tp, 1, rounded=True) for tensors in ranks]
-    return {name: torch.stack([tensors[name] for tensors in each]) if plan.tp > 1 else value for name, value in each[0].items()}
+def _kv_of_ranks(plan: Plan, reader: SweepReader) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """KV parameters for a workspace: one a layer and rank, from the extremes of the rank's heads; and by how much scales by head or channel
+    were widened for that, which the plan has allowed."""
+    heads = plan.config.kv_heads // plan.tp
+    ranks = [per_rank(_kv_tensors(plan, reader, rank, plan.tp), heads, 1, rounded=True) for rank in range(plan.tp)]
+    whole = {name: torch.stack([found[name] for found, _ in ranks]) if plan.tp > 1 else value for name, value in ranks[0][0].items()}
+    return whole, {name: max(errors.get(name, 0.0) for _, errors in ranks) for name in ranks[0][1]}
 
 
 def _kv_parameters(plan: Plan, reader: SweepReader, index: int, rank: int = 0, tp: int = 1) -> dict[str, KVParameters]:

@@ -524,7 +524,7 @@ def _check_together(source: _Source) -> Iterator[Problem]:
             yield Problem(place, f"the stage {name} is given twice", "once", f"The first is at {at[name]}")
         seen.append(name)
     for position, name, settings in stages:
-        if name == "pack" and settings.get("format") == "awq":
+        if name == "pack" and settings.get("format") == "awq" and settings.get("requantize") is not True:
             yield from _check_awq_format(source, ("stages", position, "pack", "format"))
     yield from _check_overrides(source)
 

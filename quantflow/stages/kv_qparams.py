@@ -46,28 +46,36 @@ def of_rank(tensors: Mapping[str, Tensor], kv_heads: int, rank: int, tp: int) ->
     return {name: part(value) for name, value in tensors.items()}
 
 
-def per_rank(tensors: Mapping[str, Tensor], kv_heads: int, tp: int, *, rounded: bool = False) -> dict[str, Tensor]:
-    """One scale and zero point for each layer and rank, `[]` or `[tp]`, which is what TurboMind holds.
+def per_rank(
+    tensors: Mapping[str, Tensor], kv_heads: int, tp: int, *, rounded: bool = False
+) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
+    """One scale and zero point for each layer and rank, `[]` or `[tp]`, which is what TurboMind holds; and by how much each scale had to
+    be widened, as a share of the smallest it replaces.
 
-    Raises FormatError where a rank's heads have several; with `rounded`, they get the range that spans theirs.
+    Raises FormatError where a rank's heads have several, unless `rounded`: then they get the range that spans theirs.
     """
-    fine = {name for name, value in tensors.items() if value.dim() > 1 or (value.dim() == 1 and value.shape[0] != tp)}
-    if fine and not rounded:
-        found = f"parameters by head or channel ({sorted(fine)[0]})"
-        hint = "Use kv_qparams: {granularity: tensor}, or --requantize to widen them"
-        raise FormatError(Problem("KV cache", found, "one scale for each layer and rank", hint))
-    if not fine:
-        return dict(tensors)
     whole: dict[str, Tensor] = {}
+    errors: dict[str, float] = {}
     for name in sorted(n.removesuffix("scale") for n in tensors if n.endswith("_scale")):
-        scale, zero = (tensors[f"{name}{part}"] for part in ("scale", "zero_point"))
-        scale, zero = ((t if t.dim() else t.expand(kv_heads)).reshape(tp, -1) for t in (scale, zero))
-        if not bool(zero.any()):
-            whole[f"{name}scale"], whole[f"{name}zero_point"] = scale.amax(1), zero[:, 0]
-            continue
-        low, high = (zero - 127.5 * scale).amin(1), (zero + 127.5 * scale).amax(1)
-        whole[f"{name}scale"], whole[f"{name}zero_point"] = (high - low) / 255, (low + high) / 2
-    return {name: value[0] if tp == 1 else value for name, value in whole.items()}
+        # [tp, values of a rank]
+        scale, zero = (_by_head(tensors[f"{name}{part}"], kv_heads).reshape(tp, -1) for part in ("scale", "zero_point"))
+        if not bool((scale != scale[:, :1]).any() or (zero != zero[:, :1]).any()):
+            found = scale[:, 0], zero[:, 0]
+        elif not rounded:
+            hint = "Use kv_qparams: {granularity: tensor}; or export --requantize, requantize: true in pack, which widens them"
+            what = f"parameters by head or channel ({name}scale)"
+            raise FormatError(Problem("KV cache", what, "one scale for each layer and rank", hint))
+        else:
+            low, high = (zero - 127.5 * scale).amin(1), (zero + 127.5 * scale).amax(1)
+            found = ((high - low) / 255, (low + high) / 2) if bool(zero.any()) else (scale.amax(1), zero[:, 0])
+            errors[f"{name}scale"] = float((found[0][:, None] / scale).max()) - 1
+        for part, values in zip(("scale", "zero_point"), found, strict=True):
+            whole[f"{name}{part}"] = values[0] if bool((values == values[0]).all()) else values
+    return whole, errors
+
+
+def _by_head(value: Tensor, kv_heads: int) -> Tensor:
+    return value if value.dim() else value.expand(kv_heads)
 
 
 def rounding(of_layer: Callable[[int], Mapping[str, KVParameters]]) -> Callable[[int], ObserveKV]:

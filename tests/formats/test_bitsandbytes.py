@@ -280,7 +280,7 @@ def test_what_is_not_written() -> None:
     assert "tp = 2" in check((64, 128), PLAIN, tp=2, tp_dim=0)
     assert "an expert of a mixture" in check((64, 128), PLAIN, "model.layers.0.mlp.experts.3.up_proj")
     for shape, scheme in (((64, 128), Scheme(4, 128, False)), ((64, 128), Scheme(8, -1, True)), ((64, 128), PLAIN), ((64, 128), DOUBLE)):
-        nearest = FORM.nearest(scheme, shape)
+        nearest = FORM.nearest("m", scheme, shape)
         assert nearest.kind == "nf4" and check(shape, nearest) == "" and (nearest == scheme) == (scheme.kind == "nf4")
 
 
@@ -382,7 +382,11 @@ def other_shape(tensors: dict[str, Tensor]) -> None:
         (lambda tensors: tensors.pop(f"{MODULE}.weight.absmax"), {}, f"{MODULE}.weight.absmax: missing"),
         (lambda tensors: tensors.pop(STATE), {}, MODULE),
         (lambda tensors: None, {"bnb_4bit_use_double_quant": True}, "says quantization_config"),
-        (lambda tensors: None, {"llm_int8_skip_modules": ["lm_head", "q_proj"]}, "not quantised, says quantization_config"),
+        (
+            lambda tensors: None,
+            {"llm_int8_skip_modules": ["lm_head", "q_proj"]},
+            "q_proj: packed tensors, and a quantization_config that leaves it alone",
+        ),
     ],
     ids=["fp4", "fp4_unsaid", "int8", "int8_unsaid", "nan", "other_shape", "no_weight", "no_absmax", "no_state", "double", "skipped"],
 )

@@ -79,7 +79,7 @@ def test_scheme_of_ignored_and_detected(name: str, symmetric: bool) -> None:
 @pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "gptq_v2"])
 def test_mixed_schemes(name: str) -> None:
     form = FORMATS[name]
-    assert form.mixed_bits
+    assert not form.shares_scheme("m")
     default, wide, channel = Scheme(4, 32, False), Scheme(8, 64, True), Scheme(3, -1, True)
     modules: dict[str, Scheme] = {}
     for i in range(12):

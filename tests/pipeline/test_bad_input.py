@@ -456,11 +456,11 @@ GRIDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "more ranks than heads": (
         {"stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 8}}]},
-        ("shard tp 8", "4 attention heads", "a multiple of 8"),
+        ("tp 8", "4 attention heads", "a multiple of 8"),
     ),
     "more ranks than KV heads": (
         {"stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 4}}]},
-        ("shard tp 4", "2 KV heads", "a multiple of 4"),
+        ("tp 4", "2 KV heads", "a multiple of 4"),
     ),
     "ranks that cut a group": (
         {"weights": {"group_size": 32}, "stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 2}}]},
@@ -488,7 +488,7 @@ GRIDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "weights": {"group_size": 16, "overrides": [{"match": "*.down_proj", "group_size": 32}]},
             "stages": ["rtn", {"pack": {"format": "awq"}}],
         },
-        ("pack awq: several schemes", "Use compressed-tensors"),
+        ("awq: several schemes", "Use compressed-tensors"),
     ),
 }
 

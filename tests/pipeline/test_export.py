@@ -123,7 +123,7 @@ def test_mixed_bits(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as refused:
         export(bench.output, "awq", tmp_path / "no")
     said = str(refused.value)
-    assert "8 bits" in said and "as elsewhere, since AWQ has one width" in said
+    assert "8 bits" in said and "several schemes (W4 g32 symmetric, W8 g32 symmetric)" in said
 
 
 def test_a_zero_point_that_the_first_gptq_cannot_say(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_the_table_says_what_the_formats_do() -> None:
             assert holds(main, index=True) == (ability.act_order_index == "yes") == form.holds_index
         assert holds(main, tp=2, tp_dim=0) == ability.tensor_parallel.startswith("yes")
         assert holds(Scheme(4, 64, False)) == (ability.asymmetric != "no")
-        assert form.mixed_bits == (ability.mixed_bits == "yes")
+        assert form.shares_scheme("m") == (ability.mixed_bits == "no")
 
 
 def rewritten(folder: Path, change: Any) -> None:

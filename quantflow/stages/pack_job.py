@@ -1,0 +1,238 @@
+"""One checkpoint to write: in which schemes, into what, and everything that stands against it before a weight is read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from quantflow.errors import FormatError, ModelError, Problem
+from quantflow.formats.base import Format, fitting_group, grid_problems, rank_shape
+from quantflow.formats.compressed_tensors import CompressedTensors
+from quantflow.models.architecture import linear_shapes
+from quantflow.models.checkpoint import Checkpoint
+from quantflow.models.gguf_file import decoder_problems
+from quantflow.models.gguf_vocabulary import vocabulary_metadata
+from quantflow.models.sharding import parallel_dimension
+from quantflow.models.tokenizer import has_tokenizer
+from quantflow.models.workspace import workspace_problems
+from quantflow.quant.grid import PER_CHANNEL, Scheme
+
+Held = Mapping[int, Mapping[str, Scheme]]  # layer -> name in the layer -> scheme
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """One checkpoint to write. schemes: layer -> relative name -> scheme. outer: module -> scheme of what is quantised outside the
+    layers. has_index: tensors carry a group index. ranks: how many there will be; rank, tp: which one this is, of how many, where it is
+    not the whole. kv: KV-cache parameters for a format that holds them, `[]` or `[ranks]` each. unpacked: weights outside the layers that
+    the source holds quantised and the format does not. rounded: what a dtype does not hold exactly is rounded."""
+
+    checkpoint: Checkpoint
+    format: Format
+    schemes: Held
+    default: Scheme
+    max_shard_bytes: int
+    has_index: bool = False
+    ranks: int = 1
+    rank: int = 0
+    tp: int = 1
+    kv: Mapping[str, Tensor] | None = None
+    outer: Mapping[str, Scheme] = field(default_factory=dict)
+    unpacked: frozenset[str] = frozenset()
+    rounded: bool = False
+
+    @property
+    def modules(self) -> dict[str, Scheme]:
+        """The scheme of every quantised module by its full name, those outside the layers last."""
+        prefixes = {index: self.checkpoint.architecture.layer_prefix(index) for index in self.schemes}
+        return {f"{prefixes[i]}.{name}": scheme for i, layer in self.schemes.items() for name, scheme in layer.items()} | dict(self.outer)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job, and what stands against it: of single modules, and of the whole."""
+
+    job: PackJob
+    modules: list[Problem]
+    whole: list[Problem]
+
+
+def prepare(
+    checkpoint: Checkpoint, form: Format, held: Held, *, indexed: Callable[[str], bool], max_shard_bytes: int, ranks: int = 1,
+    requantize: bool = False, default: Scheme | None = None, outer: Mapping[str, Scheme] | None = None,
+) -> Prepared:  # fmt: skip
+    """The job that writes `held` in `form`.
+
+    held: the schemes as they are; outer: those of quantised modules outside the layers. indexed: whether a module carries a group index.
+    requantize: modules may take the format's nearest scheme, and numbers may be rounded. default: the scheme that needs no naming.
+    """
+    wanted: dict[str, _Wanted] = {}
+    for index, layer in held.items():
+        shapes = linear_shapes(checkpoint.architecture, checkpoint.config, index)
+        for name, scheme in layer.items():
+            module = f"{checkpoint.architecture.layer_prefix(index)}.{name}"
+            cut = parallel_dimension(name, checkpoint.architecture.layer) if ranks > 1 else None
+            wanted[module] = _Wanted(index, name, shapes[name], scheme, cut, indexed(module))
+    problems: list[Problem] = []
+    if requantize:  # from a grid that the weight must have first
+        for module, own in wanted.items():
+            problems += grid_problems(module, own.shape, own.scheme, 1, None, False, kinds=(own.scheme.kind,))
+        if not problems:
+            wanted = _settled(form, wanted, ranks)
+    for module, own in wanted.items():
+        problems += form.check(module, own.shape, own.scheme, act_order_index=own.index, tp=ranks, tp_dim=own.cut)
+    kept, unpacked, refused = _outside(checkpoint, form, outer or {}, indexed, requantize)
+    schemes: dict[int, dict[str, Scheme]] = {index: {} for index in held}
+    for own in wanted.values():
+        schemes[own.layer][own.name] = own.scheme
+    found = [own.scheme for own in wanted.values()]
+    if default is None or default not in found:
+        default = Counter(found).most_common(1)[0][0] if found else Scheme(4, 128, False)
+    job = PackJob(
+        checkpoint, form, schemes, default, max_shard_bytes, any(own.index for own in wanted.values()), ranks, outer=kept,
+        unpacked=unpacked, rounded=requantize,
+    )  # fmt: skip
+    return Prepared(job, problems, refused + _whole_problems(job))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    layer: int
+    name: str
+    shape: tuple[int, int]
+    scheme: Scheme
+    cut: int | None
+    index: bool
+
+
+def _settled(form: Format, wanted: Mapping[str, _Wanted], ranks: int) -> dict[str, _Wanted]:
+    """Each module in the format's nearest scheme, and those that must be alike in one: the commonest, its groups small enough for all."""
+    inputs = {module: rank_shape(own.shape, ranks, own.cut)[1] for module, own in wanted.items()}
+    near = {m: form.nearest(m, own.scheme, (own.shape[0], inputs[m])) for m, own in wanted.items()}
+    alike = [module for module in wanted if form.shares_scheme(module)]
+    if len({replace(near[module], symmetric=True) for module in alike}) > 1:
+        common = Counter(near[module] for module in alike).most_common(1)[0][0]
+        k = math.gcd(*(inputs[module] for module in alike))
+        size = common.group_size
+        if size != PER_CHANNEL or any(near[module].group_size != PER_CHANNEL for module in alike):
+            size = fitting_group(k, min(k, 128) if size == PER_CHANNEL else size)
+        near |= {module: replace(common, group_size=size, symmetric=near[module].symmetric) for module in alike}
+    return {m: replace(own, scheme=near[m], index=own.index and form.holds_index) for m, own in wanted.items()}
+
+
+def _outside(
+    checkpoint: Checkpoint, form: Format, outer: Mapping[str, Scheme], indexed: Callable[[str], bool], requantize: bool
+) -> tuple[dict[str, Scheme], frozenset[str], list[Problem]]:
+    """What becomes of quantised modules outside the layers: kept in their scheme, or unpacked, or the reasons why neither."""
+    kept: dict[str, Scheme] = {}
+    unpacked, problems = set(), []
+    for module, scheme in outer.items():
+        n, k = checkpoint.shape_of(f"{module}.weight")
+        found = form.check(module, (n, k), scheme, act_order_index=indexed(module))
+        if module == checkpoint.architecture.embedding and form.dtype is None and form.container != "gguf":
+            found.append(Problem(module, "a quantised embedding", "a plain one", f"{form.name} quantises linears alone"))
+        if not found:
+            kept[module] = scheme
+        elif requantize:
+            unpacked.add(f"{module}.weight")
+        else:
+            problems += found
+    return kept, frozenset(unpacked), problems
+
+
+def _whole_problems(job: PackJob) -> list[Problem]:
+    """What stands against the checkpoint as a whole: in its container, in the format's config, in its ranks."""
+    checkpoint, form = job.checkpoint, job.format
+    config, modules = checkpoint.architecture.native_config(checkpoint.raw_config), job.modules
+    problems = _rank_problems(job)
+    if form.container == "gguf":
+        problems += decoder_problems(str(config.get("model_type")), checkpoint.config)
+        if not checkpoint.config_only and not problems and has_tokenizer(checkpoint.tokenizer_path):
+            try:
+                vocabulary_metadata(checkpoint.tokenizer_path, config, checkpoint.config.vocabulary)
+            except (FormatError, ModelError) as error:
+                problems += error.problems
+    if form.container == "workspace":
+        problems += workspace_problems(checkpoint.config, tp=job.ranks, int4=bool(modules), group_size=job.default.group_size)
+        plain = [linear for linear in _linears(checkpoint) if linear not in modules] if modules else []
+        if plain:
+            more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
+            problems.append(Problem(f"{plain[0]}{more}", "plain, where other linears are int4", "all linears of the layers of one kind"))
+    alike = {replace(scheme, symmetric=True) for module, scheme in modules.items() if form.shares_scheme(module)}
+    if len(alike) > 1:
+        found = ", ".join(sorted({str(scheme) for module, scheme in modules.items() if form.shares_scheme(module)}))
+        problems.append(Problem(form.name, f"several schemes ({found})", "one width and group size", "Use gptq or compressed-tensors"))
+        return problems
+    try:
+        quantization_config(job)
+    except FormatError as error:
+        problems += error.problems
+    return problems
+
+
+def _rank_problems(job: PackJob) -> list[Problem]:
+    checkpoint, tp = job.checkpoint, job.ranks
+    if tp == 1:
+        return []
+    where = f"tp {tp}"
+    if job.format.container == "gguf":
+        return [Problem(where, "a GGUF file has no ranks", "1", "llama.cpp splits the whole file itself")]
+    config = checkpoint.config
+    counts = (("attention heads", config.heads), ("KV heads", config.kv_heads))
+    problems = [Problem(where, f"{count} {name}", f"a multiple of {tp}") for name, count in counts if count % tp]
+    modules = job.modules
+    for linear, (name, shape) in _linears(checkpoint).items():
+        cut = parallel_dimension(name, checkpoint.architecture.layer)
+        if linear not in modules and shape[cut] % tp:
+            kind = ("output", "input")[cut]
+            problems.append(Problem(linear, f"{shape[cut]} {kind} channels", f"a multiple of tp = {tp}"))
+    return problems
+
+
+def _linears(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Every linear of the layers: full name -> its name in the layer, and its shape."""
+    architecture, config = checkpoint.architecture, checkpoint.config
+    return {
+        f"{architecture.layer_prefix(index)}.{name}": (name, shape)
+        for index in range(config.layers)
+        for name, shape in linear_shapes(architecture, config, index).items()
+    }
+
+
+def quantization_config(job: PackJob) -> dict[str, Any]:
+    """The `quantization_config`; {} where nothing is quantised. Raises FormatError for what the format cannot say."""
+    checkpoint, modules = job.checkpoint, job.modules
+    if not modules:
+        return {}
+    architecture = checkpoint.architecture
+    ignored = [] if architecture.head in modules else [architecture.head]
+    for index in range(checkpoint.config.layers):
+        prefix = architecture.layer_prefix(index)
+        linears = linear_shapes(architecture, checkpoint.config, index)
+        ignored += [f"{prefix}.{linear}" for linear in linears if f"{prefix}.{linear}" not in modules]
+        if checkpoint.config.is_moe(index):
+            ignored.append(f"{prefix}.{architecture.layer.router}")
+    kv = {"bits": 8, "symmetric": True, "granularity": "tensor"} if job.kv and isinstance(job.format, CompressedTensors) else None
+    return job.format.quantization_config(
+        modules, ignored, job.default, kv=kv, act_order=job.has_index, model_dtype=checkpoint.config.dtype
+    )
+
+
+def check_kv_inside(job: PackJob) -> None:
+    """Raises FormatError unless the job's KV-cache parameters can be written into the checkpoint itself."""
+    problems = []
+    if not isinstance(job.format, CompressedTensors):
+        problems.append(Problem("kv_scales", f"the format {job.format.name}", "compressed-tensors, the one with names for them"))
+    elif not job.kv:
+        problems.append(Problem("kv_scales", "no KV-cache parameters", "those of the stage kv_qparams"))
+    elif any(value.dim() for value in job.kv.values()):
+        problems.append(Problem("kv_scales", "a scale for each rank", "one for each layer"))
+    elif any(bool(value.any()) for name, value in job.kv.items() if name.endswith("zero_point")):
+        problems.append(Problem("kv_scales", "zero points", "symmetric scales", "Use kv_qparams: {symmetric: true}"))
+    if problems:
+        raise FormatError(problems)
