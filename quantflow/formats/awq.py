@@ -24,6 +24,7 @@ from quantflow.formats.base import (
     read_scheme,
     setting,
     take,
+    texts,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Awq:
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer",)
+    parallel: bool = True
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales")
     marks: tuple[str, ...] = (".qweight",)
@@ -101,7 +103,7 @@ class Awq:
         version = str(config.get("version") or config.get("format") or "gemm").lower()
         if version != "gemm":
             raise FormatError(Problem("quantization_config.version", f"{version!r}", "'gemm'"))
-        skipped = setting(config, "modules_to_not_convert", list, default=[])
+        skipped = texts(config, "modules_to_not_convert")
         if module == "lm_head" or any(name in module for name in skipped):  # readers look for the name anywhere in the module's
             return None
         bits = setting(config, "bits", int)

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantflow.errors import FormatError, Problem
@@ -25,6 +26,7 @@ Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype as safetensors spells it,
 
 SAFETENSORS_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
+_LONGEST_PATTERN, _MOST_REPEATS = 100_000, 4
 # Modules that inference engines fuse, and under whose name they then look for per-module settings.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -47,6 +49,10 @@ class Format(Protocol):
     @property
     def holds_index(self) -> bool:
         """Whether it has a place for a group index."""
+
+    @property
+    def parallel(self) -> bool:
+        """Whether it can be cut into tensor-parallel ranks."""
 
     @property
     def min_zero(self) -> int:
@@ -124,7 +130,9 @@ def grid_problems(
     problems = []
     if scheme.kind not in kinds:
         expected = " or ".join(f"a grid {_KINDS[kind]}" for kind in kinds)
-        problems.append(Problem(module, f"{scheme}, a grid {_KINDS[scheme.kind]}", expected))
+        stage = "nf4" if kinds == ("nf4",) else "rtn or gptq"
+        hint = f"A recipe's stage {stage} makes one; requantize: true in pack, or export --requantize, goes from one to the other"
+        problems.append(Problem(module, f"{scheme}, a grid {_KINDS[scheme.kind]}", expected, hint))
     if not 2 <= scheme.bits <= 8:
         problems.append(Problem(module, f"{scheme.bits} bits", "2 to 8"))
     if tp > 1 and tp_dim is not None and shape[tp_dim] % tp:
@@ -231,7 +239,7 @@ def integer_scheme(scheme: Scheme, shape: tuple[int, int]) -> Scheme:
 
 def fitting_group(k: int, most: int) -> int:
     """The largest group size up to `most` that divides `k` input channels."""
-    return max(d for d in range(1, most + 1) if k % d == 0)
+    return max(d for d in range(1, min(most, k) + 1) if k % d == 0)
 
 
 def integer_grid(module: str, tensor: AnyTensor) -> QuantizedTensor:
@@ -318,12 +326,50 @@ def setting(config: Mapping[str, Any], key: str, kind: type, where: str = "quant
     return value
 
 
+def texts(config: Mapping[str, Any], key: str, where: str = "quantization_config") -> list[str]:
+    """The list of texts `config[key]`, [] if it is absent or null. Raises FormatError for anything else."""
+    found = setting(config, key, list, where, default=[])
+    if strange := [item for item in found if not isinstance(item, str)]:
+        raise FormatError(Problem(f"{where}.{key}", f"{strange[0]!r}"[:80], "names"))
+    return list(found)
+
+
 def matches(pattern: str, module: str) -> bool:
-    """Whether a regular expression from a config matches the start of a module's name. Raises FormatError if it is none."""
+    """Whether a regular expression from a config matches the start of a module's name. Raises FormatError if it is none, or one that may
+    take for ever."""
+    return _compiled(pattern).match(module) is not None
+
+
+@lru_cache(1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        return re.match(pattern, module) is not None
-    except re.error as error:
+        if len(pattern) > _LONGEST_PATTERN or _backtracks(pattern):
+            found = f"{pattern[:80]!r}, an expression that could take for ever"
+            raise FormatError(Problem("quantization_config", found, "one without repeats of repeats, and with few of `.*`"))
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
         raise FormatError(Problem("quantization_config", f"{pattern!r} is no regular expression: {error}")) from error
+
+
+def _backtracks(pattern: str) -> bool:
+    """Whether an expression has an unbounded repeat within another, or so many that the ways to match a name are millions. A cheap guard:
+    Python's engine has no limit of time."""
+    text = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)  # escapes and sets are letters here
+    repeat = re.compile(r"[*+]|\{\d*,\d*\}")
+    depth: list[bool] = [False]  # whether each open group holds a repeat
+    count = 0
+    for at, letter in enumerate(text):
+        if letter == "(":
+            depth.append(False)
+        elif letter == ")" and len(depth) > 1:
+            inner = depth.pop()
+            if inner and repeat.match(text, at + 1):
+                return True
+            depth[-1] = depth[-1] or inner
+        elif repeat.match(text, at) and text[at - 1 : at] not in ("", "("):
+            depth[-1] = True
+            count += 1
+    return count > _MOST_REPEATS
 
 
 def read_scheme(bits: int, group_size: int, symmetric: bool, where: str) -> Scheme:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import Spec, check_tensor, expect_shape, grid_problems, setting, take
+from quantflow.formats.base import Spec, check_tensor, expect_shape, grid_problems, setting, take, texts
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ class Bitsandbytes:
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("nf4",)
+    parallel: bool = False
     holds_index: bool = False
     suffixes: tuple[str, ...] = (
         ".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map", _STATE,
@@ -56,8 +57,6 @@ class Bitsandbytes:
         if ".experts." in module:
             hint = "transformers joins a layer's experts into one tensor, which it cannot do with these"
             problems.append(Problem(module, "an expert of a mixture", "a linear of its own, or experts that are ignored", hint))
-        if tp > 1:
-            problems.append(Problem(module, f"tp = {tp}, but bitsandbytes has no ranks", "1", "Engines cut the whole checkpoint"))
         return problems
 
     def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
@@ -113,7 +112,7 @@ class Bitsandbytes:
             raise FormatError(Problem("quantization_config.load_in_4bit", "false", "true: 8-bit checkpoints of bitsandbytes are not read"))
         if (kind := config.get("bnb_4bit_quant_type", "fp4")) != "nf4":
             raise FormatError(Problem("quantization_config.bnb_4bit_quant_type", f"{kind!r}", "'nf4'"))
-        skipped = setting(config, "llm_int8_skip_modules", list, default=[])
+        skipped = texts(config, "llm_int8_skip_modules")
         if module == "lm_head" or any(module == name or module.endswith(f".{name}") for name in skipped):
             return None
         group = setting(config, "bnb_4bit_blocksize", int, default=64)

@@ -31,6 +31,7 @@ from quantflow.formats.base import (
     read_scheme,
     setting,
     take,
+    texts,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class CompressedTensors:
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer",)
+    parallel: bool = True
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
     marks: tuple[str, ...] = (".weight_packed",)
@@ -113,13 +115,13 @@ class CompressedTensors:
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         """As the protocol says. A target or an ignored entry is a name, an expression after `re:`, or a class, of which `Linear`
         is taken to be every quantised module's; names come before expressions, and those before classes."""
-        if any(_match(entry, module) for entry in setting(config, "ignore", list, default=[])):
+        if any(_match(entry, module) for entry in texts(config, "ignore")):
             return None
         found: tuple[int, str, Mapping[str, Any]] | None = None
         all_groups = setting(config, "config_groups", dict, default={})
         for name in all_groups:
             group = setting(all_groups, name, dict, "config_groups")
-            for target in setting(group, "targets", list, f"config_groups.{name}"):
+            for target in texts(group, "targets", f"config_groups.{name}"):
                 rank = _match(target, module) or (3 if target == "Linear" else 0)
                 if rank and (found is None or rank < found[0]):
                     found = (rank, name, group)

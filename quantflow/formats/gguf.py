@@ -43,6 +43,7 @@ class Gguf:
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer", "minimum")
+    parallel: bool = False
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".q4_0", ".q4_1", ".q8_0")
     marks: tuple[str, ...] = (".q4_0", ".q4_1", ".q8_0")
@@ -54,8 +55,6 @@ class Gguf:
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
         problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
-        if tp > 1:
-            problems.append(Problem(module, f"tp = {tp}, but a GGUF file has no ranks", "1", "llama.cpp splits the whole file itself"))
         if type_of(scheme) is None and scheme.kind != "nf4":
             problems.append(Problem(module, f"{scheme}", "W4, or W8 symmetric: what Q4_0, Q4_1 and Q8_0 hold", "Use 4 bits, or gptq"))
         if shape[1] % BLOCK:

@@ -48,6 +48,7 @@ class Gptq:
     container: str = "directory"
     dtype: str | None = None
     kinds: tuple[Kind, ...] = ("integer",)
+    parallel: bool = True
     holds_index: bool = True
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales", ".g_idx")
     marks: tuple[str, ...] = (".qweight",)

@@ -30,6 +30,7 @@ class HuggingFace:
     container: str = "directory"
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer", "minimum", "nf4")
+    parallel: bool = True
     holds_index: bool = True
     suffixes: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()

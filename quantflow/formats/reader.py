@@ -57,10 +57,13 @@ class Weights:
             expected = "a whole checkpoint" if tp == 1 else f"one of {tp}"
             raise ModelError(Problem(str(path), f"one of {number} tensor-parallel ranks", expected))
         problems = self.checkpoint.problems(self._belongs)
+        names = set(self.checkpoint.source_names)
         for module in sorted(self.modules):
             if f"{module}.weight" in self.checkpoint.expected and self.scheme_of(module) is None:
                 hint = "Is it in the list of modules that are not converted, or not in that of targets?"
                 problems.append(Problem(f"{path} {module}", "packed tensors, and a quantization_config that leaves it alone", hint=hint))
+            if f"{module}.weight" in names and self.format and ".weight" not in self.format.suffixes:
+                problems.append(Problem(f"{path} {module}", "packed tensors, and a plain weight beside them", "one of the two"))
         if problems:
             raise ModelError(problems)
 

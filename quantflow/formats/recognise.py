@@ -68,8 +68,11 @@ def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
             raise FormatError(Problem(str(checkpoint.path), f"packed tensors such as {strange[0]}, but no quantization_config", hint=hint))
         return None
     n, k = checkpoint.expected.get(f"{module}.weight", (0, 0))
-    rows, columns = tensors[f"{module}.qweight"].shape
-    groups = tensors[f"{module}.scales"].shape[0] if f"{module}.scales" in tensors else 1
+    shape, scales = tensors[f"{module}.qweight"].shape, tensors.get(f"{module}.scales")
+    if len(shape) != 2 or scales is None or not scales.shape:
+        raise FormatError(Problem(f"{checkpoint.path} {module}", "tensors of neither AWQ nor GPTQ, and no quantization_config"))
+    rows, columns = shape
+    groups = scales.shape[0]
     group_size = k // groups if groups > 1 else -1
     where = f"{checkpoint.path} {module}"
     if (rows, columns * 8) == (k, n) and f"{module}.g_idx" not in tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +16,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
+_MOST_BYTES = 2**28  # of a file other than weights
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file of a model directory, the weights apart. Raises ModelError for what cannot be read, is larger than any such file,
+    is no regular file, or is a link that leads out of the directory."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(Problem(str(path), "no regular file", "a file of the model"))
+        if status.st_size > _MOST_BYTES:
+            raise ModelError(Problem(str(path), f"{status.st_size} bytes", f"at most {_MOST_BYTES}"))
+        if _leads_out(path):
+            raise ModelError(_stranger(path))
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(Problem(str(path), error.strerror or str(error), "a readable file")) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model directory; raises ModelError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(Problem(str(path), error.strerror or str(error), "a readable file")) from error
+        value = json.loads(read_file(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or JSON, or a number of thousands of digits
         raise ModelError(Problem(str(path), f"not JSON ({error})", "a JSON object")) from error
     if not isinstance(value, dict):
         raise ModelError(Problem(str(path), f"JSON of type {type(value).__name__}", "a JSON object"))
     return value
+
+
+def _leads_out(path: Path) -> bool:
+    """Whether a file is a link to another place: a model that somebody sent may not name files of the reader's. The hub's cache is such
+    a place on purpose, where a snapshot's files are links to `blobs` beside it."""
+    inside = path.parent.resolve()
+    return path.is_symlink() and path.resolve().parent not in (inside, inside.parent.parent / "blobs")
+
+
+def _stranger(path: Path) -> Problem:
+    found = "a symbolic link that leads out of the directory"
+    return Problem(str(path), found, "a file of the model", "Copy it, or link the whole directory")
 
 
 class Directory:
@@ -70,7 +98,8 @@ def _locate(path: Path) -> dict[str, TensorFile]:
             pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
             hint = "Pickled weights run code when loaded: convert them to safetensors first" if pickles else "Is the download complete?"
             raise ModelError(Problem(str(path), f"no .safetensors file{' but ' + pickles[0] if pickles else ''}", hint=hint))
-    _refuse_strangers(path, names)
+    if strangers := [path / name for name in names if _leads_out(path / name)]:
+        raise ModelError([_stranger(stranger) for stranger in strangers])
     files = {name: TensorFile(path / name) for name in names}
     places: dict[str, TensorFile] = {}
     problems = []
@@ -89,14 +118,3 @@ def _locate(path: Path) -> dict[str, TensorFile]:
     if problems:
         raise ModelError(problems)
     return places
-
-
-def _refuse_strangers(path: Path, names: Iterable[str]) -> None:
-    """Raises ModelError for links that lead to another place: a model that somebody sent may not name files of the reader's. The hub's
-    cache is such a place on purpose, where a snapshot's files are links to `blobs` beside it."""
-    inside = path.resolve()
-    blobs = inside.parent.parent / "blobs"
-    strangers = [n for n in names if (path / n).is_symlink() and (path / n).resolve().parent not in (inside, blobs)]
-    if strangers:
-        found = "a symbolic link that leads out of the directory"
-        raise ModelError([Problem(str(path / n), found, "a file of the model", "Copy it, or link the whole directory") for n in strangers])

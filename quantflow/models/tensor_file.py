@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,10 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         return ModelError(Problem(str(path), found, expected, "The file is damaged or incomplete: copy or download it again"))
 
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise wrong("a directory, or no regular file", "a safetensors file")
+        size = status.st_size
         with open(path, "rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -123,6 +127,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise wrong(f"tensor {name} has no valid dtype, shape and data_offsets") from error
         if dtype not in ITEM_BYTES:
             raise wrong(f"tensor {name} has dtype {dtype}", f"one of {', '.join(ITEM_BYTES)}")
+        if len(shape) > 8 or any(d >= 2**48 for d in shape):  # more than torch can say, where another dimension is 0
+            raise wrong(f"tensor {name} of shape {list(shape)[:9]}", "at most 8 dimensions, each below 2^48")
         if any(d < 0 for d in shape) or start < 0 or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
             raise wrong(f"tensor {name} of shape {list(shape)} and dtype {dtype} has {stop - start} bytes")
         if base + stop > size:

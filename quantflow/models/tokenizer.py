@@ -13,7 +13,6 @@ import binascii
 import json
 import math
 import re
-import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from quantflow.errors import DataError, ModelError, Problem
 from quantflow.models.dialogue import OF_FAMILY, Dialogue
-from quantflow.models.directory import read_json
+from quantflow.models.directory import read_file, read_json
 from quantflow.models.gguf_file import read_metadata
 
 Json = dict[str, Any]
@@ -147,7 +146,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
         written.append("tokenizer.json")
     for name in ("tokenizer.json", "tokenizer.model"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes(read_file(source / name))
             written.append(name)
     if template is not None:
         (target / "chat_template.jinja").write_bytes(template)
@@ -771,10 +770,7 @@ def _optional_json(file: Path) -> Json:
 
 
 def _data(file: Path) -> bytes:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise ModelError(Problem(str(file), error.strerror or str(error), "a readable file")) from error
+    data = read_file(file)
     if data.startswith(b"version https://git-lfs"):
         raise ModelError(Problem(str(file), "a Git LFS pointer", "the file itself", "Fetch it with git lfs pull"))
     if not data:

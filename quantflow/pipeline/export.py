@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from quantflow.artifacts.artifact import KV_FILE, building, kv_file
+from quantflow.artifacts.artifact import KV_FILE, MANIFEST, building, kv_file
 from quantflow.artifacts.store import write_json
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
@@ -19,12 +19,13 @@ from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import REQUANTIZED, Weights
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
+from quantflow.models.directory import read_json
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.grid import AnyTensor, Scheme
 from quantflow.stages.kv_qparams import of_rank, per_rank
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
-from quantflow.stages.pack_job import PackJob, check_kv_inside, prepare
+from quantflow.stages.pack_job import PackJob, Prepared, check_kv_inside, prepare
 from quantflow.stages.requantize import Requantizing, record
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -67,8 +68,7 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     target = _target(format_name, options)
     path = resolve_model(str(source))
     weights = Weights(path)
-    if output.resolve() == path.resolve() or path.resolve().is_relative_to(output.resolve()):
-        raise OutputError(Problem(str(output), "the source itself", "another directory"))
+    _check_output(output, path)
     job, errors = _with_kv(_job(weights, target, options), kv := kv_tensors(weights), options)
     checkpoint = weights.checkpoint
     moved: Results = _Moved(weights, job)
@@ -84,10 +84,26 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
             if kv:
                 save_tensors(place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp))
         source_format = weights.format.name if weights.format else "huggingface"
-        if errors:
-            write_json(folder / REQUANTIZED, {"from": source_format, "to": format_name, "relative_errors": record(errors)})
+        before = checkpoint.path / REQUANTIZED  # an inexact source stays one
+        earlier = {"before": read_json(before)} if before.is_file() else {}
+        if errors or earlier:
+            said = {"from": source_format, "to": format_name, "relative_errors": record(errors), **earlier}
+            write_json(folder / REQUANTIZED, said)
     count, notes = len(job.modules), checkpoint.architecture.notes
     return Exported(output, source_format, format_name, count, job.default if count else None, notes, record(errors))
+
+
+def _check_output(output: Path, source: Path) -> None:
+    """Raises OutputError, before any work, for a place that holds something. What a recipe makes can be made again; what an export would
+    replace may be the only copy."""
+    place = output.resolve()
+    if place == source.resolve() or source.resolve().is_relative_to(place):
+        raise OutputError(Problem(str(output), "the source itself", "another directory"))
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        found = "a directory with other content" if place.is_dir() else "a file"
+        raise OutputError(Problem(str(output), found, "a new directory, or an empty one", "Remove it yourself if it is no longer needed"))
+    if artifact := next((parent for parent in place.parents if (parent / MANIFEST).is_file()), None):
+        raise OutputError(Problem(str(output), f"a place inside the artifact {artifact}", "one outside", "Its manifest lists its files"))
 
 
 def _with_kv(job: PackJob, kv: Mapping[str, Tensor], options: Options) -> tuple[PackJob, dict[str, float]]:
@@ -139,15 +155,18 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
     outside = {f"{name.removesuffix('.weight')}" for name in checkpoint.outer_names()}
     outer = {module: scheme for module in sorted(weights.modules & outside) if (scheme := weights.scheme_of(module))}
     indexed = _indexed(weights)
-    prepared = prepare(
-        checkpoint, target, dict(enumerate(held)), indexed=indexed.__contains__, max_shard_bytes=options.max_shard_bytes, ranks=options.tp,
-        requantize=options.requantize, outer=outer,
-    )  # fmt: skip
-    # Another grid is of no use to a model that the container does not compute.
-    modules = _by_cause(prepared.modules, "" if options.requantize or prepared.whole else _ASK)
-    if problems := [*modules, *prepared.whole]:
-        raise FormatError(problems)
-    return prepared.job
+
+    def prepared(requantize: bool) -> Prepared:
+        return prepare(
+            checkpoint, target, dict(enumerate(held)), indexed=indexed.__contains__, max_shard_bytes=options.max_shard_bytes,
+            ranks=options.tp, requantize=requantize, outer=outer,
+        )  # fmt: skip
+
+    found = prepared(options.requantize)
+    if problems := [*found.modules, *found.whole]:
+        again = prepared(True)
+        raise FormatError(_by_cause(problems, _ASK if not again.modules and not again.whole else ""))
+    return found.job
 
 
 def _shapes(checkpoint: Checkpoint, index: int) -> dict[str, tuple[int, int]]:

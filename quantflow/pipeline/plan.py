@@ -21,6 +21,7 @@ from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
 from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS
+from quantflow.formats.base import Format, fitting_group
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -253,15 +254,10 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             linear = linears[problem.where]
             assert linear.scheme is not None
             leaf = linear.name.rpartition(".")[2]
-            key = (leaf, problem.found)
-            if key not in found:
-                change = "symmetric: true" if "asymmetric" in problem.found else "ignore: true"
-                if "group_size" in problem.expected:
-                    row = parallel_dimension(linear.name, plan.checkpoint.architecture.layer) == 1
-                    channels = linear.shape[1] // (plan.tp if row else 1)
-                    change = f"group_size: {nearest_group(channels, linear.scheme.group_of(channels))}"
-                hint = f'{problem.hint}; for instance weights.overrides: [{{match: "*.{leaf}", {change}}}]'.lstrip("; ")
-                found[key] = Problem(f"{linear.module} (pack {pack.format})", problem.found, problem.expected, hint)
+            if (leaf, problem.found) not in found:
+                hint = "; for instance ".join(filter(None, (problem.hint, _advice(plan, linear, problem, FORMATS[pack.format]))))
+                where = f"{linear.module} (pack {pack.format})"
+                found[leaf, problem.found] = Problem(where, problem.found, problem.expected, hint)
         problems += (problem for problem in prepared.whole if problem not in problems)
         if not prepared.modules:
             if pack.kv_scales:
@@ -283,6 +279,29 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             )
         )
     return problems
+
+
+def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> str:
+    """What to write into the recipe; "" where the problem's own hint says it."""
+    assert linear.scheme is not None
+    leaf, change = linear.name.rpartition(".")[2], "ignore: true"
+    if linear.scheme.kind not in form.kinds:
+        return ""
+    if "group_size" in problem.expected:
+        inputs = {p.module: _inputs_of_rank(plan, p) for p in plan.linears if p.scheme is not None}
+        if form.shares_scheme(linear.module):  # which has no place for overrides
+            k = math.gcd(*inputs.values())
+            return f"weights.group_size: {fitting_group(k, linear.scheme.group_of(k))}"
+        channels = inputs[linear.module]
+        change = f"group_size: {fitting_group(channels, linear.scheme.group_of(channels))}"
+    elif "asymmetric" in problem.found:
+        change = "symmetric: true"
+    return f'weights.overrides: [{{match: "*.{leaf}", {change}}}]'
+
+
+def _inputs_of_rank(plan: Plan, linear: LinearPlan) -> int:
+    row = parallel_dimension(linear.name, plan.checkpoint.architecture.layer) == 1
+    return linear.shape[1] // (plan.tp if row else 1)
 
 
 def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:
@@ -315,12 +334,6 @@ def _doubtful(plan: Plan, pack: Pack) -> list[Problem]:
         found = f"kv_qparams with granularity {kv.granularity}"
         problems.append(Problem(where, found, "tensor: a workspace has one scale for each layer and rank", hint))
     return problems
-
-
-def nearest_group(channels: int, wanted: int) -> int:
-    """The divisor of `channels` nearest to the group size that was wanted, by ratio."""
-    divisors = (d for d in range(1, channels + 1) if channels % d == 0)
-    return min(divisors, key=lambda d: (abs(math.log(d / wanted)), d))
 
 
 def _data_problems(plan: Plan) -> list[Problem]:

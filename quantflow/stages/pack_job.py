@@ -93,10 +93,8 @@ def prepare(
     found = [own.scheme for own in wanted.values()]
     if default is None or default not in found:
         default = Counter(found).most_common(1)[0][0] if found else Scheme(4, 128, False)
-    job = PackJob(
-        checkpoint, form, schemes, default, max_shard_bytes, any(own.index for own in wanted.values()), ranks, outer=kept,
-        unpacked=unpacked, rounded=requantize,
-    )  # fmt: skip
+    has_index = form.holds_index and any(own.index for own in wanted.values())
+    job = PackJob(checkpoint, form, schemes, default, max_shard_bytes, has_index, ranks, outer=kept, unpacked=unpacked, rounded=requantize)
     return Prepared(job, problems, refused + _whole_problems(job))
 
 
@@ -180,8 +178,8 @@ def _rank_problems(job: PackJob) -> list[Problem]:
     if tp == 1:
         return []
     where = f"tp {tp}"
-    if job.format.container == "gguf":
-        return [Problem(where, "a GGUF file has no ranks", "1", "llama.cpp splits the whole file itself")]
+    if not job.format.parallel:
+        return [Problem(where, f"{job.format.name} has no ranks", "1", "What reads it cuts the whole itself")]
     config = checkpoint.config
     counts = (("attention heads", config.heads), ("KV heads", config.kv_heads))
     problems = [Problem(where, f"{count} {name}", f"a multiple of {tp}") for name, count in counts if count % tp]

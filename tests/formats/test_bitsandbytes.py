@@ -277,7 +277,7 @@ def test_what_is_not_written() -> None:
     assert "96 input channels; expected a multiple of the blocks of 64. Ignore" in check((64, 96), PLAIN)
     assert "blocks of 48; expected one of 32" in check((64, 96), Scheme(4, 48, True, "nf4"))
     assert "W4 g64 symmetric, a grid with integer zero points; expected a grid of NF4's table" in check((64, 128), Scheme(4, 64, True))
-    assert "tp = 2" in check((64, 128), PLAIN, tp=2, tp_dim=0)
+    assert not FORM.parallel
     assert "an expert of a mixture" in check((64, 128), PLAIN, "model.layers.0.mlp.experts.3.up_proj")
     for shape, scheme in (((64, 128), Scheme(4, 128, False)), ((64, 128), Scheme(8, -1, True)), ((64, 128), PLAIN), ((64, 128), DOUBLE)):
         nearest = FORM.nearest("m", scheme, shape)

@@ -136,7 +136,7 @@ def test_refusals() -> None:
     assert "group_size 48" in check(Scheme(4, 48, True), (32, 96))
     assert "80 input channels; expected a multiple of 32" in check(Scheme(4, -1, True), (32, 80))
     assert "group index" in check(Scheme(4, 32, True), index=True)
-    assert "a GGUF file has no ranks" in check(Scheme(4, 32, True), tp=2, tp_dim=0)
+    assert not FORMAT.parallel
     indexed = random_tensor(32, 64, Scheme(4, 32, True), index=True)
     with pytest.raises(FormatError, match="group index"):
         FORMAT.encode(MODULE, indexed, torch.float16)

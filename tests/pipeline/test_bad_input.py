@@ -488,7 +488,7 @@ GRIDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
             "weights": {"group_size": 16, "overrides": [{"match": "*.down_proj", "group_size": 32}]},
             "stages": ["rtn", {"pack": {"format": "awq"}}],
         },
-        ("awq: several schemes", "Use compressed-tensors"),
+        ("awq: several schemes", "or compressed-tensors"),
     ),
 }
 

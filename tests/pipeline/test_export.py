@@ -190,7 +190,7 @@ def test_the_table_says_what_the_formats_do() -> None:
         main = Scheme(4, 64, True, "integer" if ability.bits else "nf4")
         if main.kind == "integer":
             assert holds(main, index=True) == (ability.act_order_index == "yes") == form.holds_index
-        assert holds(main, tp=2, tp_dim=0) == ability.tensor_parallel.startswith("yes")
+        assert form.parallel == ability.tensor_parallel.startswith("yes")
         assert holds(Scheme(4, 64, False)) == (ability.asymmetric != "no")
         assert form.shares_scheme("m") == (ability.mixed_bits == "no")
 
