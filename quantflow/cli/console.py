@@ -111,7 +111,7 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
         return error.exit_code, "internal error", error.problems
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         place = error.filename or "the disk"
-        return 4, "disk full", (f"{place}: {error.strerror}. Free some space and run the same command: it goes on where it stopped.",)
+        return 4, "disk full", (f"{place}: {error.strerror}. Free some space and run the same command: a recipe goes on where it stopped.",)
     if isinstance(error, PermissionError):
         return 2, "not permitted", (f"{error.filename}: {error.strerror}. Choose another place with --output.",)
     if is_out_of_memory(error):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import Spec, check_tensor, exact_scales, expect_shape, grid_problems, setting, take
+from quantflow.models.gguf_file import BLOCK, BLOCK_TYPES
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
     from quantflow.quant.grid import AnyTensor, Kind, Scheme
 
-BLOCK = 32
-_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34}
+_BYTES = dict(BLOCK_TYPES.values())  # a block
 
 
 def type_of(scheme: Scheme) -> str | None:

@@ -12,6 +12,7 @@ from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
+from quantflow.stages.pack import written_bytes
 
 # The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled kernels and packed operands too.
 BASE_BYTES, COMPUTING_BYTES = 40 * 2**20, 60 * 2**20
@@ -44,7 +45,6 @@ def estimate(plan: Plan) -> Estimate:
         per_layer[linear.layer] += linear.shape[0] * linear.shape[1]
     layer = max(per_layer.values()) * item
     widest = max(n * k for n, k in (p.shape for p in plan.linears))
-    outer = sum(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
     largest_outer = max(math.prod(checkpoint.shape_of(n)) for n in checkpoint.outer_names()) * item
     calibration, gptq = plan.recipe.calibration, plan.stage(Gptq)
     compute = 4 if plan.compute_dtype == "float32" else 2
@@ -81,7 +81,7 @@ def estimate(plan: Plan) -> Estimate:
     packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
         p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
     )
-    outputs = len(plan.packs) * (1 + (plan.tp > 1))
+    outputs = sum(written_bytes(plan.prepare(pack).job) for pack in plan.packs)
     tokens = (plan.stream_windows * calibration.seqlen) if calibration else 0
     parameters = sum(per_layer.values())
     flops = tokens * parameters * 2 * (1.5 + 1.0 * bool(plan.stage(Calibrate)))
@@ -92,7 +92,7 @@ def estimate(plan: Plan) -> Estimate:
     rate = 2.5e11 if plan.device == "cpu" else 2e14
     seconds = flops / rate + checkpoint.weight_bytes / 4e8
     stream_bytes = tokens * config.hidden * compute
-    return Estimate(int(memory), int(packed + 3 * stream_bytes), int(outputs * (packed + outer)), seconds)
+    return Estimate(int(memory), int(packed + 3 * stream_bytes), outputs, seconds)
 
 
 def _solver_bytes(plan: Plan) -> int:

@@ -253,7 +253,8 @@ def _grid_problems(plan: Plan) -> list[Problem]:
         for problem in prepared.modules:
             linear = linears[problem.where]
             assert linear.scheme is not None
-            leaf = linear.name.rpartition(".")[2]
+            # A grid of another kind is one fact, whatever linear it is said of.
+            leaf = linear.name.rpartition(".")[2] if linear.scheme.kind in FORMATS[pack.format].kinds else ""
             if (leaf, problem.found) not in found:
                 hint = "; for instance ".join(filter(None, (problem.hint, _advice(plan, linear, problem, FORMATS[pack.format]))))
                 where = f"{linear.module} (pack {pack.format})"

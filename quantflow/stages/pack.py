@@ -22,8 +22,9 @@ from quantflow.formats.base import SAFETENSORS_DTYPE, Spec
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.directory import INDEX
-from quantflow.models.gguf_file import NAME, SCHEMES_KEY, GgufWriter
+from quantflow.models.gguf_file import NAME, SCHEMES_KEY
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
+from quantflow.models.gguf_writer import GgufWriter
 from quantflow.models.rounding import converted
 from quantflow.models.sharding import parallel_dimension, shard_plain, shard_quantized, shard_shape
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, torch_dtype
@@ -120,6 +121,13 @@ def _fill(writer: _Writer, pieces: list[_Piece], job: PackJob, results: Results,
 
 def _specs(pieces: list[_Piece]) -> dict[str, Spec]:
     return {name: spec for piece in pieces for name, spec in piece.specs.items()}
+
+
+def written_bytes(job: PackJob) -> int:
+    """Of all tensors that the job writes, ranks included: from headers and shapes alone."""
+    ranks = rank_folders(job)
+    whole = sum(piece.nbytes for piece in _pieces(job))
+    return whole + ranks * (sum(piece.nbytes for piece in _pieces(replace(job, tp=job.ranks))) if ranks else 0)
 
 
 def rank_folders(job: PackJob) -> int:

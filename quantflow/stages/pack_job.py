@@ -15,8 +15,8 @@ from quantflow.formats.base import Format, fitting_group, grid_problems, rank_sh
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.gguf_file import decoder_problems
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
+from quantflow.models.gguf_writer import decoder_problems
 from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer
 from quantflow.models.workspace import workspace_problems

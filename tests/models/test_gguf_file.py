@@ -20,8 +20,9 @@ from quantflow.errors import FormatError, ModelError
 from quantflow.formats.gguf import Gguf as Blocks
 from quantflow.formats.reader import Weights
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.gguf_file import Gguf, GgufWriter, decoder_problems, to_gguf_name
+from quantflow.models.gguf_file import Gguf, to_gguf_name
 from quantflow.models.gguf_superblocks import SUPERBLOCK_TYPES, dequantize_superblocks
+from quantflow.models.gguf_writer import GgufWriter, decoder_problems
 from quantflow.quant.grid import Scheme
 from tests.formats.helpers import random_tensor
 from tests.helpers.zoo import specimen, write
