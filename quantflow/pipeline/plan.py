@@ -325,7 +325,7 @@ def _doubtful(plan: Plan, pack: Pack) -> list[Problem]:
     problems = []
     asymmetric = [p.module for p in plan.linears if p.scheme is not None and p.scheme.kind == "integer" and not p.scheme.symmetric]
     if pack.format == "gguf" and asymmetric:
-        found = f"asymmetric weights ({asymmetric[0]}): about half of their minimums -zero * scale are no exact float16"
+        found = f"asymmetric weights ({asymmetric[0]}): some of their minimums -zero * scale are no exact float16"
         problems.append(Problem(where, found, "weights.symmetric: true, which Q4_0 holds exactly", hint))
     if pack.format == "turbomind" and plan.config.dtype == "bfloat16":
         found = "embeddings and norms in bfloat16, of which int4 workspaces hold what float16 does"

@@ -195,6 +195,20 @@ def test_the_table_says_what_the_formats_do() -> None:
         assert form.shares_scheme("m") == (ability.mixed_bits == "no")
 
 
+def test_the_readmes_table_says_the_same() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = text[text.index("## Formats") : text.index("## Run it")].splitlines()
+    rows = {
+        row[0].split("`")[1]: row[1:] for line in lines if line.startswith("| `") for row in [[c.strip() for c in line[1:-1].split("|")]]
+    }
+    assert set(rows) == set(ABILITIES)
+    for name, (_, groups, asymmetric, mixed, index, kv, ranks, _) in rows.items():
+        ability = ABILITIES[name]
+        assert mixed.replace("`dynamic`", "yes") == ability.mixed_bits and index == ability.act_order_index, name
+        assert ranks in ability.tensor_parallel and kv.split(",")[0] in ability.kv_scales, name
+        assert groups.split(",")[0] in ability.groups and (asymmetric in ("–", "")) == (ability.asymmetric == "no"), name
+
+
 def rewritten(folder: Path, change: Any) -> None:
     """The checkpoint's tensors, changed, in one file."""
     file = folder / "model.safetensors"
