@@ -48,8 +48,7 @@ def unpack_rows(words: Tensor, bits: int, k: int) -> Tensor:
     period = _period(bits)
     if words.shape[1] != word_count(k, bits):
         raise ValueError(f"{k} codes of {bits} bits fill {word_count(k, bits)} words, not {words.shape[1]}")
-    if words.shape[1] > 1 and words.stride(0) == 1:  # a transposed matrix
-        words = transpose(words.t())
+    words = words.contiguous()
     if bits == 8:
         return _view(words, torch.uint8)[:, :k].contiguous()
     codes = words.new_empty(words.shape[0], k, dtype=torch.uint8)
@@ -66,10 +65,10 @@ def unpack_rows(words: Tensor, bits: int, k: int) -> Tensor:
 def pack_rows_transposed(codes: Tensor, bits: int) -> Tensor:
     """int32 `[ceil(K * bits / 32), N]`: `pack_rows`, transposed."""
     if bits == 8:
-        return transpose(pack_rows(codes, bits))
+        return pack_rows(codes, bits).t().contiguous()
     words = _odd_rows(codes.shape[0], word_count(codes.shape[1], bits), codes.device)
     _fill_words(codes, bits, words)
-    return transpose(words)
+    return words.t().contiguous()
 
 
 def pack_columns(codes: Tensor, bits: int) -> Tensor:
@@ -117,13 +116,13 @@ def pack_awq(codes: Tensor) -> Tensor:
         joined = _merged(pairs[:, 0::2], pairs[:, 1::2], 4, torch.uint8)  # bytes of channels 0 and 2, 1 and 3, 4 and 6, 5 and 7
         half = _merged(joined[:, 0], joined[:, 1], 8, torch.int16)  # 0 2 4 6, and 1 3 5 7
         _merged(half[:, 0], half[:, 1], 16, torch.int32, out=words[rows.start // 8 : rows.stop // 8])
-    return transpose(words)
+    return words.t().contiguous()
 
 
 def unpack_awq(words: Tensor) -> Tensor:
     """uint8 `[N, K]` from int32 `[K, N / 8]`: the inverse of `pack_awq`."""
     k, n = words.shape[0], words.shape[1] * 8
-    columns = transpose(words)
+    columns = words.t().contiguous()
     codes = words.new_empty(n, k, dtype=torch.uint8)
     for rows in _chunks(codes, 8):
         chunk = columns[rows.start // 8 : rows.stop // 8]
@@ -133,24 +132,6 @@ def unpack_awq(words: Tensor) -> Tensor:
         torch.bitwise_and(joined, 15, out=pairs[:, 0::2])
         torch.bitwise_right_shift(joined, 4, out=pairs[:, 1::2])
     return codes
-
-
-def transpose(words: Tensor) -> Tensor:
-    """`words.t()`, contiguous, for two dimensions of one contiguous layout or rows made by `_odd_rows`.
-
-    By blocks, each copied first to rows an odd number of cache lines apart: rows whose distance is a power of two, as those of weights
-    are, would share a few lines of the cache and drive each other out.
-    """
-    rows, columns = words.shape
-    turned = words.new_empty(columns, rows)
-    staged = words.stride(0) == columns
-    for i in range(0, rows, 128):
-        for j in range(0, columns, 1024):
-            block = words[i : i + 128, j : j + 1024]
-            if staged:
-                block = _odd_rows(block.shape[0], block.shape[1], words.device).copy_(block)
-            turned[j : j + 1024, i : i + 128] = block.t()
-    return turned
 
 
 def _period(bits: int) -> int:
@@ -169,7 +150,8 @@ def _chunks(codes: Tensor, multiple: int) -> Iterator[slice]:
 
 
 def _odd_rows(rows: int, columns: int, device: torch.device) -> Tensor:
-    """An int32 matrix, not filled, whose rows are an odd number of cache lines (64 bytes) apart; see `transpose`."""
+    """An int32 matrix, not filled, that will be transposed: its rows are an odd number of cache lines (64 bytes) apart, since rows whose
+    distance is a power of two, as those of weights are, would share a few lines of the cache and drive each other out."""
     stride = (columns // 16 | 1) * 16
     stride += 32 if stride < columns else 0
     return torch.empty(rows, stride, dtype=torch.int32, device=device)[:, :columns]

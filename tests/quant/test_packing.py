@@ -14,7 +14,6 @@ from quantflow.quant.packing import (
     pack_columns,
     pack_rows,
     pack_rows_transposed,
-    transpose,
     unpack_awq,
     unpack_columns,
     unpack_rows,
@@ -173,10 +172,3 @@ def test_nothing_to_pack(bits: int, n: int, k: int) -> None:
     assert torch.equal(unpack_columns(pack_columns(codes, bits), bits, n), codes)
     if bits == 4:
         assert torch.equal(unpack_awq(pack_awq(codes)), codes)
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 2000), (2000, 1), (128, 1024), (129, 1025), (300, 2100), (257, 16)])
-def test_transpose(rows: int, columns: int) -> None:
-    words = torch.arange(rows * columns, dtype=torch.int32).view(rows, columns)
-    assert torch.equal(transpose(words), words.t()) and transpose(words).is_contiguous()
-    assert torch.equal(transpose(packing._odd_rows(rows, columns, words.device).copy_(words)), words.t())
