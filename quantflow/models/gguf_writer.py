@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from quantflow.models.gguf_file import (
     to_gguf_name,
     to_rotary_pairs,
 )
-from quantflow.models.tensor_file import ITEM_BYTES, torch_dtype
+from quantflow.models.tensor_file import ITEM_BYTES, AnnouncedWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 _FILE_TYPES = {"F32": 0, "F16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "BF16": 32}  # general.file_type: of most weights
 
 
-class GgufWriter:
+class GgufWriter(AnnouncedWriter):
     """Writes a GGUF file whose tensors arrive one at a time under their Hugging Face names, in any order.
 
     specs: name -> (safetensors dtype, shape), as `TensorWriter` takes them; blocks are `{module}.q4_0` and the like, uint8 `[N, bytes]`.
@@ -47,9 +46,7 @@ class GgufWriter:
         self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any], decoder: DecoderConfig,
         metadata: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        self.path, self._config = path, dict(config)
-        self._specs = dict(specs)
-        self._missing = set(specs)
+        self._config = dict(config)
         kinds = {name: _type_of(name, *spec) for name, spec in specs.items()}
         described = {**_decoder_metadata(self._config, decoder, kinds), **metadata, CONFIG_KEY: _json(self._config)}
         vectors = {dtype for dtype, shape in specs.values() if len(shape) == 1}
@@ -75,44 +72,14 @@ class GgufWriter:
             head += _text(key) + _value(value)
         head += infos
         head += bytes(-len(head) % ALIGNMENT)
-        self._offsets = {name: len(head) + o for name, o in offsets.items()}
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
-        self._file.write(head)
-        self._file.truncate(len(head) + offset)
+        super().__init__(path, specs, head, {name: len(head) + o for name, o in offsets.items()}, len(head) + offset)
         if factors is not None:
             self._put("rope_freqs", factors)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Writes the tensor; it must have the dtype and shape that were announced."""
-        dtype, shape = self._specs[name]
-        if tensor.dtype != torch_dtype(dtype) or tuple(tensor.shape) != tuple(shape) or name not in self._missing:
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} announced as {dtype} {tuple(shape)}, or written twice")
-        self._missing.discard(name)
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         if heads := rotary_heads(name.rpartition(".")[0], self._config):
             tensor = to_rotary_pairs(tensor, heads)
-        self._put(name, tensor.float() if len(shape) == 1 else tensor)
-
-    def _put(self, name: str, tensor: Tensor) -> None:
-        import torch
-
-        self._file.seek(self._offsets[name])
-        self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def close(self) -> None:
-        if self._missing:
-            raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing)[:5])}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> GgufWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        return tensor.float() if tensor.dim() == 1 else tensor
 
 
 def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from quantflow.errors import ModelError, Problem
 
@@ -148,16 +148,65 @@ def _integers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-class TensorWriter:
-    """Writes a safetensors file whose tensors arrive one at a time, in any order.
+class AnnouncedWriter:
+    """Writes a file whose tensors were announced and arrive one at a time, in any order; a format's own writer lays it out.
 
-    `specs` gives name -> (safetensors dtype, shape) of all of them, so that the header can be written first. `close`
-    checks that every tensor came, and syncs the file. The caller writes to a temporary name and renames.
+    specs: name -> (safetensors dtype, shape) of all of them. head: what stands before them. offsets: where each begins in the file, of
+    `size` bytes. `close` checks that every tensor came, and syncs the file. The caller writes to a temporary name and renames.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], head: bytes, offsets: Mapping[str, int], size: int
+    ) -> None:
+        self.path, self._offsets = path, dict(offsets)
         self._specs = dict(specs)
+        self._missing = set(specs)
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
+        self._file.write(head)
+        self._file.truncate(size)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes the tensor; it must have the dtype and shape that were announced."""
+        dtype, shape = self._specs[name]
+        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != tuple(shape) or name not in self._missing:
+            raise ValueError(
+                f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype} {tuple(shape)}, or written twice"
+            )
+        self._missing.discard(name)
+        self._put(name, self._as_stored(name, tensor))
+
+    def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """What of an announced tensor goes into the file."""
+        return tensor
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        import torch
+
+        if tensor.numel():
+            self._file.seek(self._offsets[name])
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        if self._missing:
+            raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing)[:5])}")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+class TensorWriter(AnnouncedWriter):
+    """Writes a safetensors file."""
+
+    def __init__(self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> None:
         header: dict[str, Any] = {"__metadata__": dict(metadata or {})}
         offset = 0
         offsets: dict[str, int] = {}
@@ -170,41 +219,8 @@ class TensorWriter:
             offset += nbytes
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
-        self._offsets = {name: 8 + len(raw) + o for name, o in offsets.items()}
-        self._missing = set(specs)
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
-        self._file.write(len(raw).to_bytes(8, "little") + raw)
-        self._file.truncate(8 + len(raw) + offset)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Writes the tensor; it must have the dtype and shape that were announced."""
-        import torch
-
-        dtype, shape = self._specs[name]
-        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != tuple(shape) or name not in self._missing:
-            raise ValueError(
-                f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype} {tuple(shape)}, or written twice"
-            )
-        self._missing.discard(name)
-        if tensor.numel():
-            self._file.seek(self._offsets[name])
-            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-    def close(self) -> None:
-        if self._missing:
-            raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing)[:5])}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def __enter__(self) -> TensorWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        head = len(raw).to_bytes(8, "little") + raw
+        super().__init__(path, specs, head, {name: len(head) + o for name, o in offsets.items()}, len(head) + offset)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
