@@ -57,7 +57,7 @@ class Weights:
             expected = "a whole checkpoint" if tp == 1 else f"one of {tp}"
             raise ModelError(Problem(str(path), f"one of {number} tensor-parallel ranks", expected))
         problems = self.checkpoint.problems(self._belongs)
-        names = set(self.checkpoint.source_names)
+        names = self.checkpoint.container.tensors
         for module in sorted(self.modules):
             if f"{module}.weight" in self.checkpoint.expected and self.scheme_of(module) is None:
                 hint = "Is it in the list of modules that are not converted, or not in that of targets?"
@@ -94,8 +94,7 @@ class Weights:
         """The canonical tensor of a quantised module. Raises ModelError where it does not fit the model, or is not finite."""
         assert self.format is not None
         names = [f"{module}{suffix}" for suffix in self.format.suffixes]
-        present = set(self.checkpoint.source_names)
-        tensors = {n: self.checkpoint.read_source(n) for n in names if n in present}
+        tensors = {n: self.checkpoint.read_source(n) for n in names if n in self.checkpoint.container.tensors}
         tensor = self.format.decode(module, tensors, self._config)
         expected = self.checkpoint.expected.get(f"{module}.weight")
         if tensor.shape != expected:
@@ -111,7 +110,7 @@ class Weights:
             own, heads = self.checkpoint.container.kv_parameters(), self.checkpoint.config.kv_heads
             return {n: t.repeat_interleave(heads // len(t)) if t.dim() else t for n, t in own.items()}  # one a rank: its heads share it
         found: dict[str, Tensor] = {}
-        present = set(self.checkpoint.source_names)
+        present = self.checkpoint.container.tensors
         for index in range(self.checkpoint.config.layers):
             for letter in "kv":
                 name = f"{self.checkpoint.architecture.layer_prefix(index)}.self_attn.{letter}_scale"

@@ -81,7 +81,7 @@ def estimate(plan: Plan) -> Estimate:
     packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
         p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
     )
-    outputs = sum(written_bytes(plan.prepare(pack).job) for pack in plan.packs)
+    outputs = sum(written_bytes(prepared.job) for prepared in plan.prepared)
     tokens = (plan.stream_windows * calibration.seqlen) if calibration else 0
     parameters = sum(per_layer.values())
     flops = tokens * parameters * 2 * (1.5 + 1.0 * bool(plan.stage(Calibrate)))

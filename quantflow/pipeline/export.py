@@ -69,7 +69,8 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     path = resolve_model(str(source))
     weights = Weights(path)
     _check_output(output, path)
-    job, errors = _with_kv(_job(weights, target, options), kv := kv_tensors(weights), options)
+    kv = kv_tensors(weights)
+    job, errors = _with_kv(_job(weights, target, options), kv, options)
     checkpoint = weights.checkpoint
     moved: Results = _Moved(weights, job)
     if options.requantize:
@@ -230,7 +231,7 @@ def _all_symmetric(weights: Weights, awq: Awq) -> bool:
 def _indexed(weights: Weights) -> set[str]:
     """Modules whose channels are not in the order of their groups."""
     found = set()
-    names = set(weights.checkpoint.source_names)
+    names = weights.checkpoint.container.tensors
     for module in weights.modules:
         for name in (f"{module}.g_idx", f"{module}.weight_g_idx"):
             if name in names:

@@ -125,14 +125,18 @@ class Plan:
         root = os.environ.get("QUANTFLOW_STORE")
         return Store(Path(root) if root else self.output.absolute().parent / ".quantflow-store")
 
-    def prepare(self, pack: Pack) -> Prepared:
-        """What a pack stage writes, the whole checkpoint, and what stands against it."""
+    @cached_property
+    def prepared(self) -> tuple[Prepared, ...]:
+        """What each of `packs` writes, the whole checkpoint, and what stands against it. Made once: GGUF's reads the vocabulary."""
         gptq, weights = self.stage(Gptq), self.recipe.weights
         index = bool(gptq and gptq.act_order == "dynamic")
-        return prepare(
-            self.checkpoint, FORMATS[pack.format], {i: self.schemes(i) for i in range(self.config.layers)}, indexed=lambda _: index,
-            max_shard_bytes=pack.max_shard_size, ranks=self.tp, requantize=pack.requantize,
-            default=Scheme(weights.bits, weights.group_size, weights.symmetric),
+        return tuple(
+            prepare(
+                self.checkpoint, FORMATS[pack.format], {i: self.schemes(i) for i in range(self.config.layers)}, indexed=lambda _: index,
+                max_shard_bytes=pack.max_shard_size, ranks=self.tp, requantize=pack.requantize,
+                default=Scheme(weights.bits, weights.group_size, weights.symmetric),
+            )
+            for pack in self.packs
         )  # fmt: skip
 
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
@@ -248,8 +252,7 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     linears = {linear.module: linear for linear in plan.linears}
     if not any(linear.scheme for linear in plan.linears):
         problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
-    for pack in plan.packs:
-        prepared = plan.prepare(pack)
+    for pack, prepared in zip(plan.packs, plan.prepared, strict=True):
         for problem in prepared.modules:
             linear = linears[problem.where]
             assert linear.scheme is not None

@@ -216,7 +216,7 @@ def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
 def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """Writes every format (and its ranks). Returns format -> folder relative to the artifact, and format -> what had to be put on
     another grid or rounded -> its relative error."""
-    jobs = [plan.prepare(pack).job for pack in plan.packs]
+    jobs = [prepared.job for prepared in plan.prepared]
     progress.phase("pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs))
     formats: dict[str, str] = {}
     errors: dict[str, dict[str, float]] = {}

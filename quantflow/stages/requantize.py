@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantflow.errors import FormatError
+from quantflow.models.rounding import converted
 from quantflow.quant.grid import AnyTensor
 from quantflow.quant.requantize import relative_error, requantize
 from quantflow.quant.rtn import GridRules
@@ -36,10 +37,9 @@ class Requantizing:
         module, wanted = f"{checkpoint.architecture.layer_prefix(index)}.{name}", self.job.schemes[index][name]
         source = None if self.plain else self.source.linear(index, name, in_features)
         if source is not None and target.dtype:
-            exact = source.dequantize()
-            off = exact.to(getattr(torch, target.dtype)).float() - exact
-            if bool(off.any()):
-                self.errors[module] = float(off.double().norm() / exact.double().norm())
+            _, error = converted(f"{module}.weight", source.dequantize(), getattr(torch, target.dtype), rounded=True)
+            if error:
+                self.errors[module] = error
             return source
         if source is not None and source.scheme == wanted and self._holds(module, source):
             return source
