@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from quantflow.errors import ModelError, Problem
 from quantflow.models.gguf_vocabulary import SPLITTERS
-from quantflow.models.tokenizer import (
+from quantflow.models.sentencepiece_model import (
     BPE,
     BYTE,
     CONTROL,
@@ -19,16 +19,11 @@ from quantflow.models.tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Declared,
-    Loaded,
     Piece,
     SentencePieceModel,
-    add_template,
-    byte_letters,
     check_sentencepiece,
-    guarded,
-    sentencepiece_tokenizer,
 )
+from quantflow.models.tokenizer import Declared, Loaded, add_template, byte_letters, guarded, sentencepiece_tokenizer
 
 # Further names that llama.cpp has for the same expressions.
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "gpt2": "gpt-2"}

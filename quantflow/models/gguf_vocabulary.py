@@ -13,19 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.models.tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    QWEN_PATTERN,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    chat_template,
-    load_tokenizer,
-    special_tokens,
-)
+from quantflow.models.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from quantflow.models.tokenizer import QWEN_PATTERN, SPACE, chat_template, load_tokenizer, special_tokens
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
