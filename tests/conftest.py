@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU
 # Where the tests are started in the background, Ctrl-C is ignored, and so it would be in the processes that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def blank_pages() -> Iterator[None]:
+    """Drawing a report's pictures takes longer than a tiny recipe does; tests/report draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantflow.pipeline.run.report_page", lambda report: f"{report['name']}\n")
+        yield
 
 
 @pytest.fixture(scope="session")

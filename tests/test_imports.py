@@ -18,13 +18,13 @@ LAYERS = (
     ("cli",),
     ("serve",),
     ("pipeline",),
-    ("evaluate", "stages"),
+    ("evaluate", "stages", "report"),
     ("engine",),
     ("calibration", "formats", "models", "artifacts"),
     ("recipe",),
     ("quant",),
     ("machine",),
-    ("errors",),
+    ("errors", "units"),
 )
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}
 

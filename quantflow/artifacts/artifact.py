@@ -1,7 +1,8 @@
 """An artifact directory: built under a temporary name, renamed when whole. Its manifest is `quantflow.json`.
 
 quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, size and sha256 of every file
-report.json              what was done to every linear, fallbacks, quality
+report.json              what was asked and done, every linear, fallbacks, quality
+report.html              the same to look at
 calibration.safetensors  calibrate's statistics
 kv_qparams.safetensors   scales and zero points of the KV cache
 run.json                 times, host, memory: outside the artifact's identity
@@ -26,6 +27,8 @@ from quantflow.models.directory import read_json
 
 MANIFEST = "quantflow.json"
 KV_FILE = "kv_qparams.safetensors"
+STATISTICS = "calibration.safetensors"
+REPORT, PAGE = "report.json", "report.html"
 RUN = "run.json"
 MANIFEST_KEYS = {
     "name": str, "fingerprint": str, "status": str, "failed_gates": list, "formats": dict, "source": dict, "quality": dict, "files": dict,

@@ -74,8 +74,8 @@ def describe(directory: Path) -> dict[str, Any]:
 
 
 def _show(summary: dict[str, Any]) -> None:
-    from quantflow.cli.plan import size
     from quantflow.cli.run import quality_table
+    from quantflow.units import size
 
     table = Table(show_header=False, title=summary["directory"])
     s = summary

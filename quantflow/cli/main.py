@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from quantflow.cli import bench, chat, export, generate, inspect, plan, run, schema, serve, verify
+from quantflow.cli import bench, chat, export, generate, inspect, plan, report, run, schema, serve, verify
 from quantflow.cli import eval as eval_command
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval_command.evaluate)
+app.command("report")(report.report)
+app.command("compare")(report.compare)
 app.command("export")(export.export)
 app.command("formats")(export.formats)
 app.command("verify")(verify.verify)

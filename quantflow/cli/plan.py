@@ -11,6 +11,7 @@ from rich.table import Table
 
 from quantflow.cli.console import console, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, RecipePath, Set
+from quantflow.units import size
 
 if TYPE_CHECKING:
     from quantflow.pipeline.plan import Plan
@@ -66,10 +67,6 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         },
         "notes": list(plan.notes),
     }
-
-
-def size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _show(summary: dict[str, Any]) -> None:

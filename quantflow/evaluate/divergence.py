@@ -7,17 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from quantflow.formats.reader import Weights
 from quantflow.models.decoder import DecoderLayer, ObserveKV, embed, logits, sequences
+from quantflow.quant.fit import shown
 
 LOGIT_ELEMENTS = 2**23  # logits computed at once, an upper bound
 BATCH_TOKENS = 2048
+POSITION_BINS = 64  # at most, that a window's positions are put into
+SAMPLED = 128  # positions whose residual stream is compared after every layer
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where a divergence lies. bin: positions of a window that make one entry of `kl`, the mean of their divergence. layers: what each
+    layer leaves in the residual stream against the reference's, `||x̂ - x||² / ||x||²` over a sample of positions; none for the engine."""
+
+    bin: int
+    kl: tuple[float, ...]
+    layers: tuple[float, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"bin": self.bin, "kl": [shown(v) for v in self.kl], "layers": [shown(v) for v in self.layers]}
 
 
 @dataclass(frozen=True)
@@ -31,9 +47,11 @@ class Divergence:
     kl_p99: float
     top1: float
     tokens: int
+    profile: Profile
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """The figures, without the profile."""
+        return {k: v for k, v in vars(self).items() if k != "profile"}
 
 
 class Head(Protocol):
@@ -47,11 +65,15 @@ class Head(Protocol):
         """Log-probabilities `[T, V]` in float32 of hidden states `[T, H]`."""
 
 
+Watch = Callable[[int, Tensor], None]
+"""Sees a layer's index and the residual stream `[W, L, H]` after it."""
+
+
 class Model(Protocol):
     """A model to compare: hidden states of all windows first, then distributions, a few rows at a time."""
 
-    def states(self, tokens: Tensor, device: torch.device, step: Callable[[], None]) -> Tensor:
-        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as often as the model has layers."""
+    def states(self, tokens: Tensor, device: torch.device, step: Callable[[], None], watch: Watch) -> Tensor:
+        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as often as the model has layers, and `watch` where it has layers to show."""
 
     def head(self, device: torch.device) -> Head:
         """For what `states` gave."""
@@ -64,14 +86,18 @@ class Variant:
     weights: Weights
     kv: Callable[[int], ObserveKV] | None = None
 
-    def states(self, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None) -> Tensor:
-        return hidden_states(self, tokens, device, step)
+    def states(
+        self, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None, watch: Watch = lambda index, x: None
+    ) -> Tensor:
+        return hidden_states(self, tokens, device, step, watch)
 
     def head(self, device: torch.device) -> Head:
         return _Head(self, device)
 
 
-def hidden_states(variant: Variant, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None) -> Tensor:
+def hidden_states(
+    variant: Variant, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None, watch: Watch = lambda index, x: None
+) -> Tensor:
     """The residual stream `[W, L, H]` after the last layer, float32, for `tokens` `[W, L]`."""
     checkpoint = variant.weights.checkpoint
     architecture, config = checkpoint.architecture, checkpoint.config
@@ -87,6 +113,7 @@ def hidden_states(variant: Variant, tokens: Tensor, device: torch.device, step: 
         observe = variant.kv(index) if variant.kv else None
         for start in range(0, len(x), batch):
             x[start : start + batch] = layer.forward(x[start : start + batch], observe)
+        watch(index, x)
         step()
     return x
 
@@ -112,16 +139,31 @@ def compare(
 ) -> dict[str, Divergence]:
     """The divergence of each variant from the reference on `windows` (all of one length)."""
     tokens, on = torch.tensor(windows), torch.device(device)
+    kept: list[Tensor] = []  # of the reference, a layer each
     with torch.inference_mode():
-        target = reference.states(tokens, on, step)
+        target = reference.states(tokens, on, step, lambda index, x: kept.append(_sample(x).clone()))
         reference_head = reference.head(on)
-        return {
-            name: _compare(target, variant.states(tokens, on, step), reference_head, variant.head(on), tokens.to(on))
-            for name, variant in variants.items()
-        }
+        found: dict[str, Divergence] = {}
+        for name, variant in variants.items():
+            errors: list[float] = []
+
+            def look(index: int, x: Tensor, errors: list[float] = errors) -> None:
+                if index < len(kept):
+                    power = float(kept[index].square().sum())
+                    errors.append(float((_sample(x) - kept[index]).square().sum()) / power if power else math.nan)
+
+            states = variant.states(tokens, on, step, look)
+            found[name] = _compare(target, states, reference_head, variant.head(on), tokens.to(on), tuple(errors))
+        return found
 
 
-def _compare(target: Tensor, found: Tensor, target_head: Head, found_head: Head, tokens: Tensor) -> Divergence:
+def _sample(x: Tensor) -> Tensor:
+    """`[positions, H]` of `[W, L, H]`: `SAMPLED` at most, evenly spaced."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[:: -(-len(flat) // SAMPLED)]
+
+
+def _compare(target: Tensor, found: Tensor, target_head: Head, found_head: Head, tokens: Tensor, layers: tuple[float, ...]) -> Divergence:
     length, vocabulary = tokens.shape[1], target_head.vocabulary
     rows = max(1, LOGIT_ELEMENTS // vocabulary)
     flat_target, flat_found = target.reshape(-1, target.shape[-1]), found.reshape(-1, found.shape[-1])
@@ -141,6 +183,8 @@ def _compare(target: Tensor, found: Tensor, target_head: Head, found_head: Head,
     kl = torch.cat(divergences).double()
     predicted = int(predicts.sum())
     p99 = float(kl.kthvalue(max(1, math.ceil(0.99 * len(kl)))).values)
+    width = -(-length // POSITION_BINS)
+    by_position = kl.view(-1, length).mean(0).split(width)
     return Divergence(
         math.exp(min(nll_found / predicted, 700)),
         math.exp(min(nll_target / predicted, 700)),
@@ -148,4 +192,5 @@ def _compare(target: Tensor, found: Tensor, target_head: Head, found_head: Head,
         p99,
         same / len(kl),
         len(kl),
+        Profile(width, tuple(float(part.mean()) for part in by_position), layers),
     )

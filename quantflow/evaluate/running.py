@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantflow.engine.engine import Engine
-from quantflow.evaluate.divergence import Head
+from quantflow.evaluate.divergence import Head, Watch
 
 
 class _EngineHead:
@@ -27,8 +27,10 @@ class Running:
         self._make = make
         self._engine: Engine | None = None
 
-    def states(self, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None) -> Tensor:
-        """What the head reads, `[W, L, H]`, every window a prompt of its own."""
+    def states(
+        self, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None, watch: Watch = lambda index, x: None
+    ) -> Tensor:
+        """What the head reads, `[W, L, H]`, every window a prompt of its own. There are no layers to watch."""
         self._engine = engine = self._make()
         steps, found = _Steps(engine.model_config.layers, len(tokens), step), []
         for window in tokens.tolist():

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from quantflow.evaluate.divergence import BATCH_TOKENS as EVALUATED_TOGETHER
-from quantflow.evaluate.divergence import LOGIT_ELEMENTS
+from quantflow.evaluate.divergence import LOGIT_ELEMENTS, SAMPLED
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.grid import Scheme
@@ -77,7 +77,8 @@ def estimate(plan: Plan) -> Estimate:
         streams = 2 * tokens * config.hidden * 4
         in_layers = 3 * layer // item * 4 + max(EVALUATED_TOGETHER, evaluate.length) * (3 * config.intermediate + 6 * config.hidden) * 4
         in_head = 2 * config.vocabulary * config.hidden * 4 + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
-        memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + max(in_layers, in_head))
+        sampled = config.layers * SAMPLED * config.hidden * 4
+        memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + sampled + max(in_layers, in_head))
     packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
         p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
     )

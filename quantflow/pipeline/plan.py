@@ -174,7 +174,14 @@ class Plan:
                 kv,
                 self.stream_windows,
                 source_digest(
-                    "models", "quant", "calibration", "stages/awq.py", "stages/quantize.py", "stages/folding.py", "pipeline/sweep.py"
+                    "models",
+                    "quant",
+                    "calibration",
+                    "stages/awq.py",
+                    "stages/quantize.py",
+                    "stages/folding.py",
+                    "stages/output_error.py",
+                    "pipeline/sweep.py",
                 ),
             ]
         )

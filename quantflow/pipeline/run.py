@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantflow import __version__
-from quantflow.artifacts.artifact import KV_FILE, MANIFEST, RUN, building, file_entries, is_whole, read_manifest
+from quantflow.artifacts.artifact import KV_FILE, MANIFEST, PAGE, REPORT, RUN, STATISTICS, building, file_entries, is_whole, read_manifest
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
@@ -34,10 +34,12 @@ from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, s
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
+from quantflow.pipeline.report import make_report, portable
 from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
 from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
-from quantflow.recipe import Calibrate, Evaluate, KvQparams, dump
+from quantflow.recipe import Calibrate, Evaluate, KvQparams
+from quantflow.report.page import report_page, write_page
 from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, per_rank, rounding
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.pack_job import check_kv_inside
@@ -116,11 +118,16 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
         formats, inexact = _pack(plan, reader, folder, progress)
         clock.lap("pack")
         _write_statistics(plan, identity, reader, folder)
-        quality = _evaluate(plan, identity, reader, folder / next(iter(formats.values())), held_out, progress) if held_out else {}
+        measured = _evaluate(plan, identity, reader, folder / next(iter(formats.values())), held_out, progress) if held_out else {}
+        quality = {name: found["figures"] for name, found in measured.items()}
         clock.lap("evaluate")
         failures = _missed_gates(evaluate, quality) if evaluate else []
-        report = {**_report(plan, reader, quality, failures), **({"requantized": inexact} if inexact else {})}
-        write_json(folder / "report.json", report)
+        report = make_report(
+            plan, reader, fingerprint=identity.artifact, weights=weights, windows=windows, held_out=held_out, measured=measured,
+            failures=failures, inexact=inexact, statistics=folder / STATISTICS,
+        )  # fmt: skip
+        write_json(folder / REPORT, report)
+        write_page(folder / PAGE, report_page(report))
         files = file_entries(folder)
         manifest = {
             "quantflow": __version__,
@@ -144,20 +151,6 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
         write_json(folder / RUN, _run_record(plan, clock.seconds))
         plan.store.remember(folder, place, {name: entry["sha256"] for name, entry in files.items()})
     return RunResult(plan.output, False, quality, failures, clock.seconds, report)
-
-
-def portable(plan: Plan) -> dict[str, Any]:
-    """The recipe without what is particular to a machine: places of files become their names, the output is left out."""
-
-    def shorten(section: dict[str, Any]) -> dict[str, Any]:
-        return {
-            k: Path(v).name if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists() else v for k, v in section.items()
-        }
-
-    recipe = shorten({k: v for k, v in dump(plan.recipe).items() if k != "output"})
-    recipe["calibration"] = shorten(recipe["calibration"]) if recipe["calibration"] else None
-    recipe["stages"] = [{name: shorten(settings) for name, settings in stage.items()} for stage in recipe["stages"]]
-    return recipe
 
 
 class _Clock:
@@ -187,7 +180,7 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
     copied = {n: file_digest(tokenizer / n) for n in TOKENIZER_FILES if (tokenizer / n).is_file()}
     artifact = digest(
         ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, portable(plan), held_out.digest if held_out else "",
-         source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant")]
+         source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant", "report")]
     )  # fmt: skip
     kv = plan.stage(KvQparams)
     settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json")
@@ -207,7 +200,7 @@ def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
         found = plan.store.digests([plan.output / name for name in manifest["files"]])
         if any(found[plan.output / name] != entry["sha256"] for name, entry in manifest["files"].items()):
             return None
-        report = read_json(plan.output / "report.json")
+        report = read_json(plan.output / REPORT)
     except (ModelError, OSError):  # damaged: the artifact is written anew
         return None
     return RunResult(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
@@ -286,7 +279,7 @@ def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, fold
     files = [TensorFile(plan.store.layer(identity.calibrate, i)) for i in range(plan.config.layers)]
     prefixes = [plan.checkpoint.architecture.layer_prefix(i) for i in range(plan.config.layers)]
     specs = {f"{p}.{n}": (info.dtype, info.shape) for p, f in zip(prefixes, files, strict=True) for n, info in f.tensors.items()}
-    with TensorWriter(folder / "calibration.safetensors", specs) as writer:
+    with TensorWriter(folder / STATISTICS, specs) as writer:
         for prefix, file in zip(prefixes, files, strict=True):
             for name in file.tensors:
                 tensor = file.read(name)
@@ -297,10 +290,11 @@ def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, fold
 def _evaluate(
     plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: Path, held_out: Windows, progress: Progress
 ) -> dict[str, Any]:
-    """variant -> divergence, from the store where it was measured before: `weights`, and with kv_qparams `kv` and `weights_and_kv`."""
+    """variant -> its `figures` and its `profile`, from the store where they were measured before: `weights`, and with kv_qparams `kv` and
+    `weights_and_kv`."""
     settings = plan.stage(KvQparams)
     stored = plan.store.read_json(identity.evaluate, "quality")
-    if isinstance(stored, dict) and all(isinstance(found, dict) for found in stored.values()):
+    if isinstance(stored, dict) and all(isinstance(found, dict) and {"figures", "profile"} <= set(found) for found in stored.values()):
         return stored
     reference = Weights(plan.checkpoint.path)
 
@@ -327,10 +321,10 @@ def _evaluate(
             variants["kv"] = Variant(reference, rounding(original))
             variants["weights_and_kv"] = Variant(weights, rounding(quantised))
     progress.phase("evaluate", plan.config.layers * (1 + len(variants)))
-    measured = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.step)
-    quality = {name: found.as_dict() for name, found in measured.items()}
-    plan.store.write_json(identity.evaluate, "quality", quality)
-    return quality
+    found = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.step)
+    measured = {name: {"figures": divergence.as_dict(), "profile": divergence.profile.as_dict()} for name, divergence in found.items()}
+    plan.store.write_json(identity.evaluate, "quality", measured)
+    return measured
 
 
 def _running(plan: Plan, folder: Path, parameters: Callable[[int], dict[str, KVParameters]] | None) -> Running:
@@ -365,26 +359,6 @@ def _missed_gates(evaluate: Evaluate, quality: dict[str, Any]) -> list[str]:
         if gate is not None and not (value >= gate if at_least else value <= gate):
             missed.append(f"{name} is {value:.5g}, the gate is {'at least' if at_least else 'at most'} {gate:g}")
     return missed
-
-
-def _report(plan: Plan, reader: SweepReader, quality: dict[str, Any], failures: list[str]) -> dict[str, Any]:
-    linears: dict[str, Any] = {}
-    scales: list[dict[str, Any]] = []
-    for index in range(plan.config.layers):
-        prefix = plan.checkpoint.architecture.layer_prefix(index)
-        found = reader.report(index)
-        linears.update({f"{prefix}.{name}": line for name, line in found["linears"].items()})
-        scales += [{**line, "group": f"{prefix}.{line['group']}"} for line in found["awq"]]
-    kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
-    kept[plan.checkpoint.architecture.head] = "tied to the embedding" if plan.config.tied else "weights.ignore"
-    return {
-        "quality": quality,
-        "failed_gates": failures,
-        "linears": linears,
-        "kept": kept,
-        "awq": scales,
-        "fallbacks": {name: line["fallback"] for name, line in linears.items() if line.get("fallback")},
-    }
 
 
 def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:

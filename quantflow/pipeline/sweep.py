@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from quantflow.quant.rtn import GridRules
 from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
+from quantflow.stages.output_error import OutputErrors
 from quantflow.stages.quantize import Quantized, factor_for, gptq_group, gptq_rounder, nf4_linear, rtn_linear
 
 
@@ -257,10 +258,19 @@ def _rtn_layer(
     search = bool(rtn and rtn.range_search)
     done: dict[str, Quantized] = {}
     tensors = {**stored, **changed} if streams else {}
-    for name, scheme in schemes.items():
+
+    def folded(name: str) -> Tensor:
         weight = stored[f"{name}.weight"]
-        if name in found.folding.columns or name in found.folding.rows:
-            weight = found.folding.weight(name, weight)
+        return found.folding.weight(name, weight) if name in found.folding.columns or name in found.folding.rows else weight
+
+    def difference(name: str) -> tuple[Tensor, Tensor] | None:
+        if name not in done:
+            return None
+        weight = folded(name).float()
+        return weight, weight - done[name].tensor.dequantize()
+
+    for name, scheme in schemes.items():
+        weight = folded(name)
         if scheme.kind == "nf4":
             done[name] = nf4_linear(weight, scheme)
         else:
@@ -268,9 +278,11 @@ def _rtn_layer(
         if streams:
             tensors[f"{name}.weight"] = done[name].tensor.dequantize(context.dtype)
     if streams:
-        layer = context.layer(index, tensors)
+        layer, errors = context.layer(index, tensors), OutputErrors(difference)
         for start, stop in context.spans(streams.x.windows):
+            layer.tap = None if start else errors  # the first windows are sample enough
             streams.x.write(start, layer.forward(streams.x.read(start, stop), kv))
+        done.update({name: replace(done[name], report=done[name].report | said) for name, said in errors.found.items()})
     return done
 
 

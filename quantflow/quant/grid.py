@@ -77,6 +77,10 @@ class QuantizedTensor:
         """`(N, K)`."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def rows(self, part: slice) -> QuantizedTensor:
+        """Some of its output channels."""
+        return QuantizedTensor(self.scheme, self.codes[part], self.scales[part], self.zeros[part], self.group_index)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` in `dtype`, computed in float32 (float64 if that is `dtype`)."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -105,6 +109,10 @@ class MinimumTensor:
     def shape(self) -> tuple[int, int]:
         """`(N, K)`."""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def rows(self, part: slice) -> MinimumTensor:
+        """Some of its output channels."""
+        return MinimumTensor(self.scheme, self.codes[part], self.scales[part], self.minimums[part])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` in `dtype`; product and sum are computed and rounded in float32 (float64 if that is `dtype`)."""
@@ -153,6 +161,10 @@ class Nf4Tensor:
     def shape(self) -> tuple[int, int]:
         """`(N, K)`."""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def rows(self, part: slice) -> Nf4Tensor:
+        """Some of its output channels, with their scales as numbers."""
+        return Nf4Tensor(self.scheme, self.codes[part], self.scales[part])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` in `dtype`, computed in float32 as bitsandbytes does (float64 if that is `dtype`)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantflow.calibration.statistics import Hessian
+from quantflow.quant.fit import fit, shown
 from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
 from quantflow.quant.grid import NF4, AnyTensor, QuantizedTensor, Scheme
 from quantflow.quant.nf4 import quantize_nf4
@@ -27,11 +27,12 @@ class Quantized:
     report: dict[str, Any]
 
 
-def _line(scheme: Scheme, tensor: QuantizedTensor, rules: GridRules, *, fallback: str = "", **more: Any) -> dict[str, Any]:
+def _line(weight: Tensor, tensor: QuantizedTensor, rules: GridRules, *, fallback: str = "", **more: Any) -> dict[str, Any]:
     if clamped := rules.clamped(tensor.scales):
         dtypes = " and ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in rules.scale_dtypes))
         fallback = "; ".join(filter(None, (fallback, f"{clamped} of {tensor.scales.numel()} scales clamped to what {dtypes} hold")))
-    return {"scheme": str(scheme), **{k: v for k, v in {**more, "fallback": fallback}.items() if v not in ("", None)}}
+    said = {k: v for k, v in {**more, "fallback": fallback}.items() if v not in ("", None)}
+    return {"scheme": str(tensor.scheme), **said, **fit(weight, tensor).as_dict()}
 
 
 def rtn_linear(
@@ -39,7 +40,7 @@ def rtn_linear(
 ) -> Quantized:
     """One linear, rounded to nearest; with `importance` (AWQ's clip search) on the range of least output error."""
     tensor = quantize_rtn(weight, scheme, rules, search=search or importance is not None, importance=importance)
-    return Quantized(tensor, _line(scheme, tensor, rules, method="rtn", fallback=fallback))
+    return Quantized(tensor, _line(weight, tensor, rules, method="rtn", fallback=fallback))
 
 
 def nf4_linear(weight: Tensor, scheme: Scheme) -> Quantized:
@@ -47,7 +48,7 @@ def nf4_linear(weight: Tensor, scheme: Scheme) -> Quantized:
     tensor = quantize_nf4(weight, scheme)
     empty = int(tensor.codes.view(*tensor.scales.shape, -1).eq(NF4.index(0.0)).all(-1).sum())  # a scale of 0 does not survive double
     report = {"scheme": str(scheme), "method": "nf4", **({"zero_blocks": empty} if empty else {})}
-    return Quantized(tensor, report)
+    return Quantized(tensor, report | fit(weight, tensor).as_dict())
 
 
 def factor_for(hessian: Hessian, settings: Any) -> Factor | None:
@@ -86,10 +87,9 @@ def gptq_group(
             part = slice(start, start + len(weight))
             start += len(weight)
             whole = result.tensor
-            tensor = QuantizedTensor(scheme, whole.codes[part], whole.scales[part], whole.zeros[part], whole.group_index)
-            error = output_error(weight, tensor.dequantize(), hessian)
-            shown = float(f"{error:.4g}") if math.isfinite(error) else None  # NaN is no JSON
-            found[n] = Quantized(tensor, _line(scheme, tensor, rules, method="gptq", error=shown, tokens=rows, fallback=result.fallback))
+            tensor = whole.rows(part)
+            error = shown(output_error(weight, tensor.dequantize(), hessian))
+            found[n] = Quantized(tensor, _line(weight, tensor, rules, method="gptq", error=error, tokens=rows, fallback=result.fallback))
     return found
 
 

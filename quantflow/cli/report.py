@@ -1,0 +1,71 @@
+"""`quantflow report` and `quantflow compare`: an artifact's page, and several side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quantflow.cli.console import console, reporting
+from quantflow.cli.options import Debug, Json
+from quantflow.units import size
+
+Page = Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Where the page goes.")]
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+    output: Page = None,
+    debug: Debug = False,
+) -> None:
+    """Draw an artifact's report.html anew from its report.json: into the artifact, or to --output."""
+    with reporting(debug):
+        from quantflow.report.page import rebuild
+
+        console.print(f"{rebuild(directory, output)} written.", markup=False)
+
+
+def compare(
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR DIR…", help="Artifacts; the first is what the others are held against.")
+    ],
+    output: Page = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Set artifacts side by side: quality, size, errors, and where their recipes differ. --output writes a page."""
+    with reporting(debug):
+        from quantflow.report.comparison import comparison_page, make_comparison
+        from quantflow.report.page import write_page
+
+        found = make_comparison(directories)
+        if output:
+            write_page(output, comparison_page(found))
+        if as_json:
+            print(json.dumps(found.as_dict(), indent=2))
+            return
+        console.print(_table(found.as_dict()["artifacts"]))
+        for difference in found.differences:
+            console.print(f"  {difference.path}: {' | '.join(difference.shown())}", markup=False)
+        for note in found.notes:
+            console.print(f"note: {note}", markup=False)
+        if output:
+            console.print(f"{output} written.", markup=False)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("", "size", "perplexity", "KL mean", "KL p99", "top-1", "output error", title="Side by side")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        quality, error = row["quality"], row["median_error"]
+        figures = (
+            (f"{quality['perplexity']:.4f}", f"{quality['kl_mean']:.5f}", f"{quality['kl_p99']:.4f}", f"{quality['top1']:.2%}")
+            if quality
+            else ("–",) * 4
+        )
+        table.add_row(row["name"], size(row["bytes"]), *figures, f"{error:.2e}" if error is not None else "–")
+    return table

@@ -1,0 +1,151 @@
+"""What a run says of itself, as JSON: `report.json`, from which `quantflow.report` makes the page.
+
+Nothing of the machine or the time is in it: the same recipe gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantflow.calibration.data import Windows
+from quantflow.engine.kv_cache import KVFormat, block_bytes
+from quantflow.models.tensor_file import TensorFile
+from quantflow.pipeline.plan import Plan
+from quantflow.pipeline.sweep import SweepReader
+from quantflow.quant.fit import shown
+from quantflow.recipe import Calibrate, Evaluate, KvQparams, dump
+from quantflow.stages.pack import written_bytes
+
+VERSION = 1
+BATCHES, CONTEXTS = (1, 8, 16, 32, 48), (512, 2048, 4096, 32768)  # of the memory table, as far as the model's positions go
+AWQ_NAME = re.compile(r"a\^(-?[0-9.]+)(?: w\^(-?[0-9.]+))?")
+
+
+def portable(plan: Plan) -> dict[str, Any]:
+    """The recipe without what is particular to a machine: places of files become their names, the output is left out."""
+
+    def shorten(section: dict[str, Any]) -> dict[str, Any]:
+        return {
+            k: Path(v).name if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists() else v for k, v in section.items()
+        }
+
+    recipe = shorten({k: v for k, v in dump(plan.recipe).items() if k != "output"})
+    recipe["calibration"] = shorten(recipe["calibration"]) if recipe["calibration"] else None
+    recipe["stages"] = [{name: shorten(settings) for name, settings in stage.items()} for stage in recipe["stages"]]
+    return recipe
+
+
+def make_report(
+    plan: Plan, reader: SweepReader, *, fingerprint: str, weights: str, windows: Windows, held_out: Windows | None,
+    measured: Mapping[str, Mapping[str, Any]], failures: list[str], inexact: Mapping[str, Mapping[str, float]], statistics: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """measured: variant -> its figures and its profile. failures: gates that were missed. inexact: format -> what it had to round.
+    statistics: `calibrate`'s, as written into the artifact."""
+    config, evaluate = plan.config, plan.stage(Evaluate)
+    lines: dict[str, Any] = {}
+    scales: list[dict[str, Any]] = []
+    for index in range(config.layers):
+        prefix = plan.checkpoint.architecture.layer_prefix(index)
+        found = reader.report(index)
+        lines |= {f"{prefix}.{name}": {"layer": index, **found["linears"][name]} for name in plan.schemes(index)}
+        scales += [
+            {"layer": index, **line, "exponent": exponent(line["scale"]), "group": f"{prefix}.{line['group']}"} for line in found["awq"]
+        ]
+    kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
+    kept[plan.checkpoint.architecture.head] = "tied to the embedding" if config.tied else "weights.ignore"
+    activations = _activations(statistics) if plan.stage(Calibrate) else {}
+    lines = {name: {**line, **activations.get(name, {})} for name, line in lines.items()}
+    return {
+        "version": VERSION,
+        "name": plan.recipe.name,
+        "status": "failed" if failures else "complete",
+        "fingerprint": fingerprint,
+        "asked": portable(plan),
+        "model": {
+            "architecture": plan.checkpoint.architecture.name, "layers": config.layers, "hidden": config.hidden, "heads": config.heads,
+            "kv_heads": config.kv_heads, "head_dim": config.head_dim, "vocabulary": config.vocabulary, "dtype": config.dtype,
+            "max_positions": config.max_positions, "experts": config.experts,
+        },
+        "source": {"model": portable(plan)["model"], "weights": weights, "bytes": plan.checkpoint.weight_bytes},
+        "calibration": _text(windows) if windows.tokens else None,
+        "evaluation": {**_text(held_out), "engine": plan.measures_engine} if held_out else None,
+        "quality": {name: found["figures"] for name, found in measured.items()},
+        "profile": {name: found["profile"] for name, found in measured.items()},
+        "gates": {k: v for k, v in evaluate.gates.model_dump().items() if v is not None} if evaluate else {},
+        "failed_gates": failures,
+        "linears": lines,
+        "kept": kept,
+        "awq": scales,
+        "fallbacks": {name: line["fallback"] for name, line in lines.items() if line.get("fallback")},
+        **({"requantized": inexact} if inexact else {}),
+        "kv": _kv_ranges(plan, reader) if plan.stage(KvQparams) else None,
+        "sizes": {pack.format: written_bytes(prepared.job) for pack, prepared in zip(plan.packs, plan.prepared, strict=True)},
+        "memory": _memory(plan),
+        "notes": list(plan.notes),
+    }  # fmt: skip
+
+
+def exponent(scale: str) -> float | None:
+    """The exponent of the activations in a scale that `awq` chose by name: 0.5 for `a^0.5 w^-0.5`, half of it for `sqrt(…)`, 0 for the
+    identity; None for a name that has none."""
+    if scale.startswith("identity"):
+        return 0.0
+    root = scale.startswith("sqrt(")
+    found = AWQ_NAME.fullmatch(scale.removeprefix("sqrt(").removesuffix(")") if root else scale)
+    return float(found[1]) / (2 if root else 1) if found else None
+
+
+def _text(windows: Windows) -> dict[str, Any]:
+    return {"source": windows.source, "tokens": windows.digest, "windows": len(windows.tokens), "length": len(windows.tokens[0])}
+
+
+def _activations(statistics: Path) -> dict[str, dict[str, Any]]:
+    """Of every linear's input channels: the largest magnitude, that of the median channel, and the mean magnitude."""
+    file, found = TensorFile(statistics), {}
+    for name in (n for n in file.tensors if n.endswith(".input.absmax")):
+        module = name.removesuffix(".input.absmax")
+        absmax, absmean = file.read(name), file.read(f"{module}.input.absmean")
+        found[module] = {
+            "input": {
+                "absmax": shown(float(absmax.max())),
+                "median_absmax": shown(float(absmax.median())),
+                "absmean": shown(float(absmean.mean())),
+            }
+        }
+    return found
+
+
+def _kv_ranges(plan: Plan, reader: SweepReader) -> dict[str, Any]:
+    """key, value -> low, high -> layers -> heads: the extremes over a head's channels, of what the quantised model produced."""
+    layers = [reader.kv(index) for index in range(plan.config.layers)]
+
+    def ends(name: str, reduce: Any) -> list[list[float | None]]:
+        return [[shown(v) for v in _tolist(reduce(layer[name], -1))] for layer in layers]
+
+    return {name: {"low": ends(f"{name}.min", torch.amin), "high": ends(f"{name}.max", torch.amax)} for name in ("key", "value")}
+
+
+def _tolist(values: Tensor) -> list[float]:
+    return values.double().tolist()
+
+
+def _memory(plan: Plan) -> list[dict[str, int]]:
+    """Bytes by batch and context: weights as stored, before and after, and the engine's KV cache in the model's dtype and in int8."""
+    config = plan.config
+    packed = written_bytes(plan.prepared[0].job)
+    static = KVFormat(True, ({},))  # calibrated: no scale a token
+    full, int8 = (block_bytes(config, kv, getattr(torch, config.dtype), 1) for kv in (KVFormat(False), static))
+    contexts = [c for c in CONTEXTS if c <= config.max_positions] or [config.max_positions]
+    return [
+        {
+            "batch": batch, "context": context, "weights_before": plan.checkpoint.weight_bytes, "weights_after": packed,
+            "kv_before": batch * context * full, "kv_int8": batch * context * int8,
+        }
+        for context in contexts for batch in BATCHES
+    ]  # fmt: skip

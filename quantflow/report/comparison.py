@@ -1,0 +1,168 @@
+"""Several artifacts side by side: what differs in their recipes, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from quantflow.errors import Problem, UserError
+from quantflow.report import plots
+from quantflow.report.page import read_report, render
+from quantflow.report.pictures import Picture, Points, of_layers, positions
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where recipes differ, and what each says there (None: nothing)."""
+
+    path: str
+    values: tuple[Any, ...]
+
+    def shown(self) -> list[str]:
+        return [ABSENT if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in self.values]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """names: of the artifacts, each once. reports: theirs. notes: what keeps figures from being set against each other."""
+
+    names: tuple[str, ...]
+    reports: tuple[Mapping[str, Any], ...]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """`artifacts`: name, fingerprint, status, bytes (of the first format), quality as deployed, every variant, the median output error;
+        `differences` of the recipes; `notes`."""
+        return {
+            "artifacts": [_row(name, report) for name, report in zip(self.names, self.reports, strict=True)],
+            "differences": {d.path: list(d.values) for d in self.differences},
+            "notes": list(self.notes),
+        }
+
+
+def make_comparison(folders: Sequence[Path]) -> Comparison:
+    """Raises UserError with every folder that is no artifact with a report."""
+    if len(folders) < 2:
+        raise UserError(Problem("compare", f"{len(folders)} artifact", "two or more"))
+    problems: list[Problem] = []
+    reports: list[dict[str, Any]] = []
+    for folder in folders:
+        try:
+            reports.append(read_report(folder))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    asked = [report["asked"] for report in reports]
+    return Comparison(tuple(_names(folders, reports)), tuple(reports), tuple(differences(asked)), tuple(_notes(reports)))
+
+
+def differences(recipes: Sequence[Mapping[str, Any]]) -> list[Difference]:
+    """The values that are not the same in all recipes, by path; stages are told by their names."""
+    flat = [dict(_flat(recipe)) for recipe in recipes]
+    paths = dict.fromkeys(path for values in flat for path in values)
+    found = [Difference(path, tuple(values.get(path) for values in flat)) for path in paths if path != "name"]
+    return [d for d in found if any(v != d.values[0] for v in d.values)]
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        if not value and path:
+            yield path, {}
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value and all(isinstance(entry, dict) and len(entry) == 1 for entry in value):
+        # Stages: by name, the second of a name with its number, so that one more stage shifts none of the others.
+        seen: dict[str, int] = {}
+        for entry in value:
+            ((name, settings),) = entry.items()
+            seen[name] = seen.get(name, 0) + 1
+            yield from _flat(settings, f"{path}.{name}" + (f"[{seen[name]}]" if seen[name] > 1 else ""))
+    else:
+        yield path, value
+
+
+def comparison_page(found: Comparison) -> str:
+    """The page, as HTML."""
+    return render(
+        "comparison.html", title=" and ".join(found.names) if len(found.names) < 4 else f"{len(found.names)} artifacts",
+        rows=found.as_dict()["artifacts"], names=found.names, differences=found.differences, notes=found.notes, pictures=_pictures(found),
+    )  # fmt: skip
+
+
+def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    errors = [line["error"] for line in report["linears"].values() if line.get("error") is not None]
+    quality = report["quality"]
+    return {
+        "name": name,
+        "fingerprint": report["fingerprint"],
+        "status": report["status"],
+        "bytes": next(iter(report["sizes"].values())),
+        "source_bytes": report["source"]["bytes"],
+        "quality": quality.get("weights_and_kv") or quality.get("weights"),
+        "variants": quality,
+        "median_error": median(errors) if errors else None,
+        "fallbacks": len(report["fallbacks"]),
+        "kept": len(report["kept"]),
+    }
+
+
+def _names(folders: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to call each: its recipe's name, or its folder's where several have one."""
+    names = [report["name"] for report in reports]
+    if len(set(names)) == len(names):
+        return names
+    folder_names = [folder.resolve().name for folder in folders]
+    return folder_names if len(set(folder_names)) == len(folder_names) else [str(folder) for folder in folders]
+
+
+def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = []
+    if len({r["source"]["weights"] for r in reports}) > 1:
+        notes.append("the artifacts come from different weights: their errors are to different originals")
+    measured = [r["evaluation"] for r in reports]
+    if any(measured) and len({json.dumps(m and [m["tokens"], m["engine"]]) for m in measured}) > 1:
+        notes.append("quality was measured on different texts, or in different ways: the figures cannot be set against each other")
+    return notes
+
+
+def _pictures(found: Comparison) -> list[Picture]:
+    def final(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return report["profile"].get("weights_and_kv") or report["profile"].get("weights")
+
+    def error(report: Mapping[str, Any]) -> Points:
+        """The mean over a layer's linears."""
+        layers: dict[int, list[float]] = {}
+        for line in report["linears"].values():
+            if line.get("error") is not None:
+                layers.setdefault(line["layer"], []).append(line["error"])
+        return [(layer, mean(values)) for layer, values in sorted(layers.items())]
+
+    reports = dict(zip(found.names, found.reports, strict=True))
+    profiles = {name: profile for name, report in reports.items() if (profile := final(report))}
+    wanted = (
+        ("KL divergence by position", {n: positions(p) for n, p in profiles.items()}, "position in the window", "KL, nats",
+         "As deployed: with an int8 KV cache where the recipe has one."),
+        ("Error of the residual stream after each layer", {n: of_layers(p) for n, p in profiles.items()}, "layer", "relative error",
+         "‖x̂ − x‖² / ‖x‖² against each artifact's own full-precision model."),
+        ("Normalised output error, mean over a layer's linears", {n: error(r) for n, r in reports.items()}, "layer", "relative error",
+         "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text."),
+    )  # fmt: skip
+    pictures = []
+    for n, (title, series, x, y, caption) in enumerate(wanted):
+        if filled := {name: points for name, points in series.items() if points}:
+            pictures.append(Picture(title, plots.lines(f"compare-{n}", filled, x=x, y=y, log=True), caption))
+    if profiles:
+        variants = list(dict.fromkeys(v for r in found.reports for v in r["quality"]))
+        bars = {v: [r["quality"].get(v, {}).get("kl_mean", 0.0) for r in found.reports] for v in variants}
+        labels = {"weights": "weights", "kv": "int8 KV", "weights_and_kv": "both"}
+        svg = plots.bars("compare-kl", {labels.get(v, v): values for v, values in bars.items()}, list(found.names), y="KL, nats")
+        pictures.insert(0, Picture("KL divergence", svg, "Mean per token to the full-precision model."))
+    return pictures
