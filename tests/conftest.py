@@ -18,10 +18,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def blank_pages() -> Iterator[None]:
-    """Drawing a report's pictures takes longer than a tiny recipe does; tests/report draws them."""
+def no_pictures() -> Iterator[None]:
+    from tests.helpers.runs import blank_pages
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantflow.pipeline.run.report_page", lambda report: f"{report['name']}\n")
+        blank_pages(patch)
         yield
 
 

@@ -70,12 +70,13 @@ def _show(report: dict[str, Any]) -> None:
 
 def quality_table(quality: dict[str, Any]) -> Table:
     """The quality of each variant beside full precision."""
-    titles = {"weights": "quantised weights", "kv": "int8 KV only", "weights_and_kv": "weights + int8 KV"}
+    from quantflow.report.variants import VARIANTS
+
     table = Table("", "perplexity", "KL mean", "KL p99", "top-1", title="Quality on held-out text")
     for column in table.columns[1:]:
         column.justify = "right"
     first = next(iter(quality.values()))
     table.add_row("full precision", f"{first['reference_perplexity']:.4f}", "0", "0", "100.00%")
     for name, q in quality.items():
-        table.add_row(titles.get(name, name), f"{q['perplexity']:.4f}", f"{q['kl_mean']:.5f}", f"{q['kl_p99']:.4f}", f"{q['top1']:.2%}")
+        table.add_row(VARIANTS.get(name, name), f"{q['perplexity']:.4f}", f"{q['kl_mean']:.5f}", f"{q['kl_p99']:.4f}", f"{q['top1']:.2%}")
     return table

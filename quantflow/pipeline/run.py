@@ -40,6 +40,7 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams
 from quantflow.report.page import report_page, write_page
+from quantflow.report.variants import deployed
 from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, per_rank, rounding
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.pack_job import check_kv_inside
@@ -344,7 +345,8 @@ def _running(plan: Plan, folder: Path, parameters: Callable[[int], dict[str, KVP
 
 def _missed_gates(evaluate: Evaluate, quality: dict[str, Any]) -> list[str]:
     """What missed its gate, in words. Judged is what will be deployed: weights and KV cache together where the recipe has both."""
-    final = quality.get("weights_and_kv") or quality["weights"]
+    final = deployed(quality)
+    assert final is not None
     gates = evaluate.gates
     checks = (
         ("kl_mean", final["kl_mean"], gates.kl_mean, False),

@@ -668,7 +668,7 @@ def _shown(value: Any) -> str:
             return "{" + ", ".join(f"{key}: {item}" for key, item in zip(value, items, strict=True)) + "}"
         return f"[{', '.join(items)}]"
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:76]}…{text[-1]}"
+    return text if len(text) <= 200 else f"{text[:196]}…{text[-1]}"
 
 
 def _listing(names: Iterable[str]) -> str:

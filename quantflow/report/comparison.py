@@ -13,6 +13,7 @@ from quantflow.errors import Problem, UserError
 from quantflow.report import plots
 from quantflow.report.page import read_report, render
 from quantflow.report.pictures import Picture, Points, of_layers, positions
+from quantflow.report.variants import VARIANTS, deployed
 
 ABSENT = "–"
 
@@ -106,7 +107,7 @@ def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "status": report["status"],
         "bytes": next(iter(report["sizes"].values())),
         "source_bytes": report["source"]["bytes"],
-        "quality": quality.get("weights_and_kv") or quality.get("weights"),
+        "quality": deployed(quality),
         "variants": quality,
         "median_error": median(errors) if errors else None,
         "fallbacks": len(report["fallbacks"]),
@@ -134,9 +135,6 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _pictures(found: Comparison) -> list[Picture]:
-    def final(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        return report["profile"].get("weights_and_kv") or report["profile"].get("weights")
-
     def error(report: Mapping[str, Any]) -> Points:
         """The mean over a layer's linears."""
         layers: dict[int, list[float]] = {}
@@ -146,7 +144,7 @@ def _pictures(found: Comparison) -> list[Picture]:
         return [(layer, mean(values)) for layer, values in sorted(layers.items())]
 
     reports = dict(zip(found.names, found.reports, strict=True))
-    profiles = {name: profile for name, report in reports.items() if (profile := final(report))}
+    profiles = {name: profile for name, report in reports.items() if (profile := deployed(report["profile"]))}
     wanted = (
         ("KL divergence by position", {n: positions(p) for n, p in profiles.items()}, "position in the window", "KL, nats",
          "As deployed: with an int8 KV cache where the recipe has one."),
@@ -162,7 +160,6 @@ def _pictures(found: Comparison) -> list[Picture]:
     if profiles:
         variants = list(dict.fromkeys(v for r in found.reports for v in r["quality"]))
         bars = {v: [r["quality"].get(v, {}).get("kl_mean", 0.0) for r in found.reports] for v in variants}
-        labels = {"weights": "weights", "kv": "int8 KV", "weights_and_kv": "both"}
-        svg = plots.bars("compare-kl", {labels.get(v, v): values for v, values in bars.items()}, list(found.names), y="KL, nats")
+        svg = plots.bars("compare-kl", {VARIANTS.get(v, v): values for v, values in bars.items()}, list(found.names), y="KL, nats")
         pictures.insert(0, Picture("KL divergence", svg, "Mean per token to the full-precision model."))
     return pictures

@@ -14,7 +14,8 @@ from quantflow.artifacts.fingerprint import file_digest
 from quantflow.artifacts.store import write_atomic, write_json
 from quantflow.errors import ModelError, OutputError, Problem
 from quantflow.models.directory import read_json
-from quantflow.report.pictures import VARIANTS, largest, pictures
+from quantflow.report.pictures import largest, pictures
+from quantflow.report.variants import VARIANTS, deployed
 from quantflow.units import size
 
 GATES = {"kl_mean": "KL mean", "kl_p99": "KL 99th percentile", "top1": "top-1", "perplexity_ratio": "perplexity ratio"}
@@ -42,6 +43,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         "report.html",
         title=report["name"],
         r=report,
+        final=deployed(report["quality"]),
         recipe=yaml.safe_dump(report["asked"], sort_keys=False, allow_unicode=True, width=100),
         schemes=Counter(f"{line['scheme']}, {line['method']}" for line in report["linears"].values()),
         gates=gates(report),
@@ -83,8 +85,7 @@ def share(value: float) -> str:
 
 def gates(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every gate of the recipe: its limit, and what was found."""
-    quality = report["quality"]
-    final = quality.get("weights_and_kv") or quality.get("weights")
+    final = deployed(report["quality"])
     if not final:
         return []
     found = {**final, "perplexity_ratio": final["perplexity"] / final["reference_perplexity"]}

@@ -8,8 +8,8 @@ from statistics import mean
 from typing import Any
 
 from quantflow.report import plots
+from quantflow.report.variants import VARIANTS
 
-VARIANTS = {"weights": "quantised weights", "kv": "int8 KV only", "weights_and_kv": "weights + int8 KV"}
 GIB, MIB = 2**30, 2**20
 
 Points = list[tuple[float, float]]

@@ -41,7 +41,7 @@ def drawn(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height))
         # Margins by hand: matplotlib's layout engines draw everything twice to find them.
-        figure.subplots_adjust(left=0.115, right=0.77, bottom=0.45 / height, top=1 - 0.2 / height)
+        figure.subplots_adjust(left=0.115, right=0.73, bottom=0.45 / height, top=1 - 0.2 / height)
         draw(figure)
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
@@ -122,7 +122,7 @@ def _logarithmic(axes: Axes) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 300 else (1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high / low > 300 else (1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -132,7 +132,8 @@ def _finish(axes: Axes, x: str, y: str, *, legend: bool) -> None:
 
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if x in ("layer", "KV head"):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis, counted in ((axes.xaxis, x), (axes.yaxis, y)):
+        if counted in ("layer", "KV head"):
+            axis.set_major_locator(MaxNLocator(integer=True))
     if legend:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, handlelength=1.2)

@@ -96,6 +96,25 @@ def test_16_bit_and_tied_checkpoints(tmp_path: Path, changes: dict[str, object])
         assert found.as_dict()[name] == pytest.approx(value, rel=1e-4), name
 
 
+def test_the_profile_is_that_of_positions_and_layers(models: tuple[Path, Path]) -> None:
+    """Against transformers: KL of each position, and the hidden states after each layer (its own last one is normalised: left out)."""
+    from transformers import AutoModelForCausalLM
+
+    windows = windows_of(3, 100)
+    _, kl = by_transformers(*models, windows)
+    found = compare(Variant(Weights(models[0])), {"noisy": Variant(Weights(models[1]))}, windows)["noisy"].profile
+    assert found.bin == 2 and len(found.kl) == 50  # 100 positions in at most 64 bins
+    assert np.allclose(found.kl, kl.reshape(3, 50, 2).mean((0, 2)), rtol=1e-3)
+    states = []
+    for folder in models:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.inference_mode():
+            states.append(model(torch.tensor(windows), output_hidden_states=True).hidden_states[1].reshape(-1, model.config.hidden_size))
+    sample = slice(None, None, 3)  # 300 positions, of which at most 128 are looked at
+    expected = float((states[1][sample] - states[0][sample]).square().sum() / states[0][sample].square().sum())
+    assert len(found.layers) == 2 and found.layers[0] == pytest.approx(expected, rel=1e-4) and found.layers[1] > found.layers[0]
+
+
 def test_a_model_is_no_different_from_itself(models: tuple[Path, Path]) -> None:
     found = compare(Variant(Weights(models[0])), {"same": Variant(Weights(models[0]))}, windows_of(4, 16))["same"]
     assert (found.kl_mean, found.kl_p99, found.top1, found.tokens) == (0.0, 0.0, 1.0, 64)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from typer.testing import CliRunner, Result
@@ -96,6 +97,11 @@ def invoke(*arguments: object) -> Result:
     return result
 
 
+def blank_pages(patch: pytest.MonkeyPatch) -> None:
+    """Drawing a report's pictures takes longer than a tiny recipe does; tests/report draws them."""
+    patch.setattr("quantflow.pipeline.run.report_page", lambda report: f"{report['name']}\n")
+
+
 def contents(folder: Path, skip: tuple[str, ...] = ("run.json",)) -> dict[str, bytes]:
     """Relative path -> bytes of every file below a folder, but those named in `skip`."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skip}
@@ -127,6 +133,7 @@ def start(arguments: list[object], root: Path, *, environment: dict[str, str] | 
 def _child(arguments: list[str], root: str, environment: dict[str, str], strike: Strike | None) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    blank_pages(pytest.MonkeyPatch())
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     sys.stderr = open(Path(root) / "stderr", "w", buffering=1)  # noqa: SIM115
     counts: Counter[str] = Counter()
