@@ -10,7 +10,6 @@ from quantflow.evaluate.divergence import BATCH_TOKENS as EVALUATED_TOGETHER
 from quantflow.evaluate.divergence import LOGIT_ELEMENTS, SAMPLED
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.quant.gptq import ELEMENTS_AT_ONCE
-from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
 from quantflow.stages.pack import written_bytes
 
@@ -26,14 +25,6 @@ class Estimate:
     store_bytes: int
     artifact_bytes: int
     seconds: float
-
-
-def quantised_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
-    """Bytes of one packed weight: codes, scales (16 bits; of NF4 32, or 8 where they are quantised) and, asymmetric, zeros."""
-    n, k = shape
-    groups = scheme.groups(k)
-    scale = 2 if scheme.kind == "integer" else 1 if scheme.double else 4
-    return n * math.ceil(k * scheme.bits / 32) * 4 + n * groups * scale + (0 if scheme.symmetric else n * groups * scheme.bits // 8)
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -79,7 +70,7 @@ def estimate(plan: Plan) -> Estimate:
         in_head = 2 * config.vocabulary * config.hidden * 4 + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
         sampled = config.layers * SAMPLED * config.hidden * 4
         memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + sampled + max(in_layers, in_head))
-    packed = sum(quantised_bytes(p.shape, p.scheme) for p in plan.linears if p.scheme) + sum(
+    packed = sum(p.scheme.stored_bytes(p.shape) for p in plan.linears if p.scheme) + sum(
         p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
     )
     outputs = sum(written_bytes(prepared.job) for prepared in plan.prepared)

@@ -20,7 +20,7 @@ from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store
 from quantflow.calibration.data import documents
 from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
-from quantflow.formats import FORMATS
+from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format, fitting_group
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
@@ -85,9 +85,8 @@ class Plan:
 
     @property
     def scale_dtypes(self) -> tuple[str, ...]:
-        """Dtypes in which every scale is exact: those of every format, so that packing to another one repeats no layer."""
-        holding = (form for form in FORMATS.values() if "integer" in form.kinds and form.dtype is None)
-        return tuple(dict.fromkeys(form.scale_dtype(self.config.dtype) for form in holding))
+        """Dtypes in which every scale is exact: packing to another format repeats no layer."""
+        return scale_dtypes(self.config.dtype)
 
     @property
     def needs_stream(self) -> bool:

@@ -5,6 +5,7 @@ Shapes: `N` output channels, `K` input channels, `g` group size, `G = K / g` gro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -49,6 +50,14 @@ class Scheme:
     def groups(self, in_features: int) -> int:
         """Groups in a row of `in_features`; the caller has checked that the group size divides it."""
         return in_features // self.group_of(in_features)
+
+    def stored_bytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a packed weight `(N, K)`: codes in whole words of 32 bits, scales (16 bits; of NF4 32, or 8 where they are quantised)
+        and, where it is asymmetric, zeros in as many bits as a code."""
+        n, k = shape
+        groups = self.groups(k)
+        scale = 2 if self.kind == "integer" else 1 if self.double else 4
+        return n * math.ceil(k * self.bits / 32) * 4 + n * groups * scale + (0 if self.symmetric else n * groups * self.bits // 8)
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
