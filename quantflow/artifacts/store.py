@@ -8,18 +8,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
-from quantflow.errors import ModelError
+from quantflow.errors import ModelError, Problem, UserError
 from quantflow.models.tensor_file import TensorFile
 
 
@@ -49,6 +51,17 @@ KEY_FOLDER = re.compile(rf"[0-9a-f]{{{KEY_LENGTH}}}")
 class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the store: two runs at once would write into the same scratch files. Raises UserError where another one has it."""
+        with open(self.root / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                hint = "Wait for it, or set QUANTFLOW_STORE"
+                raise UserError(Problem(str(self.root), "another run is using this store", hint=hint)) from error
+            yield
 
     def folder(self, key: str) -> Path:
         return self.root / key[:KEY_LENGTH]

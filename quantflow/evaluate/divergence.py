@@ -95,6 +95,15 @@ class Variant:
         return _Head(self, device)
 
 
+def embedded(weights: Weights, tokens: Tensor, device: torch.device) -> Tensor:
+    """The residual stream `[W, L, H]` before the first layer, float32, for `tokens` `[W, L]`."""
+    architecture, config = weights.checkpoint.architecture, weights.checkpoint.config
+    names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
+    outer = {n: weights.tensor(n).to(device) for n in names}
+    batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    return torch.cat([embed(architecture, config, outer, part.to(device), torch.float32) for part in tokens.split(batch)])
+
+
 def hidden_states(
     variant: Variant, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None, watch: Watch = lambda index, x: None
 ) -> Tensor:
@@ -102,11 +111,8 @@ def hidden_states(
     checkpoint = variant.weights.checkpoint
     architecture, config = checkpoint.architecture, checkpoint.config
     seq = sequences(config, tokens.shape[1], device)
-    names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
-    outer = {n: variant.weights.tensor(n).to(device) for n in names}
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    x = torch.cat([embed(architecture, config, outer, part.to(device), torch.float32) for part in tokens.split(batch)])
-    del outer
+    x = embedded(variant.weights, tokens, device)
     for index in range(config.layers):
         stored = {n: t.to(device) for n, t in variant.weights.layer(index).items()}
         layer = DecoderLayer(architecture, config, index, stored, seq, torch.float32)

@@ -28,8 +28,8 @@ FORMATS: dict[str, Format] = {
 
 
 def scale_dtypes(model_dtype: str) -> tuple[str, ...]:
-    """Dtypes, as torch names them, in which every scale of a model in `model_dtype` is to be exact: those of every format that holds integer
-    codes, so that what is quantised once can be packed into each of them."""
+    """Dtypes, as torch names them, in which every scale of a model in `model_dtype` is to be exact: those of every format that holds
+    integer codes, so that what is quantised once can be packed into each of them."""
     holding = (form for form in FORMATS.values() if "integer" in form.kinds and form.dtype is None)
     return tuple(dict.fromkeys(form.scale_dtype(model_dtype) for form in holding))
 

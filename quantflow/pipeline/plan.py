@@ -6,7 +6,6 @@ Everything here is known from the config, the safetensors headers and the calibr
 from __future__ import annotations
 
 import errno
-import fnmatch
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -31,6 +30,7 @@ from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Nf4, Pack, Recipe, Rtn, Shard, dump
+from quantflow.recipe.overrides import matches
 from quantflow.stages.pack_job import Prepared, prepare
 
 T = TypeVar("T")
@@ -142,8 +142,7 @@ class Plan:
 
     def weights_key(self, digests: Iterable[str]) -> str:
         """`weights`, from the content hashes of the weight files."""
-        index = self.checkpoint.path / INDEX  # it chooses between files that hold the same tensor
-        return digest([sorted(digests), file_digest(index) if index.is_file() else ""])
+        return weights_key(self.checkpoint, digests)
 
     def calibrate_key(self, weights: str, tokens: str) -> str:
         return digest(
@@ -198,6 +197,12 @@ class Plan:
         return max(FORMATS[p.format].min_zero for p in self.packs) if asymmetric else 0
 
 
+def weights_key(checkpoint: Checkpoint, digests: Iterable[str]) -> str:
+    """What tells a checkpoint's weights from others, from the content hashes of its files."""
+    index = checkpoint.path / INDEX  # it chooses between files that hold the same tensor
+    return digest([sorted(digests), file_digest(index) if index.is_file() else ""])
+
+
 def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False) -> Plan:
     """The plan of a recipe. Raises UserError with every problem that can be known before a weight is read."""
     if not recipe.model:
@@ -227,10 +232,10 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
             module = f"{prefix}.{name}"
             scheme: Scheme | None = Scheme(weights.bits, weights.group_size, weights.symmetric)
             reason = ""
-            if any(_matches(module, pattern) for pattern in weights.ignore):
+            if any(matches(module, pattern) for pattern in weights.ignore):
                 scheme, reason = None, "weights.ignore"
             for override in weights.overrides:
-                if _matches(module, override.match):
+                if matches(module, override.match):
                     if override.ignore:
                         scheme, reason = None, f"override {override.match}"
                         continue
@@ -244,10 +249,6 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
             if scheme and nf4:
                 scheme = Scheme(4, NF4_BLOCK, True, "nf4", nf4.double_quant)
             yield LinearPlan(i, name, module, shape, scheme, reason)
-
-
-def _matches(module: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
 
 
 def _grid_problems(plan: Plan) -> list[Problem]:
@@ -278,11 +279,11 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     patterns = [(f"weights.overrides match {o.match!r}", o.match) for o in plan.recipe.weights.overrides]
     patterns += [(f"weights.ignore {p!r}", p) for p in plan.recipe.weights.ignore if p != plan.checkpoint.architecture.head]
     for where, pattern in patterns:
-        if not any(_matches(p.module, pattern) for p in plan.linears):
+        if not any(matches(p.module, pattern) for p in plan.linears):
             problems.append(
                 Problem(where, "matches no linear of the model", f"a pattern such as *.{plan.linears[0].name.rpartition('.')[2]}")
             )
-    if not any(_matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
+    if not any(matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
         problems.append(
             Problem(
                 "weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.kv_cache import KVFormat
-from quantflow.errors import DataError, ModelError, Problem, UserError
+from quantflow.errors import DataError, ModelError, Problem
 from quantflow.evaluate.divergence import Model, Variant, compare
 from quantflow.evaluate.running import Running
 from quantflow.formats.reader import REQUANTIZED, Weights
@@ -75,7 +73,7 @@ def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
     windows, held_out = _texts(plan)  # what is wrong with them is said before anything is written, or gigabytes are hashed
     clock.lap("tokenize")
     check_output(plan)
-    with _lock(plan.store.root):
+    with plan.store.locked():
         plan.store.drop_torn()
         return _run(plan, windows, held_out, progress, clock, fresh)
 
@@ -162,17 +160,6 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.monotonic()
         self.seconds[name], self._last = round(now - self._last, 3), now
-
-
-@contextmanager
-def _lock(root: Path) -> Iterator[None]:
-    """Holds the store: two runs at once would write into the same scratch files."""
-    with open(root / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(Problem(str(root), "another run is using this store", hint="Wait for it, or set QUANTFLOW_STORE")) from error
-        yield
 
 
 def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:

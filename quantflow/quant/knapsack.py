@@ -67,8 +67,8 @@ def _search(parts: Sequence[Sequence[Option]], budget: int, quantum: int, most_s
     sizes = [[-(-option.size // quantum) for option in part] for part in parts]
     room = budget // quantum
     rest = [0]  # what the parts from here on take at least
-    for part in reversed(sizes):
-        rest.append(rest[-1] + min(part))
+    for row in reversed(sizes):
+        rest.append(rest[-1] + min(row))
     rest.reverse()
     size: NDArray[np.int64] = np.zeros(1, np.int64)
     cost: NDArray[np.float64] = np.zeros(1)

@@ -1,0 +1,462 @@
+"""`quantflow sensitivity`: every part of a model measured at several widths, and widths chosen from that for a budget of bytes.
+
+What a layer's parts gave is in the store when the next layer begins: a run that was killed goes on there, and another width, or another
+budget, measures only what is new.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from quantflow import __version__
+from quantflow.artifacts.fingerprint import digest, source_digest
+from quantflow.artifacts.store import Store, write_atomic, write_json
+from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.calibration.stream import Stream
+from quantflow.errors import DataError, ModelError, Problem, UserError
+from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
+from quantflow.formats import FORMATS, scale_dtypes
+from quantflow.formats.abilities import ABILITIES
+from quantflow.formats.base import grid_problems
+from quantflow.formats.reader import Weights
+from quantflow.machine import resolve_device
+from quantflow.models.checkpoint import Checkpoint, resolve_model
+from quantflow.models.tensor_file import ITEM_BYTES
+from quantflow.models.tokenizer import has_tokenizer, load_tokenizer
+from quantflow.pipeline.plan import activation_budget, weights_key
+from quantflow.pipeline.progress import Progress
+from quantflow.quant.grid import BITS, Scheme
+from quantflow.quant.knapsack import Choice, Option, choose
+from quantflow.quant.rtn import GridRules
+from quantflow.recipe.overrides import Widths, compact
+
+FILE = "sensitivity.json"
+RATE = {"cpu": 1e11, "cuda": 3e13}  # float32 operations a second, an order of magnitude
+CALIBRATION = (128, 64, 32, 16, 8)  # windows for the recipe that is written: as many as the text has
+
+
+@dataclass(frozen=True)
+class Settings:
+    """widths: bits to measure. samples, length, skip: of the windows. output: the JSON file; a recipe goes beside it. budget: bytes of all
+    weights as a checkpoint holds them. average_bits: of a quantised weight's codes, instead."""
+
+    model: str
+    data: str
+    output: Path = Path(FILE)
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    group_size: int = 128
+    symmetric: bool = False
+    samples: int = 16
+    length: int = 512
+    skip: int = 0
+    granularity: Granularity = "fused"
+    device: str = "auto"
+    budget: int | None = None
+    average_bits: float | None = None
+
+    def scheme(self, bits: int) -> Scheme:
+        return Scheme(bits, self.group_size, self.symmetric)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """kl_mean, stored_bytes: width -> KL divergence in nats a token where this part alone has it, and the bytes of its weights."""
+
+    part: Part
+    modules: tuple[str, ...]
+    kl_mean: Mapping[int, float]
+    stored_bytes: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A rounding of the whole model. stored_bytes: of all weights. predicted: the sum of the parts' divergences; measured: its own."""
+
+    stored_bytes: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Mixed(Whole):
+    """What the budget bought. widths: part -> bits. average_bits: of a quantised weight. gap: how much less, at most, another choice could
+    have predicted."""
+
+    budget: int
+    widths: Mapping[str, int]
+    average_bits: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    settings: Settings
+    measured: tuple[Measured, ...]
+    uniform: Mapping[int, Whole]
+    mixed: Mixed | None
+    overrides: Widths | None
+    recipe: Path | None
+    formats: tuple[str, ...]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings resolved against a checkpoint and a text, which nothing stands against."""
+
+    settings: Settings
+    weights: Weights
+    parts: tuple[Part, ...]
+    windows: Windows
+    calibration: int
+    device: str
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.weights.checkpoint
+
+    @cached_property
+    def store(self) -> Store:
+        root = os.environ.get("QUANTFLOW_STORE")
+        return Store(Path(root) if root else self.settings.output.absolute().parent / ".quantflow-store")
+
+    @cached_property
+    def kept_bytes(self) -> int:
+        """Of all tensors but the linears' weights, as the checkpoint has them."""
+        return kept_bytes(self.checkpoint, self.parts)
+
+    def modules(self, part: Part) -> tuple[str, ...]:
+        prefix = self.checkpoint.architecture.layer_prefix(part.layer)
+        return tuple(f"{prefix}.{name}" for name in part.shapes)
+
+    def whole(self, widths: Mapping[str, int]) -> Rounding:
+        """All parts rounded, each to its width."""
+        found: dict[int, dict[str, Scheme]] = {}
+        for part in self.parts:
+            found.setdefault(part.layer, {}).update(dict.fromkeys(part.shapes, self.settings.scheme(widths[part.name])))
+        return found
+
+    def total_bytes(self, widths: Mapping[str, int]) -> int:
+        return self.kept_bytes + sum(part.stored_bytes(self.settings.scheme(widths[part.name])) for part in self.parts)
+
+    def formats(self, widths: Mapping[str, int]) -> tuple[str, ...]:
+        """The packed formats that hold all parts in these widths in one checkpoint, and exactly."""
+        mixed, symmetric = len(set(widths.values())) > 1, self.settings.symmetric
+
+        def holds(name: str) -> bool:
+            if (mixed and ABILITIES[name].mixed_bits != "yes") or FORMATS[name].dtype is not None or (name == "gguf" and not symmetric):
+                return False  # GGUF: asymmetric codes only where their minimums happen to be exact
+            return not any(
+                FORMATS[name].check(module, shape, self.settings.scheme(widths[part.name]), act_order_index=False)
+                for part in self.parts
+                for module, shape in zip(self.modules(part), part.shapes.values(), strict=True)
+            )
+
+        return tuple(name for name in FORMATS if holds(name))
+
+    def budget(self) -> int | None:
+        """Bytes of all weights."""
+        if self.settings.average_bits is None:
+            return self.settings.budget
+        low, high = math.floor(self.settings.average_bits), math.ceil(self.settings.average_bits)
+        a, b = (self.total_bytes({part.name: bits for part in self.parts}) for bits in (low, high))
+        return a + int((b - a) * (self.settings.average_bits - low))
+
+    def key(self, weights: str) -> str:
+        """Identity of what a rounded part gives. Which widths are measured is not in it."""
+        s = self.settings
+        code = source_digest("models", "quant/grid.py", "quant/rtn.py", "evaluate/sensitivity.py", "evaluate/divergence.py")
+        config = self.checkpoint.raw_config
+        return digest(["sensitivity", weights, self.windows.digest, config, s.group_size, s.symmetric, self.device, code])
+
+    def layer_runs(self) -> int:
+        """How often a layer is computed over all windows, the store left out."""
+        layers = self.checkpoint.config.layers
+        rounded = sum((layers - part.layer) * len(self.settings.widths) for part in self.parts)
+        return rounded + layers * (4 + len(self.settings.widths))
+
+    def seconds(self) -> float:
+        """An order of magnitude."""
+        parameters = sum(part.parameters for part in self.parts) / self.checkpoint.config.layers
+        tokens = self.settings.samples * self.settings.length
+        head = 2 * len(self.parts) * len(self.settings.widths) * tokens * self.checkpoint.config.vocabulary * self.checkpoint.config.hidden
+        return (2 * parameters * tokens * self.layer_runs() + head) / RATE[self.device]
+
+
+def kept_bytes(checkpoint: Checkpoint, of: Sequence[Part]) -> int:
+    """Of all tensors but the weights of these parts."""
+    linears = {f"{checkpoint.architecture.layer_prefix(part.layer)}.{name}.weight" for part in of for name in part.shapes}
+    return sum(math.prod(shape) * ITEM_BYTES[checkpoint.dtype_of(n)] for n, shape in checkpoint.expected.items() if n not in linears)
+
+
+def prepare(settings: Settings) -> Job:
+    """The job. Raises UserError with every problem that can be known before anything is computed."""
+    problems = _settings_problems(settings)
+    path = resolve_model(settings.model)
+    weights = Weights(path)
+    checkpoint, config = weights.checkpoint, weights.checkpoint.config
+    if weights.modules or checkpoint.quantization:
+        raise ModelError([*problems, Problem(str(path), "already quantised", "a full-precision checkpoint")])
+    found = tuple(parts(checkpoint.architecture, config, settings.granularity))
+    if config.rope.kind == "default" and settings.length > config.max_positions:
+        problems.append(Problem("--length", str(settings.length), f"at most the model's {config.max_positions} positions"))
+    problems += _group_problems(found, settings)
+    if settings.output.is_dir():
+        problems.append(Problem("--output", f"{settings.output} is a directory", "a file to write"))
+    device = resolve_device(settings.device)
+    windows, calibration = Windows([], frozenset(), ""), 0
+    if not has_tokenizer(checkpoint.tokenizer_path):
+        problems.append(Problem(str(path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
+    else:
+        try:
+            windows, calibration = _text(settings, checkpoint)
+        except UserError as error:
+            problems += error.problems
+    job = Job(settings, weights, found, windows, calibration, device)
+    if not problems:
+        problems += _budget_problems(job)
+    if problems:
+        raise UserError(problems)
+    return job
+
+
+def _settings_problems(settings: Settings) -> list[Problem]:
+    problems = []
+    if not settings.widths or len(set(settings.widths)) < len(settings.widths) or not set(settings.widths) <= set(BITS):
+        problems.append(Problem("--bits", ",".join(map(str, settings.widths)) or "none", "different widths from 2 to 8"))
+    if settings.group_size != -1 and settings.group_size < 4:
+        problems.append(Problem("--group-size", str(settings.group_size), "-1 (one group a row), or at least 4"))
+    if settings.granularity not in get_args(Granularity):
+        problems.append(Problem("--granularity", repr(settings.granularity), " or ".join(get_args(Granularity))))
+    if settings.budget is not None and settings.average_bits is not None:
+        problems.append(Problem("--budget, --average-bits", "both", "one of the two"))
+    bits = settings.average_bits
+    if bits is not None and settings.widths and not min(settings.widths) <= bits <= max(settings.widths):
+        expected = f"from {min(settings.widths)} to {max(settings.widths)}, as --bits has them"
+        problems.append(Problem("--average-bits", f"{bits:g}", expected))
+    return problems
+
+
+def _group_problems(found: Sequence[Part], settings: Settings) -> list[Problem]:
+    """One a kind of linear, not one a layer."""
+    problems: dict[tuple[str, tuple[int, int]], Problem] = {}
+    if settings.group_size == -1 or settings.group_size >= 4:
+        for part in found:
+            for name, shape in part.shapes.items():
+                where, scheme = f"{part.name} {name}", Scheme(4, settings.group_size, True)
+                for problem in grid_problems(where, shape, scheme, 1, None, False, kinds=("integer",)):
+                    problems.setdefault((name.rpartition(".")[2], shape), problem)
+    return list(problems.values())
+
+
+def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
+    """The windows, and how many of that length the text has for a recipe's calibration."""
+    tokenizer, source = load_tokenizer(checkpoint.tokenizer_path), Path(settings.data).name
+
+    def cut(count: int) -> Windows:
+        return cut_windows(tokenizer, documents(settings.data), count=count, length=settings.length, skip=settings.skip, source=source)
+
+    windows = cut(settings.samples)
+    if (largest := max(map(max, windows.tokens))) >= checkpoint.config.vocabulary:
+        expected = f"ids below the model's vocabulary of {checkpoint.config.vocabulary}"
+        hint = "Tokenizer and weights are not of one model"
+        raise UserError(Problem(f"{checkpoint.path} tokenizer", f"gives token {largest}", expected, hint))
+    for count in CALIBRATION:
+        try:
+            return windows, len(cut(count).tokens)
+        except DataError:
+            continue
+    return windows, len(windows.tokens)
+
+
+def _budget_problems(job: Job) -> list[Problem]:
+    budget, bits = job.settings.budget, min(job.settings.widths)
+    least = job.total_bytes({part.name: bits for part in job.parts})
+    if budget is None or budget >= least:
+        return []
+    expected = f"at least {least}, all linears in {bits} bits: the rest of the model is {job.kept_bytes}"
+    return [Problem("--budget", f"{budget} bytes", expected, "The budget is of all weights, embeddings and head included")]
+
+
+def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
+    """Measures what the store does not have, chooses, measures the choice, and writes the files."""
+    job.settings.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    job.store.root.mkdir(parents=True, exist_ok=True)
+    with job.store.locked():
+        job.store.drop_torn()
+        progress.phase("hash", 1)
+        weights = weights_key(job.checkpoint, job.store.digests(job.checkpoint.files).values())
+        progress.step()
+        key = job.key(weights)
+        if fresh:
+            job.store.forget(key)
+        measured = _parts(job, key, progress)
+        choice, widths = _chosen(job, measured)
+        uniform = {bits: {part.name: bits for part in job.parts} for bits in job.settings.widths}
+        divergences = _wholes(job, key, [*uniform.values(), *([widths] if widths else [])], progress)
+    by_part = {m.part.name: m for m in measured}
+
+    def predicted(of: Mapping[str, int]) -> float:
+        return sum(by_part[name].kl_mean[bits] for name, bits in of.items())
+
+    whole = {b: Whole(job.total_bytes(w), predicted(w), kl) for (b, w), kl in zip(uniform.items(), divergences, strict=False)}
+    mixed = overrides = recipe = None
+    if choice and widths:
+        parameters = sum(part.parameters for part in job.parts)
+        average = sum(part.parameters * widths[part.name] for part in job.parts) / parameters
+        mixed = Mixed(job.total_bytes(widths), predicted(widths), divergences[-1], job.budget() or 0, widths, average, choice.gap)
+        overrides = compact({module: widths[part.name] for part in job.parts for module in job.modules(part)})
+        recipe = job.settings.output.with_suffix(".yaml")
+    record = _record(job, weights, measured, whole, mixed)
+    write_json(job.settings.output, record)
+    if recipe and mixed and overrides:
+        write_atomic(recipe, recipe_text(job, mixed, overrides, whole).encode())
+    formats = job.formats(widths) if widths else ()
+    return Findings(job.settings, measured, whole, mixed, overrides, recipe, formats, record)
+
+
+def _measure(job: Job, key: str, step: Callable[[], None]) -> Measure:
+    """One whose hidden states lie in files where they are larger than the activation budget."""
+    device = torch.device(job.device)
+    folder = job.store.folder(key)
+
+    def make(name: str, shape: tuple[int, int, int]) -> Stream:
+        # As many as are open at once: the reference, what is carried on, and every rounding of a layer.
+        open_at_once = 2 + max(_most_parts(job) * len(job.settings.widths), len(job.settings.widths) + 1)
+        held = open_at_once * math.prod(shape) * 4 <= activation_budget()
+        return Stream(shape, torch.float32, device, None if held else folder / f".work-{name}.bin")
+
+    rules = GridRules(tuple(getattr(torch, name) for name in scale_dtypes(job.checkpoint.config.dtype)))
+    return Measure(job.weights, torch.tensor(job.windows.tokens), rules, device, make, step)
+
+
+def _most_parts(job: Job) -> int:
+    return max(sum(part.layer == layer for part in job.parts) for layer in {part.layer for part in job.parts})
+
+
+def _parts(job: Job, key: str, progress: Progress) -> tuple[Measured, ...]:
+    """Every part at every width, from the store or measured."""
+    layers, widths = job.checkpoint.config.layers, job.settings.widths
+    known: list[dict[str, float]] = [job.store.read_json(key, f"layer-{i:05}") or {} for i in range(layers)]
+    every = [(part, bits) for part in job.parts for bits in widths]
+    wanted = [[(part, bits) for part, bits in every if part.layer == i and _name(part, bits) not in known[i]] for i in range(layers)]
+    missing = [i for i in range(layers) if wanted[i]]
+    if missing:
+        steps = 2 * layers - 1 + sum(layers - i for i in missing)
+        progress.phase("measure", steps)
+        at = ""
+        measure = _measure(job, key, lambda: progress.step(at))
+
+        def roundings(index: int) -> list[Rounding]:
+            nonlocal at
+            at = f"layer {index + 1} of {layers}"
+            return [part.rounded(job.settings.scheme(bits)) for part, bits in wanted[index]]
+
+        for index, found in measure.layer_by_layer(roundings, missing[0]):
+            if found:
+                known[index] |= {_name(part, bits): kl for (part, bits), kl in zip(wanted[index], found, strict=True)}
+                job.store.write_json(key, f"layer-{index:05}", known[index])
+            if index == missing[-1]:
+                break
+    return tuple(
+        Measured(
+            part, job.modules(part), {bits: known[part.layer][_name(part, bits)] for bits in widths},
+            {bits: part.stored_bytes(job.settings.scheme(bits)) for bits in widths},
+        )
+        for part in job.parts
+    )  # fmt: skip
+
+
+def _name(part: Part, bits: int) -> str:
+    return f"{' '.join(part.shapes)} {bits}"
+
+
+def _chosen(job: Job, measured: Sequence[Measured]) -> tuple[Choice | None, dict[str, int] | None]:
+    budget, widths = job.budget(), job.settings.widths
+    if budget is None:
+        return None, None
+    options = [[Option(m.stored_bytes[bits], m.kl_mean[bits]) for bits in widths] for m in measured]
+    choice = choose(options, budget - job.kept_bytes)
+    assert choice is not None, "the budget was checked"
+    return choice, {m.part.name: widths[i] for m, i in zip(measured, choice.options, strict=True)}
+
+
+def _wholes(job: Job, key: str, widths: Sequence[Mapping[str, int]], progress: Progress) -> list[float]:
+    """The divergence of the whole model in each of these, from the store or measured."""
+    known: dict[str, float] = job.store.read_json(key, "whole") or {}
+    identities = [digest([[part.name, w[part.name]] for part in job.parts] + [job.settings.granularity]) for w in widths]
+    new = {identity: w for identity, w in zip(identities, widths, strict=True) if identity not in known}
+    if new:
+        progress.phase("whole", 2 * job.checkpoint.config.layers)
+        found = _measure(job, key, progress.step).whole([job.whole(w) for w in new.values()])
+        known |= dict(zip(new, found, strict=True))
+        job.store.write_json(key, "whole", known)
+    return [known[identity] for identity in identities]
+
+
+def _record(
+    job: Job, weights: str, measured: Sequence[Measured], uniform: Mapping[int, Whole], mixed: Mixed | None
+) -> dict[str, Any]:  # fmt: skip
+    s = job.settings
+    return {
+        "quantflow": __version__,
+        "model": {"name": job.checkpoint.path.resolve().name, "config": digest(job.checkpoint.raw_config), "weights": weights},
+        "data": {"source": job.windows.source, "tokens": job.windows.digest, "windows": s.samples, "length": s.length},
+        "method": "rtn",
+        "group_size": s.group_size,
+        "symmetric": s.symmetric,
+        "granularity": s.granularity,
+        "device": job.device,
+        "kept_bytes": job.kept_bytes,
+        "parts": [
+            {"name": m.part.name, "modules": list(m.modules), "parameters": m.part.parameters,
+             "kl_mean": {str(b): m.kl_mean[b] for b in s.widths}, "bytes": {str(b): m.stored_bytes[b] for b in s.widths}}
+            for m in measured
+        ],
+        "uniform": {str(bits): asdict(whole) for bits, whole in uniform.items()},
+        "mixed": {**asdict(mixed), "widths": dict(mixed.widths)} if mixed else None,
+    }  # fmt: skip
+
+
+def recipe_text(job: Job, mixed: Mixed, widths: Widths, uniform: Mapping[int, Whole]) -> str:
+    """A recipe with the chosen widths, to run as it is or to take `weights` from."""
+    s = job.settings
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", job.checkpoint.path.resolve().name).lstrip("._-") or "model"
+    formats = job.formats(mixed.widths)
+    others = ", ".join(f"all in {bits} bits {whole.measured:.4g}" for bits, whole in uniform.items())
+    lines = [
+        "# Widths chosen by `quantflow sensitivity`; `weights` can be taken over into any recipe of this model.",
+        f"# KL divergence by rounding to nearest, nats a token on {s.samples} windows of {s.length} tokens of {job.windows.source}: these",
+        f"# widths {mixed.measured:.4g} at {mixed.average_bits:.2f} bits a weight, {mixed.stored_bytes} bytes; {others}.",
+        f"# Formats that hold these widths together: {', '.join(formats) or 'none; huggingface dequantises them'}.",
+        f"name: {stem}_mixed",
+        f"model: {_quoted(s.model)}",
+        f"calibration: {{data: {_quoted(s.data)}, samples: {job.calibration}, seqlen: {s.length}, skip: {s.skip}}}",
+        "weights:",
+        f"  bits: {widths.bits}",
+        f"  group_size: {s.group_size}",
+        f"  symmetric: {str(s.symmetric).lower()}",
+        f"  ignore: [{_quoted(job.checkpoint.architecture.head)}]",
+        f"  overrides:{'' if widths.overrides else ' []'}",
+        *(f"    - {{match: {_quoted(pattern)}, bits: {bits}}}" for pattern, bits in widths.overrides),
+        "stages:",
+        "  - gptq",
+        f"  - pack: {{format: {formats[0] if formats else 'huggingface'}}}",
+        "  # - evaluate: {data: held_out.txt}   # text that calibration has not seen",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """As YAML reads it back."""
+    return json.dumps(text, ensure_ascii=False)
