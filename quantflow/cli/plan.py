@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from quantflow.cli.console import console, reporting
-from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, RecipePath, Set
+from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, Set
+from quantflow.errors import Problem, UserError
 from quantflow.units import size
 
 if TYPE_CHECKING:
@@ -18,17 +20,43 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: RecipePath,
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; not needed with --fit and --model.")] = None,
     model: Model = None,
     output: Output = None,
     set_: Set = None,
     device: DeviceOption = Device.auto,
     config_only: Annotated[bool, typer.Option("--config-only", help="Plan from config.json alone, without weight files.")] = False,
+    fit: Annotated[
+        str | None, typer.Option("--fit", metavar="SIZE", help="Propose what fits a device with so much memory: 24GB, 16GiB.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="With --fit: tokens of a text, answer included. Default: 4096, or the model's.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="With --fit: texts at once. Default: 1.")] = None,
+    tp: Annotated[int | None, typer.Option("--tp", min=1, help="With --fit: just so many devices, not 1 to 8.")] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option("--sensitivity", metavar="FILE", help="With --fit: what `quantflow sensitivity` measured.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the resolved steps, what the store already has, estimates of memory, disk and time, and every problem."""
+    """Show the resolved steps, what the store already has, estimates of memory, disk and time, and every problem; or, with --fit, what
+    would fit."""
     with reporting(debug):
+        if fit is not None:
+            from quantflow.cli.fit import show_advice
+
+            where = "cpu" if device == Device.cpu else "cuda"  # a device that may be another machine's
+            show_advice(
+                recipe, model, set_ or [], fit, context, batch, where, tp, sensitivity, config_only=config_only, as_json=as_json
+            )  # fmt: skip
+            return
+        given = {"--context": context, "--batch": batch, "--tp": tp, "--sensitivity": sensitivity}
+        problems = [Problem(name, "without --fit", "--fit SIZE beside it") for name, value in given.items() if value is not None]
+        if recipe is None:
+            problems.append(Problem("RECIPE", "none given", "a recipe, or --fit SIZE with --model DIR"))
+        if problems or recipe is None:
+            raise UserError(problems)
         from quantflow.pipeline.plan import make_plan
         from quantflow.pipeline.status import stored_layers
         from quantflow.recipe import load_recipe

@@ -41,7 +41,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["inspect", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["sensitivity", "--help"], ["inspect", "--help"], ["eval", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     done = python(
         f"import sys; sys.argv = ['quantflow', *{arguments!r}]\n"
@@ -65,11 +67,18 @@ def test_help_is_quick() -> None:
 
 def test_the_verbs_and_their_options() -> None:
     top = invoke("--help")
-    verbs = ("run", "plan", "inspect", "eval", "verify", "generate", "bench", "schema")
+    verbs = ("run", "plan", "sensitivity", "inspect", "eval", "verify", "generate", "bench", "schema")
     assert top.exit_code == 0 and all(verb in top.stdout for verb in verbs)
     options = {
         "run": {"--model", "--output", "--set", "--device", "--fresh", "--json", "--debug"},
-        "plan": {"--model", "--output", "--set", "--device", "--config-only", "--json", "--debug"},
+        "plan": {
+            "--model", "--output", "--set", "--device", "--config-only", "--fit", "--context", "--batch", "--tp", "--sensitivity", "--json",
+            "--debug",
+        },
+        "sensitivity": {
+            "--data", "--bits", "--group-size", "--symmetric", "--samples", "--length", "--skip", "--budget", "--average-bits",
+            "--granularity", "--output", "--fresh", "--device", "--json", "--debug",
+        },
         "inspect": {"--json", "--debug"},
         "eval": {"--reference", "--data", "--windows", "--length", "--skip", "--engine", "--kv", "--device", "--json", "--debug"},
         "verify": {"--reference", "--device", "--json", "--debug"},

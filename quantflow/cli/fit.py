@@ -1,0 +1,216 @@
+"""`quantflow plan --fit`: what of a model fits a device, with the sum put in numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from quantflow.cli.console import console, errors
+from quantflow.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from quantflow.models.checkpoint import Checkpoint
+    from quantflow.pipeline.advice import Advice, Fitted, Measured, Model
+    from quantflow.recipe import Recipe
+
+NOTHING_FITS = 2
+
+
+def show_advice(
+    recipe: Path | None, model: str | None, changes: list[str], fit: str, context: int | None, batch: int | None, device: str,
+    tp: int | None, sensitivity: Path | None, *, config_only: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Prints the proposal; ends with exit code 2 where nothing fits. Raises UserError."""
+    from quantflow.models.checkpoint import Checkpoint, resolve_model
+    from quantflow.pipeline.advice import RANKS, Model, Question, advise, measured
+    from quantflow.recipe import load_recipe
+    from quantflow.recipe.schema import parse_bytes
+
+    problems, most = [], 0
+    try:
+        most = parse_bytes(int(fit) if fit.isdecimal() else fit)
+    except ValueError as error:
+        problems.append(Problem("--fit", repr(fit), str(error)))
+    given: Recipe | None = None
+    if recipe is not None:
+        try:
+            given = load_recipe(recipe, changes, model=model)
+        except UserError as error:
+            problems += error.problems
+    elif changes:
+        problems.append(Problem("--set", "no recipe to change", "a RECIPE beside it"))
+    name = model or (given.model if given else None)
+    if name is None and (given or recipe is None):
+        problems.append(Problem("--model", "none given", "a model directory or hub id; with --config-only, its config.json is enough"))
+    if problems or name is None:
+        raise UserError(problems)
+    checkpoint = Checkpoint(resolve_model(name), config_only=config_only)
+    question = Question(
+        most, context or min(4096, checkpoint.config.max_positions), batch or 1, device, (tp,) if tp else RANKS,
+        given.weights.symmetric if given else None, tuple(given.weights.ignore) if given else (),
+    )  # fmt: skip
+    if wrong := checkpoint.problems():
+        raise UserError(wrong)
+    found, quality = advise(checkpoint, question), measured(checkpoint, sensitivity)
+    if as_json:
+        print(json.dumps(_record(found, quality), indent=2))
+    else:
+        _show(checkpoint, name, given, recipe, found, quality, Model(checkpoint, question))
+    if found.proposal is None:
+        sys.exit(NOTHING_FITS)
+
+
+def _record(found: Advice, quality: Measured | None) -> dict[str, Any]:
+    record = found.as_dict()
+    scheme = found.proposal.candidate.scheme if found.proposal else None
+    if record["proposal"]:
+        record["proposal"]["kl_mean"] = 0.0 if scheme is None else quality.of(scheme) if quality else None
+    return record
+
+
+def _gib(count: int) -> str:
+    """One unit for all, so that a column of them adds up."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def _show(
+    checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: Path | None, found: Advice, quality: Measured | None, model: Model
+) -> None:
+    question = found.question
+    texts = f"{question.batch} text{'s' if question.batch > 1 else ''} of {question.context} tokens"
+    title = f"{name} ({checkpoint.architecture.name}) for {texts} in {_gib(question.fit)}"
+    console.print(title, markup=False, style="bold")
+    if found.proposal is None:
+        _show_nothing(found)
+        return
+    proposal = found.proposal
+    c = proposal.candidate
+    devices = "on one device" if c.tp == 1 else f"on each of {c.tp} devices"
+    console.print(f"Proposed: {c}, {devices}.", markup=False, style="bold green")
+    console.print(_sum(checkpoint, found, proposal, model))
+    limit = checkpoint.config.max_positions
+    own = ", the model's own limit" if proposal.longest_context == limit else ""
+    longer = f"{question.batch} of {proposal.longest_context}{own}"
+    console.print(f"It would also fit {proposal.largest_batch} texts of {question.context} tokens, or {longer}.", markup=False)
+    if better := found.better:
+        console.print(f"The next better, {better.candidate}, lacks {_gib(better.need.total - question.fit)}.", markup=False)
+    for line in _quality(name, question.fit, proposal, quality):
+        console.print(line, markup=False)
+    if saved := model.window_saves(c):
+        console.print(f"Sliding windows: an engine that drops what they leave behind would need {_gib(saved)} less.", markup=False)
+    if len(found.by_ranks) > 1 or found.impossible:
+        console.print(_by_ranks(found))
+        for tp, reasons in found.impossible.items():
+            for reason in reasons:
+                console.print(f"{tp} device{'s' if tp > 1 else ''}: {reason}.", markup=False, style="dim")
+    _show_next(checkpoint, name, recipe, path, found, proposal)
+
+
+def _show_nothing(found: Advice) -> None:
+    least, question = found.least, found.question
+    where = "" if least.candidate.tp == 1 else f" on each of {least.candidate.tp} devices"
+    errors.print(
+        f"Nothing fits. The least is {least.candidate}: {_gib(least.need.total)}{where}, {_gib(least.need.total - question.fit)} too much "
+        f"(weights {_gib(least.need.weights)}, KV {_gib(least.need.kv)}, activations {_gib(least.need.activations)}, "
+        f"reserve {_gib(least.need.reserve)}). Lower --context or --batch.",
+        markup=False, style="bold red",
+    )  # fmt: skip
+
+
+def _sum(checkpoint: Checkpoint, found: Advice, proposal: Fitted, model: Model) -> Table:
+    """The four terms, what each is made of, and their sum."""
+    from quantflow.engine.engine import EngineConfig
+    from quantflow.pipeline.advice import RESERVE
+
+    config, question, need, c = checkpoint.config, found.question, proposal.need, proposal.candidate
+    block = EngineConfig.block_size
+    tokens = question.batch * -(-question.context // block) * block
+    linears = sum(n * k * count for (_, (n, k), _, _), count in model.linears.items())
+    grid = f"{c.bits} bits + 24 / {c.scheme.group_size} for scale and zero point" if c.scheme else f"{8 * model.dtype.itemsize} bits"
+    share = f" / {c.tp} devices" if c.tp > 1 else ""
+    calibrated = c.scheme is not None
+    cached = f"2 × {config.layers} layers × {config.kv_heads} KV heads × {config.head_dim}"
+    item = "1 byte" if c.int8_kv else f"{model.dtype.itemsize} bytes"
+    scales = " + 8 bytes of scales a token and head" if c.int8_kv and not calibrated else ""
+    rows = [
+        ("weights", need.weights, f"{linears / 1e9:.3f}e9 in linears × ({grid}){share}; embeddings, head and norms as they are"),
+        (
+            "KV",
+            need.kv,
+            f"{cached} × {item} × {tokens} tokens{share}{scales}",
+        ),
+        ("activations", need.activations, "the largest of a step: a layer's inner products, a decode's partial results, the logits"),
+        ("reserve", need.reserve, f"{RESERVE:.0%} of the size, for the driver and the allocator"),
+        ("together", need.total, f"of {_gib(question.fit)}; {_gib(question.fit - need.total)} left"),
+    ]
+    table = Table("", "GiB", "", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=False)
+    table.columns[1].justify = "right"
+    for name, count, made in rows:
+        table.add_row(name, _gib(count), made)
+    return table
+
+
+def _quality(name: str, fit: int, proposal: Fitted, quality: Measured | None) -> list[str]:
+    c, lines = proposal.candidate, []
+    if c.scheme is None:
+        lines.append("Weights: the model's own, nothing is lost.")
+    elif quality is None:
+        lines.append(f"What {c.scheme} costs: not measured. `quantflow sensitivity {name} --data FILE` does that.")
+    elif (kl := quality.of(c.scheme)) is not None:
+        lines.append(f"What {c.scheme} costs: KL {kl:.4g} nats a token by rounding to nearest ({quality.text}; {quality.path}).")
+    else:
+        had = ", ".join(f"{bits} bits {kl:.4g}" for bits, kl in quality.kl_mean.items())
+        grid = f"g{quality.group_size} {'symmetric' if quality.symmetric else 'asymmetric'}"
+        lines.append(f"What {c.scheme} costs: not measured. In {grid}, rounding to nearest: {had} ({quality.text}; {quality.path}).")
+    if c.int8_kv:
+        lines.append(f"What int8 KV costs: not measured. `quantflow eval … --reference {name} --data FILE --engine --kv int8` does that.")
+    if c.scheme and c.tp == 1:
+        room = (fit - proposal.need.total + proposal.need.weights) // 2**20
+        command = f"quantflow sensitivity {name} --data FILE --budget {room}MiB"
+        lines.append(f"All weights may take {room} MiB: `{command}` spends them where it counts.")
+    return lines
+
+
+def _by_ranks(found: Advice) -> Table:
+    table = Table("devices", "best that fits", "on each", "batch at most", "context at most", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for tp in found.question.ranks:
+        if fitted := found.by_ranks.get(tp):
+            row = (str(fitted.candidate), _gib(fitted.need.total), str(fitted.largest_batch), str(fitted.longest_context))
+            table.add_row(str(tp), *row)
+        else:
+            table.add_row(str(tp), "–", "–", "–", "–")
+    return table
+
+
+def _show_next(checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: Path | None, found: Advice, proposal: Fitted) -> None:
+    """How to get what is proposed: options for the recipe that was given, or a recipe; and how to serve it."""
+    from quantflow.pipeline.advice import cache_share, recipe_text, settings
+
+    c, question = proposal.candidate, found.question
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.path.resolve().name).lstrip("._-") or "model"
+    served = name
+    if c.scheme and recipe:
+        options, lacking = settings(c, [stage.name for stage in recipe.stages])
+        console.print(f"\nquantflow run {path} --model {name} {' '.join(options)}", markup=False)
+        if lacking:
+            console.print(f"after adding to its stages: {', '.join(lacking)}", markup=False)
+        if recipe.weights.overrides:
+            console.print("Its weights.overrides stay, and are not counted here.", markup=False)
+        served = recipe.output
+    elif c.scheme:
+        text = recipe_text(checkpoint, stem, name, c)
+        console.print(f"\nA recipe for that:\n{text}", markup=False)
+        served = f"artifacts/{text.split(chr(10), 1)[0].removeprefix('name: ')}"
+    options = [f"--session-len {question.context}", f"--max-batch-size {question.batch}"]
+    options += ["--kv int8"] if c.int8_kv else ["--kv full"]
+    options += [f"--tp {c.tp}"] if c.tp > 1 else []
+    options += [f"--cache-max-entry-count {share}"] if (share := cache_share(question, proposal)) else []
+    console.print(f"quantflow serve {served} {' '.join(options)}", markup=False)
