@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,17 +75,18 @@ def _record(found: Advice, quality: Measured | None) -> dict[str, Any]:
     return record
 
 
-def _gib(count: int) -> str:
-    """One unit for all, so that a column of them adds up."""
-    return f"{count / 2**30:.2f} GiB"
+def _sizes(fit: int) -> Callable[[int], str]:
+    """Writes bytes in one unit for all that is held against `fit`, so that a column of them adds up."""
+    unit, name = (2**30, "GiB") if fit >= 2**30 else (2**20, "MiB")
+    return lambda count: f"{count / unit:.2f} {name}"
 
 
 def _show(
     checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: Path | None, found: Advice, quality: Measured | None, model: Model
 ) -> None:
-    question = found.question
+    question, size = found.question, _sizes(found.question.fit)
     texts = f"{question.batch} text{'s' if question.batch > 1 else ''} of {question.context} tokens"
-    title = f"{name} ({checkpoint.architecture.name}) for {texts} in {_gib(question.fit)}"
+    title = f"{name} ({checkpoint.architecture.name}) for {texts} in {size(question.fit)}"
     console.print(title, markup=False, style="bold")
     if found.proposal is None:
         _show_nothing(found)
@@ -96,14 +98,14 @@ def _show(
     console.print(_sum(checkpoint, found, proposal, model))
     limit = checkpoint.config.max_positions
     own = ", the model's own limit" if proposal.longest_context == limit else ""
-    longer = f"{question.batch} of {proposal.longest_context}{own}"
-    console.print(f"It would also fit {proposal.largest_batch} texts of {question.context} tokens, or {longer}.", markup=False)
+    longer = f"{question.batch} × {proposal.longest_context}{own}"
+    console.print(f"At most: {proposal.largest_batch} × {question.context} tokens, or {longer}.", markup=False)
     if better := found.better:
-        console.print(f"The next better, {better.candidate}, lacks {_gib(better.need.total - question.fit)}.", markup=False)
+        console.print(f"The next better, {better.candidate}, lacks {size(better.need.total - question.fit)}.", markup=False)
     for line in _quality(name, question.fit, proposal, quality):
         console.print(line, markup=False)
     if saved := model.window_saves(c):
-        console.print(f"Sliding windows: an engine that drops what they leave behind would need {_gib(saved)} less.", markup=False)
+        console.print(f"Sliding windows: an engine that drops what they leave behind would need {size(saved)} less.", markup=False)
     if len(found.by_ranks) > 1 or found.impossible:
         console.print(_by_ranks(found))
         for tp, reasons in found.impossible.items():
@@ -113,12 +115,12 @@ def _show(
 
 
 def _show_nothing(found: Advice) -> None:
-    least, question = found.least, found.question
+    least, question, size = found.least, found.question, _sizes(found.question.fit)
     where = "" if least.candidate.tp == 1 else f" on each of {least.candidate.tp} devices"
     errors.print(
-        f"Nothing fits. The least is {least.candidate}: {_gib(least.need.total)}{where}, {_gib(least.need.total - question.fit)} too much "
-        f"(weights {_gib(least.need.weights)}, KV {_gib(least.need.kv)}, activations {_gib(least.need.activations)}, "
-        f"reserve {_gib(least.need.reserve)}). Lower --context or --batch.",
+        f"Nothing fits. The least is {least.candidate}: {size(least.need.total)}{where}, {size(least.need.total - question.fit)} too much "
+        f"(weights {size(least.need.weights)}, KV {size(least.need.kv)}, activations {size(least.need.activations)}, "
+        f"reserve {size(least.need.reserve)}). Lower --context or --batch.",
         markup=False, style="bold red",
     )  # fmt: skip
 
@@ -129,6 +131,7 @@ def _sum(checkpoint: Checkpoint, found: Advice, proposal: Fitted, model: Model) 
     from quantflow.pipeline.advice import RESERVE
 
     config, question, need, c = checkpoint.config, found.question, proposal.need, proposal.candidate
+    size = _sizes(question.fit)
     block = EngineConfig.block_size
     tokens = question.batch * -(-question.context // block) * block
     linears = sum(n * k * count for (_, (n, k), _, _), count in model.linears.items())
@@ -147,12 +150,12 @@ def _sum(checkpoint: Checkpoint, found: Advice, proposal: Fitted, model: Model) 
         ),
         ("activations", need.activations, "the largest of a step: a layer's inner products, a decode's partial results, the logits"),
         ("reserve", need.reserve, f"{RESERVE:.0%} of the size, for the driver and the allocator"),
-        ("together", need.total, f"of {_gib(question.fit)}; {_gib(question.fit - need.total)} left"),
+        ("together", need.total, f"of {size(question.fit)}; {size(question.fit - need.total)} left"),
     ]
     table = Table("", "GiB", "", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=False)
     table.columns[1].justify = "right"
     for name, count, made in rows:
-        table.add_row(name, _gib(count), made)
+        table.add_row(name, size(count), made)
     return table
 
 
@@ -171,19 +174,26 @@ def _quality(name: str, fit: int, proposal: Fitted, quality: Measured | None) ->
     if c.int8_kv:
         lines.append(f"What int8 KV costs: not measured. `quantflow eval … --reference {name} --data FILE --engine --kv int8` does that.")
     if c.scheme and c.tp == 1:
-        room = (fit - proposal.need.total + proposal.need.weights) // 2**20
-        command = f"quantflow sensitivity {name} --data FILE --budget {room}MiB"
-        lines.append(f"All weights may take {room} MiB: `{command}` spends them where it counts.")
+        room = fit - proposal.need.total + proposal.need.weights
+        most = f"{room // 2**20}MiB" if room >= 2**30 else f"{room // 2**10}KiB"
+        command = f"quantflow sensitivity {name} --data FILE --budget {most}"
+        lines.append(f"All weights may take {most}: `{command}` spends them where it counts.")
     return lines
 
 
 def _by_ranks(found: Advice) -> Table:
+    size = _sizes(found.question.fit)
     table = Table("devices", "best that fits", "on each", "batch at most", "context at most", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[2:]:
         column.justify = "right"
     for tp in found.question.ranks:
         if fitted := found.by_ranks.get(tp):
-            row = (str(fitted.candidate), _gib(fitted.need.total), str(fitted.largest_batch), str(fitted.longest_context))
+            row = (
+                str(fitted.candidate),
+                size(fitted.need.total),
+                str(fitted.largest_batch),
+                str(fitted.longest_context),
+            )
             table.add_row(str(tp), *row)
         else:
             table.add_row(str(tp), "–", "–", "–", "–")

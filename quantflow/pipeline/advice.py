@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -153,7 +154,7 @@ class Model:
 
     @cached_property
     def linears(self) -> Counter[tuple[str, tuple[int, int], int, bool]]:
-        """(leaf name, shape, the dimension that ranks cut, whether it may be quantised) -> how many."""
+        """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it may be quantised) -> how many."""
         architecture, config, found = (
             self.checkpoint.architecture,
             self.checkpoint.config,
@@ -163,7 +164,7 @@ class Model:
             for name, shape in linear_shapes(architecture, config, index).items():
                 module = f"{architecture.layer_prefix(index)}.{name}"
                 quantised = not any(matches(module, pattern) for pattern in self.question.ignore)
-                found[name.rpartition(".")[2], shape, parallel_dimension(name, architecture.layer), quantised] += 1
+                found[re.sub(r"\d+(?=\.)", "0", name), shape, parallel_dimension(name, architecture.layer), quantised] += 1
         return found
 
     def weights(self, scheme: Scheme | None, tp: int) -> int:
@@ -379,6 +380,7 @@ def recipe_text(checkpoint: Checkpoint, name: str, model: str, candidate: Candid
         f"calibration: {{data: c4, samples: 128, seqlen: {length}}}   # or a file of your own",
         f"weights: {{bits: {scheme.bits}, group_size: {scheme.group_size}, symmetric: {str(scheme.symmetric).lower()}}}",
         "stages:",
+        *(["  - calibrate"] if candidate.int8_kv else []),
         "  - gptq",
         *(["  - kv_qparams"] if candidate.int8_kv else []),
         f"  - pack: {{format: {FORMAT}}}",
@@ -393,7 +395,7 @@ def settings(candidate: Candidate, stages: Sequence[str]) -> tuple[list[str], li
         return [], []
     scheme = candidate.scheme
     values = {"weights.bits": scheme.bits, "weights.group_size": scheme.group_size, "weights.symmetric": str(scheme.symmetric).lower()}
-    lacking = ["kv_qparams"] if candidate.int8_kv and "kv_qparams" not in stages else []
+    lacking = [stage for stage in ("calibrate", "kv_qparams") if candidate.int8_kv and stage not in stages]
     if candidate.tp > 1:
         if "shard" in stages:
             values["stages.shard.tp"] = candidate.tp
