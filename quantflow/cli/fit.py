@@ -128,27 +128,30 @@ def _show_nothing(found: Advice) -> None:
 def _sum(checkpoint: Checkpoint, found: Advice, proposal: Fitted, model: Model) -> Table:
     """The four terms, what each is made of, and their sum."""
     from quantflow.engine.engine import EngineConfig
-    from quantflow.pipeline.advice import RESERVE
+    from quantflow.pipeline.advice import GRID_BITS, RESERVE, held_bits
 
     config, question, need, c = checkpoint.config, found.question, proposal.need, proposal.candidate
     size = _sizes(question.fit)
     block = EngineConfig.block_size
     tokens = question.batch * -(-question.context // block) * block
-    linears = sum(n * k * count for (_, (n, k), _, _), count in model.linears.items())
-    grid = f"{c.bits} bits + 24 / {c.scheme.group_size} for scale and zero point" if c.scheme else f"{8 * model.dtype.itemsize} bits"
+    linears = sum(n * k * count for (_, (n, k), _, quantised), count in model.linears.items() if quantised or not c.scheme)
+    steps = model.activations(c.tp, question.context, question.batch)
+    if c.scheme:
+        bits, each = held_bits(c.scheme, question.device), GRID_BITS / c.scheme.group_size
+        grid = f"{bits} bits + {GRID_BITS} / {c.scheme.group_size} for scale and zero point"
+    else:
+        bits, each = 8 * model.dtype.itemsize, 0.0
+        grid = f"{bits} bits"
+    others = size(need.weights - int(linears * (bits + each) / 8 / c.tp))
     share = f" / {c.tp} devices" if c.tp > 1 else ""
     calibrated = c.scheme is not None
     cached = f"2 × {config.layers} layers × {config.kv_heads} KV heads × {config.head_dim}"
     item = "1 byte" if c.int8_kv else f"{model.dtype.itemsize} bytes"
     scales = " + 8 bytes of scales a token and head" if c.int8_kv and not calibrated else ""
     rows = [
-        ("weights", need.weights, f"{linears / 1e9:.3f}e9 in linears × ({grid}){share}; embeddings, head and norms as they are"),
-        (
-            "KV",
-            need.kv,
-            f"{cached} × {item} × {tokens} tokens{share}{scales}",
-        ),
-        ("activations", need.activations, "the largest of a step: a layer's inner products, a decode's partial results, the logits"),
+        ("weights", need.weights, f"{linears:.4g} in linears × ({grid}) / 8{share} + {others} of all else"),
+        ("KV", need.kv, f"{cached} × {item} × {tokens} tokens{share}{scales}"),
+        ("activations", need.activations, "the largest of: " + ", ".join(f"{what} {size(count)}" for what, count in steps.items())),
         ("reserve", need.reserve, f"{RESERVE:.0%} of the size, for the driver and the allocator"),
         ("together", need.total, f"of {size(question.fit)}; {size(question.fit - need.total)} left"),
     ]

@@ -37,6 +37,7 @@ GROUPS = {8: (128, 64, 32), 4: (32, 64, 128), 3: (32, 64, 128), 2: (32, 64, 128)
 USUAL_BITS = 4  # fewer only where no number of devices holds these: below, rounding costs much more
 RESERVE = 0.05  # of the size: the driver's context, and what an allocator cannot hand out
 BLOCK = EngineConfig.block_size
+GRID_BITS = 24  # of a group: a scale of 16, a zero point of 8
 SPLIT = 512  # keys that one program of a decode's attention takes
 FORMAT = "compressed-tensors"  # it holds every width and group size that is proposed
 
@@ -169,13 +170,13 @@ class Model:
 
     def weights(self, scheme: Scheme | None, tp: int) -> int:
         """Of one rank: the linears cut, the rest whole; norms in float32, as the engine keeps them."""
-        item, total = self.dtype.itemsize, self._others(tp)
+        item, total = self.dtype.itemsize, self.others(tp)
         for (_, shape, cut, quantised), count in self.linears.items():
             n, k = rank_shape(shape, tp, cut)
             total += count * (held_bytes((n, k), scheme, self.question.device) if scheme and quantised else n * k * item)
         return total
 
-    def _others(self, tp: int) -> int:
+    def others(self, tp: int) -> int:
         """Bytes of all that is no linear's weight, on one rank."""
         checkpoint, architecture, item, total = self.checkpoint, self.checkpoint.architecture, self.dtype.itemsize, 0
         layers = {index: linear_shapes(architecture, checkpoint.config, index) for index in range(checkpoint.config.layers)}
@@ -193,12 +194,13 @@ class Model:
         parameters = 8 * part.layers * part.kv_heads * (1 + part.head_dim) if form.parameters else 0  # scales and zero points, K and V
         return batch * -(-context // BLOCK) * block_bytes(part, form, self.dtype, BLOCK) + parameters
 
-    def activations(self, tp: int, context: int, batch: int) -> int:
-        """The most that a step allocates at once, in a layer or in the head: an upper estimate of the larger of the two.
+    def activations(self, tp: int, context: int, batch: int) -> dict[str, int]:
+        """What a step allocates at once, upper estimates: in a layer, for the partial results of a decode's attention, in the head. They
+        are not there together: the largest counts.
 
         A layer: residual stream, normalised input, output and a padded copy, 4H; the MLP's two inner products, what is made of them and a
-        copy, 4I; or q, k, v and attention's output. A decode's attention adds partial results in float32. The head: the logits of the
-        batch twice, and a row in float32 while it is sampled.
+        copy, 4I; or q, k, v and attention's output. Partial results: float32, for every 512 keys. The head: the logits of the batch twice,
+        and a row in float32 while it is sampled.
         """
         config, item = self.checkpoint.config, self.dtype.itemsize
         tokens = max(STEP_TOKENS[self.question.device], batch + BLOCK)
@@ -208,10 +210,10 @@ class Model:
         layer = tokens * ((4 + (config.experts > 0)) * config.hidden * item + max(mlp, 2 * (queries + kv) * item) + 8 * config.head_dim)
         parts = -(-context // SPLIT) * batch * queries * 4 if self.question.device == "cuda" else 0
         head = batch * config.vocabulary * 2 * item + 32 * config.vocabulary
-        return max(layer, parts, head)
+        return {f"a layer of {tokens} tokens": layer, "a decode's partial results": parts, f"{batch} rows of logits": head}
 
     def need(self, candidate: Candidate, context: int, batch: int) -> Need:
-        kv, activations = self.kv(candidate, context, batch), self.activations(candidate.tp, context, batch)
+        kv, activations = self.kv(candidate, context, batch), max(self.activations(candidate.tp, context, batch).values())
         return Need(self.weights(candidate.scheme, candidate.tp), kv, activations, int(RESERVE * self.question.fit))
 
     def fitted(self, candidate: Candidate) -> Fitted:
@@ -221,7 +223,7 @@ class Model:
         room = question.fit - need.weights - need.reserve
 
         def fits(context: int, batch: int) -> bool:
-            return self.kv(candidate, context, batch) + self.activations(candidate.tp, context, batch) <= room
+            return self.kv(candidate, context, batch) + max(self.activations(candidate.tp, context, batch).values()) <= room
 
         most = 2**40 if self.stretches else self.checkpoint.config.max_positions
         largest = _largest(lambda batch: fits(question.context, batch), 2**24)
@@ -253,10 +255,13 @@ def held_bytes(shape: tuple[int, int], scheme: Scheme, device: str) -> int:
     """Bytes of a quantised weight `(N, K)` in the engine: codes, and a 16-bit scale and a zero point of 8 bits for each group. A CPU's
     products take codes of 4 bits or of 8."""
     n, k = shape
+    return n * -(-k * held_bits(scheme, device) // 8) + n * scheme.groups(k) * GRID_BITS // 8
+
+
+def held_bits(scheme: Scheme, device: str) -> int:
+    """Bits that a code takes in the engine."""
     bits = scheme.bits if scheme.bits <= 4 else 8
-    if device == "cpu":
-        bits = max(bits, 4)
-    return n * -(-k * bits // 8) + n * scheme.groups(k) * 3
+    return max(bits, 4) if device == "cpu" else bits
 
 
 def schemes(question: Question, mixture: bool) -> Iterator[Scheme]:
