@@ -266,17 +266,20 @@ def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
     def cut(count: int) -> Windows:
         return cut_windows(tokenizer, documents(settings.data), count=count, length=settings.length, skip=settings.skip, source=source)
 
-    windows = cut(settings.samples)
+    found, calibration = None, 0
+    for count in CALIBRATION:  # the most first: a data set of the hub is opened once where it has enough
+        try:
+            found, calibration = cut(max(count, settings.samples)), max(count, settings.samples)
+            break
+        except DataError:
+            continue
+    found = found or cut(settings.samples)
+    windows = Windows(found.tokens[: settings.samples], found.documents, found.source)
     if (largest := max(map(max, windows.tokens))) >= checkpoint.config.vocabulary:
         expected = f"ids below the model's vocabulary of {checkpoint.config.vocabulary}"
         hint = "Tokenizer and weights are not of one model"
         raise UserError(Problem(f"{checkpoint.path} tokenizer", f"gives token {largest}", expected, hint))
-    for count in CALIBRATION:
-        try:
-            return windows, len(cut(count).tokens)
-        except DataError:
-            continue
-    return windows, len(windows.tokens)
+    return windows, calibration or settings.samples
 
 
 def _budget_problems(job: Job) -> list[Problem]:
