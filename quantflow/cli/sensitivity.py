@@ -149,7 +149,7 @@ def _show(found: Findings) -> None:
             markup=False,
         )
         if not settings.symmetric and len(set(mixed.widths.values())) > 1:
-            console.print("transformers loads mixed widths of compressed-tensors only with --symmetric; vLLM and the engine need it not.")
+            console.print("transformers (5.23) loads mixed widths of compressed-tensors only with --symmetric.")
         console.print(f"Next: quantflow run {found.recipe}", markup=False)
     else:
         console.print("Next: the same command with --budget SIZE or --average-bits N, which measures nothing again.", markup=False)

@@ -41,7 +41,7 @@ from quantflow.quant.rtn import GridRules
 from quantflow.recipe.overrides import Widths, compact
 
 FILE = "sensitivity.json"
-RATE = {"cpu": 1e11, "cuda": 3e13}  # float32 operations a second, an order of magnitude
+RATE = {"cpu": 6e10, "cuda": 3e13}  # float32 operations a second, an order of magnitude
 CALIBRATION = (128, 64, 32, 16, 8)  # windows for the recipe that is written: as many as the text has
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert found["proposal"]["kl_mean"] is None and found["proposal"]["bits"] == 4
     shown = invoke(*base)
     text = " ".join(shown.stdout.split())
+    said = re.search(r"weights ([\d.]+) GiB ([\d.e+]+) in linears × \((\d+) bits \+ 24 / (\d+) .*?\) / 8 \+ ([\d.]+) GiB of all else", text)
+    assert said, text
+    total, linears, bits, group, others = map(float, said.groups())
+    assert linears * (bits + 24 / group) / 8 / GIB + others == pytest.approx(total, abs=0.02), "the numbers that are shown add up"
     for fragment in ("2 × 32 layers × 32 KV heads × 128 × 1 byte × 16384 tokens", "not measured", "bits: 4", "kv_qparams", "--kv int8",
                      "quantflow serve", "5% of the size"):  # fmt: skip
         assert fragment in text, fragment
