@@ -18,6 +18,7 @@ from torch import Tensor
 from quantflow.calibration.stream import Stream
 from quantflow.evaluate.divergence import BATCH_TOKENS, LOGIT_ELEMENTS, Head, Variant, embedded
 from quantflow.formats.reader import Weights
+from quantflow.machine import give_back_freed_memory
 from quantflow.models.architecture import Architecture, linear_shapes
 from quantflow.models.config import DecoderConfig
 from quantflow.models.decoder import DecoderLayer, sequences
@@ -160,6 +161,9 @@ class Measure:
             layer = DecoderLayer(architecture, self.config, index, {**stored, **rounded}, self._sequences, torch.float32)
             for start in range(0, source.windows, self._windows):
                 target.write(start, layer.forward(source.read(start, min(start + self._windows, source.windows))))
+            del rounded, layer
+        del stored
+        give_back_freed_memory()
 
 
 def mean_divergences(head: Head, target: Stream, found: Sequence[Stream]) -> list[float]:
