@@ -13,7 +13,7 @@ from rich.table import Table
 
 from quantflow.cli.console import Hints, console, errors, progress, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json
-from quantflow.cli.plan import size
+from quantflow.units import size
 
 if TYPE_CHECKING:
     from quantflow.pipeline.sensitivity import Findings
