@@ -280,11 +280,12 @@ class Engine:
         params = replace(params, seed=params.seed % 2**64 if params.seed is not None else secrets.randbits(64))
         new = list(tokens[len(history) :])
         self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=priority, session=session)
-        most = min(params.max_tokens or self.context, self.context - len(tokens), self.blocks.count * self.blocks.size - len(tokens))
-        # The last token that is generated never goes through the model.
+        wanted = self.context if params.max_tokens is None else params.max_tokens
+        most = max(0, min(wanted, self.context - len(tokens), self.blocks.count * self.blocks.size - len(tokens)))
+        # The last token never goes through the model.
         stretch = self.runner.rotary.stretch(len(tokens) + most - 1)
         request = Request(id, tokens, params, most, arrival, priority, stretch, session)
-        sequence = Sequence(request, 0, list(tokens), forks=params.n > 1, matcher=matcher)
+        sequence = Sequence(request, 0, list(tokens) if most else list(tokens[:-1]), forks=params.n > 1, matcher=matcher)
         self._requests[id] = [sequence]
         if session is not None:
             self.sessions.setdefault(session, Session()).turn = id
@@ -315,7 +316,10 @@ class Engine:
             found.append(Problem("id", repr(id), "an id that no running request has"))
         if not tokens:
             found.append(Problem("prompt", "no tokens", "at least one"))
-        if len(tokens) >= room:
+        if params.max_tokens == 0:
+            if not 2 <= len(tokens) <= room + 1:
+                found.append(Problem("prompt", f"{len(tokens)} tokens to score", f"2 to {room + 1}: {why} is {room}", code=TOO_LONG))
+        elif len(tokens) >= room:
             found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}", code=TOO_LONG))
         elif params.max_tokens is not None and len(tokens) + params.max_tokens > room:
             asked = f"{params.max_tokens} after a prompt of {len(tokens)} tokens"
@@ -325,6 +329,9 @@ class Engine:
             wrong = sorted({t for t in ids if not 0 <= t < vocabulary})
             if wrong:
                 found.append(Problem(where, f"token {wrong[0]}", f"ids from 0 to {vocabulary - 1}"))
+        if params.prompt_logprobs_from and params.prompt_logprobs_from >= len(tokens):
+            expected = f"less than the prompt's {len(tokens)} tokens"
+            found.append(Problem("prompt_logprobs_from", str(params.prompt_logprobs_from), expected))
         if params.n > self.config.max_batch_size:
             found.append(Problem("n", str(params.n), f"at most {self.config.max_batch_size}, the sequences that run at once"))
         special = [
@@ -352,6 +359,8 @@ class Engine:
             raise RequestError(Problem(f"session {session}", "a turn is running", "one turn at a time"))
         if params.n > 1:
             raise RequestError(Problem("n", str(params.n), "1 in a session, which goes on from one text"))
+        if params.max_tokens == 0:
+            raise RequestError(Problem("max_tokens", "0", "at least 1 in a session, which goes on from its text"))
         return known.tokens
 
     def abort(self, id: str) -> list[Token]:
@@ -410,10 +419,9 @@ class Engine:
             return []
         try:
             states = self.runner.run(step)
-            ending = [(work, h[-1:]) for work, h in zip(step.work, states, strict=True) if work.ends]
+            ending = [(work, h[-1:]) for work, h in zip(step.work, states, strict=True) if work.ends and work.sequence.request.most_tokens]
             logits = self.runner.logits(torch.cat([h for _, h in ending])) if ending else None
-            for work, h in zip(step.work, states, strict=True):
-                self._score_prompt(work, h)
+            self._score_prompts(step.work, states)
             drawn = self._draw([work.sequence for work, _ in ending], logits) if logits is not None else []
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or self.ranks:  # other ranks wait for what this one did not compute
@@ -421,9 +429,10 @@ class Engine:
             # The largest share of the step is the likeliest cause; the others go on in the next one.
             failed = max(step.work, key=lambda work: work.count).sequence
             return self._give_up(failed, Finish.error, f"out of memory with {len(step.work)} sequences in a step")
+        scored = [work.sequence for work in step.work if work.ends and not work.sequence.request.most_tokens]
         for work in step.work:
             self.scheduler.advance(work)
-        found = self._settle(drawn)
+        found = self._settle(drawn) + [self._end_scored(sequence) for sequence in scored]
         if self.config.check and (problems := self.problems()):
             raise RuntimeError("the books of the KV cache are wrong: " + "; ".join(problems))
         return found
@@ -516,21 +525,27 @@ class Engine:
         session.tokens, session.blocks, session.turn = list(sequence.tokens), blocks, None
         self.sessions[number] = session
 
-    def _score_prompt(self, work: Work, h: Tensor) -> None:
-        """Notes the log-probabilities of the prompt's tokens that follow those of `work`."""
-        sequence = work.sequence
-        found = self._prompt_logprobs.get(sequence.request.id)
-        count = sequence.request.params.prompt_logprobs
-        if found is None or count is None or sequence.index:
-            return
-        rows = self.runner.prompt_chunks(len(h))
-        for start in range(0, len(h), rows):
-            wanted = [i for i in range(start, min(start + rows, len(h))) if work.start + i + 1 < len(found)]
-            if not wanted:
-                return
-            for i, row in zip(wanted, self.runner.logits(h[wanted[0] : wanted[-1] + 1]), strict=True):
-                at = work.start + i + 1
-                found[at] = logprob_of(row, sequence.tokens[at], count)
+    def _score_prompts(self, step: list[Work], states: list[Tensor]) -> None:
+        """Notes the log-probabilities of the prompts' tokens that follow those of `step`, whose `states` are."""
+        wanted: list[tuple[Sequence, int, Tensor]] = []  # whose token, its place in the prompt, what the head reads for it
+        for work, h in zip(step, states, strict=True):
+            sequence, params = work.sequence, work.sequence.request.params
+            if params.prompt_logprobs is None or sequence.index:
+                continue
+            first = work.start + work.count - len(h) + 1  # the token that the first row predicts
+            places = range(max(first, params.prompt_logprobs_from), min(first + len(h), sequence.prompt_length))
+            wanted += [(sequence, place, h[place - first]) for place in places]
+        rows = self.runner.prompt_chunks(len(wanted))
+        for start in range(0, len(wanted), rows):
+            part = wanted[start : start + rows]
+            for (sequence, place, _), row in zip(part, self.runner.logits(torch.stack([h for _, _, h in part])), strict=True):
+                params, found = sequence.request.params, self._prompt_logprobs[sequence.request.id]
+                found[place] = logprob_of(row, sequence.request.prompt[place], params.prompt_logprobs or 0)
+
+    def _end_scored(self, sequence: Sequence) -> Token:
+        """Ends a request for nothing but its prompt's log-probabilities."""
+        found = tuple(self._prompt_logprobs[sequence.request.id])
+        return replace(self._finish(sequence, Finish.length), prompt_logprobs=found)
 
     @torch.inference_mode()
     def hidden_states(self, tokens: Tokens[int]) -> Tensor:

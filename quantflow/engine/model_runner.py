@@ -24,15 +24,17 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Tensor]:
-        """What the head reads, `[n, H]` for each piece of work: of its last token, or of all where the prompt's log-probabilities are
-        asked for."""
+        """What the head reads, `[n, H]` for each piece of work: of its last token, and of those before it from which the prompt's
+        log-probabilities are wanted."""
         for source, target in step.copies:
             copy_block(self.caches, source, target)
         h = self.model.forward(self.inputs(step.work), self.caches, self._progress)
         found, at = [], 0
         for work in step.work:
-            first = at if work.sequence.request.params.prompt_logprobs is not None else at + work.count - 1
-            found.append(h[first : at + work.count])
+            params, first = work.sequence.request.params, work.count - 1
+            if params.prompt_logprobs is not None:
+                first = min(first, max(0, params.prompt_logprobs_from - 1 - work.start))
+            found.append(h[at + first : at + work.count])
             at += work.count
         return found
 

@@ -21,10 +21,13 @@ MOST_STOPS, MOST_STOP_LETTERS = 32, 512
 class SamplingParams:
     """How tokens are chosen and when to stop; everything wrong is reported at once, by RequestError.
 
-    max_tokens: None means as many as the context holds. min_tokens: neither end tokens nor stop strings end the text before. temperature
-    0 is greedy. top_k 0: off. min_p: of the most likely token's probability. repetition_penalty (Keskar et al. 2019) counts prompt and
-    output, presence_penalty and frequency_penalty the output. logprobs, prompt_logprobs: how many alternatives to report beside the
-    token itself, from the model's own distribution; None: nothing. seed: the same seed gives the same text; None: another each time.
+    max_tokens: None means as many as the context holds; 0, that the prompt's log-probabilities are all that is wanted, without a text: the
+    prompt's last token then does not go through the model, and it may be one token longer than the context. min_tokens: neither end tokens
+    nor stop strings end the text before. temperature 0 is greedy. top_k 0: off. min_p: of the most likely token's probability.
+    repetition_penalty (Keskar et al. 2019) counts prompt and output, presence_penalty and frequency_penalty the output. logprobs,
+    prompt_logprobs: how many alternatives to report beside the token itself, from the model's own distribution; None: nothing.
+    prompt_logprobs_from: tokens of the prompt before this one are not reported, and may come from the prefix cache. seed: the same seed
+    gives the same text; None: another each time.
     grammar: what the text may be; it ends where nothing can follow. skip_special_tokens: whether they are left out of the text.
     """
 
@@ -45,6 +48,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
 
@@ -54,7 +58,7 @@ class SamplingParams:
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
             object.__setattr__(self, name, value)
-        wrong = [*_outside(self, "max_tokens", int, 1, None), *_outside(self, "min_tokens", int, 0, None)]
+        wrong = [*_outside(self, "max_tokens", int, 0, None), *_outside(self, "min_tokens", int, 0, None)]
         for name, low, high in (
             ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -2, 2),
             ("frequency_penalty", -2, 2),
@@ -62,7 +66,7 @@ class SamplingParams:
             wrong += _outside(self, name, float, low, high)
         for name, low, most in (
             ("top_k", 0, None), ("n", 1, MOST_SEQUENCES), ("logprobs", 0, MOST_LOGPROBS), ("prompt_logprobs", 0, MOST_LOGPROBS),
-            ("seed", -(2**63), 2**64 - 1),
+            ("prompt_logprobs_from", 0, None), ("seed", -(2**63), 2**64 - 1),
         ):  # fmt: skip
             wrong += _outside(self, name, int, low, most)
         for name, least in (("top_p", 0.0), ("repetition_penalty", 0.01), ("temperature", LEAST_TEMPERATURE)):
@@ -85,6 +89,10 @@ class SamplingParams:
             or not all(_is(t, int, 0, None) for t in self.stop_token_ids)
         ):
             wrong.append(Problem("stop_token_ids", _shown(self.stop_token_ids), f"at most {MOST_BIASES} token ids"))
+        if not wrong and self.max_tokens == 0 and (self.prompt_logprobs is None or self.n > 1):
+            wrong.append(Problem("max_tokens", "0", "an integer of at least 1, or prompt_logprobs, and one text"))
+        if not wrong and self.prompt_logprobs_from and self.prompt_logprobs is None:
+            wrong.append(Problem("prompt_logprobs_from", str(self.prompt_logprobs_from), "with prompt_logprobs"))
         if not wrong and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             wrong.append(Problem("min_tokens", str(self.min_tokens), f"at most max_tokens, {self.max_tokens}"))
         if not wrong and self.grammar and (self.min_tokens or self.ignore_eos):
@@ -151,7 +159,7 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-    most_tokens: int  # to generate
+    most_tokens: int  # to generate; 0: the prompt is scored, without its last token going through the model
     arrival: int
     priority: int = 0
     rope_length: int = 0

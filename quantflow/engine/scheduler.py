@@ -96,7 +96,9 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Moves a waiting sequence to the running ones, if all of its tokens find room."""
         if not sequence.blocks and not sequence.computed:
-            tokens = () if sequence.request.params.prompt_logprobs is not None else sequence.tokens  # those want every token's logits
+            params, tokens = sequence.request.params, sequence.tokens
+            if params.prompt_logprobs is not None:  # those want the logits of every token, from the one before the first that is scored
+                tokens = tokens[: params.prompt_logprobs_from]
             sequence.blocks, sequence.chain = self.blocks.match(self.blocks.root(sequence.request.rope_length), tokens)
             sequence.sealed = len(sequence.blocks)
             sequence.computed = sequence.sealed * self.blocks.size

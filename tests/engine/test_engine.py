@@ -12,7 +12,7 @@ import torch
 
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.llm import LLM, Collector
-from quantflow.engine.request import Completion, Finish, SamplingParams
+from quantflow.engine.request import Completion, Finish, Output, SamplingParams
 from quantflow.errors import RequestError, ResourceError, UserError
 from tests.helpers.zoo import specimen, write
 
@@ -121,6 +121,50 @@ def test_log_probabilities_are_the_models_own(engine: Engine) -> None:
         assert found.rank > 3 or found.top[found.rank - 1] == (found.token, found.logprob)
 
 
+def scored(engine: Engine, tokens: list[int], **params: Any) -> Output:
+    collector = Collector(engine.submit(tokens, SamplingParams(prompt_logprobs=0, **params)))
+    for token in engine.tokens():
+        collector.add(token)
+    return collector.output()
+
+
+def test_a_prompt_is_scored_without_a_text(engine: Engine) -> None:
+    expected = scored(engine, PROMPT, max_tokens=1).prompt_logprobs
+    found = scored(engine, PROMPT, max_tokens=0)
+    assert found.prompt_logprobs == expected and len(expected) == len(PROMPT)
+    assert found.completions[0].token_ids == () and found.completions[0].finish == Finish.length
+    # From some token on: the same numbers, whether the tokens before come from the prefix cache or not.
+    first = scored(engine, PROMPT, max_tokens=0, prompt_logprobs_from=len(PROMPT) - 2)
+    assert first.prompt_logprobs == (*[None] * (len(PROMPT) - 2), *expected[-2:])
+    assert not engine.has_work and engine.problems() == []
+
+
+def test_what_is_not_scored_comes_from_the_prefix_cache(tiny: Path) -> None:
+    engine = Engine(tiny, EngineConfig(device="cpu", block_size=16, check=True))
+    tokens = [7 * i % 240 + 3 for i in range(70)]
+    whole = scored(engine, tokens, max_tokens=0)
+    for start, cached in ((0, 0), (16, 0), (17, 16), (48, 32), (69, 64)):
+        found = scored(engine, tokens, max_tokens=0, prompt_logprobs_from=start)
+        assert found.cached_tokens == cached
+        assert found.prompt_logprobs[max(1, start) :] == whole.prompt_logprobs[max(1, start) :]
+        assert not any(found.prompt_logprobs[: max(1, start)])
+
+
+def test_the_last_token_of_a_scored_prompt_needs_no_room(tiny: Path) -> None:
+    engine = Engine(tiny, EngineConfig(device="cpu", session_len=20, check=True))
+    tokens = list(range(3, 24))  # one more than the context
+    found = scored(engine, tokens, max_tokens=0)
+    assert found.prompt_logprobs[:19] == scored(engine, tokens[:19], max_tokens=1).prompt_logprobs
+    assert found.prompt_logprobs[20] is not None and found.prompt_logprobs[20].token == tokens[20]
+    for wrong, said in (([*tokens, 3], "2 to 21: the model's context is 20"), ([3], "1 tokens to score")):
+        with pytest.raises(RequestError, match=said):
+            scored(engine, wrong, max_tokens=0)
+    with pytest.raises(RequestError, match="less than the prompt's 3 tokens"):
+        scored(engine, [3, 4, 5], max_tokens=0, prompt_logprobs_from=3)
+    with pytest.raises(RequestError, match="in a session"):
+        engine.submit([3, 4, 5], SamplingParams(max_tokens=0, prompt_logprobs=0), session=1)
+
+
 # --- sessions
 
 
@@ -206,6 +250,7 @@ def test_a_request_that_can_never_be_served_is_refused_at_once(tiny: Path, promp
         {"repetition_penalty": 0}, {"presence_penalty": 3}, {"frequency_penalty": float("nan")}, {"logit_bias": {1: float("nan")}},
         {"logit_bias": {"1": 1.0}}, {"logit_bias": {i: 0.0 for i in range(2000)}}, {"n": 0}, {"n": 10**9}, {"stop": ("",)},
         {"stop": ("x",) * 100}, {"stop": ("x" * 10**6,)}, {"logprobs": 10**6}, {"min_tokens": 5, "max_tokens": 4}, {"seed": 2**70},
+        {"max_tokens": 0, "prompt_logprobs": 0, "n": 2}, {"prompt_logprobs_from": 3}, {"prompt_logprobs_from": -1, "prompt_logprobs": 0},
     ],
 )  # fmt: skip
 def test_parameters_out_of_bounds_are_refused_by_name(params: dict[str, Any]) -> None:
