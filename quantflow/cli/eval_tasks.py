@@ -1,0 +1,172 @@
+"""`quantflow eval --tasks`: questions with right answers, one model or two."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from quantflow.cli.console import console, progress
+from quantflow.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from quantflow.evaluate.significance import Paired
+    from quantflow.evaluate.tasks import Result, Settings, Task
+
+SHOWN = {"acc": "", "acc_norm": "normalised"}  # the metrics of the table, and of the paired test
+
+
+def spelled(text: str) -> str:
+    """A delimiter or stop string as it is typed in a shell: \\n is a new line, \\t a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def settings_of(files: list[str], delimiters: list[str], few_shot: int, limit: int | None, stop: list[str], most: int) -> list[Settings]:
+    """One a file. Raises UserError."""
+    from quantflow.evaluate.tasks import Settings
+
+    if len(delimiters) not in (0, 1, len(files)):
+        raise UserError(Problem("--delimiter", f"{len(delimiters)} of them", f"one, or {len(files)}: one a file, in their order"))
+    each = (delimiters or [" "]) * (1 if len(delimiters) > 1 else len(files))
+    stops = tuple(spelled(s) for s in stop) or ("\n",)
+    return [Settings(spelled(d), few_shot, limit, stops, most) for d in each]
+
+
+def evaluate_tasks(
+    model: str, reference: str | None, files: list[str], settings: list[Settings], *, batch: int, kv: str, mode: str, device: str,
+    output: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Answers every task with the model, then with the reference, one in memory at a time, and shows both.
+
+    JSON: model, reference, mode, kv, and how they ran (`engine`, `reference_engine`); `tasks`: by name, file, form, count, chance,
+    settings, and `model` and `reference`: acc, acc_norm, acc_bytes (value, interval of 95%), tokens, cut (questions whose context lost
+    its beginning), seconds, in the file of --output also items; `paired`, where there is a reference: by metric, difference, interval,
+    losses, gains, p, verdict; `all`: the same over all questions.
+    """
+    from quantflow.artifacts.store import write_json
+    from quantflow.evaluate.tasks import read_tasks
+
+    tasks = read_tasks(files, settings)
+    with progress() as watcher:
+        watcher.phase("tasks", sum(len(task.items) for task in tasks) * (2 if reference else 1))
+        found, ran = _answers(model, tasks, batch, kv, mode, device, watcher)
+        # The reference runs as it is: --kv is what is tried on the model.
+        others, other_ran = _answers(reference, tasks, batch, "auto", mode, device, watcher) if reference else ([], None)
+    record = _record(found, others)
+    record = {"model": model, "reference": reference, "mode": mode, "kv": kv, "engine": ran, "reference_engine": other_ran, **record}
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, {**record, "date": time.strftime("%Y-%m-%d"), "tasks": _record(found, others, items=True)["tasks"]})
+    if as_json:
+        print(json.dumps(record))
+        return
+    console.print(_scores(record))
+    for result in found:
+        tokens, cut = sum(a.tokens for a in result.answers), sum(a.cut for a in result.answers)
+        text = f"{result.task.name}: {tokens} tokens of answers, {result.count / max(result.seconds, 1e-9):.1f} questions a second"
+        console.print(text + (f"; {cut} longer than the model's context: their beginning was left out" if cut else ""), markup=False)
+    if others:
+        console.print(_pairs(record))
+        for name, entry in _entries(record):
+            for metric, shown in SHOWN.items():
+                console.print(f"{name}{f', {shown}' if shown else ''}: {entry['paired'][metric]['verdict']}", markup=False)
+
+
+def _answers(
+    path: str, tasks: list[Task], batch: int, kv: str, mode: str, device: str, watcher: Any
+) -> tuple[list[Result], dict[str, str]]:
+    from quantflow.engine.engine import Engine, EngineConfig, Mode
+    from quantflow.engine.kv_cache import KVPrecision
+    from quantflow.evaluate.tasks import answer
+    from quantflow.machine import resolve_device
+
+    # Small blocks: the choices of a question share its context in whole blocks.
+    options = EngineConfig(mode=Mode(mode), device=resolve_device(device), kv=KVPrecision(kv), max_batch_size=batch, block_size=16)
+    engine = Engine(path, options)
+    found = [answer(engine, task, batch, watcher.step) for task in tasks]
+    described = engine.describe()
+    engine.close()
+    del engine
+    gc.collect()  # before another model is loaded
+    return found, described
+
+
+def _record(found: list[Result], others: list[Result], *, items: bool = False) -> dict[str, Any]:
+    from quantflow.evaluate.significance import wilson_interval
+    from quantflow.evaluate.tasks import compare
+
+    tasks: dict[str, Any] = {}
+    pooled: dict[str, Paired] = {}
+    for i, result in enumerate(found):
+        task, own = result.task, result.task.settings
+        entry: dict[str, Any] = {
+            "file": task.path, "form": task.form, "count": result.count, "chance": task.chance,
+            "settings": {"delimiter": own.delimiter, "few_shot": own.few_shot, "stop": list(own.stop), "max_tokens": own.max_tokens},
+            "model": result.as_dict(items=items),
+        }  # fmt: skip
+        if others:
+            pairs = {metric: compare(result, others[i], metric) for metric in SHOWN}
+            pooled = {metric: pooled[metric] + pair if pooled else pair for metric, pair in pairs.items()}
+            entry |= {"reference": others[i].as_dict(items=items), "paired": {metric: pair.as_dict() for metric, pair in pairs.items()}}
+        tasks[task.name] = entry
+
+    def over_all(results: list[Result]) -> dict[str, Any]:
+        scores: dict[str, Any] = {}
+        for metric in SHOWN:
+            right = [one for result in results for one in result.right(metric)]
+            interval = wilson_interval(sum(right), len(right))
+            scores[metric] = {"value": sum(right) / len(right), "interval": [interval.low, interval.high]}
+        return scores
+
+    together: dict[str, Any] = {"count": sum(result.count for result in found), "model": over_all(found)}
+    if others:
+        together |= {"reference": over_all(others), "paired": {metric: pair.as_dict() for metric, pair in pooled.items()}}
+    return {"tasks": tasks, "all": together}
+
+
+def _scores(record: dict[str, Any]) -> Table:
+    """A row a task and model."""
+    table = _table(
+        "Right answers in percent, and intervals of 95%", "task", "questions", "chance", "model", "plain", "normalised", left=(0, 3)
+    )
+    for name, entry in _entries(record):
+        chance = entry.get("chance")
+        own = [name, str(entry["count"]), "" if chance is None else f"{chance * 100:.1f}"]
+        for which in ("model", "reference"):
+            if which in entry:
+                table.add_row(*own, Path(record[which]).name, *(_percent(entry[which][metric]) for metric in SHOWN))
+                own = ["", "", ""]
+    return table
+
+
+def _pairs(record: dict[str, Any]) -> Table:
+    """A row a task and metric."""
+    title = f"{Path(record['model']).name} less {Path(record['reference']).name}, in points"
+    table = _table(title, "task", "", "difference", "lost", "gained", "p", left=(0, 1))
+    for name, entry in _entries(record):
+        for metric, shown in SHOWN.items():
+            pair = entry["paired"][metric]
+            change = _percent({"value": pair["difference"], "interval": pair["interval"]}, "+")
+            table.add_row("" if shown else name, shown or "plain", change, str(pair["losses"]), str(pair["gains"]), f"{pair['p']:.2g}")
+    return table
+
+
+def _entries(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [*record["tasks"].items(), *([("all", record["all"])] if len(record["tasks"]) > 1 else [])]
+
+
+def _table(title: str, *names: str, left: tuple[int, ...]) -> Table:
+    table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    for i, column in enumerate(table.columns):
+        column.justify = "left" if i in left else "right"
+    return table
+
+
+def _percent(share: dict[str, Any], sign: str = "") -> str:
+    low, high = (f"{end * 100:{sign}.1f}" for end in share["interval"])
+    return f"{share['value'] * 100:{sign}.1f} ({low}, {high})"
