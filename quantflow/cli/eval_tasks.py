@@ -131,9 +131,7 @@ def _record(found: list[Result], others: list[Result], *, items: bool = False) -
 
 def _scores(record: dict[str, Any]) -> Table:
     """A row a task and model."""
-    table = _table(
-        "Right answers in percent, and intervals of 95%", "task", "questions", "chance", "model", "plain", "normalised", left=(0, 3)
-    )
+    table = _table("Right answers in percent, and intervals of 95%", "task", "n", "chance", "model", "plain", "normalised", left=(0, 3))
     for name, entry in _entries(record):
         chance = entry.get("chance")
         own = [name, str(entry["count"]), "" if chance is None else f"{chance * 100:.1f}"]
@@ -163,7 +161,7 @@ def _entries(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 def _table(title: str, *names: str, left: tuple[int, ...]) -> Table:
     table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
     for i, column in enumerate(table.columns):
-        column.justify = "left" if i in left else "right"
+        column.justify, column.no_wrap = ("left" if i in left else "right"), i > 3
     return table
 
 

@@ -91,8 +91,8 @@ class Paired:
         if self.p < 0.05:
             return f"{'worse' if self.difference < 0 else 'better'} by {points} (p = {self.p:.2g}); {excluded}"
         if not self.losses + self.gains:
-            return f"the same items right; {excluded}"
-        return f"no difference that {self.count} items can show (p = {self.p:.2g}); {excluded}"
+            return f"the same questions right; {excluded}"
+        return f"no difference that {self.count} questions can show (p = {self.p:.2g}); {excluded}"
 
     def as_dict(self) -> dict[str, object]:
         interval = self.interval
