@@ -1,0 +1,94 @@
+"""`quantflow eval` as it is typed: the form with text (its figures are tested in tests/evaluate), and the form with questions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.runs import invoke
+from tests.helpers.tiny import SENTENCES
+
+ROWS = [{"query": f"{SENTENCES[9 * i]} The", "choices": ["fox", "jumps over the river", "cat"], "gold": i % 3} for i in range(12)]
+ANSWERS = [{"query": f"{SENTENCES[i]}", "answer": "fox"} for i in range(5)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[object]:
+    return ["--tasks", write(tmp_path / "pets.jsonl", ROWS), "--tasks", write(tmp_path / "words.jsonl", ANSWERS), "--device", "cpu"]
+
+
+def test_one_model(tiny: Path, files: list[object], tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "scores.json"
+    arguments = ["eval", tiny, *files, "--delimiter", "\\nAnswer: ", "--delimiter", " ", "--max-tokens", "5", "--output", output]
+    found = json.loads(invoke(*arguments, "--json").stdout)
+    pets, words = found["tasks"]["pets"], found["tasks"]["words"]
+    assert pets["settings"]["delimiter"] == "\nAnswer: " and words["settings"]["delimiter"] == " "
+    assert (pets["form"], pets["count"], pets["chance"]) == ("multiple choice", 12, pytest.approx(1 / 3))
+    assert (words["form"], words["count"], words["chance"]) == ("exact match", 5, None)
+    assert found["reference"] is None and "reference" not in pets and "paired" not in found["all"] and "items" not in pets["model"]
+    written = json.loads(output.read_text())
+    items = written["tasks"]["pets"]["model"]["items"]
+    assert [item["line"] for item in items] == list(range(1, 13)) and all(len(item["logprobs"]) == 3 for item in items)
+    assert sum(item["acc"] for item in items) / 12 == pets["model"]["acc"]["value"]
+    right = [item["acc_norm"] for name in ("pets", "words") for item in written["tasks"][name]["model"]["items"]]
+    assert found["all"]["model"]["acc_norm"]["value"] == sum(right) / 17 and found["all"]["count"] == 17
+    table = invoke(*arguments)
+    assert table.exit_code == 0 and f"{pets['model']['acc']['value'] * 100:.1f} (" in table.stdout and "pets" in table.stdout
+
+
+def test_two_models(artifact: Path, files: list[object], tmp_path: Path) -> None:
+    reference, output = artifact.parents[1] / "model", tmp_path / "scores.json"
+    arguments = ["eval", artifact, "--reference", reference, *files, "--output", output, "--batch", "5", "--max-tokens", "3"]
+    found = json.loads(invoke(*arguments, "--json").stdout)
+    written = json.loads(output.read_text())["tasks"]
+    losses = gains = 0
+    for name, task in found["tasks"].items():
+        ours, theirs = ([item["acc"] for item in written[name][which]["items"]] for which in ("model", "reference"))
+        pair = task["paired"]["acc"]
+        assert pair["losses"] == sum(r and not m for m, r in zip(ours, theirs, strict=True))
+        assert pair["difference"] == pytest.approx(task["model"]["acc"]["value"] - task["reference"]["acc"]["value"])
+        assert pair["interval"][0] < pair["difference"] < pair["interval"][1]
+        losses, gains = losses + pair["losses"], gains + pair["gains"]
+    assert (found["all"]["paired"]["acc"]["losses"], found["all"]["paired"]["acc"]["gains"]) == (losses, gains)
+    assert "int8" in found["engine"]["KV cache"] and "int8" not in found["reference_engine"]["KV cache"]
+    text = invoke(*arguments).stdout
+    assert "artifact less model" in text and "excluded at 95%" in text
+    # The file says the same whatever the batch.
+    again = json.loads(invoke(*arguments, "--json", "--batch", "64").stdout)
+    for name, task in again["tasks"].items():
+        assert json.loads(output.read_text())["tasks"][name]["model"]["items"] == written[name]["model"]["items"]
+        assert task["paired"] == found["tasks"][name]["paired"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], ["2 problems", "--reference: not given", "--data: not given; expected text, or --tasks with questions"]),
+        (
+            ["--data", "x.txt", "--limit", "3", "--batch", "2"],
+            ["--limit: given without --tasks", "--batch: given", "--reference: not given"],
+        ),
+        (["--tasks", "PETS", "--data", "x.txt", "--engine"], ["--data: given with --tasks", "--engine: given with --tasks"]),
+        (["--tasks", "PETS", "--delimiter", "a", "--delimiter", "b"], ["--delimiter: 2 of them; expected one, or 1: one a file"]),
+        (["--tasks", "PETS", "--tasks", "PETS"], ["a second task called pets"]),
+        (["--tasks", "PETS", "--few-shot", "12"], ["12 questions; expected more than the 12"]),
+        (["--tasks", "PETS", "--reference", "nowhere"], ["nowhere: no such directory"]),
+        (["--tasks", "BAD"], ["bad.jsonl:1: not JSON", "bad.jsonl:2: an empty object"]),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(tiny: Path, tmp_path: Path, arguments: list[str], said: list[str]) -> None:
+    pets, bad = write(tmp_path / "pets.jsonl", ROWS), tmp_path / "bad.jsonl"
+    bad.write_text("{\n{}\n")
+    places = {"PETS": str(pets), "BAD": str(bad)}
+    result = invoke("eval", tiny, *(places.get(part, part) for part in arguments))
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and all(part in message for part in said), message
+    assert "Traceback" not in message and not result.stdout
