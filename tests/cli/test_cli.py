@@ -80,7 +80,10 @@ def test_the_verbs_and_their_options() -> None:
             "--granularity", "--output", "--fresh", "--device", "--json", "--debug",
         },
         "inspect": {"--json", "--debug"},
-        "eval": {"--reference", "--data", "--windows", "--length", "--skip", "--engine", "--kv", "--device", "--json", "--debug"},
+        "eval": {
+            "--reference", "--data", "--windows", "--length", "--skip", "--engine", "--tasks", "--delimiter", "--few-shot", "--limit",
+            "--batch", "--stop", "--max-tokens", "--output", "--mode", "--kv", "--device", "--json", "--debug",
+        },
         "verify": {"--reference", "--device", "--json", "--debug"},
         "generate": {
             "--prompt", "--chat", "--max-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed", "--stop",

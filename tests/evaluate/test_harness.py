@@ -178,11 +178,14 @@ def test_generation_settings(model: Any, artifact: Path) -> None:
 
 
 @needs_lm_eval
-def test_a_wrong_batch_size_is_said(tiny: Path) -> None:
+def test_what_lm_eval_passes_on_by_itself(tiny: Path) -> None:
     from quantflow.evaluate.harness_model import QuantFlowLM
 
     with pytest.raises(UserError, match="batch_size: 'many'; expected a number, or auto"):
         QuantFlowLM(str(tiny), batch_size="many")
+    with pytest.raises(UserError, match="device: 'cuda:3'; expected auto, cpu or cuda"):
+        QuantFlowLM(str(tiny), device="cuda:3")
+    assert QuantFlowLM(str(tiny), device="cuda:0").batch_size == 64  # lm_eval's own default, on any machine
 
 
 def test_without_lm_eval_it_is_said_what_to_install() -> None:
