@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from quantflow.cli.console import console, progress
-from quantflow.errors import Problem, UserError
+from quantflow.errors import OutputError, Problem, UserError
 
 if TYPE_CHECKING:
     from quantflow.evaluate.significance import Paired
@@ -52,6 +52,10 @@ def evaluate_tasks(
     from quantflow.evaluate.tasks import read_tasks
 
     tasks = read_tasks(files, settings)
+    if output:  # said before the work, not after it
+        if output.is_dir():
+            raise OutputError(Problem(f"--output {output}", "a directory", "a file"))
+        output.parent.mkdir(parents=True, exist_ok=True)
     with progress() as watcher:
         watcher.phase("tasks", sum(len(task.items) for task in tasks) * (2 if reference else 1))
         found, ran = _answers(model, tasks, batch, kv, mode, device, watcher)
@@ -60,7 +64,6 @@ def evaluate_tasks(
     record = _record(found, others)
     record = {"model": model, "reference": reference, "mode": mode, "kv": kv, "engine": ran, "reference_engine": other_ran, **record}
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, {**record, "date": time.strftime("%Y-%m-%d"), "tasks": _record(found, others, items=True)["tasks"]})
     if as_json:
         print(json.dumps(record))
@@ -80,6 +83,8 @@ def evaluate_tasks(
 def _answers(
     path: str, tasks: list[Task], batch: int, kv: str, mode: str, device: str, watcher: Any
 ) -> tuple[list[Result], dict[str, str]]:
+    import torch
+
     from quantflow.engine.engine import Engine, EngineConfig, Mode
     from quantflow.engine.kv_cache import KVPrecision
     from quantflow.evaluate.tasks import answer
@@ -92,7 +97,9 @@ def _answers(
     described = engine.describe()
     engine.close()
     del engine
-    gc.collect()  # before another model is loaded
+    gc.collect()  # before another model is loaded, whose cache takes a share of what is free
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return found, described
 
 

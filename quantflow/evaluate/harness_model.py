@@ -36,9 +36,9 @@ class QuantFlowLM(TemplateLM):  # type: ignore[misc]
         if str(batch_size) != "auto" and not str(batch_size).isdecimal():
             raise UserError(Problem("batch_size", repr(batch_size), "a number, or auto"))
         self.batch_size = (max_batch_size or BATCH) if str(batch_size) == "auto" else int(batch_size)
+        where = "auto" if device in (None, "cuda:0") else device  # lm_eval says cuda:0 where its user says nothing, GPU or not
         options: dict[str, Any] = {
-            # lm_eval says cuda:0 where its user says nothing, with or without a GPU.
-            "kv": kv, "mode": mode, "dtype": dtype, "device": "auto" if device in (None, "cuda:0") else device, "session_len": max_length, "tp": tp, "dialogue": dialogue,
+            "kv": kv, "mode": mode, "dtype": dtype, "device": where, "session_len": max_length, "tp": tp, "dialogue": dialogue,
             "cache_bytes": cache_bytes,
         }  # fmt: skip
         self.engine = Engine(pretrained, EngineConfig(max_batch_size=self.batch_size, block_size=16, **options))

@@ -81,6 +81,7 @@ def test_two_models(artifact: Path, files: list[object], tmp_path: Path) -> None
         (["--tasks", "PETS", "--tasks", "PETS"], ["a second task called pets"]),
         (["--tasks", "PETS", "--few-shot", "12"], ["12 questions; expected more than the 12"]),
         (["--tasks", "PETS", "--reference", "nowhere"], ["nowhere: no such directory"]),
+        (["--tasks", "PETS", "--output", "/"], ["--output /: a directory; expected a file"]),
         (["--tasks", "BAD"], ["bad.jsonl:1: not JSON", "bad.jsonl:2: an empty object"]),
     ],
 )
