@@ -318,7 +318,11 @@ class Engine:
             found.append(Problem("prompt", "no tokens", "at least one"))
         if params.max_tokens == 0:
             if not 2 <= len(tokens) <= room + 1:
-                found.append(Problem("prompt", f"{len(tokens)} tokens to score", f"2 to {room + 1}: {why} is {room}", code=TOO_LONG))
+                found.append(
+                    Problem(
+                        "prompt", f"{len(tokens)} tokens to score", f"2 to {room + 1}: {why} is {room}", code=TOO_LONG if tokens[2:] else ""
+                    )
+                )
         elif len(tokens) >= room:
             found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}", code=TOO_LONG))
         elif params.max_tokens is not None and len(tokens) + params.max_tokens > room:

@@ -128,7 +128,7 @@ def generate(engine: Engine, prompts: Iterable[Prompt], batch: int) -> Iterator[
     """What comes of each prompt, in their order.
 
     Prompts are taken as there is room: no more than `batch` are run or wait for a neighbour that begins alike, whose part of the prefix
-    cache they then share. Raises ResourceError where one could not be finished.
+    cache they then share. Nothing else may use the engine meanwhile. Raises ResourceError where one could not be finished.
     """
     remaining, jobs, running = iter(prompts), deque[_Job](), dict[str, tuple[_Job, Collector]]()
     leader: _Job | None = None
