@@ -27,9 +27,14 @@ KV_SUFFIXES = (".k_scale", ".v_scale", ".q_scale", ".k_zero_point", ".v_zero_poi
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The directory that holds the checkpoint: `path`, or the first of an artifact's several formats that is an exact one."""
+    """The directory that holds the checkpoint: `path`, or the first of an artifact's several formats that is an exact one.
+
+    Raises ModelError for an artifact that holds none, only `calibrate`'s statistics."""
     if not (path / "config.json").is_file() and not gguf_file(path) and not is_workspace(path) and (path / MANIFEST).is_file():
         folders = read_json(path / MANIFEST).get("formats")
+        if folders == {}:
+            hint = "Its recipe has no pack stage: calibration.safetensors is all that it made"
+            raise ModelError(Problem(str(path), "an artifact of statistics alone", "one that holds a checkpoint", hint))
         if isinstance(folders, dict) and folders:
             places = {str(name): Path(str(place)) for name, place in folders.items()}
             if outside := [place for place in places.values() if place.is_absolute() or ".." in place.parts]:

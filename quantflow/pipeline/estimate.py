@@ -56,7 +56,7 @@ def estimate(plan: Plan) -> Estimate:
     # Activations are freed before a group is solved, but most of their blocks are too small for the C library to give them back.
     if gptq:
         memory = layer * 5 // 2 + _solver_bytes(plan) + batch + held
-    elif plan.needs_stream:
+    elif plan.needs_stream or not plan.rounds:
         memory = layer * 5 // 2 + max(4 * widest, batch) + held
     else:
         memory = layer * 3  # this layer's weights and the next one's, codes, and what is being saved; not all at their largest at once
@@ -70,13 +70,14 @@ def estimate(plan: Plan) -> Estimate:
         in_head = 2 * config.vocabulary * config.hidden * 4 + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
         sampled = config.layers * SAMPLED * config.hidden * 4
         memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + sampled + max(in_layers, in_head))
-    packed = sum(p.scheme.stored_bytes(p.shape) for p in plan.linears if p.scheme) + sum(
-        p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None
-    )
+    packed = sum(p.scheme.stored_bytes(p.shape) for p in plan.linears if p.scheme)
+    if plan.rounds:
+        packed += sum(p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None)
     outputs = sum(written_bytes(prepared.job) for prepared in plan.prepared)
     tokens = (plan.stream_windows * calibration.seqlen) if calibration else 0
     parameters = sum(per_layer.values())
-    flops = tokens * parameters * 2 * (1.5 + 1.0 * bool(plan.stage(Calibrate)))
+    measured = calibration.samples * calibration.seqlen if calibration and plan.stage(Calibrate) else 0
+    flops = 2 * parameters * (1.5 * tokens + measured)
     if gptq:
         flops += sum(
             tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2) + 6 * p.shape[0] * p.shape[1] ** 2 for p in plan.linears

@@ -9,7 +9,7 @@ import errno
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +21,7 @@ from quantflow.calibration.data import documents
 from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format, fitting_group
+from quantflow.formats.huggingface import HuggingFace
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -89,9 +90,14 @@ class Plan:
         return scale_dtypes(self.config.dtype)
 
     @property
+    def rounds(self) -> bool:
+        """Whether a stage changes the weights; a recipe of `calibrate` and `kv_qparams` alone only measures."""
+        return any(self.stage(kind) for kind in (Gptq, Rtn, Nf4))
+
+    @property
     def needs_stream(self) -> bool:
-        """Whether hidden states must be carried from layer to layer."""
-        return any(self.stage(kind) for kind in (Awq, Gptq, KvQparams))
+        """Whether hidden states of the quantised model must be carried from layer to layer."""
+        return self.rounds and any(self.stage(kind) for kind in (Awq, Gptq, KvQparams))
 
     @property
     def reads_calibration(self) -> bool:
@@ -131,12 +137,17 @@ class Plan:
         index = bool(gptq and gptq.act_order == "dynamic")
         return tuple(
             prepare(
-                self.checkpoint, FORMATS[pack.format], {i: self.schemes(i) for i in range(self.config.layers)}, indexed=lambda _: index,
+                self.checkpoint, self._format(pack), {i: self.schemes(i) for i in range(self.config.layers)}, indexed=lambda _: index,
                 max_shard_bytes=pack.max_shard_size, ranks=self.tp, requantize=pack.requantize,
                 default=Scheme(weights.bits, weights.group_size, weights.symmetric),
             )
             for pack in self.packs
         )  # fmt: skip
+
+    def _format(self, pack: Pack) -> Format:
+        form = FORMATS[pack.format]
+        # Weights that nobody rounded are written as they are stored.
+        return form if self.rounds or not isinstance(form, HuggingFace) else replace(form, dtype=None)
 
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
 
@@ -226,6 +237,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
 def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
     weights = recipe.weights
     nf4 = next((stage for stage in recipe.stages if isinstance(stage, Nf4)), None)
+    rounds = any(isinstance(stage, (Gptq, Rtn, Nf4)) for stage in recipe.stages)
     for i in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(i)
         for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, i).items():
@@ -246,6 +258,8 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
                         base.symmetric if override.symmetric is None else override.symmetric,
                     )
                     reason = ""
+            if not rounds:
+                scheme, reason = None, "no stage rounds the weights"
             if scheme and nf4:
                 scheme = Scheme(4, NF4_BLOCK, True, "nf4", nf4.double_quant)
             yield LinearPlan(i, name, module, shape, scheme, reason)
@@ -257,8 +271,13 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     found: dict[tuple[str, str], Problem] = {}
     problems: list[Problem] = []
     linears = {linear.module: linear for linear in plan.linears}
-    if not any(linear.scheme for linear in plan.linears):
+    if plan.rounds and not any(linear.scheme for linear in plan.linears):
         problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
+    if not plan.rounds:
+        plain = [name for name, form in FORMATS.items() if form.dtype or form.container != "directory"]
+        expected, hint = f"one of {', '.join(plain)}, which hold plain weights", "Add `- rtn`, or `- gptq`, to quantise them"
+        wrong = [pack for pack in plan.packs if pack.format not in plain]
+        problems += [Problem(f"pack {pack.format}", "no stage rounds the weights", expected, hint) for pack in wrong]
     for pack, prepared in zip(plan.packs, plan.prepared, strict=True):
         for problem in prepared.modules:
             linear = linears[problem.where]
@@ -337,7 +356,7 @@ def _doubtful(plan: Plan, pack: Pack) -> list[Problem]:
     if pack.format == "gguf" and asymmetric:
         found = f"asymmetric weights ({asymmetric[0]}): some of their minimums -zero * scale are no exact float16"
         problems.append(Problem(where, found, "weights.symmetric: true, which Q4_0 holds exactly", hint))
-    if pack.format == "turbomind" and plan.config.dtype == "bfloat16":
+    if pack.format == "turbomind" and plan.rounds and plan.config.dtype == "bfloat16":
         found = "embeddings and norms in bfloat16, of which int4 workspaces hold what float16 does"
         problems.append(Problem(where, found, "a float16 model", hint))
     kv = plan.stage(KvQparams)

@@ -33,7 +33,7 @@ from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.report import make_report, portable
-from quantflow.pipeline.sweep import SweepReader, check_complete, sweep
+from quantflow.pipeline.sweep import MeasuredReader, SweepReader, check_complete, sweep
 from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams
@@ -110,7 +110,7 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
     for key in (identity.calibrate, identity.sweep):
         plan.store.drop_streams(key)  # of a run that was killed after its last layer
     clock.lap("sweep")
-    reader = SweepReader(plan.store, identity.sweep)
+    reader = SweepReader(plan.store, identity.sweep) if plan.rounds else MeasuredReader(plan.store, identity.calibrate)
     check_complete(reader, plan)
     place = plan.output.resolve()  # where the current folder is the output, it is another one afterwards
     with building(place) as folder:
@@ -171,7 +171,7 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
          source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant", "report")]
     )  # fmt: skip
     kv = plan.stage(KvQparams)
-    settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json")
+    settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json") if plan.packs else None
     evaluate = digest(
         ["evaluate", sweep_key, held_out.digest if held_out else "", settings, first, plan.device, plan.measures_engine,
          source_digest("evaluate", "engine", "models", "formats", "quant", "stages")]
@@ -279,25 +279,27 @@ def _evaluate(
     plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: Path, held_out: Windows, progress: Progress
 ) -> dict[str, Any]:
     """variant -> its `figures` and its `profile`, from the store where they were measured before: `weights`, and with kv_qparams `kv` and
-    `weights_and_kv`."""
+    `weights_and_kv`; `kv` alone, of what was written, where no stage rounds the weights."""
     settings = plan.stage(KvQparams)
     stored = plan.store.read_json(identity.evaluate, "quality")
     if isinstance(stored, dict) and all(isinstance(found, dict) and {"figures", "profile"} <= set(found) for found in stored.values()):
         return stored
     reference = Weights(plan.checkpoint.path)
+    full = MeasuredReader(plan.store, identity.calibrate)
 
     # The full-precision model's own extremes: AWQ rescales v, so the quantised model's parameters would not fit it.
     def original(index: int) -> dict[str, KVParameters]:
         assert settings is not None
-        file = TensorFile(plan.store.layer(identity.calibrate, index))
-        extremes = {n: file.read(n) for n in file.tensors if n.startswith(("key.", "value."))}
-        return layer_parameters(extremes, settings)
+        return layer_parameters(full.kv(index), settings)
 
     def quantised(index: int) -> dict[str, KVParameters]:
         return _kv_parameters(plan, reader, index)
 
     variants: dict[str, Model]
-    if plan.measures_engine:
+    if not plan.rounds:
+        cached = Variant(Weights(checkpoint), rounding(original))
+        variants = {"kv": _running(plan, checkpoint, original) if plan.measures_engine else cached}
+    elif plan.measures_engine:
         variants = {"weights": _running(plan, checkpoint, None)}
         if settings:
             variants["kv"] = _running(plan, plan.checkpoint.path, original)

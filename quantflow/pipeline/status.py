@@ -11,15 +11,18 @@ from quantflow.pipeline.windows import recipe_windows
 
 
 def stored_layers(plan: Plan) -> int | None:
-    """Finished layers of the sweep; None where the weights have never been hashed, or the text is not at hand."""
+    """Finished layers of the sweep, or of `calibrate` where that is all.
+
+    None where the weights have never been hashed, or the text is not at hand."""
     digests = plan.store.cached_digests(plan.checkpoint.files)
     if digests is None:
         return None
     calibration = plan.recipe.calibration
     windows = Windows([], frozenset(), "")
-    if plan.needs_stream and calibration:
+    if (plan.needs_stream or not plan.rounds) and calibration:
         if not Path(calibration.file or calibration.data).is_file():
             return None
         windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.tokenizer_path), calibration)
-    key = plan.sweep_key(plan.weights_key(digests.values()), windows.digest)
+    weights = plan.weights_key(digests.values())
+    key = plan.sweep_key(weights, windows.digest) if plan.rounds else plan.calibrate_key(weights, windows.digest)
     return plan.store.finished_layers(key, plan.config.layers)

@@ -74,7 +74,7 @@ def sweep(plan: Plan, store: Store, keys: tuple[str, str], tokens: list[list[int
         if plan.stage(Calibrate) and store.finished_layers(calibrate_key, config.layers) < config.layers:
             progress.phase("calibrate", config.layers)
             _pass(context, calibrate_key, tokens, progress, _calibrate, inner=False)
-        if store.finished_layers(sweep_key, config.layers) < config.layers:
+        if plan.rounds and store.finished_layers(sweep_key, config.layers) < config.layers:
             progress.phase("quantise", config.layers)
             _pass(context, sweep_key, tokens[: plan.stream_windows], progress, _quantise, inner=True)
 
@@ -437,6 +437,20 @@ class SweepReader:
     def kv(self, index: int) -> dict[str, Tensor]:
         file = self.file(index)
         return {n.removeprefix("kv."): file.read(n) for n in file.tensors if n.startswith("kv.")}
+
+
+class MeasuredReader(SweepReader):
+    """What `calibrate` alone leaves: no tensor is changed, and the extremes of K and V are the full-precision model's."""
+
+    def report(self, index: int) -> dict[str, Any]:
+        return {"linears": {}, "awq": []}
+
+    def changed(self, index: int | None, name: str) -> Tensor | None:
+        return None
+
+    def kv(self, index: int) -> dict[str, Tensor]:
+        file = self.file(index)
+        return {n: file.read(n) for n in file.tensors if n.startswith(("key.", "value."))}
 
 
 def check_complete(reader: SweepReader, plan: Plan) -> None:

@@ -485,16 +485,23 @@ def _check_together(source: _Source) -> Iterator[Problem]:
     listed = source.place(("stages",))
 
     rounding = [name for name in ROUNDING if name in names]
-    if complete and not rounding:
+    # A recipe may measure alone: LMDeploy's users take the KV cache's parameters of a model whose weights stay as they are.
+    measures = not rounding and source.data.get("weights") is None and "awq" not in names
+    measures = measures and bool({"calibrate", "kv_qparams"} & set(names))
+    if complete and not rounding and not measures:
         hint = "awq only scales: add `- rtn` or `- gptq` after it" if "awq" in names else "Add `- rtn`, or `- gptq` with calibration data"
+        if "awq" not in names and "calibrate" in names:
+            hint += "; a recipe that only measures has no `weights`"
         yield Problem(at.get("awq", listed), "no stage rounds the weights", f"exactly one of {', '.join(ROUNDING)}", hint)
+    if complete and measures and "evaluate" in names and "kv_qparams" not in names:
+        yield Problem(at["evaluate"], "evaluate where nothing changes the model", "a stage that rounds the weights, or `- kv_qparams`")
     if len(rounding) > 1:
         verb = "both" if len(rounding) == 2 else "all of"
         found = f"{verb} {' and '.join(rounding)} round the weights"
         yield Problem(max((at[n] for n in rounding), key=_line), found, "exactly one of them")
     if "nf4" in names:
         yield from _check_nf4(source, at)
-    if complete and "pack" not in names:
+    if complete and "pack" not in names and not (measures and set(names) <= {"calibrate", "kv_qparams"}):
         yield Problem(listed, "no stage writes a checkpoint", "at least one `- pack: {format: …}`")
     if complete and "kv_qparams" in names and "calibrate" not in names:
         yield Problem(at["kv_qparams"], "kv_qparams without calibrate", "`- calibrate` first, for the ranges of K and V")

@@ -9,5 +9,6 @@ VARIANTS = {"weights": "quantised weights", "kv": "int8 KV only", "weights_and_k
 
 
 def deployed(variants: Mapping[str, Any]) -> Any | None:
-    """Of what was measured of each variant, that of what will run: weights and KV cache together where the recipe has both."""
-    return variants.get("weights_and_kv") or variants.get("weights")
+    """Of what was measured of each variant, that of what will run: weights and KV cache together where the recipe has both. None where
+    nothing was measured."""
+    return next((variants[name] for name in ("weights_and_kv", "weights", "kv") if name in variants), None)

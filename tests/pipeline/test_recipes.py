@@ -46,6 +46,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral_w4": config(
         "mixtral", 4096, 14336, 32, 32, 8, 32000, 32768, rope_theta=1e6, sliding_window=None, num_local_experts=8, num_experts_per_tok=2
     ),
+    "calibrate": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
+    "kv_qparams": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
+    "auto_awq": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
     "opt-125m_w4": {
         "model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50272,
         "max_position_embeddings": 2048, "do_layer_norm_before": True, "word_embed_proj_dim": 768, "activation_function": "relu",
