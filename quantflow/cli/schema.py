@@ -1,16 +1,23 @@
-"""`quantflow schema`: the JSON schema of recipes, for editors."""
+"""`quantflow schema`: the JSON schema of recipes, for editors, or the same as a page to read."""
 
 from __future__ import annotations
 
 import json
+from typing import Annotated
+
+import typer
 
 from quantflow.cli.console import reporting
 from quantflow.cli.options import Debug
 
 
-def schema(debug: Debug = False) -> None:
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference of recipes instead: docs/recipe.md.")] = False,
+    debug: Debug = False,
+) -> None:
     """Print the JSON schema of a recipe."""
     with reporting(debug):
         from quantflow.recipe import json_schema
+        from quantflow.recipe.reference import markdown as page
 
-        print(json.dumps(json_schema(), indent=2))
+        print(page() if markdown else json.dumps(json_schema(), indent=2))

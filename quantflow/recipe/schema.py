@@ -100,7 +100,7 @@ class Weights(Section):
 
 
 class Calibrate(Section):
-    """Take statistics of every linear's input, and of K and V per head and channel."""
+    """Take statistics of every linear's input and output, and of K and V per head and channel."""
 
     name: ClassVar[str] = "calibrate"
 

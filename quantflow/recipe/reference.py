@@ -1,0 +1,122 @@
+"""The reference of recipes as a page of Markdown, made from the schema: `quantflow schema --markdown`, docs/recipe.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from quantflow.recipe.schema import STAGE_TYPES, json_schema
+
+Json = dict[str, Any]
+
+# Under the heading of each section. Of stages, an entry of `stages`; of the others, what stands at the top level of a recipe.
+EXAMPLES = {
+    "Recipe": "name: mine\nmodel: ./my-model\nseed: 0\nstages:\n  - rtn\n  - pack: {format: gptq}",
+    "calibration": "calibration: {data: c4, file: ./c4.jsonl, samples: 128, seqlen: 2048}",
+    "weights": 'weights:\n  bits: 4\n  group_size: 128\n  ignore: [lm_head, "*.layers.0.*"]\n'
+    '  overrides:\n    - {match: "*.down_proj", bits: 8}',
+    "weights.overrides": 'weights: {overrides: [{match: "*.down_proj", group_size: 64}, {match: "*.k_proj", ignore: true}]}',
+    "calibrate": "- calibrate",
+    "awq": "- awq: {grid: 20, clip: true}",
+    "gptq": "- gptq: {act_order: static, damp: 0.01}",
+    "rtn": "- rtn: {range_search: true}",
+    "nf4": "- nf4: {double_quant: true}",
+    "kv_qparams": "- kv_qparams: {symmetric: false, granularity: tensor}",
+    "pack": "- pack: {format: compressed-tensors, max_shard_size: 2GB}",
+    "shard": "- shard: {tp: 2}",
+    "evaluate": "- evaluate: {data: wikitext2, file: ./wikitext2.txt, windows: 32, length: 2048}",
+    "evaluate.gates": "- evaluate: {data: demo, gates: {kl_mean: 0.05, kl_p99: 0.5, top1: 0.9, perplexity_ratio: 1.05}}",
+}
+_INTRODUCTION = """\
+<!-- Made by `quantflow schema --markdown`: change quantflow/recipe/schema.py or reference.py, not this page. -->
+# Recipes
+
+A recipe is one YAML file. Every key is listed here with its type, its range and its default; a key that is not listed is an error, and all
+errors of a recipe are shown at once, each with its line. `--set dotted.path=value` changes one value for one run
+(`--set weights.bits=8`, `--set stages.gptq.damp=0.05`, `--set stages.5.format=awq` for the sixth stage). Numbers are YAML 1.2's: `1e-2` is
+one hundredth, `010` is ten. An editor with a YAML language server checks recipes against what `quantflow schema` prints.
+
+A relative path is looked for in the current directory, in the recipe's, and in the one above that.
+"""
+_STAGES = """\
+## Stages
+`stages` is a list, in this order: {names}.
+An entry is a name, or one name with its settings. A recipe has one of gptq, rtn and nf4, and at least one pack, one for each format.
+A recipe without `weights` that has `calibrate` may leave the rounding out, and then changes no weight; with `calibrate` and `kv_qparams`
+alone it needs no pack either (`recipes/calibrate.yaml`, `recipes/kv_qparams.yaml`).
+"""
+
+
+def markdown() -> str:
+    """The whole page. Raises KeyError for a section that has no example above."""
+    schema = json_schema()
+    definitions = schema["$defs"]
+    parts = [_INTRODUCTION, *_section("Recipe", schema, definitions, level=2)]
+    for key, value in schema["properties"].items():
+        if inner := _definition(value, definitions):
+            parts += _sections(key, inner, definitions, level=2)
+    parts.append(_STAGES.format(names=", ".join(STAGE_TYPES)))
+    for name, kind in STAGE_TYPES.items():
+        parts += _sections(name, definitions[kind.__name__], definitions, level=3, page=f"stages/{name}.md")
+    return "\n".join(parts).rstrip("\n")
+
+
+def _definition(value: Json, definitions: Json) -> Json | None:
+    """The section that a key holds, or holds a list of; None for a plain value."""
+    places = [value, value.get("items", {}), *value.get("anyOf", [])]
+    name = next((place["$ref"].rpartition("/")[2] for place in places if "$ref" in place), None)
+    return definitions[name] if name else None
+
+
+def _sections(title: str, schema: Json, definitions: Json, *, level: int, page: str = "") -> Iterator[str]:
+    """A section, and those that its keys hold."""
+    yield from _section(title, schema, definitions, level=level, page=page)
+    for key, value in schema.get("properties", {}).items():
+        if inner := _definition(value, definitions):
+            yield from _sections(f"{title}.{key}", inner, definitions, level=level)
+
+
+def _section(title: str, schema: Json, definitions: Json, *, level: int, page: str = "") -> Iterator[str]:
+    yield f"{'#' * level} {'A recipe' if title == 'Recipe' else f'`{title}`'}"
+    more = f" [More]({page})." if page else ""
+    yield " ".join(schema["description"].split()) + more + "\n"
+    if schema.get("properties"):
+        yield "| key | value | default | |\n|---|---|---|---|"
+        required = schema.get("required", [])
+        for key, value in schema["properties"].items():
+            meant = value.get("description") or (_definition(value, definitions) or {}).get("description", "")
+            description = meant.replace("|", "\\|").replace("<", "&lt;")
+            yield f"| `{key}` | {_values(value)} | {'required' if key in required else _default(value)} | {description} |"
+        yield ""
+    yield f"```yaml\n{EXAMPLES[title]}\n```\n"
+
+
+def _default(value: Json) -> str:
+    default = value.get("default")
+    if default is None or isinstance(default, dict) or default == []:
+        return "–"
+    shown = {True: "true", False: "false"}.get(default, default) if isinstance(default, bool) else default
+    return f"`[{', '.join(shown)}]`" if isinstance(shown, list) else f"`{shown}`"
+
+
+def _values(value: Json) -> str:
+    """What a key takes, in words."""
+    if "$ref" in value:
+        return "a mapping"
+    if "anyOf" in value:
+        choices = [_values(choice) for choice in value["anyOf"] if choice.get("type") != "null"]
+        return " or ".join(dict.fromkeys(choices))
+    if "const" in value:
+        return f"`{value['const']}`"
+    if "enum" in value:
+        return ", ".join(f"`{choice}`" for choice in value["enum"])
+    if value.get("type") == "array":
+        return "a list of mappings" if "$ref" in value["items"] or "anyOf" in value["items"] else "a list of texts"
+    kind = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "`true`, `false`"}[value["type"]]
+    bounds = (("minimum", "at least"), ("exclusiveMinimum", "more than"), ("maximum", "at most"), ("exclusiveMaximum", "less than"))
+    said = [f"{words} {_number(value[bound])}" for bound, words in bounds if bound in value]
+    return ", ".join([kind, *said])
+
+
+def _number(value: float) -> str:
+    return "2^63" if value == 2**63 else f"{value:g}" if value < 1e6 else str(value)
