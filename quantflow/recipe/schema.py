@@ -121,7 +121,7 @@ class Gptq(Section):
     act_order: Literal["none", "static", "dynamic"] = Field(
         default="static",
         description="Order of the columns. static: by importance, groups stay contiguous, every format holds it. "
-        "dynamic: groups follow the order (g_idx), for the GPTQ formats and compressed-tensors.",
+        "dynamic: groups follow the order (g_idx), for the GPTQ formats and plain weights.",
     )
     damp: float = Field(0.01, gt=0, lt=1, description="Added to the Hessian's diagonal, as a share of its mean.")
     range_search: bool = Field(
