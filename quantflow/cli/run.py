@@ -58,7 +58,7 @@ def run(
 def _show(report: dict[str, Any]) -> None:
     lines = report["linears"]
     errors = sorted(line["error"] for line in lines.values() if "error" in line)
-    text = f"{len(lines)} linears quantised, {len(report['kept'])} kept"
+    text = f"{len(lines)} linears quantised, {len(report['kept'])} kept" if lines else "No weight was changed"
     if errors:
         text += f"; output error: median {errors[len(errors) // 2]:.2e}, largest {errors[-1]:.2e}"
     console.print(text + ".")

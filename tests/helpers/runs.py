@@ -88,10 +88,10 @@ def make_bench(root: Path, **config: Any) -> Bench:
     return bench
 
 
-def invoke(*arguments: object) -> Result:
-    """The command line, in this process; an exception that it does not turn into a message is raised."""
+def invoke(*arguments: object, text: str | None = None) -> Result:
+    """The command line, in this process; an exception that it does not turn into a message is raised. text: what is typed."""
     torch.set_num_threads(1)
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input=text)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -100,6 +100,32 @@ def invoke(*arguments: object) -> Result:
 def blank_pages(patch: pytest.MonkeyPatch) -> None:
     """Drawing a report's pictures takes longer than a tiny recipe does; tests/report draws them."""
     patch.setattr("quantflow.pipeline.run.report_page", lambda report: f"{report['name']}\n")
+
+
+def reduced(arguments: list[str]) -> list[str]:
+    """The arguments of `run` or `plan` of a recipe that ships or is shown, with a little text in place of much: the recipe's stages and
+    formats as they are. Data sets of the hub are read from `./c4.jsonl` and `./wikitext2.txt`."""
+    recipe = yaml.safe_load(Path(arguments[1]).read_text())
+    said = {text.partition("=")[0] for text in arguments}
+    settings: dict[str, dict[str, Any]] = {
+        next(iter(stage)): next(iter(stage.values())) or {} for stage in recipe["stages"] if isinstance(stage, dict)
+    }
+    names = {*settings, *(stage for stage in recipe["stages"] if isinstance(stage, str))}
+    changes: dict[str, object] = {}
+    if calibration := recipe.get("calibration"):
+        changes |= {"calibration.samples": 4, "calibration.seqlen": 64}
+        if "calibration.file" not in said and not calibration.get("file") and not Path(calibration["data"]).is_file():
+            changes["calibration.file"] = "c4.jsonl"
+    if "awq" in names:
+        changes |= {"stages.awq.grid": 1, "stages.awq.max_tokens": 64}
+    if "gptq" in names:
+        changes["stages.gptq.refine"] = 0
+    if "evaluate" in names:
+        changes |= {"stages.evaluate.windows": 2, "stages.evaluate.length": 64}
+        if "stages.evaluate.data" not in said and not Path(settings["evaluate"]["data"]).is_file():
+            changes["stages.evaluate.file"] = "wikitext2.txt"
+        changes |= {f"stages.evaluate.gates.{gate}": 1e-6 if gate == "top1" else 100.0 for gate in settings["evaluate"].get("gates", {})}
+    return [*arguments, *(word for path, value in changes.items() for word in ("--set", f"{path}={value}"))]
 
 
 def contents(folder: Path, skip: tuple[str, ...] = ("run.json",)) -> dict[str, bytes]:

@@ -1,0 +1,102 @@
+"""The place that the pages' commands are run in: what they call `./internlm-chat-7b`, `my_text.txt` and so on is there, small."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers.pages import ROOT
+from tests.helpers.runs import invoke, reduced
+from tests.helpers.serving import Running, serving
+from tests.helpers.tiny import SENTENCES, write_llama, write_text
+
+
+def _internlm(place: Path) -> None:
+    """InternLM with its own names, biases and remote-code config, in float16; wide enough for groups of 128 on two ranks."""
+    write_llama(
+        place, dtype=torch.float16, hidden_size=256, intermediate_size=512, num_key_value_heads=4, max_position_embeddings=2048,
+        model_type="internlm", architectures=["InternLMForCausalLM"], bias=True,
+        auto_map={"AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM"},
+    )  # fmt: skip
+    tensors = load_file(place / "model.safetensors")
+    for i in range(2):
+        for letter in "qkvo":
+            tensors[f"model.layers.{i}.self_attn.{letter}_proj.bias"] = torch.randn(256, generator=torch.manual_seed(i)).mul(0.05).half()
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+
+
+def _model(place: Path) -> None:
+    write_llama(place, hidden_size=128, intermediate_size=256, max_position_embeddings=2048)
+
+
+def _their_awq(place: Path) -> None:
+    """Such as another tool wrote it: the checkpoint's files, and nothing of ours."""
+    made = place.parent / "made"
+    assert invoke(*reduced(["run", "recipes/auto_awq.yaml", "--model", "my-model", "--output", str(made)])).exit_code == 0
+    (made / "quantflow.json").unlink()
+    (made / "report.json").unlink()
+    shutil.move(made, place)
+
+
+def _symmetric(place: Path) -> None:
+    recipe = place.parent / "symmetric.yaml"
+    recipe.write_text("name: symmetric\nweights: {group_size: 32, symmetric: true}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n")
+    assert invoke("run", recipe, "--model", "my-model", "--output", place).exit_code == 0
+
+
+def _demo(place: Path) -> None:
+    result = invoke(*reduced(["run", "recipes/demo_w4_kv8.yaml", "--output", str(place)]))
+    assert result.exit_code == 0, result.output + result.stderr
+
+
+def _lines(first: int, last: int) -> Callable[[Path], None]:
+    return lambda place: place.write_text(
+        "".join(json.dumps({"text": " ".join(SENTENCES[i : i + 4])}) + "\n" for i in range(first, last, 4))
+    )
+
+
+PLACES: dict[str, Callable[[Path], object]] = {
+    "recipes": lambda place: place.symlink_to(ROOT / "recipes"),
+    "calib_data": lambda place: place.symlink_to(ROOT / "calib_data"),
+    "c4.jsonl": _lines(0, 128),
+    "pileval.jsonl": _lines(0, 128),
+    "wikitext2.txt": lambda place: write_text(place, 128, 256),
+    "my_text.txt": lambda place: write_text(place, 128, 256),
+    "my-model": _model,
+    "internlm-chat-7b": _internlm,
+    "their-awq": _their_awq,
+    "SOURCE": _symmetric,
+    "artifacts/demo_w4_kv8": _demo,
+}
+"""What pages name -> how it is made, in this order. A new placeholder is a line here."""
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for name, make in PLACES.items():
+            (root / name).parent.mkdir(exist_ok=True)
+            make(root / name)
+    return root
+
+
+@pytest.fixture
+def inside(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The sandbox, as the current directory."""
+    monkeypatch.chdir(sandbox)
+    return sandbox
+
+
+@pytest.fixture(scope="session")
+def server(sandbox: Path) -> Iterator[Running]:
+    """What `http://127.0.0.1:23333` on a page means."""
+    with serving(sandbox / "artifacts" / "demo_w4_kv8") as running:
+        yield running

@@ -1,0 +1,157 @@
+"""What the pages say besides commands: recipes, settings, Python, messages, names of files and functions, links."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quantflow.recipe import STAGE_TYPES, Recipe, load_recipe
+from quantflow.recipe.reference import EXAMPLES, markdown
+from tests.helpers.pages import ROOT, Block, anchors, blocks, inline_settings, links, name_of, pages, quoted_messages, run_python
+from tests.helpers.runs import invoke, reduced
+
+YAML = [block for block in blocks() if block.language == "yaml"]
+PYTHON = [block for block in blocks() if block.language == "python"]
+
+
+def named(found: list[Block]) -> list[str]:
+    return [f"{block.page}-{block.line}" for block in found]
+
+
+def validated(value: Any) -> Recipe:
+    """A part of a recipe within a whole one. Raises ValidationError."""
+    if isinstance(value, list):
+        value = {"stages": value}
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in STAGE_TYPES:
+        value = {"stages": [value]}
+    return Recipe.model_validate({"name": "part", "stages": ["rtn"], **value})
+
+
+def test_the_reference_of_recipes_is_what_the_schema_says() -> None:
+    shown = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert shown == markdown() + "\n", "run: quantflow schema --markdown > docs/recipe.md"
+    printed = invoke("schema", "--markdown")
+    assert printed.exit_code == 0 and printed.stdout == shown
+    for name, kind in STAGE_TYPES.items():
+        assert name in EXAMPLES and all(f"| `{key}` |" in shown for key in kind.model_fields)
+
+
+@pytest.mark.parametrize("block", YAML, ids=named(YAML))
+def test_yaml_is_a_recipe_or_a_part_of_one(block: Block, inside: Path) -> None:
+    value = yaml.safe_load(block.text)
+    if not (isinstance(value, dict) and {"name", "stages"} <= value.keys()):
+        validated(value)
+        return
+    path = inside / "shown.yaml"
+    path.write_text(block.text, encoding="utf-8")
+    recipe = load_recipe(path)
+    if Path(recipe.model or "").is_dir():
+        planned = invoke(*reduced(["plan", str(path), "--output", "planned"]))
+        assert planned.exit_code == 0, planned.stderr
+
+
+@pytest.mark.parametrize(("page", "text"), inline_settings())
+def test_settings_in_a_sentence_are_what_a_recipe_takes(page: str, text: str) -> None:
+    value = yaml.safe_load(text)
+    if {*value} & {*STAGE_TYPES, "calibration", "weights"}:
+        key, settings = next(iter(value.items()))
+        if key == "calibration":
+            settings.setdefault("data", "c4")
+        if key == "pack":
+            settings.setdefault("format", "awq")
+        if key == "evaluate":
+            settings.setdefault("data", "c4")
+        validated(value)
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=named(PYTHON))
+def test_python_runs(block: Block, inside: Path) -> None:
+    run_python(block)
+
+
+def source_texts() -> list[str]:
+    """Every text in QuantFlow's code, f-strings with … for what is put in, one string a literal."""
+    found = []
+    for path in [*(ROOT / "quantflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return found
+
+
+def test_quoted_messages_are_ours() -> None:
+    texts, quoted = source_texts(), quoted_messages()
+    assert len(quoted) > 20
+    for page, message in quoted:
+        parts = [re.escape(part) for part in message.split("…")]
+        pattern = re.compile(".*".join(parts))
+        assert any(pattern.search(text) for text in texts), f"{page}: {message}"
+
+
+FILE = r"(?:quantflow|kernels|tests|recipes|benchmarks|calib_data|docs)(?:/[\w.-]+)+"
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_named_files_exist(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for name in re.findall(rf"`({FILE})`", text):
+        assert "…" in name or (ROOT / name).exists() or "<" in name, f"{name_of(page)} names {name}"
+
+
+def definitions(path: Path) -> set[str]:
+    """Functions, classes, their methods (`Class.method`, and `method`), and names at the top of a module."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+            found |= {*methods, *(f"{node.name}.{method}" for method in methods)}
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        found |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def items(page: str) -> list[str]:
+    """Numbered points and rows of tables: what stands in one belongs together."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [found for found in re.split(r"^(?=\d+\. |\|)|\n\n", text, flags=re.M) if re.match(r"\d+\. |\|", found)]
+
+
+@pytest.mark.parametrize(("page", "least"), [("docs/how_it_works.md", 35), ("docs/extending.md", 10)])
+def test_named_functions_and_classes_are_in_a_file_named_beside_them(page: str, least: int) -> None:
+    count = 0
+    for item in items(page):
+        files = [ROOT / name for name in re.findall(rf"`({FILE}\.py)`", item)]
+        known = set().union(*(definitions(path) for path in files)) if files else set()
+        for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)(?:\(\))?`", item):
+            if files and not re.fullmatch(r"[a-z]\w{0,2}|native_config|read_config|run|encode|check", name):
+                assert name in known | ARGUABLE, f"{page}: {name} is not in {[path.name for path in files]}"
+                count += name in known
+    assert count >= least
+
+
+ARGUABLE = {"BAICHUAN", *STAGE_TYPES}
+"""Names in points of these pages that are the reader's own, or stages."""
+
+
+def test_links_lead_somewhere() -> None:
+    for page, target in links():
+        path, _, anchor = target.partition("#")
+        place = (page.parent / path).resolve() if path else page
+        assert place.exists(), f"{name_of(page)} links to {target}"
+        if anchor and place.suffix == ".md":
+            assert anchor in anchors(place), f"{name_of(page)} links to {target}"
+
+
+def test_the_index_has_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(page.parent / target.partition("#")[0]).resolve() for page, target in links() if page == index}
+    assert {page for page in pages() if page.parent.name in ("docs", "stages")} - {index} <= linked
