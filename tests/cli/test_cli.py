@@ -93,7 +93,7 @@ def test_the_verbs_and_their_options() -> None:
             "--reference", "--batch", "--prompt", "--new", "--transformers", "--no-transformers", "--output", "--mode", "--device",
             "--json", "--debug",
         },
-        "schema": {"--debug"},
+        "schema": {"--markdown", "--debug"},
     }  # fmt: skip
     for verb, expected in options.items():
         assert set(re.findall(r"--[a-z-]+", invoke(verb, "--help").stdout)) - {"--help"} == expected, verb
