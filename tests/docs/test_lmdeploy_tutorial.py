@@ -29,10 +29,15 @@ PAGE = "docs/from_lmdeploy.md"
 
 
 def shown(start: str) -> str:
-    """The one command of the page that begins so, without what may be left out."""
-    found = [text for page, text in inline_commands() if page == PAGE and text.startswith(start)]
-    assert len(found) >= 1, f"{PAGE} does not show {start}"
-    return re.sub(r"\s*\[[^\]]*\]", "", found[0])
+    """The first command of the page that begins so."""
+    found = [text for page, text in inline_commands(start.split()[0]) if page == PAGE and text.startswith(start)]
+    assert found, f"{PAGE} does not show {start}"
+    return found[0]
+
+
+def bare(text: str) -> str:
+    """Without what may be left out."""
+    return re.sub(r"\s*\[[^\]]*\]", "", text)
 
 
 @contextmanager
@@ -56,9 +61,10 @@ def served(command: str) -> Iterator[str]:
         process.communicate()
 
 
-def fetched(address: str, body: Any = None) -> str:
+def fetched(address: str, body: Any = None, key: str = "") -> str:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(address, data, {"content-type": "application/json"}), timeout=60) as answer:
+    headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
+    with urllib.request.urlopen(urllib.request.Request(address, data, headers), timeout=60) as answer:
         return str(answer.read().decode())
 
 
@@ -66,7 +72,7 @@ def test_the_five_lines_on_internlm(inside: Path, monkeypatch: pytest.MonkeyPatc
     """Each of them as the page has it, for two ranks."""
 
     def run(start: str) -> str:
-        return run_quantflow(shown(start), {"DIR": "internlm-chat-7b"}, monkeypatch)
+        return run_quantflow(bare(shown(start)), {"DIR": "internlm-chat-7b"}, monkeypatch)
 
     run("quantflow run recipes/calibrate.yaml")
     statistics = load_file("quant_output/calibrate/calibration.safetensors")
@@ -92,7 +98,7 @@ def test_the_tutorial_on_the_demo_model(sandbox: Path, tmp_path: Path, monkeypat
     model = "calib_data/demo_model"
 
     def run(start: str, more: str = "", **places: str) -> str:
-        return run_quantflow(f"{shown(start)} {more}", {"DIR": model, "MODEL": model, **places}, monkeypatch)
+        return run_quantflow(f"{bare(shown(start))} {more}", {"DIR": model, "MODEL": model, **places}, monkeypatch)
 
     # Chat with a local model; convert for two ranks; chat with the workspace
     assert "answer" in run("quantflow chat DIR")
@@ -100,11 +106,14 @@ def test_the_tutorial_on_the_demo_model(sandbox: Path, tmp_path: Path, monkeypat
     assert (tmp_path / "workspace" / "triton_models" / "weights" / "layers.0.attention.w_qkv.1.weight").is_file()
     assert "answer" in run("quantflow chat workspace")
 
-    # Serve it; the client; the web page; the tutorial's request
-    with served(shown("quantflow serve workspace")) as address:
-        assert "answer" in run_quantflow(shown("quantflow chat http://").replace("http://localhost:23333", address), {}, monkeypatch)
-        assert "<title>" in fetched(address) and "/v1/chat/completions" in fetched(f"{address}/openapi.json")
-        answer = json.loads(fetched(f"{address}/v1/chat/completions", {**LMDEPLOY_BODY, "messages": "What is a table?", "max_tokens": 8}))
+    # Serve it to others, with a key; the client; the web page; the tutorial's request
+    subprocess.run(shown("python -c").replace("python", shlex.quote(sys.executable), 1), shell=True, check=True, timeout=60)
+    with served(shown("quantflow serve DIR --host 0.0.0.0 --port 23333 --api-key-file").replace("DIR", "workspace")) as address:
+        client = re.sub(r"[\[\]]", "", shown("quantflow chat http://")).replace("http://localhost:23333", address)
+        assert "answer" in run_quantflow(client, {}, monkeypatch)
+        key, question = Path("keys").read_text().strip(), {**LMDEPLOY_BODY, "messages": "What is a table?", "max_tokens": 8}
+        assert "<title>" in fetched(address) and "/v1/chat/completions" in fetched(f"{address}/openapi.json", key=key)
+        answer = json.loads(fetched(f"{address}/v1/chat/completions", question, key))
         assert answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"] <= 8
 
     # Python: a prompt in the dialogue format, growing lists of tokens, a session that goes on

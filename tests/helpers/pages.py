@@ -102,9 +102,9 @@ def run_python(block: Block) -> dict[str, Any]:
     return module.__dict__
 
 
-def inline_commands() -> list[tuple[str, str]]:
-    """(page, command) of every `quantflow …` between backticks outside fenced blocks."""
-    return [(name, span) for name, span in _spans() if span.startswith("quantflow ")]
+def inline_commands(program: str = "quantflow") -> list[tuple[str, str]]:
+    """(page, command) of every command of a program between backticks outside fenced blocks."""
+    return [(name, span) for name, span in _spans() if span.startswith(f"{program} ")]
 
 
 def inline_settings() -> list[tuple[str, str]]:
