@@ -14,7 +14,7 @@ import pytest
 import typer.main
 
 from quantflow.cli.main import app
-from tests.helpers.pages import FOREIGN, OURS, ROOT, SHELLS, Command, blocks, commands, inline_commands
+from tests.helpers.pages import FOREIGN, OURS, ROOT, SHELLS, Command, blocks, commands, inline_commands, pages
 from tests.helpers.serving import Running
 from tests.helpers.shown import ADDRESS, run_quantflow
 
@@ -60,9 +60,11 @@ def run_program(text: str, server: Running) -> None:
 
 def test_none_is_left_out() -> None:
     """Counted a second time, with no regard to how a line goes on."""
-    shown = sum(len(re.findall(r"^(?:\$ )?quantflow ", block.text, re.M)) for block in blocks())
+    shown = sum(len(re.findall(r"^[ \t]*(?:\$ )?quantflow ", block.text, re.M)) for block in blocks())
     assert shown == sum(command.program == "quantflow" for command in COMMANDS) > 10
     assert {command.program for command in COMMANDS} <= {*OURS, *FOREIGN}
+    for page in pages():
+        assert not re.search(r"^[ \t]+```|^~~~", page.read_text(encoding="utf-8"), re.M), f"{page} has a fence that is not looked into"
     for block in blocks():
         if block.language in SHELLS[1:]:  # where a block says that it is commands, every line is one that is known
             for line in block.text.replace("\\\n", " ").splitlines():
