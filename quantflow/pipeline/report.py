@@ -59,8 +59,6 @@ def make_report(
         ]
     kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
     kept[plan.checkpoint.architecture.head] = "tied to the embedding" if config.tied else "weights.ignore"
-    activations = _activations(statistics) if plan.stage(Calibrate) else {}
-    lines = {name: {**line, **activations.get(name, {})} for name, line in lines.items()}
     return {
         "version": VERSION,
         "name": plan.recipe.name,
@@ -81,6 +79,7 @@ def make_report(
         "failed_gates": failures,
         "linears": lines,
         "kept": kept,
+        "activations": _activations(plan, statistics) if plan.stage(Calibrate) else {},
         "awq": scales,
         "fallbacks": {name: line["fallback"] for name, line in lines.items() if line.get("fallback")},
         **({"requantized": inexact} if inexact else {}),
@@ -105,19 +104,18 @@ def _text(windows: Windows) -> dict[str, Any]:
     return {"source": windows.source, "tokens": windows.digest, "windows": len(windows.tokens), "length": len(windows.tokens[0])}
 
 
-def _activations(statistics: Path) -> dict[str, dict[str, Any]]:
-    """Of every linear's input channels: the largest magnitude, that of the median channel, and the mean magnitude."""
+def _activations(plan: Plan, statistics: Path) -> dict[str, dict[str, Any]]:
+    """Of every linear's input channels: the largest magnitude, that of the median channel, and the mean magnitude. An expert that no
+    token reached has none."""
     file, found = TensorFile(statistics), {}
-    for name in (n for n in file.tensors if n.endswith(".input.absmax")):
-        module = name.removesuffix(".input.absmax")
-        absmax, absmean = file.read(name), file.read(f"{module}.input.absmean")
-        found[module] = {
-            "input": {
-                "absmax": shown(float(absmax.max())),
-                "median_absmax": shown(float(absmax.median())),
+    for linear in plan.linears:
+        name = f"{linear.module}.input"
+        if f"{name}.absmax" in file.tensors:
+            absmax, absmean = file.read(f"{name}.absmax"), file.read(f"{name}.absmean")
+            found[linear.module] = {
+                "layer": linear.layer, "absmax": shown(float(absmax.max())), "median_absmax": shown(float(absmax.median())),
                 "absmean": shown(float(absmean.mean())),
-            }
-        }
+            }  # fmt: skip
     return found
 
 
@@ -138,7 +136,7 @@ def _tolist(values: Tensor) -> list[float]:
 def _memory(plan: Plan) -> list[dict[str, int]]:
     """Bytes by batch and context: weights as stored, before and after, and the engine's KV cache in the model's dtype and in int8."""
     config = plan.config
-    packed = written_bytes(plan.prepared[0].job)
+    packed = written_bytes(plan.prepared[0].job) if plan.prepared else plan.checkpoint.weight_bytes
     static = KVFormat(True, ({},))  # calibrated: no scale a token
     full, int8 = (block_bytes(config, kv, getattr(torch, config.dtype), 1) for kv in (KVFormat(False), static))
     contexts = [c for c in CONTEXTS if c <= config.max_positions] or [config.max_positions]

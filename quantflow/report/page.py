@@ -29,7 +29,10 @@ def read_report(folder: Path) -> dict[str, Any]:
         found = "no report.json" if folder.is_dir() else "no such directory"
         raise ModelError(Problem(str(folder), found, "an artifact of `quantflow run`"))
     report = read_json(place)
-    needed = {"version": int, "name": str, "quality": dict, "profile": dict, "linears": dict, "sizes": dict, "memory": list, "asked": dict}
+    needed = {
+        "version": int, "name": str, "asked": dict, "quality": dict, "profile": dict, "linears": dict, "activations": dict, "sizes": dict,
+        "memory": list,
+    }  # fmt: skip
     wrong = [key for key, kind in needed.items() if not isinstance(report.get(key), kind)]
     if wrong:
         hint = "Run the recipe again: finished layers are taken from the store"

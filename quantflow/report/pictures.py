@@ -99,13 +99,12 @@ def _exponents(report: Report) -> Series:
     return found
 
 
-def _largest_input(line: Line) -> float | None:
-    return line["input"]["absmax"] if line.get("input") else None
+def _activations(value: Callable[[Line], float | None]) -> Callable[[Report], Series]:
+    return lambda report: by_layer(report["activations"], value)
 
 
 def _outliers(line: Line) -> float | None:
-    found = line.get("input")
-    return found["absmax"] / found["median_absmax"] if found and found["absmax"] and found["median_absmax"] else None
+    return line["absmax"] / line["median_absmax"] if line["absmax"] and line["median_absmax"] else None
 
 
 CURVES = (
@@ -145,12 +144,12 @@ CURVES = (
     ),
     Curves(
         "ranges", "Largest activation", "Of each linear's input over the calibration text, in full precision.",
-        "max |x|", _linears(_largest_input),
+        "max |x|", _activations(lambda line: line["absmax"]),
     ),
     Curves(
         "ranges", "Outlier channels",
         "The largest magnitude of a linear's input over that of its median channel. Large: few channels carry the range.",
-        "ratio", _linears(_outliers),
+        "ratio", _activations(_outliers),
     ),
 )  # fmt: skip
 

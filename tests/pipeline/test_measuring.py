@@ -44,12 +44,8 @@ def test_calibrate_alone_writes_the_statistics_of_any_recipe(bench: Bench, tmp_p
     assert alone.keys() == rounded.keys() and all(torch.equal(alone[name], rounded[name]) for name in alone)
     # Per layer: key and value by head and channel, seven linears' inputs and outputs
     assert alone["model.layers.1.key.absmax"].shape == (2, 16) and alone["model.layers.1.mlp.down_proj.input.absmax"].shape == (96,)
-    assert {path.name for path in (tmp_path / "alone").iterdir()} == {
-        "calibration.safetensors",
-        "quantflow.json",
-        "report.json",
-        "run.json",
-    }
+    names = {"calibration.safetensors", "quantflow.json", "report.html", "report.json", "run.json"}
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == names
     manifest = json.loads((tmp_path / "alone" / "quantflow.json").read_text())
     assert manifest["formats"] == {} and manifest["status"] == "complete"
     report = json.loads((tmp_path / "alone" / "report.json").read_text())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from quantflow.formats.reader import Weights
@@ -93,8 +94,9 @@ def test_every_linear_is_there_and_says_what_is_true_of_it(bench: Bench, report:
     statistics = load_file(bench.output / "calibration.safetensors")
     for module, line in report["linears"].items():
         absmax = statistics[f"{module}.input.absmax"]
-        assert line["input"]["absmax"] == pytest.approx(float(absmax.max()), rel=1e-3)
-        assert line["input"]["median_absmax"] == pytest.approx(float(absmax.median()), rel=1e-3)
+        found = report["activations"][module]
+        assert found["absmax"] == pytest.approx(float(absmax.max()), rel=1e-3)
+        assert found["median_absmax"] == pytest.approx(float(absmax.median()), rel=1e-3)
         assert line["layer"] == int(module.split(".")[2])
         assert 0 < line["error"] < 0.3 and line["tokens"] == 6 * 32
         assert 0.3 < line["clip"]["least"] <= line["clip"]["mean"] <= 1.05
@@ -116,9 +118,27 @@ def test_without_awq_the_weight_error_is_that_of_the_written_weights(tmp_path: P
         weight, found = source[f"{module}.weight"].float(), written.tensor(f"{module}.weight").float()
         assert line["weight_error"] == pytest.approx(float((found - weight).square().sum() / weight.square().sum()), rel=1e-3)
         assert line["weight_range"] == pytest.approx([float(weight.min()), float(weight.max())], rel=1e-3)
-        assert "error" not in line and "input" not in line  # no text was read
+        assert "error" not in line  # no text was read
+    assert report["activations"] == {}
     assert (report["quality"], report["evaluation"], report["kv"]) == ({}, None, None)
     assert "no stage" in report_page(report)
+
+
+def test_what_only_measures_has_a_page_too(tmp_path: Path) -> None:
+    """Statistics and KV parameters of weights that stay as they are."""
+    bench = make_bench(tmp_path)
+    recipe = bench.recipe(stages=["calibrate", "kv_qparams", {"pack": {"format": "huggingface"}}, bench.evaluate()])
+    content = yaml.safe_load(recipe.read_text())
+    del content["weights"]
+    recipe.write_text(yaml.safe_dump(content))
+    result = invoke("run", recipe)
+    assert result.exit_code == 0, result.stderr
+    report = read_report(bench.output)
+    assert (report["linears"], len(report["activations"]), list(report["quality"])) == ({}, 14, ["kv"])
+    page = report_page(report)
+    assert parsed(page).open == [] and "Largest activation" in page and "Ranges of keys and values" in page
+    (bench.output / "report.json").write_text(json.dumps(report | {"sizes": {}, "evaluation": None, "quality": {}, "profile": {}}))
+    assert invoke("report", bench.output).exit_code == 0  # of statistics alone
 
 
 def test_quality_and_its_profile_agree(report: dict[str, Any]) -> None:
@@ -194,10 +214,12 @@ def test_text_is_escaped(report: dict[str, Any]) -> None:
 def test_a_report_with_gaps_still_gives_a_page(report: dict[str, Any]) -> None:
     changed = copy.deepcopy(report)
     for line in changed["linears"].values():
-        line.update(error=None, weight_error=None, weight_range=[None, None], input={"absmax": 0.0, "median_absmax": 0.0, "absmean": None})
+        line.update(error=None, weight_error=None, weight_range=[None, None])
         line.pop("clip", None)
     for profile in changed["profile"].values():
         profile.update(layers=[], kl=[None] * 32)
+    for line in changed["activations"].values():
+        line.update(absmax=0.0, median_absmax=0.0, absmean=None)
     changed["kv"]["key"]["low"][0] = [None, None]
     parsed(report_page(changed))
     assert not {p.title for p in pictures(changed)["layers"]}
