@@ -13,6 +13,10 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for a network
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes run tests: one thread each, and in what they start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Where the tests are started in the background, Ctrl-C is ignored, and so it would be in the processes that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
