@@ -39,8 +39,8 @@ def _their_awq(place: Path) -> None:
     """Such as another tool wrote it: the checkpoint's files, and nothing of ours."""
     made = place.parent / "made"
     assert invoke(*reduced(["run", "recipes/auto_awq.yaml", "--model", "my-model", "--output", str(made)])).exit_code == 0
-    (made / "quantflow.json").unlink()
-    (made / "report.json").unlink()
+    for name in ("quantflow.json", "report.json", "report.html", "run.json"):
+        (made / name).unlink()
     shutil.move(made, place)
 
 
@@ -50,9 +50,18 @@ def _symmetric(place: Path) -> None:
     assert invoke("run", recipe, "--model", "my-model", "--output", place).exit_code == 0
 
 
-def _demo(place: Path) -> None:
-    result = invoke(*reduced(["run", "recipes/demo_w4_kv8.yaml", "--output", str(place)]))
-    assert result.exit_code == 0, result.output + result.stderr
+def _demo(name: str) -> Callable[[Path], None]:
+    def make(place: Path) -> None:
+        result = invoke(*reduced(["run", f"recipes/{name}.yaml", "--output", str(place)]))
+        assert result.exit_code == 0, result.output + result.stderr
+
+    return make
+
+
+def _questions(place: Path) -> None:
+    choices = ["river", "hill", "house"]
+    lines = ({"query": sentence, "choices": choices, "gold": i % 3} for i, sentence in enumerate(SENTENCES[:6]))
+    place.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _lines(first: int, last: int) -> Callable[[Path], None]:
@@ -72,7 +81,9 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "internlm-chat-7b": _internlm,
     "their-awq": _their_awq,
     "SOURCE": _symmetric,
-    "artifacts/demo_w4_kv8": _demo,
+    "artifacts/demo_w4_kv8": _demo("demo_w4_kv8"),
+    "artifacts/demo_gguf": _demo("demo_gguf"),
+    **dict.fromkeys(("arc_easy.jsonl", "piqa.jsonl", "openbook_qa.jsonl", "winograd_wsc.jsonl"), _questions),
 }
 """What pages name -> how it is made, in this order. A new placeholder is a line here."""
 
