@@ -1,5 +1,7 @@
 # make demo   environment, install, then the demo recipe on the bundled model
 # make plan   what the demo recipe would do
+# make artifacts  a release: RECIPES into OUTPUT, with provenance, SHA256SUMS, and what has changed since PREVIOUS=DIR (docs/releases.md)
+# make assets     the release as the flat files that a GitHub release takes, in OUTPUT.assets
 # make test   environment, install, all tests that this machine can run
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
@@ -8,7 +10,7 @@
 # make clean  remove the environment, the demo's artifact and caches
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter;
-# QUANTFLOW=COMMAND runs a command that is installed already, and makes no environment for demo and plan.
+# QUANTFLOW=COMMAND runs a command that is installed already, and makes no environment for demo, plan and artifacts.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,10 +19,18 @@ STAMP := $(VENV)/.installed
 
 ifndef QUANTFLOW
 QUANTFLOW := $(BIN)/quantflow
-demo plan: $(STAMP)
+demo plan artifacts: $(STAMP)
 endif
 
-.PHONY: demo plan test lint kernel-report bench-gpu bench-cpu clean
+# What is released: the recipes of the bundled model. RECIPES="a.yaml b.yaml" names others.
+RECIPES ?= \
+	recipes/demo_w4_kv8.yaml \
+	recipes/demo_gguf.yaml
+OUTPUT ?= artifacts/release
+PREVIOUS ?=
+TOLERANCE ?= 0.1
+
+.PHONY: demo plan artifacts assets test lint kernel-report bench-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -29,6 +39,24 @@ demo:
 plan:
 	$(QUANTFLOW) plan recipes/demo_w4_kv8.yaml
 
+artifacts:
+	$(QUANTFLOW) release $(RECIPES) --output $(OUTPUT) --tolerance $(TOLERANCE) $(if $(PREVIOUS),--previous $(PREVIOUS))
+
+# An archive an artifact, the same bytes for the same files; beside it what one wants to read without unpacking it.
+assets: ASSETS = $(OUTPUT).assets
+assets:
+	test -f $(OUTPUT)/SHA256SUMS
+	rm -rf $(ASSETS)
+	mkdir -p $(ASSETS)
+	find $(OUTPUT) -maxdepth 1 -type f -exec cp -t $(ASSETS) {} +
+	cd $(OUTPUT) && for statement in *.intoto.json; do \
+		name=$${statement%.intoto.json}; \
+		tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf $(abspath $(ASSETS))/$$name.tar $$name || exit 1; \
+		cp $$name/quantflow.json $(abspath $(ASSETS))/$$name.manifest.json; \
+		for report in $$name/report.*; do cp $$report $(abspath $(ASSETS))/$$name.$${report##*/}; done; \
+	done
+	cd $(ASSETS) && sha256sum *.tar > ARCHIVES.SHA256SUMS
+
 test: $(STAMP)
 	$(BIN)/python -m pytest --timeout=1200
 
@@ -36,6 +64,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 kernel-report: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python benchmarks/kernel_report.py

@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from quantflow.cli import bench, chat, export, generate, inspect, plan, report, run, schema, sensitivity, serve, verify
+from quantflow.cli import bench, chat, export, generate, inspect, plan, release, report, run, schema, sensitivity, serve, verify
 from quantflow.cli import eval as eval_command
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("sensitivity")(sensitivity.sensitivity)
+app.command("release")(release.release)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(eval_command.evaluate)
 app.command("report")(report.report)

@@ -41,10 +41,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["sensitivity", "--help"], ["inspect", "--help"], ["eval", "--help"]]
-)
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+@pytest.mark.parametrize("verb", [None, "run", "plan", "sensitivity", "release", "report", "inspect", "eval"])
+def test_help_imports_nothing_heavy(verb: str | None) -> None:
+    arguments = [verb, "--help"] if verb else ["--help"]
     done = python(
         f"import sys; sys.argv = ['quantflow', *{arguments!r}]\n"
         "from quantflow.cli.main import main\n"
@@ -67,7 +66,7 @@ def test_help_is_quick() -> None:
 
 def test_the_verbs_and_their_options() -> None:
     top = invoke("--help")
-    verbs = ("run", "plan", "sensitivity", "inspect", "eval", "verify", "generate", "bench", "schema")
+    verbs = ("run", "plan", "sensitivity", "release", "report", "compare", "inspect", "eval", "verify", "generate", "bench", "schema")
     assert top.exit_code == 0 and all(verb in top.stdout for verb in verbs)
     options = {
         "run": {"--model", "--output", "--set", "--device", "--fresh", "--json", "--debug"},
@@ -78,6 +77,11 @@ def test_the_verbs_and_their_options() -> None:
         "sensitivity": {
             "--data", "--bits", "--group-size", "--symmetric", "--samples", "--length", "--skip", "--budget", "--average-bits",
             "--granularity", "--output", "--fresh", "--device", "--json", "--debug",
+        },
+        "report": {"--output", "--debug"},
+        "compare": {"--output", "--json", "--debug"},
+        "release": {
+            "--output", "--previous", "--tolerance", "--set", "--device", "--builder-id", "--invocation-id", "--json", "--debug",
         },
         "inspect": {"--json", "--debug"},
         "eval": {

@@ -54,7 +54,7 @@ class Bench:
     def evaluate(self, **settings: Any) -> dict[str, Any]:
         return {"evaluate": {"data": str(self.root / "eval.txt"), "windows": 4, "length": 32, **settings}}
 
-    def recipe(self, name: str = "recipe", **changes: Any) -> Path:
+    def recipe(self, name: str = "recipe", /, **changes: Any) -> Path:
         """A recipe with every stage, at the top level changed."""
         content = {
             "name": "tiny", "model": str(self.model), "output": str(self.output),
