@@ -2,6 +2,7 @@
 # make plan   what the demo recipe would do
 # make artifacts  a release: RECIPES into OUTPUT, with provenance, SHA256SUMS, and what has changed since PREVIOUS=DIR (docs/releases.md)
 # make assets     the release as the flat files that a GitHub release takes, in OUTPUT.assets
+# make notebooks  run the notebooks and keep their outputs
 # make test   environment, install, all tests that this machine can run
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
@@ -30,7 +31,7 @@ OUTPUT ?= artifacts/release
 PREVIOUS ?=
 TOLERANCE ?= 0.1
 
-.PHONY: demo plan artifacts assets test lint kernel-report bench-gpu bench-cpu clean
+.PHONY: demo plan artifacts assets notebooks test lint kernel-report bench-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -56,6 +57,10 @@ assets:
 		for report in $$name/report.*; do cp $$report $(abspath $(ASSETS))/$$name.$${report##*/}; done; \
 	done
 	cd $(ASSETS) && sha256sum *.tar > ARCHIVES.SHA256SUMS
+
+notebooks: $(STAMP)
+	PYTHONPATH=.:kernels $(BIN)/python notebooks/execute.py
+	$(BIN)/ruff format notebooks
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --timeout=1200

@@ -55,6 +55,8 @@ def release(
         else:
             heads, rows = releasing.table(done.index, done.comparison)
             shown = Table(*heads, title=str(done.output))
+            for column in shown.columns:
+                column.overflow = "fold"  # on a narrow terminal, rather than cut
             for column in shown.columns[2 : 2 + len(releasing.METRICS)]:
                 column.justify = "right"
             for row in rows:
