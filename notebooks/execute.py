@@ -1,6 +1,7 @@
 """Executes notebooks and writes them back with their outputs: `python notebooks/execute.py [NOTEBOOK …]`, by default all of them.
 
-What differs from run to run or from machine to machine and tells nobody anything (times of cells, the interpreter's version) is left out.
+What differs from run to run or from machine to machine and tells nobody anything is left out: times of cells, the interpreter's version,
+and what goes to stderr, where other libraries draw bars and advise to install widgets.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         cell.metadata.clear()
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,9 +26,6 @@ def enter() -> None:
     Path("calib_data").symlink_to(_ROOT / "calib_data")
     shell = get_ipython()
     assert shell is not None
-    # Bars of other libraries are no output to keep, nor is the advice to install widgets for them.
-    os.environ["TQDM_DISABLE"] = "1"
-    warnings.filterwarnings("ignore", message="IProgress not found")
     shell.register_magic_function(_quantflow, magic_kind="line", magic_name="quantflow")
     plt.rcParams.update({
         "figure.figsize": (8, 2.8), "figure.dpi": 80, "figure.constrained_layout.use": True, "axes.spines.top": False,

@@ -276,7 +276,7 @@ def _not_judged(former: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> s
 
 def table(index: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the numbers of a release, each with its change since the previous one where it has changed."""
-    heads = ["artifact", "status", *(metric.title for metric in METRICS.values()), *(["before"] if comparison else [])]
+    heads = ["artifact", "status", *(metric.title for metric in METRICS.values()), *(["against before"] if comparison else [])]
     rows = []
     for name, entry in index["artifacts"].items():
         row = [name, entry["status"]]
@@ -287,7 +287,7 @@ def table(index: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> tup
             change = found["numbers"].get(key, {}).get("change") if found else None
             row.append(f"{text} ({change:+.1%})" if change and abs(change) >= 5e-4 else text)
         if found:
-            row.append(found["note"] or ("better than now" if found["worse"] else "ok"))
+            row.append(found["note"] or ("worse" if found["worse"] else "ok"))
         rows.append(row)
     return heads, rows
 
