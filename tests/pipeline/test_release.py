@@ -197,6 +197,15 @@ def test_a_second_look_builds_nothing(made: Path, bench: Bench, recipes: list[Pa
     assert {name: (made / name).stat().st_mtime_ns for name in before} == before
 
 
+def test_what_is_missing_is_built_and_nothing_else(made: Path, recipes: list[Path]) -> None:
+    kept, lost = (made / "first" / "quantflow.json").stat().st_ino, contents(made / "second")
+    shutil.rmtree(made / "second")
+    (made / "SHA256SUMS").unlink()
+    assert invoke("release", *recipes, "--output", made).exit_code == 0
+    assert (made / "first" / "quantflow.json").stat().st_ino == kept and contents(made / "second") == lost
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=made).returncode == 0
+
+
 def test_a_missed_gate_keeps_nothing_from_being_run(bench: Bench, recipes: list[Path]) -> None:
     output = bench.root / "gated"
     strict = [bench.recipe(n, name=n, stages=[*RTN, bench.evaluate(gates={"kl_mean": 1e-9, "top1": 1})]) for n in ("strict", "strict2")]
