@@ -38,11 +38,13 @@ INDEX_FILE, COMPARISON, SUMMARY = "release.json", "comparison.json", "release.md
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of an artifact's quality. floor: a rise below this is none: the last digits of a small sample. None: shown, not judged."""
+    """A number of an artifact. floor: a rise below this is none, the last digits of a small sample; None: shown, not judged. unit: what
+    it is shown in."""
 
     title: str
     form: str
     floor: float | None
+    unit: float = 1.0
 
 
 # All are the better the smaller. Top-1 agreement is judged by what is missing from it: 99% to 98% is twice as many other tokens.
@@ -51,7 +53,7 @@ METRICS: dict[str, Metric] = {
     "kl_mean": Metric("KL mean", ".5f", 1e-5),
     "kl_p99": Metric("KL p99", ".4f", 1e-4),
     "disagreement": Metric("other top-1", ".2%", 1e-3),
-    "bytes": Metric("bytes", ",.0f", None),
+    "bytes": Metric("MiB", ",.1f", None, 2.0**20),
 }
 
 
@@ -283,7 +285,7 @@ def table(index: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> tup
         found = comparison["artifacts"][name] if comparison else None
         for key, metric in METRICS.items():
             value = entry["numbers"].get(key)
-            text = "–" if value is None else f"{value:{metric.form}}"
+            text = "–" if value is None else f"{value / metric.unit:{metric.form}}"
             change = found["numbers"].get(key, {}).get("change") if found else None
             row.append(f"{text} ({change:+.1%})" if change and abs(change) >= 5e-4 else text)
         if found:
