@@ -34,16 +34,22 @@ def test_there_are_five() -> None:
     assert all(f"({name}.ipynb)" in index for name in NAMES)
 
 
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where matplotlib lists this machine's fonts, once for all notebooks."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(path: Path, tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of the folder beside the bundled files, the package as it stands in this checkout."""
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     (tmp_path / "calib_data").symlink_to(ROOT / "calib_data")
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'kernels'}")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
-    monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path / "matplotlib"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("MPLCONFIGDIR", str(caches / "matplotlib"))
+    monkeypatch.setenv("IPYTHONDIR", str(caches / "ipython"))
     done = execute(tmp_path / "notebooks" / path.name, tmp_path / "notebooks")  # raises for a cell that fails
     committed = nbformat.read(path, as_version=4)
     assert [cell.source for cell in done.cells] == [cell.source for cell in committed.cells]
