@@ -3,7 +3,8 @@
 # make artifacts  a release: RECIPES into OUTPUT, with provenance, SHA256SUMS, and what has changed since PREVIOUS=DIR (docs/releases.md)
 # make assets     the release as the flat files that a GitHub release takes, in OUTPUT.assets
 # make notebooks  run the notebooks and keep their outputs
-# make test   environment, install, all tests that this machine can run
+# make test   environment, install, all tests that this machine can run, in WORKERS=2 processes
+# make coverage   the same, and which lines they reach: a table, and pages in build/coverage
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
 # make bench-gpu      the kernels' speed on the GPU at hand, with the interpreter that PYTHON names: nothing is installed
@@ -31,7 +32,11 @@ OUTPUT ?= artifacts/release
 PREVIOUS ?=
 TOLERANCE ?= 0.1
 
-.PHONY: demo plan artifacts assets notebooks test lint kernel-report bench-gpu bench-cpu clean
+WORKERS ?= 2
+# A file's tests stay in one process, for what its fixtures make.
+PYTEST := --timeout=1200 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo plan artifacts assets notebooks test coverage lint kernel-report bench-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -63,7 +68,10 @@ notebooks: $(STAMP)
 	$(BIN)/ruff format notebooks
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --timeout=1200
+	$(BIN)/python -m pytest $(PYTEST)
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -21,6 +21,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = ("tests/quality", "tests/notebooks", "tests/pipeline/test_memory", "tests/serve/test_page", "tests/docs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes go first: where several processes share the work, none of them begins one when the others are done."""
+    items.sort(key=lambda item: next((n for n, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_pictures() -> Iterator[None]:
     from tests.helpers.runs import blank_pages

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -51,6 +51,10 @@ class Partner(Protocol):
         """The pieces of an answer. Raises QuantFlowError, and KeyboardInterrupt at a moment when that harms nothing."""
         ...
 
+    def close(self) -> None:
+        """There will be no further turn."""
+        ...
+
 
 class Local:
     """A model in this process."""
@@ -75,6 +79,9 @@ class Local:
                 yield token.text
                 if interrupted():
                     raise KeyboardInterrupt
+
+    def close(self) -> None:
+        pass
 
 
 @contextmanager
@@ -110,6 +117,9 @@ class Remote:
         yield from self._client.stream(messages, self._parameters)
         usage = self._client.usage
         self.tokens = (usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+
+    def close(self) -> None:
+        self._client.close()
 
 
 @dataclass
@@ -256,7 +266,8 @@ def chat(
                 "dialogue": dialogue, "device": device.value, "max_batch_size": 1,
             }  # fmt: skip
             partner = Local(target, parameters, options)
-        talk(Chat(partner, _write, system))
+        with closing(partner):
+            talk(Chat(partner, _write, system))
 
 
 def talk(chat: Chat) -> None:

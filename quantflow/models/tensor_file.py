@@ -187,11 +187,11 @@ class AnnouncedWriter:
             self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        if self._missing:
-            raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing)[:5])}")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file:
+            if self._missing:
+                raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing)[:5])}")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self

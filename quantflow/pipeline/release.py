@@ -29,9 +29,9 @@ from quantflow.models.checkpoint import TOKENIZER_FILES
 from quantflow.models.directory import INDEX, read_json
 from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Progress
-from quantflow.report.variants import deployed
 from quantflow.pipeline.run import run as run_plan
 from quantflow.recipe import Calibration, Evaluate, load_recipe
+from quantflow.report.variants import deployed
 
 INDEX_FILE, COMPARISON, SUMMARY = "release.json", "comparison.json", "release.md"
 
@@ -210,8 +210,7 @@ def _entry(plan: Plan, manifest: Mapping[str, Any]) -> dict[str, Any]:
         for name, folder in manifest["formats"].items()
     }
     numbers: dict[str, float] = {"bytes": sum(sizes.values())}
-    if manifest["quality"]:
-        final = deployed(manifest["quality"])
+    if final := deployed(manifest["quality"]):
         numbers = {name: final[name] for name in ("perplexity", "kl_mean", "kl_p99")} | {"disagreement": 1 - final["top1"]} | numbers
     return {
         "directory": plan.recipe.name,

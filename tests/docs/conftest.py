@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.pages import ROOT
+from tests.helpers.pages import ROOT, blocks
 from tests.helpers.runs import invoke, reduced
 from tests.helpers.serving import Running, serving
 from tests.helpers.tiny import SENTENCES, write_llama, write_text
@@ -64,6 +64,23 @@ def _questions(place: Path) -> None:
     place.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def _task(place: Path) -> None:
+    """The one of docs/tasks.md."""
+    (text,) = (block.text for block in blocks() if block.text.startswith("task: my_task"))
+    place.write_text(text)
+
+
+def _fitted(place: Path, model: str) -> None:
+    recipe = place.parent / "fitted.yaml"
+    recipe.write_text("name: fitted\nweights: {group_size: 32}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n")
+    assert invoke("run", recipe, "--model", model, "--output", place).exit_code == 0
+
+
+def _release(place: Path) -> None:
+    result = invoke(*reduced(["release", "recipes/demo_w4_kv8.yaml", "recipes/demo_gguf.yaml", "--output", str(place)]))
+    assert result.exit_code == 0, result.output + result.stderr
+
+
 def _lines(first: int, last: int) -> Callable[[Path], None]:
     return lambda place: place.write_text(
         "".join(json.dumps({"text": " ".join(SENTENCES[i : i + 4])}) + "\n" for i in range(first, last, 4))
@@ -83,6 +100,11 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "SOURCE": _symmetric,
     "artifacts/demo_w4_kv8": _demo("demo_w4_kv8"),
     "artifacts/demo_gguf": _demo("demo_gguf"),
+    "artifacts/internlm-chat-7b_w4_kv8": lambda place: _fitted(place, "internlm-chat-7b"),
+    "artifacts/release": _release,
+    "docs-llama-16m": _model,
+    "calib.txt": lambda place: write_text(place, 0, 128),
+    "my_task.yaml": _task,
     **dict.fromkeys(("arc_easy.jsonl", "piqa.jsonl", "openbook_qa.jsonl", "winograd_wsc.jsonl"), _questions),
 }
 """What pages name -> how it is made, in this order. A new placeholder is a line here."""

@@ -142,15 +142,11 @@ ARGUABLE = {"BAICHUAN", *STAGE_TYPES}
 """Names in points of these pages that are the reader's own, or stages."""
 
 
-COMING = {"choosing.md", "tasks.md", "releases.md"}
-"""Pages of the index that are not written yet."""
-
-
 def test_links_lead_somewhere() -> None:
     for page, target in links():
         path, _, anchor = target.partition("#")
         place = (page.parent / path).resolve() if path else page
-        assert place.exists() or target in COMING, f"{name_of(page)} links to {target}"
+        assert place.exists(), f"{name_of(page)} links to {target}"
         if anchor and place.suffix == ".md":
             assert anchor in anchors(place), f"{name_of(page)} links to {target}"
 

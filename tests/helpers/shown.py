@@ -28,7 +28,7 @@ def run_quantflow(text: str, places: dict[str, str], monkeypatch: pytest.MonkeyP
     _in_this_process(monkeypatch)
     words = [places.get(word, word) for word in shlex.split(text)[1:]]
     options = [f"{words[0]} {word}" for word in words if f"{words[0]} {word}" in FEWER]
-    recipe = words[0] in ("run", "plan") and not words[1].startswith("-")
+    recipe = words[0] in ("run", "plan", "release") and not words[1].startswith("-")
     arguments = reduced(words) if recipe else [*words, *FEWER.get((options or words)[0], [])]
     result = invoke(*arguments, text=TYPED)
     assert result.exit_code == 0, f"{shlex.join(arguments)}\n{result.output}{result.stderr}"

@@ -42,25 +42,41 @@ def started(*arguments: str, code: str | None = None, **environment: str) -> Ite
         process.communicate()
 
 
+OPENED: list[Any] = []  # connections and responses
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
+def connect(port: int, timeout: float = 60) -> HTTPConnection:
+    OPENED.append(HTTPConnection("127.0.0.1", port, timeout=timeout))
+    return OPENED[-1]
+
+
 def begin(port: int, **body: Any) -> Any:
     """A stream that has begun."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    connection = connect(port)
     connection.request("POST", "/v1/completions", json.dumps({**BODY, **body}), {"content-type": "application/json"})
     response = connection.getresponse()
+    OPENED.append(response)
     assert response.status == 200 and response.readline().startswith(b"data: ")
     return response
 
 
 def test_sigterm_finishes_what_runs_and_takes_nothing_new() -> None:
     with started() as (process, port):
-        kept = HTTPConnection("127.0.0.1", port, timeout=60)
+        kept = connect(port)
         kept.request("GET", "/health")
         assert kept.getresponse().read() == b'{"status":"ok"}'
         response = begin(port, max_tokens=400)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         with pytest.raises(OSError):
-            HTTPConnection("127.0.0.1", port, timeout=5).request("GET", "/health")
+            connect(port, 5).request("GET", "/health")
         assert response.read().endswith(b"data: [DONE]\n\n")
         assert process.wait(20) == 0
         assert process.stderr and "Traceback" not in process.stderr.read()
@@ -127,9 +143,11 @@ def test_the_engine_dies(supervised: bool) -> None:
             assert process.wait(20) == 1
             assert process.stderr and "the thread is killed" in process.stderr.read()
         else:
-            connection = HTTPConnection("127.0.0.1", port, timeout=10)
+            connection = connect(port, 10)
             connection.request("GET", "/health")
-            assert connection.getresponse().status == 503 and process.poll() is None
+            answer = connection.getresponse()
+            OPENED.append(answer)
+            assert answer.status == 503 and process.poll() is None
             process.send_signal(signal.SIGTERM)
             assert process.wait(10) == 1
 
@@ -150,7 +168,7 @@ main()
 
 def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
     with started("--drain-timeout", "0.5", code=HANGS) as (process, port):
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = connect(port)
         connection.request("POST", "/v1/completions", json.dumps({**BODY, "n": 3, "stream": False}), {"content-type": "application/json"})
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
@@ -221,7 +239,7 @@ def test_an_open_door_is_warned_of() -> None:
 def test_names_that_were_given_are_the_only_ones() -> None:
     with started("--served-model-name", "a", "--served-model-name", "b") as (_, port):
         for name, status in (("a", 200), ("b", 200), ("c", 404)):
-            connection = HTTPConnection("127.0.0.1", port, timeout=20)
+            connection = connect(port, 20)
             body = json.dumps({"prompt": "x", "model": name, "max_tokens": 1})
             connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
             response = connection.getresponse()
