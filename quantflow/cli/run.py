@@ -45,7 +45,7 @@ def run(
                 console.print(f"{result.output} is up to date: nothing to do.")
             else:
                 took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-                console.print(f"{result.output} written ({took}).")
+                console.print(f"{result.output} written ({took}).\nTo look at: {result.output}/report.html", markup=False)
             _show(result.report)
             if result.quality:
                 console.print(quality_table(result.quality))
