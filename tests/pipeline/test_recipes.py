@@ -59,8 +59,19 @@ LINEARS = {"mixtral_w4": 32 * (4 + 8 * 3), "opt-125m_w4": 12 * 6}
 MEMORY_GIB = {"mixtral_w4": 24}  # one of its layers has 2.8 GB of weights
 
 
+def gallery() -> dict[str, list[str]]:
+    """Recipe -> the cells of its row in recipes/README.md."""
+    lines = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| [")]
+    return {row[0].partition("]")[0].removeprefix("["): row for row in rows}
+
+
+def test_the_gallery_shows_every_recipe() -> None:
+    assert sorted(gallery()) == [path.stem for path in RECIPES]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
-def test_it_plans(path: Path, tmp_path: Path) -> None:
+def test_it_plans_as_the_gallery_says(path: Path, tmp_path: Path) -> None:
     arguments: list[object] = ["plan", path, "--output", tmp_path / "out", "--json"]
     if not path.stem.startswith("demo_"):
         (tmp_path / "model").mkdir()
@@ -71,3 +82,14 @@ def test_it_plans(path: Path, tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert sum(found["linears"].values()) == LINEARS.get(path.stem, 7 * found["layers"])
     assert found["estimate"]["peak_memory_bytes"] < MEMORY_GIB.get(path.stem, 12) * 2**30
+    _, _, stages, formats, before, after, memory = gallery()[path.stem]
+    steps = [next(iter(step)) for step in found["steps"]]
+    assert stages == ", ".join(step for step in steps if step != "pack")
+    assert formats == (", ".join(step["pack"]["format"] for step in found["steps"] if "pack" in step) or "–")
+    artifact = found["estimate"]["artifact_bytes"]
+    assert (before, after) == (shown(found["weight_bytes"]), shown(artifact) if artifact else "–")
+    assert memory == shown(found["estimate"]["peak_memory_bytes"])
+
+
+def shown(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
