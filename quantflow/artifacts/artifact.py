@@ -2,7 +2,7 @@
 
 quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, size and sha256 of every file
 report.json              what was asked and done, every linear, fallbacks, quality
-report.html              the same to look at
+report.html              the same to look at: drawn from it, and outside the artifact's identity
 calibration.safetensors  calibrate's statistics
 kv_qparams.safetensors   scales and zero points of the KV cache
 run.json                 times, host, memory: outside the artifact's identity
@@ -61,10 +61,10 @@ def kv_file(folder: Path) -> Path | None:
 
 
 def file_entries(folder: Path) -> dict[str, dict[str, Any]]:
-    """`bytes` and `sha256` of every file of an artifact but the manifest and `run.json`, by relative path."""
+    """`bytes` and `sha256` of every file of an artifact but the manifest, `run.json` and the page, by relative path."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     names = {str(p.relative_to(folder)): p for p in files}
-    return {n: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for n, p in names.items() if n not in (MANIFEST, RUN)}
+    return {n: {"bytes": p.stat().st_size, "sha256": file_digest(p)} for n, p in names.items() if n not in (MANIFEST, RUN, PAGE)}
 
 
 def is_whole(path: Path, manifest: dict[str, Any]) -> bool:
@@ -79,7 +79,7 @@ def foreign_files(path: Path) -> list[str]:
     """Files (hidden ones left out) in an artifact that its manifest does not list; [] where there is no manifest to go by."""
     try:
         manifest = read_manifest(path)
-        listed = {MANIFEST, RUN, *manifest["files"]} if manifest else None
+        listed = {MANIFEST, RUN, PAGE, *manifest["files"]} if manifest else None
     except (ModelError, KeyError, TypeError):
         return []
     if listed is None:

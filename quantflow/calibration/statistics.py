@@ -13,6 +13,12 @@ FEW_ROWS = 1024  # fewer are multiplied exactly
 HESSIAN_BLOCK = 256  # rows of the symmetric sum that are computed together, from the diagonal on
 
 
+def evenly(rows: Tensor, most: int) -> Tensor:
+    """At most `most` of `[R, K]`, from the first to the last. A whole step would meet the same places of every window again."""
+    picked = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device, dtype=torch.float64)
+    return rows[picked.round().long()]
+
+
 class ChannelStatistics:
     """max, min, mean, absmax and absmean of every channel, as LMDeploy's `lite calibrate` records them."""
 

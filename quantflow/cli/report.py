@@ -39,11 +39,13 @@ def compare(
     """Set artifacts side by side: quality, size, errors, and where their recipes differ. --output writes a page."""
     with reporting(debug):
         from quantflow.report.comparison import comparison_page, make_comparison
-        from quantflow.report.page import write_page
+        from quantflow.report.page import showing, write_page
 
-        found = make_comparison(directories)
+        with showing(Path("report.json")):
+            found = make_comparison(directories)
+            page = comparison_page(found) if output else ""
         if output:
-            write_page(output, comparison_page(found))
+            write_page(output, page)
         if as_json:
             print(json.dumps(found.as_dict(), indent=2))
             return
@@ -67,5 +69,5 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             if quality
             else ("–",) * 4
         )
-        table.add_row(row["name"], size(row["bytes"]), *figures, f"{error:.2e}" if error is not None else "–")
+        table.add_row(row["name"], size(row["bytes"]) if row["bytes"] else "–", *figures, f"{error:.2e}" if error is not None else "–")
     return table

@@ -70,7 +70,7 @@ def _show(report: dict[str, Any]) -> None:
 
 def quality_table(quality: dict[str, Any]) -> Table:
     """The quality of each variant beside full precision."""
-    from quantflow.report.variants import VARIANTS
+    from quantflow.evaluate.variants import VARIANTS
 
     table = Table("", "perplexity", "KL mean", "KL p99", "top-1", title="Quality on held-out text")
     for column in table.columns[1:]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from quantflow.calibration.statistics import evenly
 from quantflow.formats.reader import Weights
 from quantflow.models.decoder import DecoderLayer, ObserveKV, embed, logits, sequences
 from quantflow.quant.fit import shown
@@ -26,7 +27,8 @@ SAMPLED = 128  # positions whose residual stream is compared after every layer
 @dataclass(frozen=True)
 class Profile:
     """Where a divergence lies. bin: positions of a window that make one entry of `kl`, the mean of their divergence. layers: what each
-    layer leaves in the residual stream against the reference's, `||x̂ - x||² / ||x||²` over a sample of positions; none for the engine."""
+    layer leaves in the residual stream against the reference's: the mean of `||x̂ - x||² / ||x||²` over a sample of positions; none for
+    the engine, and for a model of another width."""
 
     bin: int
     kl: tuple[float, ...]
@@ -154,9 +156,9 @@ def compare(
             errors: list[float] = []
 
             def look(index: int, x: Tensor, errors: list[float] = errors) -> None:
-                if index < len(kept):
-                    power = float(kept[index].square().sum())
-                    errors.append(float((_sample(x) - kept[index]).square().sum()) / power if power else math.nan)
+                if index < len(kept) and x.shape[-1] == kept[index].shape[-1]:  # else it is another architecture
+                    difference = (_sample(x) - kept[index]).square().sum(-1)
+                    errors.append(float((difference / kept[index].square().sum(-1)).mean()))
 
             states = variant.states(tokens, on, step, look)
             found[name] = _compare(target, states, reference_head, variant.head(on), tokens.to(on), tuple(errors))
@@ -165,8 +167,7 @@ def compare(
 
 def _sample(x: Tensor) -> Tensor:
     """`[positions, H]` of `[W, L, H]`: `SAMPLED` at most, evenly spaced."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat[:: -(-len(flat) // SAMPLED)]
+    return evenly(x.reshape(-1, x.shape[-1]), SAMPLED)
 
 
 def _compare(target: Tensor, found: Tensor, target_head: Head, found_head: Head, tokens: Tensor, layers: tuple[float, ...]) -> Divergence:

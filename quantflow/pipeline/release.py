@@ -25,13 +25,13 @@ from quantflow.artifacts.provenance import SUFFIX, SUMS, Invocation, checksums, 
 from quantflow.artifacts.store import write_atomic, write_json
 from quantflow.calibration.data import HUB, bundled
 from quantflow.errors import ModelError, OutputError, Problem, UserError
+from quantflow.evaluate.variants import deployed
 from quantflow.models.checkpoint import TOKENIZER_FILES
 from quantflow.models.directory import INDEX, read_json
 from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.run import run as run_plan
 from quantflow.recipe import Calibration, Evaluate, load_recipe
-from quantflow.report.variants import deployed
 
 INDEX_FILE, COMPARISON, SUMMARY = "release.json", "comparison.json", "release.md"
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from quantflow.calibration.data import Windows
 from quantflow.engine.kv_cache import KVFormat, block_bytes
+from quantflow.evaluate.gates import Verdict
 from quantflow.models.tensor_file import TensorFile
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.sweep import SweepReader
 from quantflow.quant.fit import shown
-from quantflow.recipe import Calibrate, Evaluate, KvQparams, dump
+from quantflow.recipe import Calibrate, KvQparams, dump
 from quantflow.stages.pack import written_bytes
 
 VERSION = 1
@@ -43,11 +44,11 @@ def portable(plan: Plan) -> dict[str, Any]:
 
 def make_report(
     plan: Plan, reader: SweepReader, *, fingerprint: str, weights: str, windows: Windows, held_out: Windows | None,
-    measured: Mapping[str, Mapping[str, Any]], failures: list[str], inexact: Mapping[str, Mapping[str, float]], statistics: Path,
+    measured: Mapping[str, Mapping[str, Any]], verdicts: list[Verdict], inexact: Mapping[str, Mapping[str, float]], statistics: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """measured: variant -> its figures and its profile. failures: gates that were missed. inexact: format -> what it had to round.
+    """measured: variant -> its figures and its profile. verdicts: on the gates. inexact: format -> what it had to round.
     statistics: `calibrate`'s, as written into the artifact."""
-    config, evaluate = plan.config, plan.stage(Evaluate)
+    config = plan.config
     lines: dict[str, Any] = {}
     scales: list[dict[str, Any]] = []
     for index in range(config.layers):
@@ -62,7 +63,7 @@ def make_report(
     return {
         "version": VERSION,
         "name": plan.recipe.name,
-        "status": "failed" if failures else "complete",
+        "status": "complete" if all(verdict.kept for verdict in verdicts) else "failed",
         "fingerprint": fingerprint,
         "asked": portable(plan),
         "model": {
@@ -75,8 +76,7 @@ def make_report(
         "evaluation": {**_text(held_out), "engine": plan.measures_engine} if held_out else None,
         "quality": {name: found["figures"] for name, found in measured.items()},
         "profile": {name: found["profile"] for name, found in measured.items()},
-        "gates": {k: v for k, v in evaluate.gates.model_dump().items() if v is not None} if evaluate else {},
-        "failed_gates": failures,
+        "gates": [verdict.as_dict() for verdict in verdicts],
         "linears": lines,
         "kept": kept,
         "activations": _activations(plan, statistics) if plan.stage(Calibrate) else {},

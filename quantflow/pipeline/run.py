@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,15 @@ from quantflow.artifacts.artifact import KV_FILE, MANIFEST, PAGE, REPORT, RUN, S
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
-from quantflow.engine.engine import Engine, EngineConfig
-from quantflow.engine.kv_cache import KVFormat
 from quantflow.errors import DataError, ModelError, Problem
-from quantflow.evaluate.divergence import Model, Variant, compare
-from quantflow.evaluate.running import Running
-from quantflow.formats.reader import REQUANTIZED, Weights
+from quantflow.evaluate.gates import judge
+from quantflow.formats.reader import REQUANTIZED
 from quantflow.machine import peak_resident_bytes
 from quantflow.models.checkpoint import TOKENIZER_FILES
 from quantflow.models.directory import read_json
 from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
 from quantflow.models.tokenizer import load_tokenizer
+from quantflow.pipeline.measure import measure
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.report import make_report, portable
@@ -38,8 +34,7 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams
 from quantflow.report.page import report_page, write_page
-from quantflow.report.variants import deployed
-from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, parameter_tensors, per_rank, rounding
+from quantflow.stages.kv_qparams import layer_parameters, parameter_tensors, per_rank
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.pack_job import check_kv_inside
 from quantflow.stages.requantize import Requantizing, record
@@ -117,13 +112,16 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
         formats, inexact = _pack(plan, reader, folder, progress)
         clock.lap("pack")
         _write_statistics(plan, identity, reader, folder)
-        measured = _evaluate(plan, identity, reader, folder / next(iter(formats.values())), held_out, progress) if held_out else {}
+        full = MeasuredReader(plan.store, identity.calibrate)
+        written = folder / next(iter(formats.values()), ".")
+        measured = measure(plan, identity.evaluate, reader, full, written, held_out, progress) if held_out else {}
         quality = {name: found["figures"] for name, found in measured.items()}
         clock.lap("evaluate")
-        failures = _missed_gates(evaluate, quality) if evaluate else []
+        verdicts = judge(quality, evaluate.gates.model_dump()) if evaluate else []
+        failures = [str(verdict) for verdict in verdicts if not verdict.kept]
         report = make_report(
             plan, reader, fingerprint=identity.artifact, weights=weights, windows=windows, held_out=held_out, measured=measured,
-            failures=failures, inexact=inexact, statistics=folder / STATISTICS,
+            verdicts=verdicts, inexact=inexact, statistics=folder / STATISTICS,
         )  # fmt: skip
         write_json(folder / REPORT, report)
         write_page(folder / PAGE, report_page(report))
@@ -166,15 +164,15 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
     calibrate, sweep_key = plan.calibrate_key(weights, windows.digest), plan.sweep_key(weights, windows.digest)
     tokenizer = plan.checkpoint.tokenizer_path
     copied = {n: file_digest(tokenizer / n) for n in TOKENIZER_FILES if (tokenizer / n).is_file()}
-    artifact = digest(
-        ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, portable(plan), held_out.digest if held_out else "",
-         source_digest("stages", "formats", "pipeline", "evaluate", "artifacts", "models", "quant", "report")]
-    )  # fmt: skip
     kv = plan.stage(KvQparams)
     settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json") if plan.packs else None
     evaluate = digest(
-        ["evaluate", sweep_key, held_out.digest if held_out else "", settings, first, plan.device, plan.measures_engine,
-         source_digest("evaluate", "engine", "models", "formats", "quant", "stages")]
+        ["evaluate", sweep_key, calibrate if kv else "", held_out.digest if held_out else "", settings, first, plan.device,
+         plan.measures_engine, source_digest("evaluate", "engine", "models", "formats", "quant", "stages", "pipeline/measure.py")]
+    )  # fmt: skip
+    artifact = digest(
+        ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, evaluate if held_out else "", portable(plan),
+         source_digest("stages", "formats", "pipeline", "artifacts", "models", "quant")]
     )  # fmt: skip
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 
@@ -273,83 +271,6 @@ def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, fold
                 tensor = file.read(name)
                 assert dtype_name(tensor.dtype) == "F32"
                 writer.write(f"{prefix}.{name}", tensor)
-
-
-def _evaluate(
-    plan: Plan, identity: _Identity, reader: SweepReader, checkpoint: Path, held_out: Windows, progress: Progress
-) -> dict[str, Any]:
-    """variant -> its `figures` and its `profile`, from the store where they were measured before: `weights`, and with kv_qparams `kv` and
-    `weights_and_kv`; `kv` alone, of what was written, where no stage rounds the weights."""
-    settings = plan.stage(KvQparams)
-    stored = plan.store.read_json(identity.evaluate, "quality")
-    if isinstance(stored, dict) and all(isinstance(found, dict) and {"figures", "profile"} <= set(found) for found in stored.values()):
-        return stored
-    reference = Weights(plan.checkpoint.path)
-    full = MeasuredReader(plan.store, identity.calibrate)
-
-    # The full-precision model's own extremes: AWQ rescales v, so the quantised model's parameters would not fit it.
-    def original(index: int) -> dict[str, KVParameters]:
-        assert settings is not None
-        return layer_parameters(full.kv(index), settings)
-
-    def quantised(index: int) -> dict[str, KVParameters]:
-        return _kv_parameters(plan, reader, index)
-
-    variants: dict[str, Model]
-    if not plan.rounds:
-        cached = Variant(Weights(checkpoint), rounding(original))
-        variants = {"kv": _running(plan, checkpoint, original) if plan.measures_engine else cached}
-    elif plan.measures_engine:
-        variants = {"weights": _running(plan, checkpoint, None)}
-        if settings:
-            variants["kv"] = _running(plan, plan.checkpoint.path, original)
-            variants["weights_and_kv"] = _running(plan, checkpoint, quantised)
-    else:
-        weights = Weights(checkpoint)
-        variants = {"weights": Variant(weights)}
-        if settings:
-            variants["kv"] = Variant(reference, rounding(original))
-            variants["weights_and_kv"] = Variant(weights, rounding(quantised))
-    progress.phase("evaluate", plan.config.layers * (1 + len(variants)))
-    found = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.step)
-    measured = {name: {"figures": divergence.as_dict(), "profile": divergence.profile.as_dict()} for name, divergence in found.items()}
-    plan.store.write_json(identity.evaluate, "quality", measured)
-    return measured
-
-
-def _running(plan: Plan, folder: Path, parameters: Callable[[int], dict[str, KVParameters]] | None) -> Running:
-    """The engine on a checkpoint, its KV cache in int8 with those parameters, or in full precision."""
-
-    def make() -> Engine:
-        layers = range(plan.config.layers) if parameters else ()
-        kv = KVFormat(bool(parameters), tuple(layer_tensors(parameters(i)) for i in layers) if parameters else ())
-        evaluate = plan.stage(Evaluate)
-        assert evaluate is not None
-        # One window after the other, so one window's room.
-        longest = max(evaluate.length + 1, plan.config.max_positions) if plan.config.rope.kind in ("dynamic", "qwen") else None
-        return Engine(folder, EngineConfig(device=plan.device, max_batch_size=1, session_len=longest), kv=kv)
-
-    return Running(make)
-
-
-def _missed_gates(evaluate: Evaluate, quality: dict[str, Any]) -> list[str]:
-    """What missed its gate, in words. Judged is what will be deployed: weights and KV cache together where the recipe has both."""
-    final = deployed(quality)
-    assert final is not None
-    gates = evaluate.gates
-    checks = (
-        ("kl_mean", final["kl_mean"], gates.kl_mean, False),
-        ("kl_p99", final["kl_p99"], gates.kl_p99, False),
-        ("top1", final["top1"], gates.top1, True),
-        ("perplexity_ratio", final["perplexity"] / final["reference_perplexity"], gates.perplexity_ratio, False),
-    )
-    missed = []
-    for name, value, gate, at_least in checks:
-        # Where the divergence is no number, the likeliest token is none either: NaN misses every gate.
-        value = math.nan if math.isnan(final["kl_mean"]) else value
-        if gate is not None and not (value >= gate if at_least else value <= gate):
-            missed.append(f"{name} is {value:.5g}, the gate is {'at least' if at_least else 'at most'} {gate:g}")
-    return missed
 
 
 def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from statistics import mean, median
 from typing import Any
 
 from quantflow.errors import Problem, UserError
+from quantflow.evaluate.variants import VARIANTS, deployed
 from quantflow.report import plots
 from quantflow.report.page import read_report, render
 from quantflow.report.pictures import Picture, Points, of_layers, positions
-from quantflow.report.variants import VARIANTS, deployed
 
 ABSENT = "–"
 
@@ -105,7 +105,7 @@ def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "name": name,
         "fingerprint": report["fingerprint"],
         "status": report["status"],
-        "bytes": next(iter(report["sizes"].values())),
+        "bytes": next(iter(report["sizes"].values()), None),
         "source_bytes": report["source"]["bytes"],
         "quality": deployed(quality),
         "variants": quality,

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quantflow.artifacts.artifact import MANIFEST, PAGE, REPORT, read_manifest
-from quantflow.artifacts.fingerprint import file_digest
-from quantflow.artifacts.store import write_atomic, write_json
+from quantflow.artifacts.artifact import PAGE, REPORT
+from quantflow.artifacts.store import write_atomic
 from quantflow.errors import ModelError, OutputError, Problem
+from quantflow.evaluate.variants import VARIANTS, deployed
 from quantflow.models.directory import read_json
 from quantflow.report.pictures import largest, pictures
-from quantflow.report.variants import VARIANTS, deployed
 from quantflow.units import size
 
 GATES = {"kl_mean": "KL mean", "kl_p99": "KL 99th percentile", "top1": "top-1", "perplexity_ratio": "perplexity ratio"}
+AGAIN = "Run the recipe again: finished layers are taken from the store"
 WORST, LISTED = 12, 400  # linears shown at once, and in the list that can be opened
 
 
@@ -35,8 +36,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     wrong = [key for key, kind in needed.items() if not isinstance(report.get(key), kind)]
     if wrong:
-        hint = "Run the recipe again: finished layers are taken from the store"
-        raise ModelError(Problem(str(place), f"nothing usable under {', '.join(wrong)}", "a report of this version of QuantFlow", hint))
+        raise ModelError(Problem(str(place), f"nothing usable under {', '.join(wrong)}", "a report of this version of QuantFlow", AGAIN))
     return report
 
 
@@ -49,7 +49,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         final=deployed(report["quality"]),
         recipe=yaml.safe_dump(report["asked"], sort_keys=False, allow_unicode=True, width=100),
         schemes=Counter(f"{line['scheme']}, {line['method']}" for line in report["linears"].values()),
-        gates=gates(report),
+        titles=GATES,
         variants=VARIANTS,
         pictures=pictures(report),
         memory=report["memory"],
@@ -86,19 +86,6 @@ def share(value: float) -> str:
     return f"{value:.2%}"
 
 
-def gates(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every gate of the recipe: its limit, and what was found."""
-    final = deployed(report["quality"])
-    if not final:
-        return []
-    found = {**final, "perplexity_ratio": final["perplexity"] / final["reference_perplexity"]}
-    missed = {text.split(" is ")[0] for text in report["failed_gates"]}
-    return [
-        {"name": GATES.get(name, name), "limit": limit, "found": found[name], "at_least": name == "top1", "missed": name in missed}
-        for name, limit in report["gates"].items()
-    ]
-
-
 def worst(linears: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     """Linears by falling output error; those without one by their weights' error, after them."""
 
@@ -110,14 +97,22 @@ def worst(linears: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[s
 
 
 def rebuild(folder: Path, output: Path | None) -> Path:
-    """Writes the page of an artifact's `report.json` anew: to `output`, or into the artifact, whose manifest follows. Raises UserError."""
-    page = report_page(read_report(folder))
-    if output is not None:
-        write_page(output, page)
-        return output
-    manifest = read_manifest(folder)
-    write_page(folder / PAGE, page)
-    if manifest is not None:
-        manifest["files"][PAGE] = {"bytes": len(page.encode()), "sha256": file_digest(folder / PAGE)}
-        write_json(folder / MANIFEST, manifest)
-    return folder / PAGE
+    """Writes the page of an artifact's `report.json` anew: to `output`, or into the artifact. Raises UserError."""
+    place = output or folder / PAGE
+    report = read_report(folder)
+    with showing(folder / REPORT):
+        page = report_page(report)
+    write_page(place, page)
+    return place
+
+
+@contextmanager
+def showing(place: Path) -> Iterator[None]:
+    """Makes what cannot be shown of a report that somebody changed a ModelError."""
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, UndefinedError) as error:
+        found = f"cannot be shown ({type(error).__name__}: {error})"
+        raise ModelError(Problem(str(place), found, "a report as `quantflow run` wrote it", AGAIN)) from error

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from quantflow.evaluate.variants import VARIANTS
 from quantflow.report import plots
-from quantflow.report.variants import VARIANTS
 
 GIB, MIB = 2**30, 2**20
 

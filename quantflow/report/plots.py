@@ -38,7 +38,9 @@ def drawn(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> 
     from matplotlib.figure import Figure
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=(WIDTH, height))
         # Margins by hand: matplotlib's layout engines draw everything twice to find them.
         figure.subplots_adjust(left=0.115, right=0.73, bottom=0.45 / height, top=1 - 0.2 / height)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from quantflow.calibration.statistics import evenly
 from quantflow.quant.fit import shown
 
 ROWS = 1024  # of each linear's input, evenly spaced
@@ -24,6 +25,6 @@ class OutputErrors:
         flat = x.reshape(-1, x.shape[-1])
         if name in self.found or not len(flat) or (weights := self.difference(name)) is None:
             return
-        rows = flat[:: max(1, -(-len(flat) // ROWS))].float()
+        rows = evenly(flat, ROWS).float()
         power, error = (float((rows @ weight.T).square().sum()) for weight in weights)
         self.found[name] = {"error": shown(error / power if power else error), "tokens": len(rows)}

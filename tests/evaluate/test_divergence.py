@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantflow.calibration.statistics import evenly
 from quantflow.evaluate import divergence
 from quantflow.evaluate.divergence import Divergence, Variant, compare, hidden_states
 from quantflow.formats.reader import Weights
@@ -110,9 +111,26 @@ def test_the_profile_is_that_of_positions_and_layers(models: tuple[Path, Path]) 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.inference_mode():
             states.append(model(torch.tensor(windows), output_hidden_states=True).hidden_states[1].reshape(-1, model.config.hidden_size))
-    sample = slice(None, None, 3)  # 300 positions, of which at most 128 are looked at
-    expected = float((states[1][sample] - states[0][sample]).square().sum() / states[0][sample].square().sum())
+    ratio = (states[1] - states[0]).square().sum(-1) / states[0].square().sum(-1)
+    picked = torch.tensor([round(i * 299 / 127) for i in range(128)])  # 300 positions, of which 128 are looked at
+    expected = float(ratio[picked].mean())
     assert len(found.layers) == 2 and found.layers[0] == pytest.approx(expected, rel=1e-4) and found.layers[1] > found.layers[0]
+
+
+@pytest.mark.parametrize(("count", "length"), [(128, 64), (64, 512), (128, 512), (64, 2048), (7, 100)])
+def test_layers_are_compared_all_over_the_windows(count: int, length: int) -> None:
+    """Whole steps would meet the first position of each window again and again."""
+    positions = torch.arange(length).repeat(count)[:, None].float()
+    found = evenly(positions, divergence.SAMPLED)
+    assert len(found) == 128
+    assert len(found.unique()) >= min(length, 128) / 2
+    assert float(found.mean()) == pytest.approx((length - 1) / 2, rel=0.1)
+
+
+def test_a_reference_of_another_width_has_no_layers_to_compare(models: tuple[Path, Path], tmp_path: Path) -> None:
+    wide = write_llama(tmp_path / "wide", hidden_size=128, num_attention_heads=4)
+    found = compare(Variant(Weights(wide)), {"m": Variant(Weights(models[0]))}, windows_of(2, 16))["m"]
+    assert found.profile.layers == () and found.kl_mean > 0
 
 
 def test_a_model_is_no_different_from_itself(models: tuple[Path, Path]) -> None:

@@ -117,3 +117,13 @@ def test_the_plan_counts_what_it_will_do(bench: Bench) -> None:
     assert found["linears"] == {"kept (no stage rounds the weights)": 14} and found["estimate"]["artifact_bytes"] == 0
     run(bench, ["calibrate"])
     assert json.loads(invoke("plan", recipe(bench, stages=["calibrate"]), "--json").stdout)["stored_layers"] == 2
+
+
+def test_another_text_is_another_measurement(bench: Bench, tmp_path: Path) -> None:
+    """The cache's parameters come from the calibration's text: what was measured with others is not taken from the store."""
+    found = []
+    for samples, options in ((6, ()), (1, ()), (1, ("--fresh",))):
+        stages = [*KV, bench.evaluate()]
+        run(bench, stages, "--set", f"calibration.samples={samples}", "--output", tmp_path / "out" / "kv", *options)
+        found.append(json.loads((tmp_path / "out" / "kv" / "quantflow.json").read_text())["quality"]["kv"]["kl_mean"])
+    assert found[0] != found[1] == found[2]

@@ -66,7 +66,7 @@ def test_the_artifact_is_whole(bench: Bench) -> None:
     manifest = json.loads((bench.output / "quantflow.json").read_text())
     assert manifest["status"] == "complete" and manifest["failed_gates"] == []
     assert manifest["formats"] == {f: f for f in FORMATS} and manifest["tensor_parallel"] == 2
-    found = contents(bench.output, skip=("quantflow.json", "run.json"))
+    found = contents(bench.output, skip=("quantflow.json", "run.json", "report.html"))
     assert set(manifest["files"]) == set(found)
     assert all(entry["bytes"] == len(found[name]) for name, entry in manifest["files"].items())
     for form in FORMATS:

@@ -75,6 +75,20 @@ def test_every_folder_that_is_none_is_named(artifacts: dict[str, Path], tmp_path
     assert invoke("compare", artifacts["four"]).exit_code == 2
 
 
+def test_statistics_alone_stand_beside_the_others(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    """Of a recipe that writes no checkpoint there are no sizes, and nothing was measured."""
+    root = artifacts["four"].parents[1]
+    (tmp_path / "alone.yaml").write_text(
+        f"name: alone\nmodel: {root / 'model'}\ncalibration: {{data: {root / 'calib.txt'}, samples: 4, seqlen: 32}}\nstages: [calibrate]\n"
+    )
+    assert invoke("run", tmp_path / "alone.yaml", "--output", tmp_path / "alone").exit_code == 0
+    result = invoke("compare", artifacts["four"], tmp_path / "alone", "--json", "--output", tmp_path / "page.html")
+    assert result.exit_code == 0, result.stderr
+    row = json.loads(result.stdout)["artifacts"][1]
+    assert (row["bytes"], row["quality"], row["median_error"]) == (None, None, None)
+    assert invoke("compare", artifacts["four"], tmp_path / "alone").exit_code == 0
+
+
 def recipe(*stages: Any, **more: Any) -> dict[str, Any]:
     return {"name": "n", "stages": list(stages), **more}
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,11 +18,14 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from quantflow.artifacts.artifact import foreign_files
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.report import exponent
-from quantflow.report.page import gates, read_report, report_page
+from quantflow.report.page import read_report, report_page
 from quantflow.report.pictures import by_layer, pictures
-from tests.helpers.runs import Bench, invoke, make_bench
+from tests.helpers.runs import Bench, contents, invoke, make_bench
+
+ROOT = Path(__file__).parents[2]
 
 STAGES: list[Any] = [
     "calibrate", {"awq": {"grid": 4}}, "rtn", "kv_qparams", {"pack": {"format": "compressed-tensors"}}, {"pack": {"format": "huggingface"}},
@@ -197,10 +202,11 @@ def test_the_same_report_gives_the_same_page(report: dict[str, Any], page: str) 
     assert report_page(copy.deepcopy(report)) == page
 
 
-def test_gates_are_shown_with_what_was_found(report: dict[str, Any]) -> None:
-    found = {gate["name"]: gate for gate in gates(report)}
-    assert found["KL mean"]["missed"] is False and found["top-1"]["missed"] is True
-    assert found["top-1"]["found"] == report["quality"]["weights_and_kv"]["top1"]
+def test_gates_are_shown_with_what_was_found(report: dict[str, Any], page: str) -> None:
+    found = {gate["name"]: gate for gate in report["gates"]}
+    assert found["kl_mean"]["kept"] is True and found["top1"]["kept"] is False and report["status"] == "failed"
+    assert found["top1"]["found"] == report["quality"]["weights_and_kv"]["top1"]
+    assert page.count(">missed<") == 1 and page.count(">kept<") == 1
 
 
 def test_text_is_escaped(report: dict[str, Any]) -> None:
@@ -235,20 +241,50 @@ def test_experts_are_averaged() -> None:
 # The command
 
 
-def test_rebuilding_keeps_the_artifact_whole(bench: Bench, page: str, tmp_path: Path) -> None:
+def test_it_is_drawn_anew(bench: Bench, page: str, tmp_path: Path) -> None:
+    """Into the artifact, which stays what its manifest says and what a second run finds; or elsewhere."""
     folder = tmp_path / "artifact"
     shutil.copytree(bench.output, folder)
     assert (folder / "report.html").read_text() != page  # tests leave it blank
+    (folder / "report.html").unlink()
     assert invoke("report", folder).exit_code == 0
-    data = (folder / "report.html").read_bytes()
-    assert data.decode() == page
-    before, manifest = (json.loads((f / "quantflow.json").read_text()) for f in (bench.output, folder))
-    assert manifest["files"]["report.html"] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    before["files"]["report.html"] = manifest["files"]["report.html"]
-    assert before == manifest
+    assert (folder / "report.html").read_text() == page
+    assert contents(folder, skip=("report.html",)) == contents(bench.output, skip=("report.html",))
+    assert foreign_files(folder) == []
     other = tmp_path / "elsewhere.html"
     assert invoke("report", bench.output, "--output", other).exit_code == 0
     assert other.read_text() == page and (bench.output / "report.html").read_text() != page
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"linears": {"a": {}}}, {"linears": {"a": 1}}, {"memory": [1]}, {"profile": {"weights": {}}}, {"kv": {"key": 1}},
+     {"sizes": {"awq": "x"}},
+     {"quality": {"weights": 1}, "profile": {}}, {"model": None}, {"activations": {"a.b": {"layer": "x"}}}, {"memory": [{"context": 1}]}],
+)  # fmt: skip
+def test_a_damaged_report_is_said_to_be_one(bench: Bench, report: dict[str, Any], tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report | change))
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 2 and "report.json" in result.stderr and "Run the recipe again" in result.stderr
+    result = invoke("compare", bench.output, tmp_path, "--output", tmp_path / "x.html")
+    assert result.exit_code in (0, 2)
+
+
+@pytest.mark.slow
+def test_what_the_page_is_depends_on_nothing_of_the_machine(bench: Bench, tmp_path: Path) -> None:
+    """The whole command twice, in processes of different homes, time zones, places, and settings of matplotlib."""
+    pages = []
+    for name, rc in (("one", "axes.grid: False\nlines.linewidth: 9\nfont.size: 20\naxes.facecolor: red\n"), ("two", "")):
+        home = tmp_path / name
+        home.mkdir()
+        (home / "matplotlibrc").write_text(rc)
+        environment = {**os.environ, "HOME": str(home), "TZ": f"XYZ{len(pages)}", "MATPLOTLIBRC": str(home / "matplotlibrc"),
+                       "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}  # fmt: skip
+        command = [sys.executable, "-m", "quantflow.cli.main", "run", bench.root / "recipe.yaml", "--output", home / "out"]
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 3, done.stderr
+        pages.append(contents(home / "out"))
+    assert pages[0] == pages[1] and b"<svg" in pages[0]["report.html"]
 
 
 def test_what_is_no_artifact_is_refused(bench: Bench, tmp_path: Path) -> None:

@@ -26,6 +26,6 @@ def test_few_rows_of_many_and_none() -> None:
     tap("expert", torch.zeros(0, 4), torch.zeros(0, 4))
     assert tap.found == {}  # no token reached it
     tap("many", torch.ones(ROWS * 3 + 1, 4), torch.ones(ROWS * 3 + 1, 4))
-    assert tap.found["many"]["error"] == 0.25 and ROWS / 2 < tap.found["many"]["tokens"] <= ROWS  # type: ignore[operator]
+    assert tap.found["many"] == {"error": 0.25, "tokens": ROWS}
     tap("silent", torch.zeros(2, 4), torch.zeros(2, 4))
     assert tap.found["silent"]["error"] == 0.0
