@@ -212,6 +212,7 @@ def test_windows_of_a_real_tokenizer(tmp_path: Path) -> None:
 
 @pytest.mark.shared
 @pytest.mark.skipif(not (SHARED / "tools" / "divergence.py").is_file(), reason="the project's shared tools and models are not here")
+@pytest.mark.filterwarnings("ignore")  # the tool leaves its files open
 @pytest.mark.parametrize(
     ("model", "text", "count", "length", "skip"),
     [

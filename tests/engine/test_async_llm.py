@@ -22,6 +22,17 @@ def within(seconds: float, work: Any) -> Any:
     return asyncio.run(asyncio.wait_for(work, seconds))
 
 
+def slowly(llm: AsyncLLM) -> None:
+    """A step takes 10 ms at least: what is to be interrupted has not ended on a fast machine."""
+    step = llm.engine.step
+
+    def slow() -> Any:
+        time.sleep(0.01)
+        return step()
+
+    llm.engine.step = slow  # type: ignore[method-assign]
+
+
 def test_many_at_once_are_what_each_is_alone(tiny: Path) -> None:
     prompts = [[3 + i, 9, 4] * (i + 1) for i in range(12)]
     params = [SamplingParams(max_tokens=5 + i, temperature=0.5, seed=i, n=1 + i % 2) for i in range(12)]
@@ -40,6 +51,7 @@ def test_leaving_or_being_cancelled_gives_blocks_back(tiny: Path) -> None:
             async for token in llm.stream(PROMPT, LONG):
                 assert token.token is not None
                 break
+            slowly(llm)
             task = asyncio.create_task(llm.generate(PROMPT, LONG))
             await asyncio.sleep(0.05)
             task.cancel()
@@ -180,6 +192,7 @@ def test_a_dead_engine_answers_everybody(tiny: Path) -> None:
 def test_closing_ends_what_runs(tiny: Path) -> None:
     async def run() -> None:
         llm = AsyncLLM(tiny, device="cpu")
+        slowly(llm)
         task = asyncio.create_task(llm.generate(PROMPT, LONG))
         await asyncio.sleep(0.05)
         llm.close()
@@ -263,6 +276,7 @@ def test_an_id_may_be_used_again(tiny: Path) -> None:
 def test_abort_answers_who_waits(tiny: Path) -> None:
     async def run() -> None:
         async with AsyncLLM(tiny, device="cpu") as llm:
+            slowly(llm)
             task = asyncio.create_task(llm.generate(PROMPT, LONG, id="mine"))
             await asyncio.sleep(0.05)
             await asyncio.wrap_future(llm.abort("mine"))

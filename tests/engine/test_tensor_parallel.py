@@ -97,11 +97,10 @@ def test_followers_end_when_the_leader_is_killed(tiny: Path) -> None:
         f"model = LLM({str(tiny)!r}, device='cpu', tp=2)\n"
         "print(model.engine.ranks.followers[0].pid, flush=True)\ntime.sleep(60)"
     )
-    leader = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert leader.stdout is not None
-    follower = int(leader.stdout.readline())
-    leader.send_signal(signal.SIGKILL)
-    leader.wait()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as leader:
+        assert leader.stdout is not None
+        follower = int(leader.stdout.readline())
+        leader.send_signal(signal.SIGKILL)
     until = time.monotonic() + 20
     while time.monotonic() < until and Path(f"/proc/{follower}/cmdline").exists() and Path(f"/proc/{follower}/cmdline").read_bytes():
         time.sleep(0.1)
