@@ -321,7 +321,7 @@ def test_schemas_that_would_take_the_machine_are_refused(server: Running, schema
         for answer in (w.result() for w in waiting):
             assert (answer.status, answer.error["param"]) == (400, "response_format")
             assert "to compile" in answer.error["message"]
-    assert time.monotonic() - began < 25
+    assert time.monotonic() - began < 60  # a second each, beside whatever else runs; for ever without a limit
     assert server.metric("process_resident_memory_bytes") - before < 2**29
 
 
