@@ -23,7 +23,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stages", [["rtn"], ["calibrate", {"gptq": {"refine": 0}}]], ids=["rtn", "gptq"])
-def test_the_peak_is_within_a_quarter_of_the_estimate(model: Path, tmp_path: Path, stages: list[Any]) -> None:
+def test_the_peak_is_within_a_quarter_of_the_estimate(
+    model: Path, tmp_path: Path, stages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # each thread has buffers of its own: with one, the peak is a tenth lower
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"name: memory\nmodel: {model}\nstages: {[*stages, {'pack': {'format': 'compressed-tensors'}}]}\n"
