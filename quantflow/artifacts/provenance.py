@@ -1,7 +1,7 @@
 """Where an artifact comes from, as an in-toto Statement v1 with SLSA's provenance predicate v1, ready to be signed; and SHA256SUMS.
 
 Statement: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md. Predicate: https://slsa.dev/spec/v1.0/provenance.
-Everything in it is determined by the build but `runDetails`: who built, with which versions, when.
+Everything in it is determined by the build but `runDetails`, who built, with which versions, when; and the address of the source's remote.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ def resource(name: str, role: str, *, uri: str | None = None, sha256: str | None
 def own_source(package: Path = _PACKAGE) -> dict[str, Any] | None:
     """The git commit that this program's source is of, as a resource; None where it is not in a git checkout, or there is no git.
 
-    The address of the remote is left out where it is a place on this machine; a name or password in it always is.
+    The address of the remote is left out where it is a place on this machine; a name or password in it always is, but for ssh's `git`.
+    `modified`: a tracked file of the package, or of the kernels beside it, is not the commit's.
     """
     # An environment inside somebody's checkout is no part of it: the package's own file must be tracked.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None or (commit := _git(package, "rev-parse", "HEAD")) is None:
         return None
     found = resource("quantflow", "source", uri=_public(_git(package, "remote", "get-url", "origin")))
     found["digest"] = {"gitCommit": commit}
-    if _git(package, "status", "--porcelain", "--untracked-files=no", "--", "."):
+    if _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".", "../kernels"):
         found["annotations"]["modified"] = True
     return found
 
@@ -107,10 +108,13 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _public(remote: str | None) -> str | None:
-    parts = urlsplit(remote or "")
+    """As a URI, of which pip and SPDX have the form; git@example.org:a/b is ssh's short form."""
+    short = re.fullmatch(r"([\w.-]+)@([\w.-]+):/?(.+)", remote or "")
+    parts = urlsplit(f"ssh://{short[1]}@{short[2]}/{short[3]}" if short else remote or "")
     if parts.scheme not in ("https", "ssh") or not parts.hostname:
         return None
-    return f"git+{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    user = "git@" if (parts.scheme, parts.username) == ("ssh", "git") else ""
+    return f"git+{parts.scheme}://{user}{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
 
 
 def checksums(digests: Mapping[str, str]) -> str:

@@ -18,10 +18,13 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A package in a git checkout with one commit."""
+    """A package in a git checkout with one commit, `kernels` and `docs` beside it."""
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "__init__.py").write_text("")
+    for other in ("kernels", "docs"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "file").write_text("")
     git(tmp_path, "init", "-q")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "first")
@@ -32,19 +35,25 @@ def test_the_commit_of_a_checkout(package: Path) -> None:
     assert own_source(package) == {
         "name": "quantflow", "digest": {"gitCommit": git(package, "rev-parse", "HEAD")}, "annotations": {"role": "source"},
     }  # fmt: skip
-    (package / "__init__.py").write_text("changed = True")
+
+
+@pytest.mark.parametrize(("file", "counts"), [("package/__init__.py", True), ("kernels/file", True), ("docs/file", False)])
+def test_a_change_of_what_computes_is_told(package: Path, file: str, counts: bool) -> None:
+    (package.parent / file).write_text("changed = True")
     found = own_source(package)
-    assert found is not None and found["annotations"] == {"role": "source", "modified": True}
+    assert found is not None and found["annotations"] == {"role": "source", **({"modified": True} if counts else {})}
 
 
 @pytest.mark.parametrize(
     ("remote", "uri"),
     [
         ("https://name:secret@example.org:8443/a/b.git", "git+https://example.org:8443/a/b.git"),
-        ("ssh://git@example.org/a/b", "git+ssh://example.org/a/b"),
+        ("ssh://git@example.org/a/b", "git+ssh://git@example.org/a/b"),
         ("/srv/somewhere", None),
         ("file:///srv/somewhere", None),
-        ("git@example.org:a/b.git", None),
+        ("ssh://me:secret@example.org/a/b", "git+ssh://example.org/a/b"),
+        ("git@example.org:a/b.git", "git+ssh://git@example.org/a/b.git"),
+        ("me@example.org:/a/b", "git+ssh://example.org/a/b"),
     ],
 )
 def test_a_remote_is_named_without_passwords_and_places(package: Path, remote: str, uri: str | None) -> None:
