@@ -48,18 +48,20 @@ plan:
 artifacts:
 	$(QUANTFLOW) release $(RECIPES) --output $(OUTPUT) --tolerance $(TOLERANCE) $(if $(PREVIOUS),--previous $(PREVIOUS))
 
-# An archive an artifact, the same bytes for the same files; beside it what one wants to read without unpacking it.
+# An archive an artifact, the same bytes for the same files; beside it what one wants to read without unpacking it. What release.json
+# and SHA256SUMS do not list stays behind: a folder may hold what is left of other releases.
 assets: ASSETS = $(OUTPUT).assets
 assets:
 	test -f $(OUTPUT)/SHA256SUMS
 	rm -rf $(ASSETS)
 	mkdir -p $(ASSETS)
-	find $(OUTPUT) -maxdepth 1 -type f -exec cp -t $(ASSETS) {} +
-	cd $(OUTPUT) && for statement in *.intoto.json; do \
-		name=$${statement%.intoto.json}; \
-		tar --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner -cf $(abspath $(ASSETS))/$$name.tar $$name || exit 1; \
-		cp $$name/quantflow.json $(abspath $(ASSETS))/$$name.manifest.json; \
-		for report in $$name/report.*; do cp $$report $(abspath $(ASSETS))/$$name.$${report##*/}; done; \
+	cd $(OUTPUT) && cp SHA256SUMS $(abspath $(ASSETS)) && \
+	cut -c67- SHA256SUMS | grep -v / | xargs -d '\n' cp -t $(abspath $(ASSETS))
+	cd $(OUTPUT) && $(PYTHON) -c 'import json; print(*json.load(open("release.json"))["artifacts"], sep="\n")' | while read -r name; do \
+		awk -v folder="$$name/" '{ file = substr($$0, 67) } index(file, folder) == 1 { print file }' SHA256SUMS | \
+			tar --mtime=@0 --owner=0 --group=0 --numeric-owner --verbatim-files-from -cf "$(abspath $(ASSETS))/$$name.tar" -T - || exit 1; \
+		cp "$$name/quantflow.json" "$(abspath $(ASSETS))/$$name.manifest.json" || exit 1; \
+		for report in "$$name"/report.*; do cp "$$report" "$(abspath $(ASSETS))/$$name.$${report##*/}" || exit 1; done; \
 	done
 	cd $(ASSETS) && sha256sum *.tar > ARCHIVES.SHA256SUMS
 

@@ -44,25 +44,28 @@ def release(
 
         from quantflow.artifacts.provenance import LOCAL_BUILDER, Invocation
         from quantflow.errors import GateError
-        from quantflow.pipeline import release as releasing
+        from quantflow.pipeline.release import plan_release, release
+        from quantflow.pipeline.release_comparison import METRICS, table
 
-        plans = releasing.plan_release(recipes, output, set_ or (), device=device.value)
+        plans = plan_release(recipes, output, set_ or (), device=device.value)
         invocation = Invocation(builder_id or LOCAL_BUILDER, invocation_id or str(uuid4()))
         with progress() as watcher:
-            done = releasing.release(plans, output, invocation, watcher, previous=previous, tolerance=tolerance)
+            done = release(plans, output, invocation, watcher, previous=previous, tolerance=tolerance)
         if as_json:
-            print(json.dumps({"output": str(done.output), **done.index, "comparison": done.comparison}, indent=2))
+            print(json.dumps({"output": str(done.output), **done.index, "comparison": done.comparison, "others": done.others}, indent=2))
         else:
-            heads, rows = releasing.table(done.index, done.comparison)
+            heads, rows = table(done.index, done.comparison)
             shown = Table(*heads, title=str(done.output))
             for column in shown.columns:
                 column.overflow = "fold"  # on a narrow terminal, rather than cut
-            for column in shown.columns[2 : 2 + len(releasing.METRICS)]:
+            for column in shown.columns[2 : 2 + len(METRICS)]:
                 column.justify = "right"
             for row in rows:
                 shown.add_row(*row)
             console.print(shown)
             for name in done.comparison["gone"] if done.comparison else ():
                 console.print(f"{name} is no longer in the release.", markup=False)
+            if done.others:
+                console.print(f"Also in {done.output}, and no part of this release: {', '.join(done.others)}", markup=False)
         if done.failures:
             raise GateError(done.failures)

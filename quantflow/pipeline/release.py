@@ -1,11 +1,12 @@
 """A release: several recipes' artifacts in one folder, judged together, with where they come from and what has changed.
 
-<output>/<name>/               an artifact, built where it stays: nothing is written twice
-<output>/<name>.intoto.json    its provenance, ready to be signed
-<output>/release.json          an entry an artifact: status, quality, sizes, fingerprint
-<output>/comparison.json       the same numbers beside the previous release's, and what is worse; with `previous` alone
-<output>/release.md            both, for people
-<output>/SHA256SUMS            every file above, for `sha256sum -c`. Written last: a folder without it is no release
+<output>/<name>/                  an artifact, built where it stays: nothing is written twice
+<output>/<name>.intoto.json       its provenance, ready to be signed
+<output>/<name>.comparison.html   its report beside the previous release's; where `previous` is a folder that holds that one's
+<output>/release.json             an entry an artifact: status, quality, sizes, fingerprint
+<output>/comparison.json          the same numbers beside the previous release's, and what is worse; with `previous` alone
+<output>/release.md               both, for people
+<output>/SHA256SUMS               every file above, for `sha256sum -c`. Written last: a folder without it is no release
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow import __version__
-from quantflow.artifacts.artifact import MANIFEST, RUN, read_manifest
-from quantflow.artifacts.fingerprint import digest, file_digest
+from quantflow.artifacts.artifact import MANIFEST, PAGE, REPORT, RUN, read_manifest
+from quantflow.artifacts.fingerprint import file_digest
 from quantflow.artifacts.provenance import SUFFIX, SUMS, Invocation, checksums, is_uri, own_source, resource, statement
 from quantflow.artifacts.store import write_atomic, write_json
 from quantflow.calibration.data import HUB, bundled
@@ -30,42 +31,27 @@ from quantflow.models.checkpoint import TOKENIZER_FILES
 from quantflow.models.directory import INDEX, read_json
 from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Progress
+from quantflow.pipeline.release_comparison import INDEX_FILE, compare_releases, read_release, table, worse
 from quantflow.pipeline.run import run as run_plan
 from quantflow.recipe import Calibration, Evaluate, load_recipe
+from quantflow.report.comparison import comparison_page, make_comparison
+from quantflow.report.measurement import measured_on
+from quantflow.report.page import write_page
 
-INDEX_FILE, COMPARISON, SUMMARY = "release.json", "comparison.json", "release.md"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number of an artifact. floor: a rise below this is none, the last digits of a small sample; None: shown, not judged. unit: what
-    it is shown in."""
-
-    title: str
-    form: str
-    floor: float | None
-    unit: float = 1.0
-
-
-# All are the better the smaller. Top-1 agreement is judged by what is missing from it: 99% to 98% is twice as many other tokens.
-METRICS: dict[str, Metric] = {
-    "perplexity": Metric("perplexity", ".4f", 1e-3),
-    "kl_mean": Metric("KL mean", ".5f", 1e-5),
-    "kl_p99": Metric("KL p99", ".4f", 1e-4),
-    "disagreement": Metric("other top-1", ".2%", 1e-3),
-    "bytes": Metric("MiB", ",.1f", None, 2.0**20),
-}
+COMPARISON, SUMMARY = "comparison.json", "release.md"
+PAGE_SUFFIX = ".comparison.html"
 
 
 @dataclass(frozen=True)
 class Released:
     """output: the folder. index: release.json. comparison: comparison.json, None without a previous release. failures: missed gates and
-    what is worse than before, of all artifacts."""
+    what is worse than before, of all artifacts. others: what else lies in the folder and is no part of the release."""
 
     output: Path
     index: dict[str, Any]
     comparison: dict[str, Any] | None
     failures: list[Problem]
+    others: list[str]
 
 
 def plan_release(recipes: Sequence[Path], output: Path, overrides: Sequence[str] = (), *, device: str = "auto") -> list[Plan]:
@@ -88,21 +74,6 @@ def plan_release(recipes: Sequence[Path], output: Path, overrides: Sequence[str]
     return plans
 
 
-def read_release(place: Path) -> dict[str, Any]:
-    """The release.json at `place`, or in that folder. Raises UserError."""
-    path = place / INDEX_FILE if place.is_dir() else place
-    if not path.is_file():
-        raise UserError(Problem(str(path), "no such file", f"a former release's folder, or its {INDEX_FILE}"))
-    index = read_json(path)
-    entries = index.get("artifacts")
-    if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("numbers"), dict) for e in entries.values()):
-        raise UserError(Problem(str(path), "no entry of artifacts with their numbers", f"the {INDEX_FILE} of `quantflow release`"))
-    for name, entry in entries.items():
-        if odd := [k for k, v in entry["numbers"].items() if not isinstance(v, int | float)]:
-            raise UserError(Problem(f"{path} {name} {odd[0]}", repr(entry["numbers"][odd[0]])[:80], "a number"))
-    return index
-
-
 def release(
     plans: Sequence[Plan], output: Path, invocation: Invocation, progress: Progress, *, previous: Path | None = None, tolerance: float = 0.1
 ) -> Released:
@@ -112,6 +83,33 @@ def release(
     `tolerance` (relative), are in the result. Raises UserError for what is wrong with a recipe or its text, after all the others have run;
     there is no release then, but what was built is found again.
     """
+    before = _check(output, invocation, previous, tolerance)
+    names = [plan.recipe.name for plan in plans]
+    for name in (SUMS, INDEX_FILE, COMPARISON, SUMMARY, *(f"{name}{PAGE_SUFFIX}" for name in names)):
+        (output / name).unlink(missing_ok=True)
+    _run_all(plans, progress)
+
+    source = own_source()
+    digests: dict[str, str] = {}
+    for plan in plans:
+        digests |= _state(plan, output, invocation, source)
+    entries = {plan.recipe.name: _entry(plan, _manifest(plan)) for plan in plans}
+    index = {"quantflow": __version__, "artifacts": entries}
+    comparison = compare_releases(before, index, tolerance) if before else None
+    written = _write(output, index, comparison)
+    written += _write_pages(output, previous, names, progress) if previous else []
+    digests |= {name: file_digest(output / name) for name in written}
+    write_atomic(output / SUMS, checksums(digests).encode())
+
+    missed = [(name, text) for name, entry in entries.items() for text in entry["failed_gates"]]
+    failures = [Problem(*failure, hint="The artifact is kept") for failure in missed + (worse(comparison) if comparison else [])]
+    parts = {SUMS, *(name.split("/")[0] for name in digests)}
+    others = sorted(path.name for path in output.iterdir() if path.name not in parts and not path.name.startswith("."))
+    return Released(output, index, comparison, failures, others)
+
+
+def _check(output: Path, invocation: Invocation, previous: Path | None, tolerance: float) -> dict[str, Any] | None:
+    """The previous release's index. Raises UserError for what was asked for wrongly."""
     if not is_uri(invocation.builder_id):
         raise UserError(Problem("--builder-id", repr(invocation.builder_id), "a URI, such as https://ci.example.org/quantflow"))
     if not (math.isfinite(tolerance) and tolerance >= 0):
@@ -119,9 +117,11 @@ def release(
     before = read_release(previous) if previous else None
     if previous and (previous if previous.is_dir() else previous.parent).resolve() == output.resolve():
         raise OutputError(Problem(str(output), "holds the previous release, which would be lost", "another folder", "Pass --output DIR"))
-    for name in (SUMS, INDEX_FILE, COMPARISON, SUMMARY):
-        (output / name).unlink(missing_ok=True)
+    return before
 
+
+def _run_all(plans: Sequence[Plan], progress: Progress) -> None:
+    """Raises UserError with the problems of all plans, after every one has been run."""
     problems: list[Problem] = []
     for number, plan in enumerate(plans, 1):
         progress.note(f"{plan.recipe.name} ({number} of {len(plans)})")
@@ -132,42 +132,30 @@ def release(
     if problems:
         raise UserError(problems)
 
-    entries: dict[str, Any] = {}
-    digests: dict[str, str] = {}
-    source = own_source()
-    for plan in plans:
-        name, manifest = plan.recipe.name, _manifest(plan)
-        files = {f"{name}/{file}": entry["sha256"] for file, entry in manifest["files"].items()}
-        files[f"{name}/{MANIFEST}"] = file_digest(plan.output / MANIFEST)
-        # run.json holds times: it is outside the artifact's identity, and so no subject.
-        stated = statement(
-            files,
-            {"recipe": manifest["recipe"]},
-            {"quantflow": manifest["quantflow"], "device": plan.device, "fingerprint": manifest["fingerprint"]},
-            [*dependencies(plan, manifest), *([source] if source else [])],
-            invocation,
-            read_json(plan.output / RUN),
-        )
-        write_json(output / f"{name}{SUFFIX}", stated)
-        digests |= {**files, f"{name}/{RUN}": file_digest(plan.output / RUN)}
-        entries[name] = _entry(plan, manifest)
-    index = {"quantflow": __version__, "artifacts": entries}
-    comparison = compare_releases(before, index, tolerance) if before else None
-    failures = [(name, text) for name, entry in entries.items() for text in entry["failed_gates"]]
-    if comparison:
-        failures += [(name, text) for name, row in comparison["artifacts"].items() for text in row["worse"]]
-    _write(output, index, comparison)
-    written = [INDEX_FILE, SUMMARY, *([COMPARISON] if comparison else []), *(f"{name}{SUFFIX}" for name in entries)]
-    digests |= {name: file_digest(output / name) for name in written}
-    write_atomic(output / SUMS, checksums(digests).encode())
-    return Released(output, index, comparison, [Problem(*failure, hint="The artifact is kept") for failure in failures])
-
 
 def _manifest(plan: Plan) -> dict[str, Any]:
     manifest = read_manifest(plan.output)
     if manifest is None:
         raise ModelError(Problem(str(plan.output), "has no manifest any more", "the artifact that was just made", "Run the command again"))
     return manifest
+
+
+def _state(plan: Plan, output: Path, invocation: Invocation, source: Mapping[str, Any] | None) -> dict[str, str]:
+    """Writes an artifact's statement. Returns name -> sha256 of the artifact's files and of the statement."""
+    name, manifest = plan.recipe.name, _manifest(plan)
+    files = {f"{name}/{file}": entry["sha256"] for file, entry in manifest["files"].items()}
+    files |= {f"{name}/{file}": file_digest(plan.output / file) for file in (MANIFEST, PAGE) if (plan.output / file).is_file()}
+    # run.json holds times: it is outside the artifact's identity, and so no subject.
+    stated = statement(
+        files,
+        {"recipe": manifest["recipe"]},
+        {"quantflow": manifest["quantflow"], "device": plan.device, "fingerprint": manifest["fingerprint"]},
+        [*dependencies(plan, manifest), *([source] if source else [])],
+        invocation,
+        read_json(plan.output / RUN),
+    )
+    write_json(output / f"{name}{SUFFIX}", stated)
+    return {**files, f"{name}/{RUN}": file_digest(plan.output / RUN), f"{name}{SUFFIX}": file_digest(output / f"{name}{SUFFIX}")}
 
 
 def dependencies(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -189,18 +177,13 @@ def dependencies(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
 
 
 def _text(section: Calibration | Evaluate, role: str, **notes: Any) -> dict[str, Any]:
-    path = _text_file(section)
-    if path:
-        return resource(path.name, role, sha256=file_digest(path), **notes)
-    return resource(section.data, role, uri=f"https://huggingface.co/datasets/{HUB[section.data][0]}", **notes)
-
-
-def _text_file(section: Calibration | Evaluate) -> Path | None:
-    """The local file that a section's text comes from; None where that is the hub."""
+    """The local file that a section's text comes from, or its place on the hub."""
     path = Path(section.file or section.data).expanduser()
     if not section.file and (own := bundled(section.data)):
-        return own
-    return path if path.is_file() else None
+        path = own
+    if path.is_file():
+        return resource(path.name, role, sha256=file_digest(path), **notes)
+    return resource(section.data, role, uri=f"https://huggingface.co/datasets/{HUB[section.data][0]}", **notes)
 
 
 def _entry(plan: Plan, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,9 +192,6 @@ def _entry(plan: Plan, manifest: Mapping[str, Any]) -> dict[str, Any]:
         name: sum(size for file, size in sizes.items() if folder == "." or file.startswith(f"{folder}/"))
         for name, folder in manifest["formats"].items()
     }
-    numbers: dict[str, float] = {"bytes": sum(sizes.values())}
-    if final := deployed(manifest["quality"]):
-        numbers = {name: final[name] for name in ("perplexity", "kl_mean", "kl_p99")} | {"disagreement": 1 - final["top1"]} | numbers
     return {
         "directory": plan.recipe.name,
         "provenance": f"{plan.recipe.name}{SUFFIX}",
@@ -221,87 +201,48 @@ def _entry(plan: Plan, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "format_bytes": formats,
         "files": len(sizes),
         "quality": manifest["quality"],
-        "measured_on": _measured_on(plan, manifest),
-        "numbers": numbers,
+        "measured_on": measured_on(read_json(plan.output / REPORT)),
+        "numbers": {**numbers(manifest["quality"]), "bytes": sum(sizes.values())},
     }
 
 
-def _measured_on(plan: Plan, manifest: Mapping[str, Any]) -> str | None:
-    """Identity of the model, text and settings of the measurement: numbers of two that differ in them cannot be compared."""
-    evaluate = plan.stage(Evaluate)
-    if evaluate is None:
-        return None
-    path = _text_file(evaluate)
-    settings = evaluate.model_dump(mode="json", exclude={"gates", "data", "file"})
-    return digest([manifest["source"]["weights"], settings, file_digest(path) if path else evaluate.data])
+def numbers(quality: Mapping[str, Any]) -> dict[str, float]:
+    """Of what was measured, the numbers that releases are compared by, as deployed; {} where nothing was."""
+    final = deployed(quality)
+    if not final:
+        return {}
+    excess = math.log(final["perplexity"] / final["reference_perplexity"])
+    found = {name: final[name] for name in ("perplexity", "kl_mean", "kl_p99")}
+    return {**found, "perplexity_excess": excess, "disagreement": 1 - final["top1"]}
 
 
-# Against the previous release
-
-
-def compare_releases(before: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> dict[str, Any]:
-    """comparison.json: per artifact each number before and now, what is worse beyond the tolerance in words, and why nothing is judged."""
-    rows: dict[str, Any] = {}
-    for name, entry in now["artifacts"].items():
-        former = before["artifacts"].get(name)
-        row: dict[str, Any] = {"note": _not_judged(former, entry), "numbers": {}, "worse": []}
-        for key, metric in METRICS.items():
-            value = entry["numbers"].get(key)
-            old = former["numbers"].get(key) if former else None
-            if value is None and old is None:
-                continue
-            change = value / old - 1 if value is not None and old else None
-            row["numbers"][key] = {"previous": old, "now": value, "change": change}
-            if row["note"] or metric.floor is None or value is None or old is None:
-                continue
-            if not value <= old * (1 + tolerance) + metric.floor:  # so that what is no number is worse
-                row["worse"].append(
-                    f"{metric.title} is {value:{metric.form}}, in the previous release {old:{metric.form}}; "
-                    f"a rise by {tolerance:.0%} is tolerated"
-                )
-        rows[name] = row
-    gone = sorted(set(before["artifacts"]) - set(now["artifacts"]))
-    return {"previous": before.get("quantflow"), "now": now["quantflow"], "tolerance": tolerance, "artifacts": rows, "gone": gone}
-
-
-def _not_judged(former: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> str:
-    """Why an artifact's quality cannot be held against the previous release's; empty where it can."""
-    if former is None:
-        return "new"
-    if not former.get("measured_on") or not entry["measured_on"]:
-        return "not judged: its quality was not measured in both releases"
-    if former["measured_on"] != entry["measured_on"]:
-        return "not judged: measured against another model, or on another text"
-    return ""
-
-
-def table(index: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the numbers of a release, each with its change since the previous one where it has changed."""
-    heads = ["artifact", "status", *(metric.title for metric in METRICS.values()), *(["against before"] if comparison else [])]
-    rows = []
-    for name, entry in index["artifacts"].items():
-        row = [name, entry["status"]]
-        found = comparison["artifacts"][name] if comparison else None
-        for key, metric in METRICS.items():
-            value = entry["numbers"].get(key)
-            text = "–" if value is None else f"{value / metric.unit:{metric.form}}"
-            change = found["numbers"].get(key, {}).get("change") if found else None
-            row.append(f"{text} ({change:+.1%})" if change and abs(change) >= 5e-4 else text)
-        if found:
-            row.append(found["note"] or ("worse" if found["worse"] else "ok"))
-        rows.append(row)
-    return heads, rows
-
-
-def _write(output: Path, index: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> None:
-    """The index, the comparison, and their page. A page that shows several reports side by side would be written here, too."""
+def _write(output: Path, index: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> list[str]:
+    """The index, the comparison, and both for people. Returns the files' names."""
     write_json(output / INDEX_FILE, index)
     if comparison:
         write_json(output / COMPARISON, comparison)
     heads, rows = table(index, comparison)
     lines = [f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]]
-    worse = [f"- {name}: {text}" for name, entry in index["artifacts"].items() for text in entry["failed_gates"]]
+    told = [f"- {name}: {text}" for name, entry in index["artifacts"].items() for text in entry["failed_gates"]]
     if comparison:
-        worse += [f"- {name}: {text}" for name, row in comparison["artifacts"].items() for text in row["worse"]]
-        worse += [f"- {name}: no longer in the release" for name in comparison["gone"]]
-    write_atomic(output / SUMMARY, ("\n".join([*lines, *([""] if worse else []), *worse]) + "\n").encode())
+        told += [f"- {name}: {text}" for name, text in worse(comparison)]
+        told += [f"- {name}: no longer in the release" for name in comparison["gone"]]
+    write_atomic(output / SUMMARY, ("\n".join([*lines, *([""] if told else []), *told]) + "\n").encode())
+    return [INDEX_FILE, SUMMARY, *([COMPARISON] if comparison else [])]
+
+
+def _write_pages(output: Path, previous: Path, names: Sequence[str], progress: Progress) -> list[str]:
+    """A page for each artifact whose report is in the previous release's folder, too. Returns the files' names. A former report that this
+    QuantFlow cannot read costs its page, which is said, and not the release."""
+    written = []
+    for name in names:
+        if not (previous / name / REPORT).is_file():
+            continue
+        try:
+            found = make_comparison([previous / name, output / name])
+        except UserError as error:
+            progress.note(f"no {name}{PAGE_SUFFIX}: {error.problems[0].where}: {error.problems[0].found}")
+            continue
+        write_page(output / f"{name}{PAGE_SUFFIX}", comparison_page(replace(found, names=(f"{name} (previous)", name))))
+        written.append(f"{name}{PAGE_SUFFIX}")
+    return written

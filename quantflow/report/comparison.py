@@ -12,6 +12,7 @@ from typing import Any
 from quantflow.errors import Problem, UserError
 from quantflow.evaluate.variants import VARIANTS, deployed
 from quantflow.report import plots
+from quantflow.report.measurement import measured_on
 from quantflow.report.page import read_report, render
 from quantflow.report.pictures import Picture, Points, of_layers, positions
 
@@ -128,9 +129,11 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     if len({r["source"]["weights"] for r in reports}) > 1:
         notes.append("the artifacts come from different weights: their errors are to different originals")
-    measured = [r["evaluation"] for r in reports]
-    if any(measured) and len({json.dumps(m and [m["tokens"], m["engine"]]) for m in measured}) > 1:
-        notes.append("quality was measured on different texts, or in different ways: the figures cannot be set against each other")
+    if len({measured_on(r) for r in reports}) > 1:
+        notes.append(
+            "quality was measured against different originals, on different texts or in different ways: "
+            "the figures cannot be set against each other"
+        )
     return notes
 
 

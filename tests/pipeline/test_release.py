@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import jsonschema
 import pytest
 import yaml
 
-from quantflow.pipeline.release import compare_releases
+from quantflow.pipeline.release import numbers
+from quantflow.pipeline.release_comparison import compare_releases
 from tests.helpers.runs import Bench, contents, invoke, make_bench
 
+ROOT = Path(__file__).parents[2]
 GPTQ: list[Any] = ["calibrate", "gptq", "kv_qparams", {"pack": {"format": "compressed-tensors"}}, {"pack": {"format": "awq"}}]
 RTN: list[Any] = ["rtn", {"pack": {"format": "gptq_v2"}}]
 
@@ -177,8 +180,9 @@ def test_the_index(made: Path) -> None:
 
 def test_another_release_differs_in_run_details_alone(made: Path, bench: Bench, recipes: list[Path]) -> None:
     again = bench.root / "again"
-    result = invoke("release", *recipes, "--output", again, "--previous", made, "--json")
+    result = invoke("release", *recipes, "--output", again, "--previous", made / "release.json", "--json")
     assert result.exit_code == 0, result.output
+    assert not list(again.glob("*.html")), "no folder, no reports"
     comparison = json.loads(result.stdout)["comparison"]
     assert comparison == load(again / "comparison.json")
     for row in comparison["artifacts"].values():
@@ -189,6 +193,48 @@ def test_another_release_differs_in_run_details_alone(made: Path, bench: Bench, 
         one, other = load(made / f"{name}.intoto.json"), load(again / f"{name}.intoto.json")
         ids = [statement["predicate"].pop("runDetails")["metadata"]["invocationId"] for statement in (one, other)]
         assert one == other and ids[0] == "run 7" != ids[1]
+
+
+def test_reports_beside_the_previous_ones(made: Path, bench: Bench, recipes: list[Path], tmp_path: Path) -> None:
+    """Of the artifacts that are in both; a report that cannot be read costs its page alone."""
+    output, previous = bench.root / "beside", tmp_path / "previous"
+    for name in ("first", "second"):
+        (previous / name).mkdir(parents=True)
+        shutil.copy(made / name / "report.json", previous / name)
+    shutil.copy(made / "release.json", previous)
+    third = bench.recipe("third", name="third", stages=[*RTN, bench.evaluate()])
+    (previous / "second" / "report.json").write_text('{"version": 0}')
+    result = invoke("release", *recipes, third, "--output", output, "--previous", previous)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in output.glob("*.html")] == ["first.comparison.html"]
+    assert "no second.comparison.html" in result.stderr and "third.comparison" not in result.stderr
+    page = (output / "first.comparison.html").read_text()
+    assert "first (previous)" in page and str(tmp_path) not in page and str(bench.root) not in page
+    assert "  first.comparison.html\n" in (output / "SHA256SUMS").read_text()
+
+    assert invoke("release", recipes[0], "--output", output).exit_code == 0
+    assert not (output / "first.comparison.html").exists(), "it was of another release"
+
+
+def test_what_is_left_of_other_releases_is_named_and_no_part(made: Path, bench: Bench, recipes: list[Path]) -> None:
+    output = bench.root / "fewer"
+    shutil.copytree(made, output, symlinks=True)
+    result = invoke("release", recipes[0], "--output", output)
+    assert result.exit_code == 0 and "no part of this release: second, second.intoto.json" in " ".join(result.stdout.split())
+    assert "second" not in (output / "SHA256SUMS").read_text()
+
+    (output / "first" / "notes.txt").write_text("somebody's")
+    done = subprocess.run(["make", "-C", str(ROOT), "assets", f"OUTPUT={output}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assets = bench.root / "fewer.assets"
+    assert {path.name for path in assets.iterdir()} == {
+        "SHA256SUMS", "ARCHIVES.SHA256SUMS", "release.json", "release.md", "first.intoto.json", "first.manifest.json", "first.report.json",
+        "first.report.html", "first.tar",
+    }  # fmt: skip
+    with tarfile.open(assets / "first.tar") as archive:
+        archive.extractall(assets, filter="data")
+    assert contents(assets / "first", skip=()) == contents(made / "first", skip=())
+    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=assets, check=True)
 
 
 def test_a_second_look_builds_nothing(made: Path, bench: Bench, recipes: list[Path]) -> None:
@@ -278,8 +324,9 @@ def test_what_is_refused(made: Path, bench: Bench, recipes: list[Path], tmp_path
 # Numbers beside numbers
 
 
-def entry(measured_on: str | None = "x", **numbers: float) -> dict[str, Any]:
-    return {"measured_on": measured_on, "numbers": {"perplexity": 10.0, "kl_mean": 0.01, "kl_p99": 0.1, "disagreement": 0.05, **numbers}}
+def entry(measured_on: str | None = "x", **changed: float) -> dict[str, Any]:
+    numbers = {"perplexity": 10.0, "perplexity_excess": 0.02, "kl_mean": 0.01, "kl_p99": 0.1, "disagreement": 0.05}
+    return {"measured_on": measured_on, "numbers": {**numbers, **changed}}
 
 
 def compared(former: dict[str, Any] | None, now: dict[str, Any], tolerance: float = 0.1) -> dict[str, Any]:
@@ -296,7 +343,10 @@ def compared(former: dict[str, Any] | None, now: dict[str, Any], tolerance: floa
         ({"kl_mean": 0.001, "kl_p99": 0.2}, ["KL p99"]),
         ({"disagreement": 0.0555}, []),
         ({"disagreement": 0.06}, ["other top-1"]),
-        ({"perplexity": 11.1, "kl_p99": 0.12}, ["perplexity", "KL p99"]),
+        ({"perplexity_excess": 0.0229}, []),  # a tenth, and the floor of 1e-3
+        ({"perplexity_excess": 0.0231, "kl_p99": 0.12}, ["excess, nats", "KL p99"]),
+        ({"perplexity_excess": -0.02}, []),
+        ({"perplexity": 11.1}, []),  # shown
         ({"kl_mean": math.nan}, ["KL mean"]),
         ({"bytes": 1e9}, []),
     ],
@@ -306,10 +356,27 @@ def test_what_counts_as_worse(numbers: dict[str, float], worse: list[str]) -> No
     assert [text.partition(" is ")[0] for text in found["worse"]] == worse
 
 
+def test_perplexity_is_judged_against_the_originals() -> None:
+    """20 to 20.1 is an excess of log(1.005) = 0.00499 nats. A tenth more, and the floor, is 20.13; a tenth of perplexity would be 22."""
+
+    def at(perplexity: float) -> dict[str, Any]:
+        figures = {"perplexity": perplexity, "reference_perplexity": 20.0, "kl_mean": 0.01, "kl_p99": 0.1, "top1": 0.9}
+        return {"measured_on": "x", "numbers": numbers({"weights": figures})}
+
+    assert at(20.1)["numbers"]["perplexity_excess"] == pytest.approx(0.0049875, abs=1e-7)
+    assert compared(at(20.1), at(20.129))["worse"] == []
+    (text,) = compared(at(20.1), at(20.135))["worse"]
+    assert text.startswith("excess, nats is 0.00673, in the previous release 0.00499")
+    # Below the original by chance: a tenth of that is no room upwards, the floor is.
+    assert compared(at(19.99), at(19.999))["worse"] == [] and compared(at(19.99), at(20.03))["worse"] != []
+
+
 def test_changes_are_relative() -> None:
     found = compared(entry(), entry(kl_mean=0.0125))["numbers"]["kl_mean"]
     assert found["previous"] == 0.01 and found["now"] == 0.0125 and found["change"] == pytest.approx(0.25)
-    assert compared(entry(kl_mean=0.0), entry())["numbers"]["kl_mean"]["change"] is None, "nothing is a fraction of 0"
+    for nothing in (0.0, -0.001):
+        found = compared(entry(perplexity_excess=nothing), entry())["numbers"]["perplexity_excess"]
+        assert found["change"] is None, "nothing is a fraction of 0, or of less"
 
 
 @pytest.mark.parametrize(
