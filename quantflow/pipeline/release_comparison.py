@@ -29,7 +29,7 @@ class Metric:
 # 98% is twice as many other tokens.
 METRICS: dict[str, Metric] = {
     "perplexity": Metric("perplexity", ".4f", None),
-    "perplexity_excess": Metric("excess, nats", ".5f", 1e-3),
+    "perplexity_excess": Metric("excess, nats", ".4f", 1e-3),
     "kl_mean": Metric("KL mean", ".5f", 1e-5),
     "kl_p99": Metric("KL p99", ".4f", 1e-4),
     "disagreement": Metric("other top-1", ".2%", 1e-3),
