@@ -1,19 +1,17 @@
-"""The place that the pages' commands are run in: what they call `./internlm-chat-7b`, `my_text.txt` and so on is there, small."""
+"""What the pages' commands call `./internlm-chat-7b`, `my_text.txt` and so on: each is made, small, when the first command names it."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.pages import ROOT, blocks
 from tests.helpers.runs import invoke, reduced
-from tests.helpers.serving import Running, serving
 from tests.helpers.tiny import SENTENCES, write_llama, write_text
 
 
@@ -37,6 +35,7 @@ def _model(place: Path) -> None:
 
 def _their_awq(place: Path) -> None:
     """Such as another tool wrote it: the checkpoint's files, and nothing of ours."""
+    provide("my-model")
     made = place.parent / "made"
     assert invoke(*reduced(["run", "recipes/auto_awq.yaml", "--model", "my-model", "--output", str(made)])).exit_code == 0
     for name in ("quantflow.json", "report.json", "report.html", "run.json"):
@@ -45,6 +44,7 @@ def _their_awq(place: Path) -> None:
 
 
 def _symmetric(place: Path) -> None:
+    provide("my-model")
     recipe = place.parent / "symmetric.yaml"
     recipe.write_text("name: symmetric\nweights: {group_size: 32, symmetric: true}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n")
     assert invoke("run", recipe, "--model", "my-model", "--output", place).exit_code == 0
@@ -65,15 +65,17 @@ def _questions(place: Path) -> None:
 
 
 def _task(place: Path) -> None:
-    """The one of docs/tasks.md."""
+    """The one of docs/tasks.md, and the file that it reads."""
+    provide("arc_easy.jsonl")
     (text,) = (block.text for block in blocks() if block.text.startswith("task: my_task"))
     place.write_text(text)
 
 
-def _fitted(place: Path, model: str) -> None:
+def _fitted(place: Path) -> None:
+    provide("internlm-chat-7b")
     recipe = place.parent / "fitted.yaml"
     recipe.write_text("name: fitted\nweights: {group_size: 32}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n")
-    assert invoke("run", recipe, "--model", model, "--output", place).exit_code == 0
+    assert invoke("run", recipe, "--model", "internlm-chat-7b", "--output", place).exit_code == 0
 
 
 def _release(place: Path) -> None:
@@ -100,36 +102,22 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "SOURCE": _symmetric,
     "artifacts/demo_w4_kv8": _demo("demo_w4_kv8"),
     "artifacts/demo_gguf": _demo("demo_gguf"),
-    "artifacts/internlm-chat-7b_w4_kv8": lambda place: _fitted(place, "internlm-chat-7b"),
+    "artifacts/internlm-chat-7b_w4_kv8": _fitted,
     "artifacts/release": _release,
     "docs-llama-16m": _model,
     "calib.txt": lambda place: write_text(place, 0, 128),
     "my_task.yaml": _task,
     **dict.fromkeys(("arc_easy.jsonl", "piqa.jsonl", "openbook_qa.jsonl", "winograd_wsc.jsonl"), _questions),
 }
-"""What pages name -> how it is made, in this order. A new placeholder is a line here."""
+"""What pages name -> how it is made. A new placeholder is a line here."""
+ALWAYS = "recipes calib_data c4.jsonl wikitext2.txt"
+"""What `tests.helpers.runs.reduced` reads, whatever a command names."""
 
 
-@pytest.fixture(scope="session")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("docs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for name, make in PLACES.items():
-            (root / name).parent.mkdir(exist_ok=True)
-            make(root / name)
-    return root
-
-
-@pytest.fixture
-def inside(sandbox: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The sandbox, as the current directory."""
-    monkeypatch.chdir(sandbox)
-    return sandbox
-
-
-@pytest.fixture(scope="session")
-def server(sandbox: Path) -> Iterator[Running]:
-    """What `http://127.0.0.1:23333` on a page means."""
-    with serving(sandbox / "artifacts" / "demo_w4_kv8") as running:
-        yield running
+def provide(text: str) -> None:
+    """Makes what a text names and is not there yet, in the current directory."""
+    for name, make in PLACES.items():
+        place = Path(name)
+        if name in text and not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            make(place)
