@@ -1,4 +1,4 @@
-"""The README's tables of kernels, made from the files under `benchmarks/results/`.
+"""The tables of docs/performance.md, made from the files under `benchmarks/results/`.
 
     python benchmarks/tables.py [--check]
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -117,14 +117,14 @@ TABLES = {"kernels_gpu": gpu, "kernels_cpu": cpu, "engine_cpu": engine, "serve_c
 
 
 def written(text: str) -> str:
-    """The README with its tables as the results have them."""
+    """The page with its tables as the results have them."""
     for name, table in TABLES.items():
         path = RESULTS / f"{name}.json"
         lines = table(json.loads(path.read_text()) if path.is_file() else None)
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.S)
         if len(pattern.findall(text)) != 1:
-            raise SystemExit(f"{README.name}: expected {begin} … {end} once")
+            raise SystemExit(f"{PAGE.name}: expected {begin} … {end} once")
         body = "\n".join([begin, *lines, end])
         text = pattern.sub(lambda _, body=body: body, text)  # type: ignore[misc]
     return text
@@ -134,12 +134,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     new = written(text)
     if args.check and new != text:
-        raise SystemExit("README.md: a table is not what benchmarks/results holds; run python benchmarks/tables.py")
+        raise SystemExit("docs/performance.md: a table is not what benchmarks/results holds; run python benchmarks/tables.py")
     if not args.check:
-        README.write_text(new, encoding="utf-8")
+        PAGE.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

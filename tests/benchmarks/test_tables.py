@@ -1,4 +1,4 @@
-"""The README's tables are those of the results files."""
+"""The tables of docs/performance.md are those of the results files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import pytest
 from benchmarks import tables
 
 
-def test_the_readme_is_up_to_date() -> None:
-    text = tables.README.read_text(encoding="utf-8")
+def test_the_page_is_up_to_date() -> None:
+    text = tables.PAGE.read_text(encoding="utf-8")
     assert tables.written(text) == text, "run python benchmarks/tables.py"
 
 
