@@ -80,7 +80,7 @@ def generate(
         prompts = [llm.get_prompt(text) if chat else text for text in texts]
         tokens = [llm.encode(text, special=not chat) for text in prompts]  # a dialogue format has its own first tokens
         if max_tokens is None:
-            room = llm.engine.context - max(map(len, tokens))
+            room = llm.engine.room - max(map(len, tokens))
             params = replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
         if stream:
             for token in llm.stream(tokens[0], params):

@@ -110,6 +110,13 @@ class EngineConfig:
 
 SHARE = {"cuda": 0.8, "cpu": 0.25}  # of free memory for the cache
 STEP_TOKENS = {"cuda": 2048, "cpu": 512}
+
+
+def default_step_tokens(device: str, batch: int, block_size: int) -> int:
+    """Tokens that go through the model in a step, where `EngineConfig.step_tokens` does not say. device: `cuda` or `cpu`."""
+    return max(STEP_TOKENS[device], batch + block_size)
+
+
 TOO_LONG = "context_length_exceeded"  # the code of a request that the context cannot hold
 
 
@@ -185,7 +192,7 @@ class Engine:
             blocks = self._block_count()
             self.caches = make_caches(self.model_config, self.kv, self.ops.dtype, device, blocks, config.block_size)
         self.blocks = BlockManager(blocks, config.block_size, prefix_cache=config.prefix_cache)
-        step_tokens = config.step_tokens or max(STEP_TOKENS[device.type], config.max_batch_size + config.block_size)
+        step_tokens = config.step_tokens or default_step_tokens(device.type, config.max_batch_size, config.block_size)
         self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_session)
         self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size, progress)
         ends = self.text.end_tokens if self.text else frozenset()
@@ -243,6 +250,16 @@ class Engine:
             raise ResourceError(Problem("KV cache", f"{limit} bytes", f"at least {each} for one block of {size} tokens"))
         return count
 
+    @property
+    def room(self) -> int:
+        """Tokens that one sequence may have, its answer included: the context, or what the cache holds where that is less."""
+        return min(self.context, self.blocks.count * self.blocks.size)
+
+    @property
+    def room_is(self) -> str:
+        """What `room` comes from, for messages."""
+        return "the model's context" if self.room == self.context else "what the KV cache holds"
+
     def occupancy(self) -> Occupancy:
         """How busy it is. Any thread may ask: the numbers are each right, if not of one moment."""
         scheduler, blocks = self.scheduler, self.blocks
@@ -281,7 +298,7 @@ class Engine:
         new = list(tokens[len(history) :])
         self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=priority, session=session)
         wanted = self.context if params.max_tokens is None else params.max_tokens
-        most = max(0, min(wanted, self.context - len(tokens), self.blocks.count * self.blocks.size - len(tokens)))
+        most = max(0, min(wanted, self.room - len(tokens)))
         # The last token never goes through the model.
         stretch = self.runner.rotary.stretch(len(tokens) + most - 1)
         request = Request(id, tokens, params, most, arrival, priority, stretch, session)
@@ -309,9 +326,8 @@ class Engine:
         return self.text
 
     def _problems(self, id: str, tokens: tuple[int, ...], params: SamplingParams) -> list[Problem]:
-        vocabulary, found = self.model_config.vocabulary, []
-        room = min(self.context, self.blocks.count * self.blocks.size)
-        why = "the model's context" if room == self.context else "what the KV cache holds"
+        vocabulary, found, room = self.model_config.vocabulary, list[Problem](), self.room
+        why = self.room_is
         if id in self._requests:
             found.append(Problem("id", repr(id), "an id that no running request has"))
         if not tokens:

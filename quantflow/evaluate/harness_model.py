@@ -43,7 +43,7 @@ class QuantFlowLM(TemplateLM):  # type: ignore[misc]
         }  # fmt: skip
         self.engine = Engine(pretrained, EngineConfig(max_batch_size=self.batch_size, block_size=16, **options))
         self.encoder = Encoder(self.engine)
-        self.max_length, self.max_gen_toks = self.engine.context, max_gen_toks
+        self.max_length, self.max_gen_toks = self.engine.room, max_gen_toks
         self._name = str(pretrained)
 
     @property

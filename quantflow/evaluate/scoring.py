@@ -29,7 +29,7 @@ class Pair:
 @dataclass(frozen=True)
 class Score:
     """logprob: the sum over the continuation's tokens, in nats. greedy: whether each of them is the most likely one. tokens: scored.
-    cut: tokens of the context that were left out, since the model's context does not hold them."""
+    cut: tokens of the context that were left out, since the engine has no room for them."""
 
     logprob: float
     greedy: bool
@@ -85,16 +85,16 @@ class Encoder:
 def loglikelihoods(engine: Engine, pairs: Iterable[Pair], batch: int) -> Iterator[Score]:
     """A score for each pair, in their order, `batch` of them at a time.
 
-    Where both together are longer than the model's context by more than the last token, which need not go through the model, the context
+    Where both together are longer than the engine's room by more than the last token, which need not go through the model, the context
     loses its beginning. Raises DataError for a continuation that does not fit by itself, ModelError for logits that are not finite.
     """
-    room, taken = engine.context + 1, deque[Pair]()
+    room, taken = engine.room + 1, deque[Pair]()
 
     def prompts() -> Iterator[Prompt]:
         for pair in pairs:
             if len(pair.continuation) >= room:
                 found = f"a continuation of {len(pair.continuation)} tokens"
-                raise DataError(Problem(pair.where or "continuation", found, f"at most the model's context, {engine.context}"))
+                raise DataError(Problem(pair.where or "continuation", found, f"at most {engine.room_is}, {engine.room}"))
             taken.append(pair)
             tokens = (*pair.context, *pair.continuation)[-room:]
             begins = len(tokens) - len(pair.continuation)

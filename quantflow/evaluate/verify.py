@@ -76,7 +76,7 @@ def _files(path: Path) -> Check:
 
 
 def _tokens(engine: Engine) -> list[int]:
-    limit = min(TOKENS, engine.context - 1, engine.blocks.count * engine.blocks.size - 1)
+    limit = min(TOKENS, engine.room - 1)
     if engine.text is not None:
         return engine.text.encode(SAMPLE)[:limit]
     return torch.randint(0, engine.model_config.vocabulary, (limit,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -172,8 +172,8 @@ def _logits(engine: Engine, tokens: list[int], target: Tensor) -> Check:
 
 def _generation(engine: Engine) -> Check:
     """Greedy text alone, and among others that come and go: the same in exact mode."""
-    tokens = _tokens(engine)[: engine.context // 2]
-    most = min(16, engine.context - len(tokens))
+    tokens = _tokens(engine)[: engine.room // 2]
+    most = min(16, engine.room - len(tokens))
     params = SamplingParams(max_tokens=most, ignore_eos=True)
 
     def run(prompts: list[list[int]]) -> list[tuple[int, ...]]:

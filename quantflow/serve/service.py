@@ -33,7 +33,7 @@ class Service:
         engine = llm.engine
         self.llm, self.config = llm, config
         self.names = config.names or (default_name,)
-        self.context = min(engine.context, engine.blocks.count * engine.blocks.size)
+        self.context = engine.room
         self.most_sequences = engine.config.max_batch_size
         self.metrics = Metrics(engine.occupancy, engine.blocks.size)
         self.began = int(time.time())

@@ -157,6 +157,12 @@ def test_what_cannot_be_scored_is_said(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="here: a continuation of 129 tokens; expected at most the model's context, 128"):
         list(loglikelihoods(engine, [Pair((3,), (4,)), Pair((3,), (5,) * 129, "here")], 4))
     assert not engine.has_work
+    small = make(tiny, cache_bytes=20_000)  # 256 bytes a token
+    assert (small.room, small.context) == (64, 128)
+    with pytest.raises(DataError, match="expected at most what the KV cache holds, 64"):
+        list(loglikelihoods(small, [Pair((3,), (5,) * 65, "here")], 4))
+    [cut] = loglikelihoods(small, [Pair((3,) * 100, (5, 6))], 4)
+    assert cut.cut == 102 - 65
     [longest] = loglikelihoods(engine, [Pair((3, 4), (5,) * 128)], 4)
     assert (longest.tokens, longest.cut) == (128, 1) and math.isfinite(longest.logprob)
     for file in tiny.iterdir():
