@@ -136,10 +136,12 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     if nothing and not body.echo:
         raise Refused(400, "max_tokens: 0; expected at least 1, or echo: true", param="max_tokens", code="invalid_value")
     prompts = [_prompt(service, given, echo=bool(body.echo)) for given in _prompts(body)]
+    # The engine scores a text of at least two tokens; where there is nothing to score, or several are asked for, a token goes unseen.
+    scores = nothing and made == 1 and body.logprobs is not None and all(len(prompt.tokens) > 1 for prompt in prompts)
     params = sampling_params(
         body,
         n=made,
-        max_tokens=1 if nothing else DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=(0 if scores else 1) if nothing else DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs if body.logprobs is not None else 0 if made > shown else None,
         prompt_logprobs=body.logprobs if body.echo else None,
         grammar=grammar_of(body.response_format),

@@ -157,6 +157,15 @@ def test_scoring_alone_generates_nothing(server: Running) -> None:
     answer = server.complete(prompt="The table is", echo=True, max_tokens=0, logprobs=0).json
     assert answer["choices"][0]["text"] == "The table is" and answer["usage"]["completion_tokens"] == 0
     assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+    plain = server.complete(prompt="The table is", echo=True, max_tokens=1, logprobs=0).json["choices"][0]["logprobs"]
+    count = answer["usage"]["prompt_tokens"]
+    assert answer["choices"][0]["logprobs"]["token_logprobs"] == plain["token_logprobs"][:count]
+    assert answer["choices"][0]["finish_reason"] == "length"
+    streamed = server.complete(prompt="The table is", echo=True, max_tokens=0, logprobs=0, stream=True).events
+    assert [event["choices"][0]["logprobs"]["token_logprobs"] for event in streamed] == [plain["token_logprobs"][:count]]
+    for body in ({"prompt": [5]}, {"prompt": "The table is", "n": 2}, {"prompt": "The table is", "logprobs": None}):
+        answer = server.complete(**{"echo": True, "max_tokens": 0, "logprobs": 0, **body}).json
+        assert answer["usage"]["completion_tokens"] == 0 and len(answer["choices"]) == body.get("n", 1)
 
 
 def test_token_ids_are_prompts_too(server: Running) -> None:
