@@ -61,7 +61,7 @@ def evaluate(
     """Perplexity of both models, KL divergence (mean, 99th percentile) and top-1 agreement, the reference in float32; or, with --tasks,
     the share of right answers to multiple-choice and exact-match questions, and whether two models differ (McNemar's test)."""
     with reporting(debug, RUNNING):
-        sources = {name: context.get_parameter_source(name) for name in (*OF_TEXT, *OF_TASKS)}
+        sources = {name: context.get_parameter_source(name) for name in (*OF_TEXT, *OF_TASKS, "kv")}
         given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
         _check_form(given, bool(tasks), reference, data)
         if tasks:
@@ -79,6 +79,8 @@ def _check_form(given: set[str], tasks: bool, reference: str | None, data: str |
     found, hint = ("given with --tasks", "It is about text") if tasks else ("given without --tasks", "It is about questions")
     wrong = [Problem(f"--{name.replace('_', '-')}", found, hint=hint) for name in (OF_TEXT if tasks else OF_TASKS) if name in given]
     if not tasks:
+        if "kv" in given and "engine" not in given:
+            wrong.append(Problem("--kv", "given without --engine or --tasks", "one of them", "In float32 no cache is measured"))
         for name, value, what in (
             ("--reference", reference, "the full-precision model"),
             ("--data", data, "text, or --tasks with questions"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import operator
 import time
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from quantflow import __version__
 from quantflow.cli.console import console, progress
 from quantflow.errors import OutputError, Problem, UserError
 
@@ -43,10 +46,11 @@ def evaluate_tasks(
 ) -> None:  # fmt: skip
     """Answers every task with the model, then with the reference, one in memory at a time, and shows both.
 
-    JSON: model, reference, mode, kv, and how they ran (`engine`, `reference_engine`); `tasks`: by name, file, form, count, chance,
-    settings, and `model` and `reference`: acc, acc_norm, acc_bytes (value, interval of 95%), tokens, cut (questions whose context lost
+    JSON: quantflow (its version), model, reference, mode, kv, and how they ran (`engine`, `reference_engine`); `tasks`: by name, file, form, count, chance,
+    sha256, settings, and `model` and `reference`: acc, acc_norm, acc_bytes (value, interval of 95%), tokens, cut (questions whose context lost
     its beginning), seconds, in the file of --output also items; `paired`, where there is a reference: by metric, difference, interval,
-    losses, gains, p, verdict; `all`: the same over all questions.
+    losses, gains, p, verdict; `all`: by form, the same over all questions of that form, since the metrics of two forms are not the same
+    thing. In the file of --output also the date, and `weights`, `reference_weights`: sha256 of each weight file and the config.
     """
     from quantflow.artifacts.store import write_json
     from quantflow.evaluate.tasks import read_tasks
@@ -62,9 +66,20 @@ def evaluate_tasks(
         # The reference runs as it is: --kv is what is tried on the model.
         others, other_ran = _answers(reference, tasks, batch, "auto", mode, device, watcher) if reference else ([], None)
     record = _record(found, others)
-    record = {"model": model, "reference": reference, "mode": mode, "kv": kv, "engine": ran, "reference_engine": other_ran, **record}
+    record = {
+        "quantflow": __version__,
+        "model": model,
+        "reference": reference,
+        "mode": mode,
+        "kv": kv,
+        "engine": ran,
+        "reference_engine": other_ran,
+        **record,
+    }
     if output:
-        write_json(output, {**record, "date": time.strftime("%Y-%m-%d"), "tasks": _record(found, others, items=True)["tasks"]})
+        digests = {"weights": _digests(model), "reference_weights": _digests(reference) if reference else None}
+        items = _record(found, others, items=True)["tasks"]
+        write_json(output, {**record, "date": time.strftime("%Y-%m-%d"), **digests, "tasks": items})
     if as_json:
         print(json.dumps(record))
         return
@@ -103,24 +118,36 @@ def _answers(
     return found, described
 
 
+def _digests(model: str) -> dict[str, str]:
+    """sha256 of what a model computes with: its config and the files of its weights, by name."""
+    from quantflow.artifacts.fingerprint import file_digest
+    from quantflow.formats.reader import Weights
+    from quantflow.models.checkpoint import resolve_model
+
+    checkpoint = Weights(resolve_model(model)).checkpoint
+    config = checkpoint.path / "config.json"
+    return {file.name: file_digest(file) for file in sorted({*checkpoint.files, *([config] if config.is_file() else [])})}
+
+
 def _record(found: list[Result], others: list[Result], *, items: bool = False) -> dict[str, Any]:
     from quantflow.evaluate.significance import wilson_interval
     from quantflow.evaluate.tasks import compare
 
     tasks: dict[str, Any] = {}
-    pooled: dict[str, Paired] = {}
+    by_form: dict[str, list[int]] = {}
+    pairs: list[dict[str, Paired]] = []
     for i, result in enumerate(found):
         task, own = result.task, result.task.settings
         entry: dict[str, Any] = {
-            "file": task.path, "form": task.form, "count": result.count, "chance": task.chance,
+            "file": task.path, "sha256": task.sha256, "form": task.form, "count": result.count, "chance": task.chance,
             "settings": {"delimiter": own.delimiter, "few_shot": own.few_shot, "stop": list(own.stop), "max_tokens": own.max_tokens},
             "model": result.as_dict(items=items),
         }  # fmt: skip
         if others:
-            pairs = {metric: compare(result, others[i], metric) for metric in SHOWN}
-            pooled = {metric: pooled[metric] + pair if pooled else pair for metric, pair in pairs.items()}
-            entry |= {"reference": others[i].as_dict(items=items), "paired": {metric: pair.as_dict() for metric, pair in pairs.items()}}
+            pairs.append({metric: compare(result, others[i], metric) for metric in SHOWN})
+            entry |= {"reference": others[i].as_dict(items=items), "paired": {metric: p.as_dict() for metric, p in pairs[i].items()}}
         tasks[task.name] = entry
+        by_form.setdefault(task.form, []).append(i)
 
     def over_all(results: list[Result]) -> dict[str, Any]:
         scores: dict[str, Any] = {}
@@ -130,9 +157,12 @@ def _record(found: list[Result], others: list[Result], *, items: bool = False) -
             scores[metric] = {"value": sum(right) / len(right), "interval": [interval.low, interval.high]}
         return scores
 
-    together: dict[str, Any] = {"count": sum(result.count for result in found), "model": over_all(found)}
-    if others:
-        together |= {"reference": over_all(others), "paired": {metric: pair.as_dict() for metric, pair in pooled.items()}}
+    together: dict[str, Any] = {}
+    for form, places in by_form.items():
+        together[form] = {"count": sum(found[i].count for i in places), "model": over_all([found[i] for i in places])}
+        if others:
+            pooled = {m: reduce(operator.add, (pairs[i][m] for i in places)).as_dict() for m in SHOWN}
+            together[form] |= {"reference": over_all([others[i] for i in places]), "paired": pooled}
     return {"tasks": tasks, "all": together}
 
 
@@ -162,7 +192,10 @@ def _pairs(record: dict[str, Any]) -> Table:
 
 
 def _entries(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return [*record["tasks"].items(), *([("all", record["all"])] if len(record["tasks"]) > 1 else [])]
+    """Every task, and each form that several tasks have, taken together."""
+    tasks, forms = record["tasks"], record["all"]
+    many = [form for form in forms if sum(task["form"] == form for task in tasks.values()) > 1]
+    return [*tasks.items(), *(("all" if len(forms) == 1 else f"all {form}", forms[form]) for form in many)]
 
 
 def _table(title: str, *names: str, left: tuple[int, ...]) -> Table:

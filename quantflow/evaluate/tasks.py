@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantflow.artifacts.fingerprint import file_digest
 from quantflow.engine.engine import Engine
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import DataError, Problem
@@ -72,7 +73,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """A file's questions. before: the examples that stand before each."""
+    """A file's questions. before: the examples that stand before each. sha256: of the file."""
 
     name: str
     path: str
@@ -80,6 +81,7 @@ class Task:
     items: tuple[Item, ...]
     settings: Settings
     before: str = ""
+    sha256: str = ""
 
     @property
     def chance(self) -> float | None:
@@ -109,7 +111,7 @@ def read_tasks(paths: Sequence[str | Path], settings: Sequence[Settings]) -> lis
         if not wrong:
             examples, rest = items[: own.few_shot], items[own.few_shot :]
             before = "".join(item.shown(own.delimiter) + BETWEEN_EXAMPLES for item in examples)
-            found.append(Task(name, str(path), items[0].form, tuple(rest[: own.limit]), own, before))
+            found.append(Task(name, str(path), items[0].form, tuple(rest[: own.limit]), own, before, file_digest(path)))
     if problems:
         raise DataError(problems)
     return found
@@ -296,9 +298,9 @@ def _sizes(scores: list[Score]) -> tuple[int, bool]:
 def _exact(engine: Engine, task: Task, batch: int) -> Iterator[Answer]:
     encoder, settings = Encoder(engine), task.settings
     params = SamplingParams(max_tokens=settings.max_tokens, stop=settings.stop)
-    room = engine.context - settings.max_tokens
+    room = engine.room - settings.max_tokens
     if room < 1:
-        raise DataError(Problem("max_tokens", str(settings.max_tokens), f"less than the model's context, {engine.context}"))
+        raise DataError(Problem("max_tokens", str(settings.max_tokens), f"less than {engine.room_is}, {engine.room}"))
     cut: deque[bool] = deque()
 
     def prompts() -> Iterator[Prompt]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quantflow import __version__
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import SENTENCES
 
@@ -33,13 +35,27 @@ def test_one_model(tiny: Path, files: list[object], tmp_path: Path) -> None:
     assert pets["settings"]["delimiter"] == "\nAnswer: " and words["settings"]["delimiter"] == " "
     assert (pets["form"], pets["count"], pets["chance"]) == ("multiple choice", 12, pytest.approx(1 / 3))
     assert (words["form"], words["count"], words["chance"]) == ("exact match", 5, None)
-    assert found["reference"] is None and "reference" not in pets and "paired" not in found["all"] and "items" not in pets["model"]
+    assert (
+        found["reference"] is None
+        and "reference" not in pets
+        and "paired" not in found["all"]["exact match"]
+        and "items" not in pets["model"]
+    )
     written = json.loads(output.read_text())
     items = written["tasks"]["pets"]["model"]["items"]
     assert [item["line"] for item in items] == list(range(1, 13)) and all(len(item["logprobs"]) == 3 for item in items)
     assert sum(item["acc"] for item in items) / 12 == pets["model"]["acc"]["value"]
-    right = [item["acc_norm"] for name in ("pets", "words") for item in written["tasks"][name]["model"]["items"]]
-    assert found["all"]["model"]["acc_norm"]["value"] == sum(right) / 17 and found["all"]["count"] == 17
+    right = [item["acc_norm"] for item in items]
+    pooled = found["all"]["multiple choice"]
+    assert pooled["model"]["acc_norm"]["value"] == sum(right) / 12 and {f: o["count"] for f, o in found["all"].items()} == {
+        "multiple choice": 12, "exact match": 5
+    }  # fmt: skip
+    assert written["quantflow"] == __version__ and written["reference_weights"] is None
+    questions = {Path(task["file"]).name: task["sha256"] for task in (pets, words)}
+    for digests, path in ((written["weights"], tiny), (questions, tmp_path)):
+        assert len(digests) == 2
+        for name, sha256 in digests.items():
+            assert sha256 == hashlib.sha256((path / name).read_bytes()).hexdigest()
     table = invoke(*arguments)
     assert table.exit_code == 0 and f"{pets['model']['acc']['value'] * 100:.1f} (" in table.stdout and "pets" in table.stdout
 
@@ -49,23 +65,41 @@ def test_two_models(artifact: Path, files: list[object], tmp_path: Path) -> None
     arguments = ["eval", artifact, "--reference", reference, *files, "--output", output, "--batch", "5", "--max-tokens", "3"]
     found = json.loads(invoke(*arguments, "--json").stdout)
     written = json.loads(output.read_text())["tasks"]
-    losses = gains = 0
     for name, task in found["tasks"].items():
         ours, theirs = ([item["acc"] for item in written[name][which]["items"]] for which in ("model", "reference"))
         pair = task["paired"]["acc"]
         assert pair["losses"] == sum(r and not m for m, r in zip(ours, theirs, strict=True))
         assert pair["difference"] == pytest.approx(task["model"]["acc"]["value"] - task["reference"]["acc"]["value"])
         assert pair["interval"][0] < pair["difference"] < pair["interval"][1]
-        losses, gains = losses + pair["losses"], gains + pair["gains"]
-    assert (found["all"]["paired"]["acc"]["losses"], found["all"]["paired"]["acc"]["gains"]) == (losses, gains)
+        assert found["all"][task["form"]]["paired"] == task["paired"], "one task of a form is all of it"
     assert "int8" in found["engine"]["KV cache"] and "int8" not in found["reference_engine"]["KV cache"]
     text = invoke(*arguments).stdout
-    assert "artifact less model" in text and "excluded at 95%" in text
+    assert "artifact less model" in text and "excluded at 95%" in text and "all" not in text.split()
     # The file says the same whatever the batch.
     again = json.loads(invoke(*arguments, "--json", "--batch", "64").stdout)
     for name, task in again["tasks"].items():
         assert json.loads(output.read_text())["tasks"][name]["model"]["items"] == written[name]["model"]["items"]
         assert task["paired"] == found["tasks"][name]["paired"]
+
+
+def test_forms_are_not_mixed(tiny: Path, tmp_path: Path) -> None:
+    """Two files of choices and two of exact answers: what is pooled is of one form."""
+    given = {"a": ROWS[:5], "b": ROWS[5:], "c": ANSWERS[:2], "d": ANSWERS[2:]}
+    files = [part for name, rows in given.items() for part in ("--tasks", write(tmp_path / f"{name}.jsonl", rows))]
+    base = ["eval", tiny, "--reference", tiny, *files, "--device", "cpu", "--max-tokens", "3", "--kv", "dynamic"]
+    found = json.loads(invoke(*base, "--json").stdout)
+    for form, names, count in (("multiple choice", "ab", 12), ("exact match", "cd", 5)):
+        own, tasks = found["all"][form], [found["tasks"][name] for name in names]
+        assert own["count"] == count
+        for metric in ("acc", "acc_norm"):
+            right = [round(task["model"][metric]["value"] * task["count"]) for task in tasks]
+            assert own["model"][metric]["value"] == pytest.approx(sum(right) / count)
+            for key in ("losses", "gains"):
+                assert own["paired"][metric][key] == sum(task["paired"][metric][key] for task in tasks)
+    shown = " ".join(invoke(*base[:2], *files, "--device", "cpu", "--max-tokens", "3").stdout.split())
+    assert "all multiple choice 12" in shown and "all exact match 5" in shown
+    one = " ".join(invoke(*base[:2], *files[:4], "--device", "cpu").stdout.split())
+    assert "all 12" in one
 
 
 @pytest.mark.parametrize(
@@ -76,6 +110,7 @@ def test_two_models(artifact: Path, files: list[object], tmp_path: Path) -> None
             ["--data", "x.txt", "--limit", "3", "--batch", "2"],
             ["--limit: given without --tasks", "--batch: given", "--reference: not given"],
         ),
+        (["--data", "x.txt", "--reference", "y", "--kv", "int8"], ["--kv: given without --engine or --tasks"]),
         (["--tasks", "PETS", "--data", "x.txt", "--engine"], ["--data: given with --tasks", "--engine: given with --tasks"]),
         (["--tasks", "PETS", "--delimiter", "a", "--delimiter", "b"], ["--delimiter: 2 of them; expected one, or 1: one a file"]),
         (["--tasks", "PETS", "--tasks", "PETS"], ["a second task called pets"]),

@@ -227,6 +227,8 @@ def test_what_is_longer_than_the_context_is_cut_and_counted(tiny: Path, tmp_path
     assert [own.cut for own in exact.answers] == [True, False]
     with pytest.raises(DataError, match="max_tokens: 128; expected less than the model's context, 128"):
         run(tiny, read(tmp_path / "exact.jsonl", max_tokens=128))
+    small = run(tiny, read(tmp_path / "exact.jsonl", max_tokens=4), cache_bytes=20_000)  # 64 tokens, of a context of 128
+    assert [own.cut for own in small.answers] == [True, False]
 
 
 @pytest.mark.parametrize(
