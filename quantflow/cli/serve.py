@@ -85,7 +85,7 @@ def serve(
             if (error.name or "").startswith("quantflow"):
                 raise
             raise UserError(
-                Problem("quantflow serve", f"the package {error.name} is not installed", "", "pip install 'quantflow[serve]'")
+                Problem("quantflow serve", f"the package {error.name} is not installed", "", "pip install -c constraints.txt '.[serve]'")
             ) from error
         from quantflow.serve.config import ADMIN_KEY_VARIABLE, KEY_VARIABLE, ServerConfig, keys
 

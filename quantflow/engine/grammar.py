@@ -104,7 +104,7 @@ class Grammars:
         try:
             from llguidance import LLTokenizer
         except ImportError as error:
-            hint = "pip install 'quantflow[serve]'"
+            hint = "pip install -c constraints.txt '.[serve]'"
             raise RequestError(Problem("grammar", "the package llguidance is not installed", "it", hint)) from error
         if not self._end_tokens:
             raise RequestError(Problem("grammar", "a model without an end token", "one that can end its text"))

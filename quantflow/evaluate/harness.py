@@ -19,7 +19,7 @@ NAME = "quantflow"
 def register() -> None:
     """Makes `quantflow` the name of a model in lm_eval. Raises UserError where lm_eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(Problem("lm_eval", "not installed", "lm-evaluation-harness", "pip install 'quantflow[lm-eval]'"))
+        raise UserError(Problem("lm_eval", "not installed", "lm-evaluation-harness", "pip install -c constraints.txt '.[lm-eval]'"))
     import lm_eval.models  # noqa: F401 - its own names first
     from lm_eval.api.registry import model_registry
 

@@ -200,5 +200,5 @@ def test_without_lm_eval_it_is_said_what_to_install() -> None:
     """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.strip() == (
-        "quantflow: lm_eval: not installed; expected lm-evaluation-harness. pip install 'quantflow[lm-eval]'"
+        "quantflow: lm_eval: not installed; expected lm-evaluation-harness. pip install -c constraints.txt '.[lm-eval]'"
     )
