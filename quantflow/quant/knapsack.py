@@ -45,7 +45,10 @@ def choose(parts: Sequence[Sequence[Option]], budget: int, *, most_states: int =
 
     Exact as long as at most `most_states` partial choices are neither larger and dearer than another: the sizes of a model's linears
     repeat, so that few sums differ. Else sizes are rounded up, the choice still keeps the budget, and `bound` says what it may have lost.
+    Raises ValueError for a cost that is not finite.
     """
+    if wrong := [(at, option) for at, part in enumerate(parts) for option in part if not math.isfinite(option.cost)]:
+        raise ValueError(f"part {wrong[0][0]} has a cost of {wrong[0][1].cost}, and costs must be finite")
     if sum(min(option.size for option in part) for part in parts) > budget:
         return None
     taken = _search(parts, budget, 1, most_states)

@@ -34,6 +34,12 @@ def test_by_hand() -> None:
     assert choose(parts, 4) is None, "the smallest options take 5"
 
 
+@pytest.mark.parametrize("cost", [float("nan"), float("inf"), float("-inf")])
+def test_a_cost_that_is_no_number_is_refused(cost: float) -> None:
+    with pytest.raises(ValueError, match="part 1 has a cost of"):
+        choose([[Option(3, 6.0)], [Option(2, 5.0), Option(5, cost)]], 4)
+
+
 def test_it_is_the_best_of_all_choices() -> None:
     solved = 0
     for parts, budget in puzzles(300):
