@@ -137,6 +137,12 @@ class Store:
         return value if isinstance(value, dict) else {}
 
 
+def store_beside(output: Path) -> Store:
+    """The store of what is written to `output`: `QUANTFLOW_STORE`, else a folder beside it."""
+    root = os.environ.get("QUANTFLOW_STORE")
+    return Store(Path(root) if root else output.absolute().parent / ".quantflow-store")
+
+
 def _identity(file: Path, place: Path | None = None) -> str:
     """What tells a file's content without reading it; `place`: where it is going to lie."""
     status = file.stat()

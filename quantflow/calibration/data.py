@@ -146,8 +146,12 @@ def _encode(tokenizer: Any, texts: list[str], source: str) -> Any:
         raise DataError(Problem(source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold")) from error
 
 
-def cut_windows(tokenizer: Any, texts: Iterable[str], *, count: int, length: int, skip: int = 0, source: str = "") -> Windows:
-    """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. Raises DataError if too few."""
+def cut_windows(
+    tokenizer: Any, texts: Iterable[str], *, count: int, length: int, skip: int = 0, source: str = "", least: int | None = None
+) -> Windows:
+    """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. Raises DataError if there are fewer
+    than `least`; by default, than `count`."""
+    least = count if least is None else least
     ids: list[int] = []
     windows: list[list[int]] = []
     used: set[str] = set()
@@ -163,13 +167,13 @@ def cut_windows(tokenizer: Any, texts: Iterable[str], *, count: int, length: int
             while len(ids) >= length and len(windows) < count:
                 windows.append(ids[:length])
                 ids = ids[length:]
-    if len(windows) < count:
+    if len(windows) < least:
         total = len(windows) * length + len(ids)
         raise DataError(
             Problem(
                 source,
                 f"{seen} documents with {total} tokens (after skipping {skip}): {len(windows)} windows",
-                f"{count} windows of {length} tokens",
+                f"{least} windows of {length} tokens",
                 "Give more text, or lower the number or length of the windows",
             )
         )

@@ -44,7 +44,7 @@ def plan(
     would fit."""
     with reporting(debug):
         if fit is not None:
-            from quantflow.cli.fit import show_advice
+            from quantflow.cli.advice import show_advice
 
             where = "cpu" if device == Device.cpu else "cuda"  # a device that may be another machine's
             show_advice(

@@ -6,7 +6,7 @@ Both models run layer by layer over all windows, so memory holds two layers and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,11 +99,17 @@ class Variant:
 
 def embedded(weights: Weights, tokens: Tensor, device: torch.device) -> Tensor:
     """The residual stream `[W, L, H]` before the first layer, float32, for `tokens` `[W, L]`."""
+    return torch.cat(list(embedded_parts(weights, tokens, device)))
+
+
+def embedded_parts(weights: Weights, tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """`embedded`, some windows at a time."""
     architecture, config = weights.checkpoint.architecture, weights.checkpoint.config
     names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
     outer = {n: weights.tensor(n).to(device) for n in names}
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    return torch.cat([embed(architecture, config, outer, part.to(device), torch.float32) for part in tokens.split(batch)])
+    for part in tokens.split(batch):
+        yield embed(architecture, config, outer, part.to(device), torch.float32)
 
 
 def hidden_states(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantflow.calibration.stream import Stream
-from quantflow.evaluate.divergence import BATCH_TOKENS, LOGIT_ELEMENTS, Head, Variant, embedded
+from quantflow.evaluate.divergence import BATCH_TOKENS, LOGIT_ELEMENTS, Head, Variant, embedded_parts
 from quantflow.formats.reader import Weights
 from quantflow.machine import give_back_freed_memory
 from quantflow.models.architecture import Architecture, linear_shapes
@@ -126,8 +126,10 @@ class Measure:
             x.close()
 
     def _begin(self, name: str) -> Stream:
-        stream = self._make(name)
-        stream.write(0, embedded(self.weights, self.tokens, self.device))
+        stream, start = self._make(name), 0
+        for part in embedded_parts(self.weights, self.tokens, self.device):
+            stream.write(start, part)
+            start += len(part)
         return stream
 
     def _reference(self) -> Stream:

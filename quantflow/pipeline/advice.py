@@ -1,93 +1,30 @@
 """What of a model fits: the best weights, KV cache and tensor parallelism for a size of memory, a context and a batch.
 
 Everything comes from the config and the shapes; no weight is read. The rule of thumb: precision first: full precision; memory short: an
-int8 KV cache; shorter still: weights of fewer bits; both together for the least memory. Letters: `B` batch, `C` context, `T` tokens of a
-step, `H` hidden, `I` intermediate, `V` vocabulary.
+int8 KV cache; shorter still: weights of fewer bits; both together for the least memory. The sum is in `memory.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantflow.artifacts.fingerprint import digest
-from quantflow.engine.engine import SHARE, STEP_TOKENS, EngineConfig
-from quantflow.engine.kv_cache import KVFormat, block_bytes
-from quantflow.engine.load import rank_config
+from quantflow.artifacts.store import store_beside
+from quantflow.engine.engine import SHARE
 from quantflow.errors import ModelError, Problem, UserError
-from quantflow.formats import FORMATS
-from quantflow.formats.base import grid_problems, rank_shape
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.sharding import parallel_dimension
+from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question
+from quantflow.pipeline.plan import weights_key
 from quantflow.quant.grid import Scheme
-from quantflow.recipe.overrides import matches
+from quantflow.recipe.writer import Draft, name_of
 
-RANKS = (1, 2, 4, 8)
 GROUPS = {8: (128, 64, 32), 4: (32, 64, 128), 3: (32, 64, 128), 2: (32, 64, 128)}  # in the order that they are tried
 USUAL_BITS = 4  # fewer only where no number of devices holds these: below, rounding costs much more
-RESERVE = 0.05  # of the size: the driver's context, and what an allocator cannot hand out
-BLOCK = EngineConfig.block_size
-GRID_BITS = 24  # of a group: a scale of 16, a zero point of 8
-SPLIT = 512  # keys that one program of a decode's attention takes
-FORMAT = "compressed-tensors"  # it holds every width and group size that is proposed
-
-
-@dataclass(frozen=True)
-class Question:
-    """fit: bytes of one device's memory. context: tokens of a text. batch: texts at once. device: `cuda` or `cpu`, whose layouts and step
-    sizes are counted. ranks: tensor-parallel degrees to consider. symmetric: of the grids; None: symmetric for mixtures alone, whose
-    experts compressed-tensors holds in no other way. ignore: patterns of linears that stay as they are."""
-
-    fit: int
-    context: int
-    batch: int
-    device: str = "cuda"
-    ranks: tuple[int, ...] = RANKS
-    symmetric: bool | None = None
-    ignore: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """scheme: None for full precision. int8_kv: with calibrated parameters where there is a recipe to calibrate them, else a scale a token
-    and head."""
-
-    scheme: Scheme | None
-    int8_kv: bool
-    tp: int
-
-    @property
-    def bits(self) -> int:
-        return self.scheme.bits if self.scheme else 16
-
-    def __str__(self) -> str:
-        if self.scheme is None:
-            return f"full precision{', int8 KV' if self.int8_kv else ''}"
-        return f"{self.scheme}, {'int8' if self.int8_kv else 'full'} KV"
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes on one device."""
-
-    weights: int
-    kv: int
-    activations: int
-    reserve: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.kv + self.activations + self.reserve
 
 
 @dataclass(frozen=True)
@@ -121,7 +58,8 @@ class Advice:
             return {
                 "weights": str(c.scheme) if c.scheme else "full precision", "bits": c.bits,
                 "group_size": c.scheme.group_size if c.scheme else None, "symmetric": c.scheme.symmetric if c.scheme else None,
-                "kv": "int8" if c.int8_kv else "full", "tp": c.tp, "bytes": {**asdict(fitted.need), "total": fitted.need.total},
+                "kv": "int8" if c.int8_kv else "full", "tp": c.tp,
+                "bytes": {**{term.name.lower(): term.bytes for term in fitted.need.terms}, "total": fitted.need.total},
                 "largest_batch": fitted.largest_batch or None, "longest_context": fitted.longest_context or None,
             }  # fmt: skip
 
@@ -135,133 +73,6 @@ class Advice:
             "question": question, "proposal": told(self.proposal), "better": told(self.better), "least": told(self.least),
             "by_tp": {tp: told(fitted) for tp, fitted in self.by_ranks.items()}, "impossible": self.impossible,
         }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Model:
-    """The sizes of a checkpoint, for one question."""
-
-    checkpoint: Checkpoint
-    question: Question
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.checkpoint.config.dtype)
-
-    @property
-    def stretches(self) -> bool:
-        """Whether contexts beyond the trained positions are served."""
-        return self.checkpoint.config.rope.kind in ("dynamic", "qwen")
-
-    @cached_property
-    def linears(self) -> Counter[tuple[str, tuple[int, int], int, bool]]:
-        """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it may be quantised) -> how many."""
-        architecture, config, found = (
-            self.checkpoint.architecture,
-            self.checkpoint.config,
-            Counter[tuple[str, tuple[int, int], int, bool]](),
-        )
-        for index in range(config.layers):
-            for name, shape in linear_shapes(architecture, config, index).items():
-                module = f"{architecture.layer_prefix(index)}.{name}"
-                quantised = not any(matches(module, pattern) for pattern in self.question.ignore)
-                found[re.sub(r"\d+(?=\.)", "0", name), shape, parallel_dimension(name, architecture.layer), quantised] += 1
-        return found
-
-    def weights(self, scheme: Scheme | None, tp: int) -> int:
-        """Of one rank: the linears cut, the rest whole; norms in float32, as the engine keeps them."""
-        item, total = self.dtype.itemsize, self.others(tp)
-        for (_, shape, cut, quantised), count in self.linears.items():
-            n, k = rank_shape(shape, tp, cut)
-            total += count * (held_bytes((n, k), scheme, self.question.device) if scheme and quantised else n * k * item)
-        return total
-
-    def others(self, tp: int) -> int:
-        """Bytes of all that is no linear's weight, on one rank."""
-        checkpoint, architecture, item, total = self.checkpoint, self.checkpoint.architecture, self.dtype.itemsize, 0
-        layers = {index: linear_shapes(architecture, checkpoint.config, index) for index in range(checkpoint.config.layers)}
-        linears = {f"{architecture.layer_prefix(index)}.{name}.weight" for index, shapes in layers.items() for name in shapes}
-        for name, shape in checkpoint.expected.items():
-            if name not in linears:
-                ranks = tp if len(shape) == 1 and checkpoint.cut(name) is not None else 1  # a bias
-                total += math.prod(shape) // ranks * (4 if "norm" in name else item)
-        return total
-
-    def kv(self, candidate: Candidate, context: int, batch: int) -> int:
-        """Whole blocks of every text. The engine keeps the tokens that a sliding window has left behind."""
-        part, calibrated = rank_config(self.checkpoint.config, candidate.tp), candidate.scheme is not None
-        form = KVFormat(candidate.int8_kv, ({},) if candidate.int8_kv and calibrated else ())
-        parameters = 8 * part.layers * part.kv_heads * (1 + part.head_dim) if form.parameters else 0  # scales and zero points, K and V
-        return batch * -(-context // BLOCK) * block_bytes(part, form, self.dtype, BLOCK) + parameters
-
-    def activations(self, tp: int, context: int, batch: int) -> dict[str, int]:
-        """What a step allocates at once, upper estimates: in a layer, for the partial results of a decode's attention, in the head. They
-        are not there together: the largest counts.
-
-        A layer: residual stream, normalised input, output and a padded copy, 4H; the MLP's two inner products, what is made of them and a
-        copy, 4I; or q, k, v and attention's output. Partial results: float32, for every 512 keys. The head: the logits of the batch twice,
-        and a row in float32 while it is sampled.
-        """
-        config, item = self.checkpoint.config, self.dtype.itemsize
-        tokens = max(STEP_TOKENS[self.question.device], batch + BLOCK)
-        width = max(config.width(i) for i in range(config.layers)) // tp
-        queries, kv = config.heads // tp * config.head_dim, config.kv_heads // tp * config.head_dim
-        mlp = 4 * width * item + (0 if config.activation == "silu" else 12 * width)  # other activations are computed in float32
-        layer = tokens * ((4 + (config.experts > 0)) * config.hidden * item + max(mlp, 2 * (queries + kv) * item) + 8 * config.head_dim)
-        parts = -(-context // SPLIT) * batch * queries * 4 if self.question.device == "cuda" else 0
-        head = batch * config.vocabulary * 2 * item + 32 * config.vocabulary
-        return {f"a layer of {tokens} tokens": layer, "a decode's partial results": parts, f"{batch} rows of logits": head}
-
-    def need(self, candidate: Candidate, context: int, batch: int) -> Need:
-        kv, activations = self.kv(candidate, context, batch), max(self.activations(candidate.tp, context, batch).values())
-        return Need(self.weights(candidate.scheme, candidate.tp), kv, activations, int(RESERVE * self.question.fit))
-
-    def fitted(self, candidate: Candidate) -> Fitted:
-        """With the largest batch and the longest context that fit."""
-        question = self.question
-        need = self.need(candidate, question.context, question.batch)
-        room = question.fit - need.weights - need.reserve
-
-        def fits(context: int, batch: int) -> bool:
-            return self.kv(candidate, context, batch) + max(self.activations(candidate.tp, context, batch).values()) <= room
-
-        most = 2**40 if self.stretches else self.checkpoint.config.max_positions
-        largest = _largest(lambda batch: fits(question.context, batch), 2**24)
-        return Fitted(candidate, need, largest, _largest(lambda context: fits(context, question.batch), most))
-
-    def window_saves(self, candidate: Candidate) -> int:
-        """Bytes of the KV cache that an engine which drops what sliding windows have left behind would not need."""
-        config, question = self.checkpoint.config, self.question
-        tokens = [min(config.window(i) or question.context, question.context) for i in range(config.layers)]
-        full = self.kv(candidate, question.context, question.batch)
-        return full - full * sum(tokens) // (question.context * config.layers)
-
-    def problems(self, scheme: Scheme | None, tp: int) -> list[str]:
-        """What keeps the model from being cut into ranks, or quantised in groups, so."""
-        try:
-            rank_config(self.checkpoint.config, tp)
-        except ModelError as error:
-            return [f"{p.found}; expected {p.expected}" for p in error.problems]
-        found: list[Problem] = []
-        for name, shape, cut, quantised in self.linears:
-            if scheme and quantised:
-                found += FORMATS[FORMAT].check(name, shape, scheme, act_order_index=False, tp=tp, tp_dim=cut)
-            else:
-                found += grid_problems(name, shape, Scheme(8, -1, True), tp, cut, False, kinds=("integer",))
-        return list(dict.fromkeys(f"{p.where}: {p.found}; expected {p.expected}" for p in found))
-
-
-def held_bytes(shape: tuple[int, int], scheme: Scheme, device: str) -> int:
-    """Bytes of a quantised weight `(N, K)` in the engine: codes, and a 16-bit scale and a zero point of 8 bits for each group. A CPU's
-    products take codes of 4 bits or of 8."""
-    n, k = shape
-    return n * -(-k * held_bits(scheme, device) // 8) + n * scheme.groups(k) * GRID_BITS // 8
-
-
-def held_bits(scheme: Scheme, device: str) -> int:
-    """Bits that a code takes in the engine."""
-    bits = scheme.bits if scheme.bits <= 4 else 8
-    return max(bits, 4) if device == "cpu" else bits
 
 
 def schemes(question: Question, mixture: bool) -> Iterator[Scheme]:
@@ -293,7 +104,7 @@ def advise(checkpoint: Checkpoint, question: Question) -> Advice:
             ordered[tp] += _quantised(model, tp, impossible)
     needs = {c: model.need(c, question.context, question.batch) for row in ordered.values() for c in row}
     best = {tp: next((c for c in row if needs[c].total <= question.fit), None) for tp, row in ordered.items()}
-    by_ranks = {tp: model.fitted(c) for tp, c in best.items() if c}
+    by_ranks = {tp: fitted(model, c) for tp, c in best.items() if c}
     proposal = min(by_ranks.values(), key=lambda f: (f.candidate.bits < USUAL_BITS, f.candidate.tp), default=None)
     better = None
     if proposal:
@@ -302,6 +113,20 @@ def advise(checkpoint: Checkpoint, question: Question) -> Advice:
         better = Fitted(row[at - 1], needs[row[at - 1]]) if at else None
     least = min(needs, key=lambda c: (needs[c].total, c.tp))
     return Advice(question, proposal, better, Fitted(least, needs[least]), by_ranks, impossible)
+
+
+def fitted(model: Model, candidate: Candidate) -> Fitted:
+    """With the largest batch and the longest context that fit."""
+    question = model.question
+    need = model.need(candidate, question.context, question.batch)
+    room = question.fit - need.weights - need.reserve
+
+    def fits(context: int, batch: int) -> bool:
+        return model.kv(candidate, context, batch) + model.activations(candidate.tp, context, batch).bytes <= room
+
+    most = 2**40 if model.stretches else model.checkpoint.config.max_positions
+    largest = _largest(lambda batch: fits(question.context, batch), 2**24)
+    return Fitted(candidate, need, largest, _largest(lambda context: fits(context, question.batch), most))
 
 
 def _quantised(model: Model, tp: int, impossible: dict[int, list[str]]) -> list[Candidate]:
@@ -332,13 +157,15 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """What `quantflow sensitivity` found. kl_mean: width -> KL divergence in nats a token of the whole model in it, rounded to nearest."""
+    """What `quantflow sensitivity` found. kl_mean: width -> KL divergence in nats a token of the whole model in it, rounded to nearest.
+    same_weights: whether the weights are known to be this model's; else the config alone is."""
 
     path: Path
     text: str
     group_size: int
     symmetric: bool
     kl_mean: Mapping[int, float]
+    same_weights: bool
 
     def of(self, scheme: Scheme) -> float | None:
         """None for what was not measured."""
@@ -346,25 +173,48 @@ class Measured:
         return self.kl_mean.get(scheme.bits) if same else None
 
 
-def measured(checkpoint: Checkpoint, given: Path | None) -> Measured | None:
-    """The measurements in a file, or in one that lies in the model's directory, beside it, or here, where that is of this model. Raises
-    UserError for a file that was given and is no such."""
+def measured(checkpoint: Checkpoint, given: Path | None) -> tuple[Measured | None, list[str]]:
+    """The measurements in a file, or in one that lies in the model's directory, beside it, or here, where that is of this model; and what
+    is wrong with files that were found and cannot be read. Raises UserError for a file that was given and is no such."""
     places = [given] if given else [folder / "sensitivity.json" for folder in (checkpoint.path, checkpoint.path.parent, Path())]
-    for path in places:
+    unusable = []
+    for path in dict.fromkeys(places):
+        if not given and not path.exists():
+            continue
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            data = record["data"]
-            text = f"{data['windows']} windows of {data['length']} tokens of {data['source']}"
-            kl_mean = {int(bits): float(whole["measured"]) for bits, whole in record["uniform"].items()}
-            found = Measured(path, text, int(record["group_size"]), bool(record["symmetric"]), kl_mean)
-            if record["model"]["config"] == digest(checkpoint.raw_config):
-                return found
+            found = _read_measured(checkpoint, path)
             reason = "measurements of another model"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = (isinstance(error, OSError) and error.strerror) or "no measurements of quantflow sensitivity"
+            found, reason = None, (isinstance(error, OSError) and error.strerror) or "no measurements of quantflow sensitivity"
+            unusable.append(f"{path}: {reason}")
+        if found:
+            return found, unusable
         if given:
             raise UserError(Problem("--sensitivity", f"{path}: {reason}", "what `quantflow sensitivity` wrote for this model"))
-    return None
+    return None, unusable
+
+
+def _read_measured(checkpoint: Checkpoint, path: Path) -> Measured | None:
+    """None for another model's. Raises what a damaged file makes its reading raise."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    data, model = record["data"], record["model"]
+    text = f"{data['windows']} windows of {data['length']} tokens of {data['source']}"
+    kl_mean = {int(bits): float(whole["measured"]) for bits, whole in record["uniform"].items()}
+    if not all(map(math.isfinite, kl_mean.values())):
+        raise ValueError("a divergence that is no number")
+    weights = _known_weights(checkpoint, path)
+    found = Measured(path, text, int(record["group_size"]), bool(record["symmetric"]), kl_mean, weights is not None)
+    same = model["config"] == digest(checkpoint.raw_config) and weights in (None, model["weights"])
+    return found if same else None
+
+
+def _known_weights(checkpoint: Checkpoint, beside: Path) -> str | None:
+    """What tells the model's weights from others, where the store beside the measurements has their hashes; None elsewhere, since no
+    weight is read here."""
+    if checkpoint.config_only or not checkpoint.files:
+        return None
+    digests = store_beside(beside).cached_digests(checkpoint.files)
+    return None if digests is None else weights_key(checkpoint, digests.values())
 
 
 def cache_share(question: Question, fitted: Fitted) -> float | None:
@@ -374,24 +224,25 @@ def cache_share(question: Question, fitted: Fitted) -> float | None:
     return None if share <= SHARE[question.device] else min(1.0, math.ceil(share * 100) / 100)
 
 
-def recipe_text(checkpoint: Checkpoint, name: str, model: str, candidate: Candidate) -> str:
-    """The least recipe that makes the candidate; "" for full precision, which needs none."""
+def recipe_draft(checkpoint: Checkpoint, model: str, candidate: Candidate) -> Draft | None:
+    """The least recipe that makes the candidate; None for full precision, which needs none."""
     if candidate.scheme is None:
-        return ""
-    scheme, length = candidate.scheme, min(2048, checkpoint.config.max_positions)
-    lines = [
-        f"name: {name}_w{scheme.bits}{'_kv8' if candidate.int8_kv else ''}",
-        f"model: {model}",
-        f"calibration: {{data: c4, samples: 128, seqlen: {length}}}   # or a file of your own",
-        f"weights: {{bits: {scheme.bits}, group_size: {scheme.group_size}, symmetric: {str(scheme.symmetric).lower()}}}",
-        "stages:",
-        *(["  - calibrate"] if candidate.int8_kv else []),
-        "  - gptq",
-        *(["  - kv_qparams"] if candidate.int8_kv else []),
-        f"  - pack: {{format: {FORMAT}}}",
-        *([f"  - shard: {{tp: {candidate.tp}}}"] if candidate.tp > 1 else []),
-    ]
-    return "\n".join(lines) + "\n"
+        return None
+    scheme, kv = candidate.scheme, candidate.int8_kv
+    return Draft(
+        name_of(checkpoint.path, f"_w{scheme.bits}{'_kv8' if kv else ''}"),
+        model,
+        {"data": "c4", "samples": 128, "seqlen": min(2048, checkpoint.config.max_positions)},
+        {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
+        [
+            *(["calibrate"] if kv else []),
+            "gptq",
+            *(["kv_qparams"] if kv else []),
+            {"pack": {"format": FORMAT}},
+            *([{"shard": {"tp": candidate.tp}}] if candidate.tp > 1 else []),
+        ],
+        ["Calibration may be on a file of your own: data: FILE"],
+    )
 
 
 def settings(candidate: Candidate, stages: Sequence[str]) -> tuple[list[str], list[str]]:

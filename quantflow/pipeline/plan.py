@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from quantflow.artifacts.artifact import foreign_files
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
-from quantflow.artifacts.store import Store
+from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import documents
 from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
@@ -127,8 +127,7 @@ class Plan:
 
     @cached_property
     def store(self) -> Store:
-        root = os.environ.get("QUANTFLOW_STORE")
-        return Store(Path(root) if root else self.output.absolute().parent / ".quantflow-store")
+        return store_beside(self.output)
 
     @cached_property
     def prepared(self) -> tuple[Prepared, ...]:

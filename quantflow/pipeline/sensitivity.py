@@ -6,10 +6,7 @@ budget, measures only what is new.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,10 +17,10 @@ import torch
 
 from quantflow import __version__
 from quantflow.artifacts.fingerprint import digest, source_digest
-from quantflow.artifacts.store import Store, write_atomic, write_json
+from quantflow.artifacts.store import Store, store_beside, write_atomic, write_json
 from quantflow.calibration.data import Windows, cut_windows, documents
 from quantflow.calibration.stream import Stream
-from quantflow.errors import DataError, ModelError, Problem, UserError
+from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.abilities import ABILITIES
@@ -39,10 +36,12 @@ from quantflow.quant.grid import BITS, Scheme
 from quantflow.quant.knapsack import Choice, Option, choose
 from quantflow.quant.rtn import GridRules
 from quantflow.recipe.overrides import Widths, compact
+from quantflow.recipe.writer import Draft, name_of
 
 FILE = "sensitivity.json"
 RATE = {"cpu": 6e10, "cuda": 3e13}  # float32 operations a second, an order of magnitude
-CALIBRATION = (128, 64, 32, 16, 8)  # windows for the recipe that is written: as many as the text has
+CALIBRATION = 128  # windows for the recipe that is written, where the text has so many
+CHOSEN_ON = "the windows that its widths were chosen on"
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ class Job:
 
     @cached_property
     def store(self) -> Store:
-        root = os.environ.get("QUANTFLOW_STORE")
-        return Store(Path(root) if root else self.settings.output.absolute().parent / ".quantflow-store")
+        return store_beside(self.settings.output)
 
     @cached_property
     def kept_bytes(self) -> int:
@@ -172,12 +170,20 @@ class Job:
         a, b = (self.total_bytes({part.name: bits for part in self.parts}) for bits in (low, high))
         return a + int((b - a) * (self.settings.average_bits - low))
 
+    @property
+    def rules(self) -> GridRules:
+        """Scales are exact in every format that the choice may be packed into."""
+        return GridRules(tuple(getattr(torch, name) for name in scale_dtypes(self.checkpoint.config.dtype)))
+
     def key(self, weights: str) -> str:
-        """Identity of what a rounded part gives. Which widths are measured is not in it."""
-        s = self.settings
-        code = source_digest("models", "quant/grid.py", "quant/rtn.py", "evaluate/sensitivity.py", "evaluate/divergence.py")
-        config = self.checkpoint.raw_config
-        return digest(["sensitivity", weights, self.windows.digest, config, s.group_size, s.symmetric, self.device, code])
+        """Identity of what a rounded part gives. Which widths are measured is not in it, nor what the parts are: entries are named by
+        those."""
+        s, rules = self.settings, self.rules
+        code = source_digest(
+            "models", "quant/grid.py", "quant/rtn.py", "formats/reader.py", "evaluate/sensitivity.py", "evaluate/divergence.py"
+        )
+        grid = [s.group_size, s.symmetric, [str(dtype) for dtype in rules.scale_dtypes], rules.min_zero]
+        return digest(["sensitivity", weights, self.windows.digest, self.checkpoint.raw_config, *grid, self.device, code])
 
     def layer_runs(self) -> int:
         """How often a layer is computed over all windows, the store left out."""
@@ -261,25 +267,16 @@ def _group_problems(found: Sequence[Part], settings: Settings) -> list[Problem]:
 
 def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
     """The windows, and how many of that length the text has for a recipe's calibration."""
-    tokenizer, source = load_tokenizer(checkpoint.tokenizer_path), Path(settings.data).name
-
-    def cut(count: int) -> Windows:
-        return cut_windows(tokenizer, documents(settings.data), count=count, length=settings.length, skip=settings.skip, source=source)
-
-    found, calibration = None, 0
-    for count in CALIBRATION:  # the most first: a data set of the hub is opened once where it has enough
-        try:
-            found, calibration = cut(max(count, settings.samples)), max(count, settings.samples)
-            break
-        except DataError:
-            continue
-    found = found or cut(settings.samples)
+    found = cut_windows(
+        load_tokenizer(checkpoint.tokenizer_path), documents(settings.data), count=max(CALIBRATION, settings.samples),
+        least=settings.samples, length=settings.length, skip=settings.skip, source=Path(settings.data).name,
+    )  # fmt: skip
     windows = Windows(found.tokens[: settings.samples], found.documents, found.source)
     if (largest := max(map(max, windows.tokens))) >= checkpoint.config.vocabulary:
         expected = f"ids below the model's vocabulary of {checkpoint.config.vocabulary}"
         hint = "Tokenizer and weights are not of one model"
         raise UserError(Problem(f"{checkpoint.path} tokenizer", f"gives token {largest}", expected, hint))
-    return windows, calibration or settings.samples
+    return windows, len(found.tokens)
 
 
 def _budget_problems(job: Job) -> list[Problem]:
@@ -312,7 +309,8 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
     def predicted(of: Mapping[str, int]) -> float:
         return sum(by_part[name].kl_mean[bits] for name, bits in of.items())
 
-    whole = {b: Whole(job.total_bytes(w), predicted(w), kl) for (b, w), kl in zip(uniform.items(), divergences, strict=False)}
+    of_uniform = zip(uniform.items(), divergences[: len(uniform)], strict=True)
+    whole = {b: Whole(job.total_bytes(w), predicted(w), kl) for (b, w), kl in of_uniform}
     mixed = overrides = recipe = None
     if choice and widths:
         parameters = sum(part.parameters for part in job.parts)
@@ -323,7 +321,7 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
     record = _record(job, weights, measured, whole, mixed)
     write_json(job.settings.output, record)
     if recipe and mixed and overrides:
-        write_atomic(recipe, recipe_text(job, mixed, overrides, whole).encode())
+        write_atomic(recipe, recipe_draft(job, mixed, overrides, whole).text.encode())
     formats = job.formats(widths) if widths else ()
     return Findings(job.settings, measured, whole, mixed, overrides, recipe, formats, record)
 
@@ -339,8 +337,7 @@ def _measure(job: Job, key: str, step: Callable[[], None]) -> Measure:
         held = open_at_once * math.prod(shape) * 4 <= activation_budget()
         return Stream(shape, torch.float32, device, None if held else folder / f".work-{name}.bin")
 
-    rules = GridRules(tuple(getattr(torch, name) for name in scale_dtypes(job.checkpoint.config.dtype)))
-    return Measure(job.weights, torch.tensor(job.windows.tokens), rules, device, make, step)
+    return Measure(job.weights, torch.tensor(job.windows.tokens), job.rules, device, make, step)
 
 
 def _most_parts(job: Job) -> int:
@@ -367,6 +364,7 @@ def _parts(job: Job, key: str, progress: Progress) -> tuple[Measured, ...]:
 
         for index, found in measure.layer_by_layer(roundings, missing[0]):
             if found:
+                _check_finite([(f"{part.name} in {bits} bits", kl) for (part, bits), kl in zip(wanted[index], found, strict=True)])
                 known[index] |= {_name(part, bits): kl for (part, bits), kl in zip(wanted[index], found, strict=True)}
                 job.store.write_json(key, f"layer-{index:05}", known[index])
             if index == missing[-1]:
@@ -378,6 +376,13 @@ def _parts(job: Job, key: str, progress: Progress) -> tuple[Measured, ...]:
         )
         for part in job.parts
     )  # fmt: skip
+
+
+def _check_finite(found: Sequence[tuple[str, float]]) -> None:
+    """Raises ModelError for the divergences that are no numbers, before they are stored."""
+    hint = "The model's own logits, or those with these weights rounded, are not finite"
+    if wrong := [Problem(name, f"a KL divergence of {kl}", "a finite number", hint) for name, kl in found if not math.isfinite(kl)]:
+        raise ModelError(wrong)
 
 
 def _name(part: Part, bits: int) -> str:
@@ -402,6 +407,8 @@ def _wholes(job: Job, key: str, widths: Sequence[Mapping[str, int]], progress: P
     if new:
         progress.phase("whole", 2 * job.checkpoint.config.layers)
         found = _measure(job, key, progress.step).whole([job.whole(w) for w in new.values()])
+        names = [f"the whole model in {' and '.join(map(str, sorted(set(w.values()))))} bits" for w in new.values()]
+        _check_finite(list(zip(names, found, strict=True)))
         known |= dict(zip(new, found, strict=True))
         job.store.write_json(key, "whole", known)
     return [known[identity] for identity in identities]
@@ -427,39 +434,33 @@ def _record(
             for m in measured
         ],
         "uniform": {str(bits): asdict(whole) for bits, whole in uniform.items()},
-        "mixed": {**asdict(mixed), "widths": dict(mixed.widths)} if mixed else None,
+        "mixed": {**asdict(mixed), "widths": dict(mixed.widths), "measured_on": CHOSEN_ON} if mixed else None,
     }  # fmt: skip
 
 
-def recipe_text(job: Job, mixed: Mixed, widths: Widths, uniform: Mapping[int, Whole]) -> str:
+def recipe_draft(job: Job, mixed: Mixed, widths: Widths, uniform: Mapping[int, Whole]) -> Draft:
     """A recipe with the chosen widths, to run as it is or to take `weights` from."""
     s = job.settings
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", job.checkpoint.path.resolve().name).lstrip("._-") or "model"
     formats = job.formats(mixed.widths)
     others = ", ".join(f"all in {bits} bits {whole.measured:.4g}" for bits, whole in uniform.items())
-    lines = [
-        "# Widths chosen by `quantflow sensitivity`; `weights` can be taken over into any recipe of this model.",
-        f"# KL divergence by rounding to nearest, nats a token on {s.samples} windows of {s.length} tokens of {job.windows.source}: these",
-        f"# widths {mixed.measured:.4g} at {mixed.average_bits:.2f} bits a weight, {mixed.stored_bytes} bytes; {others}.",
-        f"# Formats that hold these widths together: {', '.join(formats) or 'none; huggingface dequantises them'}.",
-        f"name: {stem}_mixed",
-        f"model: {_quoted(s.model)}",
-        f"calibration: {{data: {_quoted(s.data)}, samples: {job.calibration}, seqlen: {s.length}, skip: {s.skip}}}",
-        "weights:",
-        f"  bits: {widths.bits}",
-        f"  group_size: {s.group_size}",
-        f"  symmetric: {str(s.symmetric).lower()}",
-        f"  ignore: [{_quoted(job.checkpoint.architecture.head)}]",
-        f"  overrides:{'' if widths.overrides else ' []'}",
-        *(f"    - {{match: {_quoted(pattern)}, bits: {bits}}}" for pattern, bits in widths.overrides),
-        "stages:",
-        "  - gptq",
-        f"  - pack: {{format: {formats[0] if formats else 'huggingface'}}}",
-        "  # - evaluate: {data: held_out.txt}   # text that calibration has not seen",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    """As YAML reads it back."""
-    return json.dumps(text, ensure_ascii=False)
+    return Draft(
+        name_of(job.checkpoint.path, "_mixed"),
+        s.model,
+        {"data": s.data, "samples": job.calibration, "seqlen": s.length, "skip": s.skip},
+        {
+            "bits": widths.bits,
+            "group_size": s.group_size,
+            "symmetric": s.symmetric,
+            "ignore": [job.checkpoint.architecture.head],
+            "overrides": [{"match": pattern, "bits": bits} for pattern, bits in widths.overrides],
+        },
+        ["gptq", {"pack": {"format": formats[0] if formats else "huggingface"}}],
+        [
+            "Widths chosen by `quantflow sensitivity`; `weights` can be taken over into any recipe of this model.",
+            f"KL divergence by rounding to nearest, nats a token on {s.samples} windows of {s.length} tokens of {job.windows.source}:",
+            f"these widths {mixed.measured:.4g} at {mixed.average_bits:.2f} bits a weight, {mixed.stored_bytes} bytes; {others}.",
+            f"These are {CHOSEN_ON}; only other text says what they are worth.",
+            f"Formats that hold these widths together: {', '.join(formats) or 'none; huggingface dequantises them'}.",
+            "To see what comes of it, add a stage: `- evaluate: {data: FILE}` with text that calibration has not seen.",
+        ],
+    )

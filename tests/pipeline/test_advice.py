@@ -13,7 +13,8 @@ import torch
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.errors import UserError
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.pipeline.advice import Candidate, Model, Question, advise, cache_share, schemes
+from quantflow.pipeline.advice import advise, cache_share, schemes
+from quantflow.pipeline.memory import Candidate, Model, Question
 from quantflow.quant.grid import Scheme
 from tests.helpers import zoo
 from tests.helpers.runs import invoke, make_bench
@@ -63,6 +64,16 @@ def test_by_hand(tmp_path: Path) -> None:
     assert model.kv(Candidate(None, False, 2), 1000, 3) == model.kv(full, 1000, 3) // 2
     need = model.need(full, 1000, 3)
     assert need.reserve == 5 * 10**7 and need.total == need.weights + need.kv + need.activations + need.reserve
+    weights = model.need(Candidate(Scheme(4, 16, False), False, 2), 1000, 3).terms[0]
+    assert [part.bytes for part in weights.parts] == [linears // 4 + linears // 32 * 3, others - 64 * 2]
+    assert weights.parts[0].made.endswith("/ 2 devices")
+    kept = Model(model.checkpoint, Question(10**9, 1000, 3, ignore=("*.down_proj",))).need(
+        Candidate(Scheme(4, 32, False), False, 1), 1000, 3
+    )
+    assert [part.bytes for part in kept.terms[0].parts] == [(linears - 64 * 96) * 19 // 32, others + 64 * 96 * 2], (
+        "19 bits for 32: 4 + 24 / 32"
+    )
+    assert need.activations == max(part.bytes for part in need.terms[2].parts) and len(need.terms[2].parts) == 3
 
 
 @pytest.mark.parametrize(
@@ -191,7 +202,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_the_recipe_that_is_shown_plans(tmp_path: Path) -> None:
-    model = write_llama(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    model = write_llama(tmp_path / "my: model #1", hidden_size=128, intermediate_size=256)
     least = Model(Checkpoint(model), Question(1, 128, 1)).need(Candidate(Scheme(4, 32, False), True, 1), 128, 1)
     fit = int((least.total) / 0.95) + 2000
     shown = invoke("plan", "--fit", str(fit), "--context", 128, "--model", model, "--tp", 1).stdout
@@ -199,6 +210,7 @@ def test_the_recipe_that_is_shown_plans(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(text)
     planned = json.loads(invoke("plan", tmp_path / "r.yaml", "--json", "--set", "stages.pack.requantize=false").stdout)
     assert any(scheme.startswith(("W4", "W8")) for scheme in planned["linears"])
+    assert planned["model"] == str(model) and f"quantflow serve artifacts/{planned['name']} " in shown
 
 
 def test_a_recipe_gets_options(tmp_path: Path) -> None:
@@ -209,7 +221,7 @@ def test_a_recipe_gets_options(tmp_path: Path) -> None:
     assert f"quantflow run {recipe}" in text and "--set weights.bits=" in text and "adding to its stages: calibrate, kv_qparams" in text
 
 
-def test_measured_sensitivity_is_quoted_and_nothing_else(tmp_path: Path) -> None:
+def test_measured_sensitivity_is_quoted_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make_bench(tmp_path, hidden_size=128, intermediate_size=256)
     file = bench.root / "s.json"
     result = invoke("sensitivity", bench.model, "--data", bench.root / "calib.txt", "--output", file, "--samples", 2, "--length", 16,
@@ -222,10 +234,29 @@ def test_measured_sensitivity_is_quoted_and_nothing_else(tmp_path: Path) -> None
     found = json.loads(invoke(*base, "--json", "--sensitivity", file).stdout)["proposal"]
     assert (found["bits"], found["group_size"], found["kl_mean"]) == (4, 32, kl)
     assert f"KL {kl:.4g}" in invoke(*base, "--sensitivity", file).stdout
-    file.rename(bench.model / "sensitivity.json")
+    damaged = bench.model / "sensitivity.json"
+    damaged.write_text(file.read_text()[:-20])
+    both = invoke(*base).stdout, json.loads(invoke(*base, "--json").stdout)
+    assert f"Not usable as measurements: {damaged}: no measurements of quantflow sensitivity" in both[0]
+    assert both[1]["unusable"] == [f"{damaged}: no measurements of quantflow sensitivity"] and both[1]["sensitivity"] is None
+    # The store beside the file has the hashes of the weights: it is known that they are the same.
+    known = json.loads(invoke(*base, "--json", "--sensitivity", file).stdout)["sensitivity"]
+    assert known == {"file": str(file), "same_weights": True}
+    file.rename(damaged)
+    monkeypatch.setenv("QUANTFLOW_STORE", str(tmp_path / "empty"))
+    unknown = json.loads(invoke(*base, "--json").stdout)
+    assert unknown["sensitivity"]["same_weights"] is False and unknown["unusable"] == []
+    assert "tokens of calib.txt, of a model with the same config;" in invoke(*base).stdout
+    monkeypatch.delenv("QUANTFLOW_STORE")
     assert json.loads(invoke(*base, "--json").stdout)["proposal"]["kl_mean"] == kl, "it is found beside the model"
     other = write_llama(tmp_path / "other")
     wrong = invoke("plan", "--fit", "1GB", "--context", 64, "--model", other, "--sensitivity", bench.model / "sensitivity.json")
+    assert wrong.exit_code == 2 and "measurements of another model" in wrong.stderr
+    # Other weights under the same config, and a store that knows them.
+    record = json.loads(damaged.read_text())
+    record["model"]["weights"] = "0" * 64
+    file.write_text(json.dumps(record))
+    wrong = invoke(*base, "--sensitivity", file)
     assert wrong.exit_code == 2 and "measurements of another model" in wrong.stderr
 
 

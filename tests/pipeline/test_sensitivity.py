@@ -5,15 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from quantflow.calibration.data import Windows, documents
+from quantflow.errors import UserError
 from quantflow.evaluate.sensitivity import Measure
 from quantflow.formats.reader import Weights
+from quantflow.models.tensor_file import TensorFile, save_tensors
+from quantflow.models.tokenizer import load_tokenizer
+from quantflow.pipeline import sensitivity
 from quantflow.pipeline.plan import make_plan
+from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.recipe import load_recipe
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, Strike, invoke, make_bench, start
@@ -53,6 +60,7 @@ def test_the_choice_is_the_best_there_is_and_its_recipe_says_just_that(bench: Be
     )  # fmt: skip
     assert mixed["predicted"] == pytest.approx(best) and mixed["gap"] == 0
     recipe = load_recipe(bench.root / "out" / "a.yaml")
+    assert mixed["measured_on"] in (bench.root / "out" / "a.yaml").read_text()
     plan = make_plan(recipe)
     widths = {module: mixed["widths"][p["name"]] for p in parts for module in p["modules"]}
     assert {p.module: (p.scheme.bits, p.scheme.group_size, p.scheme.symmetric) for p in plan.linears if p.scheme} == {
@@ -99,6 +107,49 @@ def test_nothing_is_measured_twice(bench: Bench, monkeypatch: pytest.MonkeyPatch
     assert [p["kl_mean"]["4"] for p in more["parts"]] == [p["kl_mean"]["4"] for p in first["parts"]]
     measure(bench, "d.json", "--bits", "4,8", "--fresh")
     assert wanted[-3:] == [8, 8, 2]
+
+
+def test_every_input_changes_the_key(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = prepare(Settings(str(bench.model), str(bench.root / "calib.txt"), samples=2, length=32, group_size=16, device="cpu"))
+    settings, windows = job.settings, job.windows
+    cut = Weights(bench.model)
+    cut.checkpoint.raw_config = {**cut.checkpoint.raw_config, "rms_norm_eps": 1e-5}
+    jobs = [
+        job, replace(job, settings=replace(settings, group_size=32)), replace(job, settings=replace(settings, symmetric=True)),
+        replace(job, windows=Windows(windows.tokens[::-1], windows.documents, windows.source)), replace(job, device="cuda"),
+        replace(job, weights=cut),
+    ]  # fmt: skip
+    keys = [j.key("w") for j in jobs] + [job.key("other weights")]
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity, "scale_dtypes", lambda dtype: ("float16",))
+        keys.append(job.key("w"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivity, "source_digest", lambda *parts: "other code")
+        keys.append(job.key("w"))
+    assert len(set(keys)) == len(keys) == 9 and job.key("w") == keys[0]
+
+
+def test_a_divergence_that_is_no_number_is_named_and_not_kept(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    stored = TensorFile(bench.model / "model.safetensors")
+    tensors = {name: stored.read(name) for name in stored.tensors}
+    tensors["model.layers.1.mlp.down_proj.weight"][:] = 3e38  # finite, but not what comes of it
+    save_tensors(bench.model / "model.safetensors", tensors, {"format": "pt"})
+    result = invoke(*command(bench, "n.json", "--bits", "4"))
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and "model.layers.0.self_attn.qkv in 4 bits: a KL divergence of nan" in said
+    assert not list(bench.store.glob("*/layer-*.json")) and not (bench.root / "out" / "n.json").exists()
+
+
+def test_the_text_is_read_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(sensitivity, "documents", lambda data: (read.append(data), documents(data))[1])
+    job = prepare(Settings(str(bench.model), str(bench.root / "calib.txt"), samples=2, length=32, group_size=16, device="cpu"))
+    tokens = sum(len(e.ids) for e in load_tokenizer(bench.model).encode_batch(list(documents(str(bench.root / "calib.txt")))))
+    assert len(read) == 1 and len(job.windows.tokens) == 2 and job.calibration == min(128, tokens // 32)
+    (bench.root / "bad.jsonl").write_text('{"text": "a"}\n' * 3 + "{\n")
+    with pytest.raises(UserError, match=r"bad.jsonl:4: not JSON"):
+        prepare(Settings(str(bench.model), str(bench.root / "bad.jsonl"), samples=1, length=2, group_size=16, device="cpu"))
 
 
 def test_a_killed_run_goes_on(bench: Bench, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,8 @@ from quantflow.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from quantflow.models.checkpoint import Checkpoint
-    from quantflow.pipeline.advice import Advice, Fitted, Measured, Model
+    from quantflow.pipeline.advice import Advice, Fitted, Measured
+    from quantflow.pipeline.memory import Model, Need, Term
     from quantflow.recipe import Recipe
 
 NOTHING_FITS = 2
@@ -29,7 +30,8 @@ def show_advice(
 ) -> None:  # fmt: skip
     """Prints the proposal; ends with exit code 2 where nothing fits. Raises UserError."""
     from quantflow.models.checkpoint import Checkpoint, resolve_model
-    from quantflow.pipeline.advice import RANKS, Model, Question, advise, measured
+    from quantflow.pipeline.advice import advise, measured
+    from quantflow.pipeline.memory import RANKS, Model, Question
     from quantflow.recipe import load_recipe
     from quantflow.recipe.schema import parse_bytes
 
@@ -58,17 +60,20 @@ def show_advice(
     )  # fmt: skip
     if wrong := checkpoint.problems():
         raise UserError(wrong)
-    found, quality = advise(checkpoint, question), measured(checkpoint, sensitivity)
+    found, (quality, unusable) = advise(checkpoint, question), measured(checkpoint, sensitivity)
     if as_json:
-        print(json.dumps(_record(found, quality), indent=2))
+        print(json.dumps(_record(found, quality, unusable), indent=2))
     else:
-        _show(checkpoint, name, given, recipe, found, quality, Model(checkpoint, question))
+        _show(checkpoint, name, given, recipe, found, quality, unusable, Model(checkpoint, question))
     if found.proposal is None:
         sys.exit(NOTHING_FITS)
 
 
-def _record(found: Advice, quality: Measured | None) -> dict[str, Any]:
+def _record(found: Advice, quality: Measured | None, unusable: list[str]) -> dict[str, Any]:
+    """sensitivity: the file that `kl_mean` is from, and whether it is known to be of these weights; unusable: files that are damaged."""
     record = found.as_dict()
+    record["sensitivity"] = {"file": str(quality.path), "same_weights": quality.same_weights} if quality else None
+    record["unusable"] = unusable
     scheme = found.proposal.candidate.scheme if found.proposal else None
     if record["proposal"]:
         record["proposal"]["kl_mean"] = 0.0 if scheme is None else quality.of(scheme) if quality else None
@@ -82,8 +87,9 @@ def _sizes(fit: int) -> Callable[[int], str]:
 
 
 def _show(
-    checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: Path | None, found: Advice, quality: Measured | None, model: Model
-) -> None:
+    checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: Path | None, found: Advice, quality: Measured | None,
+    unusable: list[str], model: Model,
+) -> None:  # fmt: skip
     question, size = found.question, _sizes(found.question.fit)
     texts = f"{question.batch} text{'s' if question.batch > 1 else ''} of {question.context} tokens"
     title = f"{name} ({checkpoint.architecture.name}) for {texts} in {size(question.fit)}"
@@ -95,14 +101,16 @@ def _show(
     c = proposal.candidate
     devices = "on one device" if c.tp == 1 else f"on each of {c.tp} devices"
     console.print(f"Proposed: {c}, {devices}.", markup=False, style="bold green")
-    console.print(_sum(checkpoint, found, proposal, model))
+    console.print(_sum(proposal.need, question.fit))
     limit = checkpoint.config.max_positions
     own = ", the model's own limit" if proposal.longest_context == limit else ""
     longer = f"{question.batch} × {proposal.longest_context}{own}"
     console.print(f"At most: {proposal.largest_batch} × {question.context} tokens, or {longer}.", markup=False)
     if better := found.better:
         console.print(f"The next better, {better.candidate}, lacks {size(better.need.total - question.fit)}.", markup=False)
-    for line in _quality(name, question.fit, proposal, quality):
+    for reason in unusable:
+        console.print(f"Not usable as measurements: {reason}.", markup=False, style="yellow")
+    for line in _quality(shlex.quote(name), question.fit, proposal, quality):
         console.print(line, markup=False)
     if saved := model.window_saves(c):
         console.print(f"Sliding windows: an engine that drops what they leave behind would need {size(saved)} less.", markup=False)
@@ -125,55 +133,38 @@ def _show_nothing(found: Advice) -> None:
     )  # fmt: skip
 
 
-def _sum(checkpoint: Checkpoint, found: Advice, proposal: Fitted, model: Model) -> Table:
+def _sum(need: Need, fit: int) -> Table:
     """The four terms, what each is made of, and their sum."""
-    from quantflow.engine.engine import EngineConfig
-    from quantflow.pipeline.advice import GRID_BITS, RESERVE, held_bits
-
-    config, question, need, c = checkpoint.config, found.question, proposal.need, proposal.candidate
-    size = _sizes(question.fit)
-    block = EngineConfig.block_size
-    tokens = question.batch * -(-question.context // block) * block
-    linears = sum(n * k * count for (_, (n, k), _, quantised), count in model.linears.items() if quantised or not c.scheme)
-    steps = model.activations(c.tp, question.context, question.batch)
-    if c.scheme:
-        bits, each = held_bits(c.scheme, question.device), GRID_BITS / c.scheme.group_size
-        grid = f"{bits} bits + {GRID_BITS} / {c.scheme.group_size} for scale and zero point"
-    else:
-        bits, each = 8 * model.dtype.itemsize, 0.0
-        grid = f"{bits} bits"
-    others = size(need.weights - int(linears * (bits + each) / 8 / c.tp))
-    share = f" / {c.tp} devices" if c.tp > 1 else ""
-    calibrated = c.scheme is not None
-    cached = f"2 × {config.layers} layers × {config.kv_heads} KV heads × {config.head_dim}"
-    item = "1 byte" if c.int8_kv else f"{model.dtype.itemsize} bytes"
-    scales = " + 8 bytes of scales a token and head" if c.int8_kv and not calibrated else ""
-    rows = [
-        ("weights", need.weights, f"{linears:.4g} in linears × ({grid}) / 8{share} + {others} of all else"),
-        ("KV", need.kv, f"{cached} × {item} × {tokens} tokens{share}{scales}"),
-        ("activations", need.activations, "the largest of: " + ", ".join(f"{what} {size(count)}" for what, count in steps.items())),
-        ("reserve", need.reserve, f"{RESERVE:.0%} of the size, for the driver and the allocator"),
-        ("together", need.total, f"of {size(question.fit)}; {size(question.fit - need.total)} left"),
-    ]
+    size = _sizes(fit)
     table = Table("", "GiB", "", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_header=False)
     table.columns[1].justify = "right"
-    for name, count, made in rows:
-        table.add_row(name, size(count), made)
+    for term in need.terms:
+        table.add_row(term.name, size(term.bytes), _made(term, size))
+    table.add_row("together", size(need.total), f"of {size(fit)}; {size(fit - need.total)} left")
     return table
+
+
+def _made(term: Term, size: Callable[[int], str]) -> str:
+    if term.largest:
+        return "the largest of: " + ", ".join(f"{part.name} {size(part.bytes)}" for part in term.parts)
+    return " + ".join(part.made or f"{size(part.bytes)} of {part.name}" for part in term.parts) or term.made
 
 
 def _quality(name: str, fit: int, proposal: Fitted, quality: Measured | None) -> list[str]:
     c, lines = proposal.candidate, []
+    source = (
+        "" if quality is None else f"{quality.text}{'' if quality.same_weights else ', of a model with the same config'}; {quality.path}"
+    )
     if c.scheme is None:
         lines.append("Weights: the model's own, nothing is lost.")
     elif quality is None:
         lines.append(f"What {c.scheme} costs: not measured. `quantflow sensitivity {name} --data FILE` does that.")
     elif (kl := quality.of(c.scheme)) is not None:
-        lines.append(f"What {c.scheme} costs: KL {kl:.4g} nats a token by rounding to nearest ({quality.text}; {quality.path}).")
+        lines.append(f"What {c.scheme} costs: KL {kl:.4g} nats a token by rounding to nearest ({source}).")
     else:
         had = ", ".join(f"{bits} bits {kl:.4g}" for bits, kl in quality.kl_mean.items())
         grid = f"g{quality.group_size} {'symmetric' if quality.symmetric else 'asymmetric'}"
-        lines.append(f"What {c.scheme} costs: not measured. In {grid}, rounding to nearest: {had} ({quality.text}; {quality.path}).")
+        lines.append(f"What {c.scheme} costs: not measured. In {grid}, rounding to nearest: {had} ({source}).")
     if c.int8_kv:
         lines.append(f"What int8 KV costs: not measured. `quantflow eval … --reference {name} --data FILE --engine --kv int8` does that.")
     if c.scheme and c.tp == 1:
@@ -205,25 +196,23 @@ def _by_ranks(found: Advice) -> Table:
 
 def _show_next(checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: Path | None, found: Advice, proposal: Fitted) -> None:
     """How to get what is proposed: options for the recipe that was given, or a recipe; and how to serve it."""
-    from quantflow.pipeline.advice import cache_share, recipe_text, settings
+    from quantflow.pipeline.advice import cache_share, recipe_draft, settings
 
     c, question = proposal.candidate, found.question
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.path.resolve().name).lstrip("._-") or "model"
     served = name
     if c.scheme and recipe:
         options, lacking = settings(c, [stage.name for stage in recipe.stages])
-        console.print(f"\nquantflow run {path} --model {name} {' '.join(options)}", markup=False)
+        console.print(f"\nquantflow run {shlex.quote(str(path))} --model {shlex.quote(name)} {' '.join(options)}", markup=False)
         if lacking:
             console.print(f"after adding to its stages: {', '.join(lacking)}", markup=False)
         if recipe.weights.overrides:
             console.print("Its weights.overrides stay, and are not counted here.", markup=False)
         served = recipe.output
-    elif c.scheme:
-        text = recipe_text(checkpoint, stem, name, c)
-        console.print(f"\nA recipe for that:\n{text}", markup=False)
-        served = f"artifacts/{text.split(chr(10), 1)[0].removeprefix('name: ')}"
+    elif draft := recipe_draft(checkpoint, name, c):
+        console.print(f"\nA recipe for that:\n{draft.text}", markup=False)
+        served = f"artifacts/{draft.name}"
     options = [f"--session-len {question.context}", f"--max-batch-size {question.batch}"]
     options += ["--kv int8"] if c.int8_kv else ["--kv full"]
     options += [f"--tp {c.tp}"] if c.tp > 1 else []
     options += [f"--cache-max-entry-count {share}"] if (share := cache_share(question, proposal)) else []
-    console.print(f"quantflow serve {served} {' '.join(options)}", markup=False)
+    console.print(f"quantflow serve {shlex.quote(served)} {' '.join(options)}", markup=False)
