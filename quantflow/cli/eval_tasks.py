@@ -46,11 +46,12 @@ def evaluate_tasks(
 ) -> None:  # fmt: skip
     """Answers every task with the model, then with the reference, one in memory at a time, and shows both.
 
-    JSON: quantflow (its version), model, reference, mode, kv, and how they ran (`engine`, `reference_engine`); `tasks`: by name, file, form, count, chance,
-    sha256, settings, and `model` and `reference`: acc, acc_norm, acc_bytes (value, interval of 95%), tokens, cut (questions whose context lost
-    its beginning), seconds, in the file of --output also items; `paired`, where there is a reference: by metric, difference, interval,
-    losses, gains, p, verdict; `all`: by form, the same over all questions of that form, since the metrics of two forms are not the same
-    thing. In the file of --output also the date, and `weights`, `reference_weights`: sha256 of each weight file and the config.
+    JSON: quantflow (its version), model, reference, mode, kv, and how they ran (`engine`, `reference_engine`); `tasks`: by name, file,
+    sha256, form, count, chance, settings, and `model` and `reference`: acc, acc_norm, acc_bytes (value, interval of 95%), tokens, cut
+    (questions whose context lost its beginning), seconds, in the file of --output also items; `paired`, where there is a reference: by
+    metric, difference, interval, losses, gains, p, verdict; `all`: by form, the same over all questions of that form, since the metrics of
+    two forms are not the same thing. In the file of --output also the date, and `weights`, `reference_weights`: sha256 of each weight file
+    and the config.
     """
     from quantflow.artifacts.store import write_json
     from quantflow.evaluate.tasks import read_tasks
