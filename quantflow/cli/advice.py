@@ -93,32 +93,32 @@ def _show(
     question, size = found.question, _sizes(found.question.fit)
     texts = f"{question.batch} text{'s' if question.batch > 1 else ''} of {question.context} tokens"
     title = f"{name} ({checkpoint.architecture.name}) for {texts} in {size(question.fit)}"
-    console.print(title, markup=False, style="bold")
+    console.print(title, style="bold")
     if found.proposal is None:
         _show_nothing(found)
         return
     proposal = found.proposal
     c = proposal.candidate
     devices = "on one device" if c.tp == 1 else f"on each of {c.tp} devices"
-    console.print(f"Proposed: {c}, {devices}.", markup=False, style="bold green")
+    console.print(f"Proposed: {c}, {devices}.", style="bold green")
     console.print(_sum(proposal.need, question.fit))
     limit = checkpoint.config.max_positions
     own = ", the model's own limit" if proposal.longest_context == limit else ""
     longer = f"{question.batch} × {proposal.longest_context}{own}"
-    console.print(f"At most: {proposal.largest_batch} × {question.context} tokens, or {longer}.", markup=False)
+    console.print(f"At most: {proposal.largest_batch} × {question.context} tokens, or {longer}.")
     if better := found.better:
-        console.print(f"The next better, {better.candidate}, lacks {size(better.need.total - question.fit)}.", markup=False)
+        console.print(f"The next better, {better.candidate}, lacks {size(better.need.total - question.fit)}.")
     for reason in unusable:
-        console.print(f"Not usable as measurements: {reason}.", markup=False, style="yellow")
+        console.print(f"Not usable as measurements: {reason}.", style="yellow")
     for line in _quality(shlex.quote(name), question.fit, proposal, quality):
-        console.print(line, markup=False)
+        console.print(line)
     if saved := model.window_saves(c):
-        console.print(f"Sliding windows: an engine that drops what they leave behind would need {size(saved)} less.", markup=False)
+        console.print(f"Sliding windows: an engine that drops what they leave behind would need {size(saved)} less.")
     if len(found.by_ranks) > 1 or found.impossible:
         console.print(_by_ranks(found))
         for tp, reasons in found.impossible.items():
             for reason in reasons:
-                console.print(f"{tp} device{'s' if tp > 1 else ''}: {reason}.", markup=False, style="dim")
+                console.print(f"{tp} device{'s' if tp > 1 else ''}: {reason}.", style="dim")
     _show_next(checkpoint, name, recipe, path, found, proposal)
 
 
@@ -129,7 +129,7 @@ def _show_nothing(found: Advice) -> None:
         f"Nothing fits. The least is {least.candidate}: {size(least.need.total)}{where}, {size(least.need.total - question.fit)} too much "
         f"(weights {size(least.need.weights)}, KV {size(least.need.kv)}, activations {size(least.need.activations)}, "
         f"reserve {size(least.need.reserve)}). Lower --context or --batch.",
-        markup=False, style="bold red",
+        style="bold red",
     )  # fmt: skip
 
 
@@ -202,17 +202,17 @@ def _show_next(checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: P
     served = name
     if c.scheme and recipe:
         options, lacking = settings(c, [stage.name for stage in recipe.stages])
-        console.print(f"\nquantflow run {shlex.quote(str(path))} --model {shlex.quote(name)} {' '.join(options)}", markup=False)
+        console.print(f"\nquantflow run {shlex.quote(str(path))} --model {shlex.quote(name)} {' '.join(options)}")
         if lacking:
-            console.print(f"after adding to its stages: {', '.join(lacking)}", markup=False)
+            console.print(f"after adding to its stages: {', '.join(lacking)}")
         if recipe.weights.overrides:
-            console.print("Its weights.overrides stay, and are not counted here.", markup=False)
+            console.print("Its weights.overrides stay, and are not counted here.")
         served = recipe.output
     elif draft := recipe_draft(checkpoint, name, c):
-        console.print(f"\nA recipe for that:\n{draft.text}", markup=False)
+        console.print(f"\nA recipe for that:\n{draft.text}")
         served = f"artifacts/{draft.name}"
     options = [f"--session-len {question.context}", f"--max-batch-size {question.batch}"]
     options += ["--kv int8"] if c.int8_kv else ["--kv full"]
     options += [f"--tp {c.tp}"] if c.tp > 1 else []
     options += [f"--cache-max-entry-count {share}"] if (share := cache_share(question, proposal)) else []
-    console.print(f"quantflow serve {shlex.quote(served)} {' '.join(options)}", markup=False)
+    console.print(f"quantflow serve {shlex.quote(served)} {' '.join(options)}")

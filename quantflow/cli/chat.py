@@ -68,7 +68,7 @@ class Local:
         self._llm.get_prompt("")  # says at once if the model has no dialogue format
         self.name = self._llm.engine.path.resolve().name
         self.tokens = (0, 0)
-        errors.print(", ".join(f"{name}: {value}" for name, value in self._llm.engine.describe().items()), markup=False)
+        errors.print(", ".join(f"{name}: {value}" for name, value in self._llm.engine.describe().items()))
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         prompt = self._llm.engine.tokenizer.dialogue(messages)
@@ -199,7 +199,7 @@ def turns(read: Callable[[], str]) -> Iterator[str]:
             line = read().encode("utf-8", "replace").decode()  # what is no UTF-8 arrives as surrogates
         except KeyboardInterrupt:
             if not lines:
-                errors.print("\nexit leaves", markup=False)
+                errors.print("\nexit leaves")
             lines = []
             continue
         except EOFError:
@@ -276,7 +276,7 @@ def talk(chat: Chat) -> None:
     if interactive:
         import readline  # noqa: F401 - gives input() its editing keys and history
 
-        console.print(f"{chat.partner.name.translate(HARMLESS)}. {HELP}", markup=False)
+        console.print(f"{chat.partner.name.translate(HARMLESS)}. {HELP}")
     for turn in turns(lambda: input("> " if interactive else "")):
         if turn.startswith("/"):
             try:

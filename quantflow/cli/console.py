@@ -15,8 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from quantflow.errors import GateError, QuantFlowError, ResourceError, UserError
 from quantflow.machine import is_out_of_memory, resident_bytes
 
-console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: brackets in a path or a model's name are what they are.
+console = Console(highlight=False, soft_wrap=True, markup=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 # What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures.
@@ -70,7 +71,7 @@ def progress() -> Iterator[Plain | Bars]:
         return
     columns = (
         TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]} {task.fields[detail]}"),
+        TextColumn("{task.fields[memory]} {task.fields[detail]}", markup=False),
     )  # fmt: skip
     with Progress(*columns, console=errors) as bars:
         yield Bars(bars)
@@ -94,7 +95,7 @@ RUNNING = Hints("", "Lower --session-len, --cache-max-entry-count or the batch, 
 def show(problems: Iterable[Any]) -> None:
     """A line each, on stderr."""
     for problem in problems:
-        errors.print(f"  {problem}".translate(HARMLESS), markup=False)
+        errors.print(f"  {problem}".translate(HARMLESS))
 
 
 def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str, tuple[Any, ...]]:
@@ -132,6 +133,6 @@ def reporting(debug: bool, hints: Hints = QUANTISING) -> Iterator[None]:
         if debug:
             errors.print_exception()
         code, title, problems = translate(error, hints)
-        errors.print(f"[bold red]quantflow: {title}[/]")
+        errors.print(f"quantflow: {title}", style="bold red")
         show(problems)
         sys.exit(code)

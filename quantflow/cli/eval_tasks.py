@@ -88,12 +88,12 @@ def evaluate_tasks(
     for result in found:
         tokens, cut = sum(a.tokens for a in result.answers), sum(a.cut for a in result.answers)
         text = f"{result.task.name}: {tokens} tokens of answers, {result.count / max(result.seconds, 1e-9):.1f} questions a second"
-        console.print(text + (f"; {cut} longer than the model's context: their beginning was left out" if cut else ""), markup=False)
+        console.print(text + (f"; {cut} longer than the model's context: their beginning was left out" if cut else ""))
     if others:
         console.print(_pairs(record))
         for name, entry in _entries(record):
             for metric, shown in SHOWN.items():
-                console.print(f"{name}{f', {shown}' if shown else ''}: {entry['paired'][metric]['verdict']}", markup=False)
+                console.print(f"{name}{f', {shown}' if shown else ''}: {entry['paired'][metric]['verdict']}")
 
 
 def _answers(

@@ -45,16 +45,15 @@ def export(
             print(json.dumps({**found, "relative_errors": dict(done.errors)}))
             return
         what = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
-        console.print(f"{done.output} written: {what}, {done.source_format} to {done.format}.", markup=False)
+        console.print(f"{done.output} written: {what}, {done.source_format} to {done.format}.")
         for note in done.notes:
-            console.print(f"Note: {note}.", markup=False)
+            console.print(f"Note: {note}.")
         if done.errors:
             worst = max(done.errors, key=lambda name: done.errors[name])
             mean = sum(done.errors.values()) / len(done.errors)
             console.print(
                 f"Not exact: {len(done.errors)} tensors were put on another grid or rounded. Relative error {mean:.2e} on average, "
                 f"{done.errors[worst]:.2e} at most ({worst}); each is in requantized.json.",
-                markup=False,
             )
 
 

@@ -75,7 +75,7 @@ def generate(
             model, mode=mode.value, kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, dialogue=dialogue,
             device=device.value, tp=tp,
         )  # fmt: skip
-        errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()), markup=False)
+        errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
         texts = [sys.stdin.read() if text == "-" else text for text in prompt]
         prompts = [llm.get_prompt(text) if chat else text for text in texts]
         tokens = [llm.encode(text, special=not chat) for text in prompts]  # a dialogue format has its own first tokens

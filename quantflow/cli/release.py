@@ -64,8 +64,8 @@ def release(
                 shown.add_row(*row)
             console.print(shown)
             for name in done.comparison["gone"] if done.comparison else ():
-                console.print(f"{name} is no longer in the release.", markup=False)
+                console.print(f"{name} is no longer in the release.")
             if done.others:
-                console.print(f"Also in {done.output}, and no part of this release: {', '.join(done.others)}", markup=False)
+                console.print(f"Also in {done.output}, and no part of this release: {', '.join(done.others)}")
         if done.failures:
             raise GateError(done.failures)

@@ -25,7 +25,7 @@ def report(
     with reporting(debug):
         from quantflow.report.page import rebuild
 
-        console.print(f"{rebuild(directory, output)} written.", markup=False)
+        console.print(f"{rebuild(directory, output)} written.")
 
 
 def compare(
@@ -44,22 +44,25 @@ def compare(
         with showing(Path("report.json")):
             found = make_comparison(directories)
             page = comparison_page(found) if output else ""
+            table = _table(found.as_dict()["artifacts"])
         if output:
             write_page(output, page)
         if as_json:
             print(json.dumps(found.as_dict(), indent=2))
             return
-        console.print(_table(found.as_dict()["artifacts"]))
+        console.print(table)
         for difference in found.differences:
-            console.print(f"  {difference.path}: {' | '.join(difference.shown())}", markup=False)
+            console.print(f"  {difference.path}: {' | '.join(difference.shown())}")
         for note in found.notes:
-            console.print(f"note: {note}", markup=False)
+            console.print(f"note: {note}")
         if output:
-            console.print(f"{output} written.", markup=False)
+            console.print(f"{output} written.")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table("", "size", "perplexity", "KL mean", "KL p99", "top-1", "output error", title="Side by side")
+    for column in table.columns:
+        column.overflow = "fold"  # a number that is cut is another number
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -45,7 +46,7 @@ def run(
                 console.print(f"{result.output} is up to date: nothing to do.")
             else:
                 took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-                console.print(f"{result.output} written ({took}).\nTo look at: {result.output}/report.html", markup=False)
+                console.print(f"{result.output} written ({took}).\nTo look at: {result.output}/report.html")
             _show(result.report)
             if result.quality:
                 console.print(quality_table(result.quality))
@@ -60,10 +61,10 @@ def _show(report: dict[str, Any]) -> None:
     errors = sorted(line["error"] for line in lines.values() if "error" in line)
     text = f"{len(lines)} linears quantised, {len(report['kept'])} kept" if lines else "No weight was changed"
     if errors:
-        text += f"; output error: median {errors[len(errors) // 2]:.2e}, largest {errors[-1]:.2e}"
+        text += f"; output error: median {median(errors):.2e}, largest {errors[-1]:.2e}"
     console.print(text + ".")
     for name, fallback in list(report["fallbacks"].items())[:8]:
-        console.print(f"  fallback: {name}: {fallback}", markup=False)
+        console.print(f"  fallback: {name}: {fallback}")
     if len(report["fallbacks"]) > 8:
         console.print(f"  … {len(report['fallbacks']) - 8} more in report.json")
 

@@ -96,7 +96,6 @@ def sensitivity(
             f"{len(job.parts)} parts at {len(widths)} widths on {samples} windows of {length} tokens: layers are computed "
             f"{job.layer_runs()} times over them, in the order of {_time(job.seconds())}. Fewer --samples or --bits take less; "
             "what is in the store takes nothing.",
-            markup=False,
         )
         with progress() as watcher:
             found = run(job, watcher, fresh=fresh)
@@ -139,20 +138,19 @@ def _show(found: Findings) -> None:
             style="bold",
         )
     console.print(table)
-    console.print("The sum assumes that errors add up, which they do while they are small; what counts is measured.", markup=False)
-    console.print(f"{settings.output} written.", markup=False)
+    console.print("The sum assumes that errors add up, which they do while they are small; what counts is measured.")
+    console.print(f"{settings.output} written.")
     if mixed and found.recipe:
         held = ", ".join(found.formats) or "no packed format"
         console.print(
             f"{found.recipe} written: {mixed.average_bits:.2f} bits a weight within {size(mixed.budget)}; "
             f"formats that hold these widths together: {held}.",
-            markup=False,
         )
         if not settings.symmetric and len(set(mixed.widths.values())) > 1:
             console.print("transformers (5.23) loads mixed widths of compressed-tensors only with --symmetric.")
-        console.print(f"Next: quantflow run {found.recipe}", markup=False)
+        console.print(f"Next: quantflow run {found.recipe}")
     else:
-        console.print("Next: the same command with --budget SIZE or --average-bits N, which measures nothing again.", markup=False)
+        console.print("Next: the same command with --budget SIZE or --average-bits N, which measures nothing again.")
 
 
 def _widths(found: Findings) -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def serve(
         if not config.keys and not config.loopback:
             errors.print(f"[bold yellow]warning:[/] {host} can be reached by others, and no key is asked for: give --api-key-file")
         code = start(
-            model, config, lambda text: errors.print(text, markup=False), lambda text: console.print(text, markup=False), mode=mode.value,
+            model, config, lambda text: errors.print(text), lambda text: console.print(text), mode=mode.value,
             kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, max_batch_size=max_batch_size,
             dialogue=dialogue, device=device.value, tp=tp,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from quantflow.cli.console import RUNNING, console, progress, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json
@@ -36,7 +37,7 @@ def verify(
         else:
             table = Table("check", "", "what was found", title=str(directory))
             for check in checks:
-                mark = "-" if check.passed is None else "ok" if check.passed else "[bold red]off[/]"
+                mark = "-" if check.passed is None else "ok" if check.passed else Text("off", style="bold red")
                 table.add_row(check.name, mark, check.detail)
             console.print(table)
         off = [Problem(f"{directory} {check.name}", check.detail) for check in checks if check.passed is False]

@@ -21,9 +21,9 @@ from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.sweep import SweepReader
 from quantflow.quant.fit import shown
 from quantflow.recipe import Calibrate, KvQparams, dump
-from quantflow.stages.pack import written_bytes
+from quantflow.report.page import VERSION
+from quantflow.stages.pack import checkpoint_bytes
 
-VERSION = 1
 BATCHES, CONTEXTS = (1, 8, 16, 32, 48), (512, 2048, 4096, 32768)  # of the memory table, as far as the model's positions go
 AWQ_NAME = re.compile(r"a\^(-?[0-9.]+)(?: w\^(-?[0-9.]+))?")
 
@@ -84,7 +84,7 @@ def make_report(
         "fallbacks": {name: line["fallback"] for name, line in lines.items() if line.get("fallback")},
         **({"requantized": inexact} if inexact else {}),
         "kv": _kv_ranges(plan, reader) if plan.stage(KvQparams) else None,
-        "sizes": {pack.format: written_bytes(prepared.job) for pack, prepared in zip(plan.packs, plan.prepared, strict=True)},
+        "sizes": {pack.format: checkpoint_bytes(prepared.job) for pack, prepared in zip(plan.packs, plan.prepared, strict=True)},
         "memory": _memory(plan),
         "notes": list(plan.notes),
     }  # fmt: skip
@@ -136,7 +136,7 @@ def _tolist(values: Tensor) -> list[float]:
 def _memory(plan: Plan) -> list[dict[str, int]]:
     """Bytes by batch and context: weights as stored, before and after, and the engine's KV cache in the model's dtype and in int8."""
     config = plan.config
-    packed = written_bytes(plan.prepared[0].job) if plan.prepared else plan.checkpoint.weight_bytes
+    packed = checkpoint_bytes(plan.prepared[0].job) if plan.prepared else plan.checkpoint.weight_bytes
     static = KVFormat(True, ({},))  # calibrated: no scale a token
     full, int8 = (block_bytes(config, kv, getattr(torch, config.dtype), 1) for kv in (KVFormat(False), static))
     contexts = [c for c in CONTEXTS if c <= config.max_positions] or [config.max_positions]

@@ -129,7 +129,7 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     if len({r["source"]["weights"] for r in reports}) > 1:
         notes.append("the artifacts come from different weights: their errors are to different originals")
-    if len({measured_on(r) for r in reports}) > 1:
+    if len({measured_on(r) for r in reports} - {None}) > 1:
         notes.append(
             "quality was measured against different originals, on different texts or in different ways: "
             "the figures cannot be set against each other"

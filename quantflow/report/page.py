@@ -20,6 +20,7 @@ from quantflow.units import size
 
 GATES = {"kl_mean": "KL mean", "kl_p99": "KL 99th percentile", "top1": "top-1", "perplexity_ratio": "perplexity ratio"}
 AGAIN = "Run the recipe again: finished layers are taken from the store"
+VERSION = 1  # of report.json
 WORST, LISTED = 12, 400  # linears shown at once, and in the list that can be opened
 
 
@@ -35,6 +36,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         "memory": list,
     }  # fmt: skip
     wrong = [key for key, kind in needed.items() if not isinstance(report.get(key), kind)]
+    if not wrong and report["version"] != VERSION:
+        wrong = [f"version {report['version']}"]
     if wrong:
         raise ModelError(Problem(str(place), f"nothing usable under {', '.join(wrong)}", "a report of this version of QuantFlow", AGAIN))
     return report
@@ -50,6 +53,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         recipe=yaml.safe_dump(report["asked"], sort_keys=False, allow_unicode=True, width=100),
         schemes=Counter(f"{line['scheme']}, {line['method']}" for line in report["linears"].values()),
         titles=GATES,
+        kept=_by_reason(report["kept"]),
         variants=VARIANTS,
         pictures=pictures(report),
         memory=report["memory"],
@@ -59,7 +63,11 @@ def report_page(report: Mapping[str, Any]) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes a page at once or not at all. Raises OutputError."""
+    """Writes a page at once or not at all, in place of another page and of nothing else. Raises OutputError."""
+    if path.is_dir() or not path.name:
+        raise OutputError(Problem(str(path), "a directory", "a file for the page, such as report.html"))
+    if path.exists() and path.suffix != ".html":
+        raise OutputError(Problem(str(path), "a file that is no page", "a new file, or a page to replace"))
     try:
         write_atomic(path, page.encode())
     except OSError as error:
@@ -84,6 +92,13 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def share(value: float) -> str:
     return f"{value:.2%}"
+
+
+def _by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, reason in kept.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def worst(linears: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -126,8 +126,12 @@ def _specs(pieces: list[_Piece]) -> dict[str, Spec]:
 def written_bytes(job: PackJob) -> int:
     """Of all tensors that the job writes, ranks included: from headers and shapes alone."""
     ranks = rank_folders(job)
-    whole = sum(piece.nbytes for piece in _pieces(job))
-    return whole + ranks * (sum(piece.nbytes for piece in _pieces(replace(job, tp=job.ranks))) if ranks else 0)
+    return checkpoint_bytes(job) + (ranks * checkpoint_bytes(replace(job, tp=job.ranks)) if ranks else 0)
+
+
+def checkpoint_bytes(job: PackJob) -> int:
+    """Of the tensors of the checkpoint alone, which is what is loaded: without ranks beside it."""
+    return sum(piece.nbytes for piece in _pieces(job))
 
 
 def rank_folders(job: PackJob) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,3 +248,12 @@ def test_a_terminal_of_ascii_is_no_harm(bench: Bench) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0 and "14 ? W4 g16 asymmetric" in done.stdout, done.stderr
+
+
+def test_brackets_in_a_path_are_no_markup(artifact: Path, tmp_path: Path) -> None:
+    place = tmp_path / "[bold] [/x]"
+    shutil.copytree(artifact, place)
+    for command in (("inspect", place), ("verify", place), ("report", place)):
+        result = invoke(*command)
+        assert result.exit_code == 0, result.stderr
+        assert "[bold] [/x]" in result.stdout

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 STAGES: list[Any] = [
     "calibrate", {"awq": {"grid": 4}}, "rtn", "kv_qparams", {"pack": {"format": "compressed-tensors"}}, {"pack": {"format": "huggingface"}},
+    {"shard": {"tp": 2}},
 ]  # fmt: skip
 
 
@@ -165,6 +166,8 @@ def test_kv_ranges_are_what_the_parameters_span(bench: Bench, report: dict[str, 
 
 
 def test_sizes_and_memory_are_the_files_and_the_caches(bench: Bench, report: dict[str, Any]) -> None:
+    """Of the checkpoint that is loaded: the ranks beside it are no part of its size."""
+    assert (bench.output / "compressed-tensors" / "tp2" / "rank-1").is_dir()
     for form, bytes_ in report["sizes"].items():
         tensors = load_file(bench.output / form / "model.safetensors")
         assert bytes_ == sum(t.numel() * t.element_size() for t in tensors.values()), form
@@ -295,8 +298,15 @@ def test_what_is_no_artifact_is_refused(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "old" / "report.json").write_text('{"quality": {}, "linears": {}}')  # of an older version
     result = invoke("report", tmp_path / "old")
     assert result.exit_code == 2 and "nothing usable under version" in result.stderr and "Run the recipe again" in result.stderr
-    result = invoke("report", bench.output, "--output", tmp_path / "old")
-    assert result.exit_code == 2
+    manifest = (bench.output / "quantflow.json").read_bytes()
+    for place in (tmp_path / "old", "", bench.output / "quantflow.json", bench.output / "compressed-tensors" / "model.safetensors"):
+        for command in (("report", bench.output), ("compare", bench.output, bench.output)):
+            result = invoke(*command, "--output", place)
+            assert result.exit_code == 2 and "expected a" in result.stderr, place  # a file that is no page is not replaced
+    assert (bench.output / "quantflow.json").read_bytes() == manifest
+    for version in (2, 999):
+        (tmp_path / "old" / "report.json").write_text(json.dumps(read_report(bench.output) | {"version": version}))
+        assert f"version {version}" in invoke("report", tmp_path / "old").stderr
 
 
 # In a browser
