@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -24,7 +24,7 @@ from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.abilities import ABILITIES
-from quantflow.formats.base import grid_problems
+from quantflow.formats.base import fitting_group, grid_problems
 from quantflow.formats.reader import Weights
 from quantflow.machine import resolve_device
 from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -42,6 +42,7 @@ FILE = "sensitivity.json"
 RATE = {"cpu": 6e10, "cuda": 3e13}  # float32 operations a second, an order of magnitude
 CALIBRATION = 128  # windows for the recipe that is written, where the text has so many
 CHOSEN_ON = "the windows that its widths were chosen on"
+WRITTEN = "Widths chosen by `quantflow sensitivity`"  # what its recipes begin with, and are known by
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Settings:
     device: str = "auto"
     budget: int | None = None
     average_bits: float | None = None
+
+    @property
+    def recipe(self) -> Path | None:
+        """Where a recipe goes; None where no budget asks for one."""
+        return self.output.with_suffix(".yaml") if self.budget is not None or self.average_bits is not None else None
 
     def scheme(self, bits: int) -> Scheme:
         return Scheme(bits, self.group_size, self.symmetric)
@@ -216,9 +222,8 @@ def prepare(settings: Settings) -> Job:
     found = tuple(parts(checkpoint.architecture, config, settings.granularity))
     if config.rope.kind == "default" and settings.length > config.max_positions:
         problems.append(Problem("--length", str(settings.length), f"at most the model's {config.max_positions} positions"))
-    problems += _group_problems(found, settings)
-    if settings.output.is_dir():
-        problems.append(Problem("--output", f"{settings.output} is a directory", "a file to write"))
+    problems += _group_problems(checkpoint, found, settings)
+    problems += _output_problems(settings)
     device = resolve_device(settings.device)
     windows, calibration = Windows([], frozenset(), ""), 0
     if not has_tokenizer(checkpoint.tokenizer_path):
@@ -253,15 +258,44 @@ def _settings_problems(settings: Settings) -> list[Problem]:
     return problems
 
 
-def _group_problems(found: Sequence[Part], settings: Settings) -> list[Problem]:
-    """One a kind of linear, not one a layer."""
+def _output_problems(settings: Settings) -> list[Problem]:
+    """What keeps the files from being written, and whose recipe would be lost."""
+    output, recipe = settings.output, settings.recipe
+    if output.is_dir():
+        return [Problem("--output", f"{output} is a directory", "a file to write")]
+    if output.suffix.lower() in (".yaml", ".yml"):
+        return [
+            Problem("--output", f"{output} is named as a recipe", "a .json file: the measurements", "The recipe goes beside it, as .yaml")
+        ]
+    if recipe and (recipe.exists() or recipe.is_symlink()) and not _written(recipe):
+        hint = "Give --output another name, or move that file"
+        return [Problem("--output", f"{recipe} exists, and `quantflow sensitivity` did not write it", "a place for the recipe", hint)]
+    return []
+
+
+def _written(recipe: Path) -> bool:
+    """Whether a file begins as `recipe_draft` makes recipes begin."""
+    try:
+        with recipe.open("rb") as stream:
+            return stream.readline(1000).startswith(f"# {WRITTEN}".encode())
+    except OSError:
+        return False
+
+
+def _group_problems(checkpoint: Checkpoint, found: Sequence[Part], settings: Settings) -> list[Problem]:
+    """One a kind of linear, not one a layer; each says which sizes fit all of them, since there is one --group-size."""
     problems: dict[tuple[str, tuple[int, int]], Problem] = {}
-    if settings.group_size == -1 or settings.group_size >= 4:
+    if settings.group_size >= 4:  # a whole row fits any linear
+        shared = math.gcd(*(shape[1] for part in found for shape in part.shapes.values()))
+        fitting = sorted({fitting_group(shared, settings.group_size), *(size for size in (64, 32, 16) if shared % size == 0)}, reverse=True)
+        sizes = [str(size) for size in fitting if 4 <= size < settings.group_size]
+        hint = f"What fits all linears of this model: --group-size {' or '.join([*sizes, '-1'])} (a group a row)"
         for part in found:
+            prefix = checkpoint.architecture.layer_prefix(part.layer)
             for name, shape in part.shapes.items():
-                where, scheme = f"{part.name} {name}", Scheme(4, settings.group_size, True)
-                for problem in grid_problems(where, shape, scheme, 1, None, False, kinds=("integer",)):
-                    problems.setdefault((name.rpartition(".")[2], shape), problem)
+                scheme = Scheme(4, settings.group_size, True)
+                for problem in grid_problems(f"{prefix}.{name}", shape, scheme, 1, None, False, kinds=("integer",)):
+                    problems.setdefault((name.rpartition(".")[2], shape), replace(problem, hint=hint))
     return list(problems.values())
 
 
@@ -317,7 +351,7 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
         average = sum(part.parameters * widths[part.name] for part in job.parts) / parameters
         mixed = Mixed(job.total_bytes(widths), predicted(widths), divergences[-1], job.budget() or 0, widths, average, choice.gap)
         overrides = compact({module: widths[part.name] for part in job.parts for module in job.modules(part)})
-        recipe = job.settings.output.with_suffix(".yaml")
+        recipe = job.settings.recipe
     record = _record(job, weights, measured, whole, mixed)
     write_json(job.settings.output, record)
     if recipe and mixed and overrides:
@@ -456,7 +490,7 @@ def recipe_draft(job: Job, mixed: Mixed, widths: Widths, uniform: Mapping[int, W
         },
         ["gptq", {"pack": {"format": formats[0] if formats else "huggingface"}}],
         [
-            "Widths chosen by `quantflow sensitivity`; `weights` can be taken over into any recipe of this model.",
+            f"{WRITTEN}; `weights` can be taken over into any recipe of this model.",
             f"KL divergence by rounding to nearest, nats a token on {s.samples} windows of {s.length} tokens of {job.windows.source}:",
             f"these widths {mixed.measured:.4g} at {mixed.average_bits:.2f} bits a weight, {mixed.stored_bytes} bytes; {others}.",
             f"These are {CHOSEN_ON}; only other text says what they are worth.",

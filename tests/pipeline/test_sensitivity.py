@@ -212,3 +212,31 @@ def test_what_a_user_sees(bench: Bench) -> None:
     for fragment in ("all in 3 bits", "mixed, 3.", "errors add up", "compressed-tensors, gptq, gptq_v2", "quantflow run"):
         assert fragment in " ".join(result.stdout.split()), fragment
     assert "--budget SIZE" in invoke(*command(bench, "h.json", "--bits", "3,4")).stdout
+
+
+def test_no_file_of_the_users_is_written_over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And that is said before anything is measured."""
+    monkeypatch.setattr("quantflow.pipeline.sensitivity.run", lambda *a, **k: pytest.fail("it was measured"))
+    folder = bench.root / "out"
+    folder.mkdir(exist_ok=True)
+    (folder / "mine.yaml").write_text("# my own\nname: mine\n")
+    result = invoke(*command(bench, "mine.json", "--bits", "4", "--average-bits", 4))
+    assert result.exit_code == 2 and "mine.yaml exists, and `quantflow sensitivity` did not write it" in " ".join(result.stderr.split())
+    assert (folder / "mine.yaml").read_text() == "# my own\nname: mine\n"
+    for name in ("new.yaml", "new.YML"):
+        result = invoke(*command(bench, name, "--bits", "4"))
+        assert result.exit_code == 2 and "is named as a recipe; expected a .json file" in " ".join(result.stderr.split())
+    monkeypatch.undo()
+    assert invoke(*command(bench, "mine.json", "--bits", "4")).exit_code == 0, "without a budget no recipe is written"
+    for _ in range(2):  # its own recipe is written anew
+        assert invoke(*command(bench, "own.json", "--bits", "4", "--average-bits", 4)).exit_code == 0
+
+
+def test_groups_that_do_not_fit_are_named_once_with_what_fits(bench: Bench) -> None:
+    result = invoke(*command(bench, "g.json", "--bits", "4", "--group-size", 40))
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and "model.layers.0.mlp.down_proj: " in said and "ignore" not in said
+    assert "down_proj mlp.down_proj" not in said
+    sizes = [int(size) for size in said.partition("--group-size ")[2].partition(" or -1")[0].split(" or ")]
+    inputs = {shape[1] for name, shape in Weights(bench.model).checkpoint.expected.items() if "proj" in name}
+    assert sizes == [32, 16] and all(k % size == 0 for k in inputs for size in sizes)
