@@ -167,13 +167,19 @@ def _item(value: Any, line: int) -> Item:
     raise _Wrong(f"an object with {', '.join(map(repr, sorted(keys)))}" if keys else "an empty object", forms)
 
 
+def _shown(value: Any) -> str:
+    """A value as the file has it, so that "0" is not taken for 0."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be printed
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def _text(value: Mapping[str, Any], key: str) -> str:
     return _checked(value[key], key)
 
 
 def _checked(text: Any, where: str) -> str:
     if not isinstance(text, str) or not text.strip():
-        raise _Wrong(f"{where}: {str(text)[:60]!r}", "text that is not empty")
+        raise _Wrong(f"{where}: {_shown(text)}", "text that is not empty")
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise _Wrong(f"{where}: half a surrogate pair", "text that UTF-8 can hold")
     return text.strip()
@@ -182,7 +188,7 @@ def _checked(text: Any, where: str) -> str:
 def _texts(value: Mapping[str, Any], key: str, least: int) -> tuple[str, ...]:
     many = value[key]
     if not isinstance(many, list) or len(many) < least:
-        raise _Wrong(f"{key}: {str(many)[:60]!r}", f"a list of at least {least} texts")
+        raise _Wrong(f"{key}: {_shown(many)}", f"a list of at least {least} texts")
     return tuple(_checked(text, f"{key}[{i}]") for i, text in enumerate(many))
 
 
@@ -190,7 +196,7 @@ def _gold(value: Any, count: int) -> tuple[int, ...]:
     many = value if isinstance(value, list) else [value]
     whole = all(isinstance(g, int) and not isinstance(g, bool) and 0 <= g < count for g in many)
     if not many or not whole or len(set(many)) < len(many):
-        raise _Wrong(f"gold: {str(value)[:60]}", f"an index from 0 to {count - 1}, or a list of different ones")
+        raise _Wrong(f"gold: {_shown(value)}", f"an index from 0 to {count - 1}, or a list of different ones")
     return tuple(many)
 
 
