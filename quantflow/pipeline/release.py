@@ -59,19 +59,38 @@ def plan_release(recipes: Sequence[Path], output: Path, overrides: Sequence[str]
     all recipes."""
     problems: list[Problem] = []
     plans: list[Plan] = []
+    names: list[str] = []
     if (output / MANIFEST).is_file():
         problems.append(Problem(str(output), "an artifact", "a folder for several", "Pass another --output DIR"))
     for path in recipes:
         try:
             recipe = load_recipe(path, overrides)
+            names.append(recipe.name)
             plans.append(make_plan(recipe.model_copy(update={"output": str(output / recipe.name)}), device=device))
         except UserError as error:
             problems += [p if str(path) in p.where else replace(p, where=f"{path}: {p.where}") for p in error.problems]
-    names = Counter(plan.recipe.name for plan in plans)
-    problems += [Problem("recipes", f"{count} are called {name}", "a name each") for name, count in names.items() if count > 1]
+    problems += _name_problems(names)
     if problems:
         raise UserError(problems)
     return plans
+
+
+def _name_problems(names: Sequence[str]) -> list[Problem]:
+    """Of artifacts' names that would be one folder, or a file of the release. Not all file systems tell `a` from `A`: both are refused, so
+    that a release can be unpacked anywhere."""
+    counts, problems = Counter(names), []
+    own = {file.casefold(): f"the release's own {file}" for file in (SUMS, INDEX_FILE, COMPARISON, SUMMARY)}
+    for name in counts:
+        own |= {f"{name}{suffix}".casefold(): f"what is written beside {name}" for suffix in (SUFFIX, PAGE_SUFFIX)}
+    first: dict[str, str] = {}
+    for name, count in counts.items():
+        if count > 1:
+            problems.append(Problem("recipes", f"{count} are called {name}", "a name each"))
+        if (other := first.setdefault(name.casefold(), name)) != name:
+            problems.append(Problem("recipes", f"{other} and {name} differ only in case", "names that are different on every file system"))
+        if name.casefold() in own:
+            problems.append(Problem("recipes", f"one is called {name}", f"another name: that is {own[name.casefold()]}"))
+    return problems
 
 
 def release(
@@ -173,7 +192,8 @@ def dependencies(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
     if plan.recipe.calibration and manifest["calibration"]:
         yield _text(plan.recipe.calibration, "calibration", tokens_sha256=manifest["calibration"]["tokens"])
     if evaluate := plan.stage(Evaluate):
-        yield _text(evaluate, "evaluation")
+        evaluated = read_json(plan.output / REPORT)["evaluation"]
+        yield _text(evaluate, "evaluation", tokens_sha256=evaluated["tokens"] if evaluated else None)
 
 
 def _text(section: Calibration | Evaluate, role: str, **notes: Any) -> dict[str, Any]:

@@ -158,6 +158,8 @@ def test_the_statement(made: Path, bench: Bench, recipes: list[Path], name: str)
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert read[file]["digest"] == {"sha256": sha256(bench.model / file)}
     assert read["eval.txt"]["digest"] == {"sha256": sha256(bench.root / "eval.txt")}
+    report = load(made / name / "report.json")
+    assert read["eval.txt"]["annotations"] == {"role": "evaluation", "tokens_sha256": report["evaluation"]["tokens"]}
     assert ("calib.txt" in read) == (name == "first"), "rounding to nearest reads no calibration text"
     assert not re.search(re.escape(str(bench.root)), json.dumps(found)), "no place on this machine"
 
@@ -303,6 +305,25 @@ def test_problems_of_all_recipes_at_once(bench: Bench, recipes: list[Path]) -> N
     assert result.exit_code == 2
     assert "one.yaml:8: " in result.stderr and "two.yaml: " in result.stderr and "2 are called first" in result.stderr
     assert not (bench.root / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["SHA256SUMS"], "one is called SHA256SUMS; expected another name: that is the release's own SHA256SUMS"),
+        (["release.json"], "one is called release.json"),
+        (["Release.MD"], "that is the release's own release.md"),
+        (["comparison.json"], "one is called comparison.json"),
+        (["a", "a.intoto.json"], "one is called a.intoto.json; expected another name: that is what is written beside a"),
+        (["a.comparison.html", "A"], "one is called a.comparison.html; expected another name: that is what is written beside A"),
+        (["a", "b", "A"], "a and A differ only in case"),
+    ],
+)
+def test_names_that_a_folder_cannot_hold_are_refused(bench: Bench, names: list[str], said: str) -> None:
+    given = [bench.recipe(f"clash{i}", name=name, stages=RTN) for i, name in enumerate(names)]
+    result = invoke("release", *given, "--output", bench.root / "clash")
+    assert result.exit_code == 2 and said in " ".join(result.stderr.split()) and "1 problem\n" in result.stderr, result.stderr
+    assert not (bench.root / "clash").exists()
 
 
 def test_what_is_refused(made: Path, bench: Bench, recipes: list[Path], tmp_path: Path) -> None:
