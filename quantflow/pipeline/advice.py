@@ -22,6 +22,7 @@ from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question
 from quantflow.pipeline.plan import weights_key
 from quantflow.quant.grid import Scheme
 from quantflow.recipe.writer import Draft, name_of
+from quantflow.units import ROUNDING, is_number
 
 GROUPS = {8: (128, 64, 32), 4: (32, 64, 128), 3: (32, 64, 128), 2: (32, 64, 128)}  # in the order that they are tried
 USUAL_BITS = 4  # fewer only where no number of devices holds these: below, rounding costs much more
@@ -184,6 +185,9 @@ def measured(checkpoint: Checkpoint, given: Path | None) -> tuple[Measured | Non
         try:
             found = _read_measured(checkpoint, path)
             reason = "measurements of another model"
+        except _NoMeasure as error:
+            found, reason = None, str(error)
+            unusable.append(f"{path}: {reason}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             found, reason = None, (isinstance(error, OSError) and error.strerror) or "no measurements of quantflow sensitivity"
             unusable.append(f"{path}: {reason}")
@@ -194,14 +198,20 @@ def measured(checkpoint: Checkpoint, given: Path | None) -> tuple[Measured | Non
     return None, unusable
 
 
+class _NoMeasure(Exception):
+    """What a file of measurements says cannot have been measured."""
+
+
 def _read_measured(checkpoint: Checkpoint, path: Path) -> Measured | None:
     """None for another model's. Raises what a damaged file makes its reading raise."""
     record = json.loads(path.read_text(encoding="utf-8"))
     data, model = record["data"], record["model"]
     text = f"{data['windows']} windows of {data['length']} tokens of {data['source']}"
+    text.encode()  # half a surrogate pair, which JSON can hold, could not be shown
+    for bits, whole in record["uniform"].items():
+        if not is_number(whole["measured"], ROUNDING):
+            raise _NoMeasure(f"a KL divergence of {json.dumps(whole['measured'])[:60]} in {int(bits)} bits")
     kl_mean = {int(bits): float(whole["measured"]) for bits, whole in record["uniform"].items()}
-    if not all(map(math.isfinite, kl_mean.values())):
-        raise ValueError("a divergence that is no number")
     weights = _known_weights(checkpoint, path)
     found = Measured(path, text, int(record["group_size"]), bool(record["symmetric"]), kl_mean, weights is not None)
     same = model["config"] == digest(checkpoint.raw_config) and weights in (None, model["weights"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantflow.errors import Problem, UserError
 from quantflow.models.directory import read_json
+from quantflow.units import ROUNDING, is_number
 
 INDEX_FILE = "release.json"
 
@@ -16,12 +18,13 @@ INDEX_FILE = "release.json"
 @dataclass(frozen=True)
 class Metric:
     """A number of an artifact. floor: a rise below this is none, the last digits of a small sample; None: shown, not judged. unit: what
-    it is shown in."""
+    it is shown in. least: what it cannot be less than."""
 
     title: str
     form: str
     floor: float | None
     unit: float = 1.0
+    least: float = ROUNDING
 
 
 # All are the better the smaller. Perplexity is judged by what of it is due to quantisation, log(perplexity / the original's): a tenth of
@@ -29,7 +32,7 @@ class Metric:
 # 98% is twice as many other tokens.
 METRICS: dict[str, Metric] = {
     "perplexity": Metric("perplexity", ".4f", None),
-    "perplexity_excess": Metric("excess, nats", ".4f", 1e-3),
+    "perplexity_excess": Metric("excess, nats", ".4f", 1e-3, least=-1e300),
     "kl_mean": Metric("KL mean", ".5f", 1e-5),
     "kl_p99": Metric("KL p99", ".4f", 1e-4),
     "disagreement": Metric("other top-1", ".2%", 1e-3),
@@ -46,10 +49,41 @@ def read_release(place: Path) -> dict[str, Any]:
     entries = index.get("artifacts")
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("numbers"), dict) for e in entries.values()):
         raise UserError(Problem(str(path), "no entry of artifacts with their numbers", f"the {INDEX_FILE} of `quantflow release`"))
-    for name, entry in entries.items():
-        if odd := [k for k, v in entry["numbers"].items() if not isinstance(v, int | float)]:
-            raise UserError(Problem(f"{path} {name} {odd[0]}", repr(entry["numbers"][odd[0]])[:80], "a number"))
+    problems = [Problem(f"{path}{place}", json.dumps(text)[:80], "text that UTF-8 can hold") for place, text in _no_text(index)]
+    for name, entry in entries.items() if not problems else ():
+        problems += _number_problems(f"{path} {name}", entry)
+    if problems:
+        raise UserError(problems)
     return index
+
+
+def _number_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+    """Of an entry of release.json. Where quality was measured every number is there: one that lacked would never be worse."""
+    numbers, measured_on = entry["numbers"], entry.get("measured_on")
+    if measured_on is not None and not isinstance(measured_on, str):
+        yield Problem(f"{where} measured_on", json.dumps(measured_on)[:80], "text, or null")
+    for key, value in numbers.items():
+        metric = METRICS.get(key)
+        if not is_number(value):
+            yield Problem(f"{where} {key}", json.dumps(value)[:80], "a number")
+        elif metric and value < metric.least:
+            yield Problem(f"{where} {key}", str(value), "a number from 0 on")
+    if lacking := [key for key in METRICS if key not in numbers and (measured_on or key == "bytes")]:
+        yield Problem(where, f"numbers without {', '.join(lacking)}", f"those of `quantflow release`: {', '.join(METRICS)}")
+
+
+def _no_text(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """Place and text of what has half a surrogate pair in it, which JSON can hold and no file or screen."""
+    left = [(place, value)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield place, value
+        elif isinstance(value, dict):
+            left += [(place, key) for key in value]
+            left += [(f"{place} {key}".encode("utf-8", "backslashreplace").decode(), own) for key, own in value.items()]
+        elif isinstance(value, list):
+            left += [(place, own) for own in value]
 
 
 def compare_releases(before: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> dict[str, Any]:

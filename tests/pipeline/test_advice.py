@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,14 @@ def test_measured_sensitivity_is_quoted_and_nothing_else(tmp_path: Path, monkeyp
     both = invoke(*base).stdout, json.loads(invoke(*base, "--json").stdout)
     assert f"Not usable as measurements: {damaged}: no measurements of quantflow sensitivity" in both[0]
     assert both[1]["unusable"] == [f"{damaged}: no measurements of quantflow sensitivity"] and both[1]["sensitivity"] is None
+    for value, shown in ((math.nan, "NaN"), (-0.5, "-0.5"), (True, "true"), ("1", '"1"')):
+        odd = json.loads(file.read_text())
+        odd["uniform"]["4"]["measured"] = value
+        damaged.write_text(json.dumps(odd))
+        found = json.loads(invoke(*base, "--json").stdout)
+        assert found["unusable"] == [f"{damaged}: a KL divergence of {shown} in 4 bits"] and found["proposal"]["kl_mean"] is None
+    wrong = invoke(*base, "--sensitivity", damaged)
+    assert wrong.exit_code == 2 and "a KL divergence of" in wrong.stderr
     # The store beside the file has the hashes of the weights: it is known that they are the same.
     known = json.loads(invoke(*base, "--json", "--sensitivity", file).stdout)["sensitivity"]
     assert known == {"file": str(file), "same_weights": True}

@@ -17,8 +17,9 @@ import jsonschema
 import pytest
 import yaml
 
+from quantflow.errors import UserError
 from quantflow.pipeline.release import numbers
-from quantflow.pipeline.release_comparison import compare_releases
+from quantflow.pipeline.release_comparison import compare_releases, read_release
 from tests.helpers.runs import Bench, contents, invoke, make_bench
 
 ROOT = Path(__file__).parents[2]
@@ -356,6 +357,43 @@ def entry(measured_on: str | None = "x", **changed: float) -> dict[str, Any]:
 def compared(former: dict[str, Any] | None, now: dict[str, Any], tolerance: float = 0.1) -> dict[str, Any]:
     before = {"artifacts": {"a": former} if former else {}}
     return compare_releases(before, {"quantflow": "1", "artifacts": {"a": now}}, tolerance)["artifacts"]["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ('"kl_mean": NaN', "a kl_mean: NaN; expected a number"),
+        ('"kl_mean": Infinity', "a kl_mean: Infinity"),
+        ('"kl_mean": -0.5', "a kl_mean: -0.5; expected a number from 0 on"),
+        ('"bytes": -1', "a bytes: -1; expected"),
+        ('"kl_p99": true', "a kl_p99: true; expected a number"),
+        ('"perplexity": 1' + "0" * 400, "a perplexity: 1"),
+        ('"odd \\ud800": 1', 'a numbers: "odd \\ud800"; expected text that UTF-8 can hold'),
+        (None, "numbers without kl_mean, bytes; expected those of"),
+    ],
+)
+def test_a_former_release_that_no_release_wrote_is_refused(tmp_path: Path, change: str | None, said: str) -> None:
+    own = {**entry(), "numbers": {**entry()["numbers"], "bytes": 10}}
+    path = tmp_path / "release.json"
+    path.write_text(json.dumps({"quantflow": "1", "artifacts": {"a": own}}))
+    assert read_release(tmp_path)["artifacts"] == {"a": own}
+    if change:
+        path.write_text(path.read_text().replace('"bytes": 10', f'"bytes": 10, {change}'))  # the last of two counts
+    else:
+        del own["numbers"]["kl_mean"], own["numbers"]["bytes"]
+        path.write_text(json.dumps({"artifacts": {"a": own}}))
+    with pytest.raises(UserError) as caught:
+        read_release(path)
+    [problem] = caught.value.problems
+    assert said in str(problem) and problem.where.startswith(str(path)) and str(problem).encode()
+
+
+def test_a_former_release_without_quality_is_none_that_is_wrong(tmp_path: Path) -> None:
+    """And an excess may be below 0, a divergence by rounding."""
+    path = tmp_path / "release.json"
+    artifacts = {"a": {"measured_on": None, "numbers": {"bytes": 5}}, "b": entry(bytes=5, perplexity_excess=-0.1, kl_mean=-1e-9)}
+    path.write_text(json.dumps({"artifacts": artifacts}))
+    assert read_release(path)["artifacts"] == artifacts
 
 
 @pytest.mark.parametrize(
