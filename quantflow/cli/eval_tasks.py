@@ -61,6 +61,7 @@ def evaluate_tasks(
         if output.is_dir():
             raise OutputError(Problem(f"--output {output}", "a directory", "a file"))
         output.parent.mkdir(parents=True, exist_ok=True)
+    _check_models([model, *([reference] if reference else [])])
     with progress() as watcher:
         watcher.phase("tasks", sum(len(task.items) for task in tasks) * (2 if reference else 1))
         found, ran = _answers(model, tasks, batch, kv, mode, device, watcher)
@@ -94,6 +95,28 @@ def evaluate_tasks(
         for name, entry in _entries(record):
             for metric, shown in SHOWN.items():
                 console.print(f"{name}{f', {shown}' if shown else ''}: {entry['paired'][metric]['verdict']}")
+
+
+def _check_models(models: list[str]) -> None:
+    """Raises UserError with what is wrong with any of the models, as far as headers and tokenizers say: the second is loaded only when the
+    first has answered everything."""
+    from quantflow.engine.text import Text
+    from quantflow.formats.reader import Weights
+    from quantflow.models.checkpoint import resolve_model
+    from quantflow.models.tokenizer import has_tokenizer
+
+    problems: list[Problem] = []
+    for model in models:
+        try:
+            checkpoint = Weights(resolve_model(model)).checkpoint
+            if has_tokenizer(checkpoint.tokenizer_path):
+                Text(checkpoint.tokenizer_path)
+            else:
+                problems.append(Problem(model, "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
 
 
 def _answers(

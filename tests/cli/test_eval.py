@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,30 @@ def test_forms_are_not_mixed(tiny: Path, tmp_path: Path) -> None:
     assert "all multiple choice 12" in shown and "all exact match 5" in shown
     one = " ".join(invoke(*base[:2], *files[:4], "--device", "cpu").stdout.split())
     assert "all 12" in one
+
+
+def test_both_models_are_looked_at_before_the_first_is_run(
+    tiny: Path, files: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantflow.engine.engine.Engine.__init__", lambda *a, **k: pytest.fail("a model was run"))
+    statistics, mute, torn = (tmp_path / name for name in ("statistics", "mute", "torn"))
+    statistics.mkdir()
+    (statistics / "quantflow.json").write_text('{"formats": {}}')
+    shutil.copytree(tiny, mute)
+    (mute / "tokenizer.json").unlink()
+    shutil.copytree(tiny, torn)
+    (torn / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:-100])
+    for second, said in (
+        (tmp_path / "nowhere", "no such directory"),
+        (statistics, "an artifact of statistics alone"),
+        (mute, "no tokenizer"),
+        (torn, "torn"),
+    ):
+        for pair in ((tiny, second), (second, tiny)):
+            result = invoke("eval", pair[0], "--reference", pair[1], *files)
+            assert result.exit_code == 2 and said in " ".join(result.stderr.split()), result.output
+    both = " ".join(invoke("eval", mute, "--reference", statistics, *files).stderr.split())
+    assert "no tokenizer" in both and "statistics alone" in both
 
 
 @pytest.mark.parametrize(
