@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,14 +26,21 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 class QuantFlowLM(TemplateLM):  # type: ignore[misc]
     """pretrained: an artifact, a checkpoint or a hub id. batch_size: texts that run at once; auto is 64. max_length: the longest context,
     by default the model's. max_gen_toks: of an answer, where the task says nothing. kv, mode, dtype, device, tp, dialogue, cache_bytes: as
-    of `EngineConfig`. Raises UserError for what the engine cannot load."""
+    of `EngineConfig`. Raises UserError for what the engine cannot load, and for unknown arguments."""
 
     def __init__(
-        self, pretrained: str, *, batch_size: int | str = "auto", max_batch_size: int | None = None, device: str | None = None,
-        max_length: int | None = None, max_gen_toks: int = 256, kv: str = "auto", mode: str = "exact", dtype: str = "auto", tp: int = 1,
-        dialogue: str | None = None, cache_bytes: int | None = None,
+        self, pretrained: str | None = None, *, batch_size: int | str = "auto", max_batch_size: int | None = None,
+        device: str | None = None, max_length: int | None = None, max_gen_toks: int = 256, kv: str = "auto", mode: str = "exact",
+        dtype: str = "auto", tp: int = 1, dialogue: str | None = None, cache_bytes: int | None = None, **unknown: Any,
     ) -> None:  # fmt: skip
         super().__init__()
+        problems = []
+        if pretrained is None:
+            problems.append(Problem("model_args pretrained", "not given", "pretrained=DIR: an artifact, a checkpoint or a hub id"))
+        names = [name for name in inspect.signature(QuantFlowLM).parameters if name != "unknown"]
+        problems += [Problem(f"model_args {name}", repr(value)[:80], f"one of {', '.join(names)}") for name, value in unknown.items()]
+        if pretrained is None or problems:
+            raise UserError(problems)
         if str(batch_size) != "auto" and not str(batch_size).isdecimal():
             raise UserError(Problem("batch_size", repr(batch_size), "a number, or auto"))
         self.batch_size = (max_batch_size or BATCH) if str(batch_size) == "auto" else int(batch_size)

@@ -181,6 +181,13 @@ def test_generation_settings(model: Any, artifact: Path) -> None:
 def test_what_lm_eval_passes_on_by_itself(tiny: Path) -> None:
     from quantflow.evaluate.harness_model import QuantFlowLM
 
+    for arguments, said in (
+        ("kv=int8", r"model_args pretrained: not given; expected pretrained=DIR"),
+        (f"pretrained={tiny},foo=1", r"model_args foo: 1; expected one of pretrained, batch_size, .*, cache_bytes$"),
+        ("foo=1,bar=x", r"pretrained: not given.*\n.*foo: 1.*\n.*bar: 'x'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            QuantFlowLM.create_from_arg_string(arguments, {"batch_size": 8, "device": "cpu"})
     with pytest.raises(UserError, match="batch_size: 'many'; expected a number, or auto"):
         QuantFlowLM(str(tiny), batch_size="many")
     with pytest.raises(UserError, match="device: 'cuda:3'; expected auto, cpu or cuda"):
