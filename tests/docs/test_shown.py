@@ -116,6 +116,7 @@ def run_module(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`python -m`, in this process: imports of seconds are done once."""
     _, _, name, *arguments = shlex.split(text)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # another test may have imported it, and runpy warns of that
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
