@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantflow.calibration.data import Windows
 from quantflow.engine.kv_cache import KVFormat, block_bytes
@@ -25,7 +24,7 @@ from quantflow.report.page import VERSION
 from quantflow.stages.pack import checkpoint_bytes
 
 BATCHES, CONTEXTS = (1, 8, 16, 32, 48), (512, 2048, 4096, 32768)  # of the memory table, as far as the model's positions go
-AWQ_NAME = re.compile(r"a\^(-?[0-9.]+)(?: w\^(-?[0-9.]+))?")
+AWQ_NAME = re.compile(r"a\^(-?[0-9.]+)(?: w\^-?[0-9.]+)?")
 
 
 def portable(plan: Plan) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def make_report(
 ) -> dict[str, Any]:  # fmt: skip
     """measured: variant -> its figures and its profile. verdicts: on the gates. inexact: format -> what it had to round.
     statistics: `calibrate`'s, as written into the artifact."""
-    config = plan.config
+    config, asked = plan.config, portable(plan)
     lines: dict[str, Any] = {}
     scales: list[dict[str, Any]] = []
     for index in range(config.layers):
@@ -65,13 +64,13 @@ def make_report(
         "name": plan.recipe.name,
         "status": "complete" if all(verdict.kept for verdict in verdicts) else "failed",
         "fingerprint": fingerprint,
-        "asked": portable(plan),
+        "asked": asked,
         "model": {
             "architecture": plan.checkpoint.architecture.name, "layers": config.layers, "hidden": config.hidden, "heads": config.heads,
             "kv_heads": config.kv_heads, "head_dim": config.head_dim, "vocabulary": config.vocabulary, "dtype": config.dtype,
             "max_positions": config.max_positions, "experts": config.experts,
         },
-        "source": {"model": portable(plan)["model"], "weights": weights, "bytes": plan.checkpoint.weight_bytes},
+        "source": {"model": asked["model"], "weights": weights, "bytes": plan.checkpoint.weight_bytes},
         "calibration": _text(windows) if windows.tokens else None,
         "evaluation": {**_text(held_out), "engine": plan.measures_engine} if held_out else None,
         "quality": {name: found["figures"] for name, found in measured.items()},
@@ -124,13 +123,9 @@ def _kv_ranges(plan: Plan, reader: SweepReader) -> dict[str, Any]:
     layers = [reader.kv(index) for index in range(plan.config.layers)]
 
     def ends(name: str, reduce: Any) -> list[list[float | None]]:
-        return [[shown(v) for v in _tolist(reduce(layer[name], -1))] for layer in layers]
+        return [[shown(float(v)) for v in reduce(layer[name], -1)] for layer in layers]
 
     return {name: {"low": ends(f"{name}.min", torch.amin), "high": ends(f"{name}.max", torch.amax)} for name in ("key", "value")}
-
-
-def _tolist(values: Tensor) -> list[float]:
-    return values.double().tolist()
 
 
 def _memory(plan: Plan) -> list[dict[str, int]]:
