@@ -155,7 +155,7 @@ def compare(
     tokens, on = torch.tensor(windows), torch.device(device)
     kept: list[Tensor] = []  # of the reference, a layer each
     with torch.inference_mode():
-        target = reference.states(tokens, on, step, lambda index, x: kept.append(_sample(x).clone()))
+        target = reference.states(tokens, on, step, lambda index, x: kept.append(_sample(x)))
         reference_head = reference.head(on)
         found: dict[str, Divergence] = {}
         for name, variant in variants.items():
@@ -172,7 +172,7 @@ def compare(
 
 
 def _sample(x: Tensor) -> Tensor:
-    """`[positions, H]` of `[W, L, H]`: `SAMPLED` at most, evenly spaced."""
+    """A copy of `[positions, H]` of `[W, L, H]`: `SAMPLED` at most, evenly spaced."""
     return evenly(x.reshape(-1, x.shape[-1]), SAMPLED)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def _pictures(found: Comparison) -> list[Picture]:
             pictures.append(Picture(title, plots.lines(f"compare-{n}", filled, x=x, y=y, log=True), caption))
     if profiles:
         variants = list(dict.fromkeys(v for r in found.reports for v in r["quality"]))
-        bars = {v: [r["quality"].get(v, {}).get("kl_mean", 0.0) for r in found.reports] for v in variants}
+        bars = {v: [r["quality"].get(v, {}).get("kl_mean", math.nan) for r in found.reports] for v in variants}
         svg = plots.bars("compare-kl", {VARIANTS.get(v, v): values for v, values in bars.items()}, list(found.names), y="KL, nats")
         pictures.insert(0, Picture("KL divergence", svg, "Mean per token to the full-precision model."))
     return pictures

@@ -172,9 +172,11 @@ def _memory_picture(rows: Sequence[Mapping[str, int]]) -> Picture:
     context = max(row["context"] for row in rows)
     chosen = [row for row in rows if row["context"] == context]
     unit, divisor = ("GiB", GIB) if max(r["weights_before"] + r["kv_before"] for r in chosen) >= GIB else ("MiB", MIB)
-    names = {"weights_before": "weights before|a", "kv_before": "KV cache before|a", "weights_after": "weights after|b",
-             "kv_int8": "KV cache in int8|b"}  # fmt: skip
+    names = {"weights_before": "weights before", "kv_before": "KV cache before", "weights_after": "weights after",
+             "kv_int8": "KV cache in int8"}  # fmt: skip
     series = {name: [row[key] / divisor for row in chosen] for key, name in names.items()}
-    svg = plots.bars("memory", series, [str(row["batch"]) for row in chosen], x="sequences at once", y=unit, stacked=True)
+    before, after = list(series)[:2], list(series)[2:]
+    batches = [str(row["batch"]) for row in chosen]
+    svg = plots.bars("memory", series, batches, x="sequences at once", y=unit, stacks=(before, after))
     said = "Left bars: the original. Right: this artifact with an int8 cache."
     return Picture(f"Weights and KV cache, {context} tokens a sequence", svg, said)

@@ -6,6 +6,7 @@ Colours are placeholders while a figure is drawn and the page's CSS variables af
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -79,19 +80,20 @@ def lines(name: str, series: Points, *, x: str, y: str, log: bool = False, base:
     return drawn(name, draw)
 
 
-def bars(name: str, series: Mapping[str, Sequence[float]], groups: Sequence[str], *, y: str, x: str = "", stacked: bool = False) -> str:
-    """Bars of every series in each group, side by side; stacked: on each other, in pairs that `series` names `label|stack`."""
+def bars(
+    name: str, series: Mapping[str, Sequence[float]], groups: Sequence[str], *, y: str, x: str = "", stacks: Sequence[Sequence[str]] = ()
+) -> str:
+    """Bars of every series in each group, side by side. stacks: series that stand on each other; by default each by itself."""
+    piles = stacks or [[label] for label in series]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        stacks = list(dict.fromkeys(label.partition("|")[2] for label in series)) if stacked else list(series)
-        width = 0.8 / len(stacks)
-        bottom = {stack: [0.0] * len(groups) for stack in stacks}
-        for n, (label, values) in enumerate(series.items()):
-            text, _, stack = label.partition("|") if stacked else (label, "", label)
-            places = [i - 0.4 + width * (stacks.index(stack) + 0.5) for i in range(len(groups))]
-            axes.bar(places, values, width * 0.92, bottom=bottom[stack], color=SERIES[n % len(SERIES)], label=text)
-            bottom[stack] = [a + b for a, b in zip(bottom[stack], values, strict=True)]
+        width, colours = 0.8 / len(piles), dict(zip(series, itertools.cycle(SERIES)))
+        for at, pile in enumerate(piles):
+            places, bottom = [i - 0.4 + width * (at + 0.5) for i in range(len(groups))], [0.0] * len(groups)
+            for label in pile:
+                axes.bar(places, series[label], width * 0.92, bottom=bottom, color=colours[label], label=label)
+                bottom = [a + b for a, b in zip(bottom, series[label], strict=True)]
         axes.set_xticks(range(len(groups)), groups)
         axes.grid(axis="x", visible=False)
         _finish(axes, x, y, legend=len(series) > 1)
