@@ -304,17 +304,17 @@ void rms_norm(const void *x, void *residual, const float *weight, void *y, int k
     }
 }
 
-/* y [T, K] = silu(gate) · up, from [T, 2K]. */
-void silu_mul(const void *gate_up, void *y, int kind, int64_t tokens, int k) {
+/* y [T, K] = silu(gate) · up, both [T, K] with rows `stride` numbers apart. */
+void silu_mul(const void *gates, const void *ups, int64_t stride, void *y, int kind, int64_t tokens, int k) {
     int item = kind == F32 ? 4 : 2;
 #pragma omp parallel for if (tokens * k > 16384)
     for (int64_t t = 0; t < tokens; t++) {
-        const char *row = (const char *)gate_up + t * 2 * k * item;
+        const char *gate_row = (const char *)gates + t * stride * item, *up_row = (const char *)ups + t * stride * item;
         float gate[LANES], up[LANES];
         for (int i = 0; i < k; i += LANES) {
             int n = k - i < LANES ? k - i : LANES;
-            load(row + (int64_t)i * item, kind, n, gate);
-            load(row + ((int64_t)k + i) * item, kind, n, up);
+            load(gate_row + (int64_t)i * item, kind, n, gate);
+            load(up_row + (int64_t)i * item, kind, n, up);
             vec g = *(vec *)gate, low = -g;
             ivec huge = low > 88.0f;  /* exp would overflow: the quotient is nearly 0 */
             low = (vec)(((ivec)low & ~huge) | ((ivec)((vec){0} + 88.0f) & huge));

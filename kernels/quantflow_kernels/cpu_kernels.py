@@ -8,25 +8,17 @@ slowly. Whether a batch has one row or many, a row's bits are the same.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quantflow_kernels import cpu_library
+from quantflow_kernels.cpu_library import at
 from quantflow_kernels.paging import STATIC_CHANNEL, Batch, KVCache
 
 SOURCE = Path(__file__).with_suffix(".c")
-# Without -fopenmp at the link: OpenMP's runtime is the one that torch has loaded, or two pools of threads would wait for each other.
-COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-c")
 WIDEST = 256  # head_dim
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -35,7 +27,7 @@ _ARGUMENTS = {
     "paged_attention": [_P, _P, _I, _L, _P, _P, _P, _P, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I, _I, _F, _I],
     "kv_store": [_P, _P, _P, _I, _L, _L, _L, _P, _P, _P, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _I],
     "rms_norm": [_P, _P, _P, _P, _I, _L, _I, _L, _F],
-    "silu_mul": [_P, _P, _I, _L, _I],
+    "silu_mul": [_P, _P, _L, _P, _I, _L, _I],
     "has_products": [],
     "int4_matmul": [_P, _L, _I, _P, _P, _I, _P, _P, _I, _I, _I, _P],
     "dense_matmul": [_P, _L, _I, _P, _P, _I, _I, _P],
@@ -45,17 +37,7 @@ _ARGUMENTS = {
 @cache
 def library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled kernels and "", or None and the reason. The first call may compile, for about three seconds."""
-    try:
-        found = ctypes.CDLL(str(_built()))
-        for name, arguments in _ARGUMENTS.items():
-            getattr(found, name).argtypes = arguments
-    except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, subprocess.CalledProcessError):
-            reason = f"{error.cmd[0]} failed: {(error.stderr or '').strip()[:300]}"
-        logging.getLogger(__name__).warning("the CPU's kernels could not be compiled (%s); plain torch operations are used", reason)
-        return None, reason
-    return found, ""
+    return cpu_library.load(SOURCE, _ARGUMENTS)
 
 
 def supports(dtype: torch.dtype, head_dim: int = 2) -> bool:
@@ -63,48 +45,9 @@ def supports(dtype: torch.dtype, head_dim: int = 2) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and head_dim <= WIDEST and library()[0] is not None
 
 
-def _built() -> Path:
-    """The library's file, compiled where it is not there yet. Raises OSError and SubprocessError."""
-    asked = shlex.split(os.environ.get("CC", ""))
-    found = [[path, *asked[1:]] for path in map(shutil.which, asked[:1] or ["cc", "gcc", "clang"]) if path]
-    if not found:
-        raise OSError(f"no C compiler ({' '.join(asked) or 'cc, gcc, clang'})")
-    compiler = found[0]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    cpu = Path("/proc/cpuinfo")
-    flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.is_file() else ""
-    parts = (SOURCE.read_text(), " ".join(COMPILE), version, platform.machine(), flags)
-    name = f"cpu-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantflow"  # RuntimeError: no home
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        owner = folder.stat()
-        if owner.st_uid != os.getuid() or owner.st_mode & 0o022 or not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is not this user's own")
-    except (OSError, RuntimeError):  # it is compiled for this process alone
-        folder = Path(tempfile.mkdtemp(prefix="quantflow-"))
-    target = folder / name
-    if not target.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            object_file, shared = Path(scratch) / "kernels.o", Path(scratch) / name
-            steps = ((*COMPILE, str(SOURCE), "-o", str(object_file)), ("-shared", str(object_file), "-o", str(shared)))
-            for step in steps:
-                subprocess.run([*compiler, *step], capture_output=True, text=True, check=True, timeout=300)
-            os.replace(shared, target)  # whole, or not there
-    return target
-
-
 def loaded() -> ctypes.CDLL:
     """The kernels. Raises RuntimeError where there are none."""
-    found, reason = library()
-    if found is None:
-        raise RuntimeError(reason)
-    return found
-
-
-def at(tensor: Tensor | None) -> int | None:
-    """A tensor's address; None for NULL."""
-    return None if tensor is None else tensor.data_ptr()
+    return cpu_library.needed(library())
 
 
 def paged_attention(q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, *, window: int = 0) -> Tensor:
@@ -155,11 +98,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """`silu(gate) · up` `[T, K]` from `[T, 2K]`: the gate, then up."""
-    if not gate_up.is_contiguous():
-        raise ValueError(f"gate and up with strides {gate_up.stride()}: expected contiguous rows")
-    tokens, k = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(tokens, k, dtype=gate_up.dtype)
-    loaded().silu_mul(gate_up.data_ptr(), out.data_ptr(), KINDS[gate_up.dtype], tokens, k)
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) · up` `[T, K]`, of rows that may be parts of longer ones."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.stride() != up.stride() or gate.stride(1) != 1:
+        raise ValueError(
+            f"gate {list(gate.shape)} and up {list(up.shape)} with strides {gate.stride()}, {up.stride()}: expected alike rows"
+        )
+    tokens, k = gate.shape
+    out = torch.empty(tokens, k, dtype=gate.dtype)
+    loaded().silu_mul(gate.data_ptr(), up.data_ptr(), gate.stride(0), out.data_ptr(), KINDS[gate.dtype], tokens, k)
     return out

@@ -1,4 +1,4 @@
-"""The operations of a model, by Triton kernels on a GPU, by compiled C or plain torch on a CPU. No other module imports the kernels.
+"""The operations of a model, by Triton kernels on a GPU, by compiled C or plain torch on a CPU. No other module of the engine imports the kernels.
 
 Shapes: `T` tokens of all sequences of a step one after the other, `H` heads, `G` KV heads, `D` head_dim.
 """
@@ -116,9 +116,9 @@ class Ops:
             from quantflow_kernels.activation import silu_mul
 
             return silu_mul(gate_up)
-        if self.compiled and name == "silu":
-            return cpu_kernels.silu_mul(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
+        if self.compiled and name == "silu":
+            return cpu_kernels.silu_mul(gate, up)
         return (_activate(name, gate.float()) * up.float()).to(gate_up.dtype)
 
     def activate(self, name: str, x: Tensor) -> Tensor:

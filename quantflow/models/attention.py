@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from quantflow_kernels import cpu_causal
 from torch import Tensor
 
 QUERY_BLOCK = 128  # queries of one head that go together
@@ -20,6 +21,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     length = q.shape[2]
     if window is not None and window >= length:
         window = None
+    if all(map(cpu_causal.supports, (q, k, v))):
+        return cpu_causal.causal_attention(q, k, v, window=window or 0)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _in_blocks(q, k, v, window)
     grouped = q.shape[1] != k.shape[1]

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from quantflow_kernels import cpu_kernels
 from torch import Tensor
 
 from quantflow.models.architecture import Architecture
 from quantflow.models.attention import causal_attention
 from quantflow.models.config import DecoderConfig
 from quantflow.models.rope import rotary_table, rotate
+from quantflow.quant.product import linear
 
 ObserveKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Sees K (after rotary embedding) and V, `[B, kv_heads, L, D]`, as they are cached; returns what attention shall use."""
@@ -56,6 +58,8 @@ NORM_ELEMENTS = 2**20  # elements that are normalised together: their float32 co
 def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """RMSNorm or LayerNorm over the last dimension, in at least float32, in the dtype of `x`."""
     k = x.shape[-1]
+    if _compiled(x) and config.family != "opt":
+        return cpu_kernels.rms_norm(x.reshape(-1, k), weight.float(), config.norm_eps).view(x.shape)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale, shift = weight.to(wide), None if bias is None else bias.to(wide)
     if config.family == "opt":
@@ -68,6 +72,11 @@ def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | N
         power = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(k)
         target.copy_((part * power.add_(config.norm_eps).rsqrt_()).mul_(scale))
     return out
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether compiled kernels take it: in bfloat16 on a CPU, where torch's operations would take most of calibration's time."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_kernels.supports(x.dtype)
 
 
 class DecoderLayer:
@@ -88,7 +97,7 @@ class DecoderLayer:
         return self.config.is_moe(self.index)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        y = F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+        y = linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
         if self.tap:
             self.tap(name, x, y)
         return y
@@ -126,7 +135,11 @@ class DecoderLayer:
         gate, up, _ = self.names.mlp(expert)
         if not gate:
             return activate(self.config.activation, self.linear(up, h))
-        return activate(self.config.activation, self.linear(gate, h)).mul_(self.linear(up, h))
+        left, right = self.linear(gate, h), self.linear(up, h)
+        if self.config.activation == "silu" and _compiled(left):
+            width = left.shape[-1]
+            return cpu_kernels.silu_mul(left.view(-1, width), right.view(-1, width)).view(left.shape)
+        return activate(self.config.activation, left).mul_(right)
 
     def mlp_output(self, inner: Tensor, expert: int | None = None) -> Tensor:
         return self.linear(self.names.mlp(expert)[2], inner)
@@ -174,4 +187,4 @@ def logits(architecture: Architecture, config: DecoderConfig, tensors: Mapping[s
     norm = architecture.final_norm
     h = normalize(config, x, tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias"))
     head = architecture.embedding if config.tied else architecture.head
-    return F.linear(h, tensors[f"{head}.weight"].to(h.dtype))
+    return linear(h, tensors[f"{head}.weight"].to(h.dtype))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+from quantflow_kernels import cpu_causal
 from torch import Tensor
 
 from quantflow.models.config import DecoderConfig
@@ -68,6 +69,9 @@ def rotary_table(config: DecoderConfig, length: int, device: torch.device | str 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `[B, heads, L, D]` rotated, in its own dtype; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face does."""
+    """`x` `[B, heads, L, D]` rotated; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face does."""
+    if cpu_causal.supports(x):
+        half = x.shape[-1] // 2
+        return cpu_causal.rotate(x, cos[:, :half], sin[:, :half])
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from quantflow_kernels import cpu_solver
 from torch import Tensor
 
 from quantflow.quant.grid import QuantizedTensor, Scheme
@@ -83,25 +84,28 @@ def _invert_upper(matrix: Tensor) -> None:
 
 
 ELEMENTS_AT_ONCE = 2**22  # weights that are solved together
-LEAF = 8  # columns between which corrections go one by one
+LEAF = 8  # columns between which corrections go one by one, by torch operations
+COMPILED_LEAF = 32  # the same, by compiled code
 
 
-def in_halves(start: int, stop: int, unit: int, columns: Callable[[int, int], None], carry: Callable[[int, int, int], None]) -> None:
-    """Visits `[start, stop)` in order, `LEAF` columns at most at a time by `columns(start, stop)`; after each left half,
+def in_halves(
+    start: int, stop: int, unit: int, leaf: int, columns: Callable[[int, int], None], carry: Callable[[int, int, int], None]
+) -> None:
+    """Visits `[start, stop)` in order, `leaf` columns at most at a time by `columns(start, stop)`; after each left half,
     `carry(start, middle, stop)` takes what it changed to the right half in one matrix product.
 
     This is GPTQ's lazy batching at every scale: columns near each other are corrected at once, distant ones in large products.
     unit: halves longer than it are cut at its multiples.
     """
     size = stop - start
-    if size <= LEAF:
+    if size <= leaf:
         columns(start, stop)
         return
     step = unit if size > unit else 1
     middle = start + max(step, size // 2 // step * step)
-    in_halves(start, middle, unit, columns, carry)
+    in_halves(start, middle, unit, leaf, columns, carry)
     carry(start, middle, stop)
-    in_halves(middle, stop, unit, columns, carry)
+    in_halves(middle, stop, unit, leaf, columns, carry)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class GptqResult:
 
 def quantize_gptq(
     weight: Tensor, hessian: Tensor, factor: Factor | None, scheme: Scheme, rules: GridRules, *,
-    act_order: str = "static", search: bool = True, refine: int = 2,
+    act_order: str = "static", search: bool = True, refine: int = 4,
 ) -> GptqResult:  # fmt: skip
     """`weight` (float32) quantised by GPTQ.
 
@@ -148,36 +152,34 @@ def _solve(
     else:
         grid = find_grid(base.contiguous(), scheme, rules, search=search, importance=blocks)
         scales, zeros = grid.scales, grid.zeros
-    # Work on the transpose: a channel is then a contiguous row. Views of all rows are made once: in a loop they cost as much as
-    # the arithmetic does.
+    # Work on the transpose: a channel is then a contiguous row.
     w = weight[:, order].T.contiguous()
     codes, errors = torch.empty_like(w), torch.empty_like(w)  # codes are kept less their zero points here
-    w_rows, code_rows, error_rows = w.unbind(), codes.unbind(), errors.unbind()
     # The group of the channel rounded at each step.
-    group_at = (torch.arange(k, device=w.device) if permuted else order).div(group, rounding_mode="floor").tolist()
+    group_at = (torch.arange(k, device=w.device) if permuted else order).div(group, rounding_mode="floor")
     scales_t, zeros_t = scales.T.contiguous(), zeros.T.contiguous()
     lowest, highest = -zeros_t, scheme.levels - zeros_t
-    of_group = list(zip(scales_t.unbind(), lowest.unbind(), highest.unbind(), strict=True))
     one_group = Scheme(scheme.bits, group, scheme.symmetric)
+    compiled = cpu_solver.available(w)
+    round_columns = cpu_solver.gptq_columns if compiled else _gptq_columns
+    leaf = COMPILED_LEAF if compiled else LEAF
 
     def columns(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            g = group_at[i]
-            if act_order == "none" and i % group == 0:
-                # Halves end where groups do, so the whole group has taken all corrections from the left.
-                found = find_grid(w[i : i + group].T.contiguous(), one_group, rules, search=search, importance=_pick(blocks, g))
-                scales_t[g], zeros_t[g] = found.scales[:, 0], found.zeros[:, 0]
-                lowest[g], highest[g] = -zeros_t[g], scheme.levels - zeros_t[g]
-            scale, low, high = of_group[g]
-            code = torch.div(w_rows[i], scale, out=code_rows[i]).round_().clamp_(low, high)
-            error = torch.mul(code, scale, out=error_rows[i]).sub_(w_rows[i])
-            if i + 1 < stop:
-                w[i + 1 : stop].addr_(factor.ratios[i, i + 1 : stop], error)
+        if act_order == "none" and start % group == 0:
+            # Halves end where groups do, so the whole group has taken all corrections from the left.
+            g = start // group
+            found = find_grid(w[start : start + group].T.contiguous(), one_group, rules, search=search, importance=_pick(blocks, g))
+            scales_t[g], zeros_t[g] = found.scales[:, 0], found.zeros[:, 0]
+            lowest[g], highest[g] = -zeros_t[g], scheme.levels - zeros_t[g]
+        round_columns(w, codes, errors, factor.ratios, scales_t, lowest, highest, group_at, start, stop)
 
     def correct(start: int, middle: int, stop: int) -> None:
         w[middle:stop].addmm_(factor.ratios[start:middle, middle:stop].T, errors[start:middle])
 
-    in_halves(0, k, group if act_order == "none" else 1, columns, correct)
+    if act_order == "none":
+        in_halves(0, k, group, min(leaf, group), columns, correct)
+    else:
+        in_halves(0, k, 1, leaf, columns, correct)
     # Back to the order in which groups are runs of `group` channels: the weight's own, or the permuted one.
     if not permuted:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
@@ -205,39 +207,36 @@ def refine_codes(
     """
     k = weight.shape[0]
     group = k // scales.shape[0]
-    diagonal = hessian.diagonal().clamp(min=1e-12 * max(float(hessian.diagonal().max()), 1e-30))
-    pivots = diagonal.tolist()
-    centred = codes - zeros.repeat_interleave(group, 0)
-    scales = scales.clone()
+    curvature = hessian.diagonal().clamp(min=1e-12 * max(float(hessian.diagonal().max()), 1e-30))
+    hessian = hessian.contiguous()
+    zeros = zeros.contiguous()
+    centred = codes.contiguous() - zeros.repeat_interleave(group, 0)
+    scales, lowest, highest = scales.contiguous().clone(), -zeros, scheme.levels - zeros
     value = centred * scales.repeat_interleave(group, 0)
     slope = hessian @ (weight - value)  # minus half the gradient, [K, N]
     # What a column's scale and its code changed in its value.
     by_scale, by_code = torch.empty_like(value), torch.empty_like(value)
-    slope_rows, value_rows, change_rows, centred_rows = (t.unbind() for t in (slope, value, by_code, centred))
-    of_group = list(zip(scales.unbind(), (-zeros).unbind(), (scheme.levels - zeros).unbind(), strict=True))
+    compiled = cpu_solver.available(value)
+    best_codes = cpu_solver.refine_columns if compiled else _refine_columns
+    leaf = min(COMPILED_LEAF if compiled else LEAF, group)  # a leaf lies within a group
 
-    def rescale(g: int, stop: int) -> None:
+    def rescale(g: int) -> None:
         part = slice(g * group, (g + 1) * group)
-        reach = slice(part.start, max(part.stop, stop))  # short groups: the leaf holds several
         c, block = centred[part], hessian[part, part]
-        curvature = ((block @ c) * c).sum(0)
+        curved = ((block @ c) * c).sum(0)
         downhill = (c * slope[part]).sum(0)
-        wanted = scales[g] + torch.where(curvature > 0, downhill / curvature.clamp(min=1e-30), 0)
+        wanted = scales[g] + torch.where(curved > 0, downhill / curved.clamp(min=1e-30), 0)
         step = torch.where(wanted > 0, rules.round_scale(wanted.clamp(min=0)), scales[g]) - scales[g]
-        step = torch.where(step * (2 * downhill - step * curvature) > 0, step, 0)
+        step = torch.where(step * (2 * downhill - step * curved) > 0, step, 0)
         scales[g] += step
         value[part] += torch.mul(c, step, out=by_scale[part])
-        slope[reach].addmm_(hessian[reach, part], by_scale[part], alpha=-1)
+        slope[part].addmm_(block, by_scale[part], alpha=-1)
 
     def columns(start: int, stop: int) -> None:
-        for j in range(start, stop):
-            if j % group == 0:
-                rescale(j // group, stop)
-            scale, low, high = of_group[j // group]
-            best = torch.add(value_rows[j], slope_rows[j], alpha=1 / pivots[j], out=centred_rows[j]).div_(scale).round_().clamp_(low, high)
-            change = torch.mul(best, scale, out=change_rows[j]).sub_(value_rows[j])
-            if j + 1 < stop:
-                slope[j + 1 : stop].addr_(hessian[j, j + 1 : stop], change, alpha=-1)
+        g = start // group
+        if start % group == 0:
+            rescale(g)
+        best_codes(value, slope, centred, by_code, hessian, scales[g], lowest[g], highest[g], curvature, start, stop)
 
     def carry(start: int, middle: int, stop: int) -> None:
         # A group's own columns have seen the change of its scale already.
@@ -246,11 +245,35 @@ def refine_codes(
         slope[middle:stop].addmm_(hessian[middle:stop, start:middle], change, alpha=-1)
 
     for left in reversed(range(passes)):
-        in_halves(0, k, group, columns, carry)
+        in_halves(0, k, group, leaf, columns, carry)
         value += by_code
         if left:  # `carry` looks ahead only: what later columns changed for earlier ones comes in one product
             torch.matmul(hessian, weight - value, out=slope)
     return centred + zeros.repeat_interleave(group, 0), scales
+
+
+def _gptq_columns(
+    w: Tensor, codes: Tensor, errors: Tensor, ratios: Tensor, scales: Tensor, lowest: Tensor, highest: Tensor, group_at: Tensor,
+    start: int, stop: int,
+) -> None:  # fmt: skip
+    """`cpu_solver.gptq_columns` by torch operations; it changes `w`."""
+    for i, g in zip(range(start, stop), group_at[start:stop].tolist(), strict=True):
+        code = torch.div(w[i], scales[g], out=codes[i]).round_().clamp_(lowest[g], highest[g])
+        error = torch.mul(code, scales[g], out=errors[i]).sub_(w[i])
+        if i + 1 < stop:
+            w[i + 1 : stop].addr_(ratios[i, i + 1 : stop], error)
+
+
+def _refine_columns(
+    values: Tensor, slope: Tensor, codes: Tensor, changes: Tensor, hessian: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor,
+    curvature: Tensor, start: int, stop: int,
+) -> None:  # fmt: skip
+    """`cpu_solver.refine_columns` by torch operations; it changes `slope`."""
+    for i in range(start, stop):
+        best = torch.addcdiv(values[i], slope[i], curvature[i], out=codes[i]).div_(scale).round_().clamp_(lowest, highest)
+        change = torch.mul(best, scale, out=changes[i]).sub_(values[i])
+        if i + 1 < stop:
+            slope[i + 1 : stop].addr_(hessian[i, i + 1 : stop], change, alpha=-1)
 
 
 def _blocks(hessian: Tensor, scheme: Scheme) -> Tensor | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from quantflow_kernels import cpu_solver
 from torch import Tensor
 
 from quantflow.quant.grid import QuantizedTensor, Scheme
@@ -116,6 +117,17 @@ def group_loss(error: Tensor, importance: Tensor | None) -> Tensor:
     return (torch.bmm(by_group, importance) * by_group).sum(-1).T
 
 
+def rounding_loss(parts: Tensor, grid: Grid, scheme: Scheme, importance: Tensor | None) -> Tensor:
+    """`group_loss` of rounding a grouped weight to its grid."""
+    by_block = importance is not None and importance.ndim == 3 and parts.shape[2] <= cpu_solver.WIDEST_GROUP
+    if by_block and importance is not None and cpu_solver.available(parts):
+        return cpu_solver.block_losses(parts, grid.scales, grid.zeros, scheme.levels, importance)
+    # decode(encode(parts)) - parts, without a detour over unsigned codes.
+    scale, zero = grid.scales[:, :, None], grid.zeros[:, :, None]
+    rounded = torch.div(parts, scale).round_().clamp_(-zero, scheme.levels - zero)
+    return group_loss(rounded.mul_(scale).sub_(parts), importance)
+
+
 def find_grid(weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None) -> Grid:
     """The grid of `weight` `[N, K]` (float32): that of its range or, with `search`, of the shrunken range of least loss.
 
@@ -136,10 +148,7 @@ def find_grid(weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool 
 
     def consider(by_low: Tensor | float, by_high: Tensor | float) -> None:
         grid = grid_of_range(low * by_low, high * by_high, scheme, rules)
-        # decode(encode(parts)) - parts, without a detour over unsigned codes.
-        scale, zero = grid.scales[:, :, None], grid.zeros[:, :, None]
-        rounded = torch.div(parts, scale).round_().clamp_(-zero, scheme.levels - zero)
-        loss = group_loss(rounded.mul_(scale).sub_(parts), importance)
+        loss = rounding_loss(parts, grid, scheme, importance)
         better = loss < least
         for kept, new in ((least, loss), (scales, grid.scales), (zeros, grid.zeros)):
             torch.where(better, new, kept, out=kept)

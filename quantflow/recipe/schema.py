@@ -128,7 +128,7 @@ class Gptq(Section):
         default=True, description="Search each group's range for the least weighted error, rather than take min and max."
     )
     refine: int = Field(
-        default=2, ge=0, le=100, description="Passes of coordinate descent over codes and scales after GPTQ; 0: plain GPTQ."
+        default=4, ge=0, le=100, description="Passes of coordinate descent over codes and scales after GPTQ; 0: plain GPTQ."
     )
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from quantflow_kernels import cpu_causal
 
 from quantflow.models.attention import QUERY_BLOCK, causal_attention
 
@@ -19,6 +20,16 @@ def textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | No
     return scores.masked_fill(~torch.tensor(seen), -math.inf).softmax(-1) @ values
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_causal, "supports", lambda x: False)
+    elif not cpu_causal.supports(torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)):
+        pytest.skip(f"no compiled attention: {cpu_causal.library()[1] or 'no AVX-512 BF16'}")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("window", [None, 1, 5, QUERY_BLOCK, QUERY_BLOCK + 9, 10_000])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("length", [1, 7, QUERY_BLOCK, 2 * QUERY_BLOCK + 5])
@@ -32,6 +43,7 @@ def test_against_the_textbook(window: int | None, heads: int, kv_heads: int, len
 
 
 def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_causal, "supports", lambda x: False)
     q, k, v = (torch.randn(2, n, 300, 16, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (6, 2, 2))
     whole = causal_attention(q, k, v)
     monkeypatch.setattr("quantflow.models.attention.SCORES_AT_ONCE", 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantflow_kernels import cpu_solver
 
 from quantflow.quant import gptq
 from quantflow.quant.gptq import GptqResult, factorize, output_error, quantize_gptq, refine_codes
@@ -17,6 +18,16 @@ from quantflow.quant.rtn import GridRules, quantize_rtn
 FLOAT32 = GridRules()
 HALF = GridRules((torch.float16,))
 ORDERS = ("none", "static", "dynamic")
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By compiled steps, and by torch operations, as it is done without a compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_solver, "available", lambda weight: False)
+    elif cpu_solver.library()[0] is None:
+        pytest.skip(f"no compiled steps: {cpu_solver.library()[1]}")
+    return str(request.param)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -160,12 +171,15 @@ def test_is_the_textbooks(act_order: str, scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", [Scheme(4, 8, False), Scheme(4, 16, True), Scheme(3, PER_CHANNEL, False)], ids=str)
 @pytest.mark.parametrize("act_order", ORDERS)
 @pytest.mark.parametrize("refine", [0, 2])
-def test_where_the_halves_end_does_not_matter(act_order: str, scheme: Scheme, refine: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_halves_end_does_not_matter(
+    act_order: str, scheme: Scheme, refine: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, hessian = random(5, 48), correlated(48)
-    monkeypatch.setattr(gptq, "LEAF", 48)  # column by column, as the paper's algorithm has it
+    name = "LEAF" if way == "torch" else "COMPILED_LEAF"
+    monkeypatch.setattr(gptq, name, 48)  # column by column, as the paper's algorithm has it
     whole = solve(weight, hessian, scheme, act_order=act_order, refine=refine).tensor
     for leaf in (1, 5, 8, 20):
-        monkeypatch.setattr(gptq, "LEAF", leaf)
+        monkeypatch.setattr(gptq, name, leaf)
         part = solve(weight, hessian, scheme, act_order=act_order, refine=refine).tensor
         assert torch.equal(part.codes, whole.codes) and torch.equal(part.zeros, whole.zeros)
         torch.testing.assert_close(part.scales, whole.scales, rtol=1e-4, atol=0)
