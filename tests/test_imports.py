@@ -108,15 +108,12 @@ def test_kernels_import_torch_and_triton_only() -> None:
 
 
 def test_who_imports_the_kernels() -> None:
-    """The engine's, its ops alone; what a CPU compiles for calibration and solving, the mathematics and the decoder."""
+    """Of the engine, its ops alone; the mathematics and the decoder take what a CPU compiles for solving and calibration."""
+    compiled = {f"quantflow_kernels.{name}" for name in ("cpu_causal", "cpu_kernels", "cpu_solver")}
     for path in files(ROOT / "quantflow"):
+        module = module_name(path)
         used = {name for name in imports_of(path) if name.startswith("quantflow_kernels.")}
-        compiled = {f"quantflow_kernels.{name}" for name in ("cpu_causal", "cpu_kernels", "cpu_solver")}
-        assert (
-            not used
-            or module_name(path) == "quantflow.engine.ops"
-            or (package_of(module_name(path)) in ("quant", "models") and used <= compiled)
-        )
+        assert not used or module == "quantflow.engine.ops" or (package_of(module) in ("quant", "models") and used <= compiled), module
 
 
 @pytest.mark.parametrize(
