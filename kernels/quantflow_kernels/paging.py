@@ -88,5 +88,18 @@ def make_batch(
     parts = [starts, list(contexts), last, [s for s, _ in tiles], [first for _, first in tiles]]
     together = torch.tensor([v for part in parts for v in part], dtype=torch.int32).to(block_table.device)
     query_start, on_device, query_last, sequence, start = together.split([len(part) for part in parts])
-    splits = max((-(-context // config.split) for context in contexts), default=0)
+    splits = splits_of(max(contexts, default=0), config)
     return Batch(block_table, query_start, on_device, query_last, sequence, start, splits, max(lengths, default=0) == 1)
+
+
+def splits_of(context: int, config: AttentionConfig) -> int:
+    """Splits that a context has."""
+    return -(-context // config.split)
+
+
+def decode_batch(block_table: Tensor, contexts: Tensor, splits: int) -> Batch:
+    """The batch of sequences with one new query each, out of what is on the device already. block_table: int32 `[S, most]`; contexts:
+    int32 `[S]`; splits: at least those of the longest. Each query is a tile."""
+    sequence = torch.arange(len(contexts), dtype=torch.int32, device=contexts.device)
+    starts = torch.arange(len(contexts) + 1, dtype=torch.int32, device=contexts.device)
+    return Batch(block_table, starts, contexts, contexts - 1, sequence, torch.zeros_like(sequence), splits, decode=True)

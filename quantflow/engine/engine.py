@@ -20,8 +20,10 @@ from torch import Tensor
 
 from quantflow.engine.block_manager import BlockManager
 from quantflow.engine.grammar import Grammars, Matcher
+from quantflow.engine.graphs import CudaRecorder, supported
 from quantflow.engine.kv_cache import KVFormat, KVPrecision, block_bytes, cache_bytes, kv_format, make_caches
 from quantflow.engine.load import Loaded, load_model, rank_config
+from quantflow.engine.model import Model
 from quantflow.engine.model_runner import ModelRunner
 from quantflow.engine.ops import Ops
 from quantflow.engine.request import Finish, Logprob, Request, SamplingParams, Sequence, Token
@@ -60,8 +62,8 @@ class EngineConfig:
 
     session_len: the longest context; None: the model's own. max_batch_size: sequences that run at once. step_tokens: tokens that go through
     the model in a step. cache_max_entry_count: the share of free memory that the KV cache may take; cache_bytes: its size instead.
-    dialogue: a dialogue format by name, in place of the model's own. tp: tensor-parallel ranks. check: the books of the cache are checked
-    after every step.
+    dialogue: a dialogue format by name, in place of the model's own. tp: tensor-parallel ranks. graphs: on a GPU, decodes run as CUDA
+    graphs. check: the books of the cache are checked after every step.
     """
 
     mode: Mode = Mode.exact
@@ -77,6 +79,7 @@ class EngineConfig:
     prefix_cache: bool = True
     dialogue: str | None = None
     tp: int = 1
+    graphs: bool = True
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +96,7 @@ class EngineConfig:
                 wrong.append(Problem(name, repr(value), "an integer of at least 1"))
         if self.device not in ("auto", "cpu", "cuda"):
             wrong.append(Problem("device", repr(self.device), "auto, cpu or cuda"))
-        for name in ("prefix_cache", "check"):
+        for name in ("prefix_cache", "graphs", "check"):
             if not isinstance(getattr(self, name), bool):
                 wrong.append(Problem(name, repr(getattr(self, name)), "True or False"))
         faulty = {problem.where for problem in wrong}
@@ -195,6 +198,9 @@ class Engine:
         step_tokens = config.step_tokens or default_step_tokens(device.type, config.max_batch_size, config.block_size)
         self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_session)
         self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size, progress)
+        self.eager = _why_eager(config, self.loaded.model)
+        if not self.eager:
+            self.runner.record_decodes(config.max_batch_size, self.context, CudaRecorder())
         ends = self.text.end_tokens if self.text else frozenset()
         self.end_tokens = frozenset(t for t in ends if t < self.model_config.vocabulary)  # the model can make no others
         self.grammars = Grammars(self.text.tokenizer, self.model_config.vocabulary, self.end_tokens) if self.text else None
@@ -231,6 +237,7 @@ class Engine:
             "device": str(self.ops.device),
             "dtype": str(self.ops.dtype).removeprefix("torch."),
             "kernels": self.ops.way,
+            **({"decodes": f"eager: {self.eager}" if self.eager else "CUDA graphs"} if self.ops.cuda else {}),
             "linears": ways,
             "weights": f"{self.loaded.weight_bytes / 2**20:.0f} MiB",
             "KV cache": f"{self.kv}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens",
@@ -616,6 +623,13 @@ def _wrong_kinds(prompt: object, id: object, priority: object, session: object) 
         if (value is not None or name == "priority") and (not isinstance(value, int) or isinstance(value, bool)):
             found.append(Problem(name, repr(value)[:80], "an integer"))
     return found
+
+
+def _why_eager(config: EngineConfig, model: Model) -> str:
+    """Why decodes are not recorded as CUDA graphs; "" where they are."""
+    if not model.ops.cuda:
+        return "no GPU"
+    return supported(model) if config.graphs else "asked for"
 
 
 def _dtype(asked: DType, config: DecoderConfig, device: torch.device) -> torch.dtype:

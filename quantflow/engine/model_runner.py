@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quantflow.engine.graphs import DecodeGraphs, Recorder
 from quantflow.engine.kv_cache import copy_block
 from quantflow.engine.model import Inputs, Model, Rotary
 from quantflow.engine.ops import KVCache
@@ -16,11 +17,16 @@ LOGIT_ELEMENTS = 2**25  # logits of prompts that are computed at once
 
 
 class ModelRunner:
-    """block_size: tokens a cache block. progress: called after each layer of a step, and the head."""
+    """block_size: tokens a cache block. progress: called after each layer of a step, and the head. graphs: None runs every step eagerly."""
 
     def __init__(self, model: Model, caches: list[KVCache], block_size: int, progress: Callable[[], None] = lambda: None) -> None:
         self.model, self.caches, self.block_size, self._progress = model, caches, block_size, progress
         self.rotary = Rotary(model.config, model.ops.device)
+        self.graphs: DecodeGraphs | None = None
+
+    def record_decodes(self, rows: int, context: int, record: Recorder) -> None:
+        """From now on, decodes of at most `rows` sequences with at most `context` tokens are recorded and replayed."""
+        self.graphs = DecodeGraphs(self.model, self.caches, self.rotary, self.block_size, rows, context, record)
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[Tensor]:
@@ -28,7 +34,10 @@ class ModelRunner:
         log-probabilities are wanted."""
         for source, target in step.copies:
             copy_block(self.caches, source, target)
-        h = self.model.forward(self.inputs(step.work), self.caches, self._progress)
+        if self.graphs and self.graphs.takes(step.work):
+            h = self.graphs.run(step.work)
+        else:
+            h = self.model.forward(self.inputs(step.work), self.caches, self._progress)
         found, at = [], 0
         for work in step.work:
             params, first = work.sequence.request.params, work.count - 1

@@ -1,4 +1,4 @@
-"""The operations of a model, by Triton kernels on a GPU, by compiled C or plain torch on a CPU. No other module of the engine imports the kernels.
+"""The operations of a model, by Triton kernels on a GPU, by compiled C or plain torch on a CPU. Nothing else of the engine imports kernels.
 
 Shapes: `T` tokens of all sequences of a step one after the other, `H` heads, `G` KV heads, `D` head_dim.
 """
@@ -14,7 +14,7 @@ import torch
 from quantflow_kernels import cpu_attention, cpu_kernels
 from quantflow_kernels import linear as kernels
 from quantflow_kernels.configs import DEFAULT, Tuned, tuned
-from quantflow_kernels.paging import Batch, KVCache, make_batch
+from quantflow_kernels.paging import Batch, KVCache, decode_batch, make_batch, splits_of
 from torch import Tensor
 
 from quantflow.engine.tensor_parallel import Ranks
@@ -131,6 +131,14 @@ class Ops:
     def batch(self, lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, config: DecoderConfig) -> Batch:
         """How a step's queries lie over the cache: see `quantflow_kernels.paging`."""
         return make_batch(lengths, contexts, block_table, config.heads, config.kv_heads, self._tuned.attention)
+
+    def splits(self, context: int) -> int:
+        """Parts that attention over a context is computed in."""
+        return splits_of(context, self._tuned.attention)
+
+    def decode_batch(self, block_table: Tensor, contexts: Tensor, splits: int) -> Batch:
+        """A step of one query a sequence, made of what is on the device."""
+        return decode_batch(block_table, contexts, splits)
 
     def store(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, cache: KVCache) -> None:
         """Rotates q `[T, H, D]` in place, and puts k, rotated, and v `[T, G, D]` into their slots of the cache."""

@@ -11,7 +11,7 @@ import torch
 from quantflow_kernels import configs, reference
 from quantflow_kernels.attention import bytes_moved, paged_attention
 from quantflow_kernels.configs import AttentionConfig as Config
-from quantflow_kernels.paging import KVCache, make_batch
+from quantflow_kernels.paging import KVCache, decode_batch, make_batch, splits_of
 
 from tests.helpers.devices import DEVICE, DTYPES
 
@@ -133,6 +133,23 @@ def test_prefill_and_decode(dtype: torch.dtype, kind: str) -> None:
 def test_contexts_around_block_and_split_edges(context: int, kind: str) -> None:
     one = case([1], [context], kind=kind)
     assert_close(one.run(), one.expected())
+
+
+@pytest.mark.parametrize("kind", ["plain", "channel"])
+@pytest.mark.parametrize("contexts", [[1], [33, 1, 100], [64, 65]])
+def test_a_decode_with_room_to_spare_has_the_same_bits(contexts: list[int], kind: str) -> None:
+    """As a CUDA graph runs it: rows too many, of one key each, a wider table, and more splits than the longest context has."""
+    some = case([1] * len(contexts), contexts, kind=kind)
+    rows, spare = len(contexts), 2
+    table = torch.full((rows + spare, some.table.shape[1] + 3), -(10**6), dtype=torch.int32, device=DEVICE)
+    table[:rows, : some.table.shape[1]], table[rows:, 0] = some.table, some.table[0, 0]
+    batch = decode_batch(
+        table, torch.tensor([*contexts, *[1] * spare], dtype=torch.int32, device=DEVICE), splits_of(max(contexts), SMALL) + 3
+    )
+    q = torch.cat((some.q, some.q[:1].expand(spare, -1, -1)))
+    found = paged_attention(q, some.cache, batch, some.scale, SMALL)
+    assert found[:rows].equal(some.run())
+    assert found[rows:].isfinite().all()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(1, 1, 16), (71, 1, 32), (6, 2, 64), (4, 4, 20), (8, 1, 80), (2, 1, 8)])
