@@ -22,6 +22,7 @@ from quantflow.cli.options import (
     Device,
     DeviceOption,
     DialogueName,
+    Eager,
     KVOption,
     Mode,
     ModeOption,
@@ -238,6 +239,7 @@ def chat(
     cache_max_entry_count: CacheShare = None,
     tp: TensorParallel = 1,
     dialogue: DialogueName = None,
+    eager: Eager = False,
     device: DeviceOption = Device.auto,
     debug: Debug = False,
 ) -> None:
@@ -263,7 +265,7 @@ def chat(
                 return
             options = {
                 "mode": mode.value, "kv": kv.value, "session_len": session_len, "cache_max_entry_count": cache_max_entry_count, "tp": tp,
-                "dialogue": dialogue, "device": device.value, "max_batch_size": 1,
+                "dialogue": dialogue, "device": device.value, "graphs": not eager, "max_batch_size": 1,
             }  # fmt: skip
             partner = Local(target, parameters, options)
         with closing(partner):

@@ -17,6 +17,7 @@ from quantflow.cli.options import (
     Device,
     DeviceOption,
     DialogueName,
+    Eager,
     Json,
     KVOption,
     Mode,
@@ -49,6 +50,7 @@ def generate(
     cache_max_entry_count: CacheShare = None,
     tp: TensorParallel = 1,
     dialogue: DialogueName = None,
+    eager: Eager = False,
     device: DeviceOption = Device.auto,
     as_json: Json = False,
     debug: Debug = False,
@@ -73,7 +75,7 @@ def generate(
             raise RequestError(Problem("--stream", "with --json or several prompts", "one prompt, shown as text"))
         llm = LLM(
             model, mode=mode.value, kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, dialogue=dialogue,
-            device=device.value, tp=tp,
+            device=device.value, tp=tp, graphs=not eager,
         )  # fmt: skip
         errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
         texts = [sys.stdin.read() if text == "-" else text for text in prompt]

@@ -54,3 +54,4 @@ CacheShare = Annotated[
 ]
 TensorParallel = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks, each a process.")]
 DialogueName = Annotated[str | None, typer.Option("--dialogue", metavar="NAME", help="A dialogue format, in place of the model's own.")]
+Eager = Annotated[bool, typer.Option("--eager", help="On a GPU, launch kernels one by one: no CUDA graphs.")]

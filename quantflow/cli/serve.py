@@ -16,6 +16,7 @@ from quantflow.cli.options import (
     Device,
     DeviceOption,
     DialogueName,
+    Eager,
     KVOption,
     Mode,
     ModelDirectory,
@@ -66,6 +67,7 @@ def serve(
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="debug shows every request.")] = LogLevel.info,
     mode: ModeOption = Mode.exact,
     dialogue: DialogueName = None,
+    eager: Eager = False,
     device: DeviceOption = Device.auto,
     debug: Debug = False,
 ) -> None:
@@ -99,6 +101,6 @@ def serve(
         code = start(
             model, config, lambda text: errors.print(text), lambda text: console.print(text), mode=mode.value,
             kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, max_batch_size=max_batch_size,
-            dialogue=dialogue, device=device.value, tp=tp,
+            dialogue=dialogue, device=device.value, tp=tp, graphs=not eager,
         )  # fmt: skip
     raise typer.Exit(code)
