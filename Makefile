@@ -7,7 +7,7 @@
 # make coverage   the same, and which lines they reach: a table, and pages in build/coverage
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
-# make bench-gpu      the kernels' speed on the GPU at hand, with the interpreter that PYTHON names: nothing is installed
+# make bench-gpu      the kernels' speed on the GPU at hand, then the engine's, with the interpreter that PYTHON names: nothing is installed
 # make bench-cpu      the same on this machine's processor
 # make clean  remove the environment, the demo's artifact and caches
 #
@@ -86,6 +86,7 @@ kernel-report: $(STAMP)
 
 bench-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py --output benchmarks/results/kernels_gpu.json
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_engine.py --output benchmarks/results/engine_gpu.json
 
 bench-cpu: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python benchmarks/cpu.py --output benchmarks/results/kernels_cpu.json

@@ -2,6 +2,9 @@
 
     python benchmarks/make_checkpoint.py --shape internlm-7b --output build/internlm-7b
     python benchmarks/make_checkpoint.py --shape llama-4g --output build/llama-4g [--single-file]
+    python benchmarks/make_checkpoint.py --shape llama-8b --packed --output build/llama-8b-w4
+
+--packed: linears of random 4-bit codes in groups of 128, as compressed-tensors packs them, for benchmarks of the engine.
 
 Tensors are written one at a time, so a 15 GB checkpoint needs little memory. The tokenizer is the demo model's.
 """
@@ -17,7 +20,9 @@ from typing import Any
 
 import torch
 
+from quantflow.formats import FORMATS
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
+from quantflow.quant.grid import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {
     "internlm-7b": {"family": "internlm", "hidden": 4096, "inner": 11008, "layers": 32, "heads": 32, "kv": 32, "vocabulary": 103168},
@@ -50,12 +55,43 @@ def tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (shape["vocabulary"], hidden)
 
 
+GROUP = 128
+Spec = tuple[str, tuple[int, ...]]  # dtype and shape, as a safetensors header has them
+
+
+def packed(everything: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, Any]]:
+    """The tensors of the same model with its layers' linears packed, and the quantization_config."""
+    found: dict[str, Spec] = {}
+    for name, (dtype, shape) in everything.items():
+        if "_proj.weight" in name:
+            n, k = shape
+            found |= {f"{name}_packed": ("I32", (n, k // 8)), f"{name}_scale": (dtype, (n, k // GROUP)), f"{name}_shape": ("I64", (2,))}
+        else:
+            found[name] = (dtype, shape)
+    scheme = Scheme(4, GROUP, True)
+    return found, FORMATS["compressed-tensors"].quantization_config({"model.layers.0.mlp.up_proj": scheme}, ["lm_head"], scheme)
+
+
+def value(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:
+    """A tensor of random weights, packed codes or their scales, with products of about the size of their inputs."""
+    if dtype == "I32":
+        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32, device=device)
+    if name.endswith("weight_scale"):
+        return torch.full(shape, (shape[1] * GROUP) ** -0.5 / 4.6)  # codes of -8 to 7 have a mean square of 21.5
+    if len(shape) == 1:
+        return torch.ones(shape) if "norm" in name else torch.zeros(shape)
+    # One block of random rows, repeated: filling 15 GB from a generator would take longer than quantising it.
+    block = torch.randn(min(shape[0], 512), shape[1], generator=generator, device=device) * shape[1] ** -0.5
+    return block.to(torch.bfloat16).repeat(-(-shape[0] // len(block)), 1)[: shape[0]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
     parser.add_argument("--single-file", action="store_true", help="one file, however large")
+    parser.add_argument("--packed", action="store_true", help="4-bit linears")
     args = parser.parse_args()
     shape = {**SHAPES[args.shape], **({"layers": args.layers} if args.layers else {})}
     args.output.mkdir(parents=True, exist_ok=True)
@@ -77,38 +113,40 @@ def main() -> None:
         "eos_token_id": 1,
         **({"bias": True} if shape["family"] == "internlm" else {}),
     }
+    everything: dict[str, Spec] = {name: ("BF16", dims) for name, dims in tensors(shape)}
+    linears = {name: dims for name, (_, dims) in everything.items()}
+    if args.packed:
+        everything, config["quantization_config"] = packed(everything)
     (args.output / "config.json").write_text(json.dumps(config, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, args.output / name)
-    everything = list(tensors(shape))
     limit = 2**62 if args.single_file else 10**9
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    used = 0
-    for name, dims in everything:
-        size = torch.Size(dims).numel() * ITEM_BYTES["BF16"]
+    shards: list[dict[str, Spec]] = [{}]
+    total = used = 0
+    for name, (dtype, dims) in everything.items():
+        size = torch.Size(dims).numel() * ITEM_BYTES[dtype]
         if shards[-1] and used + size > limit:
-            shards.append([])
+            shards.append({})
             used = 0
-        shards[-1].append((name, dims))
+        shards[-1][name] = (dtype, dims)
         used += size
+        total += size
     names = (
         [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
     )
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
     for file_name, shard in zip(names, shards, strict=True):
-        with TensorWriter(args.output / file_name, {n: ("BF16", d) for n, d in shard}, {"format": "pt"}) as writer:
-            for name, dims in shard:
-                if len(dims) == 1:
-                    value = torch.ones(dims) if "norm" in name else torch.zeros(dims)
+        with TensorWriter(args.output / file_name, shard, {"format": "pt"}) as writer:
+            for name, (dtype, dims) in shard.items():
+                if name.endswith("weight_shape"):
+                    writer.write(name, torch.tensor(linears[name.removesuffix("_shape")]))
                 else:
-                    # One block of random rows, repeated: filling 15 GB from a generator would take longer than quantising it.
-                    block = torch.randn(min(dims[0], 512), dims[1], generator=generator) * dims[1] ** -0.5
-                    value = block.to(torch.bfloat16).repeat(-(-dims[0] // len(block)), 1)[: dims[0]]
-                writer.write(name, value.to(torch.bfloat16))
+                    found = value(name, dtype, dims, generator, device)
+                    writer.write(name, (found if dtype == "I32" else found.to(torch.bfloat16)).cpu())
     if len(shards) > 1:
-        index = {"metadata": {}, "weight_map": {n: f for f, shard in zip(names, shards, strict=True) for n, _ in shard}}
+        index = {"metadata": {}, "weight_map": {n: f for f, shard in zip(names, shards, strict=True) for n in shard}}
         (args.output / "model.safetensors.index.json").write_text(json.dumps(index))
-    total = sum(torch.Size(d).numel() for _, d in everything) * 2
     print(f"{args.output}: {total / 1e9:.1f} GB in {len(shards)} file(s)")
 
 

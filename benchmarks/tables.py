@@ -113,7 +113,21 @@ def engine(record: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-TABLES = {"kernels_gpu": gpu, "kernels_cpu": cpu, "engine_cpu": engine, "serve_cpu": serve}
+def engine_gpu(record: dict[str, Any] | None) -> list[str]:
+    """The engine's decode on a GPU."""
+    if record is None:
+        return ["On a GPU: not yet measured."]
+    place = f"{record['device']}, torch {record['torch']}, {record['date']}, commit {record['commit'][:8]}; `make bench-gpu`"
+    names = ("", "mode", "batch", "decode tok/s", "step ms", "of the limit", "prefill tok/s", "peak GiB")
+    lines = [f"{place}; random weights of {record['shape']}'s shape, prompts of {record['rows'][0]['case']['prompt']} tokens.", ""]
+    lines += [_row(*names), _row(*["---"] * len(names))]
+    for r in record["rows"]:
+        speeds = f"{r['decode_tokens_s']:.0f}", f"{r['step_ms']:.2f}", f"{r['of_limit']:.0%}", f"{r['prefill_tokens_s']:.0f}"
+        lines.append(_row(r["case"]["name"], r["mode"], r["case"]["batch"], *speeds, f"{r['peak_bytes'] / 2**30:.1f}"))
+    return lines
+
+
+TABLES = {"engine_gpu": engine_gpu, "kernels_gpu": gpu, "kernels_cpu": cpu, "engine_cpu": engine, "serve_cpu": serve}
 
 
 def written(text: str) -> str:

@@ -121,9 +121,10 @@ def _run_engine(case: Case) -> dict[str, Any]:
     if length > engine.context:
         raise QuantFlowError(Problem(case.name, f"{length} tokens", f"at most the context of {engine.context}"))
     prompts = _prompts(case, engine.model_config.vocabulary)
-    for warm in prompts[:1]:  # kernels are compiled, pages touched
-        engine.submit(warm, SamplingParams(max_tokens=min(2, case.new), ignore_eos=True))
-        list(engine.tokens())
+    # Kernels are compiled, pages touched; on a GPU, decodes of this size recorded.
+    for warm in prompts if engine.ops.cuda else prompts[:1]:
+        engine.submit(warm, SamplingParams(max_tokens=min(4 if engine.ops.cuda else 2, case.new), ignore_eos=True))
+    list(engine.tokens())
     for prompt in prompts:
         engine.submit(prompt, SamplingParams(max_tokens=case.new, ignore_eos=True))
     began, first, decoded, seen, steps = time.perf_counter(), 0.0, 0, set(), []
