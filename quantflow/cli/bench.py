@@ -34,6 +34,9 @@ def bench(
     prompt: Annotated[str, typer.Option("--prompt", metavar="N,…", help="Tokens a prompt.")] = "8,512",
     new: Annotated[int, typer.Option("--new", min=2, help="Tokens to generate.")] = 32,
     transformers: Annotated[bool, typer.Option("--transformers/--no-transformers", help="Measure transformers too.")] = True,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file for a row by llama.cpp, where llama-cpp-python is installed.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write the rows as JSON, with device and versions.")
     ] = None,
@@ -42,7 +45,7 @@ def bench(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure prefill, decode, time to the first token and memory: 16 bits, quantised weights, int8 KV, both, and transformers."""
+    """Measure prefill, decode, time to the first token and memory: 16 bits, quantised weights, int8 KV, both, transformers, llama.cpp."""
     with reporting(debug, RUNNING):
         from quantflow.evaluate.throughput import Case, Row, measure, memory_table
         from quantflow.formats.reader import Weights
@@ -64,6 +67,10 @@ def bench(
         if original:
             full = [("full precision", "quantflow", original, "full"), ("KV int8", "quantflow", original, "int8")]
             kinds = [*full, *kinds, *([("transformers", "transformers", original, "full")] if transformers else [])]
+        if gguf:
+            if not gguf.is_file():
+                raise UserError(Problem("--gguf", str(gguf), "a GGUF file", "quantflow export DIR --format gguf makes one"))
+            kinds.append(("llama.cpp", "llama.cpp", str(gguf), "full"))
         cases = [
             Case(name, engine, path, kv, mode.value, where, b, p, new) for b in batches for p in prompts for name, engine, path, kv in kinds
         ]

@@ -6,6 +6,7 @@ Every row is measured in a process of its own, so that its peak of memory is its
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from quantflow.machine import peak_resident_bytes, resident_bytes
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured. engine: "quantflow" or "transformers". batch sequences of `prompt` random tokens each, `new` tokens generated."""
+    """What is measured: `batch` sequences of `prompt` random tokens each, `new` tokens generated.
+
+    engine: "quantflow", "transformers" or "llama.cpp", whose model is a GGUF file."""
 
     name: str
     engine: str
@@ -184,6 +187,65 @@ def _run_transformers(case: Case) -> dict[str, Any]:
     }
 
 
+def _run_llama_cpp(case: Case) -> dict[str, Any]:
+    try:
+        import llama_cpp
+    except ModuleNotFoundError as error:
+        hint = "pip install llama-cpp-python, which compiles llama.cpp for this machine"
+        raise QuantFlowError(Problem(case.name, "llama-cpp-python is not installed", hint=hint)) from error
+    import numpy as np
+
+    imports, threads, most = resident_bytes(), len(os.sched_getaffinity(0)), 512
+    asked = llama_cpp.llama_model_default_params()
+    asked.n_gpu_layers = 0 if case.device == "cpu" else -1
+    model = llama_cpp.llama_model_load_from_file(case.model.encode(), asked)
+    if not model:
+        raise QuantFlowError(Problem(case.model, "llama.cpp does not load it"))
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = case.batch * (case.prompt + case.new + 1)
+    params.n_batch = params.n_ubatch = max(most, case.batch)
+    params.n_seq_max, params.n_threads, params.n_threads_batch, params.kv_unified = case.batch, threads, threads, True
+    context = llama_cpp.llama_init_from_model(model, params)
+    if not context:
+        raise QuantFlowError(Problem(case.model, f"llama.cpp makes no context of {params.n_ctx} tokens"))
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    prompts = _prompts(case, vocabulary)
+    batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
+
+    def decode(tokens: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Computes (token, position, sequence, whether its successor is wanted); the likeliest successors."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence, wanted) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, position, 1, sequence, wanted
+        if code := llama_cpp.llama_decode(context, batch):
+            raise QuantFlowError(Problem(case.name, f"llama_decode gave {code}"))
+        rows = (llama_cpp.llama_get_logits_ith(context, i) for i, token in enumerate(tokens) if token[3])
+        return [int(np.ctypeslib.as_array(row, (vocabulary,)).argmax()) for row in rows]
+
+    def run(texts: list[list[int]], new: int) -> tuple[float, list[float]]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        began, chosen, steps = time.perf_counter(), list[int](), []
+        for sequence, text in enumerate(texts):
+            for start in range(0, len(text), most):
+                part = text[start : start + most]
+                chosen += decode([(t, start + i, sequence, start + i + 1 == len(text)) for i, t in enumerate(part)])
+        first = time.perf_counter() - began
+        for step in range(new - 1):
+            start_s = time.perf_counter()
+            chosen = decode([(token, case.prompt + step, sequence, True) for sequence, token in enumerate(chosen)])
+            steps.append(time.perf_counter() - start_s)
+        return first, steps
+
+    run(prompts[:1], min(2, case.new))
+    first, steps = run(prompts, case.new)
+    peak = peak_resident_bytes() - imports
+    found = _row(case, first, case.batch * len(steps), first + sum(steps), steps, peak)
+    return found | {"weight_bytes": llama_cpp.llama_model_size(model), "note": f"llama-cpp-python {llama_cpp.__version__}"}
+
+
+RUNNERS = {"quantflow": _run_engine, "transformers": _run_transformers, "llama.cpp": _run_llama_cpp}
+
+
 def _imported() -> int:
     """The resident size once everything is imported and torch has computed something."""
     import torch
@@ -203,7 +265,7 @@ def _row(case: Case, first: float, decoded: int, total: float, steps: list[float
 def main() -> None:
     case = Case(**json.loads(sys.argv[1]))
     try:
-        print(json.dumps(_run_engine(case) if case.engine == "quantflow" else _run_transformers(case)))
+        print(json.dumps(RUNNERS[case.engine](case)))
     except QuantFlowError as error:
         raise SystemExit("; ".join(map(str, error.problems))) from error
 

@@ -92,10 +92,11 @@ def test_the_verbs_and_their_options() -> None:
         "verify": {"--reference", "--device", "--json", "--debug"},
         "generate": {
             "--prompt", "--chat", "--max-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed", "--stop",
-            "--stream", "--mode", "--kv", "--session-len", "--cache-max-entry-count", "--tp", "--dialogue", "--device", "--json", "--debug",
+            "--stream", "--mode", "--kv", "--session-len", "--cache-max-entry-count", "--tp", "--dialogue", "--eager", "--device",
+            "--json", "--debug",
         },
         "bench": {
-            "--reference", "--batch", "--prompt", "--new", "--transformers", "--no-transformers", "--output", "--mode", "--device",
+            "--reference", "--batch", "--prompt", "--new", "--transformers", "--no-transformers", "--gguf", "--output", "--mode", "--device",
             "--json", "--debug",
         },
         "schema": {"--markdown", "--debug"},
