@@ -72,6 +72,8 @@ def jobs() -> Iterator[Job]:
         for bits, group, dtype in VARIANTS:
             for config in dict.fromkeys(regime.for_bits(bits) for regime in regimes):
                 yield _matmul(config, bits, group, dtype)
+                if (bits, group) == (4, 128) and config.programs:
+                    yield _matmul(config, bits, group, dtype, apart=True)
         for mode in (PLAIN, STATIC_HEAD, STATIC_CHANNEL, DYNAMIC):
             for parts in (True, False):
                 yield _attention(tuned.attention, mode, parts)
@@ -88,16 +90,18 @@ def jobs() -> Iterator[Job]:
     yield Job("silu_mul", activation.silu_mul_kernel, {"gate_up": "*bf16", "out": "*bf16", "K": "i32", "stride": "i32"}, {"BLOCK": 1024})
 
 
-def _matmul(config: MatmulConfig, bits: int, group: int, dtype: str) -> Job:
+def _matmul(config: MatmulConfig, bits: int, group: int, dtype: str, *, apart: bool = False) -> Job:
     types = {"x": f"*{dtype}", "words": "*i16", "high": "*i16", "scales": f"*{dtype}", "zeros": "*u8", "bias": f"*{dtype}",
-             "out": "*fp32" if config.split > 1 else f"*{dtype}",
+             "out": "*fp32" if apart else f"*{dtype}",
              **dict.fromkeys(("M", "N", "K", "x_stride", "blocks", "blocks_per_split"), "i32")}  # fmt: skip
     constants = {
         "BITS": bits, "GROUP": group, "SLICE": 32 if group == 32 else 64, "WHOLE_BLOCKS": True, "HAS_BIAS": False,
-        "SPLIT": config.split > 1, "MAGIC": 1024 if dtype == "fp16" else 0 if bits == 8 else 128,
+        "APART": apart, "MAGIC": 1024 if dtype == "fp16" else 0 if bits == 8 else 128,
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "STAGES": config.stages,
     }  # fmt: skip
-    label = f"matmul W{bits} {f'g{group}' if group else 'channel'} {dtype} {config.block_n}×{config.block_m}"
+    label = (
+        f"matmul W{bits} {f'g{group}' if group else 'channel'} {dtype} {config.block_n}×{config.block_m}{', splits apart' if apart else ''}"
+    )
     return Job(label, matmul.matmul_kernel, types, constants, config.warps, config.stages, ("i16",))
 
 

@@ -13,14 +13,21 @@ from quantflow_kernels.layout import lane_bits
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """Tiles of one regime. block_n: rows of the weight a program; block_m: tokens (at least 16); split: parts of K that run at once;
-    stages: blocks of weights on their way from memory at a time."""
+    """Tiles of one regime. block_n: rows of the weight a program; block_m: tokens (at least 16); stages: blocks of weights on their way
+    from memory at a time. split: parts that K is summed in, at least; programs: K is split until there are as many for one tile of
+    tokens, so that a weight of few rows keeps the whole GPU busy."""
 
     block_n: int
     block_m: int
     split: int = 1
     warps: int = 4
     stages: int = 4
+    programs: int = 0
+
+    def blocks_a_split(self, out_features: int, blocks: int) -> int:
+        """Blocks of K in each part of the sum. It depends on the weight alone: so the order of a sum does not depend on the batch."""
+        tiles = -(-out_features // self.block_n)
+        return -(-blocks // max(1, self.split, -(-self.programs // tiles)))
 
     def for_bits(self, bits: int) -> MatmulConfig:
         """The same for codes of `bits` bits: blocks of narrow ones span more input channels, so that activations fill shared memory and
@@ -54,10 +61,10 @@ class Tuned:
 
 
 DEFAULT = Tuned(
-    exact=MatmulConfig(block_n=64, block_m=16),
+    exact=MatmulConfig(block_n=64, block_m=16, programs=256),
     fast=(
-        (16, MatmulConfig(block_n=64, block_m=16)),
-        (32, MatmulConfig(block_n=64, block_m=32)),
+        (16, MatmulConfig(block_n=64, block_m=16, programs=256)),
+        (32, MatmulConfig(block_n=64, block_m=32, programs=256)),
         (2**31, MatmulConfig(block_n=64, block_m=64, stages=3)),
     ),
     dense_from=256,

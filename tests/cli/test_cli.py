@@ -96,8 +96,8 @@ def test_the_verbs_and_their_options() -> None:
             "--json", "--debug",
         },
         "bench": {
-            "--reference", "--batch", "--prompt", "--new", "--transformers", "--no-transformers", "--gguf", "--output", "--mode", "--device",
-            "--json", "--debug",
+            "--reference", "--batch", "--prompt", "--new", "--transformers", "--no-transformers", "--gguf", "--output", "--mode",
+            "--device", "--json", "--debug",
         },
         "schema": {"--markdown", "--debug"},
     }  # fmt: skip

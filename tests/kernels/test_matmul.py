@@ -9,7 +9,7 @@ import torch
 from quantflow_kernels import configs, reference
 from quantflow_kernels.configs import MatmulConfig as Config
 from quantflow_kernels.layout import PER_CHANNEL, PackedWeight, pack
-from quantflow_kernels.matmul import assembly, bytes_moved, matmul, operations
+from quantflow_kernels.matmul import TILES_APART, assembly, bytes_moved, matmul, operations
 
 from tests.helpers.devices import DEVICE, DTYPES
 from tests.kernels.test_layout import weight
@@ -95,12 +95,12 @@ def test_a_sum_larger_than_float16_is_infinite_and_its_neighbours_are_not() -> N
 def test_a_rows_bits_depend_on_that_row_alone(split: int) -> None:
     """Over enough blocks that another order of summing would show, in an output that shows it."""
     dtype = torch.float32 if DEVICE == "cpu" else torch.float16
-    x, packed, _ = operands(40, 2304, 37, 4, 64, dtype)
+    x, packed, _ = operands(40, 2304, 16 * TILES_APART + 6, 4, 64, dtype)  # in programs of their own for a few, one after the other for all
     config = Config(16, 16, split)
     whole = matmul(x, packed, None, config)
     if DEVICE == "cpu":
         assert not whole.equal(matmul(x, packed, None, Config(16, 16, 5 - split))), "the order does not show"
-    for m in (1, 2, 16, 17):
+    for m in (1, 2, 16, 17, 16 * TILES_APART, 16 * TILES_APART + 1):
         assert matmul(x[:m], packed, None, config).equal(whole[:m])
     mixed = x.clone()
     mixed[::2] = torch.inf
@@ -158,3 +158,13 @@ def test_roofline() -> None:
     _, packed, _ = operands(256, 512, 1, 4, 128, torch.float16)
     assert bytes_moved(packed, 3) == 256 * 512 // 2 + 256 * 4 * (4 + 1) + 3 * (512 + 256) * 2
     assert operations(packed, 3) == 2 * 3 * 256 * 512
+
+
+def test_splits_are_the_weights_own() -> None:
+    """As many programs as are wanted for one tile of tokens, never more splits than blocks, and never less than one block a split."""
+    wanted = Config(64, 16, programs=256)
+    assert wanted.blocks_a_split(4096, 16) == 4  # 64 tiles of rows, 4 splits
+    assert wanted.blocks_a_split(6144, 16) == 6  # 96 tiles, 3 splits of at most 6 blocks
+    assert wanted.blocks_a_split(28672, 16) == 16  # 448 tiles are enough
+    assert wanted.blocks_a_split(16, 3) == 1  # one tile, three blocks
+    assert Config(64, 16, split=3).blocks_a_split(28672, 16) == 6
