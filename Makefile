@@ -8,7 +8,8 @@
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
 # make bench-gpu      the kernels' speed on the GPU at hand, then the engine's, with the interpreter that PYTHON names: nothing is installed
-# make bench-cpu      the same on this machine's processor
+# make tune-gpu       finds the fastest tiles for it, and prints them as an entry for kernels/quantflow_kernels/configs.py
+# make bench-cpu      the kernels' speed on this machine's processor
 # make clean  remove the environment, the demo's artifact and caches
 #
 # VENV=DIR puts the environment elsewhere; PYTHON=python3.12 makes it with another interpreter;
@@ -36,7 +37,7 @@ WORKERS ?= 2
 # A file's tests stay in one process, for what its fixtures make.
 PYTEST := --timeout=1200 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo plan artifacts assets notebooks test coverage lint kernel-report bench-gpu bench-cpu clean
+.PHONY: demo plan artifacts assets notebooks test coverage lint kernel-report bench-gpu tune-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -87,6 +88,9 @@ kernel-report: $(STAMP)
 bench-gpu:
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu.py --output benchmarks/results/kernels_gpu.json
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_engine.py --output benchmarks/results/engine_gpu.json
+
+tune-gpu:
+	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_tune.py --output benchmarks/results/tuned_gpu.json
 
 bench-cpu: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python benchmarks/cpu.py --output benchmarks/results/kernels_cpu.json
