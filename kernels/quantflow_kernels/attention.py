@@ -148,24 +148,23 @@ def merge_splits_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MODE: tl.constexpr,
     V_ZERO: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, g): the splits of query t and the heads of KV head g, one head after the other. query_last: each query's position."""
-    token, kv_head = tl.program_id(0), tl.program_id(1)
+    """Program (t, h): the splits of query t and head h, in their order. query_last: each query's position."""
+    token, head = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, BLOCK_D)
     known = channels < D
     splits = tl.load(query_last + token) // SPLIT + 1
-    for i in range(HEADS // KV_HEADS):
-        place = token.to(tl.int64) * HEADS + kv_head * (HEADS // KV_HEADS) + i + tl.zeros((1,), tl.int64)
-        m = tl.full((1,), NO_SCORE, tl.float32)
-        total = tl.zeros((1,), tl.float32)
-        acc = tl.zeros((1, BLOCK_D), tl.float32)
-        for split in range(0, splits):
-            part = tl.cast(split, tl.int64)
-            other = tl.load(part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :], mask=known[None, :], other=0.0)
-            other_m = tl.load(part_ml + 2 * part * queries * HEADS + place)
-            other_l = tl.load(part_ml + (2 * part + 1) * queries * HEADS + place)
-            m, total, acc = _merge(m, total, acc, other_m, other_l, other)
-        result = _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE, V_ZERO)
-        tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=known[None, :])
+    place = token.to(tl.int64) * HEADS + head + tl.zeros((1,), tl.int64)
+    m = tl.full((1,), NO_SCORE, tl.float32)
+    total = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    for split in tl.range(0, splits, num_stages=4):
+        part = tl.cast(split, tl.int64)
+        other = tl.load(part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :], mask=known[None, :], other=0.0)
+        other_m = tl.load(part_ml + 2 * part * queries * HEADS + place)
+        other_l = tl.load(part_ml + (2 * part + 1) * queries * HEADS + place)
+        m, total, acc = _merge(m, total, acc, other_m, other_l, other)
+    result = _finish(total, acc, v_scale, v_zero, head // (HEADS // KV_HEADS), channels, D, MODE, V_ZERO)
+    tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=known[None, :])
 
 
 def paged_attention(
@@ -174,12 +173,12 @@ def paged_attention(
     """Attention of `q` `[T, H, D]`, each query over its sequence's keys up to itself, at most `window` of them (0: all).
 
     Keys and values of the queries themselves are in the cache already; `batch` was made for these heads and this `config`. parts:
-    whether splits run in programs of their own, the default in a decode; the result's bits are the same.
+    whether splits run in programs of their own, the default in a decode over more than one; the result's bits are the same.
     """
     tokens, heads, d = q.shape
     kv_heads, page = cache.k.shape[1], cache.k.shape[2]
     block_q, shared = queries_a_tile(heads, kv_heads, config)
-    parts = batch.decode if parts is None else parts
+    parts = batch.decode and batch.splits > 1 if parts is None else parts
     if q.stride(2) != 1 or q.stride(1) != d or not (cache.k.is_contiguous() and cache.v.is_contiguous()):
         raise ValueError(f"q {list(q.shape)} with strides {q.stride()}, or a cache, whose last dimensions are not contiguous")
     out = torch.empty(tokens, heads, d, dtype=q.dtype, device=q.device)
@@ -198,7 +197,7 @@ def paged_attention(
         num_warps=config.warps, **constants,
     )  # fmt: skip
     if parts:
-        merge_splits_kernel[(tokens, kv_heads)](part_out, part_ml, out, v_scale, v_zero, batch.query_last, tokens, **constants)
+        merge_splits_kernel[(tokens, heads)](part_out, part_ml, out, v_scale, v_zero, batch.query_last, tokens, **constants, num_warps=1)
     return out
 
 

@@ -34,19 +34,20 @@ class MatmulConfig:
         registers with fewer of them at a time."""
         if lane_bits(bits) >= 4:
             return self
-        return replace(self, block_m=min(32, self.block_m), stages=max(2, self.stages // 2))
+        return replace(self, block_m=min(16, self.block_m), stages=max(2, self.stages // 2))
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
     """block_q: rows (queries × the heads that share a KV head) a program, at least 16. tile: keys at a time. split: keys that one
-    program of a decode takes, a multiple of `tile`."""
+    program of a decode takes, a multiple of `tile`. stages: looking up a tile's page takes up some: with 3 or 4 a tile is waited for, from
+    5 on the next one comes meanwhile."""
 
     block_q: int = 16
     tile: int = 64
-    split: int = 512
+    split: int = 128
     warps: int = 4
-    stages: int = 3
+    stages: int = 5
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Tuned:
 
 
 DEFAULT = Tuned(
-    exact=MatmulConfig(block_n=64, block_m=16, programs=256),
+    exact=MatmulConfig(block_n=64, block_m=16, stages=3, programs=256),
     fast=(
-        (16, MatmulConfig(block_n=64, block_m=16, programs=256)),
-        (32, MatmulConfig(block_n=64, block_m=32, programs=256)),
+        (16, MatmulConfig(block_n=64, block_m=16, stages=3, programs=256)),
+        (32, MatmulConfig(block_n=64, block_m=32, stages=3, programs=256)),
         (2**31, MatmulConfig(block_n=64, block_m=64, stages=3)),
     ),
     dense_from=256,

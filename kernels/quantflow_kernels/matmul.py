@@ -58,6 +58,20 @@ def _centred(words, zero, SHIFT: tl.constexpr, LANE: tl.constexpr, MAGIC: tl.con
         return codes.to(dtype) - zero.to(dtype)[:, None]
 
 
+@triton.jit
+def _grids(scales, zeros, block, rows, inside, N, K, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr,
+           PER_GROUP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):  # fmt: skip
+    """zero and scale `[BLOCK_N]` of each of a block's groups, in one tuple."""
+    found = ()
+    for start in tl.static_range(0, BLOCK_K, SLICE * PER_GROUP):
+        k = block * BLOCK_K + start
+        # Groups that pad the last block meet activations of zero, but are not there.
+        known = inside if WHOLE_BLOCKS or GROUP == 0 else inside & (k + tl.zeros_like(rows) < K)
+        group = rows if GROUP == 0 else (k // GROUP) * N + rows
+        found = found + (tl.load(zeros + group, mask=known, other=0), tl.load(scales + group, mask=known, other=0.0))
+    return found
+
+
 @triton.jit(do_not_specialize=["M", "blocks", "blocks_per_split"])
 def matmul_kernel(
     x, words, high, scales, zeros, bias, out, M, N, K, x_stride, blocks, blocks_per_split,
@@ -87,19 +101,23 @@ def matmul_kernel(
     for split in range(first_split, stop_split):
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         first = split * blocks_per_split
+        # A row's numbers are too small for the asynchronous copies that bring the words: they are loaded a block ahead by hand, or every
+        # block would wait for memory. They take registers: of narrow codes and large tiles there are too few.
+        AHEAD: tl.constexpr = LANE >= 4 and BLOCK_M <= 32
+        ahead = _grids(scales, zeros, first, rows, inside, N, K, BLOCK_K, GROUP, SLICE, PER_GROUP, WHOLE_BLOCKS)
         for block in tl.range(first, tl.minimum(first + blocks_per_split, blocks), num_stages=STAGES):
             packed = tl.load(row_words + block * block_words, mask=inside[:, None], other=0, eviction_policy="evict_first")
             if BITS == 3:
                 third = tl.load(row_high + block * (block_words // 2), mask=inside[:, None], other=0).to(tl.uint16, bitcast=True)
             part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            grids = ahead
+            following = tl.minimum(block + 1, blocks - 1) if AHEAD else block
+            ahead = _grids(scales, zeros, following, rows, inside, N, K, BLOCK_K, GROUP, SLICE, PER_GROUP, WHOLE_BLOCKS)
+            if not AHEAD:
+                grids = ahead
             for j in tl.static_range(SLICES):
                 k = block * BLOCK_K + j * SLICE
-                if j % PER_GROUP == 0:
-                    # Groups that pad the last block meet activations of zero, but are not there.
-                    known = inside if WHOLE_BLOCKS or GROUP == 0 else inside & (k + tl.zeros_like(rows) < K)
-                    group = rows if GROUP == 0 else (k // GROUP) * N + rows
-                    zero = tl.load(zeros + group, mask=known, other=0).to(tl.float32)
-                    scale = tl.load(scales + group, mask=known, other=0.0).to(tl.float32)
+                zero, scale = grids[2 * (j // PER_GROUP)].to(tl.float32), grids[2 * (j // PER_GROUP) + 1].to(tl.float32)
                 mask = present[None, :] if WHOLE_BLOCKS else present[None, :] & (k + lane < K)[:, None]
                 activations = tl.load(token_x + k, mask=mask, other=0.0, eviction_policy="evict_last")
                 codes = _centred(packed, zero, LANE * j, LANE, MAGIC, activations.dtype)
