@@ -56,19 +56,24 @@ def capture(calls: list[Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, int]:
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(stream):
         calls[0]()  # compiles, and lets libraries take their workspaces
-        start.record()
-        calls[-1]()
-        stop.record()
     torch.cuda.current_stream().wait_stream(stream)
+    once = _recorded(calls, 1)
+    once.replay()
+    start.record()
+    once.replay()
+    stop.record()
     stop.synchronize()
-    once = max(1.0, start.elapsed_time(stop) * 1e3) * len(calls)
-    repeats = max(1, min(50, round(GRAPH_US / once)))
+    repeats = max(1, min(50, round(GRAPH_US / max(1.0, start.elapsed_time(stop) * 1e3))))
+    return _recorded(calls, repeats) if repeats > 1 else once, repeats * len(calls)
+
+
+def _recorded(calls: list[Callable[[], Any]], repeats: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             for call in calls:
                 call()
-    return graph, repeats * len(calls)
+    return graph
 
 
 def timed(**ways: list[Callable[[], Any]]) -> dict[str, float]:

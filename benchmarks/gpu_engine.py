@@ -66,7 +66,7 @@ def main() -> None:
             embedding = Checkpoint(model).tensor("model.embed_tokens.weight").nbytes
             for batch in map(int, args.batch.split(",")):
                 try:
-                    row = measure(Case(name, "quantflow", str(model), kv, mode, args.device, batch, args.prompt, args.new), timeout_s=600)
+                    row = measure(Case(name, "quantflow", str(model), kv, mode, args.device, batch, args.prompt, args.new), timeout_s=150)
                 except QuantFlowError as error:
                     record["failed"].append({"name": name, "mode": mode, "batch": batch, "why": str(error)})
                     print(f"{name} {mode} batch {batch}: {error}", flush=True)

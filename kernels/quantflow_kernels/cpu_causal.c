@@ -6,6 +6,7 @@
  * Attention goes by blocks of QUERIES queries of a head over tiles of KEYS keys, with a running maximum and sum (Dao et al. 2022, Algorithm 1).
  * The floor is the processor's bfloat16 rate: keys and values are packed once so that both products are chains of vdpbf16ps.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* A block's scores, weights and sums (16, 8 and 8 KiB at D = 64) stay in the nearest cache; 8 rows by 2 vectors fill its registers. */
 enum { LANES = 16, QUERIES = 32, KEYS = 128, ROWS = 8, WIDEST = 256 };
 
 int has_causal(void) { return 1; }
@@ -46,7 +48,7 @@ void rotate(const uint16_t *x, uint16_t *out, int64_t windows, int64_t length, i
 
 /* 2 to the x, for x of at most 0: within 4e-6 of it. */
 INLINE __m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  /* the second is what a NaN gives: it stays one */
     __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
     __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00961813f), r, _mm512_set1_ps(0.05550411f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24022651f));
@@ -90,7 +92,7 @@ static void attend(const uint16_t *q, int64_t q_stride, const uint16_t *keys, co
     for (int r = 0; r < QUERIES; r++) {
         q_rows[r] = q + (r < count ? r : count - 1) * q_stride;  /* rows beyond the last are computed and not written */
         weight_rows[r] = weights + r * KEYS;
-        top[r] = -1e30f;
+        top[r] = -FLT_MAX;
         total[r] = 0;
     }
     memset(sums, 0, sizeof(float) * QUERIES * padded);
@@ -116,7 +118,6 @@ static void attend(const uint16_t *q, int64_t q_stride, const uint16_t *keys, co
                 high = _mm512_max_ps(high, s);
             }
             float best = _mm512_reduce_max_ps(high), now = best > top[r] ? best : top[r];
-            if (best != best) now = best;
             __m512 sum = _mm512_setzero_ps(), base = _mm512_set1_ps(now);
             for (int c = 0; c < used; c += LANES) {
                 __m512 s = _mm512_sub_ps(x[c / LANES], base);
@@ -145,7 +146,7 @@ static void attend(const uint16_t *q, int64_t q_stride, const uint16_t *keys, co
 }
 
 /* out [W, L, H, D] = causal attention of q over k and v, whose strides (window, token, head) are given in numbers; window 0: all keys.
- * Nothing else than 0 means that there was no memory. */
+ * Returns 1 where there was no memory. */
 int causal_attention(const uint16_t *q, const uint16_t *k, const uint16_t *v, uint16_t *out, int64_t windows, int64_t length, int64_t heads,
                      int64_t kv_heads, int64_t d, const int64_t *q_strides, const int64_t *k_strides, const int64_t *v_strides, float scale,
                      int64_t window) {

@@ -49,6 +49,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` `[W, H, L, D]` turned by its positions' angles, rounded once; laid out as `[W, L, H, D]`. cos, sin: float32 `[L, D/2]`."""
     windows, heads, length, d = x.shape
     cos, sin = cos.contiguous(), sin.contiguous()
+    if not supports(x):
+        raise ValueError(f"{x.dtype} {list(x.shape)}: expected bfloat16 heads of a multiple of 16 channels, side by side")
     if any(t.shape != (length, d // 2) or t.dtype != torch.float32 for t in (cos, sin)):
         raise ValueError(f"cos {cos.dtype} {list(cos.shape)}, sin {sin.dtype} {list(sin.shape)}: expected float32 [{length}, {d // 2}]")
     out = torch.empty(windows, length, heads, d, dtype=x.dtype)
@@ -66,6 +68,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Ten
     """
     windows, heads, length, d = q.shape
     kv_heads = k.shape[1]
+    if window < 0:
+        raise ValueError(f"a window of {window} keys: expected at least 1, or 0 for all")
     if k.shape != v.shape or k.shape != (windows, kv_heads, length, d) or heads % kv_heads or not all(map(supports, (q, k, v))):
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: expected bfloat16 [W, H, L, D], [W, G, L, D] twice")
     out = torch.empty(windows, length, heads, d, dtype=q.dtype)

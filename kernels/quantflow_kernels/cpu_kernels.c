@@ -1,6 +1,6 @@
 /* The kernels of a CPU that torch has no single operation for: paged attention, rotary embedding with the KV store, RMSNorm, SiLU·up.
  *
- * Plain C with the vector extensions of gcc and clang, compiled for the machine at hand by cpu_library.py; OpenMP's runtime is torch's.
+ * Plain C with the vector extensions of gcc, compiled for the machine at hand by cpu_library.py; OpenMP's runtime is torch's.
  * Every row (token, or query and head) is computed by the same sequence of operations whatever else is in the batch: its bits depend on
  * nothing but its own inputs. Shapes as in attention.py: T tokens, H heads, G KV heads, D head_dim, B tokens a cache block.
  */

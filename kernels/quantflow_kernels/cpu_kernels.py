@@ -1,6 +1,6 @@
 """The kernels of `cpu_kernels.c`, compiled for this machine when they are first needed: attention, KV store, RMSNorm, SiLU·up on a CPU.
 
-They need a C compiler (`CC`, cc, gcc or clang), once: the library is kept in the user's cache folder, under a name that changes with
+They need a C compiler (see `cpu_library`), once: the library is kept in the user's cache folder, under a name that changes with
 the source, the compiler and the processor. Without one, `library` says why, and plain torch operations do the work, some ten times as
 slowly. Whether a batch has one row or many, a row's bits are the same.
 """
@@ -91,8 +91,12 @@ def kv_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """The norm of `x` `[T, K]`, or of `x + residual`, which then replaces `residual`, in place. weight: float32 `[K]`."""
     tokens, k = x.shape
-    if x.stride(1) != 1 or weight.dtype != torch.float32 or (residual is not None and not residual.is_contiguous()):
-        raise ValueError(f"x with strides {x.stride()}, weight {weight.dtype}: expected contiguous rows and float32")
+    if x.stride(1) != 1 or weight.dtype != torch.float32 or weight.shape != (k,) or not weight.is_contiguous():
+        raise ValueError(
+            f"x with strides {x.stride()}, weight {weight.dtype} {list(weight.shape)}: expected contiguous rows, float32 [{k}]"
+        )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous()):
+        raise ValueError(f"residual {residual.dtype} {list(residual.shape)}: expected {x.dtype} {list(x.shape)}, contiguous")
     out = torch.empty(tokens, k, dtype=x.dtype)
     loaded().rms_norm(x.data_ptr(), at(residual), weight.data_ptr(), out.data_ptr(), KINDS[x.dtype], tokens, k, x.stride(0), eps)
     return out

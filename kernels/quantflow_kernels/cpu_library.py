@@ -1,7 +1,7 @@
 """C sources compiled for this machine when they are first needed, once.
 
-They need a C compiler (`CC`, cc, gcc or clang): the library is kept in the user's cache folder, under a name that changes with the
-source, the compiler and the processor.
+They need gcc, as `CC`, cc or gcc, since torch brings gcc's OpenMP runtime and no other. A library is kept in the user's cache folder,
+under a name that changes with the source, the compiler with its options, and an x86 processor's features.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ from typing import Any
 from torch import Tensor
 
 # Without -fopenmp at the link: OpenMP's runtime is the one that torch has loaded, or two pools of threads would wait for each other.
+COMPILERS = ("cc", "gcc")
 COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-c")
 
 
 def load(source: Path, arguments: Mapping[str, Sequence[Any]]) -> tuple[ctypes.CDLL | None, str]:
     """The functions of a C source, with their arguments' types, and ""; or None and the reason. It may compile, for about three seconds."""
     try:
-        found = ctypes.CDLL(str(built(source)))
+        path = built(source)
+        try:
+            found = ctypes.CDLL(str(path))
+        except OSError:  # what a full disk or a power cut left behind
+            path.unlink(missing_ok=True)
+            found = ctypes.CDLL(str(built(source)))
         for name, types in arguments.items():
             getattr(found, name).argtypes = types
     except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
@@ -49,17 +55,20 @@ def needed(library: tuple[ctypes.CDLL | None, str]) -> ctypes.CDLL:
     return found
 
 
+def compiler_command() -> list[str]:
+    """The compiler that is there, with the options that `CC` gives it; [] where there is none."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    return next(([path, *asked[1:]] for path in map(shutil.which, asked[:1] or COMPILERS) if path), [])
+
+
 def built(source: Path) -> Path:
     """The library of a C source, compiled where it is not there yet. Raises OSError and SubprocessError."""
-    asked = shlex.split(os.environ.get("CC", ""))
-    found = [[path, *asked[1:]] for path in map(shutil.which, asked[:1] or ["cc", "gcc", "clang"]) if path]
-    if not found:
-        raise OSError(f"no C compiler ({' '.join(asked) or 'cc, gcc, clang'})")
-    compiler = found[0]
+    if not (compiler := compiler_command()):
+        raise OSError(f"no C compiler ({os.environ.get('CC') or ', '.join(COMPILERS)})")
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.is_file() else ""
-    parts = (source.read_text(), " ".join(COMPILE), version, platform.machine(), flags)
+    parts = (source.read_text(), " ".join(COMPILE), shlex.join(compiler), version, platform.machine(), flags)
     name = f"{source.stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantflow"  # RuntimeError: no home

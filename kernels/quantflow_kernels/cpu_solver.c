@@ -55,14 +55,14 @@ INLINE void refine_strip(const int wide, const float *values, const float *slope
                          const float *hessian, int64_t k, const float *scale, const float *lowest, const float *highest,
                          const float *curvature, int start, int stop) {
     for (int i = start; i < stop; i++) {
-        float x[STRIP], pivot = 1.0f / curvature[i];
+        float x[STRIP], own = curvature[i];
         for (int c = 0; c < wide; c++) x[c] = slope[i * n + c];
         for (int p = start; p < i; p++) {
             float h = hessian[p * k + i];
             for (int c = 0; c < wide; c++) x[c] -= h * changes[p * n + c];
         }
         for (int c = 0; c < wide; c++) {
-            float value = values[i * n + c], code = nearest((value + x[c] * pivot) / scale[c], lowest[c], highest[c]);
+            float value = values[i * n + c], code = nearest((value + x[c] / own) / scale[c], lowest[c], highest[c]);
             codes[i * n + c] = code;
             changes[i * n + c] = code * scale[c] - value;
         }
@@ -88,8 +88,8 @@ typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 
 enum { LANES = 16, ROWS = 6, VECTORS = 4, MOST = 512 };
 
-/* losses [count] = e H eᵀ for the rows e of errors [count, padded]; h: [size, stride], symmetric. */
-INLINE void losses_of(const int count, const float *errors, int64_t size, int64_t padded, const float *h, int64_t stride, float *losses) {
+/* losses [count] = e H eᵀ for the rows e of errors [count, padded]; h: [size, padded], symmetric. */
+INLINE void losses_of(const int count, const float *errors, int64_t size, int64_t padded, const float *h, float *losses) {
     vec total[ROWS];
     for (int r = 0; r < count; r++) total[r] = (vec){0};
     for (int64_t c = 0; c < padded; c += VECTORS * LANES) {
@@ -101,7 +101,7 @@ INLINE void losses_of(const int count, const float *errors, int64_t size, int64_
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) acc[r][v] = (vec){0};
             for (int64_t i = 0; i < size; i++) {
-                const float *row = h + i * stride + c;
+                const float *row = h + i * padded + c;
 #pragma GCC unroll 6
                 for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
@@ -115,7 +115,7 @@ INLINE void losses_of(const int count, const float *errors, int64_t size, int64_
             for (int v = 0; v < vectors; v++)
                 for (int r = 0; r < count; r++) {
                     vec acc = (vec){0};
-                    for (int64_t i = 0; i < size; i++) acc += errors[r * padded + i] * *(const vec *)(h + i * stride + c + v * LANES);
+                    for (int64_t i = 0; i < size; i++) acc += errors[r * padded + i] * *(const vec *)(h + i * padded + c + v * LANES);
                     total[r] += acc * *(const vec *)(errors + r * padded + c + v * LANES);
                 }
         }
@@ -128,20 +128,15 @@ INLINE void losses_of(const int count, const float *errors, int64_t size, int64_
 }
 
 /* losses [G, N] of rounding a weight [N, G, size] to the grids scales, zeros [N, G] of codes 0 to `levels`: e H eᵀ of every group's error
- * and its block of the Hessian, [G, size, size]. size: at most MOST. */
+ * and its block of the Hessian, [G, size, padded], padded with zeros to whole vectors. size: at most MOST. */
 void block_losses(const float *weight, const float *scales, const float *zeros, const float *hessian, float *losses, int64_t n,
-                  int64_t groups, int64_t size, float levels) {
-    int64_t padded = (size + LANES - 1) / LANES * LANES, chunk = 16 * ROWS;
+                  int64_t groups, int64_t size, int64_t padded, float levels) {
+    int64_t chunk = 16 * ROWS;
 #pragma omp parallel for schedule(dynamic) collapse(2)
     for (int64_t g = 0; g < groups; g++)
         for (int64_t first = 0; first < n; first += chunk) {
-            float errors[ROWS * MOST], copy[padded == size ? 1 : size * padded];
-            const float *h = hessian + g * size * size;
-            if (padded != size) {  /* whole vectors a row */
-                memset(copy, 0, sizeof copy);
-                for (int64_t i = 0; i < size; i++) memcpy(copy + i * padded, h + i * size, size * sizeof(float));
-                h = copy;
-            }
+            float errors[ROWS * MOST];
+            const float *h = hessian + g * size * padded;
             memset(errors, 0, sizeof(float) * ROWS * padded);
             int64_t stop = first + chunk < n ? first + chunk : n;
             for (int64_t row = first; row < stop; row += ROWS) {
@@ -153,8 +148,8 @@ void block_losses(const float *weight, const float *scales, const float *zeros, 
                     for (int64_t i = 0; i < size; i++)
                         errors[r * padded + i] = nearest(from[i] / scale, -zero, levels - zero) * scale - from[i];
                 }
-                if (count == ROWS) losses_of(ROWS, errors, size, padded, h, padded, losses + g * n + row);
-                else for (int r = 0; r < count; r++) losses_of(1, errors + r * padded, size, padded, h, padded, losses + g * n + row + r);
+                if (count == ROWS) losses_of(ROWS, errors, size, padded, h, losses + g * n + row);
+                else for (int r = 0; r < count; r++) losses_of(1, errors + r * padded, size, padded, h, losses + g * n + row + r);
             }
         }
 }

@@ -75,14 +75,15 @@ def way(weight: QuantWeight) -> str:
     return "plain torch"
 
 
-TILE = 16  # rows of a dense product in exact mode
+TILES = {"cpu": 16, "cuda": 64}  # rows of a dense product in exact mode: on a GPU, few of them cost as much as many
 FEW = 16  # rows up to which the compiled dense product is the faster one on a CPU
 
 
 def in_fixed_tiles(x: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, always on `TILE` rows: libraries choose another way of summing for another number of them."""
+    """`F.linear`, always on as many rows: libraries choose another way of summing for another number of them."""
     flat = x.reshape(-1, x.shape[-1])
-    tiles = F.pad(flat, (0, 0, 0, -len(flat) % TILE)).split(TILE)
+    rows = TILES.get(x.device.type, TILES["cpu"])
+    tiles = F.pad(flat, (0, 0, 0, -len(flat) % rows)).split(rows)
     parts = [F.linear(tile, dense, bias) for tile in tiles if len(tile)]
     out = torch.cat(parts)[: len(flat)] if parts else F.linear(flat, dense, bias)
     return out.view(*x.shape[:-1], len(dense))

@@ -68,7 +68,8 @@ def _grids(scales, zeros, block, rows, inside, N, K, BLOCK_K: tl.constexpr, GROU
         # Groups that pad the last block meet activations of zero, but are not there.
         known = inside if WHOLE_BLOCKS or GROUP == 0 else inside & (k + tl.zeros_like(rows) < K)
         group = rows if GROUP == 0 else (k // GROUP) * N + rows
-        found = found + (tl.load(zeros + group, mask=known, other=0), tl.load(scales + group, mask=known, other=0.0))
+        zero, scale = tl.load(zeros + group, mask=known, other=0), tl.load(scales + group, mask=known, other=0.0)
+        found = found + (zero, scale)  # noqa: RUF005 - Triton's language unpacks nothing
     return found
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from quantflow.engine.block_manager import BlockManager
 from quantflow.engine.grammar import Grammars, Matcher
-from quantflow.engine.graphs import CudaRecorder, supported
+from quantflow.engine.graphs import CudaRecorder, obstacle
 from quantflow.engine.kv_cache import KVFormat, KVPrecision, block_bytes, cache_bytes, kv_format, make_caches
 from quantflow.engine.load import Loaded, load_model, rank_config
 from quantflow.engine.model import Model
-from quantflow.engine.model_runner import ModelRunner
+from quantflow.engine.model_runner import ModelRunner, States
 from quantflow.engine.ops import Ops
 from quantflow.engine.request import Finish, Logprob, Request, SamplingParams, Sequence, Token
 from quantflow.engine.sampler import NotANumber, logprob_of, sample
@@ -198,8 +198,8 @@ class Engine:
         step_tokens = config.step_tokens or default_step_tokens(device.type, config.max_batch_size, config.block_size)
         self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_session)
         self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size, progress)
-        self.eager = _why_eager(config, self.loaded.model)
-        if not self.eager:
+        self.why_eager = _why_eager(config, self.loaded.model)
+        if not self.why_eager:
             self.runner.record_decodes(config.max_batch_size, self.context, CudaRecorder())
         ends = self.text.end_tokens if self.text else frozenset()
         self.end_tokens = frozenset(t for t in ends if t < self.model_config.vocabulary)  # the model can make no others
@@ -237,7 +237,7 @@ class Engine:
             "device": str(self.ops.device),
             "dtype": str(self.ops.dtype).removeprefix("torch."),
             "kernels": self.ops.way,
-            **({"decodes": f"eager: {self.eager}" if self.eager else "CUDA graphs"} if self.ops.cuda else {}),
+            **({"decodes": f"eager: {self.why_eager}" if self.why_eager else "CUDA graphs"} if self.ops.cuda else {}),
             "linears": ways,
             "weights": f"{self.loaded.weight_bytes / 2**20:.0f} MiB",
             "KV cache": f"{self.kv}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens",
@@ -249,6 +249,8 @@ class Engine:
         each = block_bytes(self.model_config, self.kv, self.ops.dtype, size)
         one = -(-self.context // size)
         share = config.cache_max_entry_count or SHARE[self.ops.device.type]
+        if self.ops.cuda:
+            torch.cuda.empty_cache()  # what loading took is free again
         limit = config.cache_bytes or int(free_bytes(self.ops.device) * share)
         count = min(limit // each, one * config.max_batch_size)
         if self.ranks:  # free memory differs between them, and all must decide the same
@@ -446,10 +448,10 @@ class Engine:
             return []
         try:
             states = self.runner.run(step)
-            ending = [(work, h[-1:]) for work, h in zip(step.work, states, strict=True) if work.ends and work.sequence.request.most_tokens]
-            logits = self.runner.logits(torch.cat([h for _, h in ending])) if ending else None
+            ending = [i for i, work in enumerate(step.work) if work.ends and work.sequence.request.most_tokens]
+            logits = self.runner.logits(states.last(ending)) if ending else None
             self._score_prompts(step.work, states)
-            drawn = self._draw([work.sequence for work, _ in ending], logits) if logits is not None else []
+            drawn = self._draw([step.work[i].sequence for i in ending], logits) if logits is not None else []
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error) or self.ranks:  # other ranks wait for what this one did not compute
                 raise
@@ -552,13 +554,14 @@ class Engine:
         session.tokens, session.blocks, session.turn = list(sequence.tokens), blocks, None
         self.sessions[number] = session
 
-    def _score_prompts(self, step: list[Work], states: list[Tensor]) -> None:
+    def _score_prompts(self, step: list[Work], states: States) -> None:
         """Notes the log-probabilities of the prompts' tokens that follow those of `step`, whose `states` are."""
         wanted: list[tuple[Sequence, int, Tensor]] = []  # whose token, its place in the prompt, what the head reads for it
-        for work, h in zip(step, states, strict=True):
+        for i, work in enumerate(step):
             sequence, params = work.sequence, work.sequence.request.params
             if params.prompt_logprobs is None or sequence.index:
                 continue
+            h = states.of(i)
             first = work.start + work.count - len(h) + 1  # the token that the first row predicts
             places = range(max(first, params.prompt_logprobs_from), min(first + len(h), sequence.prompt_length))
             wanted += [(sequence, place, h[place - first]) for place in places]
@@ -593,7 +596,7 @@ class Engine:
         try:
             while sequence.pending:
                 work = Work(sequence, min(sequence.pending, self.scheduler.limits.tokens))
-                found += self.runner.run(Step([work]))
+                found.append(self.runner.run(Step([work])).of(0))
                 sequence.computed += work.count
         finally:
             self.blocks.release(sequence.blocks)
@@ -629,7 +632,7 @@ def _why_eager(config: EngineConfig, model: Model) -> str:
     """Why decodes are not recorded as CUDA graphs; "" where they are."""
     if not model.ops.cuda:
         return "no GPU"
-    return supported(model) if config.graphs else "asked for"
+    return obstacle(model) if config.graphs else "asked for"
 
 
 def _dtype(asked: DType, config: DecoderConfig, device: torch.device) -> torch.dtype:

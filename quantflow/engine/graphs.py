@@ -10,6 +10,7 @@ Shapes: `R` rows, one token of a sequence each; `D` head_dim.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Records what a function launches: the tensor that it returns, and what computes it anew, in place."""
 
 NOWHERE = -1  # the slot of a row too many
+MOST_POSITIONS = 2**16  # whose rotary angles are held: 33 MB at D = 128
 
 
 class CudaRecorder:
@@ -34,7 +36,8 @@ class CudaRecorder:
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads do with the GPU meanwhile is theirs.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             found = run()
         self._pool = graph.pool()
         return found, graph.replay
@@ -45,7 +48,7 @@ def sizes(most: int) -> list[int]:
     return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
 
 
-def supported(model: Model) -> str:
+def obstacle(model: Model) -> str:
     """Why a model's decodes cannot be recorded; "" where they can."""
     if any(isinstance(layer.mlp, Mixture) for layer in model.layers):
         return "a mixture of experts asks the GPU which experts its tokens go to"
@@ -63,16 +66,20 @@ class DecodeGraphs:
         self.model, self.caches, self.rotary, self.block_size = model, caches, rotary, block_size
         self._record, self._sizes = record, sizes(rows)
         device, config = model.ops.device, model.config
-        # tokens, positions, slots; and contexts, the last of each: the key that a row's query sees.
-        self._rows = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        # Token, position, slot, and context: the number of keys that a row's query sees.
+        self._rows = torch.zeros(rows, 4, dtype=torch.int64, device=device)
         self._table = torch.zeros(rows, -(-context // block_size), dtype=torch.int32, device=device)
-        rotates = config.family != "opt"
-        self._angles = torch.zeros(2, rows, config.head_dim // 2, device=device) if rotates else None
+        self._blocks: list[list[int]] = []  # what the table holds
+        # cos and sin: of all positions, where they are the same for every sequence and no more than a few megabytes; else each row's.
+        self._shared = rotary.shared(context) if context <= MOST_POSITIONS else None
+        own = config.family != "opt" and self._shared is None
+        self._angles = torch.zeros(2, rows, config.head_dim // 2, device=device) if own else None
         self._recorded: dict[tuple[int, int], tuple[Tensor, Callable[[], None]]] = {}
+        self.failure = ""  # why a recording failed: then all decodes are eager again
 
     def takes(self, step: list[Work]) -> bool:
         """Whether a step is a decode that fits."""
-        return len(step) <= self._sizes[-1] and all(work.count == 1 for work in step)
+        return not self.failure and len(step) <= self._sizes[-1] and all(work.count == 1 for work in step)
 
     def run(self, step: list[Work]) -> Tensor:
         """What the head reads, `[R, H]`, for a step that is taken."""
@@ -83,7 +90,11 @@ class DecodeGraphs:
         if size not in self._recorded:
             # The first step of a size runs as it is, so that its kernels are compiled; a recording launches nothing.
             found = self._forward(*size)
-            self._recorded[size] = self._record(lambda: self._forward(*size))
+            try:
+                self._recorded[size] = self._record(lambda: self._forward(*size))
+            except RuntimeError as error:  # the step is done, and the next one can do without
+                self.failure = str(error).partition("\n")[0]
+                logging.getLogger(__name__).warning("decodes could not be recorded as CUDA graphs (%s); they run eagerly", self.failure)
             return found[: len(step)]
         found, replay = self._recorded[size]
         replay()
@@ -95,19 +106,24 @@ class DecodeGraphs:
         spare = rows - len(step)
         slots = [own[p // self.block_size] * self.block_size + p % self.block_size for own, p in zip(blocks, starts, strict=True)]
         tokens = [work.sequence.tokens[work.start] for work in step]
-        filled = [tokens + [0] * spare, starts + [0] * spare, slots + [NOWHERE] * spare, [p + 1 for p in starts] + [1] * spare]
-        self._rows[:, :rows].copy_(_on_host(filled, torch.int64, self._rows.device), non_blocking=True)
-        most = max(map(len, blocks))
-        table = _on_host([own + [0] * (most - len(own)) for own in blocks], torch.int32, self._table.device)
-        self._table[: len(step), :most].copy_(table, non_blocking=True)
+        filled = [[t, p, slot, p + 1] for t, p, slot in zip(tokens, starts, slots, strict=True)] + [[0, 0, NOWHERE, 1]] * spare
+        self._rows[:rows].copy_(_on_host(filled, torch.int64, self._rows.device), non_blocking=True)
+        if blocks != self._blocks:  # a sequence takes a block once in `block_size` steps
+            self._blocks, most = [list(own) for own in blocks], max(map(len, blocks))
+            table = _on_host([own + [0] * (most - len(own)) for own in blocks], torch.int32, self._table.device)
+            self._table[: len(step), :most].copy_(table, non_blocking=True)
         if self._angles is not None:
             found = self.rotary.rows([(work.sequence.request.rope_length, work.start, 1) for work in step])
             for angles, part in zip(self._angles, found, strict=True):
                 angles[: len(step)].copy_(part)
 
     def _forward(self, rows: int, splits: int) -> Tensor:
-        tokens, positions, slots, contexts = self._rows[:, :rows].unbind()
-        cos, sin = (None, None) if self._angles is None else self._angles[:, :rows].unbind()
+        tokens, positions, slots, contexts = self._rows[:rows].T.contiguous().unbind()
+        cos = sin = None
+        if self._shared is not None:
+            cos, sin = (table[positions] for table in self._shared)
+        elif self._angles is not None:
+            cos, sin = self._angles[:, :rows].unbind()
         batch = self.model.ops.decode_batch(self._table[:rows], contexts.int(), splits)
         return self.model.forward(Inputs(tokens, positions, cos, sin, slots, batch), self.caches)
 

@@ -157,6 +157,13 @@ class Rotary:
         angles = torch.outer(torch.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=torch.float32), frequencies)
         return (angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device)
 
+    def shared(self, positions: int) -> tuple[Tensor, Tensor] | None:
+        """cos and sin `[positions, D / 2]`, where they are every sequence's: the same bits as `rows` gives. None where they are not."""
+        if self.config.family == "opt" or self.config.rope.kind in STRETCHED:
+            return None
+        chunks = [self._make(self.config.max_positions, chunk) for chunk in range(-(-positions // CHUNK))]
+        return torch.cat([cos for cos, _ in chunks]), torch.cat([sin for _, sin in chunks])
+
     def stretch(self, length: int) -> int:
         """A sequence's rope_length, if it will have `length` tokens: 0 where nothing depends on that."""
         return length if self.config.rope.kind in STRETCHED and length > self.config.max_positions else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,36 +17,54 @@ from quantflow.engine.scheduler import Step, Work
 LOGIT_ELEMENTS = 2**25  # logits of prompts that are computed at once
 
 
+@dataclass(frozen=True)
+class States:
+    """What the head reads after a step. rows: `[T, H]`, of all its tokens. wanted: of each piece of work, the rows from and to: its last
+    token's, and those before it from which the prompt's log-probabilities are wanted."""
+
+    rows: Tensor
+    wanted: tuple[tuple[int, int], ...]
+
+    def of(self, work: int) -> Tensor:
+        """The wanted rows of a piece of work."""
+        first, stop = self.wanted[work]
+        return self.rows[first:stop]
+
+    def last(self, works: list[int]) -> Tensor:
+        """The last row of each of these pieces."""
+        at = [self.wanted[work][1] - 1 for work in works]
+        return self.rows if at == list(range(len(self.rows))) else self.rows[torch.tensor(at, device=self.rows.device)]
+
+
 class ModelRunner:
-    """block_size: tokens a cache block. progress: called after each layer of a step, and the head. graphs: None runs every step eagerly."""
+    """block_size: tokens a cache block. progress: called after each layer of a step that runs eagerly, and after the head."""
 
     def __init__(self, model: Model, caches: list[KVCache], block_size: int, progress: Callable[[], None] = lambda: None) -> None:
         self.model, self.caches, self.block_size, self._progress = model, caches, block_size, progress
         self.rotary = Rotary(model.config, model.ops.device)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None  # every step runs eagerly
 
     def record_decodes(self, rows: int, context: int, record: Recorder) -> None:
         """From now on, decodes of at most `rows` sequences with at most `context` tokens are recorded and replayed."""
         self.graphs = DecodeGraphs(self.model, self.caches, self.rotary, self.block_size, rows, context, record)
 
     @torch.inference_mode()
-    def run(self, step: Step) -> list[Tensor]:
-        """What the head reads, `[n, H]` for each piece of work: of its last token, and of those before it from which the prompt's
-        log-probabilities are wanted."""
+    def run(self, step: Step) -> States:
+        """A step's tokens through the model."""
         for source, target in step.copies:
             copy_block(self.caches, source, target)
         if self.graphs and self.graphs.takes(step.work):
             h = self.graphs.run(step.work)
         else:
             h = self.model.forward(self.inputs(step.work), self.caches, self._progress)
-        found, at = [], 0
+        wanted, at = [], 0
         for work in step.work:
             params, first = work.sequence.request.params, work.count - 1
             if params.prompt_logprobs is not None:
                 first = min(first, max(0, params.prompt_logprobs_from - 1 - work.start))
-            found.append(h[at + first : at + work.count])
+            wanted.append((at + first, at + work.count))
             at += work.count
-        return found
+        return States(h, tuple(wanted))
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ class Scheduler:
         """The next step; without work where nothing waits and nothing runs."""
         step, budget = Step(), self.limits.tokens
         # Decodes first: a long prompt before them in order must not take the whole budget.
-        prefills = [s for s in self.running if s.pending > 1]
+        prefills, preempted = [s for s in self.running if s.pending > 1], self.preemptions
         for sequence in [s for s in self.running if s.pending == 1] + prefills:
-            if sequence not in self.running:  # preempted for one before it
+            if self.preemptions > preempted and sequence not in self.running:  # preempted for one before it
                 continue
             count = min(sequence.pending, budget)
             if count and self._make_room(sequence, count, step):

@@ -59,7 +59,10 @@ class Row:
 def measure(case: Case, timeout_s: float | None = None) -> Row:
     """Runs a case in a fresh process. Raises QuantFlowError with what it said where it failed."""
     command = [sys.executable, "-m", "quantflow.evaluate.throughput", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise QuantFlowError(Problem(case.name, f"not done after {error.timeout:g} s")) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise QuantFlowError(Problem(case.name, lines[-1] if lines else f"exit code {done.returncode}"))
@@ -124,9 +127,10 @@ def _run_engine(case: Case) -> dict[str, Any]:
     if length > engine.context:
         raise QuantFlowError(Problem(case.name, f"{length} tokens", f"at most the context of {engine.context}"))
     prompts = _prompts(case, engine.model_config.vocabulary)
-    # Kernels are compiled, pages touched; on a GPU, decodes of this size recorded.
+    # Kernels are compiled, pages touched; on a GPU, decodes of all sizes recorded: so the first text goes on until the last prompt is read.
+    steps_of_prompts = -(-case.batch * case.prompt // engine.scheduler.limits.tokens)
     for warm in prompts if engine.ops.cuda else prompts[:1]:
-        engine.submit(warm, SamplingParams(max_tokens=min(4 if engine.ops.cuda else 2, case.new), ignore_eos=True))
+        engine.submit(warm, SamplingParams(max_tokens=min(4 + steps_of_prompts if engine.ops.cuda else 2, case.new), ignore_eos=True))
     list(engine.tokens())
     for prompt in prompts:
         engine.submit(prompt, SamplingParams(max_tokens=case.new, ignore_eos=True))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from quantflow_kernels import cpu_kernels
+from quantflow_kernels import cpu_kernels, cpu_library
 from torch import Tensor
 
 from quantflow.models.architecture import Architecture
@@ -72,6 +72,11 @@ def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | N
         power = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(k)
         target.copy_((part * power.add_(config.norm_eps).rsqrt_()).mul_(scale))
     return out
+
+
+def computed_by(device: str) -> str:
+    """By what calibration and quantisation go on a device: their results' last bits depend on it."""
+    return "compiled" if device == "cpu" and cpu_library.compiler_command() else "torch"
 
 
 def _compiled(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ from quantflow.evaluate.divergence import BATCH_TOKENS as EVALUATED_TOGETHER
 from quantflow.evaluate.divergence import LOGIT_ELEMENTS, SAMPLED
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.quant.gptq import ELEMENTS_AT_ONCE
+from quantflow.quant.product import MOST_ELEMENTS
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
 from quantflow.stages.pack import written_bytes
 
@@ -69,7 +70,8 @@ def estimate(plan: Plan) -> Estimate:
         in_layers = 3 * layer // item * 4 + max(EVALUATED_TOGETHER, evaluate.length) * (3 * config.intermediate + 6 * config.hidden) * 4
         in_head = 2 * config.vocabulary * config.hidden * 4 + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
         sampled = config.layers * SAMPLED * config.hidden * 4
-        memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + sampled + max(in_layers, in_head))
+        laid_out = 4 * max((n for n in (widest, config.vocabulary * config.hidden) if n <= MOST_ELEMENTS), default=0)
+        memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + sampled + laid_out + max(in_layers, in_head))
     packed = sum(p.scheme.stored_bytes(p.shape) for p in plan.linears if p.scheme)
     if plan.rounds:
         packed += sum(p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None)
@@ -80,7 +82,9 @@ def estimate(plan: Plan) -> Estimate:
     flops = 2 * parameters * (1.5 * tokens + measured)
     if gptq:
         flops += sum(
-            tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2) + 6 * p.shape[0] * p.shape[1] ** 2 for p in plan.linears
+            tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2)
+            + (2 + 3 * gptq.refine) * p.shape[0] * p.shape[1] ** 2  # the recursion, and a product and a half a pass
+            for p in plan.linears
         )
     rate = 2.5e11 if plan.device == "cpu" else 2e14
     seconds = flops / rate + checkpoint.weight_bytes / 4e8

@@ -26,6 +26,7 @@ from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
+from quantflow.models.decoder import computed_by
 from quantflow.models.directory import INDEX
 from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer
@@ -157,7 +158,7 @@ class Plan:
     def calibrate_key(self, weights: str, tokens: str) -> str:
         return digest(
             ["calibrate", weights, tokens, self.checkpoint.raw_config, self.compute_dtype, self.device,
-             source_digest("models", "stages/calibrate.py", "calibration")]
+             computed_by(self.device), source_digest("models", "stages/calibrate.py", "calibration", "kernels")]
         )  # fmt: skip
 
     def sweep_key(self, weights: str, tokens: str) -> str:
@@ -181,9 +182,11 @@ class Plan:
                 self.min_zero,
                 kv,
                 self.stream_windows,
+                computed_by(self.device),
                 source_digest(
                     "models",
                     "quant",
+                    "kernels",
                     "calibration",
                     "stages/awq.py",
                     "stages/quantize.py",

@@ -168,11 +168,12 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
     settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json") if plan.packs else None
     evaluate = digest(
         ["evaluate", sweep_key, calibrate if kv else "", held_out.digest if held_out else "", settings, first, plan.device,
-         plan.measures_engine, source_digest("evaluate", "engine", "models", "formats", "quant", "stages", "pipeline/measure.py")]
+         plan.measures_engine,
+         source_digest("evaluate", "engine", "models", "formats", "quant", "stages", "kernels", "pipeline/measure.py")]
     )  # fmt: skip
     artifact = digest(
         ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, evaluate if held_out else "", portable(plan),
-         source_digest("stages", "formats", "pipeline", "artifacts", "models", "quant")]
+         source_digest("stages", "formats", "pipeline", "artifacts", "models", "quant", "kernels")]
     )  # fmt: skip
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 

@@ -186,7 +186,14 @@ class Job:
         those."""
         s, rules = self.settings, self.rules
         code = source_digest(
-            "models", "quant/grid.py", "quant/rtn.py", "formats/reader.py", "evaluate/sensitivity.py", "evaluate/divergence.py"
+            "models",
+            "quant/grid.py",
+            "quant/rtn.py",
+            "quant/product.py",
+            "formats/reader.py",
+            "evaluate/sensitivity.py",
+            "evaluate/divergence.py",
+            "kernels",
         )
         grid = [s.group_size, s.symmetric, [str(dtype) for dtype in rules.scale_dtypes], rules.min_zero]
         return digest(["sensitivity", weights, self.windows.digest, self.checkpoint.raw_config, *grid, self.device, code])

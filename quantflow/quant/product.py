@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEWEST_ROWS = 64  # fewer do not pay for laying out the weight anew
-MOST_ELEMENTS = 2**26  # of a weight, whose new layout is a second one in memory
+FEWEST_ROWS = 192  # fewer do not pay for laying out a large weight anew
+MOST_ELEMENTS = 2**26  # of a weight, whose new layout is a second copy in memory
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x Wᵀ + bias` `[..., N]`, for x `[..., K]` and a weight `[N, K]`: `torch.nn.functional.linear`."""
     n, k = weight.shape
-    rows = x.numel() // k
-    if not _by_convolution(x, rows) or weight.numel() > MOST_ELEMENTS or not weight.is_contiguous():
+    rows = x.shape[:-1].numel()
+    fits = x.shape[-1] == k and 0 < weight.numel() <= MOST_ELEMENTS and weight.is_contiguous()
+    if not fits or not _by_convolution(x, rows):
         return F.linear(x, weight, bias)
     # Channels last, x is an image of one column whose pixels are its rows.
     image = x.reshape(rows, k).contiguous().as_strided((1, k, rows, 1), (rows * k, 1, k, k))

@@ -119,9 +119,10 @@ def group_loss(error: Tensor, importance: Tensor | None) -> Tensor:
 
 def rounding_loss(parts: Tensor, grid: Grid, scheme: Scheme, importance: Tensor | None) -> Tensor:
     """`group_loss` of rounding a grouped weight to its grid."""
-    by_block = importance is not None and importance.ndim == 3 and parts.shape[2] <= cpu_solver.WIDEST_GROUP
-    if by_block and importance is not None and cpu_solver.available(parts):
-        return cpu_solver.block_losses(parts, grid.scales, grid.zeros, scheme.levels, importance)
+    if importance is not None and importance.ndim == 3 and parts.shape[2] <= cpu_solver.WIDEST_GROUP and cpu_solver.available(parts):
+        return cpu_solver.block_losses(
+            parts.contiguous(), grid.scales.contiguous(), grid.zeros.contiguous(), scheme.levels, importance.contiguous()
+        )
     # decode(encode(parts)) - parts, without a detour over unsigned codes.
     scale, zero = grid.scales[:, :, None], grid.zeros[:, :, None]
     rounded = torch.div(parts, scale).round_().clamp_(-zero, scheme.levels - zero)

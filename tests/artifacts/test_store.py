@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save
 
 import quantflow.artifacts.store as store_module
+from quantflow.artifacts import fingerprint
 from quantflow.artifacts.artifact import MANIFEST, MANIFEST_KEYS, RUN, building, file_entries, foreign_files, is_whole, read_manifest
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, write_atomic, write_json
@@ -192,6 +194,17 @@ def test_digest_leaves_out_the_order_of_mappings_and_nothing_else() -> None:
 def test_source_digest_sees_names_and_contents() -> None:
     whole, one = source_digest("quant"), source_digest("quant/kv.py")
     assert whole == source_digest("quant") and len({whole, one, source_digest("quant/rtn.py"), source_digest("quant", "errors.py")}) == 4
+
+
+def test_source_digest_sees_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "quantflow_kernels"
+    shutil.copytree(fingerprint._kernels(), folder, ignore=shutil.ignore_patterns("__pycache__"))
+    known = source_digest("kernels")
+    monkeypatch.setattr(fingerprint, "_kernels", lambda: folder)
+    assert source_digest("kernels") == known != source_digest("quant")
+    source = folder / "cpu_solver.c"
+    source.write_text(source.read_text() + "/* changed */")
+    assert source_digest("kernels") != known
 
 
 # The artifact's folder

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantflow.engine.engine import Engine, EngineConfig
-from quantflow.engine.graphs import NOWHERE, sizes, supported
+from quantflow.engine.graphs import NOWHERE, obstacle, sizes
 from quantflow.engine.request import SamplingParams
 from tests.engine.test_determinism import alone, mixed, requests, same
 from tests.helpers.zoo import specimen, write
@@ -101,8 +101,8 @@ def test_nothing_recorded_asks_the_device(name: str, tmp_path: Path) -> None:
 
 def test_what_cannot_be_recorded_says_why(tmp_path: Path) -> None:
     mixture = engine(write(tmp_path, specimen("mixtral")))
-    assert "experts" in supported(mixture.loaded.model)
-    assert mixture.eager == "no GPU" and "decodes" not in mixture.describe()
+    assert "experts" in obstacle(mixture.loaded.model)
+    assert mixture.why_eager == "no GPU" and "decodes" not in mixture.describe()
 
 
 def test_sizes() -> None:
@@ -111,3 +111,17 @@ def test_sizes() -> None:
     assert sizes(30) == [1, 2, 4, 8, 16, 24, 30]
     assert sizes(64)[-3:] == [48, 56, 64]
     assert NOWHERE < 0  # what the kernels take for no slot
+
+
+def test_a_recording_that_fails_is_said_and_decodes_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, params = write(tmp_path, specimen("llama3")), SamplingParams(max_tokens=9, logprobs=1)
+    expected = alone(engine(folder), [5, 6, 7], params)
+    one, tried = engine(folder), []
+
+    def record(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        tried.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    one.runner.record_decodes(4, one.context, record)
+    assert same(alone(one, [5, 6, 7], params), expected)
+    assert len(tried) == 1 and "not permitted when stream is capturing); they run eagerly" in caplog.text

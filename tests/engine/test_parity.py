@@ -10,6 +10,7 @@ import torch
 
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.llm import LLM
+from quantflow.engine.model_runner import States
 from quantflow.engine.request import SamplingParams
 from quantflow.engine.scheduler import Step
 from quantflow.formats.reader import Weights
@@ -32,9 +33,9 @@ def prompt_logits(engine: Engine, tokens: list[int]) -> torch.Tensor:
     rows: list[torch.Tensor] = []
     run = engine.runner.run
 
-    def keep(step: Step) -> list[torch.Tensor]:
+    def keep(step: Step) -> States:
         found = run(step)
-        rows.extend(engine.runner.logits(h) for h in found)
+        rows.extend(engine.runner.logits(found.of(i)) for i in range(len(step.work)))
         return found
 
     engine.runner.run = keep  # type: ignore[method-assign]

@@ -87,3 +87,28 @@ def test_what_is_not_taken() -> None:
         cpu_causal.causal_attention(heads.expand(1, 3, 1, 16), heads.expand(1, 2, 1, 16), heads.expand(1, 2, 1, 16))
     with pytest.raises(ValueError, match=r"expected float32 \[1, 8\]"):
         cpu_causal.rotate(heads, torch.zeros(1, 16), torch.zeros(1, 16))
+    with pytest.raises(ValueError, match="expected bfloat16 heads"):
+        cpu_causal.rotate(heads.float(), torch.zeros(1, 8), torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="a window of -5"):
+        cpu_causal.causal_attention(heads, heads, heads, window=-5)
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v"])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_shows(which: str, number: float) -> None:
+    """In the rows that see it, so that a layer that overflows does not pass for a good one."""
+    tensors = {name: random(1, 1, 40, 16, seed=seed) for seed, name in enumerate("qkv")}
+    clean = cpu_causal.causal_attention(**tensors)
+    tensors[which][0, 0, 3] = number
+    found = cpu_causal.causal_attention(**tensors)
+    sees = slice(3, 4) if which == "q" else slice(3, None)
+    assert not found[0, 0, sees].isfinite().any(dim=-1).any()
+    if which != "v":  # a weight of 0 does not make a number of such a value, in torch's attention neither
+        assert found[0, 0, :3].equal(clean[0, 0, :3]) and (which == "k" or found[0, 0, 4:].equal(clean[0, 0, 4:]))
+
+
+def test_scores_far_below_zero() -> None:
+    """All alike: the mean of the values."""
+    q, k, v = torch.full((1, 1, 8, 16), 1e17).bfloat16(), torch.full((1, 1, 8, 16), -1e17).bfloat16(), random(1, 1, 8, 16)
+    mean = v.double().cumsum(2) / torch.arange(1, 9)[:, None]
+    torch.testing.assert_close(cpu_causal.causal_attention(q, k, v).double(), mean, rtol=2**-7, atol=2**-7)

@@ -149,6 +149,36 @@ def test_without_a_compiler_the_reason_is_said(tmp_path: Path) -> None:
     assert "plain torch operations are used" in done.stderr
 
 
+def test_a_norm_of_other_shapes_is_refused() -> None:
+    x, weight = torch.zeros(2, 32), torch.ones(32)
+    for wrong in (weight[:8], torch.ones(64)[::2], weight.double()):
+        with pytest.raises(ValueError, match=r"expected contiguous rows, float32 \[32\]"):
+            cpu_kernels.rms_norm(x, wrong, 1e-5)
+    for rest in (torch.zeros(1, 32), torch.zeros(2, 32).bfloat16(), torch.zeros(32, 2).T):
+        with pytest.raises(ValueError, match="residual"):
+            cpu_kernels.rms_norm(x, weight, 1e-5, rest)
+
+
+def test_a_broken_library_is_compiled_anew(tmp_path: Path) -> None:
+    code = "from quantflow_kernels import cpu_library, cpu_solver as c; p = cpu_library.built(c.SOURCE); {}; print(c.library()[1])"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    for what in ("p.write_bytes(b'')", "p.write_bytes(p.read_bytes()[:100])"):
+        command = [sys.executable, "-c", code.format(what)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+        assert done.stdout == "\n" and not done.stderr
+
+
+def test_options_of_the_compiler_are_part_of_the_name(tmp_path: Path) -> None:
+    code = "from quantflow_kernels import cpu_library, cpu_solver; print(cpu_library.built(cpu_solver.SOURCE).name)"
+    names = set()
+    for options in ("", " -mno-avx512f", " -O1"):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CC": f"gcc{options}"}
+        names.add(
+            subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=True).stdout
+        )
+    assert len(names) == 3
+
+
 def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
     code = "from quantflow_kernels import cpu_kernels, cpu_library; print(cpu_library.built(cpu_kernels.SOURCE))"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

@@ -98,5 +98,18 @@ def test_tensors_of_other_shapes_are_refused() -> None:
         arguments = [*good[:place], wrong, *good[place + 1 :]]
         with pytest.raises(ValueError, match="expected"):
             cpu_solver.gptq_columns(*arguments, 0, k)
+    for start, stop in ((-1, 2), (0, k + 1), (5, 4)):
+        with pytest.raises(ValueError, match="expected some of 0 to 8"):
+            cpu_solver.gptq_columns(*good, start, stop)
     with pytest.raises(ValueError, match="at most 512"):
         cpu_solver.block_losses(random(1, 1, 513), torch.ones(1, 1), torch.ones(1, 1), 15, random(1, 513, 513))
+
+
+def test_a_channel_that_hardly_curves() -> None:
+    """A dead channel's curvature is clamped to something whose inverse float32 does not hold."""
+    hessian, ones = 1e-28 * torch.eye(2), torch.ones(1)
+    hessian[1, 1] = 0
+    codes, changes, values = poisoned(2, 1), poisoned(2, 1), torch.tensor([[1.4], [2.6]])
+    curvature = torch.tensor([1e-28, 1e-40])
+    cpu_solver.refine_columns(values, torch.zeros(2, 1), codes, changes, hessian, ones, -8 * ones, 7 * ones, curvature, 0, 2)
+    assert codes.tolist() == [[1.0], [3.0]]

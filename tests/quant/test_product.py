@@ -10,7 +10,7 @@ from quantflow.quant import product
 from quantflow.quant.product import FEWEST_ROWS, linear
 
 
-@pytest.mark.parametrize("shape", [(FEWEST_ROWS,), (3, 50), (1, 1, 200), (1,), (2, 3)])
+@pytest.mark.parametrize("shape", [(FEWEST_ROWS,), (3, 90), (1, 1, 200), (1,), (2, 3)])
 @pytest.mark.parametrize(("n", "k"), [(1, 64), (64, 1), (172, 64), (33, 7)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -30,3 +30,26 @@ def test_rows_and_weights_that_are_parts_of_others(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(product, "MOST_ELEMENTS", 10)
     whole = torch.randn(9, 64)
     assert linear(x, whole).equal(F.linear(x, whole))
+
+
+AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@pytest.mark.skipif(not AVX512, reason="a processor where torch's own product is as fast")
+def test_which_products_are_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(product.F, "conv2d", lambda *args: calls.append(args) or torch.conv2d(*args))
+    x, weight = torch.randn(FEWEST_ROWS, 8), torch.randn(4, 8)
+    linear(x, weight)
+    linear(x.view(2, -1, 8)[:, :, :], weight, torch.zeros(4))
+    assert len(calls) == 2
+    for other in ((x[1:], weight), (x.double(), weight.double()), (x.bfloat16(), weight.bfloat16()), (x, torch.randn(8, 4).T)):
+        linear(*other)
+    assert len(calls) == 2
+
+
+def test_what_has_no_elements_or_does_not_fit() -> None:
+    assert linear(torch.zeros(300, 0), torch.zeros(4, 0)).equal(torch.zeros(300, 4))
+    assert linear(torch.zeros(300, 8), torch.zeros(0, 8)).shape == (300, 0)
+    with pytest.raises(RuntimeError, match="shapes"):
+        linear(torch.zeros(300, 5), torch.zeros(4, 8))
