@@ -127,7 +127,7 @@ CONFIG = DecoderConfig("llama", 64, 96, 1, 4, 2, 16, 10, 128, 1e-5, "silu", "flo
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_norm_activation_and_rotation_are_the_decoders(dtype: torch.dtype) -> None:
-    # Both sides round a float32 result once (the decoder's activation and rotation in 16 bits, more often).
+    # Both sides round a float32 result once (the decoder's activation in 16 bits, and its rotation without compiled kernels, more often).
     eps = torch.finfo(dtype).eps
     x, weight = random(3, 64, dtype=dtype), random(64, seed=1, dtype=dtype)
     torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), normalize(CONFIG, x, weight), rtol=2 * eps, atol=eps)
