@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from quantflow_kernels import activation, attention, dequantize, kv_store, matmul, norm
+from quantflow_kernels import activation, attention, dequantize, kv_store, matmul, norm, solver
 from quantflow_kernels.configs import DEFAULT, DEVICES, AttentionConfig, MatmulConfig
 from quantflow_kernels.paging import DYNAMIC, PLAIN, STATIC_CHANNEL, STATIC_HEAD
 from triton.backends.compiler import GPUTarget
@@ -87,6 +87,13 @@ def jobs() -> Iterator[Job]:
     yield Job("rms_norm", norm.rms_norm_kernel,
               {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "out": "*bf16", "K": "i32", "eps": "fp32", "x_stride": "i32"},
               {"ADD": True, "BLOCK": 4096}, warps=8)  # fmt: skip
+    wide = dict.fromkeys(("w", "codes", "errors", "ratios", "scales", "lowest", "highest"), "*fp32")
+    sizes = dict.fromkeys(("N", "down", "across", "start", "stop"), "i32")
+    yield Job("gptq_columns", solver.gptq_columns_kernel, {**wide, "group_at": "*i64", **sizes}, {"BLOCK": solver.BLOCK}, warps=1)
+    names = ("values", "slope", "codes", "changes", "hessian", "scale", "lowest", "highest", "curvature")
+    sizes = dict.fromkeys(("N", "K", "start", "stop"), "i32")
+    types = {**dict.fromkeys(names, "*fp32"), **sizes}
+    yield Job("refine_columns", solver.refine_columns_kernel, types, {"BLOCK": solver.BLOCK}, warps=1)
     yield Job("silu_mul", activation.silu_mul_kernel, {"gate_up": "*bf16", "out": "*bf16", "K": "i32", "stride": "i32"}, {"BLOCK": 1024})
 
 

@@ -108,8 +108,8 @@ def test_kernels_import_torch_and_triton_only() -> None:
 
 
 def test_who_imports_the_kernels() -> None:
-    """Of the engine, its ops alone; the mathematics and the decoder take what a CPU compiles for solving and calibration."""
-    compiled = {f"quantflow_kernels.{name}" for name in ("cpu_causal", "cpu_kernels", "cpu_library", "cpu_solver")}
+    """Of the engine, its ops alone; the mathematics and the decoder take what is compiled for solving and calibration."""
+    compiled = {f"quantflow_kernels.{name}" for name in ("cpu_causal", "cpu_kernels", "cpu_library", "cpu_solver", "solver")}
     for path in files(ROOT / "quantflow"):
         module = module_name(path)
         used = {name for name in imports_of(path) if name.partition(".")[0] == "quantflow_kernels"}

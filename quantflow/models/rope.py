@@ -69,7 +69,9 @@ def rotary_table(config: DecoderConfig, length: int, device: torch.device | str 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `[B, heads, L, D]` rotated, rounded once where compiled kernels take it, else in its own dtype throughout; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face does."""
+    """`x` `[B, heads, L, D]` rotated; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face does.
+
+    In its own dtype throughout, or rounded once where compiled kernels take it."""
     if cpu_causal.supports(x):
         half = x.shape[-1] // 2
         return cpu_causal.rotate(x, cos[:, :half], sin[:, :half])

@@ -160,9 +160,7 @@ def _solve(
     scales_t, zeros_t = scales.T.contiguous(), zeros.T.contiguous()
     lowest, highest = -zeros_t, scheme.levels - zeros_t
     one_group = Scheme(scheme.bits, group, scheme.symmetric)
-    compiled = cpu_solver.available(w)
-    round_columns = cpu_solver.gptq_columns if compiled else _gptq_columns
-    leaf = COMPILED_LEAF if compiled else LEAF
+    round_columns, _, leaf = _steps(w)
 
     def columns(start: int, stop: int) -> None:
         if act_order == "none" and start % group == 0:
@@ -216,9 +214,8 @@ def refine_codes(
     slope = hessian @ (weight - value)  # minus half the gradient, [K, N]
     # What a column's scale and its code changed in its value.
     by_scale, by_code = torch.empty_like(value), torch.empty_like(value)
-    compiled = cpu_solver.available(value)
-    best_codes = cpu_solver.refine_columns if compiled else _refine_columns
-    leaf = min(COMPILED_LEAF if compiled else LEAF, group)  # a leaf lies within a group
+    _, best_codes, leaf = _steps(value)
+    leaf = min(leaf, group)  # a leaf lies within a group
 
     def rescale(g: int) -> None:
         part = slice(g * group, (g + 1) * group)
@@ -250,6 +247,17 @@ def refine_codes(
         if left:  # `carry` looks ahead only: what later columns changed for earlier ones comes in one product
             torch.matmul(hessian, weight - value, out=slope)
     return centred + zeros.repeat_interleave(group, 0), scales
+
+
+def _steps(weight: Tensor) -> tuple[Callable[..., None], Callable[..., None], int]:
+    """What goes through a leaf's columns in the recursion and in the refinement, and how many those are."""
+    if cpu_solver.available(weight):
+        return cpu_solver.gptq_columns, cpu_solver.refine_columns, COMPILED_LEAF
+    if weight.device.type == "cuda":
+        from quantflow_kernels import solver  # here, so that a CPU needs no Triton
+
+        return solver.gptq_columns, solver.refine_columns, COMPILED_LEAF
+    return _gptq_columns, _refine_columns, LEAF
 
 
 def _gptq_columns(

@@ -446,3 +446,19 @@ def test_an_unknown_error_is_not_called_zero() -> None:
     weight = torch.tensor([[1.0, 2.0]])
     error = output_error(weight, torch.tensor([[1.0, 1.0]]), torch.full((2, 2), float("nan")))
     assert error != 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("act_order", ORDERS)
+def test_on_a_gpu(act_order: str) -> None:
+    """The same up to rounding: most codes are equal, and the error of all is."""
+    weight, hessian, scheme = random(300, 256), correlated(256, rows=1024), Scheme(4, 64, False)
+    here = solve(weight, hessian, scheme, act_order=act_order).tensor
+    there = solve(weight.cuda(), hessian.cuda(), scheme, act_order=act_order).tensor
+    codes = there.codes.cpu()
+    assert float((codes == here.codes).float().mean()) > 0.9
+    moved = QuantizedTensor(
+        there.scheme, codes, there.scales.cpu(), there.zeros.cpu(), None if there.group_index is None else there.group_index.cpu()
+    )
+    assert trace(weight, moved, hessian) == pytest.approx(trace(weight, here, hessian), rel=0.02)
