@@ -37,6 +37,13 @@ def made(shape: str, folder: Path, *, packed: bool) -> Path:
     return target
 
 
+def write(output: Path | None, record: dict[str, Any]) -> None:
+    """After every row: what was measured is there if the time runs out."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-8b")
@@ -70,6 +77,7 @@ def main() -> None:
                 except QuantFlowError as error:
                     record["failed"].append({"name": name, "mode": mode, "batch": batch, "why": str(error)})
                     print(f"{name} {mode} batch {batch}: {error}", flush=True)
+                    write(args.output, record)
                     continue
                 read = row.weight_bytes - embedding + row.cache_bytes
                 of_limit = read / 1e6 / peak / row.step_ms if peak else None
@@ -77,9 +85,7 @@ def main() -> None:
                 limit = f", {of_limit:.0%} of the limit" if of_limit else ""
                 print(f"{name} {mode} batch {batch}: {row.decode_tokens_s:.0f} tok/s, step {row.step_ms:.2f} ms{limit}; "
                       f"prefill {row.prefill_tokens_s:.0f} tok/s, peak {row.peak_bytes / 2**30:.1f} GiB", flush=True)  # fmt: skip
-                if args.output:  # after every row: what was measured is there if the time runs out
-                    args.output.parent.mkdir(parents=True, exist_ok=True)
-                    args.output.write_text(json.dumps(record, indent=1) + "\n")
+                write(args.output, record)
 
 
 if __name__ == "__main__":

@@ -65,15 +65,16 @@ class Row:
     load_bytes: int | None
 
 
-def jobs() -> Iterator[Job]:
-    """Every kernel in the shipped configurations, over the widths, groups and dtypes that compile to different code."""
-    for tuned in (DEFAULT, *DEVICES.values()):
+def jobs(capability: int) -> Iterator[Job]:
+    """Every kernel in the configurations that are shipped for GPUs of a capability, over the widths, groups and dtypes that compile to
+    different code."""
+    own = [found for its, found in DEVICES.values() if its == capability]
+    for tuned in dict.fromkeys((DEFAULT, *own)):
         regimes = dict.fromkeys([tuned.exact, *(config for _, config in tuned.fast)])
         for bits, group, dtype in VARIANTS:
             for config in dict.fromkeys(regime.for_bits(bits) for regime in regimes):
-                yield _matmul(config, bits, group, dtype)
-                if (bits, group) == (4, 128) and config.programs:
-                    yield _matmul(config, bits, group, dtype, apart=True)
+                for split in (False, True) if config.programs else (False,):
+                    yield _matmul(config, bits, group, dtype, split=split)
         for mode in (PLAIN, STATIC_HEAD, STATIC_CHANNEL, DYNAMIC):
             for parts in (True, False):
                 yield _attention(tuned.attention, mode, parts)
@@ -97,18 +98,17 @@ def jobs() -> Iterator[Job]:
     yield Job("silu_mul", activation.silu_mul_kernel, {"gate_up": "*bf16", "out": "*bf16", "K": "i32", "stride": "i32"}, {"BLOCK": 1024})
 
 
-def _matmul(config: MatmulConfig, bits: int, group: int, dtype: str, *, apart: bool = False) -> Job:
+def _matmul(config: MatmulConfig, bits: int, group: int, dtype: str, *, split: bool) -> Job:
     types = {"x": f"*{dtype}", "words": "*i16", "high": "*i16", "scales": f"*{dtype}", "zeros": "*u8", "bias": f"*{dtype}",
-             "out": "*fp32" if apart else f"*{dtype}",
+             "out": "*fp32" if split else f"*{dtype}",
              **dict.fromkeys(("M", "N", "K", "x_stride", "blocks", "blocks_per_split"), "i32")}  # fmt: skip
     constants = {
         "BITS": bits, "GROUP": group, "SLICE": 32 if group == 32 else 64, "WHOLE_BLOCKS": True, "HAS_BIAS": False,
-        "APART": apart, "MAGIC": 1024 if dtype == "fp16" else 0 if bits == 8 else 128,
+        "SPLIT": split, "AHEAD": config.ahead, "MAGIC": 1024 if dtype == "fp16" else 0 if bits == 8 else 128,
         "BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "STAGES": config.stages,
     }  # fmt: skip
-    label = (
-        f"matmul W{bits} {f'g{group}' if group else 'channel'} {dtype} {config.block_n}×{config.block_m}{', splits apart' if apart else ''}"
-    )
+    words = f"W{bits} {f'g{group}' if group else 'channel'} {dtype} {config.block_n}×{config.block_m}"
+    label = f"matmul {words}{', K split' if split else ''}{', ahead' if config.ahead else ''}"
     return Job(label, matmul.matmul_kernel, types, constants, config.warps, config.stages, ("i16",))
 
 
@@ -212,7 +212,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = [compile_job(job, c) for c in args.capability or CAPABILITIES for job in jobs()]
+    rows = [compile_job(job, c) for c in args.capability or CAPABILITIES for job in jobs(c)]
     if args.json:
         json.dump([asdict(row) for row in rows], sys.stdout, indent=1)
         return

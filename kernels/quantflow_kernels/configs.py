@@ -15,7 +15,8 @@ from quantflow_kernels.layout import lane_bits
 class MatmulConfig:
     """Tiles of one regime. block_n: rows of the weight a program; block_m: tokens (at least 16); stages: blocks of weights on their way
     from memory at a time. split: parts that K is summed in, at least; programs: K is split until there are as many for one tile of
-    tokens, so that a weight of few rows keeps the whole GPU busy."""
+    tokens, so that a weight of few rows keeps the whole GPU busy. ahead: scales and zero points are loaded a block before they are needed,
+    which takes registers."""
 
     block_n: int
     block_m: int
@@ -23,6 +24,7 @@ class MatmulConfig:
     warps: int = 4
     stages: int = 4
     programs: int = 0
+    ahead: bool = False
 
     def blocks_a_split(self, out_features: int, blocks: int) -> int:
         """Blocks of K in each part of the sum. It depends on the weight alone: so the order of a sum does not depend on the batch."""
@@ -34,7 +36,7 @@ class MatmulConfig:
         registers with fewer of them at a time."""
         if lane_bits(bits) >= 4:
             return self
-        return replace(self, block_m=min(16, self.block_m), stages=max(2, self.stages // 2))
+        return replace(self, block_m=min(32, self.block_m), stages=max(2, self.stages // 2), ahead=False)
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,27 @@ DEFAULT = Tuned(
     exact=MatmulConfig(block_n=64, block_m=16, stages=3, programs=256),
     fast=(
         (16, MatmulConfig(block_n=64, block_m=16, stages=3, programs=256)),
-        (32, MatmulConfig(block_n=64, block_m=32, stages=3, programs=256)),
+        (32, MatmulConfig(block_n=64, block_m=32)),
         (2**31, MatmulConfig(block_n=64, block_m=64, stages=3)),
     ),
     dense_from=256,
     attention=AttentionConfig(),
 )
 
-DEVICES: dict[str, Tuned] = {}
-"""Name, as `torch.cuda.get_device_name` gives it, -> what was measured best there. Not one has been measured yet."""
+_HOPPER = replace(DEFAULT.exact, ahead=True)
+HOPPER = replace(DEFAULT, exact=_HOPPER, fast=((16, _HOPPER), (32, replace(_HOPPER, block_m=32)), DEFAULT.fast[-1]))
+"""Read off the compiled code, not measured: on sm_90 the registers suffice."""
+
+DEVICES: dict[str, tuple[int, Tuned]] = {
+    "NVIDIA H100 80GB HBM3": (90, HOPPER),
+    "NVIDIA H200": (90, HOPPER),
+}
+"""Name, as `torch.cuda.get_device_name` gives it, -> its compute capability, and what is best there. `make tune-gpu` measures that."""
 
 
 def tuned(device: str) -> Tuned:
     """What to run with on a device of that name."""
-    return DEVICES.get(device, DEFAULT)
+    return DEVICES[device][1] if device in DEVICES else DEFAULT
 
 
 def matmul_config(found: Tuned, tokens: int, *, exact: bool) -> MatmulConfig:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 # Without -fopenmp at the link: OpenMP's runtime is the one that torch has loaded, or two pools of threads would wait for each other.
 COMPILERS = ("cc", "gcc")
+DAMAGED = ("file too short", "invalid ELF header", "cannot read file data")  # what a full disk or a power cut leaves behind
 COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-c")
 
 
@@ -32,7 +33,9 @@ def load(source: Path, arguments: Mapping[str, Sequence[Any]]) -> tuple[ctypes.C
         path = built(source)
         try:
             found = ctypes.CDLL(str(path))
-        except OSError:  # what a full disk or a power cut left behind
+        except OSError as error:
+            if not any(sign in str(error) for sign in DAMAGED):
+                raise
             path.unlink(missing_ok=True)
             found = ctypes.CDLL(str(built(source)))
         for name, types in arguments.items():

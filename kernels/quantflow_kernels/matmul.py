@@ -5,8 +5,7 @@ multiplied are codes less their zero points, integers that the dtype of `x` hold
 `y = Σ_g scale_g Σ_k (code_k - zero_g) x_k`. Nothing is scaled, or rounded, per weight.
 
 Batch invariance: a row's bits depend on the tiles alone, never on M or on other rows. K is split at multiples of `blocks_per_split`, a
-number of the weight's, and the parts are summed in their order, whether they were computed by programs of their own (few tokens) or by one
-after the other in the same program.
+number of the weight's, and the parts are summed in their order.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from quantflow_kernels.configs import MatmulConfig
 from quantflow_kernels.layout import WORD, PackedWeight, lane_bits
 
-TILES_APART = 4  # tiles of tokens up to which splits run at once: more keep a GPU busy without, and partial sums are memory
+SPLIT_TOKENS = 256  # that go together where K is split: partial sums of more would be hundreds of megabytes, and leave the L2 cache
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # on the CPU, without inline assembly
 
 
@@ -59,16 +58,22 @@ def _centred(words, zero, SHIFT: tl.constexpr, LANE: tl.constexpr, MAGIC: tl.con
 
 
 @triton.jit
-def _grids(scales, zeros, block, rows, inside, N, K, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr,
-           PER_GROUP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):  # fmt: skip
-    """zero and scale `[BLOCK_N]` of each of a block's groups, in one tuple."""
+def _grid(scales, zeros, k, rows, inside, N, K, GROUP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr):
+    """zero and scale `[BLOCK_N]` of the group that begins at input channel `k`, as they are stored."""
+    # Groups that pad the last block meet activations of zero, but are not there.
+    known = inside if WHOLE_BLOCKS or GROUP == 0 else inside & (k + tl.zeros_like(rows) < K)
+    group = rows if GROUP == 0 else (k // GROUP) * N + rows
+    return tl.load(zeros + group, mask=known, other=0), tl.load(scales + group, mask=known, other=0.0)
+
+
+@triton.jit
+def _grids(
+    scales, zeros, block, rows, inside, N, K, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, WHOLE_BLOCKS: tl.constexpr
+):  # fmt: skip
+    """zero and scale of each of a block's groups, in one tuple."""
     found = ()
-    for start in tl.static_range(0, BLOCK_K, SLICE * PER_GROUP):
-        k = block * BLOCK_K + start
-        # Groups that pad the last block meet activations of zero, but are not there.
-        known = inside if WHOLE_BLOCKS or GROUP == 0 else inside & (k + tl.zeros_like(rows) < K)
-        group = rows if GROUP == 0 else (k // GROUP) * N + rows
-        zero, scale = tl.load(zeros + group, mask=known, other=0), tl.load(scales + group, mask=known, other=0.0)
+    for start in tl.static_range(0, BLOCK_K, STEP):
+        zero, scale = _grid(scales, zeros, block * BLOCK_K + start, rows, inside, N, K, GROUP, WHOLE_BLOCKS)
         found = found + (zero, scale)  # noqa: RUF005 - Triton's language unpacks nothing
     return found
 
@@ -77,15 +82,16 @@ def _grids(scales, zeros, block, rows, inside, N, K, BLOCK_K: tl.constexpr, GROU
 def matmul_kernel(
     x, words, high, scales, zeros, bias, out, M, N, K, x_stride, blocks, blocks_per_split,
     BITS: tl.constexpr, GROUP: tl.constexpr, SLICE: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    APART: tl.constexpr, MAGIC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, MAGIC: tl.constexpr, AHEAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """GROUP: input channels a group; 0 where one group spans the row. WHOLE_BLOCKS: K fills its blocks. APART: the splits are
-    programs of their own, and `out` is `[splits, M, N]` float32, not y. MAGIC: see `_centred`."""
+    """GROUP: input channels a group; 0 where one group spans the row. WHOLE_BLOCKS: K fills its blocks. SPLIT: `out` is
+    `[splits, M, N]` float32, not y. MAGIC: see `_centred`. AHEAD: see `MatmulConfig`."""
     LANE: tl.constexpr = 2 if BITS == 3 else BITS
     SLICES: tl.constexpr = 16 // LANE
     BLOCK_K: tl.constexpr = SLICE * SLICES
     # Slices after which a group ends; where groups are longer than a block, its last.
     PER_GROUP: tl.constexpr = GROUP // SLICE if GROUP > 0 and GROUP < BLOCK_K else SLICES
+    pid_split = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     lane = tl.arange(0, SLICE)
@@ -94,50 +100,47 @@ def matmul_kernel(
     row_words = words + rows[:, None] * SLICE + lane[None, :]
     row_high = high + rows[:, None] * (SLICE // 2) + (lane % (SLICE // 2))[None, :]
     token_x = x + tokens[None, :].to(tl.int64) * x_stride + lane[:, None]
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    first_split, stop_split = 0, tl.cdiv(blocks, blocks_per_split)
-    if APART:
-        first_split = tl.program_id(2)
-        stop_split = first_split + 1
-    for split in range(first_split, stop_split):
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        first = split * blocks_per_split
-        # A row's numbers are too small for the asynchronous copies that bring the words: they are loaded a block ahead by hand, or every
-        # block would wait for memory. They take registers: of narrow codes and large tiles there are too few.
-        AHEAD: tl.constexpr = LANE >= 4 and BLOCK_M <= 32
-        ahead = _grids(scales, zeros, first, rows, inside, N, K, BLOCK_K, GROUP, SLICE, PER_GROUP, WHOLE_BLOCKS)
-        for block in tl.range(first, tl.minimum(first + blocks_per_split, blocks), num_stages=STAGES):
-            packed = tl.load(row_words + block * block_words, mask=inside[:, None], other=0, eviction_policy="evict_first")
-            if BITS == 3:
-                third = tl.load(row_high + block * (block_words // 2), mask=inside[:, None], other=0).to(tl.uint16, bitcast=True)
-            part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first = pid_split * blocks_per_split
+    if AHEAD:
+        ahead = _grids(scales, zeros, first, rows, inside, N, K, BLOCK_K, GROUP, SLICE * PER_GROUP, WHOLE_BLOCKS)
+    for block in tl.range(first, tl.minimum(first + blocks_per_split, blocks), num_stages=STAGES):
+        packed = tl.load(row_words + block * block_words, mask=inside[:, None], other=0, eviction_policy="evict_first")
+        if BITS == 3:
+            third = tl.load(row_high + block * (block_words // 2), mask=inside[:, None], other=0).to(tl.uint16, bitcast=True)
+        part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        if AHEAD:
+            # A row's numbers are too small for the asynchronous copies that bring the words: they are loaded a block ahead by hand, or
+            # every block would wait for memory.
             grids = ahead
-            following = tl.minimum(block + 1, blocks - 1) if AHEAD else block
-            ahead = _grids(scales, zeros, following, rows, inside, N, K, BLOCK_K, GROUP, SLICE, PER_GROUP, WHOLE_BLOCKS)
-            if not AHEAD:
-                grids = ahead
-            for j in tl.static_range(SLICES):
-                k = block * BLOCK_K + j * SLICE
-                zero, scale = grids[2 * (j // PER_GROUP)].to(tl.float32), grids[2 * (j // PER_GROUP) + 1].to(tl.float32)
-                mask = present[None, :] if WHOLE_BLOCKS else present[None, :] & (k + lane < K)[:, None]
-                activations = tl.load(token_x + k, mask=mask, other=0.0, eviction_policy="evict_last")
-                codes = _centred(packed, zero, LANE * j, LANE, MAGIC, activations.dtype)
-                if BITS == 3:
-                    upper = (third >> (2 * j + lane // (SLICE // 2))[None, :].to(tl.uint16)) & 1
-                    codes += (upper * 4).to(activations.dtype)
-                part = tl.dot(codes, activations, part, input_precision="ieee")
-                if (j + 1) % PER_GROUP == 0:
-                    acc += part * scale[:, None]
-                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        total += acc
+            following = tl.minimum(block + 1, blocks - 1)
+            ahead = _grids(scales, zeros, following, rows, inside, N, K, BLOCK_K, GROUP, SLICE * PER_GROUP, WHOLE_BLOCKS)
+        for j in tl.static_range(SLICES):
+            k = block * BLOCK_K + j * SLICE
+            if j % PER_GROUP == 0:
+                if AHEAD:
+                    zero, scale = grids[2 * (j // PER_GROUP)], grids[2 * (j // PER_GROUP) + 1]
+                else:
+                    zero, scale = _grid(scales, zeros, k, rows, inside, N, K, GROUP, WHOLE_BLOCKS)
+                zero, scale = zero.to(tl.float32), scale.to(tl.float32)
+            mask = present[None, :] if WHOLE_BLOCKS else present[None, :] & (k + lane < K)[:, None]
+            activations = tl.load(token_x + k, mask=mask, other=0.0, eviction_policy="evict_last")
+            codes = _centred(packed, zero, LANE * j, LANE, MAGIC, activations.dtype)
+            if BITS == 3:
+                upper = (third >> (2 * j + lane // (SLICE // 2))[None, :].to(tl.uint16)) & 1
+                codes += (upper * 4).to(activations.dtype)
+            part = tl.dot(codes, activations, part, input_precision="ieee")
+            if (j + 1) % PER_GROUP == 0:
+                acc += part * scale[:, None]
+                part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     place = tokens[None, :].to(tl.int64) * N + rows[:, None]
     whole = inside[:, None] & present[None, :]
-    if APART:
-        tl.store(out + first_split.to(tl.int64) * M * N + place, total, mask=whole)
+    if SPLIT:
+        tl.store(out + pid_split.to(tl.int64) * M * N + place, acc, mask=whole)
     else:
         if HAS_BIAS:
-            total += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=whole)
+            acc += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)[:, None]
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=whole)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -171,24 +174,25 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: MatmulC
     if flat.shape[1] != k:
         raise ValueError(f"x has {flat.shape[1]} input channels, the weight {k}")
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if m:
-        blocks = weight.words.shape[0]
-        per_split = config.blocks_a_split(n, blocks)
-        splits = triton.cdiv(blocks, per_split)
-        apart = splits > 1 and m <= config.block_m * TILES_APART
-        target = torch.empty(splits, m, n, dtype=torch.float32, device=x.device) if apart else out
-        grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), splits if apart else 1)
+    blocks = weight.words.shape[0]
+    per_split = config.blocks_a_split(n, blocks)
+    splits = triton.cdiv(blocks, per_split)
+    for start in range(0, m, SPLIT_TOKENS if splits > 1 else max(1, m)):
+        part = flat[start : start + SPLIT_TOKENS] if splits > 1 else flat
+        tokens, own = len(part), out[start : start + len(part)]
+        target = torch.empty(splits, tokens, n, dtype=torch.float32, device=x.device) if splits > 1 else own
+        grid = (triton.cdiv(n, config.block_n), triton.cdiv(tokens, config.block_m), splits)
         matmul_kernel[grid](
-            flat, weight.words, weight.words if weight.high is None else weight.high, weight.scales, weight.zeros,
-            weight.scales if bias is None else bias, target, m, n, k, flat.stride(0), blocks, per_split,
+            part, weight.words, weight.words if weight.high is None else weight.high, weight.scales, weight.zeros,
+            weight.scales if bias is None else bias, target, tokens, n, k, flat.stride(0), blocks, per_split,
             BITS=weight.bits, GROUP=0 if weight.group_size == k else weight.group_size, SLICE=weight.slice,
-            WHOLE_BLOCKS=k % (weight.slice * WORD // lane_bits(weight.bits)) == 0, HAS_BIAS=bias is not None, APART=apart,
-            MAGIC=magic(weight.bits, x.dtype), BLOCK_N=config.block_n, BLOCK_M=config.block_m, STAGES=config.stages,
+            WHOLE_BLOCKS=k % (weight.slice * WORD // lane_bits(weight.bits)) == 0, HAS_BIAS=bias is not None, SPLIT=splits > 1,
+            MAGIC=magic(weight.bits, x.dtype), AHEAD=config.ahead, BLOCK_N=config.block_n, BLOCK_M=config.block_m, STAGES=config.stages,
             num_warps=config.warps,
         )  # fmt: skip
-        if apart:
-            sum_splits_kernel[(triton.cdiv(n, 256), m)](
-                target, weight.scales if bias is None else bias, out, m, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=256
+        if splits > 1:
+            sum_splits_kernel[(triton.cdiv(n, 256), tokens)](
+                target, weight.scales if bias is None else bias, own, tokens, n, SPLITS=splits, HAS_BIAS=bias is not None, BLOCK=256
             )
     return out.view(*x.shape[:-1], n)
 

@@ -1,7 +1,8 @@
-"""`quantflow bench`: an artifact beside the model it came from, in full precision, with int8 KV, and in transformers."""
+"""`quantflow bench`: an artifact beside the model it came from, in full precision, with int8 KV, in transformers and in llama.cpp."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import time
@@ -68,8 +69,7 @@ def bench(
             full = [("full precision", "quantflow", original, "full"), ("KV int8", "quantflow", original, "int8")]
             kinds = [*full, *kinds, *([("transformers", "transformers", original, "full")] if transformers else [])]
         if gguf:
-            if not gguf.is_file():
-                raise UserError(Problem("--gguf", str(gguf), "a GGUF file", "quantflow export DIR --format gguf makes one"))
+            _check_gguf(gguf, Path(quantised))
             kinds.append(("llama.cpp", "llama.cpp", str(gguf), "full"))
         cases = [
             Case(name, engine, path, kv, mode.value, where, b, p, new) for b in batches for p in prompts for name, engine, path, kv in kinds
@@ -102,6 +102,21 @@ def bench(
             )  # fmt: skip
         console.print(table)
         console.print(_memory(memory, original or quantised))
+
+
+def _check_gguf(gguf: Path, model: Path) -> None:
+    """Raises UserError unless llama.cpp can be measured, with a file of the model's shape."""
+    from quantflow.formats.reader import Weights
+
+    if not gguf.is_file():
+        raise UserError(Problem("--gguf", f"{gguf}, which is no file", "a GGUF file", "quantflow export DIR --format gguf makes one"))
+    if importlib.util.find_spec("llama_cpp") is None:
+        hint = "pip install llama-cpp-python, which compiles llama.cpp for this machine"
+        raise UserError(Problem("--gguf", "llama-cpp-python is not installed", hint=hint))
+    theirs, ours = Weights(gguf).checkpoint.config, Weights(model).checkpoint.config
+    shapes = [f"{c.layers} layers, hidden {c.hidden}, vocabulary {c.vocabulary}" for c in (theirs, ours)]
+    if shapes[0] != shapes[1]:
+        raise UserError(Problem(f"--gguf {gguf}", shapes[0], f"{model}'s {shapes[1]}"))
 
 
 def _write(output: Path | None, record: dict[str, Any]) -> None:

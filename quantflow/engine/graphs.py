@@ -109,9 +109,10 @@ class DecodeGraphs:
         filled = [[t, p, slot, p + 1] for t, p, slot in zip(tokens, starts, slots, strict=True)] + [[0, 0, NOWHERE, 1]] * spare
         self._rows[:rows].copy_(_on_host(filled, torch.int64, self._rows.device), non_blocking=True)
         if blocks != self._blocks:  # a sequence takes a block once in `block_size` steps
-            self._blocks, most = [list(own) for own in blocks], max(map(len, blocks))
+            most = max(map(len, blocks))
             table = _on_host([own + [0] * (most - len(own)) for own in blocks], torch.int32, self._table.device)
             self._table[: len(step), :most].copy_(table, non_blocking=True)
+            self._blocks = [list(own) for own in blocks]
         if self._angles is not None:
             found = self.rotary.rows([(work.sequence.request.rope_length, work.start, 1) for work in step])
             for angles, part in zip(self._angles, found, strict=True):

@@ -22,6 +22,7 @@ from quantflow.models.config import DecoderConfig
 from quantflow.models.decoder import normalize
 from quantflow.quant.grid import QuantizedTensor
 
+SPLIT = DEFAULT.attention.split  # keys that one program of a decode takes on a GPU that nothing was measured on
 __all__ = ["Batch", "KVCache", "Linear", "Ops"]
 
 

@@ -6,7 +6,6 @@ Every row is measured in a process of its own, so that its peak of memory is its
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -127,10 +126,9 @@ def _run_engine(case: Case) -> dict[str, Any]:
     if length > engine.context:
         raise QuantFlowError(Problem(case.name, f"{length} tokens", f"at most the context of {engine.context}"))
     prompts = _prompts(case, engine.model_config.vocabulary)
-    # Kernels are compiled, pages touched; on a GPU, decodes of all sizes recorded: so the first text goes on until the last prompt is read.
-    steps_of_prompts = -(-case.batch * case.prompt // engine.scheduler.limits.tokens)
+    # Kernels are compiled, pages touched; on a GPU, decodes of all sizes recorded that the measured run will have.
     for warm in prompts if engine.ops.cuda else prompts[:1]:
-        engine.submit(warm, SamplingParams(max_tokens=min(4 + steps_of_prompts if engine.ops.cuda else 2, case.new), ignore_eos=True))
+        engine.submit(warm, SamplingParams(max_tokens=case.new if engine.ops.cuda else min(2, case.new), ignore_eos=True))
     list(engine.tokens())
     for prompt in prompts:
         engine.submit(prompt, SamplingParams(max_tokens=case.new, ignore_eos=True))
@@ -180,7 +178,7 @@ def _run_transformers(case: Case) -> dict[str, Any]:
         return first, steps
 
     with torch.inference_mode():
-        run(tokens[:1], min(2, case.new))
+        run(*((tokens, case.new) if device == "cuda" else (tokens[:1], min(2, case.new))))
         first, steps = run(tokens, case.new)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes() - imports
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
@@ -198,8 +196,11 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
         hint = "pip install llama-cpp-python, which compiles llama.cpp for this machine"
         raise QuantFlowError(Problem(case.name, "llama-cpp-python is not installed", hint=hint)) from error
     import numpy as np
+    import torch
 
-    imports, threads, most = resident_bytes(), len(os.sched_getaffinity(0)), 512
+    imports, threads, most = _imported(), torch.get_num_threads(), 512
+    if case.device != "cpu" and not llama_cpp.llama_supports_gpu_offload():
+        raise QuantFlowError(Problem(case.name, "a llama-cpp-python that was built for CPUs", "one for this GPU, or --device cpu"))
     asked = llama_cpp.llama_model_default_params()
     asked.n_gpu_layers = 0 if case.device == "cpu" else -1
     model = llama_cpp.llama_model_load_from_file(case.model.encode(), asked)
@@ -229,10 +230,9 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
     def run(texts: list[list[int]], new: int) -> tuple[float, list[float]]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         began, chosen, steps = time.perf_counter(), list[int](), []
-        for sequence, text in enumerate(texts):
-            for start in range(0, len(text), most):
-                part = text[start : start + most]
-                chosen += decode([(t, start + i, sequence, start + i + 1 == len(text)) for i, t in enumerate(part)])
+        tokens = [(token, i, sequence, i + 1 == len(text)) for sequence, text in enumerate(texts) for i, token in enumerate(text)]
+        for start in range(0, len(tokens), most):
+            chosen += decode(tokens[start : start + most])
         first = time.perf_counter() - began
         for step in range(new - 1):
             start_s = time.perf_counter()
@@ -242,7 +242,7 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
 
     run(prompts[:1], min(2, case.new))
     first, steps = run(prompts, case.new)
-    peak = peak_resident_bytes() - imports
+    peak = peak_resident_bytes() - imports if case.device == "cpu" else 0  # llama.cpp does not tell what it takes of a GPU
     found = _row(case, first, case.batch * len(steps), first + sum(steps), steps, peak)
     return found | {"weight_bytes": llama_cpp.llama_model_size(model), "note": f"llama-cpp-python {llama_cpp.__version__}"}
 

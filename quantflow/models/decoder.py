@@ -75,7 +75,8 @@ def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def computed_by(device: str) -> str:
-    """By what calibration and quantisation go on a device: their results' last bits depend on it."""
+    """By what calibration and quantisation go on a device: their results' last bits depend on it. A compiler that is there is taken to
+    work, since to plan must not compile."""
     return "compiled" if device == "cpu" and cpu_library.compiler_command() else "torch"
 
 

@@ -17,6 +17,7 @@ import torch
 from quantflow.engine.engine import EngineConfig, default_step_tokens
 from quantflow.engine.kv_cache import KVFormat, block_bytes
 from quantflow.engine.load import rank_config
+from quantflow.engine.ops import SPLIT
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import grid_problems, rank_shape
@@ -30,7 +31,6 @@ RANKS = (1, 2, 4, 8)
 RESERVE = 0.05  # of the size: the driver's context, and what an allocator cannot hand out
 BLOCK = EngineConfig.block_size
 GRID_BITS = 24  # of a group: a scale of 16, a zero point of 8
-SPLIT = 512  # keys that one program of a decode's attention takes
 FORMAT = "compressed-tensors"  # it holds every width and group size that is proposed
 
 
@@ -190,8 +190,8 @@ class Model:
         are not there together: the largest counts.
 
         A layer: residual stream, normalised input, output and a padded copy, 4H; the MLP's two inner products, what is made of them and a
-        copy, 4I; or q, k, v and attention's output. Partial results: float32, for every 512 keys. The head: the logits of the batch twice,
-        and a row in float32 while it is sampled.
+        copy, 4I; or q, k, v and attention's output. Partial results: float32, for every split of the keys, whose number is rounded up to a
+        power of two. The head: the logits of the batch twice, and a row in float32 while it is sampled.
         """
         config, item = self.checkpoint.config, self.dtype.itemsize
         tokens = default_step_tokens(self.question.device, batch, BLOCK)
@@ -199,7 +199,8 @@ class Model:
         queries, kv = config.heads // tp * config.head_dim, config.kv_heads // tp * config.head_dim
         mlp = 4 * width * item + (0 if config.activation == "silu" else 12 * width)  # other activations are computed in float32
         layer = tokens * ((4 + (config.experts > 0)) * config.hidden * item + max(mlp, 2 * (queries + kv) * item) + 8 * config.head_dim)
-        parts = -(-context // SPLIT) * batch * queries * 4 if self.question.device == "cuda" else 0
+        splits = 1 << (-(-context // SPLIT) - 1).bit_length()
+        parts = splits * batch * queries * 4 if self.question.device == "cuda" else 0
         head = batch * config.vocabulary * 2 * item + 32 * config.vocabulary
         found = (
             Term(f"a layer of {tokens} tokens", layer), Term("a decode's partial results", parts), Term(f"{batch} rows of logits", head)

@@ -77,7 +77,7 @@ def server(sandbox: Path) -> Iterator[Running]:
 
 COMMANDS = commands()
 UNIQUE = list({command.text: command for command in COMMANDS if command.program in OURS}.values())
-RUN_BY_THEMSELVES = {"test", "lint", "kernel-report", "bench-gpu", "bench-cpu", "clean"}
+RUN_BY_THEMSELVES = {"test", "lint", "kernel-report", "bench-gpu", "tune-gpu", "bench-cpu", "clean"}
 """Targets of make that are no command of QuantFlow's, or take minutes: that they exist is all that is looked at here."""
 OPTIONS = {
     name: {flag for parameter in verb.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}

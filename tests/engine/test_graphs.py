@@ -16,6 +16,7 @@ from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.graphs import NOWHERE, obstacle, sizes
 from quantflow.engine.request import SamplingParams
 from tests.engine.test_determinism import alone, mixed, requests, same
+from tests.helpers.tiny import write_llama
 from tests.helpers.zoo import specimen, write
 
 
@@ -52,6 +53,20 @@ def test_a_step_has_the_same_bits_recorded_and_eager(name: str, tmp_path: Path) 
         found = mixed(recorded, wanted, random.Random(seed))
         assert all(map(same, found, expected))
     assert stand.records <= len(sizes(6)) and stand.replays > 40
+
+
+def test_a_text_over_several_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording for one, two and four splits, once with the angles of all positions and once with each row's."""
+    folder = write_llama(tmp_path, max_position_embeddings=512)
+    params, config = SamplingParams(max_tokens=400, ignore_eos=True, logprobs=1), EngineConfig(device="cpu", max_batch_size=2)
+    expected = alone(Engine(folder, config), list(range(2, 12)), params)
+    for most in (2**16, 16):
+        monkeypatch.setattr("quantflow.engine.graphs.MOST_POSITIONS", most)
+        one, stand = Engine(folder, config), Stand()
+        one.runner.record_decodes(2, one.context, stand)
+        assert same(alone(one, list(range(2, 12)), params), expected)
+        assert one.runner.graphs is not None and sorted(one.runner.graphs._recorded) == [(1, 1), (1, 2), (1, 4)]
+        assert stand.replays > 390
 
 
 def test_rows_too_many_write_nowhere(tmp_path: Path) -> None:

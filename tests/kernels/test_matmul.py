@@ -9,7 +9,7 @@ import torch
 from quantflow_kernels import configs, reference
 from quantflow_kernels.configs import MatmulConfig as Config
 from quantflow_kernels.layout import PER_CHANNEL, PackedWeight, pack
-from quantflow_kernels.matmul import TILES_APART, assembly, bytes_moved, matmul, operations
+from quantflow_kernels.matmul import SPLIT_TOKENS, assembly, bytes_moved, matmul, operations
 
 from tests.helpers.devices import DEVICE, DTYPES
 from tests.kernels.test_layout import weight
@@ -95,12 +95,12 @@ def test_a_sum_larger_than_float16_is_infinite_and_its_neighbours_are_not() -> N
 def test_a_rows_bits_depend_on_that_row_alone(split: int) -> None:
     """Over enough blocks that another order of summing would show, in an output that shows it."""
     dtype = torch.float32 if DEVICE == "cpu" else torch.float16
-    x, packed, _ = operands(40, 2304, 16 * TILES_APART + 6, 4, 64, dtype)  # in programs of their own for a few, one after the other for all
+    x, packed, _ = operands(40, 2304, 37, 4, 64, dtype)
     config = Config(16, 16, split)
     whole = matmul(x, packed, None, config)
     if DEVICE == "cpu":
         assert not whole.equal(matmul(x, packed, None, Config(16, 16, 5 - split))), "the order does not show"
-    for m in (1, 2, 16, 17, 16 * TILES_APART, 16 * TILES_APART + 1):
+    for m in (1, 2, 16, 17):
         assert matmul(x[:m], packed, None, config).equal(whole[:m])
     mixed = x.clone()
     mixed[::2] = torch.inf
@@ -168,3 +168,23 @@ def test_splits_are_the_weights_own() -> None:
     assert wanted.blocks_a_split(28672, 16) == 16  # 448 tiles are enough
     assert wanted.blocks_a_split(16, 3) == 1  # one tile, three blocks
     assert Config(64, 16, split=3).blocks_a_split(28672, 16) == 6
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(("k", "group"), [(2304, 64), (160, 32), (100, PER_CHANNEL), (512, 128)])
+def test_scales_that_are_loaded_ahead(k: int, group: int, ahead: bool) -> None:
+    """In blocks that K does not fill too, and over a split."""
+    x, packed, expected = operands(40, k, 3, 4, group, torch.float16)
+    for split in (1, 3):
+        found = matmul(x, packed, None, Config(16, 16, split, ahead=ahead))
+        assert_close(found, expected)
+        assert found.equal(matmul(x, packed, None, Config(16, 16, split)))
+
+
+def test_many_tokens_over_a_split_go_some_at_a_time() -> None:
+    x, packed, expected = operands(8, 512, SPLIT_TOKENS + 3, 4, 128, torch.float16)
+    bias = torch.arange(8, device=DEVICE).half()
+    config = Config(16, 64, split=2)
+    found = matmul(x, packed, bias, config)
+    assert_close(found, expected + bias.double())
+    assert matmul(x[-5:], packed, bias, config).equal(found[-5:])
