@@ -450,8 +450,9 @@ void int4_matmul(const void *x, int64_t x_stride, int m, const void *codes, cons
 
 enum { DENSE_ROWS = 6, DENSE_COLUMNS = 4 };
 
-INLINE void dense_tile(const int rows, const int columns, const uint16_t *x, int64_t x_stride, const uint16_t *weight, int64_t k,
-                       const float *bias, uint16_t *y, int64_t n) {
+/* ahead: fetches the next rows of the weight meanwhile: a processor's own foresight ends with each page, which is one short row. */
+INLINE void dense_tile(const int rows, const int columns, const int ahead, const uint16_t *x, int64_t x_stride, const uint16_t *weight,
+                       int64_t k, const float *bias, uint16_t *y, int64_t n) {
     __m512 acc[DENSE_ROWS][DENSE_COLUMNS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -463,7 +464,7 @@ INLINE void dense_tile(const int rows, const int columns, const uint16_t *x, int
 #pragma GCC unroll 4
         for (int c = 0; c < columns; c++) {
             w[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, weight + c * k + i);
-            if (rows <= 2) _mm_prefetch((const char *)(weight + c * k + i + 32 * 16), _MM_HINT_T0);
+            if (ahead) _mm_prefetch((const char *)(weight + (c + columns) * k + i), _MM_HINT_T0);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
@@ -478,9 +479,13 @@ INLINE void dense_tile(const int rows, const int columns, const uint16_t *x, int
         for (int c = 0; c < columns; c++) y[r * n + c] = float_to_bf16(_mm512_reduce_add_ps(acc[r][c]) + (bias ? bias[c] : 0.0f));
 }
 
-static void dense_rows(int rows, int columns, const uint16_t *x, int64_t x_stride, const uint16_t *weight, int64_t k, const float *bias,
-                       uint16_t *y, int64_t n) {
-#define WITH(r, c) case 8 * c + r: dense_tile(r, c, x, x_stride, weight, k, bias, y, n); return;
+static void dense_rows(int rows, int columns, int ahead, const uint16_t *x, int64_t x_stride, const uint16_t *weight, int64_t k,
+                       const float *bias, uint16_t *y, int64_t n) {
+#define WITH(r, c) \
+    case 8 * c + r: \
+        if (ahead) dense_tile(r, c, 1, x, x_stride, weight, k, bias, y, n); \
+        else dense_tile(r, c, 0, x, x_stride, weight, k, bias, y, n); \
+        return;
     switch (8 * columns + rows) {
         WITH(1, 4) WITH(2, 4) WITH(3, 4) WITH(4, 4) WITH(5, 4) WITH(6, 4) WITH(1, 1) WITH(2, 1) WITH(3, 1) WITH(4, 1) WITH(5, 1) WITH(6, 1)
     }
@@ -498,7 +503,7 @@ void dense_matmul(const uint16_t *x, int64_t x_stride, int m, const uint16_t *we
             int rows = m - row < DENSE_ROWS ? m - row : DENSE_ROWS;
             for (int c = first; c < stop;) {
                 int columns = stop - c >= DENSE_COLUMNS ? DENSE_COLUMNS : 1;
-                dense_rows(rows, columns, x + row * x_stride, x_stride, weight + (int64_t)c * k, k, bias ? bias + c : NULL,
+                dense_rows(rows, columns, row == 0, x + row * x_stride, x_stride, weight + (int64_t)c * k, k, bias ? bias + c : NULL,
                            y + (int64_t)row * n + c, n);
                 c += columns;
             }
