@@ -65,6 +65,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes,
         "files": len(checkpoint.files),
         "modules": modules,
+        "notes": list(checkpoint.notes),
         "artifact": {
             k: manifest.get(k) for k in ("name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")
         }
@@ -86,6 +87,8 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row("size", f"{size(s['weight_bytes'])} in {s['files']} file(s)")
     for scheme, count in Counter(s["modules"].values()).items():
         table.add_row("linears", f"{count} × {scheme}")
+    for note in s["notes"]:
+        table.add_row("note", note)
     artifact = s["artifact"]
     if artifact:
         table.add_row(

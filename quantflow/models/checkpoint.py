@@ -91,6 +91,11 @@ class Checkpoint:
         return self.container.files
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the family, and of how the tensors are stored."""
+        return (*self.architecture.notes, *self.container.notes)
+
+    @property
     def tokenizer_path(self) -> Path:
         """The directory of the tokenizer's files."""
         return self.container.tokenizer

@@ -34,6 +34,10 @@ class Container(Protocol):
     def tokenizer(self) -> Path:
         """The directory with the tokenizer's files."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the tensors are stored."""
+
     def read(self, name: str, index: int | None = None) -> Tensor:
         """The tensor `name`, or its slice `index` along the first dimension, freshly allocated on the CPU. Raises ModelError."""
 

@@ -61,6 +61,8 @@ def _stranger(path: Path) -> Problem:
 class Directory:
     """A model directory. The constructor reads config.json and, unless `config_only`, the headers of the weight files."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, path: Path, *, config_only: bool = False) -> None:
         self.config = read_json(path / "config.json")
         self.tokenizer = path

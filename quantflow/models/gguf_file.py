@@ -122,6 +122,8 @@ class Gguf:
     like, superblocks (Q4_K, Q5_K, Q6_K), whose grid no other format has, as plain float32. Raises ModelError for a damaged file, with
     all that is wrong, and for types and architectures that are not read."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = [path]

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from quantflow.models.workspace_layout import (
     Stored,
     decode,
     encode,
+    has_plain_zeros,
     native_specs,
     stored_layer,
     stored_outer,
@@ -390,6 +392,20 @@ class Workspace:
         if problems:
             raise ModelError(problems)
         return found
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Said where zero points are stored plainly, which LMDeploy takes for others: in how many of the files. Reads a number of each.
+
+        Raises ModelError for a file that cannot be read.
+        """
+        grids = [file for stored in stored_tensors(self.layout) if stored.part == "scales_zeros" for file in stored.files]
+        plain = [name for name in grids if has_plain_zeros(self._read_file(name, "F16", (1,)))]
+        if not plain:
+            return ()
+        number = "all" if len(plain) == len(grids) else f"{len(plain)} of {len(grids)}"
+        return (f"{number} scales_zeros files hold zero points as z, from an older QuantFlow: right here, wrong in LMDeploy, which takes "
+                "64 + z; export it to turbomind again for that",)  # fmt: skip
 
     def _read_file(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
         import torch

@@ -24,10 +24,9 @@ _COLUMN_PARALLEL = ("w_qkv", "w1", "w3", "w13")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _OUTPUT, _GATE, _UP, _DOWN = "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 
-# A zero point z is stored as the fp16 number z + ZERO_OFFSET. Workspaces are also seen with z + 64, as TurboMind's kernel unpacks a code q
-# to q + 64; the two ranges have no number in common, so that a reader can take either.
-ZERO_OFFSET = 0
-_OTHER_OFFSET = 64
+# A zero point z is stored as the fp16 number 64 + z: TurboMind's kernel unpacks a code q to the number 64 + q, and computes
+# ((64 + q) - zero) * scale. Older QuantFlows wrote the plain z; the two ranges have no number in common, so that a reader tells them.
+ZERO_OFFSET = 64
 
 _BLOCK_WORDS = 1 << 18
 
@@ -357,18 +356,23 @@ def to_scales_zeros(qzeros: Tensor, scales: Tensor) -> Tensor:
 
 
 def from_scales_zeros(words: Tensor) -> tuple[Tensor, Tensor]:
-    """qzeros words and scales. Takes zeros with either offset; raises ValueError for a zero point that is none of 0..15."""
+    """qzeros words and scales. Takes plain zeros too, where all are; raises ValueError for a zero point that is none of 0..15."""
     import torch
 
     from quantflow.quant.packing import pack_awq
 
     zeros, scales = words.contiguous().view(torch.float16).unflatten(-1, (-1, 2)).unbind(-1)
-    if zeros.numel() and bool((zeros >= _OTHER_OFFSET).all()):
-        zeros = zeros - _OTHER_OFFSET
+    if zeros.numel() and not has_plain_zeros(zeros):
+        zeros = zeros - ZERO_OFFSET
     codes = zeros.nan_to_num(nan=16.0).clamp(0, 16).to(torch.uint8)
     if not bool(((codes == zeros) & (codes <= 15)).all()):
-        raise ValueError(f"zero points that are not all of 0 to 15, or all of {_OTHER_OFFSET} to {_OTHER_OFFSET + 15}")
+        raise ValueError(f"zero points that are not all of {ZERO_OFFSET} to {ZERO_OFFSET + 15}, or all of 0 to 15")
     return pack_awq(codes.t()), scales.clone()
+
+
+def has_plain_zeros(zeros: Tensor) -> bool:
+    """Whether stored zero points begin as QuantFlow once wrote them, without the offset; of a mixture, neither reading is right."""
+    return bool(zeros.reshape(-1)[0] < ZERO_OFFSET)
 
 
 # Tensor parallelism.

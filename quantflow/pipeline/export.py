@@ -90,7 +90,7 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
         if errors or earlier:
             said = {"from": source_format, "to": format_name, "relative_errors": record(errors), **earlier}
             write_json(folder / REQUANTIZED, said)
-    count, notes = len(job.modules), checkpoint.architecture.notes
+    count, notes = len(job.modules), checkpoint.notes
     return Exported(output, source_format, format_name, count, job.default if count else None, notes, record(errors))
 
 

@@ -227,7 +227,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
         raise ModelError(Problem(f"{checkpoint.path}", f"already quantised ({method})", "a full-precision checkpoint"))
     problems += checkpoint.problems()
     linears = tuple(_linears(recipe, checkpoint))
-    plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.architecture.notes)
+    plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.notes)
     problems += _grid_problems(plan) + _data_problems(plan) + _output_problems(plan)
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))

@@ -236,6 +236,8 @@ def fused_parts(c: DecoderConfig) -> dict[str, list[Part]]:
     ],
 )
 def test_int4_files_nibble_by_nibble(c: DecoderConfig, tp: int, group: int, step: int, tmp_path: Path) -> None:
+    """Every code lies where the description says, and what TurboMind's kernel makes of it, `((64 + q) - zero) * scale` with the two
+    halves of the word that it finds for it, is the weight."""
     tensors = make_tensors(c, group)
     write(tmp_path, c, tensors, tp=tp, group_size=group)
     shapes, weights = linear_shapes(c), tmp_path / "triton_models" / "weights"
@@ -246,10 +248,10 @@ def test_int4_files_nibble_by_nibble(c: DecoderConfig, tp: int, group: int, step
         grids = [(weights / f"layers.0.{name}.{rank}.scales_zeros").read_bytes() for rank in range(tp)]
         assert {len(file) for file in files} == {k_size * total // 2 // tp}
         assert {len(grid) for grid in grids} == {k_size // group * total * 4 // tp}
-        seen = set()
+        seen, words_seen = set(), set()
         for part in parts:
             base = f"model.layers.0.{part.module}"
-            codes, zeros, scales = tensors[f"{base}.qweight"].tolist(), tensors[f"{base}.qzeros"].tolist(), bits(tensors[f"{base}.scales"])
+            codes, zeros, scales = (tensors[f"{base}.{part}"].tolist() for part in ("qweight", "qzeros", "scales"))
             for number in range(0, k_size * part.width, step):
                 row, column = divmod(number, part.width)
                 place = part.place(k_size, row, column, c, tp)
@@ -263,18 +265,22 @@ def test_int4_files_nibble_by_nibble(c: DecoderConfig, tp: int, group: int, step
                 else:
                     rank, place = divmod(place, k_size * total // tp)
                 seen.add((rank, place))
-                assert (files[rank][place // 2] >> (place % 2 * 4)) & 15 == nibble(codes, row, column)
-            for g in range(k_size // group):
-                for column in range(part.width):
-                    target = grid_column(part, column, c, tp)
-                    if by_columns:
-                        rank, target = divmod(target, total // tp)
-                        at = g * (total // tp) + target
-                    else:
-                        rank, at = divmod(g * total + target, k_size // group * total // tp)
-                    zero, scale = struct.unpack_from("<eH", grids[rank], 4 * at)
-                    assert (zero, scale) == (nibble(zeros, g, column), scales[g][column])
+                stored = (files[rank][place // 2] >> (place % 2 * 4)) & 15
+                code, zero_point, scale = nibble(codes, row, column), nibble(zeros, row // group, column), scales[row // group][column]
+                assert stored == code
+                target = grid_column(part, column, c, tp)
+                if by_columns:
+                    grid_rank, target = divmod(target, total // tp)
+                    at = row // group * (total // tp) + target
+                else:
+                    grid_rank, at = divmod(row // group * total + target, k_size // group * total // tp)
+                assert grid_rank == rank
+                low_half, high_half = struct.unpack_from("<ee", grids[rank], 4 * at)  # zero, scale
+                assert high_half == scale and 64 <= low_half <= 79
+                assert ((64 + stored) - low_half) * high_half == (code - zero_point) * scale
+                words_seen.add((rank, at))
         assert len(seen) == sum(len(range(0, k_size * part.width, step)) for part in parts)
+        assert len(words_seen) == k_size // group * total  # no word of the grid is nobody's
 
 
 def grid_column(part: Part, column: int, c: DecoderConfig, tp: int) -> int:
@@ -327,19 +333,50 @@ def test_large_words_are_permuted_some_rows_at_a_time(monkeypatch: pytest.Monkey
         assert torch.equal(function(words), expected)
 
 
-def test_zero_points_with_an_offset_of_64_are_read(tmp_path: Path) -> None:
+def shift_zeros(path: Path, by: float, first: int = 0) -> None:
+    """Adds to the zero points of a scales_zeros file, from the word `first` on."""
+    pairs = list(struct.iter_unpack("<eH", path.read_bytes()))
+    path.write_bytes(b"".join(struct.pack("<eH", zero + by * (i >= first), scale) for i, (zero, scale) in enumerate(pairs)))
+
+
+def test_plain_zero_points_of_older_workspaces_are_read_and_said(tmp_path: Path) -> None:
     c = make_config(layers=1, head_dim=16, intermediate=32)
     tensors = make_tensors(c, 16)
     write(tmp_path, c, tensors, group_size=16)
+    assert Workspace(tmp_path).notes == ()
+    grids = sorted((tmp_path / "triton_models" / "weights").glob("*.scales_zeros"))
+    assert len(grids) == 4
+    shift_zeros(grids[0], -64)
+    (note,) = Workspace(tmp_path).notes
+    assert note.startswith("1 of 4 scales_zeros files")
+    for path in grids[1:]:
+        shift_zeros(path, -64)
+    workspace = Workspace(tmp_path)
+    assert workspace.notes[0].startswith("all scales_zeros files hold zero points as z")
+    assert_same({name: workspace.read(name) for name in tensors}, tensors)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_zero_points_that_are_none_are_refused(plain: bool, tmp_path: Path) -> None:
+    c = make_config(layers=1, head_dim=16, intermediate=32)
+    write(tmp_path, c, make_tensors(c, 16), group_size=16)
     path = tmp_path / "triton_models" / "weights" / "layers.0.attention.wo.0.scales_zeros"
-    pairs = list(struct.iter_unpack("<eH", path.read_bytes()))
-    path.write_bytes(b"".join(struct.pack("<eH", zero + 64, scale) for zero, scale in pairs))
-    name = "model.layers.0.self_attn.o_proj.qzeros"
-    assert torch.equal(Workspace(tmp_path).read(name), tensors[name])
-    for wrong in (0.5, -1.0, 16.0, 80.0, float("nan"), float("inf")):
-        path.write_bytes(struct.pack("<eH", wrong, 0) + path.read_bytes()[4:])
-        with pytest.raises(ModelError, match=r"wo\.0\.scales_zeros.*zero points"):
-            Workspace(tmp_path).read(name)
+    if plain:
+        shift_zeros(path, -64)
+    whole = path.read_bytes()
+    for wrong in (0.5, -1.0, 16.0, 63.0, 64.5, 80.0, 128.0, float("nan"), float("inf"), 70.0 if plain else 3.0):  # the last: a mixture
+        for at in (0, len(whole) - 4):
+            path.write_bytes(whole[:at] + struct.pack("<eH", wrong, 0) + whole[at + 4 :])
+            with pytest.raises(ModelError, match=r"wo\.0\.scales_zeros.*zero points"):
+                Workspace(tmp_path).read("model.layers.0.self_attn.o_proj.qzeros")
+
+
+def test_ranks_that_differ_in_their_form_of_zero_points_are_refused(tmp_path: Path) -> None:
+    c = make_config(layers=1, heads=8, kv_heads=4, head_dim=32, intermediate=256)
+    write(tmp_path, c, make_tensors(c, 64), tp=2, group_size=64)
+    shift_zeros(tmp_path / "triton_models" / "weights" / "layers.0.feed_forward.w13.1.scales_zeros", -64)
+    with pytest.raises(ModelError, match=r"w13\.0\.scales_zeros.*zero points"):
+        Workspace(tmp_path).read("model.layers.0.mlp.up_proj.qzeros")
 
 
 # Round trips.

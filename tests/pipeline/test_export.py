@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -392,6 +393,18 @@ def test_half_precision_workspaces_by_rank(tmp_path: Path) -> None:
     ours, theirs = contents(tmp_path / "again"), contents(workspace)
     # A run takes each rank's own extremes; an export has the layer's alone, and gives them to both.
     assert {n for n in theirs if ours.get(n) != theirs[n]} <= {n for n in theirs if "past_kv_scale" in n} and set(ours) == set(theirs)
+
+    # As an older QuantFlow wrote it: zero points without the kernel's 64.
+    for grid in (workspace / "triton_models/weights").glob("*.scales_zeros"):
+        pairs = np.fromfile(grid, "<f2").reshape(-1, 2)
+        assert pairs[:, 0].min() >= 64
+        pairs[:, 0] -= 64
+        pairs.tofile(grid)
+    assert "zero points as z" in json.loads(invoke("inspect", workspace, "--json").output)["notes"][0]
+    said = invoke("export", workspace, "--format", "turbomind", "--output", tmp_path / "mended", "--tp", 2).output
+    assert "Note: all scales_zeros files hold zero points as z" in " ".join(said.split())
+    assert_same(tensors(tmp_path / "mended"), tensors(awq))
+    assert json.loads(invoke("inspect", tmp_path / "mended", "--json").output)["notes"] == []
 
 
 def test_kv_parameters_that_a_workspace_has_no_place_for(bench: Bench, tmp_path: Path) -> None:
