@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
 
+_FORMAT = "pack-quantized"
 _INDEX = Problem("group index", "compressed-tensors holds none since its version 0.19", hint="Use act_order: static, or gptq")
 
 
@@ -129,8 +130,8 @@ class CompressedTensors:
             return None
         where = f"config_groups.{found[1]}"
         form = found[2].get("format") or config.get("format")
-        if form != "pack-quantized":
-            raise FormatError(Problem(f"{where}.format", f"{form!r}", "'pack-quantized'"))
+        if form != _FORMAT:
+            raise FormatError(Problem(f"{where}.format", f"{form!r}", f"{_FORMAT!r}"))
         weights = setting(found[2], "weights", dict, where)
         if found[2].get("input_activations") or found[2].get("output_activations") or weights.get("dynamic"):
             raise FormatError(Problem(where, "quantised activations", "quantised weights alone"))
@@ -213,7 +214,7 @@ class CompressedTensors:
                 groups.append(_group(own, [f"re:{pattern}" for pattern in patterns] + names))
         config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": _FORMAT,
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
@@ -258,6 +259,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     per_channel = scheme.group_size == -1
     return {
         "targets": targets,
+        "format": _FORMAT,  # LMDeploy looks for it here, others at the top
         "weights": {
             "num_bits": scheme.bits,
             "type": "int",

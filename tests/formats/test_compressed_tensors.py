@@ -129,6 +129,9 @@ def test_config() -> None:
         "dynamic": False,
     }
     assert (second["weights"]["strategy"], second["weights"]["group_size"]) == ("channel", None)
+    assert first["format"] == second["format"] == "pack-quantized"  # LMDeploy 0.18 looks in the group, and fails with a KeyError
+    read = QuantizationConfig.model_validate(config)  # as does the package, which keeps it
+    assert [group.format for group in read.config_groups.values()] == ["pack-quantized"] * 2
     assert json.loads(json.dumps(config)) == config
 
 
@@ -146,7 +149,8 @@ def test_uniform_asymmetric_weights_are_unpacked_as_they_are_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "int-quantized"}, "'int-quantized'; expected 'pack-quantized'"),
+        ({"config_groups": {"a": {"targets": ["Linear"], "format": "int-quantized"}}}, "'int-quantized'; expected 'pack-quantized'"),
+        ({"format": "int-quantized", "config_groups": {"a": {"targets": ["Linear"]}}}, "'int-quantized'; expected 'pack-quantized'"),
         ({"config_groups": {"group_0": {"targets": ["Linear"]}}}, "config_groups.group_0.weights: missing"),
         ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "float", "group_size": 16}}}}, "'float'"),
         ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 9, "group_size": 16}}}}, "9 bits"),
