@@ -24,6 +24,7 @@ LAYERS = (
     ("recipe",),
     ("quant",),
     ("machine",),
+    ("placeholder",),
     ("errors", "units"),
 )
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}

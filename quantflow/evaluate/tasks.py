@@ -24,6 +24,7 @@ from quantflow.engine.request import SamplingParams
 from quantflow.errors import DataError, Problem
 from quantflow.evaluate.scoring import Encoder, Pair, Prompt, Score, generate, loglikelihoods
 from quantflow.evaluate.significance import Interval, Paired, paired, wilson_interval
+from quantflow.placeholder import placeholder_at
 
 CHOICE, WINOGRAD, EXACT = "multiple choice", "winograd", "exact match"
 METRICS = {CHOICE: ("acc", "acc_norm", "acc_bytes"), WINOGRAD: ("acc", "acc_norm", "acc_bytes"), EXACT: ("acc", "acc_norm")}
@@ -120,6 +121,8 @@ def read_tasks(paths: Sequence[str | Path], settings: Sequence[Settings]) -> lis
 def _read(path: Path) -> tuple[list[Item], list[Problem]]:
     items: list[Item] = []
     problems: list[Problem] = []
+    if path.is_file() and (problem := placeholder_at(path)):
+        return items, [problem]
     try:
         with path.open(encoding="utf-8-sig") as stream:  # -sig: Windows puts a byte order mark first
             for line, text in enumerate(stream, 1):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import ModelError, Problem
 from quantflow.models.tensor_file import TensorFile, TensorInfo
+from quantflow.placeholder import HEAD_BYTES, placeholder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +22,7 @@ _MOST_BYTES = 2**28  # of a file other than weights
 
 def read_file(path: Path) -> bytes:
     """The bytes of a file of a model directory, the weights apart. Raises ModelError for what cannot be read, is larger than any such file,
-    is no regular file, or is a link that leads out of the directory."""
+    is no regular file, is a link that leads out of the directory, or has a `placeholder` in its place."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -30,15 +31,21 @@ def read_file(path: Path) -> bytes:
             raise ModelError(Problem(str(path), f"{status.st_size} bytes", f"at most {_MOST_BYTES}"))
         if _leads_out(path):
             raise ModelError(_stranger(path))
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise ModelError(Problem(str(path), error.strerror or str(error), "a readable file")) from error
+    if data and (problem := placeholder(path, data[:HEAD_BYTES])):  # an empty file may be meant: those who need more say so
+        raise ModelError(problem)
+    return data
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model directory; raises ModelError."""
+    data = read_file(path)
+    if problem := placeholder(path, data[:HEAD_BYTES]):
+        raise ModelError(problem)
     try:
-        value = json.loads(read_file(path).decode("utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or JSON, or a number of thousands of digits
         raise ModelError(Problem(str(path), f"not JSON ({error})", "a JSON object")) from error
     if not isinstance(value, dict):

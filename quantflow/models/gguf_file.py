@@ -22,6 +22,7 @@ from quantflow.errors import ModelError, Problem
 from quantflow.models.gguf_superblocks import SUPERBLOCK, SUPERBLOCK_TYPES, dequantize_superblocks
 from quantflow.models.rounding import converted
 from quantflow.models.tensor_file import ITEM_BYTES, MAX_HEADER_BYTES, TensorInfo, torch_dtype
+from quantflow.placeholder import placeholder_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -404,8 +405,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Header], int, i
             reader = _Reader(path, file, size)
             magic = reader.take(min(4, size))
             if magic != MAGIC:
-                hint = "It is a Git LFS pointer: fetch the file with git lfs pull" if magic == b"vers" else _DAMAGED
-                raise reader.wrong(f"the first bytes are {magic!r}", f"{MAGIC!r}", hint)
+                if problem := placeholder_at(path, binary=True):
+                    raise ModelError(problem)
+                raise reader.wrong(f"the first bytes are {magic!r}", f"{MAGIC!r}", _DAMAGED)
             version = reader.number("I")
             if version not in (2, 3):
                 swapped = int.from_bytes(version.to_bytes(4, "little"), "big")

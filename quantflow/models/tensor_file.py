@@ -16,17 +16,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from quantflow.errors import ModelError, Problem
+from quantflow.placeholder import placeholder_at
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+# Bits of an item of every dtype that safetensors 0.8 defines: a file that has it is no damaged one.
+ITEM_BITS = {
+    "C64": 64, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16,
+    "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 _TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
-    "I8": "int8", "U8": "uint8", "BOOL": "bool",
+    "C64": "complex64", "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2": "float8_e5m2", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
 }  # fmt: skip
+ITEM_BYTES = {name: ITEM_BITS[name] // 8 for name in _TORCH_NAMES}  # of those that torch has, one item in whole bytes
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 
@@ -37,7 +43,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def torch_dtype(name: str) -> Any:
-    """The torch dtype of a safetensors name."""
+    """The torch dtype of a safetensors name; KeyError for one that torch has not."""
     import torch
 
     return getattr(torch, _TORCH_NAMES[name])
@@ -72,6 +78,8 @@ class TensorFile:
         import torch
 
         info = self.tensors[name]
+        if info.dtype not in _TORCH_NAMES:
+            raise ModelError(Problem(f"{self.path} tensor {name}", f"dtype {info.dtype}", f"one of {', '.join(_TORCH_NAMES)}"))
         shape, start, nbytes = info.shape, info.start, info.nbytes
         if index is not None:
             shape, nbytes = info.shape[1:], info.nbytes // info.shape[0]
@@ -102,9 +110,13 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         with open(path, "rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
+                if problem := placeholder_at(path, binary=True):
+                    raise ModelError(problem)
                 raise wrong(f"{size} bytes", "a safetensors file, which has at least 8")
             length = int.from_bytes(prefix, "little")
-            if length > min(size - 8, MAX_HEADER_BYTES):
+            if length > min(size - 8, MAX_HEADER_BYTES) or not length:
+                if problem := placeholder_at(path, binary=True):
+                    raise ModelError(problem)
                 raise wrong(f"a header of {length} bytes in a file of {size}", "a safetensors header")
             raw = file.read(length)
     except OSError as error:
@@ -125,11 +137,11 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             start, stop = _integers(entry["data_offsets"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise wrong(f"tensor {name} has no valid dtype, shape and data_offsets") from error
-        if dtype not in ITEM_BYTES:
-            raise wrong(f"tensor {name} has dtype {dtype}", f"one of {', '.join(ITEM_BYTES)}")
+        if dtype not in ITEM_BITS:
+            raise wrong(f"tensor {name} has dtype {dtype}", f"one of {', '.join(ITEM_BITS)}")
         if len(shape) > 8 or any(d >= 2**48 for d in shape):  # more than torch can say, where another dimension is 0
             raise wrong(f"tensor {name} of shape {list(shape)[:9]}", "at most 8 dimensions, each below 2^48")
-        if any(d < 0 for d in shape) or start < 0 or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        if any(d < 0 for d in shape) or start < 0 or (stop - start) * 8 != math.prod(shape) * ITEM_BITS[dtype]:
             raise wrong(f"tensor {name} of shape {list(shape)} and dtype {dtype} has {stop - start} bytes")
         if base + stop > size:
             raise wrong(f"tensor {name} ends at byte {base + stop}, the file at {size}: it is truncated")

@@ -635,8 +635,6 @@ def _optional_json(file: Path) -> Json:
 
 def _data(file: Path) -> bytes:
     data = read_file(file)
-    if data.startswith(b"version https://git-lfs"):
-        raise ModelError(Problem(str(file), "a Git LFS pointer", "the file itself", "Fetch it with git lfs pull"))
     if not data:
         raise ModelError(Problem(str(file), "an empty file", hint="Is the download complete?"))
     return data

@@ -34,6 +34,7 @@ from quantflow.models.workspace_layout import (
     stored_outer,
     stored_tensors,
 )
+from quantflow.placeholder import placeholder_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -339,7 +340,8 @@ class Workspace:
             if name not in found:
                 missing.append(name)
             elif found[name] != nbytes:
-                problems.append(Problem(str(self._weights / name), f"{found[name]} bytes", f"{nbytes} by {CONFIG}", "Is it cut off?"))
+                wrong = Problem(str(self._weights / name), f"{found[name]} bytes", f"{nbytes} by {CONFIG}", "Is it cut off?")
+                problems.append(placeholder_at(self._weights / name) or wrong)
             files.append(self._weights / name)
         if missing:
             text = ", ".join(missing[:4]) + (" and more" if len(missing) > 4 else "")

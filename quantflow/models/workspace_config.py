@@ -14,6 +14,7 @@ from typing import Any
 from quantflow.errors import ModelError, Problem
 from quantflow.models.config import MOST_LAYERS, DecoderConfig
 from quantflow.models.workspace_layout import Layout
+from quantflow.placeholder import HEAD_BYTES, placeholder
 
 WEIGHTS = Path("triton_models", "weights")
 CONFIG = "config.ini"
@@ -124,6 +125,8 @@ def _read_section(path: Path) -> Mapping[str, str]:
         raise ModelError(Problem(str(path), error.strerror or str(error), "the config.ini of a workspace")) from error
     if len(raw) > _MOST_CONFIG_BYTES:
         raise ModelError(Problem(str(path), f"more than {_MOST_CONFIG_BYTES} bytes", "the config.ini of a workspace"))
+    if problem := placeholder(path, raw[:HEAD_BYTES]):
+        raise ModelError(problem)
     try:
         parser.read_string(raw.decode("utf-8"), str(path))
     except (configparser.Error, ValueError) as error:  # ValueError: not UTF-8

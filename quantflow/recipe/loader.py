@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantflow.errors import Problem, RecipeError
+from quantflow.placeholder import HEAD_BYTES, placeholder
 from quantflow.recipe.schema import DATA_NAMES, STAGE_TYPES, Calibration, Override, Recipe, Weights, stage_name, stage_settings
 
 _MAX_BYTES = 2**20  # a recipe is a page long; more is some other file
@@ -74,6 +75,8 @@ def _read(path: Path) -> str:
         raise RecipeError(Problem(where, f"cannot be read ({error})", "a recipe, one YAML file")) from None
     if len(raw) > _MAX_BYTES:
         raise RecipeError(Problem(where, f"is larger than {_MAX_BYTES} bytes", "a recipe, a short YAML file"))
+    if raw and (problem := placeholder(path, raw[:HEAD_BYTES])):
+        raise RecipeError(problem)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

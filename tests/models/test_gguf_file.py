@@ -443,7 +443,7 @@ def with_config(content: str, *infos: bytes) -> bytes:
 
 # what is said of it, the file
 HOSTILE = {
-    "empty": ("first bytes", b""),
+    "empty": ("an empty file", b""),
     "magic": ("first bytes", header(0, 0, magic=b"GGML")),
     "lfs": ("git lfs pull", b"version https://git-lfs.github.com/spec/v1\n"),
     "version 1": ("version 1", header(0, 0, version=struct.pack("<I", 1))),

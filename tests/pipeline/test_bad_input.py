@@ -155,7 +155,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "a truncated weight file": (cut, ("model.safetensors", "truncated", "copy or download it again")),
-    "an empty weight file": (write("model/model.safetensors", b""), ("model.safetensors: 0 bytes", "at least 8")),
+    "an empty weight file": (write("model/model.safetensors", b""), ("model.safetensors: an empty file (0 bytes)",)),
     "a header longer than the file": (
         write("model/model.safetensors", struct.pack("<Q", 10**6) + b"{}"),
         ("a header of 1000000 bytes in a file of 10",),
@@ -171,7 +171,7 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "negative offsets": (edit_header(lambda h: h[Q].update(data_offsets=[-8192, 0])), (Q,)),
     "overlapping tensors": (edit_header(overlapping), ("overlap", "mlp.gate_proj")),
     "a dtype of another size": (edit_header(lambda h: h[Q].update(dtype="F32")), (Q, "of shape [64, 64] and dtype F32 has 8192 bytes")),
-    "a dtype that is unknown": (edit_header(lambda h: h[Q].update(dtype="F4")), (Q, "dtype F4", "one of F64, F32")),
+    "a dtype that is unknown": (edit_header(lambda h: h[Q].update(dtype="F7")), (Q, "dtype F7", "one of C64, F64, F32")),
     "a missing shard": (
         in_two_files(index=lambda m: None, lose="model-00002-of-00002.safetensors"),
         ("model-00002-of-00002.safetensors: missing shard",),
