@@ -25,7 +25,7 @@ LAYERS = (
     ("quant",),
     ("machine",),
     ("placeholder",),
-    ("errors", "units"),
+    ("bundled", "errors", "units"),
 )
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}
 

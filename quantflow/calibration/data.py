@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from quantflow import bundled
 from quantflow.errors import DataError, Problem
 
 SEPARATOR = "<|endoftext|>"
@@ -28,12 +29,6 @@ HUB: dict[str, tuple[str, str | None, str, str | None, str]] = {
 _FIELDS = ("text", "content", "sentence", "document", "prompt")
 
 
-def bundled(name: str) -> Path | None:
-    """The bundled text of that name (`demo`), where this is a source tree; None for any other name."""
-    path = Path(__file__).resolve().parents[2] / "calib_data" / "demo_calib.txt"
-    return path if name == "demo" and path.is_file() else None
-
-
 def documents(data: str, file: str | None = None, *, option: str = "--data FILE") -> Iterator[str]:
     """The documents of a data set, in order. `data` is a known name or a path; `file` is read in its place. option: how the command
     line would name a local file, for the message where the hub cannot be reached.
@@ -42,14 +37,16 @@ def documents(data: str, file: str | None = None, *, option: str = "--data FILE"
     of those. Raises DataError.
     """
     path = Path(file or data).expanduser()
-    if file is None and data == "demo":
-        path = bundled(data) or path
+    if file is None:
+        path = bundled.text(data) or path
     if path.is_file():
         yield from (d for d in (text.strip() for text in _read(path)) if d)
     elif file is None and data in HUB:
         yield from _from_hub(data, option)
     else:
-        raise DataError(Problem(str(path), "no such file", "a .txt, .json or .jsonl file", f"Known names: {', '.join(HUB)}, demo"))
+        raise DataError(
+            Problem(str(path), "no such file", "a .txt, .json or .jsonl file", f"Known names: {', '.join([*HUB, *bundled.TEXTS])}")
+        )
 
 
 def _read(path: Path) -> Iterator[str]:

@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from quantflow.cli.console import console, errors
+from quantflow.cli.recipes import find
 from quantflow.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def show_advice(
     given: Recipe | None = None
     if recipe is not None:
         try:
-            given = load_recipe(recipe, changes, model=model)
+            given = load_recipe(find(recipe), changes, model=model)
         except UserError as error:
             problems += error.problems
     elif changes:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from quantflow.cli.console import console, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, Set
+from quantflow.cli.recipes import find
 from quantflow.errors import Problem, UserError
 from quantflow.units import size
 
@@ -61,7 +62,7 @@ def plan(
         from quantflow.pipeline.status import stored_layers
         from quantflow.recipe import load_recipe
 
-        found = make_plan(load_recipe(recipe, set_ or (), model=model, output=output), device=device.value, config_only=config_only)
+        found = make_plan(load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value, config_only=config_only)
         summary = summarise(found, stored_layers(found) if not config_only else None)
         if as_json:
             print(json.dumps(summary, indent=2))
@@ -83,6 +84,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         "layers": plan.config.layers,
         "device": plan.device,
         "output": str(plan.output),
+        "calibration": _calibration(plan),
         "steps": dump(plan.recipe)["stages"],
         "linears": dict(schemes),
         "stored_layers": stored,
@@ -97,12 +99,19 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
     }
 
 
+def _calibration(plan: Plan) -> dict[str, Any] | None:
+    section = plan.recipe.calibration if plan.reads_calibration else None
+    return {"data": section.file or section.data, "windows": section.samples, "length": section.seqlen} if section else None
+
+
 def _show(summary: dict[str, Any]) -> None:
     table = Table(show_header=False, title=f"Plan of {summary['name']}")
     weights = size(summary["weight_bytes"])
     table.add_row("model", f"{summary['model']} ({summary['architecture']}, {summary['layers']} layers, {weights})")
     table.add_row("output", summary["output"])
     table.add_row("device", summary["device"])
+    if text := summary["calibration"]:
+        table.add_row("calibration", f"{text['windows']} windows of {text['length']} tokens of {text['data']}")
     for step in summary["steps"]:
         ((name, settings),) = step.items()
         shown = ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict))

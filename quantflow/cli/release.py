@@ -11,6 +11,7 @@ from rich.table import Table
 
 from quantflow.cli.console import console, progress, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Set
+from quantflow.cli.recipes import find
 
 
 def release(
@@ -47,7 +48,7 @@ def release(
         from quantflow.pipeline.release import plan_release, release
         from quantflow.pipeline.release_comparison import METRICS, table
 
-        plans = plan_release(recipes, output, set_ or (), device=device.value)
+        plans = plan_release([find(recipe) for recipe in recipes], output, set_ or (), device=device.value)
         invocation = Invocation(builder_id or LOCAL_BUILDER, invocation_id or str(uuid4()))
         with progress() as watcher:
             done = release(plans, output, invocation, watcher, previous=previous, tolerance=tolerance)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from quantflow.cli.console import console, progress, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, RecipePath, Set
+from quantflow.cli.recipes import find
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
         from quantflow.pipeline.run import run as run_plan
         from quantflow.recipe import load_recipe
 
-        plan = make_plan(load_recipe(recipe, set_ or (), model=model, output=output), device=device.value)
+        plan = make_plan(load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value)
         with progress() as watcher:
             result = run_plan(plan, watcher, fresh=fresh)
         if as_json:

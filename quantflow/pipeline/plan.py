@@ -31,11 +31,28 @@ from quantflow.models.directory import INDEX
 from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer
 from quantflow.quant.grid import Scheme
-from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Nf4, Pack, Recipe, Rtn, Shard, dump
+from quantflow.recipe import (
+    AUTO,
+    BUNDLED,
+    BUNDLED_NEW,
+    Awq,
+    Calibrate,
+    Evaluate,
+    Gptq,
+    KvQparams,
+    Nf4,
+    Pack,
+    Recipe,
+    Rtn,
+    Shard,
+    dump,
+)
 from quantflow.recipe.overrides import matches
 from quantflow.stages.pack_job import Prepared, prepare
 
 T = TypeVar("T")
+SEQLEN, LENGTH = 2048, 512  # tokens of a window of calibration, and of evaluation, where the recipe says auto
+GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
 NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
@@ -226,14 +243,48 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
         method = checkpoint.quantization.get("quant_method")
         raise ModelError(Problem(f"{checkpoint.path}", f"already quantised ({method})", "a full-precision checkpoint"))
     problems += checkpoint.problems()
+    recipe = resolved(recipe, checkpoint)
     linears = tuple(_linears(recipe, checkpoint))
-    plan = Plan(recipe, recipe.model, checkpoint, Path(recipe.output), resolve_device(device), linears, checkpoint.notes)
+    notes = (*checkpoint.notes, *_bundled_notes(recipe))
+    plan = Plan(recipe, str(recipe.model), checkpoint, Path(recipe.output), resolve_device(device), linears, notes)
     problems += _grid_problems(plan) + _data_problems(plan) + _output_problems(plan)
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
     if problems:
         raise UserError(problems)
     return plan
+
+
+def resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
+    """The recipe with the model's numbers where it says `auto`: lengths within its positions, and a group that fits all linears."""
+    most, changes = checkpoint.config.max_positions, dict[str, object]()
+    if recipe.calibration and recipe.calibration.seqlen == AUTO:
+        changes["calibration"] = recipe.calibration.model_copy(update={"seqlen": min(SEQLEN, most)})
+    changes["stages"] = tuple(
+        stage.model_copy(update={"length": min(LENGTH, most)}) if isinstance(stage, Evaluate) and stage.length == AUTO else stage
+        for stage in recipe.stages
+    )
+    if recipe.weights.group_size == AUTO:
+        tp = next((stage.tp for stage in recipe.stages if isinstance(stage, Shard)), 1)
+        linears = [p for p in _linears(recipe, checkpoint) if p.scheme is not None and p.scheme.group_size == AUTO]
+        shared = math.gcd(*(_inputs_of_rank(checkpoint, tp, p) for p in linears))
+        changes["weights"] = recipe.weights.model_copy(update={"group_size": usual_group(shared) if linears else GROUPS[0]})
+    return recipe.model_copy(update=changes)
+
+
+def usual_group(channels: int) -> int:
+    """The largest of the group sizes that engines have kernels for that divides so many input channels, else the largest that does."""
+    return next((size for size in GROUPS if channels % size == 0), 0) or fitting_group(channels, GROUPS[0])
+
+
+def _bundled_notes(recipe: Recipe) -> Iterator[str]:
+    calibration = recipe.calibration
+    reads = any(isinstance(stage, (Calibrate, Awq, Gptq, KvQparams)) for stage in recipe.stages)
+    what = "the bundled text, pages of the documentation of Python, PostgreSQL and SQLite"
+    if calibration and reads and not calibration.file and calibration.data == BUNDLED:
+        yield f"calibration reads {what}: --set calibration.data=FILE takes text like what the model will be asked"
+    if any(isinstance(stage, Evaluate) and not stage.file and stage.data == BUNDLED_NEW for stage in recipe.stages):
+        yield f"evaluate reads {what}, other pages than calibration has: --set stages.evaluate.data=FILE takes another"
 
 
 def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
@@ -320,7 +371,7 @@ def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> s
     if linear.scheme.kind not in form.kinds:
         return ""
     if "group_size" in problem.expected:
-        inputs = {p.module: _inputs_of_rank(plan, p) for p in plan.linears if p.scheme is not None}
+        inputs = {p.module: _inputs_of_rank(plan.checkpoint, plan.tp, p) for p in plan.linears if p.scheme is not None}
         if form.shares_scheme(linear.module):  # which has no place for overrides
             k = math.gcd(*inputs.values())
             return f"weights.group_size: {fitting_group(k, linear.scheme.group_of(k))}"
@@ -331,9 +382,9 @@ def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> s
     return f'weights.overrides: [{{match: "*.{leaf}", {change}}}]'
 
 
-def _inputs_of_rank(plan: Plan, linear: LinearPlan) -> int:
-    row = parallel_dimension(linear.name, plan.checkpoint.architecture.layer) == 1
-    return linear.shape[1] // (plan.tp if row else 1)
+def _inputs_of_rank(checkpoint: Checkpoint, tp: int, linear: LinearPlan) -> int:
+    row = parallel_dimension(linear.name, checkpoint.architecture.layer) == 1
+    return linear.shape[1] // (tp if row else 1)
 
 
 def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:

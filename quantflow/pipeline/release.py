@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantflow import __version__
+from quantflow import __version__, bundled
 from quantflow.artifacts.artifact import MANIFEST, PAGE, REPORT, RUN, read_manifest
 from quantflow.artifacts.fingerprint import file_digest
 from quantflow.artifacts.provenance import SUFFIX, SUMS, Invocation, checksums, is_uri, own_source, resource, statement
 from quantflow.artifacts.store import write_atomic, write_json
-from quantflow.calibration.data import HUB, bundled
+from quantflow.calibration.data import HUB
 from quantflow.errors import ModelError, OutputError, Problem, UserError
 from quantflow.evaluate.variants import deployed
 from quantflow.models.checkpoint import TOKENIZER_FILES
@@ -199,7 +199,7 @@ def dependencies(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
 def _text(section: Calibration | Evaluate, role: str, **notes: Any) -> dict[str, Any]:
     """The local file that a section's text comes from, or its place on the hub."""
     path = Path(section.file or section.data).expanduser()
-    if not section.file and (own := bundled(section.data)):
+    if not section.file and (own := bundled.text(section.data)):
         path = own
     if path.is_file():
         return resource(path.name, role, sha256=file_digest(path), **notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantflow import bundled
 from quantflow.calibration.data import Windows
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan
@@ -20,7 +21,7 @@ def stored_layers(plan: Plan) -> int | None:
     calibration = plan.recipe.calibration
     windows = Windows([], frozenset(), "")
     if (plan.needs_stream or not plan.rounds) and calibration:
-        if not Path(calibration.file or calibration.data).is_file():
+        if not Path(calibration.file or bundled.text(calibration.data) or calibration.data).is_file():
             return None
         windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.tokenizer_path), calibration)
     weights = plan.weights_key(digests.values())

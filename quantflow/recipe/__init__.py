@@ -2,6 +2,9 @@
 
 from quantflow.recipe.loader import load_recipe
 from quantflow.recipe.schema import (
+    AUTO,
+    BUNDLED,
+    BUNDLED_NEW,
     DATA_NAMES,
     STAGE_TYPES,
     Awq,
@@ -24,6 +27,9 @@ from quantflow.recipe.schema import (
 )
 
 __all__ = [
+    "AUTO",
+    "BUNDLED",
+    "BUNDLED_NEW",
     "DATA_NAMES",
     "STAGE_TYPES",
     "Awq",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,9 +18,11 @@ from typing import Any, ClassVar, NoReturn, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from quantflow import bundled
 from quantflow.errors import Problem, RecipeError
 from quantflow.placeholder import HEAD_BYTES, placeholder
 from quantflow.recipe.schema import DATA_NAMES, STAGE_TYPES, Calibration, Override, Recipe, Weights, stage_name, stage_settings
+from quantflow.recipe.writer import name_of
 
 _MAX_BYTES = 2**20  # a recipe is a page long; more is some other file
 _Path = tuple[str | int, ...]
@@ -30,6 +33,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str |
     """The recipe in the YAML file at `path`, with `overrides` (`dotted.path=value`), `model` and `output` put over what it says.
 
     A stage is addressed by name (`stages.gptq.damp=0.05`), or by position from 0 where it is there twice (`stages.5.format=awq`).
+    Without an `output`, the artifact goes to `artifacts/NAME`, or `artifacts/MODEL_NAME` where the command line gives the model.
     Relative paths of data files, and of a model in the file, are taken from the current directory, else from the recipe's directory,
     else from the directory above that. Raises RecipeError with every problem found.
     """
@@ -42,6 +46,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str |
         changes.set(("model",), model, f"--model {model}")
     if output is not None:
         changes.set(("output",), output, f"--output {output}")
+    elif ("model",) in source.said and source.data.get("output") is None:
+        _name_output(source)
 
     problems = [*changes.problems, *_locate_files(source, path), *_check_together(source)]
     recipe: Recipe | None = None
@@ -68,7 +74,10 @@ def _read(path: Path) -> str:
             raise RecipeError(Problem(where, "is a directory", "a recipe, one YAML file", hint))
         if not path.exists():
             near = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")] if path.parent.is_dir() else []
-            raise RecipeError(Problem(where, "there is no such file", "a recipe, one YAML file", _did_you_mean(path.name, near)))
+            hint = _did_you_mean(path.name, near)
+            if not hint and path.parent in (Path(), Path("recipes")):
+                hint = _did_you_mean(path.stem, bundled.recipes()) or f"Bundled: {_listing(bundled.recipes())}"
+            raise RecipeError(Problem(where, "there is no such file", "a recipe, one YAML file", hint))
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -591,6 +600,14 @@ def _check_overrides(source: _Source) -> Iterator[Problem]:
 
 
 # Names that mean files
+
+
+def _name_output(source: _Source) -> None:
+    """One recipe for several models: their artifacts must not replace each other."""
+    name, model = source.data.get("name"), source.data["model"]
+    if isinstance(name, str) and isinstance(model, str) and model:
+        with suppress(OSError, ValueError, RuntimeError):  # no name of a model, which is to be said of it
+            source.data["output"] = f"artifacts/{name_of(Path(model), f'_{name}')}"
 
 
 def _locate_files(source: _Source, recipe: Path) -> list[Problem]:

@@ -15,18 +15,23 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     Strict,
     Tag,
     WithJsonSchema,
     model_validator,
 )
 
-DATA_NAMES = ("c4", "c4-new", "ptb", "ptb-new", "wikitext2", "pileval", "demo")
+DATA_NAMES = ("c4", "c4-new", "ptb", "ptb-new", "wikitext2", "pileval", "demo", "demo-new")
+BUNDLED, BUNDLED_NEW = "demo", "demo-new"  # the texts that come with QuantFlow, to calibrate and to evaluate on
+AUTO = 0  # in a typed recipe, what `auto` becomes; a plan puts the model's number in its place
 
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SIZE_PATTERN = r"^[0-9]{1,15}(\.[0-9]{1,15})? ?([KMGTkmgt][Ii]?)?[Bb]$"
 _MIN_SHARD_BYTES = 1024  # a bare 5 was meant as "5GB"
 _MIN_GROUP_SIZE = 4
+_MIN_LENGTH = 16  # tokens a window
+_GROUP_SIZES = f"-1 (one group a row) or an integer of at least {_MIN_GROUP_SIZE}"
 _NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # it becomes a directory's name
 
 WeightBits = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -44,7 +49,7 @@ def parse_bytes(value: Any) -> int:
 
 def _check_group_size(value: int) -> int:
     if value != -1 and value < _MIN_GROUP_SIZE:
-        raise ValueError(f"-1 (one group a row) or an integer of at least {_MIN_GROUP_SIZE}")
+        raise ValueError(_GROUP_SIZES)
     return value
 
 
@@ -53,12 +58,45 @@ GroupSize = Annotated[
     AfterValidator(_check_group_size),
     WithJsonSchema({"anyOf": [{"const": -1}, {"type": "integer", "minimum": _MIN_GROUP_SIZE}]}),
 ]
+
+
+def _or_auto(what: str) -> tuple[BeforeValidator, PlainSerializer]:
+    """`auto` beside integers that are not 0; `what` says which."""
+
+    def read(value: Any) -> Any:
+        if value == "auto":
+            return AUTO
+        if (value == AUTO and not isinstance(value, bool)) or (isinstance(value, str) and not re.fullmatch(r"[-+0-9.e ]+", value)):
+            raise ValueError(f"auto, {what}")
+        return value
+
+    return BeforeValidator(read), PlainSerializer(lambda value: "auto" if value == AUTO else value)
+
+
+def _check_length(value: int) -> int:
+    if value != AUTO and value < _MIN_LENGTH:
+        raise ValueError(f"auto, or an integer greater than or equal to {_MIN_LENGTH}")
+    return value
+
+
+_AS_WRITTEN: Any = {"default": "auto"}
+Length = Annotated[
+    int, AfterValidator(_check_length), *_or_auto(f"or an integer greater than or equal to {_MIN_LENGTH}"),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": _MIN_LENGTH}]}),
+]  # fmt: skip
+AutoGroupSize = Annotated[
+    int, AfterValidator(lambda value: value if value == AUTO else _check_group_size(value)), *_or_auto(_GROUP_SIZES),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"const": -1}, {"type": "integer", "minimum": _MIN_GROUP_SIZE}]}),
+]  # fmt: skip
 ByteSize = Annotated[
     int,
     BeforeValidator(parse_bytes),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": _MIN_SHARD_BYTES}, {"type": "string", "pattern": _SIZE_PATTERN}]}),
 ]
 NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+_DATA = f"A data set's name ({', '.join(DATA_NAMES)}) or the path of a local text or JSON-lines file."
 
 
 class Section(BaseModel):
@@ -70,10 +108,12 @@ class Section(BaseModel):
 class Calibration(Section):
     """The text that the statistics are taken from."""
 
-    data: NonEmpty = Field(description=f"A data set's name ({', '.join(DATA_NAMES)}) or the path of a local text or JSON-lines file.")
+    data: NonEmpty = Field(default=BUNDLED, description=f"{_DATA} demo is the bundled text.")
     file: NonEmpty | None = Field(default=None, description="A local copy of the named data set, read instead of the hub.")
     samples: int = Field(default=128, ge=1, description="Windows to take.")
-    seqlen: int = Field(default=2048, ge=16, description="Tokens a window.")
+    seqlen: Length = Field(
+        default=AUTO, json_schema_extra=_AS_WRITTEN, description="Tokens a window. auto: 2048, or what the model has positions for."
+    )
     skip: int = Field(default=0, ge=0, description="Documents left out at the start.")
 
 
@@ -91,7 +131,10 @@ class Weights(Section):
     """The grid that the linears' weights are rounded to."""
 
     bits: WeightBits = Field(default=4, description="Bits a weight; 5, 6 and 7 for compressed-tensors alone.")
-    group_size: GroupSize = Field(default=128, description="Input channels that share a scale; -1: the whole row.")
+    group_size: AutoGroupSize = Field(
+        default=128,
+        description="Input channels that share a scale; -1: the whole row. auto: the largest of 128, 64 and 32 that fits all linears.",
+    )
     symmetric: bool = Field(default=False, description="Fix the zero point at the middle code.")
     ignore: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(
         default=("lm_head",), description="Linears that stay in 16 bits, as shell patterns over the full module name."
@@ -199,10 +242,12 @@ class Evaluate(Section):
     """Compare with the full-precision model, on text that was not used for calibration."""
 
     name: ClassVar[str] = "evaluate"
-    data: NonEmpty = Field(description=f"A data set's name ({', '.join(DATA_NAMES)}) or the path of a local text or JSON-lines file.")
+    data: NonEmpty = Field(default=BUNDLED_NEW, description=f"{_DATA} demo-new is bundled, other pages than demo's.")
     file: NonEmpty | None = Field(default=None, description="A local copy of the named data set, read instead of the hub.")
     windows: int = Field(default=64, ge=1, description="Windows to take.")
-    length: int = Field(default=512, ge=16, description="Tokens a window.")
+    length: Length = Field(
+        default=AUTO, json_schema_extra=_AS_WRITTEN, description="Tokens a window. auto: 512, or what the model has positions for."
+    )
     skip: int = Field(default=0, ge=0, description="Documents left out at the start.")
     engine: bool = Field(default=False, description="Measure the engine's own kernels and KV cache, not the same in float32.")
     gates: Gates = Field(default=Gates(), description="Limits that the result must keep.")
@@ -252,7 +297,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=_NAME_PATTERN, max_length=128, description="What the artifact is called: letters, digits, '.', '_' and '-'.")
     model: NonEmpty | None = Field(default=None, description="A model directory or hub id. May be left to the command line.")
-    output: NonEmpty = Field(description="Where the artifact goes. Default: artifacts/<name>.")
+    output: NonEmpty = Field(description="Where the artifact goes. Default: artifacts/<name>, or artifacts/<model>_<name> with --model.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every random choice.")
     calibration: Calibration | None = Field(default=None, description="The text that the statistics are taken from.")
     weights: Weights = Field(default=Weights(), description="The grid that the linears' weights are rounded to.")

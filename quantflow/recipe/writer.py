@@ -40,8 +40,11 @@ class Draft:
 
 
 def name_of(model: Path, suffix: str) -> str:
-    """A recipe's name for what is made of a model: its directory's name, with nothing in it that a recipe's name must not have."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", model.resolve().name).lstrip("._-") or "model"
+    """A recipe's name for what is made of a model: its directory's name (in the hub's cache, the model's), with nothing in it that a
+    recipe's name must not have."""
+    place = model.expanduser().resolve()
+    cached = next((part.rpartition("--")[2] for part in place.parts if part.startswith("models--")), "")
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", cached or place.name.removesuffix(".gguf")).lstrip("._-") or "model"
     return stem + suffix
 
 

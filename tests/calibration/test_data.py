@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from quantflow.calibration.data import HUB, bundled, cut_windows, documents
+from quantflow import bundled
+from quantflow.calibration.data import HUB, cut_windows, documents
 from quantflow.errors import DataError
 from tests.helpers.tiny import write_text, write_tokenizer
 
@@ -67,11 +68,9 @@ def test_objects_without_a_known_field_give_all_their_text(tmp_path: Path) -> No
 
 
 def test_the_bundled_text() -> None:
-    path = bundled("demo")
-    assert bundled("c4") is None
-    if path is None:
-        pytest.skip("calib_data is not part of this installation")
-    assert next(documents("demo"))
+    calibration, evaluation = list(documents("demo")), list(documents("demo-new"))
+    assert len(calibration) == 47 and len(evaluation) == 56 and not set(calibration) & set(evaluation)  # as calib_data/README.md says
+    assert bundled.text("c4") is None
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ LLAMA_70B = {
 }  # fmt: skip
 PARAMETERS_70B = 68_976_648_192  # as Meta's index of Llama-2-70B says
 KEYS = {
-    "name", "model", "architecture", "layers", "device", "output", "steps", "linears", "stored_layers", "weight_bytes", "estimate", "notes",
+    "name", "model", "architecture", "layers", "device", "output", "calibration", "steps", "linears", "stored_layers", "weight_bytes",
+    "estimate", "notes",
 }  # fmt: skip
 
 
@@ -192,3 +193,55 @@ def test_the_estimate_of_the_disk_is_what_is_written(bench: Bench) -> None:
     assert invoke("run", recipe).exit_code == 0
     files = [TensorFile(path) for path in bench.output.rglob("model.safetensors")]
     assert len(files) == 6 and sum(info.nbytes for file in files for info in file.tensors.values()) == expected
+
+
+# What a recipe leaves to the model
+
+AUTO = "name: x\ncalibration: {samples: 2}\nweights: {group_size: auto}\nstages: [gptq, pack: {format: compressed-tensors}, evaluate]\n"
+
+
+def automatic(folder: Path, text: str = AUTO, *, layers: int = 1, **config: Any) -> dict[str, Any]:
+    """The plan of a recipe that says `auto`, for a Llama of one layer of that shape."""
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": layers, **config}))
+    path = folder / "auto.yaml"
+    path.write_text(text)
+    return plan(path, "--model", folder / "model", "--output", folder / "out" / "a", "--config-only")
+
+
+@pytest.mark.parametrize(("positions", "calibration", "evaluation"), [(131072, 2048, 512), (1024, 1024, 512), (100, 100, 100)])
+def test_auto_lengths_are_within_the_models_positions(positions: int, calibration: int, evaluation: int, tmp_path: Path) -> None:
+    found = automatic(tmp_path, max_position_embeddings=positions)
+    assert found["calibration"] == {"data": "demo", "windows": 2, "length": calibration}
+    assert found["steps"][-1]["evaluate"]["length"] == evaluation
+    assert [note.partition(" reads the bundled text")[0] for note in found["notes"]] == ["calibration", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "change", "group"),
+    [
+        (8192, 28672, "", 128),
+        (576, 1536, "", 64),  # SmolLM2-135M: 9 and 24 times 64
+        (896, 4864, "", 128),  # Qwen2-0.5B
+        (2048, 5632, "", 128),
+        (96, 160, "", 32),
+        (72, 108, "", 36),  # no usual one fits
+        (128, 96, "ignore: ['lm_head', '*.down_proj'],", 128),  # what stays in 16 bits asks for nothing
+        (128, 96, "overrides: [{match: '*.down_proj', group_size: 48}],", 128),  # nor what has its own
+    ],
+)
+def test_an_auto_group_is_the_largest_usual_one_that_fits_all_linears(
+    hidden: int, inner: int, change: str, group: int, tmp_path: Path
+) -> None:
+    text = AUTO.replace("{group_size", f"{{{change} group_size")
+    found = automatic(tmp_path, text, hidden_size=hidden, intermediate_size=inner, num_attention_heads=4, num_key_value_heads=4)
+    (most, *_), counts = sorted(found["linears"], key=lambda scheme: -found["linears"][scheme]), found["linears"]
+    assert f" g{group} " in most and counts[most] >= 6
+
+
+def test_an_auto_group_fits_each_rank(tmp_path: Path) -> None:
+    """down_proj's 512 inputs are 128 on each of four ranks, 64 on each of eight."""
+    for tp, group in ((4, 128), (8, 64)):
+        text = AUTO.replace(", evaluate]", f", shard: {{tp: {tp}}}, evaluate]")
+        found = automatic(tmp_path, text, hidden_size=1024, intermediate_size=512, num_attention_heads=8, num_key_value_heads=8)
+        assert list(found["linears"]) == [f"W4 g{group} asymmetric"]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantflow.errors import Problem, RecipeError
-from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, load_recipe
+from quantflow.recipe import AUTO, Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump, load_recipe
 
 GOOD = """\
 name: tiny
@@ -70,7 +70,6 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (SEED, 'seed: "1"', SEED, ["`seed` is '1' (a text)", "an integer", "Remove the quotes"]),
     (SEED, "seed: true", SEED, ["`seed` is true (a boolean)", "an integer"]),
     (CALIBRATION, "calibration: c4", CALIBRATION, ["`calibration` is 'c4' (a text)", "a mapping"]),
-    (CALIBRATION, "calibration: {samples: 8}", CALIBRATION, ["`calibration.data` is missing", "A data set's name"]),
     (CALIBRATION, "calibration: {dataset: demo, data: demo}", CALIBRATION, ["unknown key `dataset` under `calibration`", "`data`?"]),
     (CALIBRATION, "calibration: {data: wikitext}", CALIBRATION, ["'wikitext'", "c4, c4-new, ptb", "`wikitext2`?", "{data: c4, file: "]),
     (CALIBRATION, "calibration: {data: no/such.txt}", CALIBRATION, ["'no/such.txt'", "nor a file that exists", "A local file works"]),
@@ -80,6 +79,9 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (CALIBRATION, "calibration: {data: on}", CALIBRATION, ["`calibration.data` is on, which YAML reads as true", 'Quote it: "on"']),
     (CALIBRATION, "calibration:\n  data: demo\n  samples: 0", 6, ["`calibration.samples` is 0", "greater than or equal to 1"]),
     (CALIBRATION, "calibration:\n  data: demo\n  seqlen: 15", 6, ["`calibration.seqlen` is 15", "greater than or equal to 16"]),
+    (CALIBRATION, "calibration: {seqlen: 0}", CALIBRATION, ["`calibration.seqlen` is 0", "auto, or an integer greater"]),
+    (CALIBRATION, "calibration: {seqlen: max}", CALIBRATION, ["`calibration.seqlen` is 'max'", "auto, or an integer"]),
+    (CALIBRATION, "calibration: {seqlen: '64'}", CALIBRATION, ["`calibration.seqlen` is '64'", "Remove the quotes"]),
     (CALIBRATION, "calibration:\n\n  data: demo\n  skip: -1", 7, ["`calibration.skip` is -1"]),
     (CALIBRATION, "calibration:\n  data: demo\n  seq_len: 64", 6, ["unknown key `seq_len`", "Did you mean `seqlen`?"]),
     (CALIBRATION, "", CALIBRATE - 1, ["calibrate, awq, gptq, kv_qparams need calibration data"]),
@@ -136,7 +138,6 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (SHARD, "  - shard: {tp: 3}", SHARD, ["`stages.shard.tp` is 3", "one of 2, 4, 8"]),
     (SHARD, "  - shard: {tp: 1}", SHARD, ["`stages.shard.tp` is 1"]),
     (SHARD, "  - shard", SHARD, ["`stages.shard.tp` is missing"]),
-    (EVALUATE, "  - evaluate", EVALUATE, ["`stages.evaluate.data` is missing"]),
     (EVALUATE, "  - evaluate: {data: gone.txt}", EVALUATE, ["'gone.txt'", "`evaluate: {data: c4, file: ./c4.jsonl}`"]),
     (EVALUATE, "  - evaluate: {data: demo, windows: 0}", EVALUATE, ["`stages.evaluate.windows` is 0"]),
     (EVALUATE, "  - evaluate: {data: demo, length: 1}", EVALUATE, ["`stages.evaluate.length` is 1"]),
@@ -296,7 +297,7 @@ def test_the_good_recipe(tmp_path: Path) -> None:
         KvQparams(bits=8, symmetric=False, granularity="tensor"),
         Pack(format="compressed-tensors", max_shard_size=5_000_000_000),
         Shard(tp=2),
-        Evaluate(data="demo", windows=64, length=512, skip=0),
+        Evaluate(data="demo", windows=64, skip=0),
     )
     assert (recipe.name, recipe.model, recipe.output, recipe.seed) == ("tiny", "some/model", "artifacts/tiny", 0)
     assert recipe.calibration is not None and (recipe.calibration.samples, recipe.calibration.skip) == (8, 0)
@@ -495,3 +496,34 @@ def test_a_mangled_recipe_gives_a_recipe_or_a_recipe_error(data: st.DataObject, 
         assert isinstance(load_recipe(write(tmp_path, text), overrides), Recipe)
     except RecipeError as error:
         assert error.problems and all(p.where and p.found for p in error.problems)
+
+
+def test_what_is_not_named_is_bundled_and_fits_the_model(tmp_path: Path) -> None:
+    """One recipe for any model: texts that come with QuantFlow, lengths and groups that a plan takes from the model."""
+    text = "name: x\ncalibration: {}\nweights: {group_size: auto}\nstages: [gptq, pack: {format: awq}, evaluate]\n"
+    recipe = load_recipe(write(tmp_path, text))
+    assert recipe.calibration is not None and (recipe.calibration.data, recipe.calibration.seqlen) == ("demo", AUTO)
+    evaluate = recipe.stages[-1]
+    assert isinstance(evaluate, Evaluate) and (evaluate.data, evaluate.length, recipe.weights.group_size) == ("demo-new", AUTO, AUTO)
+    written = dump(recipe)
+    assert (written["calibration"]["seqlen"], written["weights"]["group_size"]) == ("auto", "auto")
+    assert Recipe.model_validate(written) == recipe
+    assert load_recipe(tmp_path / "recipe.yaml", ["calibration.seqlen=64"]).calibration.seqlen == 64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("./SmolLM2-135M", "SmolLM2-135M_tiny"),
+        ("Qwen/Qwen3-8B", "Qwen3-8B_tiny"),
+        ("~/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0123abcd", "Qwen3-8B_tiny"),
+        ("./m/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1_tiny"),
+    ],
+)
+def test_an_artifact_is_named_after_its_recipe_and_the_model_that_was_given(model: str, expected: str, tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_recipe(path, model=model).output == load_recipe(path, [f"model={model}"]).output == f"artifacts/{expected}"
+    assert load_recipe(path).output == "artifacts/tiny"  # the recipe's own model is in its name
+    assert load_recipe(path, model=model, output="here").output == "here"
+    path.write_text(f"output: there\n{GOOD}")
+    assert load_recipe(path, model=model).output == "there"
