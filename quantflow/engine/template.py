@@ -56,33 +56,18 @@ class Renderer:
             return self._child.ask(line, MOST_SECONDS)
 
 
-def _render(template: str, variables: Mapping[str, Any]) -> str:
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    text = "".join(environment.from_string(template).generate(**variables))
-    if len(text) > MOST_LETTERS:
-        raise TemplateError(f"{len(text)} letters, expected at most {MOST_LETTERS}")
-    return text
-
-
 def main() -> None:
     import resource
 
-    import jinja2.ext
-    import jinja2.sandbox  # noqa: F401 - before the limit
+    from quantflow.engine.chat_environment import compiled  # before the limit
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who started this; its end closes stdin
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     for line in sys.stdin.buffer:
         try:
-            answer = {"text": _render(**json.loads(line))}
+            asked = json.loads(line)
+            text = "".join(compiled(asked["template"]).generate(**asked["variables"]))
+            answer = {"text": text} if len(text) <= MOST_LETTERS else {"error": f"{len(text)} letters, expected at most {MOST_LETTERS}"}
         except MemoryError:
             answer = {"error": f"it took more than {MOST_BYTES >> 20} MiB"}
         except Exception as error:  # whatever a template does wrong is for whoever sent it

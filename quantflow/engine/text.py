@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import Problem, RequestError
-from quantflow.models.dialogue import DIALOGUES
+from quantflow.models.dialogue import DIALOGUES, ChatTemplate
 from quantflow.models.directory import read_json
 from quantflow.models.tokenizer import SPACE, byte_letters, chat_template, load_tokenizer, special_tokens, turn_end
 
@@ -37,7 +37,7 @@ class Text:
         self._added = {token: added.special for token, added in self.tokenizer.get_added_tokens_decoder().items()}
         decoder = self.tokenizer.decoder
         self._byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
-        self.template = DIALOGUES[dialogue].template if dialogue else chat_template(folder)
+        self.template = ChatTemplate({"default": DIALOGUES[dialogue].template}) if dialogue else chat_template(folder)
         turn = DIALOGUES[dialogue].end if dialogue else turn_end(folder)
         self.end_tokens = end_tokens(folder, self.tokenizer, [self.roles.get("eos_token", ""), turn])
 
@@ -92,8 +92,8 @@ class Text:
         """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises RequestError."""
         return self.encode(self.render(messages, **extra), special=False)
 
-    def render(self, messages: Sequence[Message], **extra: Any) -> str:
-        """extra: further variables of the template (tools, …)."""
+    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **extra: Any) -> str:
+        """tools: as JSON schemas. extra: further variables of the template (documents, …). Raises RequestError."""
         problems = [
             Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
             for i, m in enumerate(messages)
@@ -104,11 +104,25 @@ class Text:
         if self.template is None:
             hint = "Send a prompt, name a dialogue format, or put a chat_template.jinja into the directory"
             raise RequestError(Problem("messages", "the model has no dialogue format", "a model with a chat template", hint))
-        variables = {"messages": [dict(m) for m in messages], "add_generation_prompt": True, **self.roles, **extra}
+        template = self.template.default if tools is None else self.template.tool_use
+        if template is None:
+            found = f"the model's chat templates are called {', '.join(sorted(self.template.templates))}"
+            raise RequestError(Problem("messages", found, "one called default" + (" or tool_use" if tools is not None else "")))
+        given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        variables = {
+            **self.roles, "messages": [_with_reasoning(m) for m in given], "tools": tools, "documents": None,
+            "add_generation_prompt": True, **extra,
+        }  # fmt: skip
         try:
-            return self._renderer.render(self.template, variables)
+            return self._renderer.render(template, variables)
         except (TemplateRefused, TypeError, ValueError, RecursionError) as error:  # the last three: what JSON cannot hold
             raise RequestError(Problem("messages", f"the model's chat template refused them: {error}")) from error
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning stands under both names that templates know, whatever it was sent as."""
+    said = next((message[name] for name in ("reasoning_content", "thinking", "reasoning") if name in message), None)
+    return message if said is None else {"thinking": said, **message, "reasoning_content": said}
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:

@@ -71,7 +71,8 @@ class QuantFlowLM(TemplateLM):  # type: ignore[misc]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The model's own; lm_eval's fingerprint of it is in the results."""
-        return self.engine.tokenizer.template if chat_template else None
+        template = self.engine.tokenizer.template
+        return template.default if template and chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.engine.tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)

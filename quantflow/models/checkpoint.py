@@ -20,10 +20,6 @@ from quantflow.models.sharding import cut_dimension, shard_shape
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "qwen.tiktoken", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
 _FLOATS = ("F32", "F16", "BF16")
 
 

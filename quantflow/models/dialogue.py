@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A model's own dialogue format: Jinja templates by name. transformers knows two names, `default`, and `tool_use` for where tools are
+    given; a model with one template has it as `default`."""
+
+    templates: Mapping[str, str]
+
+    @property
+    def default(self) -> str | None:
+        return self.templates.get("default")
+
+    @property
+    def tool_use(self) -> str | None:
+        """What is rendered where tools are given."""
+        return self.templates.get("tool_use", self.default)
 
 
 @dataclass(frozen=True)

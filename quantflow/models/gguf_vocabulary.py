@@ -63,7 +63,9 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
     begins, ends = _template_ends(tokenizer, begin, end)
     found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"] = begins, ends
     if template := chat_template(folder):
-        found["tokenizer.chat_template"] = template
+        found |= {f"tokenizer.chat_template{'' if n == 'default' else f'.{n}'}": text for n, text in sorted(template.templates.items())}
+        if others := sorted(set(template.templates) - {"default"}):
+            found["tokenizer.chat_templates"] = others
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from quantflow.errors import DataError, ModelError, Problem
-from quantflow.models.dialogue import OF_FAMILY, Dialogue
+from quantflow.models.dialogue import OF_FAMILY, ChatTemplate, Dialogue
 from quantflow.models.directory import read_file, read_json
 from quantflow.models.gguf_file import read_metadata
 from quantflow.models.sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel, read_sentencepiece
@@ -31,9 +31,15 @@ _Token = TypeVar("_Token", str, bytes)
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 FAST_CLASS = "PreTrainedTokenizerFast"  # every transformers has it, and it takes tokenizer.json as it is
+TEMPLATES = "additional_chat_templates"  # transformers' folder for those that are not the default one
 SPACE = "\u2581"  # ▁, SentencePiece's letter for a space
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "qwen.tiktoken", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 
 # Classes of transformers whose name may stay in tokenizer_config.json beside a tokenizer.json that was there. Any other, remote
 # code or TokenizersBackend (which transformers 4 does not have), becomes FAST_CLASS.
@@ -52,19 +58,19 @@ def special_tokens(path: Path) -> dict[str, str]:
     return _all_roles(_load(path), _optional_json(path / "config.json"))
 
 
-def chat_template(path: Path) -> str | None:
-    """The model's own dialogue format, as Jinja: a file of its own, the one in tokenizer_config.json (the one called `default` of
-    several), or its family's. None for a base model."""
-    own = _template_file(path)
-    if own is not None:
-        return own.decode()
-    template = _optional_json(path / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):
-        template = next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)
-    if isinstance(template, str) and template:
-        return template
-    family = _family_dialogue(path)
-    return family.template if family else None
+def chat_template(path: Path) -> ChatTemplate | None:
+    """The model's own dialogue format: in files of their own, in tokenizer_config.json, or its family's. None for a base model.
+
+    As in transformers, files take the place of what tokenizer_config.json says; where no file is the default one, they add to it.
+    Raises ModelError.
+    """
+    files = _template_files(path)
+    if "default" not in files:
+        files = {**_named_templates(path / "tokenizer_config.json"), **files}
+    family = None if files else _family_dialogue(path)
+    if family:
+        files = {"default": family.template}
+    return ChatTemplate(files) if files else None
 
 
 def turn_end(path: Path) -> str:
@@ -76,6 +82,12 @@ def turn_end(path: Path) -> str:
 def _family_dialogue(path: Path) -> Dialogue | None:
     raw_prompts = _optional_json(path / "generation_config.json").get("chat_format") == "raw"  # how the first Qwen marks a base model
     return None if raw_prompts else OF_FAMILY.get(str(_optional_json(path / "config.json").get("model_type")))
+
+
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """The files that the tokenizer of a model directory and its chat templates are read from, by their names in it."""
+    files = [*(path / name for name in _FILES), *sorted((path / TEMPLATES).glob("*.jinja"))]
+    return {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
 
 
 def has_tokenizer(path: Path) -> bool:
@@ -119,7 +131,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
     generation_config = _optional_json(source / "generation_config.json")
     special_tokens_map = _optional_json(source / "special_tokens_map.json")
     added_tokens = _optional_json(source / "added_tokens.json")
-    template = _template_file(source)
+    templates = _template_files(source)
 
     for role, token in _all_roles(loaded, model_config).items():
         # A role that is null is null on purpose: Qwen2 has no BOS, whatever its config.json says.
@@ -133,8 +145,11 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
     for key in _DROPPED_KEYS:
         tokenizer_config.pop(key, None)
 
+    if set(templates) - {"default"}:  # a list, since older loaders do not know the folder
+        named = {**_named_templates(source / "tokenizer_config.json"), **templates} if "default" not in templates else templates
+        tokenizer_config["chat_template"] = [{"name": name, "template": text} for name, text in sorted(named.items())]
     chat = _family_dialogue(source)
-    if chat and template is None and not tokenizer_config.get("chat_template"):
+    if chat and not templates and not tokenizer_config.get("chat_template"):
         tokenizer_config["chat_template"] = chat.template
         generation_config = _ending_turns(generation_config, chat.end, loaded, special_tokens_map)
 
@@ -147,8 +162,8 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
         if (source / name).is_file():
             (target / name).write_bytes(read_file(source / name))
             written.append(name)
-    if template is not None:
-        (target / "chat_template.jinja").write_bytes(template)
+    if set(templates) == {"default"}:
+        (target / "chat_template.jinja").write_bytes(templates["default"].encode())
         written.append("chat_template.jinja")
     for name, content in {
         "tokenizer_config.json": tokenizer_config,
@@ -615,15 +630,34 @@ def _ending_turns(generation_config: Json, end: str, loaded: Loaded, special_tok
     return config
 
 
-def _template_file(source: Path) -> bytes | None:
-    """The chat template that stands in a file of its own, or in GGUF's metadata, as UTF-8."""
+def _template_files(source: Path) -> dict[str, str]:
+    """The chat templates that stand in files of their own, or in GGUF's metadata, by name."""
     if source.is_file():
-        template = read_metadata(source).get("tokenizer.chat_template")
-        return template.encode() if isinstance(template, str) and template else None
+        prefix = "tokenizer.chat_template"
+        found = {key.removeprefix(prefix): text for key, text in read_metadata(source).items() if key.startswith(prefix)}
+        return {name[1:] or "default": text for name, text in found.items() if name[:1] in ("", ".") and isinstance(text, str) and text}
+    files = {file.stem: file for file in sorted((source / TEMPLATES).glob("*.jinja")) if file.is_file()}
     if (source / "chat_template.jinja").is_file():
-        return _text(source / "chat_template.jinja").encode()
-    template = _optional_json(source / "chat_template.json").get("chat_template")
-    return template.encode() if isinstance(template, str) and template else None
+        files["default"] = source / "chat_template.jinja"
+    found = {name: _text(file) for name, file in files.items()}
+    return found if "default" in found else {**_named_templates(source / "chat_template.json"), **found}
+
+
+def _named_templates(file: Path) -> dict[str, str]:
+    """What `chat_template` says in a JSON file: one template, or several with their names. Raises ModelError for any other shape."""
+    said = _optional_json(file).get("chat_template")
+    if not said:
+        return {}
+    if isinstance(said, str):
+        return {"default": said}
+    entries = (
+        [(t.get("name"), t.get("template")) if isinstance(t, dict) else (None, None) for t in said]
+        if isinstance(said, list)
+        else (list(said.items()) if isinstance(said, dict) else [(None, None)])
+    )
+    if any(not isinstance(name, str) or not isinstance(text, str) for name, text in entries):
+        raise ModelError(Problem(f"{file} chat_template", repr(said)[:80], "a template, or a list of objects with name and template"))
+    return dict(entries)
 
 
 # --- reading

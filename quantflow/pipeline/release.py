@@ -27,8 +27,8 @@ from quantflow.artifacts.store import write_atomic, write_json
 from quantflow.calibration.data import HUB
 from quantflow.errors import ModelError, OutputError, Problem, UserError
 from quantflow.evaluate.variants import deployed
-from quantflow.models.checkpoint import TOKENIZER_FILES
 from quantflow.models.directory import INDEX, read_json
+from quantflow.models.tokenizer import tokenizer_files
 from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.release_comparison import INDEX_FILE, compare_releases, read_release, table, worse
@@ -184,11 +184,10 @@ def dependencies(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
         yield resource(plan.model, "model", uri=f"pkg:huggingface/{plan.model}{f'@{revision}' if revision else ''}")
     for name, sha256 in sorted(manifest["source"]["files"].items()):
         yield resource(name, "weights", sha256=sha256)
-    places = {plan.checkpoint.path / name for name in ("config.json", INDEX)}
-    places |= {plan.checkpoint.tokenizer_path / name for name in TOKENIZER_FILES}
-    for path in sorted(places):
+    files = {name: plan.checkpoint.path / name for name in ("config.json", INDEX)} | tokenizer_files(plan.checkpoint.tokenizer_path)
+    for name, path in sorted(files.items()):
         if path.is_file():
-            yield resource(path.name, "configuration", sha256=file_digest(path))
+            yield resource(name, "configuration", sha256=file_digest(path))
     if plan.recipe.calibration and manifest["calibration"]:
         yield _text(plan.recipe.calibration, "calibration", tokens_sha256=manifest["calibration"]["tokens"])
     if evaluate := plan.stage(Evaluate):

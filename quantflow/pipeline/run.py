@@ -21,10 +21,9 @@ from quantflow.errors import DataError, ModelError, Problem
 from quantflow.evaluate.gates import judge
 from quantflow.formats.reader import REQUANTIZED
 from quantflow.machine import peak_resident_bytes
-from quantflow.models.checkpoint import TOKENIZER_FILES
 from quantflow.models.directory import read_json
 from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
-from quantflow.models.tokenizer import load_tokenizer
+from quantflow.models.tokenizer import load_tokenizer, tokenizer_files
 from quantflow.pipeline.measure import measure
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
@@ -162,8 +161,7 @@ class _Clock:
 
 def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:
     calibrate, sweep_key = plan.calibrate_key(weights, windows.digest), plan.sweep_key(weights, windows.digest)
-    tokenizer = plan.checkpoint.tokenizer_path
-    copied = {n: file_digest(tokenizer / n) for n in TOKENIZER_FILES if (tokenizer / n).is_file()}
+    copied = {name: file_digest(file) for name, file in tokenizer_files(plan.checkpoint.tokenizer_path).items()}
     kv = plan.stage(KvQparams)
     settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json") if plan.packs else None
     evaluate = digest(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantflow.engine.grammar import Grammar, GrammarKind
+from quantflow.models.dialogue import ChatTemplate
 
 MOST_CALLS = 16  # that must be made at once
 
@@ -47,11 +48,12 @@ class Call:
     arguments: str
 
 
-def tool_format(template: str | None) -> ToolFormat | None:
+def tool_format(template: ChatTemplate | None) -> ToolFormat | None:
     """The format that a chat template speaks of; None where it knows no tools."""
-    if template is None or "tools" not in template:
+    text = template.tool_use if template else None
+    if text is None or "tools" not in text:
         return None
-    return next((f for f in FORMATS if f.sign in template and not any(other in template for other in f.others)), None)
+    return next((f for f in FORMATS if f.sign in text and not any(other in text for other in f.others)), None)
 
 
 class ToolReader:

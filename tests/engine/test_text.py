@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import RequestError
+from quantflow.models.dialogue import ChatTemplate
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *TALK]
@@ -77,7 +78,7 @@ def test_a_template_that_does_not_behave_is_a_refused_request(
     with pytest.raises(RequestError, match="chat template refused") as caught:
         text.render(TALK)
     assert said in str(caught.value)
-    text.template = "{{ messages[0].content }}"
+    text.template = ChatTemplate({"default": "{{ messages[0].content }}"})
     assert text.render(TALK) == "Hi"  # the next one is served
 
 

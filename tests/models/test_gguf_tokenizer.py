@@ -55,6 +55,9 @@ def byte_level(folder: Path, splitter: str, *, bos: bool = True) -> Path:
     return folder
 
 
+TEMPLATES = [{"name": name, "template": f"{name} {CHAT}"} for name in ("default", "tool_use", "rag")]
+
+
 def sentencepiece(folder: Path, config: dict[str, Any] | None = None, **options: Any) -> Path:
     return directory(folder, {"tokenizer.model": train_sentencepiece(**options), "tokenizer_config.json": config or {}})
 
@@ -69,6 +72,7 @@ MAKERS = {
     "symbols": lambda folder: sentencepiece(folder, user_defined_symbols="<eoh>,<|im_end|>"),
     "no bos": lambda folder: sentencepiece(folder, {"add_bos_token": False, "chat_template": CHAT}, control_symbols="<|im_start|>"),
     "bos and eos": lambda folder: sentencepiece(folder, {"add_bos_token": True, "add_eos_token": True}),
+    "several templates": lambda folder: sentencepiece(folder, {"chat_template": TEMPLATES}),
 }
 
 
@@ -117,6 +121,13 @@ def test_llama_cpp_splits_alike(pair: tuple[str, Path, Path]) -> None:
             continue  # behind one, as behind any token found in the text, llama.cpp adds a space; SentencePiece at the start alone
         if unicodedata.is_normalized("NFC", text):  # llama.cpp leaves NFC out
             assert theirs.tokenize(text.encode(), special=True) == ours.encode(text).ids, text
+
+
+def test_several_templates_as_llama_cpp_names_them(tmp_path: Path) -> None:
+    found = vocabulary_metadata(sentencepiece(tmp_path / "source", {"chat_template": TEMPLATES}), {}, 500)
+    key = "tokenizer.chat_template"
+    named = {f"{key}{'' if t['name'] == 'default' else '.' + t['name']}": t["template"] for t in TEMPLATES}
+    assert {k: v for k, v in found.items() if k.startswith(key)} == {**named, f"{key}s": ["rag", "tool_use"]}
 
 
 def test_a_file_alone_becomes_a_directory(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from quantflow.models.dialogue import ChatTemplate
 from quantflow.serve.tools import FORMATS, Call, ToolReader, tool_format
 from tests.helpers.serving import DEMO, Running, serving
 
@@ -29,6 +30,7 @@ TEMPLATES = {
     "mistral": "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS] answer with [TOOL_CALLS]{% endif %}",
     "llama3": "{% if tools %}{{ tools | tojson }} answer with <|python_tag|>{% endif %}",
 }
+SEVERAL = ("mistral",)  # has its words for tools in a template of its own
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -36,7 +38,11 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("tools") / "model"
     shutil.copytree(DEMO, folder)
     end = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    (folder / "chat_template.jinja").write_text(TEMPLATES[request.param] + MESSAGES + end)
+    several = request.param in SEVERAL
+    (folder / "chat_template.jinja").write_text((TEMPLATES[request.param] if not several else "") + MESSAGES + end)
+    if several:
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(TEMPLATES[request.param] + MESSAGES + end)
     with serving(folder, check=True) as found:
         yield found
 
@@ -109,13 +115,19 @@ def test_definitions_of_two_functions_do_not_mix(running: Running) -> None:
 
 
 def test_a_format_is_known_by_its_template() -> None:
-    for name, template in TEMPLATES.items():
-        found = tool_format(template)
-        assert found and found.name == name
-    assert tool_format("{{ messages }}") is None and tool_format(None) is None
-    assert tool_format("{% if tools %}{{ tools }}{% endif %}") is None  # a way that we do not know
-    assert tool_format("{% if tools %}<tool_call><function=x>{% endif %}") is None
-    assert tool_format("{% if tools %}[TOOL_CALLS]name[ARGS]{% endif %}") is None
+    def of(template: str) -> str | None:
+        found = tool_format(ChatTemplate({"default": template}))
+        return found.name if found else None
+
+    assert {name: of(template) for name, template in TEMPLATES.items()} == {name: name for name in TEMPLATES}
+    assert of("{{ messages }}") is None and tool_format(None) is None
+    assert of("{% if tools %}{{ tools }}{% endif %}") is None  # a way that we do not know
+    assert of("{% if tools %}<tool_call><function=x>{% endif %}") is None
+    assert of("{% if tools %}[TOOL_CALLS]name[ARGS]{% endif %}") is None
+    # Of several templates, the one that is rendered with tools.
+    assert tool_format(ChatTemplate({"default": "{{ messages }}", "tool_use": TEMPLATES["mistral"]})) == MISTRAL
+    assert tool_format(ChatTemplate({"default": TEMPLATES["hermes"], "tool_use": TEMPLATES["llama3"]})) == LLAMA3
+    assert tool_format(ChatTemplate({"tool_use": TEMPLATES["hermes"]})) == HERMES
 
 
 def ask(running: Running, **body: Any) -> Any:
