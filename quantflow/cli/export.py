@@ -22,7 +22,9 @@ def export(
     tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks to cut beside the whole.")] = 1,
     requantize: Annotated[bool, typer.Option("--requantize", help="Round what the format cannot hold, and report the error.")] = False,
     dtype: Annotated[str | None, typer.Option("--dtype", help="With huggingface: float32 (exact), float16 or bfloat16.")] = None,
-    kv_scales: Annotated[bool, typer.Option("--kv-scales", help="Write KV scales into a compressed-tensors checkpoint.")] = False,
+    kv_scales: Annotated[
+        str | None, typer.Option("--kv-scales", metavar="fp8", help="Write scales of an fp8 KV cache into a compressed-tensors checkpoint.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Bytes a file, at most: 5GB, 512MiB, or a number.")] = "5GB",
     as_json: Json = False,
     debug: Debug = False,

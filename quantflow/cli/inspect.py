@@ -65,7 +65,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes,
         "files": len(checkpoint.files),
         "modules": modules,
-        "notes": list(checkpoint.notes),
+        "notes": list(weights.notes),
         "artifact": {
             k: manifest.get(k) for k in ("name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")
         }

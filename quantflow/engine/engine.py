@@ -190,6 +190,8 @@ class Engine:
         self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix, weights.kv_parameters())
         if ranks and found.tp != config.tp:  # the files hold all heads
             self.kv = self.kv.part(ranks.rank, ranks.size)
+        unused = weights.kv_scales if weights.kv_scales != "int8" else None
+        self._kv_way = f"{self.kv} (the checkpoint's own scales, {unused}, are not used)" if unused else str(self.kv)
         with torch.inference_mode():
             self.loaded: Loaded = load_model(weights, self.ops, progress)
             blocks = self._block_count()
@@ -240,7 +242,7 @@ class Engine:
             **({"decodes": f"eager: {self.why_eager}" if self.why_eager else "CUDA graphs"} if self.ops.cuda else {}),
             "linears": ways,
             "weights": f"{self.loaded.weight_bytes / 2**20:.0f} MiB",
-            "KV cache": f"{self.kv}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens",
+            "KV cache": f"{self._kv_way}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens",
             "context": f"{self.context} tokens",
         }
 

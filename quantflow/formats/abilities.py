@@ -28,7 +28,7 @@ BOTH = "read, write"
 ABILITIES: dict[str, Ability] = {
     "compressed-tensors": Ability(
         "integers", (2, 3, 4, 5, 6, 7, 8), "any divisor, per channel", "yes, not for experts", "yes", "read",
-        "beside it, or inside (--kv-scales)", "yes", BOTH, "vLLM, transformers",
+        "beside it, or fp8 ones inside (--kv-scales fp8)", "yes", BOTH, "vLLM, transformers",
     ),
     "awq": Ability(
         "integers", (4,), "any divisor", "yes", "no", "no", FILE, "yes", BOTH, "AutoAWQ, vLLM, LMDeploy, SGLang, transformers"

@@ -44,6 +44,7 @@ class Awq:
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer",)
+    kv_scales: tuple[str, ...] = ()
     parallel: bool = True
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales")
@@ -143,7 +144,7 @@ class Awq:
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
@@ -159,8 +160,8 @@ class Awq:
             problems += [Problem(name, f"ignoring it would also ignore {other}") for other in modules if name in other]
         if act_order:
             problems.append(Problem("act_order", "a group index, which AWQ cannot hold", hint="Use act_order: static, or gptq"))
-        if kv is not None:
-            problems.append(Problem("kv", "AWQ has no place for KV scales"))
+        if kv_scales:
+            problems.append(Problem("kv_scales", "AWQ has no place for KV scales"))
         if problems:
             raise FormatError(problems)
         # AutoAWQ and transformers leave lm_head alone unasked, and null is what their own checkpoints say then.

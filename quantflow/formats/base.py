@@ -51,6 +51,10 @@ class Format(Protocol):
         """Whether it has a place for a group index."""
 
     @property
+    def kv_scales(self) -> tuple[str, ...]:
+        """The kinds of KV-cache scales that it has names for among the weights, as `kv_scales` of `pack` calls them."""
+
+    @property
     def parallel(self) -> bool:
         """Whether it can be cut into tensor-parallel ranks."""
 
@@ -109,14 +113,14 @@ class Format(Protocol):
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         """The `quantization_config` of config.json. Raises FormatError for what the format cannot say.
 
-        modules: the scheme of every quantised module. ignored: the linears that are not. kv: `bits`, `symmetric`, `granularity` of
-        KV scales that are written too. act_order: some tensor has a group index. model_dtype: as torch names it.
+        modules: the scheme of every quantised module. ignored: the linears that are not. kv_scales: the kind of KV scales that are
+        written too, one of the format's own `kv_scales`. act_order: some tensor has a group index. model_dtype: as torch names it.
         """
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

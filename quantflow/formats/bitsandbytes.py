@@ -37,6 +37,7 @@ class Bitsandbytes:
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("nf4",)
+    kv_scales: tuple[str, ...] = ()
     parallel: bool = False
     holds_index: bool = False
     suffixes: tuple[str, ...] = (
@@ -169,7 +170,7 @@ class Bitsandbytes:
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class Bitsandbytes:
         if len(schemes) > 1:
             raise FormatError(Problem("bitsandbytes", " and ".join(sorted(map(str, schemes))), "one scheme for all linears"))
         scheme = schemes.pop()
-        if kv is not None:
+        if kv_scales:
             raise FormatError(Problem("kv", "bitsandbytes has no place for KV scales"))
         size = {} if scheme.group_size == 64 else {"bnb_4bit_blocksize": scheme.group_size}  # readers go by each weight's own state
         return {

@@ -46,14 +46,12 @@ _INDEX = Problem("group index", "compressed-tensors holds none since its version
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """KV scales are not written unless asked for: transformers applies int8 scales as it should, but vLLM takes any
-    `kv_cache_scheme` to mean an fp8 cache."""
-
     name: str = "compressed-tensors"
     container: str = "directory"
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer",)
+    kv_scales: tuple[str, ...] = ("fp8",)
     parallel: bool = True
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
@@ -188,7 +186,7 @@ class CompressedTensors:
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
@@ -198,8 +196,6 @@ class CompressedTensors:
         if len(experts) > 1:
             found = " and ".join(f"{scheme} ({name})" for scheme, name in experts.items())
             problems.append(Problem("experts", found, "one scheme for all experts", "Change weights.overrides"))
-        if kv is not None and (kv.get("bits"), kv.get("symmetric"), kv.get("granularity")) != (8, True, "tensor"):
-            problems.append(Problem("kv", f"{dict(kv)}", "8 bits, symmetric, granularity tensor, which is all that readers know"))
         if problems:
             raise FormatError(problems)
         # transformers takes the first group for all that is dense, and for experts the one with an expression that names them, if any.
@@ -219,7 +215,7 @@ class CompressedTensors:
             "global_compression_ratio": None,
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "ignore": list(ignored),
-            "kv_cache_scheme": dict(_KV_SCHEME) if kv is not None else None,
+            "kv_cache_scheme": {**_KV_SCHEME, "type": "float"} if kv_scales else None,
         }
         if any(not scheme.symmetric for scheme in modules.values()) and len(set(dense.values())) == 1:
             # With the package's 0.18 to 0.20, transformers 5.23 expects packed zero points in their unpacked shape, and refuses the
@@ -231,23 +227,20 @@ class CompressedTensors:
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
 
-    def decode_kv(self, config: Mapping[str, Any]) -> bool:
-        """Whether `k_scale` and `v_scale` of the checkpoint are those that `encode_kv` writes. Others (fp8, by head) are not read."""
+    def stored_kv_scales(self, config: Mapping[str, Any]) -> str | None:
+        """Which KV scales a checkpoint says that it holds: None, `fp8` or `int8`, one each of K and V of a layer, or other ones in words.
+
+        int8 is what QuantFlow once wrote; transformers applies it, vLLM refuses it.
+        """
         scheme = config.get("kv_cache_scheme")
-        return isinstance(scheme, Mapping) and all(scheme.get(key) == value for key, value in _KV_SCHEME.items())
-
-    def encode_kv(self, attention: str, k_scale: float, v_scale: float, model_dtype: torch.dtype) -> dict[str, Tensor]:
-        """`k_scale` and `v_scale` `[1]` of an attention module (`model.layers.0.self_attn`), int8 symmetric, for a config written
-        with `kv`. In the model's dtype, in which the package keeps them; raises FormatError if that changes them."""
-        import torch
-
-        return {
-            f"{attention}.{name}": exact_scales(f"{attention}.{name}", torch.tensor([scale], dtype=torch.float64), model_dtype)
-            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
-        }
+        if not isinstance(scheme, Mapping):
+            return None
+        plain = all(scheme.get(key) == value for key, value in _KV_SCHEME.items())
+        kind = {"float": "fp8", "int": "int8"}.get(str(scheme.get("type"))) if plain else None
+        return kind or ", ".join(f"{key} {scheme[key]}" for key in ("type", *_KV_SCHEME) if key in scheme)
 
 
-_KV_SCHEME = {"num_bits": 8, "type": "int", "strategy": "tensor", "symmetric": True, "dynamic": False}
+_KV_SCHEME = {"num_bits": 8, "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
 def _words(codes: int, bits: int) -> int:

@@ -43,6 +43,7 @@ class Gguf:
     dtype: str | None = None
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer", "minimum")
+    kv_scales: tuple[str, ...] = ()
     parallel: bool = False
     holds_index: bool = False
     suffixes: tuple[str, ...] = (".q4_0", ".q4_1", ".q8_0")
@@ -166,7 +167,7 @@ class Gguf:
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class Gptq:
     container: str = "directory"
     dtype: str | None = None
     kinds: tuple[Kind, ...] = ("integer",)
+    kv_scales: tuple[str, ...] = ()
     parallel: bool = True
     holds_index: bool = True
     suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales", ".g_idx")
@@ -203,12 +204,12 @@ class Gptq:
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
-        if kv is not None:
-            raise FormatError(Problem("kv", "GPTQ has no place for KV scales"))
+        if kv_scales:
+            raise FormatError(Problem("kv_scales", "GPTQ has no place for KV scales"))
         scheme = main_scheme(modules, default)
         dynamic: dict[str, dict[str, Any]] = {}
         skipped = [name for name in ignored if name != "lm_head"]

@@ -30,6 +30,7 @@ class HuggingFace:
     container: str = "directory"
     min_zero: int = 0
     kinds: tuple[Kind, ...] = ("integer", "minimum", "nf4")
+    kv_scales: tuple[str, ...] = ()
     parallel: bool = True
     holds_index: bool = True
     suffixes: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ class HuggingFace:
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:

@@ -111,20 +111,43 @@ class Weights:
 
     def kv_parameters(self) -> dict[str, Tensor]:
         """Scales and zero points of the KV cache that the checkpoint itself holds, named as in `kv_qparams.safetensors`; {} without any."""
-        if not isinstance(self.format, CompressedTensors) or not self.format.decode_kv(self._config):
+        if self.kv_scales != "int8":
             own, heads = self.checkpoint.container.kv_parameters(), self.checkpoint.config.kv_heads
             return {n: t.repeat_interleave(heads // len(t)) if t.dim() else t for n, t in own.items()}  # one a rank: its heads share it
+        found: dict[str, Tensor] = {}
+        for name, scale in self._stored_kv_scales().items():
+            found[name] = scale.float().reshape(())
+            found[f"{name.removesuffix('scale')}zero_point"] = found[name].new_zeros(())
+        return found
+
+    @cached_property
+    def kv_scales(self) -> str | None:
+        """The KV scales that lie among the weights: None, `int8`, `fp8`, or other ones in words."""
+        return self.format.stored_kv_scales(self._config) if isinstance(self.format, CompressedTensors) else None
+
+    def fp8_scales(self) -> dict[str, Tensor]:
+        """`…self_attn.k_scale` and `v_scale` of every layer as stored, one number each, where `kv_scales` is `fp8`; else {}."""
+        return self._stored_kv_scales() if self.kv_scales == "fp8" else {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the family, and of how the checkpoint is stored."""
+        if self.kv_scales in (None, "int8"):
+            return self.checkpoint.notes
+        unused = f"scales of a KV cache among the weights ({self.kv_scales}): the engine here has no such cache, and leaves them alone"
+        return (*self.checkpoint.notes, unused)
+
+    def _stored_kv_scales(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         present = self.checkpoint.container.tensors
         for index in range(self.checkpoint.config.layers):
             for letter in "kv":
                 name = f"{self.checkpoint.architecture.layer_prefix(index)}.self_attn.{letter}_scale"
-                scale = self.checkpoint.read_source(name).float() if name in present else None
+                scale = self.checkpoint.read_source(name) if name in present else None
                 if scale is None or scale.numel() != 1 or not bool(scale > 0) or not bool(scale.isfinite()):
                     place = f"{self.checkpoint.path} {name}"
                     raise ModelError(Problem(place, "missing, or no scale", "one finite number above 0, says kv_cache_scheme"))
-                found[name] = scale.reshape(())
-                found[f"{name.removesuffix('scale')}zero_point"] = scale.new_zeros(())
+                found[name] = scale
         return found
 
     def tensor(self, name: str) -> Tensor:

@@ -45,7 +45,7 @@ class TurboMind(Awq):
         ignored: list[str],
         default: Scheme,
         *,
-        kv: Mapping[str, Any] | None = None,
+        kv_scales: str | None = None,
         act_order: bool = False,
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:

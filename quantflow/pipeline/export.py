@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from quantflow.artifacts.artifact import KV_FILE, MANIFEST, building, kv_file
@@ -23,9 +24,9 @@ from quantflow.models.directory import read_json
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.grid import AnyTensor, Scheme
-from quantflow.stages.kv_qparams import of_rank, per_rank
+from quantflow.stages.kv_qparams import fp8_scales, largest_of_parameters, of_rank, per_rank
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
-from quantflow.stages.pack_job import PackJob, Prepared, check_kv_inside, prepare
+from quantflow.stages.pack_job import PackJob, Prepared, prepare
 from quantflow.stages.requantize import Requantizing, record
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -36,13 +37,13 @@ _DEFAULT = Scheme(4, 128, False)  # what a plain checkpoint is rounded to where 
 @dataclass(frozen=True)
 class Options:
     """tp: tensor-parallel ranks. requantize: put on another grid what the format cannot hold. dtype: of a plain checkpoint, as torch
-    names it. kv_scales: write the KV cache's scales into the checkpoint itself, where compressed-tensors has names for them."""
+    names it. kv_scales: `fp8` writes scales of such a KV cache into the checkpoint itself; compressed-tensors alone has names for them."""
 
     tp: int = 1
     max_shard_bytes: int = MAX_SHARD_BYTES
     requantize: bool = False
     dtype: str | None = None
-    kv_scales: bool = False
+    kv_scales: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     weights = Weights(path)
     _check_output(output, path)
     kv = kv_tensors(weights)
-    job, errors = _with_kv(_job(weights, target, options), kv, options)
+    job, errors = _with_kv(weights, _job(weights, target, options), kv, options)
     checkpoint = weights.checkpoint
     moved: Results = _Moved(weights, job)
     if options.requantize:
@@ -90,7 +91,9 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
         if errors or earlier:
             said = {"from": source_format, "to": format_name, "relative_errors": record(errors), **earlier}
             write_json(folder / REQUANTIZED, said)
-    count, notes = len(job.modules), checkpoint.notes
+    count, notes = len(job.modules), weights.notes
+    if weights.kv_scales == "fp8" and not options.kv_scales:
+        notes = (*notes, "these were left out; --kv-scales fp8 keeps them in compressed-tensors")
     return Exported(output, source_format, format_name, count, job.default if count else None, notes, record(errors))
 
 
@@ -107,16 +110,22 @@ def _check_output(output: Path, source: Path) -> None:
         raise OutputError(Problem(str(output), f"a place inside the artifact {artifact}", "one outside", "Its manifest lists its files"))
 
 
-def _with_kv(job: PackJob, kv: Mapping[str, Tensor], options: Options) -> tuple[PackJob, dict[str, float]]:
-    """The job with the KV-cache parameters that go into the checkpoint itself, and by how much scales were widened for that."""
-    errors: dict[str, float] = {}
-    if kv and (job.format.container == "workspace" or options.kv_scales):
-        ranks = options.tp if job.format.container == "workspace" else 1
-        whole, errors = per_rank(kv, job.checkpoint.config.kv_heads, ranks, rounded=options.requantize)
-        job = replace(job, kv=whole)
+def _with_kv(weights: Weights, job: PackJob, kv: Mapping[str, Tensor], options: Options) -> tuple[PackJob, dict[str, float]]:
+    """The job with what goes into the checkpoint itself of the KV cache, and by how much scales were widened for that."""
+    checkpoint = job.checkpoint
     if options.kv_scales:
-        check_kv_inside(job)
-    return job, errors
+        scales = weights.fp8_scales()
+        if not scales and not kv:
+            raise FormatError(Problem("--kv-scales", "no KV-cache parameters in the source", "those of a recipe's stage kv_qparams"))
+        if not scales:
+            prefixes = [f"{checkpoint.architecture.layer_prefix(index)}.self_attn" for index in range(checkpoint.config.layers)]
+            for prefix in prefixes:
+                scales |= fp8_scales(prefix, largest_of_parameters(kv, prefix), getattr(torch, checkpoint.config.dtype))
+        return replace(job, kv=scales), {}
+    if not kv or job.format.container != "workspace":
+        return job, {}
+    whole, errors = per_rank(kv, checkpoint.config.kv_heads, options.tp, rounded=options.requantize)
+    return replace(job, kv=whole), errors
 
 
 def kv_tensors(weights: Weights) -> dict[str, Tensor]:
@@ -132,6 +141,10 @@ def _target(name: str, options: Options) -> Format:
     if name not in FORMATS:
         raise FormatError(Problem("--format", repr(name), f"one of {', '.join(FORMATS)}"))
     target = FORMATS[name]
+    if options.kv_scales and options.kv_scales not in target.kv_scales:
+        holding = [f"--kv-scales {kind} with --format {form}" for form, known in FORMATS.items() for kind in known.kv_scales]
+        hint = "int8 parameters lie beside the checkpoint without it"
+        raise FormatError(Problem("--kv-scales", f"{options.kv_scales!r} with --format {name}", ", ".join(holding), hint))
     if isinstance(target, HuggingFace):
         dtype = options.dtype or target.dtype
         if dtype not in ("float32", "float16", "bfloat16"):

@@ -389,15 +389,12 @@ def _inputs_of_rank(checkpoint: Checkpoint, tp: int, linear: LinearPlan) -> int:
 
 def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:
     """What keeps KV scales from being written into the checkpoint itself."""
-    kv, where, problems = plan.stage(KvQparams), f"pack {pack.format} kv_scales", []
-    if pack.format != "compressed-tensors":
-        problems.append(Problem(where, f"the format {pack.format}", "compressed-tensors, the one with names for them"))
-    if kv is None or not kv.symmetric or kv.granularity != "tensor":
-        found = f"symmetric: {str(kv.symmetric).lower()}, granularity: {kv.granularity}" if kv else "no stage kv_qparams"
-        problems.append(Problem(where, found, "kv_qparams: {symmetric: true, granularity: tensor}"))
-    elif not pack.requantize and plan.config.dtype != "float32":
-        hint = "Set requantize: true in pack, which rounds the scales up"
-        problems.append(Problem(where, f"float32 scales in a {plan.config.dtype} checkpoint", "scales of the model's dtype", hint))
+    where, problems = f"pack {pack.format} kv_scales", []
+    if pack.kv_scales not in FORMATS[pack.format].kv_scales:
+        holding = [name for name, form in FORMATS.items() if pack.kv_scales in form.kv_scales]
+        problems.append(Problem(where, f"the format {pack.format}", f"{', '.join(holding)}, which has names for them"))
+    if plan.stage(KvQparams) is None:
+        problems.append(Problem(where, "no stage kv_qparams", "`- kv_qparams`, which measures K and V"))
     return problems
 
 

@@ -33,9 +33,8 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams
 from quantflow.report.page import report_page, write_page
-from quantflow.stages.kv_qparams import layer_parameters, parameter_tensors, per_rank
+from quantflow.stages.kv_qparams import fp8_scales, largest_of_extremes, layer_parameters, parameter_tensors, per_rank
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
-from quantflow.stages.pack_job import check_kv_inside
 from quantflow.stages.requantize import Requantizing, record
 
 
@@ -206,8 +205,7 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
             kv, off = _kv_of_ranks(plan, reader)
             job = replace(job, kv=kv)
         if pack.kv_scales:
-            job = replace(job, kv=_kv_tensors(plan, reader))
-            check_kv_inside(job)
+            job = replace(job, kv=_fp8_scales(plan, reader))
         results: Results = Requantizing(reader, job, errors=off) if pack.requantize else reader
         off |= write_checkpoint(target, job, results, progress.step)
         for rank, place in write_ranks(target, job, results, progress.step):
@@ -240,6 +238,14 @@ def _kv_tensors(plan: Plan, reader: SweepReader, rank: int = 0, tp: int = 1) -> 
         prefix = f"{plan.checkpoint.architecture.layer_prefix(index)}.self_attn"
         tensors.update(parameter_tensors(prefix, _kv_parameters(plan, reader, index, rank, tp)))
     return tensors
+
+
+def _fp8_scales(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
+    scales: dict[str, Tensor] = {}
+    for index in range(plan.config.layers):
+        prefix = f"{plan.checkpoint.architecture.layer_prefix(index)}.self_attn"
+        scales |= fp8_scales(prefix, largest_of_extremes(reader.kv(index)), getattr(torch, plan.config.dtype))
+    return scales
 
 
 def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:

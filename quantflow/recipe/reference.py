@@ -109,7 +109,7 @@ def _values(value: Json) -> str:
     if "const" in value:
         return f"`{value['const']}`"
     if "enum" in value:
-        return ", ".join(f"`{choice}`" for choice in value["enum"])
+        return ", ".join(f"`{str(choice).lower() if isinstance(choice, bool) else choice}`" for choice in value["enum"])
     if value.get("type") == "array":
         return "a list of mappings" if "$ref" in value["items"] or "anyOf" in value["items"] else "a list of texts"
     kind = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "`true`, `false`"}[value["type"]]

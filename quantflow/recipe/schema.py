@@ -93,6 +93,19 @@ ByteSize = Annotated[
     BeforeValidator(parse_bytes),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": _MIN_SHARD_BYTES}, {"type": "string", "pattern": _SIZE_PATTERN}]}),
 ]
+
+
+def _check_kv_scales(value: Any) -> Any:
+    if value is True:
+        raise ValueError("fp8 (true wrote int8 scales, which vLLM refuses; int8 parameters lie beside the checkpoint without it)")
+    return None if value is False else value
+
+
+KvScales = Annotated[
+    Literal["fp8"] | None,
+    BeforeValidator(_check_kv_scales),
+    WithJsonSchema({"anyOf": [{"enum": ["fp8", False]}, {"type": "null"}]}),
+]
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -211,9 +224,9 @@ class Pack(Section):
     requantize: bool = Field(
         default=False, description="Put on another grid, or round, what the format cannot hold exactly, and report the error."
     )
-    kv_scales: bool = Field(
-        default=False,
-        description="Write the KV scales into the checkpoint too: compressed-tensors, symmetric, one a tensor. vLLM takes them for fp8.",
+    kv_scales: KvScales = Field(
+        default=None,
+        description="Write scales of an fp8 KV cache into the checkpoint too: compressed-tensors alone, for vLLM and transformers.",
     )
     max_shard_size: ByteSize = Field(default=5 * 10**9, description='Bytes a safetensors file, at most: "5GB", "512MiB" or an integer.')
 

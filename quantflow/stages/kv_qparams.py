@@ -36,6 +36,41 @@ def parameter_tensors(prefix: str, parameters: Mapping[str, KVParameters]) -> di
     return {f"{prefix}.{name}": tensor for name, tensor in layer_tensors(parameters).items()}
 
 
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+
+
+def fp8_scales(prefix: str, largest: Mapping[str, float], dtype: torch.dtype) -> dict[str, Tensor]:
+    """`{prefix}.k_scale` and `v_scale`, `[1]` in `dtype`, of an fp8 cache: `largest / 448`, rounded up, since a smaller scale would clip.
+
+    largest: the largest magnitudes of `key` and `value`; 0, of nothing but zeros, has scale 1.
+    """
+    scales = {}
+    for letter, name in (("k", "key"), ("v", "value")):
+        exact = torch.tensor([largest[name] / FP8_MAX or 1.0], dtype=torch.float64)
+        near = exact.to(dtype)
+        if bool(near < exact * (1 - 2**-20)):  # float32 parameters give the largest magnitude back to within so much
+            near = torch.nextafter(near, torch.full_like(near, torch.inf))
+        scales[f"{prefix}.{letter}_scale"] = near
+    return scales
+
+
+def largest_of_extremes(extremes: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest magnitude of `key` and of `value`, from a layer's extremes `[kv_heads, D]`."""
+    return {name: float(torch.maximum(-extremes[f"{name}.min"], extremes[f"{name}.max"]).max()) for name in ("key", "value")}
+
+
+def largest_of_parameters(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
+    """The same from the int8 parameters of a layer, whatever their granularity."""
+    found = {}
+    for letter, name in (("k", "key"), ("v", "value")):
+        scale, zero = (tensors[f"{prefix}.{letter}_{part}"].double() for part in ("scale", "zero_point"))
+        # Asymmetric codes span 255 steps around the zero point, symmetric ones 127 on each side.
+        half = scale * (127.5 if bool(zero.any()) else 127.0)
+        half = torch.where(scale == 1.0, 0.0, half)  # which marks what is constant
+        found[name] = float((zero.abs() + half).max())
+    return found
+
+
 def of_rank(tensors: Mapping[str, Tensor], kv_heads: int, rank: int, tp: int) -> dict[str, Tensor]:
     """The stored parameters for a rank's heads: those per tensor are everybody's."""
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from quantflow.artifacts.store import write_json
 from quantflow.formats.base import SAFETENSORS_DTYPE, Spec
-from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.directory import INDEX
 from quantflow.models.gguf_file import NAME, SCHEMES_KEY
@@ -27,7 +26,7 @@ from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.gguf_writer import GgufWriter
 from quantflow.models.rounding import converted
 from quantflow.models.sharding import parallel_dimension, shard_plain, shard_quantized, shard_shape
-from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, torch_dtype
+from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, dtype_name, torch_dtype
 from quantflow.models.tokenizer import export_tokenizer
 from quantflow.models.workspace import TOKENIZER, WorkspaceWriter
 from quantflow.quant.grid import AnyTensor, Scheme
@@ -219,11 +218,8 @@ def _load(piece: _Piece, job: PackJob, results: Results) -> _Loaded:
     """The tensors of a piece, and the relative error of each that a dtype made inexact."""
     model_dtype = getattr(torch, job.checkpoint.config.dtype)
     if piece.relative == _KV:
-        assert job.kv is not None and isinstance(job.format, CompressedTensors)
-        exact = {letter: float(job.kv[f"{piece.name}.{letter}_scale"]) for letter in "kv"}
-        scales = {letter: _rounded_up(scale, model_dtype) if job.rounded else scale for letter, scale in exact.items()}
-        errors = {f"{piece.name}.{letter}_scale": scales[letter] / exact[letter] - 1 for letter in "kv"}
-        return job.format.encode_kv(piece.name, scales["k"], scales["v"], model_dtype), errors
+        assert job.kv is not None
+        return {name: job.kv[name] for name in piece.specs}, {}
     if piece.scheme is not None:
         quantised = results.linear(piece.layer, piece.relative, piece.shape[1])
         if piece.cut is not None:
@@ -234,14 +230,6 @@ def _load(piece: _Piece, job: PackJob, results: Results) -> _Loaded:
     value = shard_plain(piece.name, value, piece.cut, job.rank, job.tp)
     value, error = converted(piece.name, value, torch_dtype(piece.specs[piece.name][0]), rounded=job.rounded)
     return {piece.name: value}, {piece.name: error}
-
-
-def _rounded_up(scale: float, dtype: torch.dtype) -> float:
-    """The least number of `dtype` that is no less: a smaller scale would clip."""
-    near = torch.tensor(scale, dtype=torch.float64).to(dtype)
-    if float(near) < scale:
-        near = torch.nextafter(near, torch.full_like(near, torch.inf))
-    return float(near)
 
 
 def _split(pieces: list[_Piece], limit: int) -> list[list[_Piece]]:
@@ -264,10 +252,10 @@ def _shard_names(count: int) -> list[str]:
 
 def _kv_pieces(job: PackJob, index: int) -> Iterator[_Piece]:
     """The scales of a layer's KV cache, for a format that holds them among the weights."""
-    if job.kv and isinstance(job.format, CompressedTensors):
+    if job.kv and job.format.kv_scales:
         attention = f"{job.checkpoint.architecture.layer_prefix(index)}.self_attn"
-        dtype = SAFETENSORS_DTYPE[job.checkpoint.config.dtype]
-        specs: dict[str, Spec] = {f"{attention}.{letter}_scale": (dtype, (1,)) for letter in "kv"}
+        scales = {name: job.kv[name] for name in (f"{attention}.k_scale", f"{attention}.v_scale")}
+        specs: dict[str, Spec] = {name: (dtype_name(scale.dtype), tuple(scale.shape)) for name, scale in scales.items()}
         yield _Piece(attention, index, _KV, specs)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.formats.base import Format, fitting_group, grid_problems, rank_shape
-from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
@@ -29,8 +28,9 @@ Held = Mapping[int, Mapping[str, Scheme]]  # layer -> name in the layer -> schem
 class PackJob:
     """One checkpoint to write. schemes: layer -> relative name -> scheme. outer: module -> scheme of what is quantised outside the
     layers. has_index: tensors carry a group index. ranks: how many there will be; rank, tp: which one this is, of how many, where it is
-    not the whole. kv: KV-cache parameters for a format that holds them, `[]` or `[ranks]` each. unpacked: weights outside the layers that
-    the source holds quantised and the format does not. rounded: what a dtype does not hold exactly is rounded."""
+    not the whole. kv: what the format holds of the KV cache: a workspace int8 parameters, `[]` or `[ranks]`; others fp8 scales, `[1]`.
+    unpacked: weights outside the layers that the source holds quantised and the format does not. rounded: what a dtype does not hold
+    exactly is rounded."""
 
     checkpoint: Checkpoint
     format: Format
@@ -215,22 +215,7 @@ def quantization_config(job: PackJob) -> dict[str, Any]:
         ignored += [f"{prefix}.{linear}" for linear in linears if f"{prefix}.{linear}" not in modules]
         if checkpoint.config.is_moe(index):
             ignored.append(f"{prefix}.{architecture.layer.router}")
-    kv = {"bits": 8, "symmetric": True, "granularity": "tensor"} if job.kv and isinstance(job.format, CompressedTensors) else None
+    kv_scales = job.format.kv_scales[0] if job.kv and job.format.kv_scales else None
     return job.format.quantization_config(
-        modules, ignored, job.default, kv=kv, act_order=job.has_index, model_dtype=checkpoint.config.dtype
+        modules, ignored, job.default, kv_scales=kv_scales, act_order=job.has_index, model_dtype=checkpoint.config.dtype
     )
-
-
-def check_kv_inside(job: PackJob) -> None:
-    """Raises FormatError unless the job's KV-cache parameters can be written into the checkpoint itself."""
-    problems = []
-    if not isinstance(job.format, CompressedTensors):
-        problems.append(Problem("kv_scales", f"the format {job.format.name}", "compressed-tensors, the one with names for them"))
-    elif not job.kv:
-        problems.append(Problem("kv_scales", "no KV-cache parameters", "those of the stage kv_qparams"))
-    elif any(value.dim() for value in job.kv.values()):
-        problems.append(Problem("kv_scales", "a scale for each rank", "one for each layer"))
-    elif any(bool(value.any()) for name, value in job.kv.items() if name.endswith("zero_point")):
-        problems.append(Problem("kv_scales", "zero points", "symmetric scales", "Use kv_qparams: {symmetric: true}"))
-    if problems:
-        raise FormatError(problems)

@@ -220,11 +220,10 @@ def write(
         stored |= FORMAT.encode(module, tensor, torch.float32)
         state[name] = tensor.dequantize()
     for attention, (k_scale, v_scale) in (kv or {}).items():
-        stored |= FORMAT.encode_kv(attention, k_scale, v_scale, torch.float32)
+        stored |= {f"{attention}.k_scale": torch.tensor([k_scale]), f"{attention}.v_scale": torch.tensor([v_scale])}
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
-    params = {"bits": 8, "symmetric": True, "granularity": "tensor"} if kv else None
-    config["quantization_config"] = FORMAT.quantization_config(modules, ignored, default, kv=params)
+    config["quantization_config"] = FORMAT.quantization_config(modules, ignored, default, kv_scales="fp8" if kv else None)
     (directory / "config.json").write_text(json.dumps(config))
     return state
 
@@ -291,16 +290,15 @@ def test_experts_share_a_scheme() -> None:
 
 
 def test_kv_scales_round_keys_and_values_in_transformers(tmp_path: Path) -> None:
-    # Not written unless asked for, because of what vLLM makes of them.
     model = tiny_llama()
-    scales = {f"model.layers.{i}.self_attn": (2.0 ** (-7 - i), 2.0**-8) for i in range(2)}
+    scales = {f"model.layers.{i}.self_attn": (0.003 / (i + 1), 0.00047) for i in range(2)}
     state = write(model, tmp_path, lambda module: None if module == "lm_head" else Scheme(4, -1, True), scales)
     model.load_state_dict(state)
 
     class Rounded(DynamicCache):  # type: ignore[misc]
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
             rounded = [
-                (states / scale).round().clamp(-128, 127) * scale
+                (states / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(states.dtype) * scale
                 for states, scale in zip((key_states, value_states), scales[f"model.layers.{layer_idx}.self_attn"], strict=True)
             ]
             return super().update(*rounded, layer_idx, *args, **kwargs)
@@ -312,14 +310,18 @@ def test_kv_scales_round_keys_and_values_in_transformers(tmp_path: Path) -> None
         assert not torch.equal(logits, model(tokens).logits)
 
 
-def test_kv_scales_that_readers_do_not_know_are_refused() -> None:
+def test_which_kv_scales_a_config_says() -> None:
     scheme = Scheme(4, 32, True)
-    for kv in (
-        {"bits": 8, "symmetric": False, "granularity": "tensor"},
-        {"bits": 8, "symmetric": True, "granularity": "head"},
-        {"bits": 4, "symmetric": True, "granularity": "tensor"},
+    config = FORMAT.quantization_config({"m": scheme}, [], scheme, kv_scales="fp8")
+    theirs = QuantizationConfig.model_validate(config).kv_cache_scheme
+    assert (theirs.num_bits, theirs.type, theirs.strategy, theirs.symmetric, theirs.dynamic) == (8, "float", "tensor", True, False)
+    as_llm_compressor = theirs.model_dump(mode="json")  # every field written out
+    for said, expected in (
+        (None, None),
+        (config["kv_cache_scheme"], "fp8"),
+        (as_llm_compressor, "fp8"),
+        (as_llm_compressor | {"type": "int"}, "int8"),
+        (as_llm_compressor | {"strategy": "attn_head"}, "type float, num_bits 8, strategy attn_head, symmetric True, dynamic False"),
+        ({"num_bits": 4, "type": "int"}, "type int, num_bits 4"),
     ):
-        with pytest.raises(FormatError, match="8 bits, symmetric, granularity tensor"):
-            FORMAT.quantization_config({"m": scheme}, [], scheme, kv=kv)
-    with pytest.raises(FormatError, match=r"a\.k_scale: 1 of 1 scales are no exact bfloat16"):
-        FORMAT.encode_kv("a", 0.1, 0.5, torch.bfloat16)
+        assert FORMAT.stored_kv_scales(config | {"kv_cache_scheme": said}) == expected

@@ -412,24 +412,60 @@ def test_kv_parameters_that_a_workspace_has_no_place_for(bench: Bench, tmp_path:
         export(bench.output, "turbomind", tmp_path / "no", Options(requantize=False))
 
 
-def test_scales_of_the_cache_inside_the_checkpoint(tmp_path: Path) -> None:
-    kv = {"kv_qparams": {"granularity": "tensor", "symmetric": True}}
-    bench = made(tmp_path, "compressed-tensors", ["calibrate", "rtn", kv], weights={"bits": 4, "group_size": 32})
-    with pytest.raises(FormatError, match=r"k_scale: 1 of 1 scales are no exact"):
-        export(bench.output, "compressed-tensors", tmp_path / "no", Options(kv_scales=True))
-    export(bench.output, "compressed-tensors", tmp_path / "in", Options(kv_scales=True, requantize=True))
-    (tmp_path / "in" / "kv_qparams.safetensors").unlink()
-    inside, before = Weights(tmp_path / "in").kv_parameters(), load_file(bench.output / "kv_qparams.safetensors")
-    assert set(inside) == set(before)
-    for name, value in inside.items():
-        assert value == before[name] == 0 if name.endswith("zero_point") else 0 <= value / before[name] - 1 < 2**-7  # up, in bfloat16
-    config = json.loads((tmp_path / "in" / "config.json").read_text())["quantization_config"]
-    assert config["kv_cache_scheme"]["num_bits"] == 8 and config["kv_cache_scheme"]["symmetric"] is True
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"granularity": "head"}, {"granularity": "channel", "symmetric": True}],
+)
+def test_fp8_scales_of_the_cache_inside_the_checkpoint(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The least bfloat16 that takes the largest magnitude to 448, whatever int8 parameters the recipe asked for: by a run, from what was
+    seen, and by an export, from those."""
+    stages = ["calibrate", "rtn", {"kv_qparams": settings}, {"pack": {"format": "compressed-tensors", "kv_scales": "fp8"}}]
+    bench = make_bench(tmp_path, intermediate_size=128)
+    result = invoke("run", bench.recipe(stages=stages, weights={"bits": 4, "group_size": 32, "symmetric": True}))
+    assert result.exit_code == 0, result.output
+    inside = load_file(bench.output / "model.safetensors")
+    report = json.loads((bench.output / "report.json").read_text())["kv"]
+    for layer in range(2):
+        for letter, name in (("k", "key"), ("v", "value")):
+            largest = max(abs(end) for side in ("low", "high") for end in report[name][side][layer])
+            scale = inside[f"model.layers.{layer}.self_attn.{letter}_scale"]
+            assert scale.shape == (1,) and scale.dtype == torch.bfloat16
+            below = torch.nextafter(scale, torch.zeros_like(scale))
+            assert float(below) * 448 < largest * 1.0005 and float(scale) * 448 > largest * 0.9995  # the report has four digits
+    export(bench.output, "compressed-tensors", tmp_path / "same", Options(kv_scales="fp8"))
+    assert contents(tmp_path / "same")["model.safetensors"] == contents(bench.output)["model.safetensors"]
+    done = export(bench.output, "compressed-tensors", tmp_path / "without")
+    assert "--kv-scales fp8 keeps them" in done.notes[-1]
+    assert json.loads((tmp_path / "without/config.json").read_text())["quantization_config"]["kv_cache_scheme"] is None
+    export(tmp_path / "without", "compressed-tensors", tmp_path / "anew", Options(kv_scales="fp8"))
+    for name, scale in load_file(tmp_path / "anew" / "model.safetensors").items():
+        assert torch.equal(scale, inside[name]), name
+
+
+def test_an_fp8_cache_is_not_taken_for_another(tmp_path: Path) -> None:
     from quantflow import LLM
 
+    kv = {"kv_qparams": {"symmetric": True}}
+    bench = made(tmp_path, "compressed-tensors", ["calibrate", "rtn", kv], weights={"bits": 4, "group_size": 32, "symmetric": True})
+    export(bench.output, "compressed-tensors", tmp_path / "in", Options(kv_scales="fp8"))
+    (tmp_path / "in" / "kv_qparams.safetensors").unlink()  # as others' have none
+    assert Weights(tmp_path / "in").kv_parameters() == {}
+    said = LLM(tmp_path / "in", device="cpu").engine.describe()["KV cache"]
+    assert said.startswith("full precision (the checkpoint's own scales, fp8, are not used)")
+    assert "(fp8): the engine here has no such cache" in json.loads(invoke("inspect", tmp_path / "in", "--json").output)["notes"][0]
+    export(tmp_path / "in", "compressed-tensors", tmp_path / "moved", Options(kv_scales="fp8"))  # with nothing but themselves to go by
+    assert contents(tmp_path / "moved") == contents(tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"]["type"] = "int"  # as QuantFlow once wrote, in other numbers
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     assert "int8, calibrated" in LLM(tmp_path / "in", device="cpu").engine.describe()["KV cache"]
-    with pytest.raises(FormatError, match="compressed-tensors, the one with names"):
-        export(bench.output, "awq", tmp_path / "no", Options(kv_scales=True))
+    export(bench.output, "gptq", tmp_path / "bare")
+    (tmp_path / "bare" / "kv_qparams.safetensors").unlink()
+    with pytest.raises(FormatError, match="no KV-cache parameters in the source"):
+        export(tmp_path / "bare", "compressed-tensors", tmp_path / "no", Options(kv_scales="fp8"))
+    for name, kind in (("awq", "fp8"), ("compressed-tensors", "true")):
+        result = invoke("export", bench.output, "--format", name, "--kv-scales", kind, "--output", tmp_path / "no")
+        assert result.exit_code == 2 and "--kv-scales fp8 with --format compressed-tensors" in " ".join(result.output.split())
 
 
 def test_plain_checkpoints(bench: Bench, tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (PACK, "  - pack: {fmt: awq, format: awq}", PACK, ["unknown key `fmt`"]),
     (PACK, "  - pack: {format: gguv}", PACK, ["`stages.pack.format` is 'gguv'", "'compressed-tensors', 'awq', 'gptq', 'gptq_v2'"]),
     (PACK, "  - pack: {format: compressed_tensors}", PACK, ["Did you mean `compressed-tensors`?"]),
+    (PACK, "  - pack: {format: awq, kv_scales: true}", PACK, ["`stages.pack.kv_scales` is true", "fp8 (true wrote int8"]),
+    (PACK, "  - pack: {format: awq, kv_scales: int8}", PACK, ["`stages.pack.kv_scales` is 'int8'", "'fp8'"]),
     (PACK, "  - pack: {format: awq}\n  - pack: {format: awq}", PACK + 1, ["packs the format awq twice"]),
     (PACK, "  - pack: {format: awq, max_shard_size: 5}", PACK, ["`stages.pack.max_shard_size` is 5", '"5GB"']),
     (PACK, "  - pack: {format: awq, max_shard_size: 5 gigs}", PACK, ["is '5 gigs'", "a size such as"]),

@@ -92,6 +92,8 @@ VALID: list[dict[str, Any]] = [
     recipe(calibration=None),
     recipe(stages=["rtn", {"kv_qparams": None}, {"pack": {"format": "awq", "max_shard_size": "5GB"}}]),
     recipe(stages=[{"gptq": {"damp": 0.5}}, {"pack": {"format": "awq", "max_shard_size": 4096}}, {"shard": {"tp": 8}}]),
+    recipe(stages=["rtn", {"pack": {"format": "compressed-tensors", "kv_scales": "fp8"}}]),
+    recipe(stages=["rtn", {"pack": {"format": "awq", "kv_scales": False}}, {"pack": {"format": "gptq", "kv_scales": None}}]),
     recipe(weights={"group_size": -1, "overrides": [{"match": "*.q", "group_size": 4, "symmetric": True}]}),
     recipe(stages=[{"evaluate": {"data": "c4", "file": "x.jsonl", "gates": {"top1": 1, "perplexity_ratio": 1}}}]),
 ]
@@ -118,6 +120,7 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     (recipe(stages=[{"kv_qparams": {"bits": 4}}]), "$.stages[0]"),
     (recipe(stages=[{"pack": {"format": "gguv"}}]), "$.stages[0]"),
     (recipe(stages=[{"pack": {"format": "awq", "max_shard_size": "5"}}]), "$.stages[0]"),
+    (recipe(stages=[{"pack": {"format": "compressed-tensors", "kv_scales": True}}]), "$.stages[0]"),
     (recipe(stages=[{"shard": {"tp": 6}}]), "$.stages[0]"),
     (recipe(stages=[{"evaluate": {"data": "c4", "gates": {"top1": 2}}}]), "$.stages[0]"),
 ]
