@@ -14,6 +14,7 @@ from quantflow.formats.gguf import Gguf
 from quantflow.formats.gptq import Gptq, declared_version
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.turbomind import TurboMind
+from quantflow.formats.unread import unread_method
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
@@ -44,6 +45,8 @@ def detect(config: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(quantization, Mapping):
         raise FormatError(Problem("config.json quantization_config", f"{quantization!r}", "a mapping"))
+    if problem := unread_method("config.json quantization_config", quantization):
+        raise FormatError(problem)
     name = str(quantization.get("quant_method"))
     if name == "gptq":
         name = declared_version(quantization)

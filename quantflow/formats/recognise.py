@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantflow.errors import FormatError, Problem
+from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.formats import detect
+from quantflow.formats.unread import unread_tensors
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.directory import read_json
 
-# Files that AutoGPTQ and AutoAWQ wrote before config.json took their contents.
-_OLDER = ("quantize_config.json", "quant_config.json")
+# Files that AutoGPTQ, AutoAWQ and ModelOpt wrote before config.json took their contents.
+_OLDER = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}  # as the first AutoAWQ called them
 
 
@@ -20,7 +21,11 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
 
     Raises FormatError for a format that is not read, and for tensors that more than one could have written.
     """
-    declared = checkpoint.raw_config.get("quantization_config") or checkpoint.raw_config.get("compression_config")
+    raw = checkpoint.raw_config
+    declared = raw.get("quantization_config") or raw.get("compression_config")
+    mlx = raw.get("quantization")  # which MLX writes, and again as a quantization_config without a method
+    if isinstance(mlx, Mapping) and "group_size" in mlx and declared in (None, {}, mlx):
+        declared = {"quant_method": "mlx", **mlx}
     if not declared:
         for name in _OLDER:
             if (checkpoint.path / name).is_file():
@@ -30,6 +35,8 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
         detect({"quantization_config": declared})  # which says what it should be
     if not declared:
         return _by_tensors(checkpoint)
+    if isinstance(declared.get("producer"), Mapping) and isinstance(own := declared.get("quantization"), Mapping):
+        declared = {"quant_method": declared["producer"].get("name"), **own}  # hf_quant_config.json
     config: dict[str, Any] = {_AWQ_KEYS.get(key, key): value for key, value in declared.items()}
     if "quant_method" not in config:
         method = config.get("method")  # as GPTQModel calls it too
@@ -57,10 +64,18 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     return found, config
 
 
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raises ModelError for a quantised checkpoint, and FormatError for one that is not even read."""
+    if found := recognise(checkpoint):
+        raise ModelError(Problem(str(checkpoint.path), f"already quantised ({found[0]})", "a full-precision checkpoint"))
+
+
 def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     """AWQ and GPTQ, by the shapes of the first packed weight; every module is taken to be like it, which `decode` checks."""
     module = _module(checkpoint)
     tensors = checkpoint.container.tensors
+    if problem := unread_tensors(str(checkpoint.path), {name: info.dtype for name, info in tensors.items()}):
+        raise FormatError(problem)
     if module is None:
         strange = sorted(n for n in tensors if n.endswith((".weight_packed", ".weight.absmax")))
         if strange:

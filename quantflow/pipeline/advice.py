@@ -16,7 +16,8 @@ from typing import Any
 from quantflow.artifacts.fingerprint import digest
 from quantflow.artifacts.store import store_beside
 from quantflow.engine.engine import SHARE
-from quantflow.errors import ModelError, Problem, UserError
+from quantflow.errors import Problem, UserError
+from quantflow.formats.recognise import refuse_quantised
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question
 from quantflow.pipeline.plan import weights_key
@@ -88,8 +89,7 @@ def advise(checkpoint: Checkpoint, question: Question) -> Advice:
     """What to do. Raises UserError for a question that has no answer: a context longer than the model's, a model that cannot be cut so."""
     model = Model(checkpoint, question)
     problems = []
-    if checkpoint.quantization:
-        raise ModelError(Problem(str(checkpoint.path), "already quantised", "the full-precision checkpoint: its config.json is enough"))
+    refuse_quantised(checkpoint)
     if question.context > checkpoint.config.max_positions and not model.stretches:
         problems.append(Problem("--context", str(question.context), f"at most the model's {checkpoint.config.max_positions} positions"))
     whole = {tp: model.problems(None, tp) for tp in question.ranks}

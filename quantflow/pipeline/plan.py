@@ -18,10 +18,11 @@ from quantflow.artifacts.artifact import foreign_files
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import documents
-from quantflow.errors import DataError, ModelError, OutputError, Problem, UserError
+from quantflow.errors import DataError, OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format, fitting_group
 from quantflow.formats.huggingface import HuggingFace
+from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -239,9 +240,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
         raise UserError(Problem("model", "the recipe names none", "a model directory or hub id", "Pass --model DIR"))
     problems: list[Problem] = []
     checkpoint = Checkpoint(resolve_model(recipe.model), config_only=config_only)
-    if checkpoint.quantization:
-        method = checkpoint.quantization.get("quant_method")
-        raise ModelError(Problem(f"{checkpoint.path}", f"already quantised ({method})", "a full-precision checkpoint"))
+    refuse_quantised(checkpoint)
     problems += checkpoint.problems()
     recipe = resolved(recipe, checkpoint)
     linears = tuple(_linears(recipe, checkpoint))
