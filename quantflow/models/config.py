@@ -86,7 +86,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     return value
 
 
-MOST_LAYERS = 10_000
+MOST_LAYERS, MOST_EXPERTS = 10_000, 200_000  # experts of all layers together
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
@@ -106,6 +106,8 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope
             raise ConfigProblem(f"{key} is {part!r}, expected an object")
         scaling.update(part)
     theta = number({"rope_theta": scaling.pop("rope_theta", None) or config.get("rope_theta")}, "rope_theta", float, default_theta)
+    if theta < 1:
+        raise ConfigProblem(f"rope_theta is {theta}, expected at least 1")
     kind = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
     scaling.pop("type", None)
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
@@ -122,9 +124,21 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
     if missing := [name for name in (*needed, *given) if parameters.get(name, 0.0) <= 0]:
         raise ConfigProblem(f"rope scaling of type {kind} has no positive {' and '.join(missing)}")
+    if kind != "default" and (factor := parameters.get("factor", 1.0)) < 1:
+        raise ConfigProblem(f"rope scaling of type {kind} has factor {factor}, expected at least 1")
+    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
+        raise ConfigProblem("rope scaling of type llama3 has a high_freq_factor that is not above its low_freq_factor")
     if kind == "yarn" and theta <= 1:
         raise ConfigProblem(f"rope_theta is {theta}, expected more than 1")
     return Rope(theta, kind, parameters)
+
+
+def check_head(head_dim: int, rope: Rope) -> None:
+    """Raises ConfigProblem for a head whose channels do not turn in pairs, or that is too small for the kind of rotary embedding."""
+    if head_dim % 2:
+        raise ConfigProblem(f"head_dim is {head_dim}, expected an even number: channels are rotated in pairs")
+    if rope.kind in ("dynamic", "qwen") and head_dim == 2:
+        raise ConfigProblem(f"head_dim is 2, expected more with rope scaling of type {rope.kind}")
 
 
 def read_dtype(config: Mapping[str, Any]) -> str:

@@ -20,7 +20,8 @@ def _with_llama_rope(config: Json) -> Json:
     rotary = config.get("rotary")
     if not rotary:
         return config
-    kind = rotary.get("type") if isinstance(rotary, dict) else rotary
+    rotary = rotary if isinstance(rotary, dict) else {"type": rotary}
+    kind = rotary.get("type")
     if kind not in ("origin", "dynamic"):
         raise ConfigProblem(f"rotary of type {kind!r}; QuantFlow knows origin and dynamic")
     scaling = {"rope_type": "dynamic", "factor": number(rotary, "scaling_factor", float, 1.0)} if kind == "dynamic" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from quantflow.models.architecture import Architecture, Json
-from quantflow.models.config import ConfigProblem, DecoderConfig, flag, layer_count, number, read_dtype, read_rope
+from quantflow.models.config import ConfigProblem, DecoderConfig, check_head, flag, layer_count, number, read_dtype, read_rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
 
@@ -46,7 +46,9 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
         "mlp_bias": flag(config, "mlp_bias"),
         "tied": flag(config, "tie_word_embeddings"),
     }
-    return DecoderConfig(**{**fields, **changes})
+    decoder = DecoderConfig(**{**fields, **changes})
+    check_head(decoder.head_dim, decoder.rope)
+    return decoder
 
 
 def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> tuple[int | None, ...]:
@@ -59,6 +61,8 @@ def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> 
             raise ConfigProblem(f"layer_types is {kinds!r}, expected a list")
         if len(kinds) != layers:
             raise ConfigProblem(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
+        if strange := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+            raise ConfigProblem(f"layer_types has {strange[0]!r}; QuantFlow knows full_attention and sliding_attention")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return tuple(window if i >= first else None for i in range(layers))
 
@@ -68,7 +72,7 @@ def _read_mistral(config: Json) -> DecoderConfig:
 
 
 def _qwen_windows(config: Json) -> tuple[int | None, ...]:
-    if not config.get("use_sliding_window"):
+    if not flag(config, "use_sliding_window"):
         return ()
     first = config.get("max_window_layers", 28)
     if not isinstance(first, int):

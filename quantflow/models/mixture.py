@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from quantflow.models.architecture import Architecture, Json, Layer, Source
-from quantflow.models.config import ConfigProblem, DecoderConfig, flag, layer_count, number
+from quantflow.models.config import MOST_EXPERTS, ConfigProblem, DecoderConfig, flag, layer_count, number
 from quantflow.models.llama import read_llama_like, read_windows
 
 _FUSED = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)")
@@ -38,6 +38,8 @@ def _qwen3_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> 
 
 def _experts(config: Json, key: str) -> dict[str, int]:
     experts, chosen = number(config, key), number(config, "num_experts_per_tok")
+    if experts * layer_count(config) > MOST_EXPERTS:  # as of layers: it would take for ever to plan
+        raise ConfigProblem(f"{key} is {experts}, expected at most {MOST_EXPERTS} experts in all layers together")
     if chosen > experts:
         raise ConfigProblem(f"num_experts_per_tok {chosen} is more than {key} {experts}")
     return {"experts": experts, "experts_per_token": chosen}
@@ -52,7 +54,10 @@ def _read_mixtral(config: Json) -> DecoderConfig:
 
 def _read_qwen3_moe(config: Json) -> DecoderConfig:
     layers, step = layer_count(config), number(config, "decoder_sparse_step", default=1)
-    plain = set(config.get("mlp_only_layers") or ())
+    listed = config.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or not all(type(i) is int for i in listed):
+        raise ConfigProblem(f"mlp_only_layers is {listed!r}, expected a list of layers")
+    plain = set(listed)
     dense = frozenset(i for i in range(layers) if i in plain or (i + 1) % step)
     return read_llama_like(
         config,
@@ -60,7 +65,7 @@ def _read_qwen3_moe(config: Json) -> DecoderConfig:
         intermediate=number(config, "moe_intermediate_size"),
         # transformers 5 saves it under the second name.
         **_experts(config, "num_experts" if "num_experts" in config else "num_local_experts"),
-        sliding_windows=read_windows(config) if config.get("use_sliding_window") else (),
+        sliding_windows=read_windows(config) if flag(config, "use_sliding_window") else (),
         renormalize=flag(config, "norm_topk_prob"),
         dense_layers=dense,
         dense_intermediate=number(config, "intermediate_size"),

@@ -16,11 +16,11 @@ def _read(config: Json) -> DecoderConfig:
     hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     if hidden % heads:
         raise ConfigProblem(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-    if not config.get("do_layer_norm_before", True) or config.get("_remove_final_layer_norm"):
+    if not flag(config, "do_layer_norm_before", True) or flag(config, "_remove_final_layer_norm"):
         raise ConfigProblem("do_layer_norm_before is false (OPT-350m); QuantFlow knows the pre-norm OPT models")
     if config.get("word_embed_proj_dim", hidden) != hidden:
         raise ConfigProblem("word_embed_proj_dim differs from hidden_size; QuantFlow knows OPT without projections")
-    if not config.get("enable_bias", True) or not config.get("layer_norm_elementwise_affine", True):
+    if not flag(config, "enable_bias", True) or not flag(config, "layer_norm_elementwise_affine", True):
         raise ConfigProblem("enable_bias or layer_norm_elementwise_affine is false; QuantFlow knows OPT with both")
     return DecoderConfig(
         family="opt",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
-from quantflow.models.config import ConfigProblem, DecoderConfig, Rope, flag, layer_count, number, read_dtype
+from quantflow.models.config import ConfigProblem, DecoderConfig, Rope, check_head, flag, layer_count, number, read_dtype
 
 _NAMES = renamed(
     {
@@ -32,12 +32,16 @@ def _sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[s
 def _read(config: Json) -> DecoderConfig:
     hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     head_dim = number(config, "kv_channels", default=hidden // heads)
-    if float(config.get("rotary_pct", 1.0)) != 1.0:
+    if number(config, "rotary_pct", float, 1.0) != 1.0:
         raise ConfigProblem("rotary_pct is not 1; QuantFlow rotates whole heads only")
-    if not config.get("no_bias", True):
+    if not flag(config, "no_bias", True):
         raise ConfigProblem("no_bias is false; QuantFlow knows Qwen with a bias on c_attn alone")
     trained = number(config, "seq_length", default=2048)
-    dtype = "bfloat16" if config.get("bf16") else "float16" if config.get("fp16") else read_dtype(config)
+    dtype = "bfloat16" if flag(config, "bf16") else "float16" if flag(config, "fp16") else read_dtype(config)
+    rope = Rope(number(config, "rotary_emb_base", float, 10000.0), "qwen" if flag(config, "use_dynamic_ntk") else "default")
+    if rope.theta < 1:
+        raise ConfigProblem(f"rotary_emb_base is {rope.theta}, expected at least 1")
+    check_head(head_dim, rope)
     return DecoderConfig(
         family="llama",
         hidden=hidden,
@@ -51,10 +55,10 @@ def _read(config: Json) -> DecoderConfig:
         norm_eps=number(config, "layer_norm_epsilon", float, 1e-6),
         activation="silu",
         dtype=dtype,
-        rope=Rope(number(config, "rotary_emb_base", float, 10000.0), "qwen" if config.get("use_dynamic_ntk") else "default"),
+        rope=rope,
         attention_bias=True,
         tied=flag(config, "tie_word_embeddings"),
-        logn_length=trained if config.get("use_logn_attn") else None,
+        logn_length=trained if flag(config, "use_logn_attn") else None,
     )
 
 
