@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from quantflow.errors import ModelError, Problem
-from quantflow.models.gguf_vocabulary import SPLITTERS
+from quantflow.models.gguf_splitters import REFUSED, SPLITTERS, word_splitter
 from quantflow.models.sentencepiece_model import (
     BPE,
     BYTE,
@@ -23,10 +23,8 @@ from quantflow.models.sentencepiece_model import (
     SentencePieceModel,
     check_sentencepiece,
 )
-from quantflow.models.tokenizer import Declared, Loaded, add_template, byte_letters, guarded, sentencepiece_tokenizer
+from quantflow.models.tokenizer import Declared, Loaded, add_template, guarded, sentencepiece_tokenizer
 
-# Further names that llama.cpp has for the same expressions.
-_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "gpt2": "gpt-2"}
 _ROLES = {
     "bos": "bos",
     "eos": "eos",
@@ -113,29 +111,24 @@ def _sentencepiece(metadata: Mapping[str, Any], file: Path, tokens: list[str], t
 
 def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], types: list[int]) -> Loaded:
     name = metadata.get("tokenizer.ggml.pre")
-    pre = _ALIASES.get(name, name) if isinstance(name, str) else None
-    if pre not in SPLITTERS:
-        found = "missing" if name is None else f"{name!r}"[:80]
-        raise ModelError(Problem(f"{file} tokenizer.ggml.pre", found, f"one of {', '.join([*SPLITTERS, *_ALIASES])}", _HINT))
+    splitter = SPLITTERS.get(name) if isinstance(name, str) else None
+    if splitter is None:
+        reason = REFUSED.get(name) if isinstance(name, str) else None
+        found = "missing" if name is None else f"{name!r}"[:80] + (f", {reason}" if reason else "")
+        raise ModelError(Problem(f"{file} tokenizer.ggml.pre", found, f"one of {', '.join(SPLITTERS)}", _HINT))
     vocab = {token: number for number, token in enumerate(tokens)}
-    # The library drops a byte that is not in the vocabulary without a word.
-    if missing := [letter for letter in byte_letters() if letter not in vocab]:
-        raise ModelError(
-            Problem(f"{file} tokenizer.ggml.tokens", f"{len(missing)} of the 256 bytes have no token", "a byte-level one", _HINT)
-        )
     merges = metadata.get("tokenizer.ggml.merges")
     pairs = [tuple(merge.split(" ")) for merge in merges] if isinstance(merges, list) else []
     if not isinstance(merges, list) or any(len(pair) != 2 for pair in pairs):
         raise ModelError(Problem(f"{file} tokenizer.ggml.merges", "not there, or no pairs of tokens", "pairs of tokens", _HINT))
-    # llama.cpp, too, looks a whole word up before it merges, for Llama 3 alone.
-    whole = pre == "llama-bpe"
     tokenizer = guarded(
-        file, "merges of its own tokens", lambda: Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole))
-    )  # fmt: skip
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()  # as the models were trained; llama.cpp leaves it out
-    split = pre_tokenizers.Split(Regex(SPLITTERS[pre]), behavior="isolated", invert=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        file,
+        "merges of its own tokens",
+        lambda: Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=splitter.whole_words)),
+    )
+    if splitter.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = word_splitter(splitter.expressions, vocab)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
@@ -145,5 +138,5 @@ def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], type
         ]
     )
     roles = _roles(metadata, tokens)
-    add_template(tokenizer, roles, _flag(metadata, "add_bos_token", whole), _flag(metadata, "add_eos_token", False))
+    add_template(tokenizer, roles, _flag(metadata, "add_bos_token", splitter.begins), _flag(metadata, "add_eos_token", False))
     return Loaded(tokenizer, roles, made=True)

@@ -1,7 +1,8 @@
 """A tokenizer as GGUF's metadata has it, from a directory's tokenizer files.
 
 llama.cpp splits text itself, by an algorithm (`gpt2`: byte-level BPE; `llama`: SentencePiece's BPE) and, for the first, by one of the
-regular expressions that it knows by name. A tokenizer that does anything else is refused: it would run, and read another text.
+ways to cut it into words that it knows by name (`gguf_splitters.py`). A tokenizer that does anything else is refused: it would run, and
+read another text.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.models.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from quantflow.models.tokenizer import QWEN_PATTERN, SPACE, chat_template, load_tokenizer, special_tokens
+from tokenizers import models
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLITTERS = {"llama-bpe": _LLAMA3, "qwen2": QWEN_PATTERN, "gpt-2": _GPT2}  # llama.cpp's names
+from quantflow.errors import FormatError, ModelError, Problem
+from quantflow.models.gguf_splitters import SPLITTERS, missing_bytes, splitter_names
+from quantflow.models.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from quantflow.models.tokenizer import SPACE, chat_template, load_tokenizer, special_tokens
 
 
 def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -132,26 +132,50 @@ def _check_merges(types: Mapping[str, int], merges: list[str]) -> None:
 
 
 def _splitter(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the regular expression that a byte-level tokenizer splits at."""
+    """llama.cpp's name of the way that a byte-level tokenizer cuts a text into words, and merges them."""
     if strange := [str(step.get("type")) for step in _parts(tokenizer.get("normalizer"), "normalizers") if step.get("type") != "NFC"]:
         raise FormatError(Problem("tokenizer", f"the normalizer {strange[0]}", "none, or NFC"))
-    found: list[str | None] = []
-    for step in _parts(tokenizer.get("pre_tokenizer"), "pretokenizers"):
-        if step.get("type") == "ByteLevel":
-            if step.get("add_prefix_space"):
-                raise FormatError(Problem("tokenizer", "add_prefix_space", "byte-level splitting without it"))
-            if step.get("use_regex", True):
-                found.append("gpt-2")
-        elif step.get("type") == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-            regex = step.get("pattern", {}).get("Regex")
-            found.append(next((name for name, known in SPLITTERS.items() if known == regex), None))
-        else:
-            found.append(None)
-    if len(found) != 1 or found[0] is None:
-        known = ", ".join(SPLITTERS)
-        hint = "llama.cpp would split another way: add its name to quantflow/models/gguf_vocabulary.py if it has the expression"
-        raise FormatError(Problem("tokenizer", "a pre-tokenizer that llama.cpp has no known name for", f"that of {known}", hint))
-    return found[0]
+    steps = _parts(tokenizer.get("pre_tokenizer"), "pretokenizers")
+    if any(step.get("add_prefix_space") for step in steps):
+        raise FormatError(Problem("tokenizer", "add_prefix_space", "byte-level splitting without it"))
+    apart = missing_bytes(tokenizer["model"]["vocab"])
+    if apart and steps and steps[-1].get("pattern") == {"Regex": apart}:  # the reader's own, of what llama.cpp does by itself
+        steps = steps[:-1]
+    expressions = [_expression(step) for step in steps]
+    names = splitter_names(tuple(each for each in expressions if each)) if None not in expressions else []
+    if not names or [step.get("type") for step in steps].index("ByteLevel") != len(steps) - 1:
+        hint = "llama.cpp would split another way: add its name to quantflow/models/gguf_splitters.py if it has the expression"
+        raise FormatError(
+            Problem("tokenizer", "a pre-tokenizer that llama.cpp has no known name for", f"that of {', '.join(SPLITTERS)}", hint)
+        )
+    whole = bool(tokenizer["model"].get("ignore_merges"))
+    fitting = [name for name in names if SPLITTERS[name].whole_words == whole]
+    if not fitting and not _merges_reach_all(tokenizer):
+        found = f"ignore_merges: {json.dumps(whole)} beside the pre-tokenizer of {names[0]}"
+        raise FormatError(Problem("tokenizer", found, f"{json.dumps(not whole)}, which is all that llama.cpp has for it"))
+    normalised = bool(tokenizer.get("normalizer"))
+    return min(fitting or names, key=lambda name: SPLITTERS[name].nfc != normalised)
+
+
+def _expression(step: Mapping[str, Any]) -> str | None:
+    """What a pre-tokenizer isolates, as a regular expression; empty for nothing, None for one that is not of this kind."""
+    match step:
+        case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": str(regex)}} if not step.get("invert"):
+            return regex
+        case {"type": "Digits"}:
+            return r"\p{N}" if step.get("individual_digits") else r"\p{N}+"
+        case {"type": "ByteLevel"}:
+            return SPLITTERS["gpt-2"].expressions[0] if step.get("use_regex", True) else ""
+    return None
+
+
+def _merges_reach_all(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether merging makes every token of the vocabulary out of its own text, so that `ignore_merges` changes nothing."""
+    model = tokenizer["model"]
+    merges = [tuple(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]]
+    bpe = models.BPE(vocab=model["vocab"], merges=merges)
+    added = {token["id"] for token in tokenizer.get("added_tokens", [])}
+    return all([token.id for token in bpe.tokenize(text)] == [number] for text, number in model["vocab"].items() if number not in added)
 
 
 def _template_ends(tokenizer: Mapping[str, Any], begin: str | None, end: str | None) -> tuple[bool, bool]:

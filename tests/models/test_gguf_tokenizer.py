@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from quantflow.errors import FormatError, ModelError
 from quantflow.models.gguf_file import read_metadata
+from quantflow.models.gguf_splitters import SPLITTERS, word_splitter
 from quantflow.models.gguf_tokenizer import tokenizer_from_metadata
-from quantflow.models.gguf_vocabulary import SPLITTERS, vocabulary_metadata
+from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.tokenizer import chat_template, export_tokenizer, load_tokenizer, special_tokens
 from tests.helpers.zoo import specimen, write
 from tests.models.test_gguf_file import foreign
@@ -38,8 +39,7 @@ def byte_level(folder: Path, splitter: str, *, bos: bool = True) -> Path:
     tokenizer = Tokenizer(models.BPE(ignore_merges=splitter == "llama-bpe"))
     if splitter == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLITTERS[splitter]), behavior="isolated", invert=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = word_splitter(SPLITTERS[splitter].expressions, pre_tokenizers.ByteLevel.alphabet())
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=460, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator([TEXT], trainer)
@@ -183,7 +183,7 @@ def test_metadata_that_cannot_be_read(tmp_path: Path, name: str) -> None:
     }
     if name == "gpt-2":
         cases |= {
-            "pre": ("tekken", r"pre: 'tekken'; expected one of llama-bpe, qwen2, gpt-2"),
+            "pre": ("sarvam-moe", r"pre: 'sarvam-moe', BPE of letters in place of bytes; expected one of gpt-2, "),
             "merges": (["a b c"], "no pairs of tokens"),
         }
     else:
