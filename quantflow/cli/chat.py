@@ -14,7 +14,7 @@ from typing import Annotated, Any, Protocol
 
 import typer
 
-from quantflow.cli.console import HARMLESS, RUNNING, console, errors, reporting, show
+from quantflow.cli.console import HARMLESS, RUNNING, console, errors, reporting, show, show_notes
 from quantflow.cli.options import (
     KV,
     CacheShare,
@@ -70,6 +70,7 @@ class Local:
         self.name = self._llm.engine.path.resolve().name
         self.tokens = (0, 0)
         errors.print(", ".join(f"{name}: {value}" for name, value in self._llm.engine.describe().items()))
+        show_notes(self._llm.engine.notes)
 
     def stream(self, messages: Sequence[Message]) -> Iterator[str]:
         prompt = self._llm.engine.tokenizer.dialogue(messages)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +120,21 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
     if isinstance(error, OSError):
         return 4, "the system refused", (f"{error.filename or ''} {error.strerror or error}".strip(),)
     return 1, "internal error", (f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug for the traceback.",)
+
+
+def left_out_lines(left_out: Mapping[str, str]) -> Iterator[str]:
+    """A line for each reason why tensors of a checkpoint are left out, with the names of the first."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        yield f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}: {reason}"
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """What is odd about a model that is about to run, on stderr."""
+    for note in notes:
+        errors.print(f"note: {note}".translate(HARMLESS))
 
 
 @contextmanager

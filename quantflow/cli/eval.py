@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quantflow.cli.console import RUNNING, console, progress, reporting
+from quantflow.cli.console import RUNNING, console, progress, reporting, show_notes
 from quantflow.cli.eval_tasks import evaluate_tasks, settings_of
 from quantflow.cli.options import KV, Debug, Device, DeviceOption, Json, KVOption, Mode, ModeOption
 from quantflow.errors import Problem, UserError
@@ -110,6 +110,7 @@ def _evaluate_text(
         Weights(resolve_model(reference)),
         Weights(Path(directory) if Path(directory).is_dir() else resolve_model(directory)),
     )
+    show_notes(note for weights in (original, found) for note in weights.checkpoint.remarks)
     a, b = original.checkpoint.config, found.checkpoint.config
     if a.vocabulary != b.vocabulary:
         raise ModelError(Problem(directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"))

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from quantflow.cli.console import Hints, console, progress, reporting
+from quantflow.cli.console import Hints, console, left_out_lines, progress, reporting
 from quantflow.cli.options import Debug, Json
 
 EXPORTING = Hints("", "Free memory: a few tensors are held at a time.")
@@ -44,10 +44,12 @@ def export(
             done = exporting.export(source, format, output, options, shown)
         if as_json:
             found = {"output": str(done.output), "from": done.source_format, "to": done.format, "modules": done.modules}
-            print(json.dumps({**found, "relative_errors": dict(done.errors)}))
+            print(json.dumps({**found, "relative_errors": dict(done.errors), "left_out": dict(done.left_out), "notes": list(done.notes)}))
             return
         what = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
         console.print(f"{done.output} written: {what}, {done.source_format} to {done.format}.")
+        for line in left_out_lines(done.left_out):
+            console.print(f"Left out: {line}.")
         for note in done.notes:
             console.print(f"Note: {note}.")
         if done.errors:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quantflow.cli.console import RUNNING, errors, reporting
+from quantflow.cli.console import RUNNING, errors, reporting, show_notes
 from quantflow.cli.options import (
     KV,
     CacheShare,
@@ -78,6 +78,7 @@ def generate(
             device=device.value, tp=tp, graphs=not eager,
         )  # fmt: skip
         errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
+        show_notes(llm.engine.notes)
         texts = [sys.stdin.read() if text == "-" else text for text in prompt]
         prompts = [llm.get_prompt(text) if chat else text for text in texts]
         tokens = [llm.encode(text, special=not chat) for text in prompts]  # a dialogue format has its own first tokens

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from quantflow.cli.console import console, reporting
+from quantflow.cli.console import console, left_out_lines, reporting
 from quantflow.cli.options import Debug, Json
 
 
@@ -65,6 +65,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes,
         "files": len(checkpoint.files),
         "modules": modules,
+        "left_out": weights.left_out,
         "notes": list(weights.notes),
         "artifact": {
             k: manifest.get(k) for k in ("name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")
@@ -87,6 +88,8 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row("size", f"{size(s['weight_bytes'])} in {s['files']} file(s)")
     for scheme, count in Counter(s["modules"].values()).items():
         table.add_row("linears", f"{count} × {scheme}")
+    for line in left_out_lines(s["left_out"]):
+        table.add_row("left out", line)
     for note in s["notes"]:
         table.add_row("note", note)
     artifact = s["artifact"]

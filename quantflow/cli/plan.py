@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from quantflow.cli.console import console, reporting
+from quantflow.cli.console import console, left_out_lines, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, Set
 from quantflow.cli.recipes import find
 from quantflow.errors import Problem, UserError
@@ -89,6 +89,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         "linears": dict(schemes),
         "stored_layers": stored,
         "weight_bytes": plan.checkpoint.weight_bytes,
+        "tensors": plan.account.as_dict(),
         "estimate": {
             "peak_memory_bytes": cost.memory_bytes,
             "store_bytes": cost.store_bytes,
@@ -126,6 +127,8 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row("peak memory", f"about {size(estimate['peak_memory_bytes'])} above the imports")
     table.add_row("disk", f"about {size(estimate['artifact_bytes'])} artifact, {size(estimate['store_bytes'])} store")
     table.add_row("time", f"about {estimate['seconds']:.0f} s")
+    for line in left_out_lines(summary["tensors"]["left_out"]):
+        table.add_row("left out", line)
     for note in summary["notes"]:
         table.add_row("note", note)
     console.print(table)

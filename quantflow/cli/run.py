@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from quantflow.cli.console import console, progress, reporting
+from quantflow.cli.console import console, progress, reporting, show_notes
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, RecipePath, Set
 from quantflow.cli.recipes import find
 
@@ -36,6 +36,7 @@ def run(
         from quantflow.recipe import load_recipe
 
         plan = make_plan(load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value)
+        show_notes(plan.checkpoint.remarks)
         with progress() as watcher:
             result = run_plan(plan, watcher, fresh=fresh)
         if as_json:

@@ -160,6 +160,7 @@ class Engine:
     Not safe for several threads at once: one thread submits, steps and aborts. Raises UserError where the model or the configuration is
     wrong, ResourceError where memory does not suffice, or a tensor-parallel rank has gone. progress: called after each layer that is loaded
     or run.
+    notes: what is odd about the checkpoint, and what was made of it.
     kv: in place of what `config.kv` finds in the model's directory. ranks: of a follower; a leader starts its own.
     """
 
@@ -179,6 +180,7 @@ class Engine:
         self.ranks = ranks
         self._tell(None, model=str(self.path.resolve()), config=asdict(config))
         weights = self._weights()
+        self.notes = weights.checkpoint.remarks
         self.architecture, self.model_config = weights.checkpoint.architecture, rank_config(weights.checkpoint.config, config.tp)
         self.ops = Ops(device, _dtype(config.dtype, self.model_config, device), config.mode == Mode.exact, ranks)
         self.context = _context(config, self.model_config)

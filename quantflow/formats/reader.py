@@ -76,7 +76,23 @@ class Weights:
     def modules(self) -> set[str]:
         """The quantised modules."""
         marks = self.format.marks if self.format else ()
-        return {n.removesuffix(mark) for n in self.checkpoint.source_names for mark in marks if n.endswith(mark)}
+        names = [name for name in self.checkpoint.source_names if name not in self.checkpoint.left_out]
+        return {n.removesuffix(mark) for n in names for mark in marks if n.endswith(mark)}
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Source tensor -> why nothing is read from it: the checkpoint's own, and what belongs to its format without being weights."""
+        found = dict(self.checkpoint.left_out)
+        kind = self.kv_scales
+        read = KV_SUFFIXES[:2] if kind == "int8" else ()
+        for name in self.checkpoint.source_names:
+            if name in found or name in self.checkpoint.expected or self.format is None:
+                continue
+            if name.endswith(KV_SUFFIXES) and not name.endswith(read):
+                found[name] = f"a scale of a KV cache ({kind})" if kind else "a scale of a KV cache that quantization_config is silent on"
+            elif name.endswith(".bias") and name.removesuffix(".bias") in self.modules:
+                found[name] = "zeros, where the model has no bias"
+        return found
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a module by the configuration; None for one that is not quantised. Raises FormatError."""

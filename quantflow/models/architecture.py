@@ -104,9 +104,14 @@ class Architecture:
     def layer_prefix(self, i: int) -> str:
         return self.prefix.format(i=i)
 
+    def layer_of(self, native: str) -> int | None:
+        """The decoder layer that a native tensor, or a part of one, belongs to; None outside the layers."""
+        match = re.match(re.escape(self.prefix).replace(r"\{i\}", r"(\d+)") + r"\.", native)
+        return int(match[1]) if match else None
+
 
 # Buffers that old files hold. Whole names: Qwen's attn.c_attn.bias is a weight.
-IGNORED_TENSORS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.masked_bias|attn\.bias)$")
+COMPUTED_TENSORS = re.compile(r"(^|\.)(rotary(_pos)?_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.masked_bias|attn\.bias)$")
 
 
 def linear_shapes(architecture: Architecture, config: DecoderConfig, i: int) -> dict[str, tuple[int, int]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import ModelError, Problem
-from quantflow.models.architecture import IGNORED_TENSORS, Architecture, Source, expected_tensors
+from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source, expected_tensors
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.container import open_container
 from quantflow.models.gguf_file import gguf_file
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = ("F32", "F16", "BF16")
+_COMPARED = 2**24  # bytes of a table that are compared at once
 
 
 def resolve_model(model: str) -> Path:
@@ -50,11 +52,15 @@ def resolve_model(model: str) -> Path:
 
 
 class Checkpoint:
-    """A model directory. The constructor reads config.json and the safetensors headers, never a weight.
+    """A model directory. The constructor reads config.json and the safetensors headers, and no weight but the embedding and the head
+    where the head is said to be tied and both are there: these are compared, a slice at a time.
 
     config_only: the weight files need not be there; `shape_of` then answers from the config. tp: the files hold one of that many
-    tensor-parallel ranks. Raises ModelError with every problem found: what is missing, what has the wrong shape, what the architecture
-    does not know.
+    tensor-parallel ranks. Raises ModelError for a config that cannot be followed; `problems` says what is wrong with the tensors.
+
+    config, raw_config: as the tensors bear them out: not tied where the head is another than the embedding. Every tensor of the source
+    is either in `sources` (native name -> where it lies) or in `left_out` (source name -> why). remarks: what is odd about this one, and
+    what was made of it.
     """
 
     def __init__(self, path: Path, *, config_only: bool = False, tp: int = 1) -> None:
@@ -77,6 +83,11 @@ class Checkpoint:
         except ConfigProblem as error:
             raise ModelError(Problem(f"{path}/config.json", str(error))) from error
         self.config_only = config_only
+        self.remarks: tuple[str, ...] = ()
+        self.sources: dict[str, Source] = {}
+        self.left_out: dict[str, str] = {}
+        self._twice: list[tuple[str, str, str]] = []  # a native tensor that two source tensors hold, and these
+        self._account()
         self.quantization: dict[str, Any] | None = self.raw_config.get("quantization_config")
         if self.quantization is not None and not isinstance(self.quantization, dict):
             raise ModelError(Problem(f"{path}/config.json quantization_config", repr(self.quantization)[:80], "a JSON object"))
@@ -89,7 +100,7 @@ class Checkpoint:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the family, and of how the tensors are stored."""
-        return (*self.architecture.notes, *self.container.notes)
+        return (*self.architecture.notes, *self.container.notes, *self.remarks)
 
     @property
     def tokenizer_path(self) -> Path:
@@ -104,14 +115,58 @@ class Checkpoint:
         """A tensor under the checkpoint's own name."""
         return self.container.read(name)
 
-    @cached_property
-    def sources(self) -> dict[str, Source]:
-        """Native name -> where it lies, for every tensor that is not ignored."""
-        found: dict[str, Source] = {}
+    def _account(self) -> None:
+        """Puts every tensor of the source into `sources`, or into `left_out`."""
+        beyond = set()
         for name, info in self.container.tensors.items():
-            if not IGNORED_TENSORS.search(name):
-                found.update(self.architecture.sources(name, info.shape, self.config) or {name: Source(name)})
-        return found
+            if COMPUTED_TENSORS.search(name):
+                self.left_out[name] = "a buffer that is computed"
+                continue
+            natives = self.architecture.sources(name, info.shape, self.config) or {name: Source(name)}
+            layer = self.architecture.layer_of(next(iter(natives)))
+            if layer is not None and layer >= self.config.layers:
+                self.left_out[name] = f"in a layer beyond num_hidden_layers = {self.config.layers}"
+                beyond.add(layer)
+                continue
+            self._twice += [(native, self.sources[native].name, name) for native in natives if native in self.sources]
+            self.sources |= natives
+        if beyond:
+            few = ", ".join(map(str, sorted(beyond))) if len(beyond) < 4 else f"{min(beyond)} to {max(beyond)}"
+            said = f"layer{'s' if len(beyond) > 1 else ''} {few} left out, as transformers does: num_hidden_layers is {self.config.layers}"
+            self.remarks += (said,)
+        if self.config.tied:
+            self._account_for_head()
+
+    def _account_for_head(self) -> None:
+        """Of a model whose head is said to be the embedding: what the file's own head is."""
+        head, embedding = f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"
+        heads = [name for name in self.sources if name.startswith(f"{self.architecture.head}.")]
+        if not heads:
+            return
+        if heads == [head] and not any(name.startswith(f"{self.architecture.embedding}.") for name in self.sources):
+            self.sources[embedding] = self.sources.pop(head)
+        elif heads == [head] and embedding in self.sources and self._same(head, embedding):
+            self.left_out[self.sources.pop(head).name] = f"a second copy of {self.sources[embedding].name}, which it is tied to"
+        else:
+            self.config = replace(self.config, tied=False)
+            self.raw_config = {**self.raw_config, "tie_word_embeddings": False}
+            own = f"{self.sources[heads[0]].name} is another than {self.architecture.embedding}"
+            done = "it is kept, as transformers does, and what is written says false"
+            self.remarks += (f"{own} though tie_word_embeddings is true: {done}",)
+
+    def _same(self, one: str, other: str) -> bool:
+        """Whether two plain native tables hold the same numbers."""
+        names = [self.sources[name].name for name in (one, other)]
+        infos = [self.container.tensors[name] for name in names]
+        shape = infos[0].shape
+        if infos[1].shape != shape or not math.prod(shape) or any(info.dtype not in _FLOATS for info in infos):
+            return False
+        step = max(1, _COMPARED * shape[0] // infos[0].nbytes)
+        for first in range(0, shape[0], step):
+            left, right = (self.container.read(name, slice(first, first + step)) for name in names)
+            if not (left.float() if left.dtype != right.dtype else left).equal(right.float() if left.dtype != right.dtype else right):
+                return False
+        return True
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -124,8 +179,10 @@ class Checkpoint:
 
     def cut(self, native: str) -> int | None:
         """Along which dimension tensor parallelism cuts a tensor; None where every rank holds all of it."""
-        match = re.match(re.escape(self.architecture.prefix).replace(r"\{i\}", r"\d+") + r"\.", native)
-        return cut_dimension(native[match.end() :], self.architecture.layer) if match else None
+        layer = self.architecture.layer_of(native)
+        if layer is None:
+            return None
+        return cut_dimension(native.removeprefix(f"{self.architecture.layer_prefix(layer)}."), self.architecture.layer)
 
     def problems(self, packed: Callable[[str], bool] = lambda name: False) -> list[Problem]:
         """What keeps this checkpoint from being read: missing, misshapen and unknown tensors. packed: whether a name is that of a
@@ -156,8 +213,10 @@ class Checkpoint:
             problems.append(
                 Problem(str(self.path), f"missing tensors: {names}", hint="Is a shard missing, or config.json another model's?")
             )
-        known = set(self.expected) | {f"{self.architecture.head}.weight"}  # a tied head may be written all the same
-        unknown = [n for n in self.sources if n not in known and not packed(n)]
+        for twice, first, second in self._twice:
+            what = f"both {first} and {second}, for {twice}"
+            problems.append(Problem(str(self.path), what, "one of them", "Which is meant? Remove the other"))
+        unknown = [n for n in self.sources if n not in self.expected and not packed(n)]
         if unknown:
             names = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
             problems.append(
@@ -219,8 +278,8 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors, from headers or, without weights, from the config."""
+        """Bytes of all tensors that are not left out, from headers or, without weights, from the config."""
         if not self.config_only:
-            return sum(info.nbytes for info in self.container.tensors.values())
+            return sum(info.nbytes for name, info in self.container.tensors.items() if name not in self.left_out)
         item = 4 if self.config.dtype == "float32" else 2
         return sum(math.prod(shape) * item for shape in self.expected.values())

@@ -38,8 +38,8 @@ class Container(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the tensors are stored."""
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """The tensor `name`, or its slice `index` along the first dimension, freshly allocated on the CPU. Raises ModelError."""
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
+        """The tensor `name`, or one or some of its slices along the first dimension, freshly allocated on the CPU. Raises ModelError."""
 
     def kv_parameters(self) -> dict[str, Tensor]:
         """Scales and zero points of the KV cache that the container itself holds, named as in `kv_qparams.safetensors`."""

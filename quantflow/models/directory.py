@@ -77,7 +77,7 @@ class Directory:
         self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._places.items()}
         self.files = sorted({file.path for file in self._places.values()})
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
         return self._places[name].read(name, index)
 
     def kv_parameters(self) -> dict[str, Tensor]:

@@ -152,16 +152,19 @@ class Gguf:
         self.config = self._config()
         self._check_rotary_rows()
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
         place = self._places[name]
-        raw = self._read(place.info)
+        info, heads = place.info, rotary_heads(place.module, self.config)
+        if isinstance(index, slice) and not heads:  # whose rows lie in another order
+            info, index = info.rows(index), None
+        raw = self._read(info)
         if place.kind in SUPERBLOCK_TYPES:
-            tensor = dequantize_superblocks(place.kind, raw).view(place.info.shape)
+            tensor = dequantize_superblocks(place.kind, raw).view(info.shape)
         else:
-            tensor = raw.view(torch_dtype(place.info.dtype)).view(place.info.shape)
-        if heads := rotary_heads(place.module, self.config):
+            tensor = raw.view(torch_dtype(info.dtype)).view(info.shape)
+        if heads:
             tensor = to_rotary_halves(tensor, heads)
-        if self.tensors[name].dtype != place.info.dtype:
+        if self.tensors[name].dtype != info.dtype:
             tensor, _ = converted(f"{self.path} tensor {name}", tensor, torch_dtype(self.tensors[name].dtype), rounded=False)
         return tensor if index is None else tensor[index].clone()
 

@@ -62,6 +62,12 @@ class TensorInfo:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    def rows(self, part: slice) -> TensorInfo:
+        """Where some of its slices along the first dimension lie, one after the other."""
+        first, last, _ = part.indices(self.shape[0])
+        size = self.nbytes // self.shape[0]
+        return TensorInfo(self.dtype, (last - first, *self.shape[1:]), self.start + first * size, self.start + last * size)
+
 
 class TensorFile:
     """A safetensors file: its header, checked, and one tensor at a time.
@@ -73,15 +79,18 @@ class TensorFile:
         self.path = path
         self.tensors, self.metadata = _read_header(path)
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """The tensor `name`, or its slice `index` along the first dimension, freshly allocated on the CPU."""
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
+        """The tensor `name`, or one or some of its slices along the first dimension, freshly allocated on the CPU."""
         import torch
 
         info = self.tensors[name]
         if info.dtype not in _TORCH_NAMES:
             raise ModelError(Problem(f"{self.path} tensor {name}", f"dtype {info.dtype}", f"one of {', '.join(_TORCH_NAMES)}"))
         shape, start, nbytes = info.shape, info.start, info.nbytes
-        if index is not None:
+        if isinstance(index, slice):
+            info = info.rows(index)
+            shape, start, nbytes = info.shape, info.start, info.nbytes
+        elif index is not None:
             shape, nbytes = info.shape[1:], info.nbytes // info.shape[0]
             start += index * nbytes
         tensor = torch.empty(shape, dtype=torch_dtype(info.dtype))

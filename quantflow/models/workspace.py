@@ -358,13 +358,15 @@ class Workspace:
         for i in range(self.layout.layers if self._kv_ranks else 0):
             yield from ((_kv_file(i, rank), 4 * kv_width) for rank in range(self.tp))
 
-    def read(self, name: str, index: int | None = None) -> Tensor:
-        """The native tensor `name`, or its slice `index` along the first dimension, freshly allocated on the CPU.
+    def read(self, name: str, index: int | slice | None = None) -> Tensor:
+        """The native tensor `name`, or one or some of its slices along the first dimension, freshly allocated on the CPU.
 
         Raises ModelError for a file that changed meanwhile, and for zero points that are none.
         """
+        stored = self._stored[name]
+        if isinstance(index, slice) and not stored.ranks and len(stored.shape) == 2:  # a table, which lies there row by row
+            return self._read_file(stored.files[0], stored.dtype, stored.shape, range(*index.indices(self.layout.vocabulary)))
         if name not in self._parts:
-            stored = self._stored[name]
             self._parts = {}
             ranks = [self._read_file(file, stored.dtype, stored.shape) for file in stored.files]
             try:
@@ -409,14 +411,18 @@ class Workspace:
         return (f"{number} scales_zeros files hold zero points as z, from an older QuantFlow: right here, wrong in LMDeploy, which takes "
                 "64 + z; export it to turbomind again for that",)  # fmt: skip
 
-    def _read_file(self, name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    def _read_file(self, name: str, dtype: str, shape: tuple[int, ...], rows: range | None = None) -> Tensor:
         import torch
 
+        start = 0
+        if rows is not None:
+            start, shape = rows.start * math.prod(shape[1:]) * ITEM_BYTES[dtype], (len(rows), *shape[1:])
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = tensor.view(-1).view(torch.uint8).numpy().data
         done = 0
         try:
             with open(self._weights / name, "rb", buffering=0) as file:
+                file.seek(start)
                 while done < len(view):
                     count = file.readinto(view[done:])
                     if not count:

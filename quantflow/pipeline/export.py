@@ -17,7 +17,7 @@ from quantflow.formats import FORMATS
 from quantflow.formats.awq import Awq
 from quantflow.formats.base import Format, fitting_group
 from quantflow.formats.huggingface import HuggingFace
-from quantflow.formats.reader import REQUANTIZED, Weights
+from quantflow.formats.reader import KV_SUFFIXES, REQUANTIZED, Weights
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.directory import read_json
@@ -49,7 +49,9 @@ class Options:
 @dataclass(frozen=True)
 class Exported:
     """modules: how many quantised weights were written. scheme: of most of them; None for a plain checkpoint. notes: what a user should
-    know of the architecture. errors: what had to be rounded -> its relative error, {} where the translation is exact."""
+    know of the architecture and of this checkpoint. errors: what had to be rounded -> its relative error, {} where the translation is
+    exact. left_out: source tensor -> why it was not written.
+    """
 
     output: Path
     source_format: str
@@ -58,6 +60,7 @@ class Exported:
     scheme: Scheme | None
     notes: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def export(source: str | Path, format_name: str, output: Path, options: Options = Options(), progress: Progress | None = None) -> Exported:
@@ -94,7 +97,9 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     count, notes = len(job.modules), weights.notes
     if weights.kv_scales == "fp8" and not options.kv_scales:
         notes = (*notes, "these were left out; --kv-scales fp8 keeps them in compressed-tensors")
-    return Exported(output, source_format, format_name, count, job.default if count else None, notes, record(errors))
+    scheme = job.default if count else None
+    left_out = {n: why for n, why in weights.left_out.items() if not options.kv_scales or not n.endswith(KV_SUFFIXES[:2])}
+    return Exported(output, source_format, format_name, count, scheme, notes, record(errors), left_out)
 
 
 def _check_output(output: Path, source: Path) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from quantflow.artifacts.artifact import foreign_files
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
@@ -69,6 +69,20 @@ class LinearPlan:
     shape: tuple[int, int]
     scheme: Scheme | None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Account:
+    """What becomes of every tensor of the source, by its own name: it is quantised (if only a part of it), or kept, or left out, for a
+    reason."""
+
+    quantised: set[str]
+    kept: set[str]
+    left_out: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {"source": len(self.quantised) + len(self.kept) + len(self.left_out)}
+        return {**counts, "quantised": len(self.quantised), "kept": len(self.kept), "left_out": dict(self.left_out)}
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,13 @@ class Plan:
         if awq and not self.stage(Gptq) and not self.stage(KvQparams):
             return min(calibration.samples, max(1, awq.max_tokens // calibration.seqlen))
         return calibration.samples
+
+    @cached_property
+    def account(self) -> Account:
+        """What becomes of the source's tensors."""
+        sources, weights = self.checkpoint.sources, {f"{p.module}.weight" for p in self.linears if p.scheme is not None}
+        quantised = {source.name for native, source in sources.items() if native in weights}
+        return Account(quantised, {source.name for source in sources.values()} - quantised, self.checkpoint.left_out)
 
     def schemes(self, layer: int) -> dict[str, Scheme]:
         """Relative name -> scheme of the quantised linears of a layer."""

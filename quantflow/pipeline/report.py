@@ -85,6 +85,7 @@ def make_report(
         "kv": _kv_ranges(plan, reader) if plan.stage(KvQparams) else None,
         "sizes": {pack.format: checkpoint_bytes(prepared.job) for pack, prepared in zip(plan.packs, plan.prepared, strict=True)},
         "memory": _memory(plan),
+        "tensors": plan.account.as_dict(),
         "notes": list(plan.notes),
     }  # fmt: skip
 

@@ -54,6 +54,8 @@ def report_page(report: Mapping[str, Any]) -> str:
         schemes=Counter(f"{line['scheme']}, {line['method']}" for line in report["linears"].values()),
         titles=GATES,
         kept=_by_reason(report["kept"]),
+        tensors=report.get("tensors"),
+        left_out=_by_reason(report.get("tensors", {}).get("left_out", {})),
         variants=VARIANTS,
         pictures=pictures(report),
         memory=report["memory"],

@@ -27,6 +27,8 @@ def start(model: str, config: ServerConfig, note: Callable[[str], None], ready: 
     llm = AsyncLLM(model, **options)
     try:
         note(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
+        for odd in llm.engine.notes:
+            note(f"note: {odd}")
         _warm(llm)
         service = Service(llm, config, llm.engine.path.resolve().name)
         seconds = time.monotonic() - began
