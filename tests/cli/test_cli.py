@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 import torch
 import yaml
 
+import quantflow
 import quantflow.pipeline.run as pipeline
 from quantflow.cli.console import translate
+from quantflow.cli.main import VERBS
 from quantflow.errors import GateError, ModelError, Problem, QuantFlowError, ResourceError, UserError
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 
@@ -42,7 +45,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("verb", [None, "run", "plan", "sensitivity", "release", "report", "inspect", "eval"])
+@pytest.mark.parametrize("verb", [None, "init", "run", "plan", "sensitivity", "release", "report", "inspect", "eval"])
 def test_help_imports_nothing_heavy(verb: str | None) -> None:
     arguments = [verb, "--help"] if verb else ["--help"]
     done = python(
@@ -70,6 +73,7 @@ def test_the_verbs_and_their_options() -> None:
     verbs = ("run", "plan", "sensitivity", "release", "report", "compare", "inspect", "eval", "verify", "generate", "bench", "schema")
     assert top.exit_code == 0 and all(verb in top.stdout for verb in verbs)
     options = {
+        "init": {"--model", "--bits", "--for", "--data", "--output", "--force", "--json", "--debug"},
         "run": {"--model", "--output", "--set", "--device", "--fresh", "--json", "--debug"},
         "plan": {
             "--model", "--output", "--set", "--device", "--config-only", "--fit", "--context", "--batch", "--tp", "--sensitivity", "--json",
@@ -105,9 +109,27 @@ def test_the_verbs_and_their_options() -> None:
         assert set(re.findall(r"--[a-z-]+", invoke(verb, "--help").stdout)) - {"--help"} == expected, verb
 
 
-def test_nothing_given_shows_the_help() -> None:
+def test_nothing_given_shows_the_verbs_in_order_of_use() -> None:
     result = invoke()
     assert "Usage" in result.output and result.exit_code == 2
+    listed = re.findall(r"^  ([a-z]+)  ", result.output, re.M)
+    assert listed == [verb for verbs in VERBS.values() for verb in verbs] and len(listed) == len(set(listed))
+    assert listed.index("plan") < listed.index("run") < listed.index("verify") < listed.index("generate") < listed.index("schema")
+    assert [line.rstrip(":") for line in result.output.splitlines() if re.fullmatch(r"[A-Z]\w+:", line)] == ["Options", *VERBS]
+
+
+@pytest.mark.parametrize("arguments", [("-h",), *((verb, "-h") for verbs in VERBS.values() for verb in verbs)])
+def test_h_is_help_everywhere(arguments: tuple[str, ...]) -> None:
+    short, long = invoke(*arguments), invoke(*arguments[:-1], "--help")
+    assert short.exit_code == 0 and short.stdout == long.stdout and "-h, --help" in short.stdout
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version(option: str) -> None:
+    result = invoke(option)
+    assert result.exit_code == 0 and result.stdout == f"quantflow {quantflow.__version__}\n"
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        assert tomllib.load(file)["project"]["version"] == quantflow.__version__
 
 
 # Schema

@@ -1,0 +1,67 @@
+"""`quantflow init`: a recipe for a model and an engine, to run as it is or to change by hand."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantflow.cli.console import console, reporting
+from quantflow.cli.options import Debug, Json
+
+
+class EngineName(StrEnum):
+    vllm = "vllm"
+    lmdeploy = "lmdeploy"
+    sglang = "sglang"
+    transformers = "transformers"
+    llama_cpp = "llama.cpp"
+
+
+def init(
+    model: Annotated[str, typer.Option("--model", metavar="DIR_OR_ID", help="Model directory or hub id; its config.json is enough.")],
+    bits: Annotated[int, typer.Option("--bits", min=2, max=8, help="Bits a weight.")] = 4,
+    engine: Annotated[EngineName, typer.Option("--for", help="What is to load the result.")] = EngineName.vllm,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FILE", help="Calibration text, a file or a data set's name; by default the bundled one."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Where the recipe goes; by default MODEL_wBITS_ENGINE.yaml, here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a recipe for a model and the engine that is to load it. Nothing is computed, and no file is replaced without --force."""
+    with reporting(debug):
+        from quantflow.errors import OutputError, Problem, UserError
+        from quantflow.models.checkpoint import Checkpoint, resolve_model
+        from quantflow.pipeline.plan import make_plan
+        from quantflow.pipeline.starter import starter
+        from quantflow.recipe import load_recipe
+
+        checkpoint = Checkpoint(resolve_model(model), config_only=True)
+        found = starter(checkpoint, model, bits, engine.value, data, str(output) if output else None)
+        place = output or Path(f"{found.name}.yaml")
+        if place.is_dir() or (place.exists() and not force):
+            there = "a directory" if place.is_dir() else "there is such a file"
+            raise OutputError(Problem(str(place), there, "a new file", "" if place.is_dir() else "--force replaces it; --output FILE"))
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder) / place.name
+            draft.write_text(found.text, encoding="utf-8")
+            try:
+                make_plan(load_recipe(draft), config_only=True)  # what cannot be is said before it is written
+            except UserError as error:
+                raise UserError([replace(p, where=p.where.replace(f"{folder}/", "")) for p in error.problems]) from error
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(found.text, encoding="utf-8")
+        if as_json:
+            print(json.dumps({"recipe": str(place), "name": found.name}))
+            return
+        console.print(f"{place} written. To look at before it is run: quantflow plan {place}\nNext: quantflow run {place}")
