@@ -23,7 +23,7 @@ from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
 from quantflow.errors import ModelError, OutputError, Problem
-from quantflow.models.directory import read_json
+from quantflow.models.directory import is_place, read_json
 
 MANIFEST = "quantflow.json"
 KV_FILE = "kv_qparams.safetensors"
@@ -48,8 +48,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     ]
     if not problems:
         parts = [*manifest["formats"].values(), *manifest["files"]]
-        outside = [p for p in parts if not isinstance(p, str) or Path(p).is_absolute() or ".." in Path(p).parts]
-        problems = [Problem(f"{place}", f"the place {p!r}", "a place in the artifact") for p in outside]
+        outside = [f"{p!r}"[:200] for p in parts if not is_place(p)]
+        problems = [Problem(f"{place}", f"the place {p}", "a place in the artifact") for p in outside[:20]]
     if problems:
         raise ModelError(problems)
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -14,7 +15,7 @@ from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import Problem, RequestError
 from quantflow.models.dialogue import DIALOGUES, ChatTemplate
 from quantflow.models.directory import read_json
-from quantflow.models.tokenizer import SPACE, byte_letters, chat_template, load_tokenizer, special_tokens, turn_end
+from quantflow.models.tokenizer import SPACE, SPLITS, byte_letters, chat_template, guarded, load_tokenizer, special_tokens, turn_end
 
 Message = Mapping[str, Any]  # role and content
 
@@ -49,12 +50,19 @@ class Text:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """special: with the tokens that open every text (BOS), where the model has them."""
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+            return list(
+                guarded(self.folder, SPLITS, lambda: self.tokenizer.encode(text, add_special_tokens=special), passing=TypeError).ids
+            )
         except TypeError as error:  # half a surrogate pair
             raise RequestError(Problem("prompt", "no valid Unicode text", "text that UTF-8 can hold")) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return self.joined(list(tokens), special=False)
+
+    def joined(self, tokens: list[int], *, special: bool) -> str:
+        """The text of tokens. special: with that of special ones. Raises ModelError for a decoder that cannot put them together."""
+        expected = "a tokenizer whose tokens make a text"
+        return str(guarded(self.folder, expected, lambda: self.tokenizer.decode(tokens, skip_special_tokens=not special)))
 
     def token_bytes(self, token: int) -> bytes:
         """What a token says by itself: a part of a letter, perhaps."""
@@ -65,7 +73,7 @@ class Text:
             return str(name).encode()
         if self._byte_level:
             return b"".join(bytes([BYTE_OF[letter]]) if letter in BYTE_OF else str(letter).encode() for letter in name)
-        if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # SentencePiece's byte
+        if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):  # SentencePiece's byte
             return bytes.fromhex(name[3:5])
         return str(name).replace(SPACE, " ").encode()
 
@@ -143,7 +151,7 @@ class Detokenizer:
     """
 
     def __init__(self, text: Text, prompt: Sequence[int], stops: Sequence[str], *, special: bool = False) -> None:
-        self._tokenizer, self._stops, self._special = text.tokenizer, stops, special
+        self._text, self._stops, self._special = text, stops, special
         self._ids = list(prompt[-CONTEXT:])  # the tokens before, then those whose text is not shown yet
         self._known = len(self._ids)
         while self._known and self._decode(self._known).endswith(BROKEN):  # the prompt ends within a letter
@@ -175,7 +183,7 @@ class Detokenizer:
         return self._take(len(self._held))
 
     def _decode(self, count: int) -> str:
-        return str(self._tokenizer.decode(self._ids[:count], skip_special_tokens=not self._special))
+        return self._text.joined(self._ids[:count], special=self._special)
 
     def _grown(self, *, whole: bool) -> str:
         """What the text has grown by. whole: even if its last letter is not."""

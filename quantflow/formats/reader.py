@@ -12,7 +12,7 @@ from quantflow.formats.base import Format
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.formats.recognise import recognise
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.directory import read_json
+from quantflow.models.directory import is_place, read_json
 from quantflow.models.gguf_file import gguf_file
 from quantflow.models.workspace import is_workspace
 
@@ -36,9 +36,9 @@ def checkpoint_folder(path: Path) -> Path:
             hint = "Its recipe has no pack stage: calibration.safetensors is all that it made"
             raise ModelError(Problem(str(path), "an artifact of statistics alone", "one that holds a checkpoint", hint))
         if isinstance(folders, dict) and folders:
-            places = {str(name): Path(str(place)) for name, place in folders.items()}
-            if outside := [place for place in places.values() if place.is_absolute() or ".." in place.parts]:
-                raise ModelError(Problem(f"{path / MANIFEST} formats", str(outside[0]), "a folder of the artifact"))
+            if outside := [place for place in folders.values() if not is_place(place)]:
+                raise ModelError(Problem(f"{path / MANIFEST} formats", f"{outside[0]!r}"[:200], "a folder of the artifact"))
+            places = {name: Path(place) for name, place in folders.items()}
             # Those first that hold what was quantised as it was: no inexact one, and none whose codes are gone.
             return path / min(places.items(), key=lambda item: ((path / item[1] / REQUANTIZED).is_file(), item[0] == "huggingface"))[1]
     return path

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 _MOST_BYTES = 2**28  # of a file other than weights
+_LONGEST_PLACE = 1024  # bytes
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # of a pair, or half of one
 
 
 def read_file(path: Path) -> bytes:
@@ -40,7 +43,7 @@ def read_file(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model directory; raises ModelError."""
+    """The JSON object in a file of a model directory. Raises ModelError, for half a surrogate pair too."""
     data = read_file(path)
     if problem := placeholder(path, data[:HEAD_BYTES]):
         raise ModelError(problem)
@@ -50,7 +53,31 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ModelError(Problem(str(path), f"not JSON ({error})", "a JSON object")) from error
     if not isinstance(value, dict):
         raise ModelError(Problem(str(path), f"JSON of type {type(value).__name__}", "a JSON object"))
+    if _ESCAPED_SURROGATE.search(data) and (halves := list(half_letters(value))):
+        raise ModelError([Problem(f"{path}{place}", json.dumps(text)[:80], "text that UTF-8 can hold") for place, text in halves[:20]])
     return value
+
+
+def half_letters(value: Any) -> Iterator[tuple[str, str]]:
+    """Place and text of what in a JSON value has half a surrogate pair in it, which JSON can spell and no file or screen can hold."""
+    left = [("", value)]
+    while left:
+        place, value = left.pop()
+        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            yield place, value
+        elif isinstance(value, dict):
+            left += [(place, key) for key in value]
+            left += [(f"{place} {key}".encode("utf-8", "backslashreplace").decode()[:200], own) for key, own in value.items()]
+        elif isinstance(value, list):
+            left += [(place, own) for own in value]
+
+
+def is_place(name: Any) -> bool:
+    """Whether a text that stood in a file can name a place in the same directory: a relative path that the system takes and that stays."""
+    if not isinstance(name, str) or "\0" in name or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_PLACE:
+        return False
+    parts = Path(name).parts
+    return not Path(name).is_absolute() and all(part != ".." and len(part.encode("utf-8", "surrogatepass")) < 256 for part in parts)
 
 
 def _leads_out(path: Path) -> bool:
@@ -91,14 +118,17 @@ def _locate(path: Path) -> dict[str, TensorFile]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise ModelError(Problem(str(index), "no weight_map from tensor names to files", "a safetensors index"))
-        unsafe = sorted({v for v in weight_map.values() if os.path.basename(v) != v or not v.endswith(".safetensors")})
+        unsafe = sorted({v for v in weight_map.values() if os.path.basename(v) != v or not v.endswith(".safetensors") or not is_place(v)})
         if unsafe:
             raise ModelError(
-                [Problem(str(index), f"weight file {v!r}", "the name of a .safetensors file in the same directory") for v in unsafe]
+                [
+                    Problem(str(index), f"weight file {v!r}"[:200], "the name of a .safetensors file in the same directory")
+                    for v in unsafe[:20]
+                ]
             )
         absent = sorted({v for v in weight_map.values() if not (path / v).is_file()})
         if absent:
-            raise ModelError([Problem(str(path / v), "missing shard", hint=f"{INDEX} names it: download it") for v in absent])
+            raise ModelError([Problem(str(path / v), "missing shard", hint=f"{INDEX} names it: download it") for v in absent[:20]])
         names: Iterable[str] = sorted(set(weight_map.values()))
     else:
         names = sorted(p.name for p in path.glob("*.safetensors"))

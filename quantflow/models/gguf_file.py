@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from quantflow.errors import ModelError, Problem
+from quantflow.models.directory import half_letters
 from quantflow.models.gguf_superblocks import SUPERBLOCK, SUPERBLOCK_TYPES, dequantize_superblocks
 from quantflow.models.rounding import converted
 from quantflow.models.tensor_file import ITEM_BYTES, MAX_HEADER_BYTES, TensorInfo, torch_dtype
@@ -246,7 +247,11 @@ class Gguf:
         except (TypeError, ValueError, RecursionError) as error:
             raise ModelError(Problem(f"{self.path} {CONFIG_KEY}", f"not JSON ({error})"[:200], "a JSON object")) from error
         wrong = ModelError(Problem(f"{self.path} {CONFIG_KEY}", f"{text!r}"[:80], f"the config of a decoder of {self._architecture}"))
-        if not isinstance(config, dict) or ARCHITECTURES.get(str(config.get("model_type")), ("",))[0] != self._architecture:
+        if (
+            not isinstance(config, dict)
+            or any(half_letters(config))
+            or ARCHITECTURES.get(str(config.get("model_type")), ("",))[0] != self._architecture
+        ):
             raise wrong
         heads = config.get("num_attention_heads")
         kv_heads = config.get("num_key_value_heads") or heads

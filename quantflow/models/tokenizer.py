@@ -12,6 +12,7 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,6 +33,7 @@ _Token = TypeVar("_Token", str, bytes)
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 FAST_CLASS = "PreTrainedTokenizerFast"  # every transformers has it, and it takes tokenizer.json as it is
 TEMPLATES = "additional_chat_templates"  # transformers' folder for those that are not the default one
+SPLITS = "a tokenizer that can split any text"
 SPACE = "\u2581"  # ▁, SentencePiece's letter for a space
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
@@ -105,12 +107,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def document_ids(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[list[int]]:
-    """The token ids of each text, special tokens included, in order; `chunk` texts are encoded at once. Raises DataError."""
+    """The token ids of each text, special tokens included, in order; `chunk` texts are encoded at once. Raises DataError, and
+    ModelError for a tokenizer that fails at one."""
     remaining = iter(texts)
     done = 0
     while batch := list(islice(remaining, chunk)):
         try:
-            encodings = tokenizer.encode_batch(batch, add_special_tokens=True)
+            encodings = guarded("tokenizer", SPLITS, lambda: tokenizer.encode_batch(batch, add_special_tokens=True), passing=TypeError)
         except TypeError as error:  # half a surrogate pair has no UTF-8
             bad = [i for i, text in enumerate(batch) if not isinstance(text, str) or _has_surrogate(text)]
             expected = "text that UTF-8 can hold"
@@ -341,8 +344,11 @@ def _merges(order: Mapping[_Token, float]) -> list[tuple[_Token, _Token]]:
     only with each way to split a token in it.
     """
     found = []
+    lengths = sorted({len(token) for token in order})  # or a token of a million letters would be cut a million times
     for token, rank in order.items():
-        for cut in range(1, len(token)):
+        for cut in lengths:
+            if cut >= len(token):
+                break
             left, right = token[:cut], token[cut:]
             if left in order and right in order:
                 found.append((rank, -cut, left, right))
@@ -555,8 +561,8 @@ def _declared(path: Path) -> Declared:
         flags = {flag: bool(entry.get(flag, False)) for flag in ("single_word", "lstrip", "rstrip")}
         # A special token is looked for in the text as it is written.
         placed[int(key)] = AddedToken(token, special=special, normalized=not special and bool(entry.get("normalized", True)), **flags)
-    contents = [token.content for token in placed.values()]
-    for twice in sorted({c for c in contents if contents.count(c) > 1}):
+    contents = Counter(token.content for token in placed.values())
+    for twice in sorted(content for content, count in contents.items() if count > 1):
         problems.append(Problem(f"{path} added tokens", f"{twice!r} has two ids", "one"))
     if problems:
         raise ModelError(problems)
@@ -590,6 +596,9 @@ def add_template(tokenizer: Tokenizer, roles: Mapping[str, str], add_bos: bool, 
     eos = roles.get("eos_token") if add_eos else None
     single = [f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos)
     pair = single + [f"{bos}:1"] * bool(bos) + ["$B:1"] + [f"{eos}:1"] * bool(eos)
+    if strange := [token for token in (bos, eos) if token and (":" in token or token.startswith("$"))]:
+        expected = "one without a colon, and without a dollar sign in front"  # which say to the library what else goes around a text
+        raise ModelError(Problem("tokenizer", f"{strange[0]!r}"[:80] + " as the token around a text", expected))
     if bos or eos:
         tokens = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
@@ -680,14 +689,17 @@ def _text(file: Path) -> str:
         raise ModelError(Problem(str(file), f"not text ({error})", "UTF-8")) from error
 
 
-def guarded(file: Path, expected: str, build: Callable[[], Any]) -> Any:
-    """What `build` gives; raises ModelError for whatever the tokenizers library says of a damaged file."""
+def guarded(where: Path | str, expected: str, build: Callable[[], Any], passing: type[Exception] | tuple[()] = ()) -> Any:
+    """What `build` gives; raises ModelError for whatever the tokenizers library says of a damaged file. passing: exceptions of `build`'s
+    own."""
     try:
         return build()
+    except passing:
+        raise
     except BaseException as error:
         # The library raises plain Exceptions, and panics, which are no Exceptions, for data it did not foresee.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise ModelError(Problem(str(file), str(error).strip().split("\n")[0][:200], expected, "Is the download complete?")) from error
+            raise ModelError(Problem(str(where), str(error).strip().split("\n")[0][:200], expected, "Is the download complete?")) from error
         raise
 
 

@@ -49,10 +49,7 @@ def read_release(place: Path) -> dict[str, Any]:
     entries = index.get("artifacts")
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("numbers"), dict) for e in entries.values()):
         raise UserError(Problem(str(path), "no entry of artifacts with their numbers", f"the {INDEX_FILE} of `quantflow release`"))
-    problems = [Problem(f"{path}{place}", json.dumps(text)[:80], "text that UTF-8 can hold") for place, text in _no_text(index)]
-    for name, entry in entries.items() if not problems else ():
-        problems += _number_problems(f"{path} {name}", entry)
-    if problems:
+    if problems := [problem for name, entry in entries.items() for problem in _number_problems(f"{path} {name}", entry)]:
         raise UserError(problems)
     return index
 
@@ -70,20 +67,6 @@ def _number_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"{where} {key}", str(value), "a number from 0 on")
     if lacking := [key for key in METRICS if key not in numbers and (measured_on or key == "bytes")]:
         yield Problem(where, f"numbers without {', '.join(lacking)}", f"those of `quantflow release`: {', '.join(METRICS)}")
-
-
-def _no_text(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Place and text of what has half a surrogate pair in it, which JSON can hold and no file or screen."""
-    left = [(place, value)]
-    while left:
-        place, value = left.pop()
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            yield place, value
-        elif isinstance(value, dict):
-            left += [(place, key) for key in value]
-            left += [(f"{place} {key}".encode("utf-8", "backslashreplace").decode(), own) for key, own in value.items()]
-        elif isinstance(value, list):
-            left += [(place, own) for own in value]
 
 
 def compare_releases(before: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from quantflow.artifacts.artifact import MANIFEST, MANIFEST_KEYS, RUN, building,
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, write_atomic, write_json
 from quantflow.errors import ModelError, OutputError
+from quantflow.formats.reader import checkpoint_folder
+from quantflow.models.directory import Directory
 
 KEY = "0123456789abcdef0123456789abcdef"
 LAYER = save({"x": torch.arange(3)})
@@ -296,3 +298,21 @@ def test_foreign_files(tmp_path: Path) -> None:
     assert foreign_files(tmp_path) == ["sub/notes.txt"]
     (tmp_path / MANIFEST).write_text("{")
     assert foreign_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "a/" + "x" * 300, "a/" * 600, "a\0b", "../x", "/x", "a/../../x"], ids=range(7))
+def test_places_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    """They come from a file: the system's own objection to one would be no message."""
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"t": f"{name}.safetensors"}})
+    write_json(tmp_path / "config.json", {})
+    with pytest.raises(ModelError, match="weight file"):
+        Directory(tmp_path)
+    (tmp_path / "config.json").unlink()
+    manifest = {key: kind() for key, kind in MANIFEST_KEYS.items()}
+    for changed in ({"formats": {"awq": name}}, {"formats": {"awq": "a"}, "files": {name: {"bytes": 1}}}):
+        write_json(tmp_path / MANIFEST, {**manifest, **changed})
+        with pytest.raises(ModelError, match="a place in the artifact"):
+            read_manifest(tmp_path)
+    write_json(tmp_path / MANIFEST, {**manifest, "formats": {"awq": name}})
+    with pytest.raises(ModelError, match="a folder of the artifact"):
+        checkpoint_folder(tmp_path)

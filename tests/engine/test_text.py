@@ -110,19 +110,15 @@ def test_letters_of_several_tokens_come_whole(tiny: Path) -> None:
     assert "".join(parts) == "春天 and 🦊!" and not any("\ufffd" in part for part in parts) and "" in parts
 
 
-def test_the_space_before_a_word_after_the_prompt_stays() -> None:
+def test_the_space_before_a_word_after_the_prompt_stays(tmp_path: Path) -> None:
     """SentencePiece's decoder drops the space before a first word; the first new word is not the first."""
     vocabulary = {"▁Hello": 0, "▁world": 1, "!": 2, "▁": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
 
-    class Only:
-        pass
-
-    text = Only()
-    text.tokenizer = tokenizer  # type: ignore[attr-defined]
-    grown = Detokenizer(text, [0], ())  # type: ignore[arg-type]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    grown = Detokenizer(Text(tmp_path), [0], ())
     assert grown.add(1) + grown.add(2) == " world!"
 
 
@@ -155,7 +151,7 @@ def byte_fallback() -> Text:
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="x"))
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     text = object.__new__(Text)
-    text.tokenizer = tokenizer
+    text.folder, text.tokenizer = Path("."), tokenizer
     return text
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import sentencepiece
 import tiktoken
 from tiktoken._educational import bpe_train
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.models import Unigram, WordLevel
 
+from quantflow.engine.text import Text
 from quantflow.errors import DataError, ModelError
-from quantflow.models.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, byte_letters, document_ids, export_tokenizer, load_tokenizer
+from quantflow.models.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, _merges, byte_letters, document_ids, export_tokenizer, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
@@ -653,3 +656,52 @@ def test_all_problems_of_the_special_tokens_at_once(tmp_path: Path, llama_model:
     files = {"tokenizer.model": llama_model, "added_tokens.json": {"<s>": 900}}
     with pytest.raises(ModelError, match=r"added token '<s>': has the id 900, and is in the vocabulary as 1"):
         load_tokenizer(directory(tmp_path / "moved", files))
+
+
+# --- what fuzzing found
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"])
+def test_half_a_surrogate_pair_in_a_file_is_named(tmp_path: Path, llama_model: bytes, name: str) -> None:
+    """An escape of JSON that no text can hold; a whole pair is a letter."""
+    whole = {"<\U0001f600>": 481} if name == "added_tokens.json" else {"bos_token": "<\U0001f600>"}
+    directory(tmp_path / "whole", {"tokenizer.model": llama_model, name: json.dumps(whole)})
+    export_tokenizer(tmp_path / "whole", tmp_path / "out")
+    half = json.dumps(whole).replace("\\ude00", "")
+    assert "\\ud83d" in half
+    directory(tmp_path / "half", {"tokenizer.model": llama_model, name: half})
+    with pytest.raises(ModelError, match=rf'{name}.*"<\\ud83d>"; expected text that UTF-8 can hold'):
+        export_tokenizer(tmp_path / "half", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("token", ["a:b", "$A", "$"])
+def test_a_token_that_the_librarys_templates_cannot_say(tmp_path: Path, llama_model: bytes, token: str) -> None:
+    """Its small language would take `$A` for the text itself, and a colon for the end of the name."""
+    files = {"tokenizer.model": llama_model, "tokenizer_config.json": {"bos_token": token, "add_bos_token": True}}
+    with pytest.raises(ModelError, match="as the token around a text"):
+        load_tokenizer(directory(tmp_path, files))
+
+
+def test_a_long_token_is_cut_where_tokens_can_meet(tmp_path: Path) -> None:
+    """A line of a megabyte was cut a million times, which took minutes; what merges are found is the same."""
+    order = {b"a": 0, b"b": 1, b"ab": 2, b"ba": 3, b"aba": 4, b"abab": 5, b"x" * 2**20: 6}
+    began = time.process_time()
+    expected = [(b"a", b"b"), (b"b", b"a"), (b"ab", b"a"), (b"a", b"ba"), (b"aba", b"b"), (b"ab", b"ab")]
+    assert _merges(order) == expected and time.process_time() - began < 1
+
+
+def test_a_tokenizer_that_fails_at_a_text_says_so(tmp_path: Path) -> None:
+    """A unigram vocabulary without an unknown token can be read, and splits what it knows."""
+    tokenizer = Tokenizer(Unigram([("a", 0.0), ("b", -1.0)], None, False))
+    text = Text(directory(tmp_path, {"tokenizer.json": tokenizer.to_str()}))
+    assert text.encode("ab") == [0, 1]
+    for fails in (lambda: text.encode("z"), lambda: list(document_ids(text.tokenizer, ["a", "z"]))):
+        with pytest.raises(ModelError, match=r"unk_id.*expected a tokenizer that can split any text"):
+            fails()
+
+
+def test_a_piece_that_only_looks_like_a_byte(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(WordLevel({"<0x41>": 0, "<0xZZ>": 1}, "<0x41>"))
+    text = Text(directory(tmp_path, {"tokenizer.json": tokenizer.to_str()}))
+    assert (text.token_bytes(0), text.token_bytes(1)) == (b"A", b"<0xZZ>")
