@@ -6,18 +6,18 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import ModelError, Problem
-from quantflow.models.tensor_file import TensorFile, TensorInfo
+from quantflow.models.tensor_file import TensorFile, TensorInfo, alike
+from quantflow.models.weight_files import INDEX, WEIGHTS, weight_files
 from quantflow.placeholder import HEAD_BYTES, placeholder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
 _MOST_BYTES = 2**28  # of a file other than weights
 _LONGEST_PLACE = 1024  # bytes
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # of a pair, or half of one
@@ -93,14 +93,15 @@ def _stranger(path: Path) -> Problem:
 
 
 class Directory:
-    """A model directory. The constructor reads config.json and, unless `config_only`, the headers of the weight files."""
+    """A model directory. The constructor reads config.json and, unless `config_only`, the headers of the weight files.
 
-    notes: tuple[str, ...] = ()
+    left_out_files: each file of weights that is not read -> why."""
 
     def __init__(self, path: Path, *, config_only: bool = False) -> None:
         self.config = read_json(path / "config.json")
         self.tokenizer = path
-        self._places = {} if config_only else _locate(path)
+        self._places, self.left_out_files = ({}, {}) if config_only else _locate(path)
+        self.notes = tuple(_said(self.left_out_files))
         self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._places.items()}
         self.files = sorted({file.path for file in self._places.values()})
 
@@ -111,49 +112,64 @@ class Directory:
         return {}
 
 
-def _locate(path: Path) -> dict[str, TensorFile]:
-    """The file of every tensor: by the index, where there is one."""
-    index = path / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ModelError(Problem(str(index), "no weight_map from tensor names to files", "a safetensors index"))
-        unsafe = sorted({v for v in weight_map.values() if os.path.basename(v) != v or not v.endswith(".safetensors") or not is_place(v)})
-        if unsafe:
-            raise ModelError(
-                [
-                    Problem(str(index), f"weight file {v!r}"[:200], "the name of a .safetensors file in the same directory")
-                    for v in unsafe[:20]
-                ]
-            )
-        absent = sorted({v for v in weight_map.values() if not (path / v).is_file()})
-        if absent:
-            raise ModelError([Problem(str(path / v), "missing shard", hint=f"{INDEX} names it: download it") for v in absent[:20]])
-        names: Iterable[str] = sorted(set(weight_map.values()))
-    else:
-        names = sorted(p.name for p in path.glob("*.safetensors"))
-        weight_map = {}
-        if not names:
-            pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-            hint = "Pickled weights run code when loaded: convert them to safetensors first" if pickles else "Is the download complete?"
-            raise ModelError(Problem(str(path), f"no .safetensors file{' but ' + pickles[0] if pickles else ''}", hint=hint))
-    if strangers := [path / name for name in names if _leads_out(path / name)]:
+def _said(left_out: Mapping[str, str]) -> Iterator[str]:
+    """A line for each reason why files are not read."""
+    for why in dict.fromkeys(left_out.values()):
+        names = [name for name in left_out if left_out[name] == why]
+        yield f"not read: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({why})"
+
+
+def _locate(path: Path) -> tuple[dict[str, TensorFile], Mapping[str, str]]:
+    """The file of every tensor; and every other file of weights, with why it is not read. Raises ModelError."""
+    chosen = weight_files(path, _read_index(path / INDEX) if (path / INDEX).is_file() else {})
+    if strangers := [path / name for name in chosen.names if _leads_out(path / name)]:
         raise ModelError([_stranger(stranger) for stranger in strangers])
-    files = {name: TensorFile(path / name) for name in names}
-    places: dict[str, TensorFile] = {}
-    problems = []
-    for file_name, file in files.items():
-        for tensor in file.tensors:
-            if weight_map and weight_map.get(tensor) != file_name:
-                continue
-            if tensor in places:
-                problems.append(Problem(str(path / file_name), f"tensor {tensor} stands in two files", hint=f"Remove one, or add {INDEX}"))
-            places[tensor] = file
-    problems += [
-        Problem(str(path / f), f"tensor {t} is missing", hint=f"{INDEX} says it is there")
-        for t, f in weight_map.items()
-        if t not in files[f].tensors
+    files = {name: TensorFile(path / name) for name in chosen.names}
+    places = {tensor: files[name] for tensor, name in chosen.weight_map.items() if tensor in files[name].tensors}
+    problems = [
+        Problem(str(path / name), f"tensor {tensor} is missing", hint=f"{INDEX} says it is there")
+        for tensor, name in chosen.weight_map.items()
+        if tensor not in places
     ]
+    for name, file in files.items():
+        for tensor in file.tensors:
+            other = places.setdefault(tensor, file)  # a shard may hold what the index forgot: every loader reads it
+            if other is file or (chosen.weight_map and alike(tensor, file, other)):
+                continue
+            found = f"tensor {tensor} stands in two files, also in {other.path.name}"
+            hint = f"Remove one, or add {INDEX}"
+            if chosen.weight_map:
+                hint = "Loaders differ in which they take, whatever the index says: remove one"
+            problems.append(Problem(str(path / name), found, hint=hint))
+    problems += _contradictions(path, chosen.copies, places)
     if problems:
         raise ModelError(problems)
-    return places
+    return places, chosen.left_out
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(Problem(str(index), "no weight_map from tensor names to files", "a safetensors index"))
+    unsafe = sorted({v for v in weight_map.values() if os.path.basename(v) != v or not v.endswith(".safetensors") or not is_place(v)})
+    if unsafe:
+        expected = "the name of a .safetensors file in the same directory"
+        raise ModelError([Problem(str(index), f"weight file {v!r}"[:200], expected) for v in unsafe[:20]])
+    return weight_map
+
+
+def _contradictions(path: Path, copies: Sequence[str], places: Mapping[str, TensorFile]) -> list[Problem]:
+    """A problem where shards that are not read hold another model than `places`: some loaders would take the one, some the other."""
+    for name in copies:
+        if _leads_out(path / name):
+            continue
+        try:
+            file = TensorFile(path / name)
+        except ModelError:  # what is left of a download is no model of its own
+            continue
+        wrong = [tensor for tensor in file.tensors if tensor not in places or not alike(tensor, file, places[tensor])]
+        if wrong:
+            found = f"{WEIGHTS} and shards such as {name}, which differ in {wrong[0]}"
+            hint = f"transformers opens {WEIGHTS}, and others the shards: move away those that are not meant"
+            return [Problem(str(path), found, "one model", hint)]
+    return []

@@ -28,9 +28,9 @@ from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 from quantflow.models.decoder import computed_by
-from quantflow.models.directory import INDEX
 from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer
+from quantflow.models.weight_files import INDEX
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import (
     AUTO,

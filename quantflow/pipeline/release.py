@@ -27,8 +27,9 @@ from quantflow.artifacts.store import write_atomic, write_json
 from quantflow.calibration.data import HUB
 from quantflow.errors import ModelError, OutputError, Problem, UserError
 from quantflow.evaluate.variants import deployed
-from quantflow.models.directory import INDEX, read_json
+from quantflow.models.directory import read_json
 from quantflow.models.tokenizer import tokenizer_files
+from quantflow.models.weight_files import INDEX
 from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.release_comparison import INDEX_FILE, compare_releases, read_release, table, worse

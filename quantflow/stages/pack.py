@@ -20,7 +20,6 @@ from torch import Tensor
 from quantflow.artifacts.store import write_json
 from quantflow.formats.base import SAFETENSORS_DTYPE, Spec
 from quantflow.models.architecture import linear_shapes
-from quantflow.models.directory import INDEX
 from quantflow.models.gguf_file import NAME, SCHEMES_KEY
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.gguf_writer import GgufWriter
@@ -28,6 +27,7 @@ from quantflow.models.rounding import converted
 from quantflow.models.sharding import parallel_dimension, shard_plain, shard_quantized, shard_shape
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, dtype_name, torch_dtype
 from quantflow.models.tokenizer import export_tokenizer
+from quantflow.models.weight_files import INDEX
 from quantflow.models.workspace import TOKENIZER, WorkspaceWriter
 from quantflow.quant.grid import AnyTensor, Scheme
 from quantflow.stages.pack_job import PackJob, quantization_config
