@@ -83,7 +83,7 @@ class Checkpoint:
         except ConfigProblem as error:
             raise ModelError(Problem(f"{path}/config.json", str(error))) from error
         self.config_only = config_only
-        self.remarks: tuple[str, ...] = ()
+        self.remarks: tuple[str, ...] = self.container.notes
         self.sources: dict[str, Source] = {}
         self.left_out: dict[str, str] = {}
         self._twice: list[tuple[str, str, str]] = []  # a native tensor that two source tensors hold, and these
@@ -100,7 +100,7 @@ class Checkpoint:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the family, and of how the tensors are stored."""
-        return (*self.architecture.notes, *self.container.notes, *self.remarks)
+        return (*self.architecture.notes, *self.remarks)
 
     @property
     def tokenizer_path(self) -> Path:

@@ -72,6 +72,7 @@ def test_a_stray_file_is_left_out_and_named(folder: Path, name: str, tensors: di
     assert Directory(folder).left_out_files == {name: why}
     assert f"not read: {name} ({why})" in Checkpoint(folder).notes
     assert f"not read: {name}" in " ".join(invoke("inspect", folder).stdout.replace("│", " ").split())
+    assert f"note: not read: {name}" in invoke("generate", folder, "--prompt", "The", "--max-tokens", 1).stderr
 
 
 def test_beside_what_an_index_names(folder: Path) -> None:
