@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from quantflow import bundled
-from quantflow.errors import DataError, Problem
+from quantflow.calibration.beginnings import LETTERS, Beginnings
+from quantflow.calibration.rows import SEPARATOR, Row, rows
+from quantflow.calibration.shapes import Dialogue, read_row
+from quantflow.errors import DataError, Problem, RequestError
 
-SEPARATOR = "<|endoftext|>"
+CHUNK = 64  # documents that are encoded together
 
 # name -> (hub data set, configuration, split, files, field)
 HUB: dict[str, tuple[str, str | None, str, str | None, str]] = {
@@ -26,84 +27,61 @@ HUB: dict[str, tuple[str, str | None, str, str | None, str]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, "text"),
     "pileval": ("mit-han-lab/pile-val-backup", None, "validation", None, "text"),
 }
-_FIELDS = ("text", "content", "sentence", "document", "prompt")
 
 
-def documents(data: str, file: str | None = None, *, option: str = "--data FILE") -> Iterator[str]:
-    """The documents of a data set, in order. `data` is a known name or a path; `file` is read in its place. option: how the command
-    line would name a local file, for the message where the hub cannot be reached.
+class Rendered(str):
+    """A dialogue in a model's own format: its special tokens stand in it, and none is added when it is tokenised."""
 
-    .txt: documents separated by `<|endoftext|>`; .jsonl (also .gz): an object a line with a text field, or a string; .json: a list
-    of those. Raises DataError.
+
+def joined(dialogue: Dialogue) -> str:
+    """What was said, for a model without a dialogue format."""
+    return "\n".join(message["content"] for message in dialogue.messages if message["content"].strip())
+
+
+def documents(
+    data: str, file: str | None = None, *, field: str | None = None, option: str = "--data FILE",
+    render: Callable[[Dialogue], str] = joined,
+) -> Iterator[str]:  # fmt: skip
+    """The documents of a data set, in order; those that are blank are left out. `data` is a known name or a path; `file` is read in its
+    place.
+
+    The kinds of files are those of `rows`, the shapes of a row those of `read_row`. field: where a row's text stands. option: how the
+    command line would name a local file, for the message where the hub cannot be reached. render: makes a text of a dialogue; it may
+    raise RequestError. Raises DataError.
     """
     path = Path(file or data).expanduser()
     if file is None:
         path = bundled.text(data) or path
     if path.is_file():
-        yield from (d for d in (text.strip() for text in _read(path)) if d)
+        found = rows(path)
     elif file is None and data in HUB:
-        yield from _from_hub(data, option)
+        found = _from_hub(data, field, option)
     else:
-        raise DataError(
-            Problem(str(path), "no such file", "a .txt, .json or .jsonl file", f"Known names: {', '.join([*HUB, *bundled.TEXTS])}")
-        )
+        what = "a directory" if path.is_dir() else "no such file"
+        expected = "a file of text, JSON lines, JSON, CSV or Parquet"
+        raise DataError(Problem(str(path), what, expected, f"Known names: {', '.join([*HUB, *bundled.TEXTS])}"))
+    for where, row in found:
+        said = read_row(row, where, field)
+        if isinstance(said, str):
+            text = said.strip()
+        elif not joined(said):
+            continue
+        else:
+            try:
+                text = render(said)
+            except RequestError as error:
+                raise DataError([Problem(where, p.found, p.expected, p.hint) for p in error.problems]) from error
+        if text:
+            yield text
 
 
-def _read(path: Path) -> Iterator[str]:
-    try:
-        opener: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
-        # -sig: Windows puts a byte order mark first, which JSON does not allow.
-        with opener(path, "rt", encoding="utf-8-sig") as stream:
-            kind = path.name.removesuffix(".gz").rpartition(".")[2]
-            if kind == "jsonl":
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield _text_of(_parse(line, f"{path}:{number}"), f"{path}:{number}")
-            elif kind == "json":
-                raw = stream.read()
-                # c4 calls a file of JSON lines ".json".
-                if not raw.lstrip().startswith("["):
-                    for number, line in enumerate(raw.splitlines(), 1):
-                        if line.strip():
-                            yield _text_of(_parse(line, f"{path}:{number}"), f"{path}:{number}")
-                    return
-                for number, item in enumerate(_parse(raw, str(path)), 1):
-                    yield _text_of(item, f"{path} item {number}")
-            else:
-                yield from stream.read().split(SEPARATOR)
-    except UnicodeDecodeError as error:
-        raise DataError(Problem(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "UTF-8")) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(Problem(str(path), str(error), "a readable text file")) from error
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of thousands of digits
-        raise DataError(Problem(where, f"not JSON ({error})", "one JSON object a line in .jsonl, a list in .json")) from error
-
-
-def _text_of(item: Any, where: str) -> str:
-    if isinstance(item, str):
-        return item
-    if isinstance(item, dict):
-        for field in _FIELDS:
-            if isinstance(item.get(field), str):
-                return item[field]
-        parts = [v for v in item.values() if isinstance(v, str)]
-        if parts:
-            return "\n".join(parts)
-    raise DataError(Problem(where, f"{str(item)[:60]!r} has no text", f"a string, or an object with {', '.join(_FIELDS)}"))
-
-
-def _from_hub(name: str, option: str) -> Iterator[str]:
-    repository, configuration, split, files, field = HUB[name]
+def _from_hub(name: str, field: str | None, option: str) -> Iterator[Row]:
+    repository, configuration, split, files, usual = HUB[name]
     try:
         from datasets import load_dataset
 
         kwargs: dict[str, Any] = {"data_files": {split: files}} if files else {}
-        rows = load_dataset(repository, configuration, split=split, **kwargs)
+        table = load_dataset(repository, configuration, split=split, **kwargs)
     except ImportError as error:
         raise DataError(Problem(name, "the package `datasets` is not installed", hint=_offline(name, option))) from error
     except Exception as error:  # whatever the hub's client raises (a dozen kinds): the user's way out is the same
@@ -111,8 +89,8 @@ def _from_hub(name: str, option: str) -> Iterator[str]:
         raise DataError(
             Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name, option))
         ) from error
-    for row in rows:
-        yield str(row[field])
+    for number, row in enumerate(table, 1):
+        yield f"data set {name} row {number}", row if field else str(row[usual])
 
 
 def _offline(name: str, option: str) -> str:
@@ -134,36 +112,47 @@ class Windows:
         return hashlib.sha256(json.dumps(self.tokens, separators=(",", ":")).encode()).hexdigest()
 
 
-def _encode(tokenizer: Any, texts: list[str], source: str) -> Any:
-    """The encodings of `texts`. Raises DataError for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        return tokenizer.encode_batch(texts)
-    except TypeError as error:
-        bad = next((t for t in texts if any("\ud800" <= c <= "\udfff" for c in t)), "")
-        raise DataError(Problem(source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold")) from error
+def _chunk(texts: Iterator[str], tokens: int) -> Iterator[str]:
+    """Some texts that are worth reading and encoding together: no more than may be needed for so many tokens."""
+    letters = 0
+    for text in islice(texts, CHUNK):
+        yield text
+        letters += len(text)
+        if letters >= tokens * LETTERS:
+            break
 
 
 def cut_windows(
     tokenizer: Any, texts: Iterable[str], *, count: int, length: int, skip: int = 0, source: str = "", least: int | None = None
 ) -> Windows:
     """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. Raises DataError if there are fewer
-    than `least`; by default, than `count`."""
+    than `least`; by default, than `count`. Of a long document no more is encoded than is needed, and so much gives the tokens of the
+    whole."""
     least = count if least is None else least
     ids: list[int] = []
     windows: list[list[int]] = []
     used: set[str] = set()
     remaining = islice(iter(texts), skip, None)
+    beginnings = Beginnings(tokenizer)
     seen = 0
-    while len(windows) < count and (chunk := list(islice(remaining, 64))):
-        for text, encoding in zip(chunk, _encode(tokenizer, chunk, source), strict=True):
+    while len(windows) < count:
+        missing = (count - len(windows)) * length - len(ids)
+        if not (chunk := list(_chunk(remaining, missing))):
+            break
+        try:
+            encoded = beginnings.encode(chunk, missing, special=[not isinstance(text, Rendered) for text in chunk])
+        except TypeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
+            bad = next((t for t in chunk if any("\ud800" <= c <= "\udfff" for c in t)), "")
+            raise DataError(Problem(source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold")) from error
+        for text, tokens in zip(chunk, encoded, strict=True):
             if len(windows) >= count:
                 break
             seen += 1
             used.add(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
-            ids += encoding.ids
-            while len(ids) >= length and len(windows) < count:
-                windows.append(ids[:length])
-                ids = ids[length:]
+            ids += tokens
+            whole = min(len(ids) // length, count - len(windows))
+            windows += [ids[i * length : (i + 1) * length] for i in range(whole)]
+            ids = ids[whole * length :]
     if len(windows) < least:
         total = len(windows) * length + len(ids)
         raise DataError(

@@ -10,11 +10,11 @@ import typer
 
 from quantflow.cli.console import RUNNING, console, progress, reporting, show_notes
 from quantflow.cli.eval_tasks import evaluate_tasks, settings_of
-from quantflow.cli.options import KV, Debug, Device, DeviceOption, Json, KVOption, Mode, ModeOption
+from quantflow.cli.options import KV, Debug, Device, DeviceOption, FieldOption, Json, KVOption, Mode, ModeOption
 from quantflow.errors import Problem, UserError
 
 # Options that mean something in one of the two forms alone.
-OF_TEXT = ("data", "windows", "length", "skip", "engine")
+OF_TEXT = ("data", "field", "windows", "length", "skip", "engine")
 OF_TASKS = ("delimiter", "few_shot", "limit", "batch", "stop", "max_tokens", "mode", "output")
 
 
@@ -26,8 +26,9 @@ def evaluate(
         typer.Option("--reference", metavar="MODEL", help="The full-precision model. With --tasks: any second model, for the paired test."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Text: .txt with <|endoftext|> between documents, .json or .jsonl.")
+        str | None, typer.Option("--data", metavar="FILE", help="Text (<|endoftext|> between documents), JSON lines, JSON, CSV, Parquet.")
     ] = None,
+    field: FieldOption = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows to take.")] = 64,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.")] = 512,
     skip: Annotated[int, typer.Option("--skip", min=0, help="Documents left out at the start.")] = 0,
@@ -71,7 +72,7 @@ def evaluate(
                 as_json=as_json,
             )  # fmt: skip
         elif reference is not None and data is not None:
-            _evaluate_text(directory, reference, data, windows, length, skip, engine, kv, device, as_json)
+            _evaluate_text(directory, reference, data, field, windows, length, skip, engine, kv, device, as_json)
 
 
 def _check_form(given: set[str], tasks: bool, reference: str | None, data: str | None) -> None:
@@ -92,9 +93,10 @@ def _check_form(given: set[str], tasks: bool, reference: str | None, data: str |
 
 
 def _evaluate_text(
-    directory: str, reference: str, data: str, windows: int, length: int, skip: int, engine: bool, kv: KV, device: Device, as_json: bool
-) -> None:
-    from quantflow.calibration.data import cut_windows, documents
+    directory: str, reference: str, data: str, field: str | None, windows: int, length: int, skip: int, engine: bool, kv: KV,
+    device: Device, as_json: bool,
+) -> None:  # fmt: skip
+    from quantflow.calibration.data import cut_windows
     from quantflow.cli.run import quality_table
     from quantflow.engine.engine import Engine, EngineConfig
     from quantflow.engine.kv_cache import KVPrecision
@@ -105,6 +107,7 @@ def _evaluate_text(
     from quantflow.machine import resolve_device
     from quantflow.models.checkpoint import resolve_model
     from quantflow.models.tokenizer import load_tokenizer
+    from quantflow.pipeline.texts import model_documents
 
     original, found = (
         Weights(resolve_model(reference)),
@@ -116,8 +119,9 @@ def _evaluate_text(
         raise ModelError(Problem(directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"))
     if a.rope.kind == "default" and length > a.max_positions:
         raise ModelError(Problem("--length", str(length), f"at most the model's {a.max_positions} positions"))
-    tokenizer = load_tokenizer(original.checkpoint.tokenizer_path)
-    text = cut_windows(tokenizer, documents(data), count=windows, length=length, skip=skip, source=data)
+    folder = original.checkpoint.tokenizer_path
+    texts = model_documents(folder, data, field=field)
+    text = cut_windows(load_tokenizer(folder), texts, count=windows, length=length, skip=skip, source=data)
     with progress() as watcher:
         watcher.phase("evaluate", a.layers + b.layers)
         where = resolve_device(device.value)

@@ -22,6 +22,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="dotted.path=value", help="Change one value of the recipe; may be repeated.")
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
+FieldOption = Annotated[
+    str | None,
+    typer.Option("--field", metavar="NAME", help="Field or column of --data that holds the text, if not a usual one."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

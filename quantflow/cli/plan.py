@@ -85,6 +85,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         "device": plan.device,
         "output": str(plan.output),
         "calibration": _calibration(plan),
+        "samples": {name: text for name, text in plan.samples.items() if name != "calibration" or plan.reads_calibration},
         "steps": dump(plan.recipe)["stages"],
         "linears": dict(schemes),
         "stored_layers": stored,
@@ -113,6 +114,8 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row("device", summary["device"])
     if text := summary["calibration"]:
         table.add_row("calibration", f"{text['windows']} windows of {text['length']} tokens of {text['data']}")
+    for name, text in summary["samples"].items():
+        table.add_row("first text", f"of {name}: {text!r}")  # with line breaks and control characters spelled out
     for step in summary["steps"]:
         ((name, settings),) = step.items()
         shown = ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict))

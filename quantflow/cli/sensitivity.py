@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from quantflow.cli.console import Hints, console, errors, progress, reporting
-from quantflow.cli.options import Debug, Device, DeviceOption, Json
+from quantflow.cli.options import Debug, Device, DeviceOption, FieldOption, Json
 from quantflow.units import size
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ class By(StrEnum):
 
 def sensitivity(
     model: Annotated[str, typer.Argument(metavar="DIR", help="The full-precision model, a directory or hub id.")],
-    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text to measure on: .txt, .json or .jsonl, or a data set's name.")],
+    data: Annotated[
+        str, typer.Option("--data", metavar="FILE", help="Text to measure on: text, JSON lines, JSON, CSV, Parquet, or a data set's name.")
+    ],
+    field: FieldOption = None,
     bits: Annotated[str, typer.Option("--bits", metavar="N,…", help="Widths to measure, from 2 to 8.")] = "2,3,4,8",
     group_size: Annotated[int, typer.Option("--group-size", help="Input channels that share a scale; -1: the whole row.")] = 128,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="Fix the zero point at the middle code.")] = False,
@@ -90,6 +93,7 @@ def sensitivity(
                 device.value,
                 most,
                 average_bits,
+                field,
             )
         )
         errors.print(

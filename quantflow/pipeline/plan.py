@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from quantflow.artifacts.artifact import foreign_files
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, store_beside
-from quantflow.calibration.data import documents
-from quantflow.errors import DataError, OutputError, Problem, UserError
+from quantflow.errors import OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format, fitting_group
 from quantflow.formats.huggingface import HuggingFace
@@ -31,6 +31,7 @@ from quantflow.models.decoder import computed_by
 from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer
 from quantflow.models.weight_files import INDEX
+from quantflow.pipeline.texts import local_text, model_documents
 from quantflow.quant.grid import Scheme
 from quantflow.recipe import (
     AUTO,
@@ -38,6 +39,7 @@ from quantflow.recipe import (
     BUNDLED_NEW,
     Awq,
     Calibrate,
+    Calibration,
     Evaluate,
     Gptq,
     KvQparams,
@@ -55,6 +57,7 @@ T = TypeVar("T")
 SEQLEN, LENGTH = 2048, 512  # tokens of a window of calibration, and of evaluation, where the recipe says auto
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
 NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
+SAMPLE = 200  # letters of a text that are shown
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
 
@@ -153,6 +156,26 @@ class Plan:
         sources, weights = self.checkpoint.sources, {f"{p.module}.weight" for p in self.linears if p.scheme is not None}
         quantised = {source.name for native, source in sources.items() if native in weights}
         return Account(quantised, {source.name for source in sources.values()} - quantised, self.checkpoint.left_out)
+
+    @property
+    def sections(self) -> dict[str, Calibration | Evaluate]:
+        """The parts of the recipe that name a text, whether it is read or not."""
+        found = {"calibration": self.recipe.calibration, "evaluate": self.stage(Evaluate)}
+        return {name: section for name, section in found.items() if section is not None}
+
+    @cached_property
+    def samples(self) -> dict[str, str | UserError]:
+        """How the first document of each section's text begins, as the model will see it; "" where there is none, and what is wrong where
+        it cannot be read. A text on the hub is not looked at."""
+        found: dict[str, str | UserError] = {}
+        for name, section in self.sections.items():
+            if local_text(section):
+                texts = model_documents(self.checkpoint.tokenizer_path, section.data, section.file, field=section.field)
+                try:
+                    found[name] = next(islice(texts, section.skip, None), "")[:SAMPLE]
+                except UserError as error:
+                    found[name] = error
+        return found
 
     def schemes(self, layer: int) -> dict[str, Scheme]:
         """Relative name -> scheme of the quantised linears of a layer."""
@@ -438,21 +461,17 @@ def _doubtful(plan: Plan, pack: Pack) -> list[Problem]:
 
 def _data_problems(plan: Plan) -> list[Problem]:
     problems = []
-    calibration, evaluate = plan.recipe.calibration, plan.stage(Evaluate)
-    sections = [("calibration", calibration, calibration.seqlen if calibration else 0)] if calibration and plan.reads_calibration else []
-    if evaluate:
-        sections.append(("evaluate", evaluate, evaluate.length))  # type: ignore[arg-type]
-    for where, section, length in sections:
-        assert section is not None
-        if length > plan.config.max_positions and plan.config.rope.kind == "default":
+    for where, section in plan.sections.items():
+        length = section.seqlen if isinstance(section, Calibration) else section.length
+        read = plan.reads_calibration or not isinstance(section, Calibration)
+        if read and length > plan.config.max_positions and plan.config.rope.kind == "default":
             problems.append(Problem(where, f"windows of {length} tokens", f"at most the model's {plan.config.max_positions} positions"))
-        local = Path(section.file or section.data)
-        if local.is_file():
-            try:
-                if next(documents(section.data, section.file), None) is None:
-                    problems.append(Problem(f"{where} {local}", "no text in it", "documents"))
-            except DataError as error:
-                problems += error.problems
+        sample = plan.samples.get(where)
+        if isinstance(sample, UserError):
+            problems += [problem for problem in sample.problems if problem not in problems]
+        elif sample == "":
+            found = "no text in it" if not section.skip else f"no text in it after {section.skip} documents"
+            problems.append(Problem(f"{where} {local_text(section)}", found, "documents"))
     return problems
 
 

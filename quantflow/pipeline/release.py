@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantflow import __version__, bundled
+from quantflow import __version__
 from quantflow.artifacts.artifact import MANIFEST, PAGE, REPORT, RUN, read_manifest
 from quantflow.artifacts.fingerprint import file_digest
 from quantflow.artifacts.provenance import SUFFIX, SUMS, Invocation, checksums, is_uri, own_source, resource, statement
@@ -34,6 +34,7 @@ from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.release_comparison import INDEX_FILE, compare_releases, read_release, table, worse
 from quantflow.pipeline.run import run as run_plan
+from quantflow.pipeline.texts import local_text
 from quantflow.recipe import Calibration, Evaluate, load_recipe
 from quantflow.report.comparison import comparison_page, make_comparison
 from quantflow.report.measurement import measured_on
@@ -198,10 +199,7 @@ def dependencies(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
 
 def _text(section: Calibration | Evaluate, role: str, **notes: Any) -> dict[str, Any]:
     """The local file that a section's text comes from, or its place on the hub."""
-    path = Path(section.file or section.data).expanduser()
-    if not section.file and (own := bundled.text(section.data)):
-        path = own
-    if path.is_file():
+    if path := local_text(section):
         return resource(path.name, role, sha256=file_digest(path), **notes)
     return resource(section.data, role, uri=f"https://huggingface.co/datasets/{HUB[section.data][0]}", **notes)
 

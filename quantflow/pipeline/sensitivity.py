@@ -18,7 +18,7 @@ import torch
 from quantflow import __version__
 from quantflow.artifacts.fingerprint import digest, source_digest
 from quantflow.artifacts.store import Store, store_beside, write_atomic, write_json
-from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.calibration.data import Windows, cut_windows
 from quantflow.calibration.stream import Stream
 from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
@@ -32,6 +32,7 @@ from quantflow.models.tensor_file import ITEM_BYTES
 from quantflow.models.tokenizer import has_tokenizer, load_tokenizer
 from quantflow.pipeline.plan import activation_budget, weights_key
 from quantflow.pipeline.progress import Progress
+from quantflow.pipeline.texts import model_documents
 from quantflow.quant.grid import BITS, Scheme
 from quantflow.quant.knapsack import Choice, Option, choose
 from quantflow.quant.rtn import GridRules
@@ -48,7 +49,7 @@ WRITTEN = "Widths chosen by `quantflow sensitivity`"  # what its recipes begin w
 @dataclass(frozen=True)
 class Settings:
     """widths: bits to measure. samples, length, skip: of the windows. output: the JSON file; a recipe goes beside it. budget: bytes of all
-    weights as a checkpoint holds them. average_bits: of a quantised weight's codes, instead."""
+    weights as a checkpoint holds them. average_bits: of a quantised weight's codes, instead. field: of a row of `data`, with its text."""
 
     model: str
     data: str
@@ -63,6 +64,7 @@ class Settings:
     device: str = "auto"
     budget: int | None = None
     average_bits: float | None = None
+    field: str | None = None
 
     @property
     def recipe(self) -> Path | None:
@@ -309,8 +311,9 @@ def _group_problems(checkpoint: Checkpoint, found: Sequence[Part], settings: Set
 def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
     """The windows, and how many of that length the text has for a recipe's calibration."""
     found = cut_windows(
-        load_tokenizer(checkpoint.tokenizer_path), documents(settings.data), count=max(CALIBRATION, settings.samples),
-        least=settings.samples, length=settings.length, skip=settings.skip, source=Path(settings.data).name,
+        load_tokenizer(checkpoint.tokenizer_path), model_documents(checkpoint.tokenizer_path, settings.data, field=settings.field),
+        count=max(CALIBRATION, settings.samples), least=settings.samples, length=settings.length, skip=settings.skip,
+        source=Path(settings.data).name,
     )  # fmt: skip
     windows = Windows(found.tokens[: settings.samples], found.documents, found.source)
     if (largest := max(map(max, windows.tokens))) >= checkpoint.config.vocabulary:
@@ -487,7 +490,7 @@ def recipe_draft(job: Job, mixed: Mixed, widths: Widths, uniform: Mapping[int, W
     return Draft(
         name_of(job.checkpoint.path, "_mixed"),
         s.model,
-        {"data": s.data, "samples": job.calibration, "seqlen": s.length, "skip": s.skip},
+        {"data": s.data, **({"field": s.field} if s.field else {}), "samples": job.calibration, "seqlen": s.length, "skip": s.skip},
         {
             "bits": widths.bits,
             "group_size": s.group_size,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from quantflow import bundled
 from quantflow.calibration.data import Windows
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan
+from quantflow.pipeline.texts import local_text
 from quantflow.pipeline.windows import recipe_windows
 
 
@@ -21,7 +19,7 @@ def stored_layers(plan: Plan) -> int | None:
     calibration = plan.recipe.calibration
     windows = Windows([], frozenset(), "")
     if (plan.needs_stream or not plan.rounds) and calibration:
-        if not Path(calibration.file or bundled.text(calibration.data) or calibration.data).is_file():
+        if local_text(calibration) is None:
             return None
         windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.tokenizer_path), calibration)
     weights = plan.weights_key(digests.values())

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quantflow.calibration.data import Windows, cut_windows, documents
+from quantflow.calibration.data import Windows, cut_windows
 from quantflow.errors import Problem, UserError
 from quantflow.pipeline.plan import Plan
+from quantflow.pipeline.texts import model_documents
 from quantflow.recipe import Calibration, Evaluate
 
 
@@ -17,7 +18,8 @@ def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) 
         path, count, length = "calibration", section.samples, section.seqlen
     else:
         path, count, length = "stages.evaluate", section.windows, section.length
-    texts = documents(section.data, section.file, option=f"--set {path}.file=FILE")
+    option = f"--set {path}.file=FILE"
+    texts = model_documents(plan.checkpoint.tokenizer_path, section.data, section.file, field=section.field, option=option)
     windows = cut_windows(tokenizer, texts, count=count, length=length, skip=section.skip, source=Path(section.file or section.data).name)
     largest = max(map(max, windows.tokens))
     if largest >= plan.config.vocabulary:

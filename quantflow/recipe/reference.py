@@ -38,6 +38,25 @@ one hundredth, `010` is ten. An editor with a YAML language server checks recipe
 
 A relative path is looked for in the current directory, in the recipe's, and in the one above that.
 """
+_DATA = """\
+What a file is, its name says, in any case: `.txt`, `.text`, `.md`, `.raw`, `.tokens` or no ending (a text, with `<|endoftext|>` between
+documents); `.jsonl`, `.ndjson` (a value a line); `.json` (a list, or lines); `.csv`, `.tsv` (names in the first line); each also packed
+(`.gz`, `.zst`, `.bz2`, `.xz`); `.parquet`, `.arrow`. Any other is refused.
+
+A row is a text, or an object with the first of these that it has:
+
+| fields | what is taken |
+|---|---|
+| `text`, `content`, `sentence`, `document` | that text |
+| `messages`, `conversations`, `conversation` | a dialogue: `role` and `content` (a text, or parts of type `text`), or `from` and `value` |
+| `prompt`, `question`, `query`, `instruction` or `input`; `response`, `answer`, `completion`, `output` or `chosen` | a dialogue of two |
+| `chosen` alone | that dialogue or text |
+| `prompt` alone | that text, where no other field is a text |
+
+An `instruction` has its `input` or `context` behind it, a question `system` or `system_prompt` before it. `field` takes the text, or the
+dialogue, from another field. A dialogue is written by the model's own chat template, with `tools` where the row has some; without a
+template, it is what was said, a line break between. What is neither is refused with the names of its fields. A blank text is passed over.
+"""
 _STAGES = """\
 ## Stages
 `stages` is a list, in this order: {names}.
@@ -55,6 +74,8 @@ def markdown() -> str:
     for key, value in schema["properties"].items():
         if inner := _definition(value, definitions):
             parts += _sections(key, inner, definitions, level=2)
+        if key == "calibration":
+            parts.append(_DATA)
     parts.append(_STAGES.format(names=", ".join(STAGE_TYPES)))
     for name, kind in STAGE_TYPES.items():
         parts += _sections(name, definitions[kind.__name__], definitions, level=3, page=f"stages/{name}.md")

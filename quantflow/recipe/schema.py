@@ -109,7 +109,8 @@ KvScales = Annotated[
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-_DATA = f"A data set's name ({', '.join(DATA_NAMES)}) or the path of a local text or JSON-lines file."
+_DATA = f"A data set's name ({', '.join(DATA_NAMES)}) or the path of a local file: text, JSON lines, JSON, CSV or Parquet."
+_FIELD = "The field of a row, or the column, that holds the text or the dialogue, where it is not one of the usual."
 
 
 class Section(BaseModel):
@@ -123,6 +124,7 @@ class Calibration(Section):
 
     data: NonEmpty = Field(default=BUNDLED, description=f"{_DATA} demo is the bundled text.")
     file: NonEmpty | None = Field(default=None, description="A local copy of the named data set, read instead of the hub.")
+    field: NonEmpty | None = Field(default=None, description=_FIELD)
     samples: int = Field(default=128, ge=1, description="Windows to take.")
     seqlen: Length = Field(
         default=AUTO, json_schema_extra=_AS_WRITTEN, description="Tokens a window. auto: 2048, or what the model has positions for."
@@ -257,6 +259,7 @@ class Evaluate(Section):
     name: ClassVar[str] = "evaluate"
     data: NonEmpty = Field(default=BUNDLED_NEW, description=f"{_DATA} demo-new is bundled, other pages than demo's.")
     file: NonEmpty | None = Field(default=None, description="A local copy of the named data set, read instead of the hub.")
+    field: NonEmpty | None = Field(default=None, description=_FIELD)
     windows: int = Field(default=64, ge=1, description="Windows to take.")
     length: Length = Field(
         default=AUTO, json_schema_extra=_AS_WRITTEN, description="Tokens a window. auto: 512, or what the model has positions for."

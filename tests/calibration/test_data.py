@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import importlib.util
 import json
+import lzma
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,9 +34,9 @@ class Letters:
     def __init__(self) -> None:
         self.texts = 0
 
-    def encode_batch(self, texts: list[str]) -> list[Any]:
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[Any]:
         self.texts += len(texts)
-        return [type("Encoding", (), {"ids": [1, *map(ord, text)]}) for text in texts]
+        return [type("Encoding", (), {"ids": [1] * add_special_tokens + [*map(ord, text)]}) for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -61,10 +64,96 @@ def test_every_kind_of_file(tmp_path: Path, name: str, content: str) -> None:
         assert list(documents("no such name", str(path))) == DOCUMENTS
 
 
-def test_objects_without_a_known_field_give_all_their_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"instruction": "Say hi.", "n": 1, "output": "Hi."}))
-    assert list(documents(str(path))) == ["Say hi.\nHi."]
+JSON_LINES = "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in DOCUMENTS).encode()
+CSV = 'id,text\n1,"First.\nStill the first."\n2,Zweites — ß\n3,第三\n4," a  b"\n5,\n'
+
+
+def zstandard(data: bytes) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(buffer, "zstd") as stream:
+        stream.write(data)
+    return bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.ndjson", JSON_LINES),
+        ("A.JSONL", JSON_LINES),
+        ("a.JSON", JSON_LINES),
+        ("a.JsonL.GZ", gzip.compress(JSON_LINES)),
+        ("a.jsonl.zst", zstandard(JSON_LINES)),
+        ("a.json.zst", zstandard(JSON_LINES[:40]) + zstandard(JSON_LINES[40:])),  # as appended to
+        ("a.jsonl.bz2", bz2.compress(JSON_LINES)),
+        ("a.jsonl.xz", lzma.compress(JSON_LINES)),
+        ("a.00000-of-01024.json.gz", gzip.compress(JSON_LINES)),  # c4
+        ("a.csv", CSV.encode()),
+        ("a.csv", b"\xef\xbb\xbf" + CSV.replace("\n4", "\r\n4").encode()),
+        ("a.CSV.gz", gzip.compress(CSV.encode())),
+        ("a.tsv", 'text\tid\n"First.\nStill the first."\t1\nZweites — ß\t2\n第三\t3\na  b\t4\n'.encode()),
+        ("a.md", "<|endoftext|>".join(DOCUMENTS).encode()),
+        ("a.text", "<|endoftext|>".join(DOCUMENTS).encode()),
+        ("a", "<|endoftext|>".join(DOCUMENTS).encode()),
+        ("wiki.train.tokens", "<|endoftext|>".join(DOCUMENTS).encode()),
+    ],
+)
+def test_names_and_packings(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert list(documents(str(path))) == DOCUMENTS
+
+
+def test_tables_that_other_software_writes(tmp_path: Path) -> None:
+    """As `datasets` saves them: Parquet, Arrow in a folder, JSON lines, CSV."""
+    from datasets import Dataset
+
+    turns = [[{"role": "user", "content": d}, {"role": "assistant", "content": "Yes."}] for d in DOCUMENTS]
+    table = Dataset.from_dict({"id": list(range(4)), "text": DOCUMENTS})
+    talks = Dataset.from_dict({"id": list(range(4)), "messages": turns, "n": [None, 1, 2, 3]})
+    table.to_parquet(tmp_path / "a.parquet")
+    talks.to_parquet(tmp_path / "b.parquet")
+    table.to_json(tmp_path / "a.jsonl")
+    table.to_csv(tmp_path / "a.csv")
+    talks.save_to_disk(tmp_path / "c")
+    arrow = next((tmp_path / "c").glob("*.arrow"))
+    for name in ("a.parquet", "a.jsonl", "a.csv"):
+        assert list(documents(str(tmp_path / name))) == DOCUMENTS
+    for path in (tmp_path / "b.parquet", arrow):
+        assert list(documents(str(path))) == [f"{d}\nYes." for d in DOCUMENTS]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json"])
+def test_lines_end_at_line_feeds_alone(tmp_path: Path, name: str) -> None:
+    """JSON allows U+2028, U+2029 and U+0085 in strings."""
+    texts = ["one\u2028two\u0085three", "a\u2029b\x1cc\x0bd"]
+    path = tmp_path / name
+    path.write_bytes("\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts).encode())
+    assert list(documents(str(path))) == texts
+
+
+def test_a_text_is_split_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    text = "ab<|endoftext|>c<|endof<|endoftext|><|endoftext|>text|>\r\nd<|endoftext|"
+    path.write_bytes(text.encode())
+    expected = [part.strip() for part in text.replace("\r\n", "\n").split("<|endoftext|>") if part.strip()]
+    for size in (*range(1, 40), 1000):
+        monkeypatch.setattr("quantflow.calibration.rows.READ", size)
+        assert list(documents(str(path))) == expected
+
+
+def test_lines_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    path = tmp_path / "c4.json"
+    path.write_bytes(b'{"text": "a"}\n' * 3 + b"not JSON\n" * 1000)
+    found = documents(str(path))
+    assert [next(found) for _ in range(3)] == ["a"] * 3
+    with pytest.raises(DataError, match=r"c4\.json:4"):
+        next(found)
+
+
+def test_a_cell_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"text\n{'word ' * 100_000}\n")
+    assert len(next(documents(str(path)))) == 499_999
 
 
 def test_the_bundled_text() -> None:
@@ -86,6 +175,23 @@ def test_the_bundled_text() -> None:
         ("a.txt", b"abc \xff def", "UTF-8"),
         ("a.jsonl", b'{"text": "\xe4"}', "UTF-8"),
         ("a.txt.gz", b"not gzip at all", "gzip"),
+        ("a.txt.gz", b"\x00\x01not gzip", "gzip"),
+        ("a.json", b'{\n  "text": "a"\n}\n', "over several lines; expected a list of objects, or one object a line"),
+        ("a.json", b'{"data": [\n  {"text": "a"}\n]}\n', "over several lines"),
+        ("a.json", b'\n{"text" "a"}\n', ":2: not JSON"),
+        ("a.csv", b"a text\nwithout a header\n", "the fields a text (text)"),
+        ("a.csv", b"text,id\na,1\nb,2,3\n", ":3: more cells than the 2 columns"),
+        ("a.csv", b"id,text\n1\n", ":2: an object with the fields id (text), text (null)"),
+        ("a.parquet", b"PAR1\0\0\0PAR1", "not Parquet"),
+        ("a.arrow", b"ARROW1\0\0" + bytes([1]) * 64, "not Arrow"),
+        ("a.jsonl.zst", zstandard(JSON_LINES * 100)[:-9], "runcated"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"\xff" * 99, ""),
+        ("a.parquet.gz", b"", "a name that ends with .parquet.gz; expected .txt, .text"),
+        ("a.yaml", b"text: a", "a name that ends with .yaml; expected .txt, .text"),
+        ("a.docx", b"PK", ".docx"),
+        ("train", b'{"text": "a"}\n', "Call it .jsonl"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n", "a Git LFS pointer"),
+        ("a.parquet", b"<!doctype html><html>", "a web page"),
         ("a.txt.gz", gzip.compress(b"some text " * 1000, mtime=0)[:-20], "end-of-stream"),
         ("a.txt.gz", gzip.compress(bytes(range(250)) * 40, mtime=0)[:30] + b"\xff" * 60, ""),
     ],

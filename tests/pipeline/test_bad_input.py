@@ -326,20 +326,23 @@ def compressed(data: bytes) -> bytes:
 
 
 TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
-    "an empty text": ("a.txt", b"", ("a.txt: no text in it",)),
+    "an empty text": ("a.txt", b"", ("a.txt: an empty file",)),
     "blank documents": ("a.txt", b" \n<|endoftext|>\n \n", ("a.txt: no text in it",)),
     "a short text": ("a.txt", b"The small fox.", ("1 documents with", "0 windows", "expected 6 windows of 32 tokens", "Give more text")),
     "a text in Latin-1": ("a.txt", "Der kleine Fuchs läuft.".encode("latin-1"), ("a.txt: not UTF-8 text",)),
     "a text in UTF-16": ("a.txt", "The small fox.".encode("utf-16"), ("a.txt: not UTF-8 text",)),
     "a broken line": ("a.jsonl", b'{"text": "The fox."}\n{"text": "The cat\n', ("a.jsonl:2: not JSON",)),
-    "a line without text": ("a.jsonl", b'{"id": 1}\n', ("a.jsonl:1", "has no text", "text, content")),
+    "a line without text": ("a.jsonl", b'{"id": 1}\n', ("a.jsonl:1: an object with the fields id (number)", "text or content")),
     "a line with a number of thousands of digits": ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}\n", ("a.jsonl:1: not JSON",)),
     "a line nested too deeply": ("a.jsonl", b"[" * 100_000 + b"\n", ("a.jsonl:1: not JSON",)),
     "half a surrogate pair": ("a.jsonl", b'{"text": "The \\ud800 fox."}\n', ("a.jsonl", "no valid Unicode text")),
-    "a list with a number": ("a.json", b'["The fox.", 3]', ("a.json item 2", "has no text")),
+    "a list with a number": ("a.json", b'["The fox.", 3]', ("a.json item 2: number", "a string, or text")),
     "a list that does not end": ("a.json", b'["The fox.", ', ("a.json: not JSON",)),
     "a cut archive": ("a.jsonl.gz", compressed(b'{"text": "The fox."}\n' * 1000)[:40], ("a.jsonl.gz",)),
     "a damaged archive": ("a.jsonl.gz", compressed(b"x" * 3000)[:12] + b"\xff" * 30, ("a.jsonl.gz",)),
+    "an id and no text": ("a.jsonl", b'{"id": "row-1", "text": null}\n', ("a.jsonl:1: an object with the fields id (text), text (null)",)),
+    "a speaker that nobody knows": ("a.json", b'[{"conversations": [{"from": "x", "value": "y"}]}]', ("conversations[0] from: 'x'",)),
+    "a kind of file that is not read": ("a.docx", b"PK", ("a.docx: a name that ends with .docx; expected .txt",)),
     "an archive that is none": ("a.jsonl.gz", b'{"text": "The fox."}\n', ("a.jsonl.gz", "ot a gzipped file")),
 }
 

@@ -25,8 +25,8 @@ LLAMA_70B = {
 }  # fmt: skip
 PARAMETERS_70B = 68_976_648_192  # as Meta's index of Llama-2-70B says
 KEYS = {
-    "name", "model", "architecture", "layers", "device", "output", "calibration", "steps", "linears", "stored_layers", "weight_bytes",
-    "estimate", "notes", "tensors",
+    "name", "model", "architecture", "layers", "device", "output", "calibration", "samples", "steps", "linears", "stored_layers",
+    "weight_bytes", "estimate", "notes", "tensors",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline import sensitivity
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
+from quantflow.pipeline.texts import model_documents
 from quantflow.recipe import load_recipe
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, Strike, invoke, make_bench, start
@@ -143,7 +145,12 @@ def test_a_divergence_that_is_no_number_is_named_and_not_kept(tmp_path: Path) ->
 
 def test_the_text_is_read_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(sensitivity, "documents", lambda data: (read.append(data), documents(data))[1])
+
+    def reading(folder: Path, data: str, **options: Any) -> Iterator[str]:
+        read.append(data)
+        return model_documents(folder, data, **options)
+
+    monkeypatch.setattr(sensitivity, "model_documents", reading)
     job = prepare(Settings(str(bench.model), str(bench.root / "calib.txt"), samples=2, length=32, group_size=16, device="cpu"))
     tokens = sum(len(e.ids) for e in load_tokenizer(bench.model).encode_batch(list(documents(str(bench.root / "calib.txt")))))
     assert len(read) == 1 and len(job.windows.tokens) == 2 and job.calibration == min(128, tokens // 32)

@@ -1,0 +1,142 @@
+"""Dialogues as calibration and evaluation text: in the model's own format, wherever a text is read; and what a plan shows of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from quantflow.calibration import data as data_module
+from quantflow.calibration.data import Windows
+from quantflow.models.tokenizer import load_tokenizer
+from quantflow.pipeline.plan import make_plan
+from quantflow.pipeline.sensitivity import Settings, prepare
+from quantflow.pipeline.texts import model_documents
+from quantflow.pipeline.windows import recipe_windows
+from quantflow.recipe import Evaluate, load_recipe
+from tests.helpers.runs import STAGES, Bench, invoke, make_bench
+
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+SAID = [("human", "What is a river?"), ("gpt", "The small river runs over the hill to a lake.")]
+ROLES = {"human": "user", "gpt": "assistant"}
+MESSAGES = [{"role": ROLES[who], "content": what} for who, what in SAID]
+RENDERED = f"<s>[user] {SAID[0][1]}\n[assistant] {SAID[1][1]}\n"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A model with a chat template, and dialogues in ShareGPT's shape and in OpenAI's."""
+    bench = make_bench(tmp_path_factory.mktemp("texts"))
+    (bench.model / "chat_template.jinja").write_text(TEMPLATE)
+    sharegpt = [{"id": f"identity_{i}", "conversations": [{"from": who, "value": what} for who, what in SAID]} for i in range(40)]
+    (bench.root / "sharegpt.json").write_text(json.dumps(sharegpt))
+    lines = [json.dumps({"id": f"conversation-{i}", "messages": MESSAGES, "other": f"text {i}"}) for i in range(40)]
+    (bench.root / "chat.JSONL").write_text("\n".join(lines))
+    return bench
+
+
+def expected(bench: Bench, count: int, length: int) -> list[list[int]]:
+    """The windows by transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(bench.model)
+    ids = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=True)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id and ids[1] != ids[0]  # as the template says, and not twice
+    stream = ids * 40
+    return [stream[i * length : (i + 1) * length] for i in range(count)]
+
+
+def evaluating(bench: Bench, **settings: Any) -> list[Any]:
+    return [*STAGES, bench.evaluate(**settings)]
+
+
+def test_every_reader_sees_the_same_tokens(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, sharegpt = (str(bench.root / name) for name in ("chat.JSONL", "sharegpt.json"))
+    windows = expected(bench, 6, 32)
+    recipe = bench.recipe(calibration={"data": sharegpt, "samples": 6, "seqlen": 32}, stages=evaluating(bench, data=chat))
+    plan = make_plan(load_recipe(recipe), device="cpu")
+    tokenizer, evaluate = load_tokenizer(bench.model), plan.stage(Evaluate)
+    assert plan.recipe.calibration and evaluate
+    assert recipe_windows(plan, tokenizer, plan.recipe.calibration).tokens == windows
+    assert recipe_windows(plan, tokenizer, evaluate).tokens == windows[:4]
+    job = prepare(Settings(str(bench.model), chat, samples=6, length=32, group_size=16, device="cpu"))
+    assert job.windows.tokens == windows
+
+    taken: list[Windows] = []
+
+    def cut(*arguments: Any, **options: Any) -> Windows:
+        taken.append(real(*arguments, **options))
+        return taken[-1]
+
+    real = data_module.cut_windows
+    monkeypatch.setattr(data_module, "cut_windows", cut)
+    options = ("--windows", 4, "--length", 32, "--device", "cpu")
+    assert invoke("eval", bench.model, "--reference", bench.model, "--data", chat, *options).exit_code == 0
+    assert taken[0].tokens == windows[:4]
+    # Another field, and where a plain text stands in it.
+    assert invoke("eval", bench.model, "--reference", bench.model, "--data", chat, "--field", "other", *options).exit_code == 0
+    assert tokenizer.decode(taken[1].tokens[0]).startswith("text 0")
+    job = prepare(Settings(str(bench.model), chat, samples=6, length=32, group_size=16, device="cpu", field="other"))
+    assert tokenizer.decode(job.windows.tokens[0]).startswith("text 0")
+
+
+def test_tools_of_a_row_are_given_to_the_template(bench: Bench) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    path = bench.root / "tools.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES, "tools": tools}))
+    theirs = AutoTokenizer.from_pretrained(bench.model).apply_chat_template(MESSAGES, tools=tools, tokenize=False)
+    assert list(model_documents(bench.model, str(path))) == [theirs]
+
+
+def test_a_plan_shows_how_each_text_begins(bench: Bench) -> None:
+    chat, awkward = bench.root / "chat.JSONL", bench.root / "awkward.txt"
+    awkward.write_text("never\n<|endoftext|>\x1b[31mred\x07 \u202eleft\u202c [bold]x\n" + "z" * 500)
+    recipe = bench.recipe(calibration={"data": str(chat), "samples": 2, "seqlen": 32}, stages=evaluating(bench, data=str(awkward), skip=1))
+    found = json.loads(invoke("plan", recipe, "--json").stdout)
+    begins = f"\x1b[31mred\x07 \u202eleft\u202c [bold]x\n{'z' * 500}"[:200]
+    assert found["samples"] == {"calibration": RENDERED, "evaluate": begins}
+    shown = invoke("plan", recipe).stdout
+    assert "\x1b" not in shown and "\x07" not in shown and "\u202e" not in shown
+    told = "".join("".join(line.strip("│┃ ") for line in shown.splitlines()).split())  # however its lines were cut
+    for part in ("[user]Whatisariver?\\n[assistant]Thesmallriver", r"\x1b[31mred\x07\u202eleft\u202c[bold]x\nzzz"):
+        assert part in told
+
+
+def test_a_field_that_a_recipe_names(bench: Bench) -> None:
+    calibration = {"data": str(bench.root / "chat.JSONL"), "field": "other", "samples": 2, "seqlen": 32}
+    recipe = bench.recipe(calibration=calibration, stages=evaluating(bench, data=str(bench.root / "sharegpt.json"), field="conversations"))
+    assert json.loads(invoke("plan", recipe, "--json").stdout)["samples"] == {"calibration": "text 0", "evaluate": RENDERED}
+    wrong = invoke("plan", recipe, "--set", "calibration.field=body", "--set", "stages.evaluate.field=id2")
+    assert wrong.exit_code == 2
+    for part in (
+        "the fields id (text), messages (list), other (text); expected text, or a dialogue, in the field body",
+        "in the field id2",
+    ):
+        assert part in wrong.stderr
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_a_broken_text_is_said_though_nothing_reads_it(bench: Bench, verb: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.jsonl").write_text('{"id": "row-1", "text": null}\n')
+    calibration = {"data": str(tmp_path / "ids.jsonl"), "samples": 2, "seqlen": 4096}
+    recipe = bench.recipe(calibration=calibration, stages=["rtn", {"pack": {"format": "gptq"}}])
+    result = invoke(verb, recipe)
+    assert result.exit_code == 2 and "ids.jsonl:1: an object with the fields id (text), text (null)" in result.stderr
+    assert "4096" not in result.stderr  # windows that nobody cuts
+
+
+def test_a_template_that_refuses_a_row_is_said_by_the_plan(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
+    template = bench.model / "chat_template.jinja"
+    template.write_text("{{ raise_exception('roles must alternate') }}")
+    try:
+        result = invoke("plan", bench.recipe(calibration={"data": str(tmp_path / "a.jsonl"), "samples": 2, "seqlen": 32}))
+    finally:
+        template.write_text(TEMPLATE)
+    assert result.exit_code == 2 and "a.jsonl:1: the model's chat template refused them" in result.stderr
+    assert "roles must alternate" in result.stderr
