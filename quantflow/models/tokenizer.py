@@ -33,6 +33,7 @@ _Token = TypeVar("_Token", str, bytes)
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 FAST_CLASS = "PreTrainedTokenizerFast"  # every transformers has it, and it takes tokenizer.json as it is
 TEMPLATES = "additional_chat_templates"  # transformers' folder for those that are not the default one
+_MOST_IDS = 2**24  # far beyond any vocabulary
 SPLITS = "a tokenizer that can split any text"
 SPACE = "\u2581"  # ▁, SentencePiece's letter for a space
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -213,12 +214,16 @@ def _load(path: Path) -> Loaded:
 
 
 def _check_size(path: Path, tokenizer: Tokenizer) -> None:
+    vocab = tokenizer.get_vocab()
+    if (most := max(vocab.values(), default=0)) >= _MOST_IDS:
+        # Between two ids the library counts every one that is missing: gigabytes, for one that is near 2^32.
+        raise ModelError(Problem(f"{path} tokenizer", f"token ids up to {most}", f"less than {_MOST_IDS}", "Is the file damaged?"))
     rows = _optional_json(path / "config.json").get("vocab_size")
     if not isinstance(rows, int) or isinstance(rows, bool):
         return
     # Added tokens may lie beyond the embedding: people add a padding token that the model never sees.
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    largest = max((i for token, i in tokenizer.get_vocab(with_added_tokens=False).items() if token not in added), default=-1)
+    largest = max((i for token, i in vocab.items() if token not in added), default=-1)
     if largest >= rows:
         found, expected = f"token ids up to {largest}", f"less than vocab_size {rows} of config.json"
         raise ModelError(Problem(f"{path} tokenizer", found, expected, "Is it another model's?"))

@@ -701,6 +701,18 @@ def test_a_tokenizer_that_fails_at_a_text_says_so(tmp_path: Path) -> None:
             fails()
 
 
+@pytest.mark.parametrize("name", ["added_tokens.json", "vocab.json", "tokenizer.json"])
+def test_an_id_near_2_to_the_32nd(tmp_path: Path, llama_model: bytes, gpt2_files: dict[str, Any], name: str) -> None:
+    """800 bytes were 8 GB and 20 s when the tokenizer was written: the library keeps count of all ids in between."""
+    far, files = {"<pad>": 2**31 - 1}, {"tokenizer.model": llama_model, "added_tokens.json": {"<pad>": 2**31 - 1}}
+    if name == "vocab.json":
+        files = {**gpt2_files, "vocab.json": {**gpt2_files["vocab.json"], **far}}
+    elif name == "tokenizer.json":
+        files = {"tokenizer.json": Tokenizer(WordLevel({"a": 0}, "a")).to_str().replace('"a":0', '"a":0,"<pad>":2147483647')}
+    with pytest.raises(ModelError, match="token ids up to 2147483647; expected less than 16777216"):
+        export_tokenizer(directory(tmp_path / "source", files), tmp_path / "out")
+
+
 def test_a_piece_that_only_looks_like_a_byte(tmp_path: Path) -> None:
     tokenizer = Tokenizer(WordLevel({"<0x41>": 0, "<0xZZ>": 1}, "<0x41>"))
     text = Text(directory(tmp_path, {"tokenizer.json": tokenizer.to_str()}))
