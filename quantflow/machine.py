@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+
+
+def ending(code: int) -> str:
+    """How a process ended, by what `subprocess` says of it: `ended with exit code 3`, `killed by SIGILL (illegal instruction)`."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-code}"
+    words = (signal.strsignal(-code) or "").lower()
+    return f"killed by {name}{f' ({words})' if words else ''}"
 
 
 def processor() -> str:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,14 +113,16 @@ class Store:
         found = {file: cache.get(_identity(file)) for file in files}
         return None if any(v is None for v in found.values()) else {k: v for k, v in found.items() if v is not None}
 
-    def digests(self, files: Iterable[Path]) -> dict[Path, str]:
-        """Content hashes of `files`, computed where the cache has none."""
+    def digests(self, files: Iterable[Path], step: Callable[[str], None] = lambda name: None) -> dict[Path, str]:
+        """Content hashes of `files`, computed where the cache has none. step: is told the name of each that has been computed."""
         cache = self._cache()
         identities = {file: _identity(file) for file in files}
         unknown = [file for file, identity in identities.items() if identity not in cache]
         if unknown:
             with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter
-                cache |= {identities[file]: found for file, found in zip(unknown, pool.map(file_digest, unknown), strict=True)}
+                for file, found in zip(unknown, pool.map(file_digest, unknown), strict=True):
+                    cache[identities[file]] = found
+                    step(file.name)
             write_json(self.root / "hashes.json", cache)
         return {file: cache[identity] for file, identity in identities.items()}
 

@@ -7,15 +7,18 @@ import json
 import platform
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quantflow.cli.console import RUNNING, console, progress, reporting
+from quantflow.cli.console import RUNNING, console, errors, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Mode, ModelDirectory, ModeOption
 from quantflow.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from quantflow.evaluate.throughput import Row
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -48,7 +51,7 @@ def bench(
 ) -> None:
     """Measure prefill, decode, time to the first token and memory: 16 bits, quantised weights, int8 KV, both, transformers, llama.cpp."""
     with reporting(debug, RUNNING):
-        from quantflow.evaluate.throughput import Case, Row, measure, memory_table
+        from quantflow.evaluate.throughput import Case, measure, memory_table
         from quantflow.formats.reader import Weights
         from quantflow.machine import resolve_device
         from quantflow.models.checkpoint import resolve_model
@@ -74,34 +77,47 @@ def bench(
         cases = [
             Case(name, engine, path, kv, mode.value, where, b, p, new) for b in batches for p in prompts for name, engine, path, kv in kinds
         ]
-        rows: list[Row] = []
         memory = memory_table(original or quantised, batches, [1024, 2048, 4096])
         record = {**_machine(where), "mode": mode.value, "rows": [], "memory": memory}
-        with progress() as watcher:
-            watcher.phase("bench", len(cases))
-            for case in cases:
-                _write(output, record)  # what has been measured is not lost to what follows
-                rows.append(measure(case))
-                record["rows"].append(rows[-1].as_dict())
-                watcher.step(f"{case.name}, batch {case.batch}, prompt {case.prompt}")
+        names = ", ".join(name for name, *_ in kinds)
+        errors.print(
+            f"{len(cases)} rows: {names}; batch {batch}, prompt {prompt}, {new} new tokens, {mode.value} mode, {where}. Each is measured "
+            "in a process of its own."
+        )
+        if not as_json:
+            _line(*COLUMNS)
+        for number, case in enumerate(cases, 1):
+            _write(output, record)  # what has been measured is not lost to what follows
+            if as_json or not console.is_terminal:
+                errors.print(f"{number} of {len(cases)}: {case.name}, batch {case.batch}, prompt {case.prompt}")
+            row = measure(case)
+            record["rows"].append(row.as_dict())
+            if not as_json:
+                _line(*_cells(row))
         _write(output, record)
         if as_json:
             print(json.dumps(record))
             return
-        names = ("", "batch", "prompt", "first s", "prefill/s", "decode/s", "step ms", "peak", "weights", "KV")
-        title = f"{mode.value} mode, {where}, {new} new tokens; tokens a second; MiB"
-        table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            case = row.case
-            table.add_row(
-                case.name, str(case.batch), str(case.prompt), f"{row.first_token_s:.3f}", f"{row.prefill_tokens_s:.0f}",
-                f"{row.decode_tokens_s:.1f}", f"{row.step_ms:.1f}", *(f"{b / 2**20:.0f}" for b in (row.peak_bytes, row.weight_bytes)),
-                f"{row.cache_bytes / 2**20:.0f}" if row.cache_bytes else "-",
-            )  # fmt: skip
-        console.print(table)
+        console.print("first: seconds to the first token; prefill, decode: tokens a second; step: ms; peak, weights, KV: MiB\n")
         console.print(_memory(memory, original or quantised))
+
+
+COLUMNS = ("", "batch", "prompt", "first", "prefill", "decode", "step", "peak", "weights", "KV")
+WIDTHS = (17, 5, 6, 6, 7, 6, 6, 6, 7, 5)
+
+
+def _line(name: str, *cells: str) -> None:
+    """A line of the table, shown when it is measured: nobody waits for the last to see the first."""
+    print(f"{name:<{WIDTHS[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS[1:], strict=True)), flush=True)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    case = row.case
+    return (
+        case.name, str(case.batch), str(case.prompt), f"{row.first_token_s:.3f}", f"{row.prefill_tokens_s:.0f}",
+        f"{row.decode_tokens_s:.1f}", f"{row.step_ms:.1f}", *(f"{b / 2**20:.0f}" for b in (row.peak_bytes, row.weight_bytes)),
+        f"{row.cache_bytes / 2**20:.0f}" if row.cache_bytes else "-",
+    )  # fmt: skip
 
 
 def _check_gguf(gguf: Path, model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,14 +11,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from quantflow.errors import GateError, QuantFlowError, ResourceError, UserError
 from quantflow.machine import is_out_of_memory, resident_bytes
 
+
+class _Words(Console):
+    """On a terminal, lines break between words, and never within one: a path stays whole. Elsewhere a line is a line."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal:
+            objects = tuple(self._wrapped(each) if isinstance(each, str) else each for each in objects)
+        super().print(*objects, **options)
+
+    def _wrapped(self, text: str) -> str:
+        return "\n".join(line if len(line) <= self.width else self._filled(line) for line in text.split("\n"))
+
+    def _filled(self, line: str) -> str:
+        indent = " " * (len(line) - len(line.lstrip(" ")))
+        return textwrap.fill(
+            line, self.width, subsequent_indent=f"{indent}  " if indent else "", break_long_words=False, break_on_hyphens=False
+        )  # fmt: skip
+
+
 # No markup: brackets in a path or a model's name are what they are.
-console = Console(highlight=False, soft_wrap=True, markup=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+console = _Words(highlight=False, soft_wrap=True, markup=False)
+errors = _Words(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 # What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures.
@@ -25,42 +46,89 @@ HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *ra
 _DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
 
 
+QUIET_S = 10.0  # after so long without a line, a log hears how far the step at hand is
+
+
 class Plain:
-    """Progress as plain lines, for pipes and logs: a line when a phase begins and at every tenth of it."""
+    """Progress as plain lines, for pipes and logs: a line when a phase begins, at every tenth of it, and now and then within a step."""
 
     def __init__(self) -> None:
-        self._name, self._total, self._done, self._began = "", 0, 0, time.monotonic()
+        self.phase("", 0)
 
-    def phase(self, name: str, total: int) -> None:
-        self._name, self._total, self._done, self._began = name, total, 0, time.monotonic()
-        errors.print(f"{name}: {total} steps")
+    def phase(self, name: str, total: int, unit: str = "steps") -> None:
+        self._name, self._total, self._unit = name, total, unit
+        self._steps, self._done, self._shown = 0, 0.0, 0.0
+        self._began = self._said = time.monotonic()
+        if name:
+            errors.print(f"{name}: {total} {unit if total != 1 else unit.removesuffix('s')}")
+
+    def advance(self, share: float, detail: str = "") -> None:
+        self._done = min(self._done + share, float(self._total))
+        self._tell(detail)
 
     def step(self, detail: str = "") -> None:
-        self._done += 1
-        if self._total <= 12 or self._done * 10 // self._total > (self._done - 1) * 10 // self._total:
-            seconds = time.monotonic() - self._began
-            errors.print(f"{self._name}: {self._done}/{self._total} {seconds:.1f} s {resident_bytes() // 2**20} MiB {detail}".rstrip())
+        self._steps += 1
+        self._done = float(self._steps)
+        self._tell(detail)
 
     def note(self, text: str) -> None:
         errors.print(text)
 
+    def _tell(self, detail: str) -> None:
+        now, whole, parts = time.monotonic(), round(self._done, 6), min(self._total, 10)
+        reached = int(whole * parts / self._total) > int(self._shown * parts / self._total) or (
+            self._total <= 12 and int(whole) > self._shown
+        )
+        if reached or now - self._said > QUIET_S:
+            done = f"{whole:.0f}" if whole == int(whole) else f"{whole:.1f}"
+            said = [
+                f"{done} of {self._total} {self._unit}",
+                f"{now - self._began:.1f} s",
+                f"memory {resident_bytes() // 2**20} MiB",
+                detail,
+            ]
+            errors.print(f"{self._name}: {', '.join(filter(None, said))}")
+            self._shown, self._said = whole, now
+
+
+class _Table(Progress):
+    """Bars under a line that names the columns."""
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        table = super().make_tasks_table(tasks)
+        table.show_header = True
+        return table
+
 
 class Bars:
-    """Progress as rich bars: steps, time left, memory, and what is being worked on."""
+    """Progress as rich bars: what is done of the phase, time, memory, and what is being worked on."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task: TaskID | None = None
+        self._steps = 0
 
-    def phase(self, name: str, total: int) -> None:
-        self._task = self._progress.add_task(name, total=total, detail="", memory="")
+    def phase(self, name: str, total: int, unit: str = "steps") -> None:
+        self._steps, self._unit = 0, unit
+        self._task = self._progress.add_task(name, total=total, whole=f"0/{total} {unit}", detail="", memory="")
+
+    def advance(self, share: float, detail: str = "") -> None:
+        if self._task is not None:
+            task = self._progress.tasks[self._task]
+            self._update(min(task.completed + share, task.total or 0.0), detail)
 
     def step(self, detail: str = "") -> None:
-        if self._task is not None:
-            self._progress.update(self._task, advance=1, detail=detail, memory=f"{resident_bytes() // 2**20} MiB")
+        self._steps += 1
+        self._update(self._steps, detail)
 
     def note(self, text: str) -> None:
         self._progress.console.print(text)
+
+    def _update(self, done: float, detail: str) -> None:
+        if self._task is not None:
+            whole = f"{int(done + 1e-6)}/{self._progress.tasks[self._task].total:.0f} {self._unit}"
+            memory = f"{resident_bytes() // 2**20} MiB"
+            self._progress.update(self._task, completed=done, whole=whole, detail=detail, memory=memory)
 
 
 @contextmanager
@@ -69,11 +137,17 @@ def progress() -> Iterator[Plain | Bars]:
     if not errors.is_terminal:
         yield Plain()
         return
+
+    def column(name: str, field: str, **options: Any) -> TextColumn:
+        return TextColumn(f"{{{field}}}", markup=False, table_column=Column(name, no_wrap=True, **options))
+
     columns = (
-        TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[memory]} {task.fields[detail]}", markup=False),
+        column("phase", "task.description"), BarColumn(bar_width=20 if errors.width >= 80 else 8), column("done", "task.fields[whole]"),
+        TimeElapsedColumn(table_column=Column("time", no_wrap=True)), TimeRemainingColumn(table_column=Column("left", no_wrap=True)),
+        *([column("memory", "task.fields[memory]")] if errors.width >= 72 else []),
+        column("at", "task.fields[detail]", overflow="ellipsis"),
     )  # fmt: skip
-    with Progress(*columns, console=errors) as bars:
+    with _Table(*columns, console=errors, redirect_stdout=False) as bars:
         yield Bars(bars)
 
 

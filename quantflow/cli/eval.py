@@ -123,13 +123,13 @@ def _evaluate_text(
     texts = model_documents(folder, data, field=field)
     text = cut_windows(load_tokenizer(folder), texts, count=windows, length=length, skip=skip, source=data)
     with progress() as watcher:
-        watcher.phase("evaluate", a.layers + b.layers)
+        watcher.phase("evaluate", a.layers + b.layers, "layers")
         where = resolve_device(device.value)
         variant: Model = Variant(found)
         if engine:
             options = EngineConfig(device=where, kv=KVPrecision(kv.value), max_batch_size=1)
             variant = Running(lambda: Engine(found.checkpoint.path, options))
-        result = compare(Variant(original), {"weights": variant}, text.tokens, where, watcher.step)
+        result = compare(Variant(original), {"weights": variant}, text.tokens, where, watcher.advance)
     if as_json:
         print(json.dumps(result["weights"].as_dict()))
     else:

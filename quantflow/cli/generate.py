@@ -32,7 +32,10 @@ DEFAULT_TOKENS = 256
 
 def generate(
     model: ModelDirectory,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="The text to go on from; - reads it from stdin. May be repeated.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]…", help="Texts to go on from; - reads one from stdin, and so does none.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="The same as an option. May be repeated.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a question, put in the model's dialogue format.")] = False,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Tokens to generate; by default 256, or what the context still holds.")
@@ -52,6 +55,7 @@ def generate(
     dialogue: DialogueName = None,
     eager: Eager = False,
     device: DeviceOption = Device.auto,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what the engine does: mode, device, kernels, KV cache.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -71,17 +75,24 @@ def generate(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
             stop=tuple(stop or ()),
         )  # fmt: skip
-        if stream and (as_json or len(prompt) > 1):
+        given = [*(prompts or ()), *(prompt or ())] or ["-"]
+        if not (prompts or prompt) and sys.stdin.isatty():
+            hint = "quantflow generate DIR PROMPT, or a text through a pipe"
+            raise RequestError(Problem("PROMPT", "none given, and stdin is a terminal", "a text to go on from", hint))
+        if given.count("-") > 1:
+            raise RequestError(Problem("PROMPT", "stdin more than once", "- once"))
+        if stream and (as_json or len(given) > 1):
             raise RequestError(Problem("--stream", "with --json or several prompts", "one prompt, shown as text"))
+        texts = [_stdin() if text == "-" else text for text in given]
         llm = LLM(
             model, mode=mode.value, kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, dialogue=dialogue,
             device=device.value, tp=tp, graphs=not eager,
         )  # fmt: skip
-        errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
+        if verbose:
+            errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
         show_notes(llm.engine.notes)
-        texts = [sys.stdin.read() if text == "-" else text for text in prompt]
-        prompts = [llm.get_prompt(text) if chat else text for text in texts]
-        tokens = [llm.encode(text, special=not chat) for text in prompts]  # a dialogue format has its own first tokens
+        shown = [llm.get_prompt(text) if chat else text for text in texts]
+        tokens = [llm.encode(text, special=not chat) for text in shown]  # a dialogue format has its own first tokens
         if max_tokens is None:
             room = llm.engine.room - max(map(len, tokens))
             params = replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
@@ -96,3 +107,8 @@ def generate(
         else:
             for output in outputs:
                 print(output.text)
+
+
+def _stdin() -> str:
+    """What came through the pipe, without the line feed that `echo` puts behind it."""
+    return sys.stdin.read().removesuffix("\n")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+from quantflow.machine import ending
+
 
 class ChildSlow(Exception):
     """No answer in time; the process has been ended."""
@@ -63,7 +65,7 @@ class Child:
             if readable:
                 part = os.read(taken, 1 << 20)
                 if not part:
-                    raise ChildEnded(f"it ended with code {process.wait()}")
+                    raise ChildEnded(ending(process.wait()))
                 parts.append(part)
                 if part.endswith(b"\n"):
                     return b"".join(parts)

@@ -95,7 +95,8 @@ class Grammars:
         try:
             answer = json.loads(self._child.ask(json.dumps({"kind": grammar.kind, "text": grammar.text}).encode(), MOST_SECONDS))
         except (ChildSlow, ChildEnded) as error:
-            found = f"{grammar.kind}: it takes more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB to compile"
+            how = f" (its process: {error})" if isinstance(error, ChildEnded) else ""
+            found = f"{grammar.kind}: it takes more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB to compile{how}"
             raise RequestError(Problem("grammar", found, "a simpler one")) from error
         if "error" in answer:
             raise RequestError(Problem("grammar", f"{grammar.kind}: {answer['error']}", "one that can be followed"))

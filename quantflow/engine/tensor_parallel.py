@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quantflow.errors import Problem, ResourceError, UserError
+from quantflow.machine import ending
 
 IDLE = timedelta(days=7)  # how long a rank waits to be told something; a dead leader is noticed at once
 START_S = 300
@@ -95,7 +96,7 @@ class Ranks:
         until = time.monotonic() + 2  # its connection closes a moment before it is gone
         while self.followers and all(p.poll() is None for p in self.followers) and time.monotonic() < until:
             time.sleep(0.02)
-        ended = [f"rank {i} ended with code {p.returncode}" for i, p in enumerate(self.followers, 1) if p.poll() is not None]
+        ended = [f"rank {i} {ending(p.returncode)}" for i, p in enumerate(self.followers, 1) if p.poll() is not None]
         said = "; ".join(ended) or f"an exchange failed ({str(error).splitlines()[0][:200]})"
         return ResourceError(Problem(f"tensor parallel rank {self.rank} of {self.size}", said, "all ranks alive", "Start again"))
 

@@ -71,11 +71,15 @@ Watch = Callable[[int, Tensor], None]
 """Sees a layer's index and the residual stream `[W, L, H]` after it."""
 
 
+Step = Callable[[float], None]
+"""Is told the share of a layer that has just been computed: a model of N layers tells N in all."""
+
+
 class Model(Protocol):
     """A model to compare: hidden states of all windows first, then distributions, a few rows at a time."""
 
-    def states(self, tokens: Tensor, device: torch.device, step: Callable[[], None], watch: Watch) -> Tensor:
-        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as often as the model has layers, and `watch` where it has layers to show."""
+    def states(self, tokens: Tensor, device: torch.device, step: Step, watch: Watch) -> Tensor:
+        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as it goes on, and `watch` where it has layers to show."""
 
     def head(self, device: torch.device) -> Head:
         """For what `states` gave."""
@@ -88,9 +92,7 @@ class Variant:
     weights: Weights
     kv: Callable[[int], ObserveKV] | None = None
 
-    def states(
-        self, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None, watch: Watch = lambda index, x: None
-    ) -> Tensor:
+    def states(self, tokens: Tensor, device: torch.device, step: Step = lambda share: None, watch: Watch = lambda index, x: None) -> Tensor:
         return hidden_states(self, tokens, device, step, watch)
 
     def head(self, device: torch.device) -> Head:
@@ -113,7 +115,7 @@ def embedded_parts(weights: Weights, tokens: Tensor, device: torch.device) -> It
 
 
 def hidden_states(
-    variant: Variant, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None, watch: Watch = lambda index, x: None
+    variant: Variant, tokens: Tensor, device: torch.device, step: Step = lambda share: None, watch: Watch = lambda index, x: None
 ) -> Tensor:
     """The residual stream `[W, L, H]` after the last layer, float32, for `tokens` `[W, L]`."""
     checkpoint = variant.weights.checkpoint
@@ -127,8 +129,8 @@ def hidden_states(
         observe = variant.kv(index) if variant.kv else None
         for start in range(0, len(x), batch):
             x[start : start + batch] = layer.forward(x[start : start + batch], observe)
+            step(len(x[start : start + batch]) / len(x))
         watch(index, x)
-        step()
     return x
 
 
@@ -149,7 +151,7 @@ class _Head:
 
 
 def compare(
-    reference: Model, variants: Mapping[str, Model], windows: list[list[int]], device: str = "cpu", step: Callable[[], None] = lambda: None
+    reference: Model, variants: Mapping[str, Model], windows: list[list[int]], device: str = "cpu", step: Step = lambda share: None
 ) -> dict[str, Divergence]:
     """The divergence of each variant from the reference on `windows` (all of one length)."""
     tokens, on = torch.tensor(windows), torch.device(device)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quantflow.engine.engine import Engine
-from quantflow.evaluate.divergence import Head, Watch
+from quantflow.evaluate.divergence import Head, Step, Watch
 
 
 class _EngineHead:
@@ -27,15 +26,13 @@ class Running:
         self._make = make
         self._engine: Engine | None = None
 
-    def states(
-        self, tokens: Tensor, device: torch.device, step: Callable[[], None] = lambda: None, watch: Watch = lambda index, x: None
-    ) -> Tensor:
+    def states(self, tokens: Tensor, device: torch.device, step: Step = lambda share: None, watch: Watch = lambda index, x: None) -> Tensor:
         """What the head reads, `[W, L, H]`, every window a prompt of its own. There are no layers to watch."""
         self._engine = engine = self._make()
-        steps, found = _Steps(engine.model_config.layers, len(tokens), step), []
+        found = []
         for window in tokens.tolist():
             found.append(engine.hidden_states(window).float())
-            steps.one()
+            step(engine.model_config.layers / len(tokens))
         return torch.stack(found)
 
     def head(self, device: torch.device) -> Head:
@@ -44,18 +41,3 @@ class Running:
             raise RuntimeError("states come before the head")
         engine, self._engine = self._engine, None  # whoever holds the head holds the engine
         return _EngineHead(engine)
-
-
-@dataclass
-class _Steps:
-    """As many steps as a model has layers, over its windows."""
-
-    steps: int
-    windows: int
-    step: Callable[[], None]
-    done: int = 0
-
-    def one(self) -> None:
-        self.done += 1
-        for _ in range(self.done * self.steps // self.windows - (self.done - 1) * self.steps // self.windows):
-            self.step()

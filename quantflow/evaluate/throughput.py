@@ -6,6 +6,7 @@ Every row is measured in a process of its own, so that its peak of memory is its
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantflow.errors import Problem, QuantFlowError
-from quantflow.machine import peak_resident_bytes, resident_bytes
+from quantflow.errors import Problem, QuantFlowError, ResourceError, UserError
+from quantflow.machine import ending, peak_resident_bytes, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,18 @@ class Row:
         return asdict(self)
 
 
+_MEMORY = "the system ends what takes too much memory: lower --batch or --prompt"
+_COMPILE = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+HINTS: dict[int, dict[str, str]] = {
+    signal.SIGILL: {"llama.cpp": f"It was built for another processor. To compile it for this one: {_COMPILE}"},
+    signal.SIGKILL: dict.fromkeys(("quantflow", "transformers", "llama.cpp"), f"If nobody did that, {_MEMORY}"),
+}
+"""What to do about a measured process that a signal ended: signal -> engine -> advice."""
+
+
 def measure(case: Case, timeout_s: float | None = None) -> Row:
-    """Runs a case in a fresh process. Raises QuantFlowError with what it said where it failed."""
+    """Runs a case in a fresh process. Raises QuantFlowError with what it said where it failed; where a signal ended it, UserError for
+    another engine than ours, and ResourceError where that was SIGKILL."""
     command = [sys.executable, "-m", "quantflow.evaluate.throughput", json.dumps(asdict(case))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s)
@@ -64,7 +75,12 @@ def measure(case: Case, timeout_s: float | None = None) -> Row:
         raise QuantFlowError(Problem(case.name, f"not done after {error.timeout:g} s")) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        raise QuantFlowError(Problem(case.name, lines[-1] if lines else f"exit code {done.returncode}"))
+        if done.returncode < 0:  # then its last words are about something else
+            hint = HINTS.get(-done.returncode, {}).get(case.engine, "")
+            lacking = ResourceError if done.returncode == -signal.SIGKILL else UserError
+            kind = QuantFlowError if case.engine == "quantflow" and lacking is UserError else lacking
+            raise kind(Problem(case.name, ending(done.returncode), hint=hint))
+        raise QuantFlowError(Problem(case.name, lines[-1] if lines else ending(done.returncode)))
     found = json.loads(done.stdout.splitlines()[-1])
     return Row(**{**found, "case": case})
 

@@ -80,7 +80,7 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     if options.requantize:
         moved = Requantizing(moved, job, None if weights.modules else weights.tensor, errors)
     told = progress or Silent()
-    told.phase("export", checkpoint.config.layers * (1 + rank_folders(job)))
+    told.phase("export", checkpoint.config.layers * (1 + rank_folders(job)), "layers")
     with building(output) as folder:
         errors |= write_checkpoint(folder, job, moved, told.step)
         if kv and target.container != "workspace":

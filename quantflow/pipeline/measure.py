@@ -55,8 +55,8 @@ def measure(
         if settings:
             variants["kv"] = Variant(reference, rounding(original))
             variants["weights_and_kv"] = Variant(weights, rounding(quantised))
-    progress.phase("evaluate", plan.config.layers * (1 + len(variants)))
-    found = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.step)
+    progress.phase("evaluate", plan.config.layers * (1 + len(variants)), "layers")
+    found = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.advance)
     measured = {name: {"figures": divergence.as_dict(), "profile": divergence.profile.as_dict()} for name, divergence in found.items()}
     plan.store.write_json(key, "quality", measured)
     return measured

@@ -1,4 +1,4 @@
-"""From a plan to an artifact: sweep, pack, shard, evaluate, publish."""
+"""From a plan to an artifact: quantise, pack, shard, evaluate, write."""
 
 from __future__ import annotations
 
@@ -89,9 +89,8 @@ def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
 
 def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progress, clock: _Clock, fresh: bool) -> RunResult:
     evaluate = plan.stage(Evaluate)
-    progress.phase("hash", 1)
-    weights = plan.weights_key(plan.store.digests(plan.checkpoint.files).values())
-    progress.step()
+    progress.phase("hash", len(plan.checkpoint.files), "files")
+    weights = plan.weights_key(plan.store.digests(plan.checkpoint.files, progress.step).values())
     clock.lap("hash")
     identity = _identity(plan, weights, windows, held_out)
     if fresh:
@@ -99,10 +98,9 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
             plan.store.forget(key)
     elif (found := _finished(plan, identity)) is not None:
         return found
-    sweep(plan, plan.store, (identity.calibrate, identity.sweep), windows.tokens, progress)
+    sweep(plan, plan.store, (identity.calibrate, identity.sweep), windows.tokens, progress, clock.lap)
     for key in (identity.calibrate, identity.sweep):
         plan.store.drop_streams(key)  # of a run that was killed after its last layer
-    clock.lap("sweep")
     reader = SweepReader(plan.store, identity.sweep) if plan.rounds else MeasuredReader(plan.store, identity.calibrate)
     check_complete(reader, plan)
     place = plan.output.resolve()  # where the current folder is the output, it is another one afterwards
@@ -142,7 +140,7 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
             "files": files,
         }  # fmt: skip
         write_json(folder / MANIFEST, manifest)
-        clock.lap("publish")
+        clock.lap("write")
         write_json(folder / RUN, _run_record(plan, clock.seconds))
         plan.store.remember(folder, place, {name: entry["sha256"] for name, entry in files.items()})
     return RunResult(plan.output, False, quality, failures, clock.seconds, report)
@@ -194,7 +192,7 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
     """Writes every format (and its ranks). Returns format -> folder relative to the artifact, and format -> what had to be put on
     another grid or rounded -> its relative error."""
     jobs = [prepared.job for prepared in plan.prepared]
-    progress.phase("pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs))
+    progress.phase("pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs), "layers")
     formats: dict[str, str] = {}
     errors: dict[str, dict[str, float]] = {}
     for pack, job in zip(plan.packs, jobs, strict=True):

@@ -25,7 +25,7 @@ from quantflow.machine import give_back_freed_memory
 from quantflow.models.decoder import DecoderLayer, Sequences, embed, sequences
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
-from quantflow.pipeline.progress import Progress
+from quantflow.pipeline.progress import Progress, within_step
 from quantflow.quant.grid import AnyTensor, NestedScales, Nf4Tensor, QuantizedTensor, Scheme
 from quantflow.quant.nf4 import dynamic_table
 from quantflow.quant.packing import pack_rows, unpack_rows
@@ -46,6 +46,7 @@ class _Context:
     rules: GridRules
     seq: Sequences | None
     batch: int  # windows that go through a layer together
+    progress: Progress
 
     def spans(self, windows: int) -> Iterator[tuple[int, int]]:
         return ((s, min(s + self.batch, windows)) for s in range(0, windows, self.batch))
@@ -59,26 +60,30 @@ def grid_rules(plan: Plan) -> GridRules:
     return GridRules(tuple(getattr(torch, d) for d in plan.scale_dtypes), plan.min_zero)
 
 
-def sweep(plan: Plan, store: Store, keys: tuple[str, str], tokens: list[list[int]], progress: Progress) -> None:
-    """Fills the store with every layer's result, from the first that is missing. keys: (of the calibration, of the sweep)."""
+def sweep(plan: Plan, store: Store, keys: tuple[str, str], tokens: list[list[int]], progress: Progress, lap: Callable[[str], None]) -> None:
+    """Fills the store with every layer's result, from the first that is missing. keys: (of the calibration, of the sweep). lap: is told
+    the name of each of the two passes when it is over."""
     config, recipe = plan.config, plan.recipe
     calibrate_key, sweep_key = keys
     length = len(tokens[0]) if tokens else 0
     device = torch.device(plan.device)
     context = _Context(
         plan, store, device, getattr(torch, plan.compute_dtype), grid_rules(plan),
-        sequences(config, length, device) if tokens else None, max(1, BATCH_TOKENS // length) if tokens else 1,
+        sequences(config, length, device) if tokens else None, max(1, BATCH_TOKENS // length) if tokens else 1, progress,
     )  # fmt: skip
     torch.manual_seed(recipe.seed)
     with torch.inference_mode():
         if plan.stage(Calibrate) and store.finished_layers(calibrate_key, config.layers) < config.layers:
-            progress.phase("calibrate", config.layers)
-            _pass(context, calibrate_key, tokens, progress, _calibrate, inner=False)
+            progress.phase("calibrate", config.layers, "layers")
+            _pass(context, calibrate_key, tokens, _calibrate, inner=False)
+            lap("calibrate")
         if plan.rounds and store.finished_layers(sweep_key, config.layers) < config.layers:
-            progress.phase("quantise", config.layers)
-            _pass(context, sweep_key, tokens[: plan.stream_windows], progress, _quantise, inner=True)
+            progress.phase("quantise", config.layers, "layers")
+            _pass(context, sweep_key, tokens[: plan.stream_windows], _quantise, inner=True)
+            lap("quantise")
 
 
+SEARCHES = 3  # of AWQ in a layer, beside one for each expert's `down`
 Step = Callable[[_Context, int, dict[str, Tensor], "Streams | None"], tuple[dict[str, Tensor], dict[str, Any]]]
 
 
@@ -92,9 +97,9 @@ class Streams:
     inner: Stream | None
 
 
-def _pass(context: _Context, key: str, tokens: list[list[int]], progress: Progress, step: Step, *, inner: bool) -> None:
+def _pass(context: _Context, key: str, tokens: list[list[int]], step: Step, *, inner: bool) -> None:
     """Runs `step` on every unfinished layer; resumes from the last saved stream."""
-    plan, store, layers = context.plan, context.store, context.plan.config.layers
+    plan, store, layers, progress = context.plan, context.store, context.plan.config.layers, context.progress
     folder = store.folder(key)
     folder.mkdir(parents=True, exist_ok=True)
     done = store.finished_layers(key, layers)
@@ -194,14 +199,14 @@ def _embed(context: _Context, x: Stream, tokens: list[list[int]]) -> None:
 
 def _summary(report: dict[str, Any]) -> str:
     errors = [line["error"] for line in report.get("linears", {}).values() if "error" in line]
-    return f"error {sum(errors) / len(errors):.2e}" if errors else ""
+    return f"output error {sum(errors) / len(errors):.2e}" if errors else ""
 
 
 def _calibrate(
     context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     assert streams is not None
-    return calibrate_layer(context.layer(index, stored), streams.x, context.batch), {}
+    return calibrate_layer(context.layer(index, stored), streams.x, context.batch, context.progress.advance), {}
 
 
 def _quantise(
@@ -211,7 +216,9 @@ def _quantise(
     plan = context.plan
     schemes = plan.schemes(index)
     awq = plan.stage(Awq)
-    found = _search_scales(context, index, stored, streams, schemes, awq) if awq and streams else AwqResult()
+    searched = SEARCHES + max(1, plan.config.experts) if awq else 0
+    tell = within_step(context.progress, len(schemes) + searched)  # a linear that is done counts as much as a search
+    found = _search_scales(context, index, stored, streams, schemes, awq, tell) if awq and streams else AwqResult()
     changed = dict(found.folding.changed)
     for linear in (n for n in found.folding.columns if n not in schemes):
         # A router, or a linear that stays in 16 bits, reads the scaled norm too.
@@ -220,9 +227,9 @@ def _quantise(
     kv = KVStatistics()
     if plan.stage(Gptq):
         assert streams is not None
-        done = _gptq_layer(context, index, stored, streams, schemes, found, changed, kv)
+        done = _gptq_layer(context, index, stored, streams, schemes, found, changed, kv, tell)
     else:
-        done = _rtn_layer(context, index, stored, streams, schemes, found, changed, kv)
+        done = _rtn_layer(context, index, stored, streams, schemes, found, changed, kv, tell)
     tensors = dict(changed)
     for name, result in done.items():
         tensors.update(_canonical(name, result.tensor))
@@ -237,8 +244,9 @@ def _quantise(
 
 
 def _search_scales(
-    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams, schemes: dict[str, Scheme], awq: Awq
-) -> AwqResult:
+    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams, schemes: dict[str, Scheme], awq: Awq,
+    tell: Callable[[str], None],
+) -> AwqResult:  # fmt: skip
     windows, length = streams.x.windows, streams.x.shape[1]
     count = min(windows, max(1, awq.max_tokens // length))
     picked = [i * windows // count for i in range(count)]
@@ -247,12 +255,15 @@ def _search_scales(
     round_finally = gptq_rounder(context.rules, gptq) if gptq else None
     clip = awq.clip and gptq is None  # GPTQ searches its own ranges
     layer = context.layer(index, stored)
-    return search_layer(layer, stored, sample, schemes, context.rules, grid=awq.grid, clip=clip, round_finally=round_finally)
+    return search_layer(
+        layer, stored, sample, schemes, context.rules, grid=awq.grid, clip=clip, round_finally=round_finally,
+        step=lambda group: tell(f"scales of {group}"),
+    )  # fmt: skip
 
 
 def _rtn_layer(
     context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None, schemes: dict[str, Scheme], found: AwqResult,
-    changed: dict[str, Tensor], kv: KVStatistics,
+    changed: dict[str, Tensor], kv: KVStatistics, tell: Callable[[str], None],
 ) -> dict[str, Quantized]:  # fmt: skip
     rtn = context.plan.stage(Rtn)
     search = bool(rtn and rtn.range_search)
@@ -277,6 +288,7 @@ def _rtn_layer(
             done[name] = rtn_linear(weight, scheme, context.rules, search=search, importance=found.importance.get(name))
         if streams:
             tensors[f"{name}.weight"] = done[name].tensor.dequantize(context.dtype)
+        tell(name)
     if streams:
         layer, errors = context.layer(index, tensors), OutputErrors(difference)
         for start, stop in context.spans(streams.x.windows):
@@ -288,7 +300,7 @@ def _rtn_layer(
 
 def _gptq_layer(
     context: _Context, index: int, stored: dict[str, Tensor], streams: Streams, schemes: dict[str, Scheme], found: AwqResult,
-    changed: dict[str, Tensor], kv: KVStatistics,
+    changed: dict[str, Tensor], kv: KVStatistics, tell: Callable[[str], None],
 ) -> dict[str, Quantized]:  # fmt: skip
     gptq = context.plan.stage(Gptq)
     assert gptq is not None and streams.context is not None
@@ -314,6 +326,7 @@ def _gptq_layer(
         for n, result in results.items():
             done[n] = result
             layer.tensors[f"{n}.weight"] = result.tensor.dequantize(context.dtype)
+            tell(n)
 
     spans = list(context.spans(x.windows))
     hidden = context.plan.config.hidden

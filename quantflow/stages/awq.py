@@ -129,18 +129,20 @@ def search_layer(
     grid: int,
     clip: bool,
     round_finally: Rounder | None = None,
+    step: Callable[[str], None] = lambda group: None,
 ) -> AwqResult:
     """Scales for one layer. `x` is the residual stream of the sample, `[B, L, H]`; `stored` holds the layer's tensors as stored.
 
     schemes: linear -> scheme of those that are quantised; the others are folded too, but only those count in the loss. Grouped
     queries share the value head they read: its scale is searched on the mean of their channels and expanded over them. A linear
-    that stays in 16 bits is never a producer: dividing its rows would round it.
+    that stays in 16 bits is never a producer: dividing its rows would round it. step: is told each group that has been searched.
     """
     result, names = AwqResult(), layer.names
     folding, search = result.folding, _Search(layer, schemes, rules, grid, round_finally)
 
     def note(group: str, chosen: str, ratio: float) -> None:
         result.report.append({"group": group, "scale": chosen, "loss_ratio": round(ratio, 6)})
+        step(group)
 
     def fold_into_norm(norm: str, group: list[str], others: list[str], h: Tensor, parent: Callable[[Tensor], Tensor]) -> None:
         if any(n in schemes for n in group):

@@ -5,6 +5,8 @@ What LMDeploy's `lite calibrate` records, as safetensors: `{module}.input.max`, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from quantflow.calibration.statistics import ChannelStatistics, KVStatistics
@@ -38,10 +40,14 @@ class LayerStatistics:
         return found
 
 
-def calibrate_layer(layer: DecoderLayer, stream: Stream, batch: int) -> dict[str, Tensor]:
-    """The statistics of one layer; `stream` moves on through it in place."""
+def calibrate_layer(
+    layer: DecoderLayer, stream: Stream, batch: int, step: Callable[[float], None] = lambda share: None
+) -> dict[str, Tensor]:
+    """The statistics of one layer; `stream` moves on through it in place. step: is told the share of the windows that is through."""
     statistics = LayerStatistics()
     layer.tap = statistics
     for start in range(0, stream.windows, batch):
-        stream.write(start, layer.forward(stream.read(start, min(start + batch, stream.windows)), statistics.kv))
+        stop = min(start + batch, stream.windows)
+        stream.write(start, layer.forward(stream.read(start, stop), statistics.kv))
+        step((stop - start) / stream.windows)
     return {name: value.cpu().contiguous() for name, value in statistics.result().items()}

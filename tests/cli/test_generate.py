@@ -72,3 +72,23 @@ def test_bench_measures_every_row(artifact: Path, tmp_path: Path) -> None:
     assert record["date"] and record["torch"] and record["mode"] == "exact"
     wrong = invoke("bench", artifact, "--batch", "0")
     assert wrong.exit_code == 2
+
+
+def test_a_prompt_is_an_argument_an_option_or_comes_through_a_pipe(tiny: Path) -> None:
+    more = ["--max-tokens", "6", "--device", "cpu"]
+    option = invoke("generate", tiny, "--prompt", "The small cat", *more)
+    assert option.exit_code == 0 and option.stdout.strip()
+    for given in (invoke("generate", tiny, "The small cat", *more), invoke("generate", tiny, *more, text="The small cat\n"),
+                  invoke("generate", tiny, "-", *more, text="The small cat\n")):  # fmt: skip
+        assert (given.exit_code, given.stdout) == (0, option.stdout)
+    several = json.loads(invoke("generate", tiny, "A", "-", "--prompt", "C", *more, "--json", text="B").stdout)
+    assert [found["prompt"] for found in several] == ["A", "B", "C"]
+    twice = invoke("generate", tiny, "-", "-", *more, text="B")
+    assert twice.exit_code == 2 and "stdin more than once" in twice.stderr
+
+
+def test_what_the_engine_does_is_said_when_asked_for(tiny: Path) -> None:
+    arguments = ["generate", tiny, "The", "--max-tokens", "2", "--device", "cpu"]
+    quiet, told = invoke(*arguments), invoke(*arguments, "-v")
+    assert quiet.stdout == told.stdout and not quiet.stderr
+    assert told.stderr.startswith("mode: exact, device: cpu") and invoke(*arguments, "--verbose").stderr == told.stderr
