@@ -83,7 +83,8 @@ class Architecture:
 
     read_config: config.json -> DecoderConfig; raises ConfigProblem. native_config: config.json -> the config of the
     artifact, which transformers loads without remote code. sources: (source tensor name, its shape, config) -> the native
-    tensors inside it, None for one that the family does not know. notes: what a user should know, for the report.
+    tensors inside it, None for one that the family does not know. base, base_parts: in source names, what holds the base model within
+    the class with a head, and what lies in it. notes: what a user should know, for the report.
     """
 
     name: str
@@ -99,6 +100,8 @@ class Architecture:
     positions: str = ""
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    base: str = "model"
+    base_parts: tuple[str, ...] = ("embed_tokens", "layers", "norm")
     notes: tuple[str, ...] = ()
 
     def layer_prefix(self, i: int) -> str:

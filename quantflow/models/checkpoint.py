@@ -14,7 +14,9 @@ from quantflow.errors import ModelError, Problem
 from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source, expected_tensors
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.container import open_container
+from quantflow.models.directory import Directory
 from quantflow.models.gguf_file import gguf_file
+from quantflow.models.prefixes import foreign, own_names
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.sharding import cut_dimension, shard_shape
 
@@ -82,6 +84,8 @@ class Checkpoint:
             self.config: DecoderConfig = self.architecture.read_config(self.raw_config)
         except ConfigProblem as error:
             raise ModelError(Problem(f"{path}/config.json", str(error))) from error
+        if isinstance(self.container, Directory):
+            self.container = self.container.renamed(own_names(self.container.tensors, self.architecture, path))
         self.config_only = config_only
         self.remarks: tuple[str, ...] = self.container.notes
         self.sources: dict[str, Source] = {}
@@ -189,6 +193,8 @@ class Checkpoint:
         quantised weight or of a tensor that it is packed into, which are for others to check."""
         if self.config_only:
             return []
+        if problem := foreign(self.container.tensors, self.architecture, self.path):
+            return [problem]
         problems, missing = [], []
         for native, shape in self.expected.items():
             if packed(native):
@@ -210,9 +216,10 @@ class Checkpoint:
                 problems.append(Problem(f"{self.path} tensor {source.name}", f"dtype {info.dtype}", ", ".join(_FLOATS)))
         if missing:
             names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-            problems.append(
-                Problem(str(self.path), f"missing tensors: {names}", hint="Is a shard missing, or config.json another model's?")
-            )
+            hint = "Is a shard missing, or config.json another model's?"
+            if missing == [f"{self.architecture.head}.weight"]:
+                hint = "Save the class with a head, such as AutoModelForCausalLM's; or is it tied, and tie_word_embeddings should say so?"
+            problems.append(Problem(str(self.path), f"missing tensors: {names}", hint=hint))
         for twice, first, second in self._twice:
             what = f"both {first} and {second}, for {twice}"
             problems.append(Problem(str(self.path), what, "one of them", "Which is meant? Remove the other"))

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +104,21 @@ class Directory:
         self._places, self.left_out_files = ({}, {}) if config_only else _locate(path)
         self.notes = tuple(_said(self.left_out_files))
         self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._places.items()}
+        self._names = {name: name for name in self._places}  # as called here -> as called in the file
         self.files = sorted({file.path for file in self._places.values()})
 
+    def renamed(self, names: Mapping[str, str]) -> Directory:
+        """The same with other names for its tensors. names: of every tensor, the name it has -> the one it gets."""
+        if all(name == other for name, other in names.items()):
+            return self
+        other = copy(self)
+        other._names = {new: self._names[name] for name, new in names.items()}
+        other.tensors = {new: self.tensors[name] for name, new in names.items()}
+        return other
+
     def read(self, name: str, index: int | slice | None = None) -> Tensor:
-        return self._places[name].read(name, index)
+        stored = self._names[name]
+        return self._places[stored].read(stored, index)
 
     def kv_parameters(self) -> dict[str, Tensor]:
         return {}

@@ -79,5 +79,6 @@ INTERNLM = Architecture(
     "InternLM", ("internlm",), _read_internlm, _internlm_config, notes=("written as Llama with biases: no remote code",)
 )
 INTERNLM2 = Architecture(
-    "InternLM2", ("internlm2",), _read_internlm2, _internlm2_config, _internlm2_sources, notes=("written as Llama: no remote code",)
-)
+    "InternLM2", ("internlm2",), _read_internlm2, _internlm2_config, _internlm2_sources,
+    base_parts=("tok_embeddings", "layers", "norm"), notes=("written as Llama: no remote code",),
+)  # fmt: skip

@@ -46,5 +46,5 @@ OPT = Architecture(
     "OPT", ("opt",), _read, sources=_sources,
     layer=Layer(o="self_attn.out_proj", gate="", up="fc1", down="fc2", attention_norm="self_attn_layer_norm", mlp_norm="final_layer_norm"),
     prefix="model.decoder.layers.{i}", embedding="model.decoder.embed_tokens", positions="model.decoder.embed_positions",
-    final_norm="model.decoder.final_layer_norm",
+    final_norm="model.decoder.final_layer_norm", base_parts=(),  # _sources knows the names without the prefix
 )  # fmt: skip

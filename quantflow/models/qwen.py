@@ -86,6 +86,6 @@ def _native_config(config: Json) -> Json:
 
 
 QWEN = Architecture(
-    "Qwen", ("qwen",), _read, _native_config, _sources,
+    "Qwen", ("qwen",), _read, _native_config, _sources, base="transformer", base_parts=("wte", "h", "ln_f"),
     notes=("written as Qwen2: no remote code; dynamic NTK and logn scaling beyond the trained length have no place there",),
 )  # fmt: skip
