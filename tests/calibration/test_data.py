@@ -6,14 +6,17 @@ import bz2
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
+import struct
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -339,3 +342,19 @@ def test_windows_are_those_of_the_independent_tool(model: str, text: str, count:
         Tokenizer.from_file(str(folder / "tokenizer.json")), documents(str(SHARED / text)), count=count, length=length, skip=skip
     )
     assert found.tokens == expected and len(expected) == count
+
+
+def test_offsets_beyond_an_arrow_files_text(tmp_path: Path) -> None:
+    """The library believes them: reading such a row ended the process."""
+    texts = ["one", "three", "seventeen"]
+    table, sink = pyarrow.table({"text": texts}), io.BytesIO()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    path, data = tmp_path / "texts.arrow", sink.getvalue()
+    path.write_bytes(data)
+    assert list(documents(str(path))) == texts
+    offsets = struct.pack("<4i", 0, 3, 8, 17)
+    assert data.count(offsets) == 1
+    path.write_bytes(data.replace(offsets, struct.pack("<4i", 0, 3, 2**31 - 1, 17)))
+    with pytest.raises(DataError, match=r"texts\.arrow: not Arrow"):
+        list(documents(str(path)))
