@@ -5,6 +5,7 @@
 # make notebooks  run the notebooks and keep their outputs
 # make test   environment, install, all tests that this machine can run, in WORKERS=2 processes
 # make coverage   the same, and which lines they reach: a table, and pages in build/coverage
+# make fuzz   coverage-guided fuzzing of every parser of foreign files, FUZZ_SECONDS=600 each; TARGET=gguf for one, RECORD=FILE for the numbers
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
 # make bench-gpu      the kernels' speed on the GPU at hand, then the engine's, with the interpreter that PYTHON names: nothing is installed
@@ -37,7 +38,7 @@ WORKERS ?= 2
 # A file's tests stay in one process, for what its fixtures make.
 PYTEST := --timeout=1200 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo plan artifacts assets notebooks test coverage lint kernel-report bench-gpu tune-gpu bench-cpu clean
+.PHONY: demo plan artifacts assets notebooks test coverage fuzz lint kernel-report bench-gpu tune-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -75,6 +76,16 @@ test: $(STAMP)
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
+
+FUZZ_SECONDS ?= 600
+TARGET ?=
+RECORD ?=
+fuzz: $(VENV)/.fuzz
+	PYTHONPATH=.:kernels $(BIN)/python tests/fuzz/run.py $(TARGET) --seconds $(FUZZ_SECONDS) $(if $(RECORD),--record $(RECORD))
+
+$(VENV)/.fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
