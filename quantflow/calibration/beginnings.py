@@ -8,6 +8,8 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from quantflow.models.tokenizer import SPLITS, guarded
+
 LETTERS = 6  # of a text for a token that is wanted: more than a token has in most languages
 SHORTEST = 2**15  # letters that are always encoded together
 MARGIN, RUNS = 1024, 8  # letters, and runs of letters of one kind, that lie behind a token which nothing further on can change
@@ -28,15 +30,14 @@ class Beginnings:
 
     def encode(self, texts: Sequence[str], least: int, *, special: Sequence[bool]) -> list[list[int]]:
         """The tokens of each text, or at least the first `least` of them. special: with the tokens that the tokenizer adds to a text.
-        Raises TypeError for what is no Unicode text."""
+        Raises TypeError for what is no Unicode text, ModelError where the tokenizer fails."""
         found: list[list[int]] = [[] for _ in texts]
         size, todo = max(SHORTEST, LETTERS * least), list(range(len(texts)))
         while todo:
             again = []
             for flag in (True, False):
                 some = [i for i in todo if special[i] == flag]
-                # encode_batch, for one text too: encode holds the interpreter lock.
-                encodings = self._tokenizer.encode_batch([texts[i][:size] for i in some], add_special_tokens=flag) if some else []
+                encodings = self._encoded([texts[i][:size] for i in some], flag) if some else []
                 for i, encoding in zip(some, encodings, strict=True):
                     if len(texts[i]) <= size:
                         found[i] = encoding.ids
@@ -46,6 +47,10 @@ class Beginnings:
                         again.append(i)
             todo, size = again, size * 4
         return found
+
+    def _encoded(self, texts: list[str], special: bool) -> Any:
+        # encode_batch, for one text too: encode holds the interpreter lock.
+        return guarded("tokenizer", SPLITS, lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special), passing=TypeError)
 
     def _settled(self, encoding: Any, text: str, least: int) -> int:
         """How many of the tokens stay as they are, whatever comes behind the text; less than `least` where so many do not."""

@@ -49,10 +49,12 @@ class Text:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """special: with the tokens that open every text (BOS), where the model has them."""
+
+        def encode() -> list[int]:  # encode_batch, for one text too: encode holds the interpreter lock
+            return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
+
         try:
-            return list(
-                guarded(self.folder, SPLITS, lambda: self.tokenizer.encode(text, add_special_tokens=special), passing=TypeError).ids
-            )
+            return list(guarded(self.folder, SPLITS, encode, passing=TypeError))
         except TypeError as error:  # half a surrogate pair
             raise RequestError(Problem("prompt", "no valid Unicode text", "text that UTF-8 can hold")) from error
 
