@@ -8,6 +8,8 @@ kv_qparams.safetensors   scales and zero points of the KV cache
 run.json                 times, host, memory: outside the artifact's identity
 <checkpoint files>       in the directory itself or, for several formats, in one folder a format
 tp2/rank-0/, …           tensor-parallel ranks, beside the checkpoint they come from
+
+What `export` writes has a manifest too, of kind `export`: where it comes from, and the same of its files. It has no report.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ KV_FILE = "kv_qparams.safetensors"
 STATISTICS = "calibration.safetensors"
 REPORT, PAGE = "report.json", "report.html"
 RUN = "run.json"
+EXPORT = "export"  # the kind of a manifest that `export` wrote; a recipe's has none
 MANIFEST_KEYS = {
     "name": str, "fingerprint": str, "status": str, "failed_gates": list, "formats": dict, "source": dict, "quality": dict, "files": dict,
 }  # fmt: skip
@@ -53,6 +56,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     if problems:
         raise ModelError(problems)
     return manifest
+
+
+def is_export(path: Path) -> bool:
+    """Whether `export` wrote this: nothing can make it again but its source, which may be gone."""
+    try:
+        return (read_manifest(path) or {}).get("kind") == EXPORT
+    except ModelError:
+        return False
 
 
 def kv_file(folder: Path) -> Path | None:

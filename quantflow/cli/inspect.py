@@ -68,7 +68,8 @@ def describe(directory: Path) -> dict[str, Any]:
         "left_out": weights.left_out,
         "notes": list(weights.notes),
         "artifact": {
-            k: manifest.get(k) for k in ("name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")
+            k: manifest.get(k)
+            for k in ("kind", "name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")
         }
         if manifest
         else None,
@@ -98,7 +99,10 @@ def _show(summary: dict[str, Any]) -> None:
             "artifact",
             f"{artifact['name']} ({artifact['status']}), formats {', '.join(artifact['formats'])}, tp {artifact['tensor_parallel']}",
         )
-        table.add_row("source", f"{artifact['source']['model']}, weights {artifact['source']['weights'][:16]}…")
+        source = artifact["source"]
+        origin = f", exported from {source['format']}" if artifact["kind"] == "export" else ""
+        weights = f", weights {source['weights'][:16]}…" if source["weights"] else ""
+        table.add_row("source", f"{source['model']}{origin}{weights}")
         kv = artifact["kv_qparams"]
         table.add_row(
             "KV cache", f"{kv['bits']} bit, one scale a {kv['granularity']}, symmetric {kv['symmetric']}" if kv else "as computed"

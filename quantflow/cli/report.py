@@ -30,7 +30,7 @@ def report(
 
 def compare(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR DIR…", help="Artifacts; the first is what the others are held against.")
+        list[Path], typer.Argument(metavar="DIR DIR…", help="Artifacts or exports; the first is what the others are held against.")
     ],
     output: Page = None,
     as_json: Json = False,

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantflow.artifacts.artifact import KV_FILE, MANIFEST, building, kv_file
+from quantflow import __version__
+from quantflow.artifacts.artifact import EXPORT, KV_FILE, MANIFEST, REPORT, building, file_entries, kv_file, read_manifest
+from quantflow.artifacts.fingerprint import digest
 from quantflow.artifacts.store import write_json
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
@@ -25,7 +28,7 @@ from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.grid import AnyTensor, Scheme
 from quantflow.stages.kv_qparams import fp8_scales, largest_of_parameters, of_rank, per_rank
-from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack import Results, checkpoint_bytes, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.pack_job import PackJob, Prepared, prepare
 from quantflow.stages.requantize import Requantizing, record
 
@@ -79,6 +82,7 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
     moved: Results = _Moved(weights, job)
     if options.requantize:
         moved = Requantizing(moved, job, None if weights.modules else weights.tensor, errors)
+    origin = _origin(checkpoint)
     told = progress or Silent()
     told.phase("export", checkpoint.config.layers * (1 + rank_folders(job)), "layers")
     with building(output) as folder:
@@ -94,12 +98,57 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
         if errors or earlier:
             said = {"from": source_format, "to": format_name, "relative_errors": record(errors), **earlier}
             write_json(folder / REQUANTIZED, said)
+        exact = not errors and not earlier
+        manifest = _manifest(checkpoint, origin, job, folder, source_format, options.tp, weights.notes, exact=exact)
+        write_json(folder / MANIFEST, manifest)
     count, notes = len(job.modules), weights.notes
     if weights.kv_scales == "fp8" and not options.kv_scales:
         notes = (*notes, "these were left out; --kv-scales fp8 keeps them in compressed-tensors")
     scheme = job.default if count else None
     left_out = {n: why for n, why in weights.left_out.items() if not options.kv_scales or not n.endswith(KV_SUFFIXES[:2])}
     return Exported(output, source_format, format_name, count, scheme, notes, record(errors), left_out)
+
+
+def _origin(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]] | None:
+    """The artifact or export that a checkpoint is, or is a format of, and its manifest. Raises ModelError for a damaged one."""
+    here = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    for place in (here, here.parent):
+        manifest = read_manifest(place)
+        if manifest and any((place / folder).resolve() == here.resolve() for folder in manifest["formats"].values()):
+            return place, manifest
+    return None
+
+
+def _manifest(
+    checkpoint: Checkpoint, origin: tuple[Path, dict[str, Any]] | None, job: PackJob, folder: Path, source_format: str, tp: int,
+    notes: tuple[str, ...], *, exact: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What was written, and of what. What was measured of the source holds for an exact translation of it, and goes along."""
+    place, made = origin or (checkpoint.path, {})
+    report = read_json(place / REPORT) if origin and (place / REPORT).is_file() else {}
+    before, files = {**report.get("source", {}), **made.get("source", {})}, file_entries(folder)
+    name = (before.get("model") if made.get("kind") == EXPORT else made.get("name")) or checkpoint.path.resolve().name.removesuffix(".gguf")
+    return {
+        "quantflow": __version__,
+        "kind": EXPORT,
+        "name": f"{name}_{job.format.name}",
+        "fingerprint": digest([EXPORT, files]),
+        "status": made.get("status", "complete"),
+        "failed_gates": made.get("failed_gates", []),
+        "formats": {job.format.name: "."},
+        "tensor_parallel": tp,
+        "recipe": made.get("recipe"),
+        "source": {
+            "model": name, "architecture": checkpoint.architecture.name, "format": source_format, "exact": exact,
+            "artifact": made.get("fingerprint"), "weights": before.get("weights"), "bytes": before.get("bytes", checkpoint.weight_bytes),
+        },
+        "bytes": checkpoint_bytes(job),
+        "kv_qparams": made.get("kv_qparams"),
+        "quality": made.get("quality", {}) if exact else {},
+        "evaluation": report.get("evaluation", made.get("evaluation")) if exact else None,
+        "notes": list(notes),
+        "files": files,
+    }  # fmt: skip
 
 
 def _check_output(output: Path, source: Path) -> None:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quantflow.artifacts.artifact import foreign_files
+from quantflow.artifacts.artifact import foreign_files, is_export
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.errors import OutputError, Problem, UserError
@@ -499,6 +499,8 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
                 "Pass --output DIR",
             )
         ]
+    if is_export(output):
+        return [Problem(str(plan.output), "what `quantflow export` wrote, which would be lost", "another place", "Pass --output DIR")]
     if foreign := foreign_files(output):
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         return [

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from quantflow.artifacts.artifact import EXPORT, read_manifest
 from quantflow.errors import Problem, UserError
 from quantflow.evaluate.variants import VARIANTS, deployed
 from quantflow.report import plots
@@ -51,20 +52,36 @@ class Comparison:
 
 
 def make_comparison(folders: Sequence[Path]) -> Comparison:
-    """Raises UserError with every folder that is no artifact with a report."""
+    """Of artifacts and exports. Raises UserError with every folder that is neither."""
     if len(folders) < 2:
         raise UserError(Problem("compare", f"{len(folders)} artifact", "two or more"))
     problems: list[Problem] = []
     reports: list[dict[str, Any]] = []
     for folder in folders:
         try:
-            reports.append(read_report(folder))
+            reports.append(_of_export(folder) or read_report(folder))
         except UserError as error:
             problems += error.problems
     if problems:
         raise UserError(problems)
     asked = [report["asked"] for report in reports]
     return Comparison(tuple(_names(folders, reports)), tuple(reports), tuple(differences(asked)), tuple(_notes(reports)))
+
+
+def _of_export(folder: Path) -> dict[str, Any] | None:
+    """What a comparison wants of a report, from the manifest of an export; None for anything else. Raises ModelError."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.get("kind") != EXPORT:
+        return None
+    source = manifest["source"]
+    (form,) = manifest["formats"] or ("",)
+    how = {"from": source.get("format"), "to": form, "exact": source.get("exact")}
+    return {
+        "name": manifest["name"], "fingerprint": manifest["fingerprint"], "status": manifest["status"], "quality": manifest["quality"],
+        "evaluation": manifest.get("evaluation"), "sizes": {form: manifest.get("bytes")}, "profile": {}, "linears": {}, "fallbacks": {},
+        "kept": {}, "asked": {**(manifest.get("recipe") or {}), "export": how},
+        "source": {"weights": source.get("weights"), "bytes": source.get("bytes")},
+    }  # fmt: skip
 
 
 def differences(recipes: Sequence[Mapping[str, Any]]) -> list[Difference]:
@@ -128,7 +145,7 @@ def _names(folders: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> lis
 
 def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
-    if len({r["source"]["weights"] for r in reports}) > 1:
+    if len({r["source"]["weights"] for r in reports} - {None}) > 1:
         notes.append("the artifacts come from different weights: their errors are to different originals")
     if len({measured_on(r) for r in reports} - {None}) > 1:
         notes.append(

@@ -129,6 +129,10 @@ def reduced(arguments: list[str]) -> list[str]:
     return [*arguments, *(word for path, value in changes.items() for word in ("--set", f"{path}={value}"))]
 
 
+UNLIKE = ("run.json", "quantflow.json")
+"""What tells an export from a run, and one from another: times, and where it comes from."""
+
+
 def contents(folder: Path, skip: tuple[str, ...] = ("run.json",)) -> dict[str, bytes]:
     """Relative path -> bytes of every file below a folder, but those named in `skip`."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skip}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from itertools import product
@@ -24,7 +25,7 @@ from quantflow.pipeline.export import Options, export
 from quantflow.quant.grid import QuantizedTensor, Scheme
 from quantflow.recipe import Pack
 from tests.formats.helpers import random_tensor
-from tests.helpers.runs import Bench, contents, invoke, make_bench
+from tests.helpers.runs import UNLIKE, Bench, contents, invoke, make_bench
 
 ROOT = Path(__file__).parents[2]
 EVERY = ("compressed-tensors", "awq", "gptq", "gptq_v2", "gguf")
@@ -79,14 +80,14 @@ def test_there_and_back_is_the_same(bench: Bench, tmp_path: Path, first: str, se
     assert_same(tensors(one), tensors(bench.output))
     assert_same(tensors(two), tensors(bench.output))
     export(two, first, back)
-    assert contents(back) == contents(one)  # bit for bit, configuration and tokenizer too
+    assert contents(back, UNLIKE) == contents(one, UNLIKE)  # bit for bit, configuration and tokenizer too
     assert (two / "kv_qparams.safetensors").read_bytes() == (bench.output / "kv_qparams.safetensors").read_bytes()
 
 
 def test_what_is_exported_is_what_a_run_packs(bench: Bench, tmp_path: Path) -> None:
     """Ranks and whole, byte for byte; and their KV parameters."""
     export(bench.output, "compressed-tensors", tmp_path / "out", Options(tp=2))
-    ours, theirs = contents(tmp_path / "out"), contents(bench.output)
+    ours, theirs = contents(tmp_path / "out", UNLIKE), contents(bench.output, UNLIKE)
     shared = set(ours) & set(theirs)
     assert {"model.safetensors", "config.json", "tp2/rank-0/model.safetensors", "tp2/rank-1/kv_qparams.safetensors"} <= shared
     assert set(ours) == shared
@@ -390,7 +391,7 @@ def test_half_precision_workspaces_by_rank(tmp_path: Path) -> None:
     export(workspace, "gptq_v2", tmp_path / "back", Options(tp=2))
     assert_same(tensors(tmp_path / "back"), tensors(awq))
     export(awq, "turbomind", tmp_path / "again", Options(tp=2))
-    ours, theirs = contents(tmp_path / "again"), contents(workspace)
+    ours, theirs = contents(tmp_path / "again", UNLIKE), contents(workspace, UNLIKE)
     # A run takes each rank's own extremes; an export has the layer's alone, and gives them to both.
     assert {n for n in theirs if ours.get(n) != theirs[n]} <= {n for n in theirs if "past_kv_scale" in n} and set(ours) == set(theirs)
 
@@ -454,7 +455,7 @@ def test_an_fp8_cache_is_not_taken_for_another(tmp_path: Path) -> None:
     assert said.startswith("full precision (the checkpoint's own scales, fp8, are not used)")
     assert "(fp8): the engine here has no such cache" in json.loads(invoke("inspect", tmp_path / "in", "--json").output)["notes"][0]
     export(tmp_path / "in", "compressed-tensors", tmp_path / "moved", Options(kv_scales="fp8"))  # with nothing but themselves to go by
-    assert contents(tmp_path / "moved") == contents(tmp_path / "in")
+    assert contents(tmp_path / "moved", UNLIKE) == contents(tmp_path / "in", UNLIKE)
     config = json.loads((tmp_path / "in" / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"]["type"] = "int"  # as QuantFlow once wrote, in other numbers
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
@@ -535,3 +536,61 @@ def test_any_chain_of_formats_is_exact_or_refused(
     assert same(
         (first.codes, first.scales, first.zeros, first.group_index), (tensor.codes, tensor.scales, tensor.zeros, tensor.group_index)
     )
+
+
+# The manifest
+
+
+def test_an_export_has_a_manifest_that_verify_and_compare_take(tmp_path: Path) -> None:
+    """Of an exact translation, the figures that its source was measured by; of files, their hashes."""
+    bench = make_bench(tmp_path / "made")
+    made = bench.recipe(stages=["rtn", {"pack": {"format": "compressed-tensors"}}, bench.evaluate()])
+    assert invoke("run", made).exit_code == 0
+    before = json.loads((bench.output / "quantflow.json").read_text())
+    assert invoke("export", bench.output, "--format", "huggingface", "--output", tmp_path / "plain").exit_code == 0
+    manifest = json.loads((tmp_path / "plain" / "quantflow.json").read_text())
+    assert (manifest["kind"], manifest["name"], manifest["formats"]) == ("export", "tiny_huggingface", {"huggingface": "."})
+    assert manifest["source"]["format"] == "compressed-tensors" and manifest["source"]["artifact"] == before["fingerprint"]
+    assert manifest["source"]["weights"] == before["source"]["weights"] and manifest["quality"] == before["quality"]
+    for name, entry in manifest["files"].items():
+        data = (tmp_path / "plain" / name).read_bytes()
+        assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert {*manifest["files"], "quantflow.json"} == {p.name for p in (tmp_path / "plain").iterdir()}
+
+    verified = invoke("verify", tmp_path / "plain", "--device", "cpu", "--json")
+    assert verified.exit_code == 0 and json.loads(verified.stdout)[0]["passed"] is True
+    compared = invoke("compare", bench.output, tmp_path / "plain", "--json", "--output", tmp_path / "page.html")
+    assert compared.exit_code == 0, compared.stderr
+    found = json.loads(compared.stdout)
+    assert [row["quality"] for row in found["artifacts"]] == [before["quality"]["weights"]] * 2 and not found["notes"]
+    assert {path.partition(".")[0] for path in found["differences"]} == {"export"}  # the recipe is the same
+    assert found["artifacts"][1]["bytes"] == sum(t.nbytes for t in load_file(tmp_path / "plain" / "model.safetensors").values())
+
+    with open(tmp_path / "plain" / "config.json", "a") as file:
+        file.write(" ")
+    changed = invoke("verify", tmp_path / "plain", "--device", "cpu", "--json")
+    assert changed.exit_code == 3 and "config.json differs from its sha256" in changed.stderr
+
+
+def test_what_was_rounded_again_has_no_figures_of_its_source(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path / "made")
+    made = bench.recipe(stages=["rtn", {"pack": {"format": "compressed-tensors"}}, bench.evaluate()])
+    assert invoke("run", made).exit_code == 0
+    done = invoke("export", bench.output, "--format", "huggingface", "--dtype", "float16", "--requantize", "--output", tmp_path / "half")
+    assert done.exit_code == 0 and (tmp_path / "half" / "requantized.json").is_file()
+    manifest = json.loads((tmp_path / "half" / "quantflow.json").read_text())
+    assert manifest["quality"] == {} and manifest["source"]["exact"] is False
+    assert invoke("export", tmp_path / "half", "--format", "huggingface", "--dtype", "float16", "--output", tmp_path / "on").exit_code == 0
+    assert json.loads((tmp_path / "on" / "quantflow.json").read_text())["source"]["exact"] is False  # an inexact source stays one
+    shown = invoke("inspect", tmp_path / "half")
+    assert shown.exit_code == 0 and "exported from" in shown.stdout
+
+
+def test_the_export_of_a_foreign_model_is_not_replaced_by_a_run(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path / "made")
+    assert invoke("export", bench.model, "--format", "huggingface", "--output", bench.output).exit_code == 0
+    manifest = json.loads((bench.output / "quantflow.json").read_text())
+    assert manifest["source"]["artifact"] is None and manifest["quality"] == {} and manifest["name"] == "model_huggingface"
+    refused = invoke("run", bench.recipe())
+    assert refused.exit_code == 2 and "`quantflow export` wrote" in refused.stderr
+    assert invoke("inspect", bench.output).exit_code == 0
