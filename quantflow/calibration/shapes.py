@@ -52,16 +52,16 @@ def read_row(row: Any, where: str, field: str | None = None) -> str | Dialogue:
         if isinstance(value, list):
             return Dialogue(_messages(value, f"{where} {field}"), _tools(given))
         raise _refused(row, where, field)
-    for name in TEXTS:
-        if isinstance(given.get(name), str):
-            return str(given[name])
+    texts = [str(given[name]) for name in TEXTS if isinstance(given.get(name), str)]
+    if text := next((text for text in texts if text.strip()), None):
+        return text
     for name in DIALOGUES:
         if isinstance(given.get(name), list):
             return Dialogue(_messages(given[name], f"{where} {name}"), _tools(given))
     found = _pair(given, where)
-    if found is None:
+    if found is None and not texts:
         raise _refused(row, where, field)
-    return found
+    return found or ""
 
 
 def _pair(row: dict[str, Any], where: str) -> str | Dialogue | None:

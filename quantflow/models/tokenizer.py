@@ -13,15 +13,14 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from quantflow.errors import DataError, ModelError, Problem
+from quantflow.errors import ModelError, Problem
 from quantflow.models.dialogue import OF_FAMILY, ChatTemplate, Dialogue
 from quantflow.models.directory import read_file, read_json
 from quantflow.models.gguf_file import read_metadata
@@ -105,22 +104,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
     then has no say, as in transformers 5). Raises ModelError where no file is there, or one is damaged or another model's.
     """
     return _load(path).tokenizer
-
-
-def document_ids(tokenizer: Tokenizer, texts: Iterable[str], chunk: int = 256) -> Iterator[list[int]]:
-    """The token ids of each text, special tokens included, in order; `chunk` texts are encoded at once. Raises DataError, and
-    ModelError for a tokenizer that fails at one."""
-    remaining = iter(texts)
-    done = 0
-    while batch := list(islice(remaining, chunk)):
-        try:
-            encodings = guarded("tokenizer", SPLITS, lambda: tokenizer.encode_batch(batch, add_special_tokens=True), passing=TypeError)
-        except TypeError as error:  # half a surrogate pair has no UTF-8
-            bad = [i for i, text in enumerate(batch) if not isinstance(text, str) or _has_surrogate(text)]
-            expected = "text that UTF-8 can hold"
-            raise DataError([Problem(f"text {done + i}", "no valid Unicode text", expected) for i in bad or [0]]) from error
-        yield from (encoding.ids for encoding in encodings)
-        done += len(batch)
 
 
 def export_tokenizer(source: Path, target: Path) -> list[str]:
@@ -706,10 +689,6 @@ def guarded(where: Path | str, expected: str, build: Callable[[], Any], passing:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ModelError(Problem(str(where), str(error).strip().split("\n")[0][:200], expected, "Is the download complete?")) from error
         raise
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 _READERS: dict[str, Callable[[Path], Loaded]] = {

@@ -32,6 +32,7 @@ DIALOGUES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "at?"}]}, SAY]}, TALK,
     ),
     "a table's nulls": ({"messages": [{"role": "user", "content": "What?", "name": None, "tool_calls": None}, SAY], "text": None}, TALK),
+    "a blank text beside it": ({"text": "", "messages": TALK}, TALK),
     "both spellings in one table": ({"messages": [{"role": None, "content": None, "from": "human", "value": "What?"}, SAY]}, TALK),
     "prompt and response": ({"prompt": "What?", "response": "That.", "id": "1"}, TALK),
     "prompt and completion": ({"prompt": "What?", "completion": "That."}, TALK),
@@ -91,7 +92,8 @@ def test_tools_and_calls() -> None:
         ({"prompt": "a", "n": 3}, "a"),
         ({"chosen": "Human: a", "rejected": "Human: b"}, "Human: a"),
         ({"text": "rendered", "messages": TALK}, "rendered"),
-        ({"text": ""}, ""),
+        ({"text": "", "id": "x"}, ""),
+        ({"text": " ", "content": "a"}, "a"),
     ],
 )
 def test_texts(row: Any, text: str) -> None:

@@ -18,9 +18,10 @@ from tiktoken._educational import bpe_train
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.models import Unigram, WordLevel
 
+from quantflow.calibration.data import cut_windows
 from quantflow.engine.text import Text
-from quantflow.errors import DataError, ModelError
-from quantflow.models.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, _merges, byte_letters, document_ids, export_tokenizer, load_tokenizer
+from quantflow.errors import ModelError
+from quantflow.models.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, _merges, byte_letters, export_tokenizer, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
@@ -82,6 +83,10 @@ def ranks() -> dict[bytes, int]:
 
     with contextlib.redirect_stdout(io.StringIO()):
         return bpe_train(data=TEXT[: len(TEXT) // 3], vocab_size=420, pat_str=QWEN_PATTERN, visualise=None)
+
+
+def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
 def directory(path: Path, files: dict[str, Any]) -> Path:
@@ -363,7 +368,7 @@ def test_shared_models_agree_with_transformers(tmp_path: Path, name: str) -> Non
     text = (SHARED / "text" / "tinystories.txt").read_text(encoding="utf-8")[:20_000]
     texts = [*AWKWARD, *text.split("\n")]
     expected = [theirs(t)["input_ids"] for t in texts]
-    assert list(document_ids(ours, texts, chunk=7)) == expected
+    assert ids_of(ours, texts) == expected
     export_tokenizer(path, directory(tmp_path, {"config.json": (path / "config.json").read_bytes()}))
     exported = auto(tmp_path)
     assert [exported(t)["input_ids"] for t in texts] == expected
@@ -446,7 +451,7 @@ def test_gpt2_and_opt_agree_with_transformers(tmp_path: Path, gpt2_files: dict[s
         theirs = GPT2Tokenizer.from_pretrained(source, local_files_only=True)
         ours = load_tokenizer(source)
         expected = [theirs(t)["input_ids"] for t in texts]
-        assert list(document_ids(ours, texts)) == expected
+        assert ids_of(ours, texts) == expected
         assert expected[4][0] == 2 if add_bos else expected[4][0] != 2
         written = export_tokenizer(source, directory(tmp_path / f"{model_type}-out", {"config.json": {"model_type": model_type}}))
         assert written == ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
@@ -507,14 +512,7 @@ def test_documents_are_never_truncated_or_padded(tmp_path: Path, llama_model: by
     texts = [TEXT, "a", "", "the river " * 50]
     expected = [tokenizer.encode(t).ids for t in texts]
     assert len(expected[0]) > 100 and expected[2] == [1]
-    for chunk in (1, 3, 256):
-        assert list(document_ids(load_tokenizer(path), iter(texts), chunk=chunk)) == expected
-
-
-def test_half_a_surrogate_is_the_datas_fault(tmp_path: Path, llama_model: bytes) -> None:
-    tokenizer = load_tokenizer(directory(tmp_path, {"tokenizer.model": llama_model}))
-    with pytest.raises(DataError, match="text 3: no valid Unicode"):
-        list(document_ids(tokenizer, ["a", "b", "c", "d\ud800"], chunk=2))
+    assert ids_of(load_tokenizer(path), texts) == expected
 
 
 # --- damaged files
@@ -696,7 +694,7 @@ def test_a_tokenizer_that_fails_at_a_text_says_so(tmp_path: Path) -> None:
     tokenizer = Tokenizer(Unigram([("a", 0.0), ("b", -1.0)], None, False))
     text = Text(directory(tmp_path, {"tokenizer.json": tokenizer.to_str()}))
     assert text.encode("ab") == [0, 1]
-    for fails in (lambda: text.encode("z"), lambda: list(document_ids(text.tokenizer, ["a", "z"]))):
+    for fails in (lambda: text.encode("z"), lambda: cut_windows(text.tokenizer, ["a", "z"], count=1, length=2)):
         with pytest.raises(ModelError, match=r"unk_id.*expected a tokenizer that can split any text"):
             fails()
 
