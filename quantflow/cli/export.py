@@ -44,7 +44,8 @@ def export(
             done = exporting.export(source, format, output, options, shown)
         if as_json:
             found = {"output": str(done.output), "from": done.source_format, "to": done.format, "modules": done.modules}
-            print(json.dumps({**found, "relative_errors": dict(done.errors), "left_out": dict(done.left_out), "notes": list(done.notes)}))
+            said = {"left_out": dict(done.left_out), "notes": list(done.notes), "warnings": list(done.warnings)}
+            print(json.dumps({**found, "relative_errors": dict(done.errors), **said}))
             return
         what = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
         console.print(f"{done.output} written: {what}, {done.source_format} to {done.format}.")
@@ -52,6 +53,8 @@ def export(
             console.print(f"Left out: {line}.")
         for note in done.notes:
             console.print(f"Note: {note}.")
+        for warning in done.warnings:
+            console.print(f"Warning: {warning}.")
         if done.errors:
             worst = max(done.errors, key=lambda name: done.errors[name])
             mean = sum(done.errors.values()) / len(done.errors)

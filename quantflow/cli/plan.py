@@ -98,6 +98,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
             "seconds": round(cost.seconds, 1),
         },
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
     }
 
 
@@ -135,3 +136,5 @@ def _show(summary: dict[str, Any]) -> None:
     for note in summary["notes"]:
         table.add_row("note", note)
     console.print(table)
+    for warning in summary["warnings"]:
+        console.print(f"Warning: {warning}.")

@@ -37,11 +37,13 @@ def run(
 
         plan = make_plan(load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value)
         show_notes(plan.checkpoint.remarks)
+        for warning in plan.warnings if not as_json else ():
+            console.print(f"Warning: {warning}.")
         with progress() as watcher:
             result = run_plan(plan, watcher, fresh=fresh)
         if as_json:
             value = {"output": str(result.output), "existed": result.existed, "quality": result.quality, "failed_gates": result.failures,
-                     "seconds": result.seconds}  # fmt: skip
+                     "seconds": result.seconds, "warnings": list(plan.warnings)}  # fmt: skip
             print(json.dumps(value, indent=2))
         else:
             if result.existed:

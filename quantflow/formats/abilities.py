@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Ability:
     """grid: which numbers a code can stand for. bits: of integer grids. here: whether QuantFlow reads and writes it. engines: who loads
-    it, by their documentation; which of them this project has run stands in the README."""
+    what of it; the conditions are those of the formats' `doubts`, and how they are known stands in docs/engines.md."""
 
     grid: str
     bits: tuple[int, ...]
@@ -28,24 +28,28 @@ BOTH = "read, write"
 ABILITIES: dict[str, Ability] = {
     "compressed-tensors": Ability(
         "integers", (2, 3, 4, 5, 6, 7, 8), "any divisor, per channel", "yes, not for experts", "yes", "read",
-        "beside it, or fp8 ones inside (--kv-scales fp8)", "yes", BOTH, "vLLM, transformers",
+        "beside it, or fp8 ones inside (--kv-scales fp8)", "yes", BOTH,
+        "vLLM, SGLang (q, k, v alike; gate, up alike), transformers (unlike: all symmetric), LMDeploy (4 bits, groups of 32, 128)",
     ),
     "awq": Ability(
-        "integers", (4,), "any divisor", "yes", "no", "no", FILE, "yes", BOTH, "AutoAWQ, vLLM, LMDeploy, SGLang, transformers"
+        "integers", (4,), "any divisor", "yes", "no", "no", FILE, "yes", BOTH,
+        "AutoAWQ, transformers, vLLM, SGLang (q, k, v: all or none; gate, up too), LMDeploy (groups of 128)",
     ),
     "gptq": Ability(
         "integers", (2, 3, 4, 8), "any divisor, per channel", "yes, without a zero point of 0", "yes", "yes", FILE, "yes", BOTH,
-        "GPTQModel, AutoGPTQ, vLLM, LMDeploy, SGLang, transformers",
+        "AutoGPTQ, transformers; symmetric alone: GPTQModel, vLLM and SGLang (4, 8 bits, no index), LMDeploy (4 bits, groups of 128)",
     ),
     "gptq_v2": Ability(
-        "integers", (2, 3, 4, 8), "any divisor, per channel", "yes", "yes", "yes", FILE, "yes", BOTH, "GPTQModel, SGLang"
+        "integers", (2, 3, 4, 8), "any divisor, per channel", "yes", "yes", "yes", FILE, "yes", BOTH,
+        "GPTQModel; vLLM and SGLang (symmetric, 4, 8 bits, no index); LMDeploy misreads it",
     ),
     "bitsandbytes": Ability(
         "NF4, single or double; no experts", (), "blocks of 64 (32 to 4096)", "no", "no", "no", FILE, "no", BOTH,
-        "bitsandbytes, transformers, vLLM",
+        "bitsandbytes, transformers",
     ),
     "turbomind": Ability(
-        "integers", (4,), "any divisor", "yes", "no", "no", "inside, one a layer and rank", "yes, inside", BOTH, "LMDeploy v0.1"
+        "integers", (4,), "any divisor", "yes", "no", "no", "inside, one a layer and rank", "yes, inside", BOTH,
+        "LMDeploy v0.1, none later",
     ),
     "gguf": Ability(
         "integers, floating minimums", (4, 8), "multiples of 32", "4 bits, where -zero * scale is exact", "yes", "no", FILE, "no", BOTH,

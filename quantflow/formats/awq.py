@@ -6,7 +6,7 @@ fp16 `[G, N]`. Zero points are stored as they are; a symmetric weight has 8 ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,9 @@ from quantflow.formats.base import (
     setting,
     take,
     texts,
+    with_fused,
 )
+from quantflow.formats.engines import LMDEPLOY, unlike_parts
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +72,9 @@ class Awq:
 
     def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         return replace(integer_scheme(scheme, shape), bits=4)
+
+    def prefers_symmetric(self, *, experts: bool) -> bool:
+        return False
 
     def shares_scheme(self, module: str) -> bool:
         return True
@@ -155,7 +160,8 @@ class Awq:
             for name, own in modules.items()
             if (own.bits, own.group_size) != (scheme.bits, scheme.group_size)
         ]
-        # Readers look for an ignored name anywhere in a module's name.
+        # Readers look for an ignored name anywhere in a module's name; SGLang for that of what it fuses, which must then be there too.
+        ignored = with_fused(ignored, complete=True)
         for name in ignored:
             problems += [Problem(name, f"ignoring it would also ignore {other}") for other in modules if name in other]
         if act_order:
@@ -174,6 +180,13 @@ class Awq:
             "version": "gemm",
             "modules_to_not_convert": skipped,
         }
+
+    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+        alike = {name: replace(scheme, symmetric=False) for name, scheme in modules.items()}  # which all have zero points here
+        doubts = unlike_parts(alike, ignored)
+        if sizes := sorted({scheme.group_size for scheme in modules.values()} - {128}):
+            doubts.append(Problem(LMDEPLOY, f"does not load groups of {', '.join(map(str, sizes))}", "group_size: 128"))
+        return doubts
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

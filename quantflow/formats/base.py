@@ -28,7 +28,7 @@ SAFETENSORS_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 _LONGEST_PATTERN, _MOST_REPEATS = 100_000, 4
 # Modules that inference engines fuse, and under whose name they then look for per-module settings.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Format(Protocol):
@@ -91,6 +91,9 @@ class Format(Protocol):
         """The scheme to quantise a weight with again that `check` refuses in `scheme`, which is `scheme` itself where it does not.
         shape: of what a rank holds. Where it is refused too, nothing helps."""
 
+    def prefers_symmetric(self, *, experts: bool) -> bool:
+        """Whether weights are symmetric where a recipe leaves it open: what every reader of the format loads. experts: of a mixture."""
+
     def shares_scheme(self, module: str) -> bool:
         """Whether a module's width and groups must be those of all others for which this is so."""
 
@@ -122,6 +125,10 @@ class Format(Protocol):
         modules: the scheme of every quantised module. ignored: the linears that are not. kv_scales: the kind of KV scales that are
         written too, one of the format's own `kv_scales`. act_order: some tensor has a group index. model_dtype: as torch names it.
         """
+
+    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+        """What engines are known not to load, or to misread, of a checkpoint that is right: `where` is the engine, with its version.
+        The arguments are those of `quantization_config`. It keeps nothing from being written."""
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Further JSON files that readers of the format expect, by name, from its `quantization_config`."""
@@ -421,7 +428,7 @@ def with_fused(names: Collection[str], *, complete: bool) -> list[str]:
     result = dict.fromkeys(names)
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        for fused, parts in _FUSED.items():
+        for fused, parts in FUSED.items():
             if leaf in parts and (not complete or all(f"{parent}.{part}" in result for part in parts)):
                 result[f"{parent}.{fused}"] = None
     return list(result)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import Spec, check_tensor, expect_shape, grid_problems, setting, take, texts
+from quantflow.formats.engines import VLLM
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,9 @@ class Bitsandbytes:
         if scheme.kind == "nf4" and scheme.group_size in BLOCK_SIZES:
             return scheme
         return replace(scheme, bits=4, group_size=64, symmetric=True, kind="nf4")
+
+    def prefers_symmetric(self, *, experts: bool) -> bool:
+        return False
 
     def shares_scheme(self, module: str) -> bool:
         return True
@@ -192,6 +196,9 @@ class Bitsandbytes:
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": list(ignored),
         }
+
+    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+        return [Problem(VLLM, "knows no bitsandbytes (nor does LMDeploy)", "compressed-tensors, awq or gptq")] if modules else []
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

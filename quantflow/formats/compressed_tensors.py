@@ -10,7 +10,7 @@ group` and would read the weights in the wrong groups without it: it is read her
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from quantflow.formats.base import (
     take,
     texts,
 )
+from quantflow.formats.engines import LMDEPLOY, TRANSFORMERS, unlike_parts
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,9 @@ class CompressedTensors:
     def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         scheme = integer_scheme(scheme, shape)
         return replace(scheme, symmetric=True) if _is_expert(module) else scheme
+
+    def prefers_symmetric(self, *, experts: bool) -> bool:
+        return experts
 
     def shares_scheme(self, module: str) -> bool:
         return _is_expert(module)
@@ -223,6 +227,19 @@ class CompressedTensors:
             # so that this helps nothing where schemes are mixed: vLLM, transformers 5.17 or the package's 0.17 read those.
             config["dequantize"] = True
         return config
+
+    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+        doubts = unlike_parts(modules, ignored)
+        dense = {scheme for name, scheme in modules.items() if not _is_expert(name)}
+        if len(dense) > 1 and not all(scheme.symmetric for scheme in dense):
+            found = f"does not load zero points beside unlike schemes: {', '.join(sorted(map(str, dense)))}"
+            doubts.append(Problem(TRANSFORMERS, found, "one scheme, or symmetric ones", "weights.symmetric: true"))
+        if wide := sorted({str(scheme) for scheme in modules.values() if scheme.bits != 4 or scheme.group_size not in (32, 128)}):
+            expected = "4 bits in groups of 32 or 128"
+            doubts.append(Problem(LMDEPLOY, f"does not load {', '.join(wide)}", expected))
+        elif len({scheme.group_size for scheme in modules.values()}) > 1:
+            doubts.append(Problem(LMDEPLOY, "takes all groups to be of one size, and these are not", "one group_size"))
+        return doubts
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

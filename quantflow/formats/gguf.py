@@ -10,7 +10,7 @@ The file itself, names and the order of rotary channels are `models/gguf_file.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,9 @@ class Gguf:
         if scheme.kind == "nf4" or (scheme.bits == 4 and not scheme.symmetric):
             return replace(scheme, bits=4, group_size=group, symmetric=False, kind="minimum", double=False)
         return replace(scheme, bits=8 if scheme.bits > 4 else 4, group_size=group, symmetric=True)
+
+    def prefers_symmetric(self, *, experts: bool) -> bool:
+        return True
 
     def shares_scheme(self, module: str) -> bool:
         return False
@@ -175,6 +178,9 @@ class Gguf:
             raise FormatError(Problem("act_order", "a group index, which GGUF cannot hold", hint="Use act_order: static, or gptq"))
         schemes = {name: [s.bits, s.group_size, s.symmetric, s.kind] for name, s in modules.items()}
         return {"quant_method": "gguf", "types": {name: type_of(scheme) for name, scheme in modules.items()}, "schemes": schemes}
+
+    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+        return []
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

@@ -6,7 +6,7 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,9 @@ class HuggingFace:
 
     def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         return scheme
+
+    def prefers_symmetric(self, *, experts: bool) -> bool:
+        return False
 
     def shares_scheme(self, module: str) -> bool:
         return False
@@ -87,6 +90,9 @@ class HuggingFace:
         model_dtype: str = "bfloat16",
     ) -> dict[str, Any]:
         return {}
+
+    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+        return []
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

@@ -6,7 +6,7 @@ A weight is handed over in AWQ's three tensors, and read back in them; how the w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ class TurboMind(Awq):
         scheme = super().nearest(module, scheme, shape)
         # config.ini has one number for all, so that a whole row's scale is repeated for smaller groups.
         return replace(scheme, group_size=fitting_group(shape[1], 128)) if scheme.group_size == -1 else scheme
+
+    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+        return []
 
     def quantization_config(
         self,

@@ -53,7 +53,7 @@ class Options:
 class Exported:
     """modules: how many quantised weights were written. scheme: of most of them; None for a plain checkpoint. notes: what a user should
     know of the architecture and of this checkpoint. errors: what had to be rounded -> its relative error, {} where the translation is
-    exact. left_out: source tensor -> why it was not written.
+    exact. left_out: source tensor -> why it was not written. warnings: what engines are known not to load of it.
     """
 
     output: Path
@@ -64,6 +64,7 @@ class Exported:
     notes: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def export(source: str | Path, format_name: str, output: Path, options: Options = Options(), progress: Progress | None = None) -> Exported:
@@ -106,7 +107,7 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
         notes = (*notes, "these were left out; --kv-scales fp8 keeps them in compressed-tensors")
     scheme = job.default if count else None
     left_out = {n: why for n, why in weights.left_out.items() if not options.kv_scales or not n.endswith(KV_SUFFIXES[:2])}
-    return Exported(output, source_format, format_name, count, scheme, notes, record(errors), left_out)
+    return Exported(output, source_format, format_name, count, scheme, notes, record(errors), left_out, job.warnings)
 
 
 def _origin(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]] | None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +48,7 @@ from quantflow.recipe import (
     Recipe,
     Rtn,
     Shard,
+    Weights,
     dump,
 )
 from quantflow.recipe.overrides import matches
@@ -201,10 +202,15 @@ class Plan:
             prepare(
                 self.checkpoint, self._format(pack), {i: self.schemes(i) for i in range(self.config.layers)}, indexed=lambda _: index,
                 max_shard_bytes=pack.max_shard_size, ranks=self.tp, requantize=pack.requantize,
-                default=Scheme(weights.bits, weights.group_size, weights.symmetric),
+                default=_scheme(weights),
             )
             for pack in self.packs
         )  # fmt: skip
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What engines are known not to load of what the packs write, each in a sentence. They keep nothing from being run."""
+        return tuple(f"pack {warning}" for prepared in self.prepared for warning in prepared.job.warnings)
 
     def _format(self, pack: Pack) -> Format:
         form = FORMATS[pack.format]
@@ -299,8 +305,13 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
 
 
 def resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with the model's numbers where it says `auto`: lengths within its positions, and a group that fits all linears."""
+    """The recipe with the model's numbers where it says `auto`: lengths within its positions, and a group that fits all linears; and the
+    first pack's choice of symmetric weights or not."""
     most, changes = checkpoint.config.max_positions, dict[str, object]()
+    if recipe.weights.symmetric is None:
+        first = next((FORMATS[stage.format] for stage in recipe.stages if isinstance(stage, Pack)), None)
+        symmetric = first is not None and first.prefers_symmetric(experts=bool(checkpoint.config.experts))
+        recipe = recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"symmetric": symmetric})})
     if recipe.calibration and recipe.calibration.seqlen == AUTO:
         changes["calibration"] = recipe.calibration.model_copy(update={"seqlen": min(SEQLEN, most)})
     changes["stages"] = tuple(
@@ -330,6 +341,10 @@ def _bundled_notes(recipe: Recipe) -> Iterator[str]:
         yield f"evaluate reads {what}, other pages than calibration has: --set stages.evaluate.data=FILE takes another"
 
 
+def _scheme(weights: Weights) -> Scheme:
+    return Scheme(weights.bits, weights.group_size, bool(weights.symmetric))
+
+
 def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
     weights = recipe.weights
     nf4 = next((stage for stage in recipe.stages if isinstance(stage, Nf4)), None)
@@ -338,7 +353,7 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
         prefix = checkpoint.architecture.layer_prefix(i)
         for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, i).items():
             module = f"{prefix}.{name}"
-            scheme: Scheme | None = Scheme(weights.bits, weights.group_size, weights.symmetric)
+            scheme: Scheme | None = _scheme(weights)
             reason = ""
             if any(matches(module, pattern) for pattern in weights.ignore):
                 scheme, reason = None, "weights.ignore"
@@ -347,7 +362,7 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
                     if override.ignore:
                         scheme, reason = None, f"override {override.match}"
                         continue
-                    base = scheme or Scheme(weights.bits, weights.group_size, weights.symmetric)
+                    base = scheme or _scheme(weights)
                     scheme = Scheme(
                         override.bits or base.bits,
                         override.group_size or base.group_size,
@@ -391,13 +406,12 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             if not pack.requantize:
                 problems += _doubtful(plan, pack)
     problems = [*found.values(), *problems]
-    patterns = [(f"weights.overrides match {o.match!r}", o.match) for o in plan.recipe.weights.overrides]
-    patterns += [(f"weights.ignore {p!r}", p) for p in plan.recipe.weights.ignore if p != plan.checkpoint.architecture.head]
-    for where, pattern in patterns:
-        if not any(matches(p.module, pattern) for p in plan.linears):
-            problems.append(
-                Problem(where, "matches no linear of the model", f"a pattern such as *.{plan.linears[0].name.rpartition('.')[2]}")
-            )
+    for where, pattern, ignores in _patterns(plan.recipe):
+        # One that leaves a router or a norm alone, which nobody quantises, changes nothing; one that matches nothing is a slip of the pen.
+        named = chain(linears, _other_modules(plan.checkpoint) if ignores else ())
+        if not any(matches(module, pattern) for module in named):
+            expected = f"a pattern such as *.{plan.linears[0].name.rpartition('.')[2]}"
+            problems.append(Problem(f"{where} {pattern!r}", "matches no linear of the model", expected))
     if not any(matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
         problems.append(
             Problem(
@@ -405,6 +419,18 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             )
         )
     return problems
+
+
+def _patterns(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
+    """Where each pattern over modules stands, and whether it leaves alone what it matches."""
+    yield from (("weights.overrides match", override.match, override.ignore) for override in recipe.weights.overrides)
+    yield from (("weights.ignore", pattern, True) for pattern in recipe.weights.ignore)
+
+
+def _other_modules(checkpoint: Checkpoint) -> Iterator[str]:
+    """The head, which a tied model has no tensor of, and the modules of all weights: routers, norms and embeddings too."""
+    yield checkpoint.architecture.head
+    yield from (name.removesuffix(".weight") for name in checkpoint.expected if name.endswith(".weight"))
 
 
 def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> str:

@@ -87,6 +87,7 @@ def make_report(
         "memory": _memory(plan),
         "tensors": plan.account.as_dict(),
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ EXAMPLES = {
     "calibration": "calibration: {data: c4, file: ./c4.jsonl, samples: 128, seqlen: 2048}",
     "weights": 'weights:\n  bits: 4\n  group_size: 128\n  ignore: [lm_head, "*.layers.0.*"]\n'
     '  overrides:\n    - {match: "*.down_proj", bits: 8}',
-    "weights.overrides": 'weights: {overrides: [{match: "*.down_proj", group_size: 64}, {match: "*.k_proj", ignore: true}]}',
+    "weights.overrides": 'weights: {overrides: [{match: "*.down_proj", group_size: 64}, {match: "*.[qkv]_proj", ignore: true}]}',
     "calibrate": "- calibrate",
     "awq": "- awq: {grid: 20, clip: true}",
     "gptq": "- gptq: {act_order: static, damp: 0.01}",

@@ -80,6 +80,11 @@ def _check_length(value: int) -> int:
 
 
 _AS_WRITTEN: Any = {"default": "auto"}
+Symmetric = Annotated[
+    bool | None, BeforeValidator(lambda value: None if value == "auto" else value),
+    PlainSerializer(lambda value: "auto" if value is None else value),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "boolean"}, {"type": "null"}]}),
+]  # fmt: skip
 Length = Annotated[
     int, AfterValidator(_check_length), *_or_auto(f"or an integer greater than or equal to {_MIN_LENGTH}"),
     WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": _MIN_LENGTH}]}),
@@ -150,7 +155,12 @@ class Weights(Section):
         default=128,
         description="Input channels that share a scale; -1: the whole row. auto: the largest of 128, 64 and 32 that fits all linears.",
     )
-    symmetric: bool = Field(default=False, description="Fix the zero point at the middle code.")
+    symmetric: Symmetric = Field(
+        default=None,
+        json_schema_extra=_AS_WRITTEN,
+        description="Fix the zero point at the middle code. auto: what every engine loads of the first pack: true for gptq, gptq_v2, gguf "
+        "and for mixtures in compressed-tensors, else false.",
+    )
     ignore: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(
         default=("lm_head",), description="Linears that stay in 16 bits, as shell patterns over the full module name."
     )

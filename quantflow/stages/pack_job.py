@@ -52,6 +52,12 @@ class PackJob:
         prefixes = {index: self.checkpoint.architecture.layer_prefix(index) for index in self.schemes}
         return {f"{prefixes[i]}.{name}": scheme for i, layer in self.schemes.items() for name, scheme in layer.items()} | dict(self.outer)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What engines are known not to load of it, each in a sentence. It is right all the same, and is written."""
+        doubts = self.format.doubts(self.modules, _ignored(self), act_order=self.has_index)
+        return tuple(f"{self.format.name}, {doubt}" for doubt in doubts)
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -207,6 +213,15 @@ def quantization_config(job: PackJob) -> dict[str, Any]:
     checkpoint, modules = job.checkpoint, job.modules
     if not modules:
         return {}
+    kv_scales = job.format.kv_scales[0] if job.kv and job.format.kv_scales else None
+    return job.format.quantization_config(
+        modules, _ignored(job), job.default, kv_scales=kv_scales, act_order=job.has_index, model_dtype=checkpoint.config.dtype
+    )
+
+
+def _ignored(job: PackJob) -> list[str]:
+    """The linears that stay as they are: the head, those of the layers, and routers."""
+    checkpoint, modules = job.checkpoint, job.modules
     architecture = checkpoint.architecture
     ignored = [] if architecture.head in modules else [architecture.head]
     for index in range(checkpoint.config.layers):
@@ -215,7 +230,4 @@ def quantization_config(job: PackJob) -> dict[str, Any]:
         ignored += [f"{prefix}.{linear}" for linear in linears if f"{prefix}.{linear}" not in modules]
         if checkpoint.config.is_moe(index):
             ignored.append(f"{prefix}.{architecture.layer.router}")
-    kv_scales = job.format.kv_scales[0] if job.kv and job.format.kv_scales else None
-    return job.format.quantization_config(
-        modules, ignored, job.default, kv_scales=kv_scales, act_order=job.has_index, model_dtype=checkpoint.config.dtype
-    )
+    return ignored

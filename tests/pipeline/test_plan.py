@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import quantflow.artifacts.store as store_module
 from quantflow.models.architecture import expected_tensors
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.tensor_file import ITEM_BYTES, TensorFile
+from quantflow.report.page import report_page
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 from tests.helpers.tiny import write_tokenizer
+from tests.helpers.zoo import specimen, write
 
 LLAMA_70B = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -26,7 +30,7 @@ LLAMA_70B = {
 PARAMETERS_70B = 68_976_648_192  # as Meta's index of Llama-2-70B says
 KEYS = {
     "name", "model", "architecture", "layers", "device", "output", "calibration", "samples", "steps", "linears", "stored_layers",
-    "weight_bytes", "estimate", "notes", "tensors",
+    "weight_bytes", "estimate", "notes", "tensors", "warnings",
 }  # fmt: skip
 
 
@@ -245,3 +249,63 @@ def test_an_auto_group_fits_each_rank(tmp_path: Path) -> None:
         text = AUTO.replace(", evaluate]", f", shard: {{tp: {tp}}}, evaluate]")
         found = automatic(tmp_path, text, hidden_size=1024, intermediate_size=512, num_attention_heads=8, num_key_value_heads=8)
         assert list(found["linears"]) == [f"W4 g{group} asymmetric"]
+
+
+def test_what_engines_will_not_load_is_a_warning(bench: Bench) -> None:
+    """It is shown by plan, run and export, and kept in the report; the exit code is 0."""
+    weights = {"bits": 4, "group_size": 32, "symmetric": False, "overrides": [{"match": "*.k_proj", "ignore": True}]}
+    recipe = bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "gptq_v2"}}, {"pack": {"format": "compressed-tensors"}}])
+    warnings = plan(recipe)["warnings"]
+    assert [warning.partition(":")[0] for warning in warnings] == [
+        "pack gptq_v2, vLLM 0.32 and SGLang", "pack gptq_v2, vLLM 0.32", "pack gptq_v2, LMDeploy 0.18 (TurboMind)",
+        "pack gptq_v2, LMDeploy 0.18 (TurboMind)", "pack compressed-tensors, vLLM 0.32 and SGLang",
+    ]  # fmt: skip
+    assert "wrong weights, without a word" in warnings[3]
+    shown = invoke("plan", recipe)
+    assert shown.exit_code == 0 and shown.output.count("Warning: ") == 5 and "q_proj W4 g32 asymmetric, k_proj in 16 bits" in shown.output
+    done = invoke("run", recipe)
+    assert done.exit_code == 0 and done.output.count("Warning: ") == 5
+    report = json.loads((bench.output / "report.json").read_text())
+    assert report["warnings"] == warnings and "wrong weights, without a word" in report_page(report)
+    again = invoke("export", bench.output, "--format", "gptq_v2", "--output", bench.root / "again")
+    assert again.exit_code == 0 and again.output.count("Warning: gptq_v2, ") == 4
+
+
+@pytest.mark.parametrize(
+    ("formats", "symmetric"),
+    [
+        (["gptq"], True), (["gptq_v2", "awq"], True), (["gguf"], True), (["awq", "gptq"], False), (["compressed-tensors"], False),
+        (["turbomind"], False), (["huggingface"], False),
+    ],
+)  # fmt: skip
+def test_weights_are_symmetric_where_the_first_pack_is_best_loaded_so(formats: list[str], symmetric: bool, tmp_path: Path) -> None:
+    bench = make_bench(tmp_path, intermediate_size=128, dtype=torch.float16)
+    weights: dict[str, Any] = {"bits": 4, "group_size": 32}
+    stages = ["rtn", *({"pack": {"format": name, "requantize": name == "turbomind"}} for name in formats)]
+    word = {True: "symmetric", False: "asymmetric"}
+    for said in ({}, {"symmetric": "auto"}, {"symmetric": None}):
+        assert plan(bench.recipe(weights=weights | said, stages=stages))["linears"] == {f"W4 g32 {word[symmetric]}": 14}
+    if formats != ["gguf"]:  # which does not hold every asymmetric weight
+        other = plan(bench.recipe(weights=weights | {"symmetric": not symmetric}, stages=stages))
+        assert other["linears"] == {f"W4 g32 {word[not symmetric]}": 14}
+
+
+def test_mixtures_are_symmetric_in_compressed_tensors_and_their_routers_may_be_ignored(tmp_path: Path) -> None:
+    bench = make_bench(tmp_path)
+    shutil.rmtree(bench.model)
+    write(bench.model, specimen("mixtral"))
+    stages = ["rtn", {"pack": {"format": "compressed-tensors"}}]
+
+    def weights(**more: Any) -> dict[str, Any]:
+        return {"bits": 4, "group_size": 32, **more}
+
+    usual = plan(bench.recipe(weights=weights(), stages=stages))
+    assert usual["linears"] == {"W4 g32 symmetric": 32}
+    for ignore in (["lm_head", "*.gate"], ["lm_head", "embed_tokens", "*layernorm"], ["*"]):
+        result = invoke("plan", bench.recipe(weights=weights(ignore=ignore), stages=stages), "--json")
+        assert (result.exit_code == 0 and json.loads(result.stdout)["linears"] == usual["linears"]) == (ignore != ["*"]), result.stderr
+    over = weights(overrides=[{"match": "*.gate", "ignore": True}])
+    assert plan(bench.recipe(weights=over, stages=stages))["linears"] == usual["linears"]
+    for wrong in ({"overrides": [{"match": "*.gate", "bits": 8}]}, {"ignore": ["lm_head", "*.gaet"]}):
+        result = invoke("plan", bench.recipe(weights=weights(**wrong), stages=stages))
+        assert result.exit_code == 2 and "matches no linear of the model" in result.stderr
