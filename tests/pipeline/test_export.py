@@ -208,7 +208,11 @@ def test_the_readmes_table_says_the_same() -> None:
     for name, (_, groups, asymmetric, mixed, index, kv, ranks, _) in rows.items():
         ability = ABILITIES[name]
         assert mixed.replace("`dynamic`", "yes") == ability.mixed_bits and index == ability.act_order_index, name
-        assert ranks in ability.tensor_parallel and kv.split(",")[0] in ability.kv_scales, name
+        assert (
+            ranks in ability.tensor_parallel
+            and kv.split(",")[0] in ability.kv_scales
+            and ("fp8" in kv) == ("fp8" in ability.kv_scales) == bool(FORMATS[name].kv_scales)
+        ), name
         assert groups.split(",")[0] in ability.groups and (asymmetric in ("–", "")) == (ability.asymmetric == "no"), name
 
 
