@@ -56,7 +56,7 @@ def show_advice(
         raise UserError(problems)
     checkpoint = Checkpoint(resolve_model(name), config_only=config_only)
     question = Question(
-        most, context or min(4096, checkpoint.config.max_positions), batch or 1, device, (tp,) if tp else RANKS,
+        most, context or min(4096, checkpoint.config.context), batch or 1, device, (tp,) if tp else RANKS,
         given.weights.symmetric if given else None, tuple(given.weights.ignore) if given else (),
     )  # fmt: skip
     if wrong := checkpoint.problems():
@@ -103,7 +103,7 @@ def _show(
     devices = "on one device" if c.tp == 1 else f"on each of {c.tp} devices"
     console.print(f"Proposed: {c}, {devices}.", style="bold green")
     console.print(_sum(proposal.need, question.fit))
-    limit = checkpoint.config.max_positions
+    limit = checkpoint.config.context
     own = ", the model's own limit" if proposal.longest_context == limit else ""
     longer = f"{question.batch} × {proposal.longest_context}{own}"
     console.print(f"At most: {proposal.largest_batch} × {question.context} tokens, or {longer}.")

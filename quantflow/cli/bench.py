@@ -64,9 +64,9 @@ def bench(
         batches, prompts = _numbers("--batch", batch), _numbers("--prompt", prompt)
         for path in filter(None, (quantised, original)):
             config = Weights(Path(path)).checkpoint.config  # what is wrong with a model is said before anything is measured
-            if max(prompts) + new > config.max_positions and config.rope.kind not in ("dynamic", "qwen"):
+            if max(prompts) + new > config.context and not config.stretches:
                 found = f"{max(prompts)} tokens and {new} new ones"
-                raise UserError(Problem("--prompt, --new", found, f"at most the {config.max_positions} positions of {path}"))
+                raise UserError(Problem("--prompt, --new", found, f"at most the {config.context} positions of {path}"))
         kinds = [("weights", "quantflow", quantised, "full"), ("weights + KV int8", "quantflow", quantised, "int8")]
         if original:
             full = [("full precision", "quantflow", original, "full"), ("KV int8", "quantflow", original, "int8")]

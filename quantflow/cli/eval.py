@@ -117,8 +117,8 @@ def _evaluate_text(
     a, b = original.checkpoint.config, found.checkpoint.config
     if a.vocabulary != b.vocabulary:
         raise ModelError(Problem(directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"))
-    if a.rope.kind == "default" and length > a.max_positions:
-        raise ModelError(Problem("--length", str(length), f"at most the model's {a.max_positions} positions"))
+    if length > a.context and not a.stretches:
+        raise ModelError(Problem("--length", str(length), f"at most the model's {a.context} positions"))
     folder = original.checkpoint.tokenizer_path
     texts = model_documents(folder, data, field=field)
     text = cut_windows(load_tokenizer(folder), texts, count=windows, length=length, skip=skip, source=data)

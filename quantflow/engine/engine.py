@@ -648,7 +648,7 @@ def _dtype(asked: DType, config: DecoderConfig, device: torch.device) -> torch.d
 def _context(config: EngineConfig, model: DecoderConfig) -> int:
     asked = config.session_len
     if asked is None:
-        return model.max_positions
-    if asked > model.max_positions and model.rope.kind not in ("dynamic", "qwen"):
-        raise UserError(Problem("session_len", str(asked), f"at most the model's {model.max_positions} positions"))
+        return model.context
+    if asked > model.context and not model.stretches:
+        raise UserError(Problem("session_len", str(asked), f"at most the model's {model.context} positions"))
     return asked

@@ -18,7 +18,6 @@ from quantflow.engine.ops import Batch, KVCache, Linear, Ops
 from quantflow.models.config import DecoderConfig
 from quantflow.models.rope import inverse_frequencies
 
-STRETCHED = ("dynamic", "qwen")  # kinds of rotary embedding that depend on the length
 CHUNK = 256  # positions of a rotary table
 KEPT = 256  # tables that are kept
 
@@ -159,14 +158,14 @@ class Rotary:
 
     def shared(self, positions: int) -> tuple[Tensor, Tensor] | None:
         """cos and sin `[positions, D / 2]`, where they are every sequence's: the same bits as `rows` gives. None where they are not."""
-        if self.config.family == "opt" or self.config.rope.kind in STRETCHED:
+        if self.config.family == "opt" or self.config.stretches:
             return None
         chunks = [self._make(self.config.max_positions, chunk) for chunk in range(-(-positions // CHUNK))]
         return torch.cat([cos for cos, _ in chunks]), torch.cat([sin for _, sin in chunks])
 
     def stretch(self, length: int) -> int:
         """A sequence's rope_length, if it will have `length` tokens: 0 where nothing depends on that."""
-        return length if self.config.rope.kind in STRETCHED and length > self.config.max_positions else 0
+        return length if self.config.stretches and length > self.config.max_positions else 0
 
     def rows(self, parts: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin `[T, D / 2]` for (rope_length, first position, count) of each sequence."""

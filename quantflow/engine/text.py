@@ -136,10 +136,12 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:
-    """The tokens that end a text: eos_token_id of generation_config.json and config.json, and those `named` that the tokenizer has."""
+    """The tokens that end a text: eos_token_id of generation_config.json or else, as for transformers, of config.json; and those `named`
+    that the tokenizer has."""
     found: set[int | None] = {tokenizer.token_to_id(token) for token in named}
-    for name in ("generation_config.json", "config.json"):
-        value = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+    files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file()]
+    value = next((value for file in files if (value := read_json(file).get("eos_token_id")) is not None), None)
+    if value is not None:
         found |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and not isinstance(v, bool)}
     return frozenset(v for v in found if v is not None and v >= 0)
 

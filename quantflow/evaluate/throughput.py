@@ -131,7 +131,7 @@ def _run_engine(case: Case) -> dict[str, Any]:
     config = Checkpoint(checkpoint_folder(resolve_model(case.model))).config
     size = -(-length // block) * block
     most = config.layers * config.kv_heads * config.head_dim * 8 * size * case.batch  # float32: room in any precision
-    stretched = config.rope.kind in ("dynamic", "qwen") and length > config.max_positions
+    stretched = config.stretches and length > config.context
     engine = Engine(
         case.model,
         EngineConfig(

@@ -19,6 +19,7 @@ from quantflow.models.gguf_file import gguf_file
 from quantflow.models.prefixes import foreign, own_names
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.sharding import cut_dimension, shard_shape
+from quantflow.models.spelling import settled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +69,7 @@ class Checkpoint:
     def __init__(self, path: Path, *, config_only: bool = False, tp: int = 1) -> None:
         self.path, self.tp = path, tp
         self.container = open_container(path, config_only=config_only)
-        self.raw_config = self.container.config
-        model_type = self.raw_config.get("model_type")
+        model_type = self.container.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ModelError(
                 Problem(
@@ -81,13 +81,14 @@ class Checkpoint:
             )
         self.architecture: Architecture = ARCHITECTURES[model_type]
         try:
+            self.raw_config, overruled = settled(self.container.config)
             self.config: DecoderConfig = self.architecture.read_config(self.raw_config)
         except ConfigProblem as error:
             raise ModelError(Problem(f"{path}/config.json", str(error))) from error
         if isinstance(self.container, Directory):
             self.container = self.container.renamed(own_names(self.container.tensors, self.architecture, path))
         self.config_only = config_only
-        self.remarks: tuple[str, ...] = self.container.notes
+        self.remarks: tuple[str, ...] = self.container.notes + overruled
         self.sources: dict[str, Source] = {}
         self.left_out: dict[str, str] = {}
         self._twice: list[tuple[str, str, str]] = []  # a native tensor that two source tensors hold, and these

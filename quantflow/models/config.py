@@ -50,6 +50,20 @@ class DecoderConfig:
     dense_layers: frozenset[int] = frozenset()  # layers of a mixture model that have one plain MLP
     dense_intermediate: int = 0  # their width
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text: the trained length times the factor that a linear or yarn embedding stretches it by, unless
+        max_position_embeddings is longer and so the stretched length itself. For llama3, whose factor is no ratio of lengths, it always is;
+        dynamic changes nothing up to it, and `stretches` beyond."""
+        factor = self.rope.parameters.get("factor", 1.0) if self.rope.kind in ("linear", "yarn") else 1.0
+        trained = self.rope.parameters.get("original_max_position_embeddings", float(self.max_positions))
+        return max(self.max_positions, int(trained * factor))
+
+    @property
+    def stretches(self) -> bool:
+        """Whether longer texts than `context` are served, too: the rotary embedding grows with them."""
+        return self.rope.kind in ("dynamic", "qwen")
+
     def is_moe(self, layer: int) -> bool:
         return self.experts > 0 and layer not in self.dense_layers
 
@@ -97,15 +111,26 @@ def layer_count(config: Mapping[str, Any]) -> int:
     return layers
 
 
-def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope:
-    """The rotary embedding of a Hugging Face config: `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-    scaling: dict[str, Any] = {}
+def default_theta(config: Mapping[str, Any]) -> float:
+    """rope_theta where config.json says nothing, as transformers has it for the family."""
+    return 1e6 if config.get("model_type") == "mixtral" else 10000.0
+
+
+_ROPE_NUMBERS = (
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
+    "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
+
+
+def read_rope(config: Mapping[str, Any]) -> Rope:
+    """The rotary embedding of a Hugging Face config: `rope_scaling` beside `rope_theta` or else, whole, `rope_parameters` (transformers 5),
+    whose own rope_theta goes before that beside it."""
     for key in ("rope_scaling", "rope_parameters"):
-        part = config.get(key) or {}
-        if not isinstance(part, Mapping):
-            raise ConfigProblem(f"{key} is {part!r}, expected an object")
-        scaling.update(part)
-    theta = number({"rope_theta": scaling.pop("rope_theta", None) or config.get("rope_theta")}, "rope_theta", float, default_theta)
+        if not isinstance(config.get(key) or {}, Mapping):
+            raise ConfigProblem(f"{key} is {config[key]!r}, expected an object")
+    scaling: dict[str, Any] = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    said = scaling.pop("rope_theta", None) or config.get("rope_theta")
+    theta = number({"rope_theta": said}, "rope_theta", float, default_theta(config))
     if theta < 1:
         raise ConfigProblem(f"rope_theta is {theta}, expected at least 1")
     kind = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
@@ -115,11 +140,16 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> Rope
     partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
     if number({"partial_rotary_factor": partial}, "partial_rotary_factor", float, 1.0) != 1.0:
         raise ConfigProblem("partial_rotary_factor is not 1; QuantFlow rotates whole heads only")
+    if wrong := [k for k in _ROPE_NUMBERS if not isinstance(scaling.get(k), int | float | None)]:
+        raise ConfigProblem(f"rope scaling has {wrong[0]} {scaling[wrong[0]]!r}, expected a number")
     if wrong := [k for k, v in scaling.items() if isinstance(v, (int, float)) and not 0 <= v < 2**63]:
         raise ConfigProblem(f"rope scaling has {wrong[0]} {scaling[wrong[0]]!r}, expected a number of at least 0")
     parameters = {k: float(v) for k, v in scaling.items() if isinstance(v, (int, float))}
     if isinstance(trained := config.get("original_max_position_embeddings"), int):  # transformers prefers it to the nested one
         parameters["original_max_position_embeddings"] = float(trained)
+    trained = parameters.get("original_max_position_embeddings")
+    if kind == "yarn" and "factor" not in parameters and trained:
+        parameters["factor"] = number(config, "max_position_embeddings") / trained
     given = [name for name in ("beta_fast", "beta_slow", "original_max_position_embeddings") if name in parameters]
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
     if missing := [name for name in (*needed, *given) if parameters.get(name, 0.0) <= 0]:

@@ -312,7 +312,7 @@ class Gguf:
             config["rope_scaling"] = scaling
         elif kind in ("linear", "yarn"):
             config["rope_scaling"] = {"rope_type": kind, "factor": value("rope.scaling.factor", float)}
-            if kind == "yarn":
+            if kind == "yarn" or f"{architecture}.rope.scaling.original_context_length" in self.metadata:
                 config["rope_scaling"]["original_max_position_embeddings"] = value("rope.scaling.original_context_length", int)
         elif kind != "none":
             problems.append(Problem(f"{self.path} {architecture}.rope.scaling.type", f"{kind!r}"[:80], "none, linear or yarn", _ORIGINAL))

@@ -93,7 +93,7 @@ def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:
         problems.append(Problem("gguf", f"activation {config.activation}", "silu"))
     if config.mlp_bias:
         problems.append(Problem("gguf", "biases in the MLP", "none"))
-    if any(window is not None and window < config.max_positions for window in config.sliding_windows):
+    if any(window is not None and window < config.context for window in config.sliding_windows):
         problems.append(Problem("gguf", "a sliding window, which llama.cpp leaves out for this family", "full attention"))
     # Dynamic scaling, and the first Qwen's logn, change nothing up to the trained length, which is all that the file promises.
     if config.rope.kind not in ("default", "dynamic", "qwen", "linear", "yarn", "llama3"):
@@ -116,7 +116,7 @@ def _decoder_metadata(config: Mapping[str, Any], decoder: DecoderConfig, kinds: 
         "general.file_type": _FILE_TYPES[most],
         "general.quantization_version": 2,
         f"{name}.block_count": decoder.layers,
-        f"{name}.context_length": decoder.max_positions,
+        f"{name}.context_length": decoder.context,
         f"{name}.embedding_length": decoder.hidden,
         f"{name}.feed_forward_length": decoder.intermediate,
         f"{name}.attention.head_count": decoder.heads,

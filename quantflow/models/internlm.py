@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
-from quantflow.models.config import ConfigProblem, DecoderConfig, flag, number
+from quantflow.models.config import ConfigProblem, DecoderConfig, flag, number, read_rope
 from quantflow.models.llama import read_llama_like
 
 _REMOTE_KEYS = ("auto_map", "bias", "attn_implementation", "_attn_implementation_autoset", "tokenizer_class", "rotary")
@@ -24,8 +24,15 @@ def _with_llama_rope(config: Json) -> Json:
     kind = rotary.get("type")
     if kind not in ("origin", "dynamic"):
         raise ConfigProblem(f"rotary of type {kind!r}; QuantFlow knows origin and dynamic")
+    base = number(rotary, "base", float, 10000.0)
+    if config.get("rope_theta") not in (None, base):
+        raise ConfigProblem(f"rotary has base {base}, and rope_theta is {config['rope_theta']!r}: which is meant?")
     scaling = {"rope_type": "dynamic", "factor": number(rotary, "scaling_factor", float, 1.0)} if kind == "dynamic" else None
-    return {**config, "rope_theta": number(rotary, "base", float, 10000.0), "rope_scaling": scaling}
+    found = {**{k: v for k, v in config.items() if k != "rope_parameters"}, "rope_theta": base, "rope_scaling": scaling}
+    other = config.get("rope_scaling") or config.get("rope_parameters")
+    if other and read_rope({"rope_theta": base, **config}) != read_rope(found):
+        raise ConfigProblem(f"rotary is {config['rotary']!r}, and rope_scaling or rope_parameters {other!r}: which is meant?")
+    return found
 
 
 def _read_internlm(config: Json) -> DecoderConfig:

@@ -9,6 +9,10 @@ from quantflow.models.config import ConfigProblem, DecoderConfig, check_head, fl
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
 
+# What transformers takes for keys that config.json has not, where that differs from Llama's.
+MISTRAL_ABSENT = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+_QWEN_ABSENT = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+
 
 def read_activation(config: Json, key: str = "hidden_act", default: str = "silu") -> str:
     name = config.get(key, default)
@@ -54,7 +58,7 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
 def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> tuple[int | None, ...]:
     """The sliding window of every layer from `first` on; () without one. absent: the family's where config.json says nothing."""
     if config.get("sliding_window", absent) is None:
-        return ()
+        return _no_windows(config, "sliding_window is null")
     window, layers = number(config, "sliding_window", default=absent), layer_count(config)
     if kinds := config.get("layer_types"):
         if not isinstance(kinds, list):
@@ -67,13 +71,22 @@ def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> 
     return tuple(window if i >= first else None for i in range(layers))
 
 
+def _no_windows(config: Json, why: str) -> tuple[int | None, ...]:
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise ConfigProblem(f"layer_types has sliding_attention, and {why}")
+    return ()
+
+
 def _read_mistral(config: Json) -> DecoderConfig:
-    return read_llama_like(config, sliding_windows=read_windows(config), attention_bias=False, output_bias=False)
+    windows = read_windows(config)
+    if None in windows:  # transformers' Mistral leaves layer_types out, others follow it
+        raise ConfigProblem("layer_types has full_attention, and sliding_window is one for all layers of this family")
+    return read_llama_like({**MISTRAL_ABSENT, **config}, sliding_windows=windows, attention_bias=False, output_bias=False)
 
 
 def _qwen_windows(config: Json) -> tuple[int | None, ...]:
     if not flag(config, "use_sliding_window"):
-        return ()
+        return _no_windows(config, "use_sliding_window is not true")
     first = config.get("max_window_layers", 28)
     if not isinstance(first, int):
         raise ConfigProblem(f"max_window_layers is {first!r}, expected an integer")
@@ -81,12 +94,12 @@ def _qwen_windows(config: Json) -> tuple[int | None, ...]:
 
 
 def _read_qwen2(config: Json) -> DecoderConfig:
-    return read_llama_like(config, attention_bias=True, output_bias=False, sliding_windows=_qwen_windows(config))
+    return read_llama_like({**_QWEN_ABSENT, **config}, attention_bias=True, output_bias=False, sliding_windows=_qwen_windows(config))
 
 
 def _read_qwen3(config: Json) -> DecoderConfig:
     head_dim = number(config, "head_dim", default=128)
-    return read_llama_like(config, qk_norm=True, head_dim=head_dim, sliding_windows=_qwen_windows(config))
+    return read_llama_like({**_QWEN_ABSENT, **config}, qk_norm=True, head_dim=head_dim, sliding_windows=_qwen_windows(config))
 
 
 LLAMA = Architecture("Llama", ("llama",), read_llama_like)

@@ -6,7 +6,7 @@ import re
 
 from quantflow.models.architecture import Architecture, Json, Layer, Source
 from quantflow.models.config import MOST_EXPERTS, ConfigProblem, DecoderConfig, flag, layer_count, number
-from quantflow.models.llama import read_llama_like, read_windows
+from quantflow.models.llama import MISTRAL_ABSENT, read_llama_like, read_windows
 
 _FUSED = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)")
 
@@ -36,7 +36,9 @@ def _qwen3_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> 
     return _fused_experts(name, shape, "mlp", "gate_proj", "up_proj", "down_proj") or {name: Source(name)}
 
 
-def _experts(config: Json, key: str) -> dict[str, int]:
+def _experts(config: Json, *names: str) -> dict[str, int]:
+    """Their numbers, of all of them under the first of `names` that is there: transformers takes either."""
+    key = next((name for name in names if config.get(name) is not None), names[0])
     experts, chosen = number(config, key), number(config, "num_experts_per_tok")
     if experts * layer_count(config) > MOST_EXPERTS:  # as of layers: it would take for ever to plan
         raise ConfigProblem(f"{key} is {experts}, expected at most {MOST_EXPERTS} experts in all layers together")
@@ -46,9 +48,12 @@ def _experts(config: Json, key: str) -> dict[str, int]:
 
 
 def _read_mixtral(config: Json) -> DecoderConfig:
-    windows = read_windows(config, absent=None)
     return read_llama_like(
-        config, attention_bias=False, output_bias=False, sliding_windows=windows, **_experts(config, "num_local_experts")
+        {**MISTRAL_ABSENT, "rms_norm_eps": 1e-5, **config},
+        attention_bias=False,
+        output_bias=False,
+        sliding_windows=read_windows(config, absent=None),
+        **_experts(config, "num_local_experts", "num_experts"),
     )
 
 
@@ -60,11 +65,10 @@ def _read_qwen3_moe(config: Json) -> DecoderConfig:
     plain = set(listed)
     dense = frozenset(i for i in range(layers) if i in plain or (i + 1) % step)
     return read_llama_like(
-        config,
+        {"max_position_embeddings": 32768, "num_key_value_heads": 4, **config},
         qk_norm=True,
         intermediate=number(config, "moe_intermediate_size"),
-        # transformers 5 saves it under the second name.
-        **_experts(config, "num_experts" if "num_experts" in config else "num_local_experts"),
+        **_experts(config, "num_experts", "num_local_experts"),
         sliding_windows=read_windows(config) if flag(config, "use_sliding_window") else (),
         renormalize=flag(config, "norm_topk_prob"),
         dense_layers=dense,

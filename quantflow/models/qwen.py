@@ -37,6 +37,10 @@ def _read(config: Json) -> DecoderConfig:
     if not flag(config, "no_bias", True):
         raise ConfigProblem("no_bias is false; QuantFlow knows Qwen with a bias on c_attn alone")
     trained = number(config, "seq_length", default=2048)
+    if flag(config, "bf16") and flag(config, "fp16"):
+        raise ConfigProblem("bf16 and fp16 are both true: which is meant?")
+    if other := next((key for key in ("rope_scaling", "rope_parameters") if config.get(key)), None):
+        raise ConfigProblem(f"{other} is {config[other]!r}; the first Qwen has use_dynamic_ntk, and nothing that reads it looks at that")
     dtype = "bfloat16" if flag(config, "bf16") else "float16" if flag(config, "fp16") else read_dtype(config)
     rope = Rope(number(config, "rotary_emb_base", float, 10000.0), "qwen" if flag(config, "use_dynamic_ntk") else "default")
     if rope.theta < 1:

@@ -75,7 +75,7 @@ def workspace_problems(config: DecoderConfig, *, tp: int, int4: bool, group_size
         wrong("model", "biases in the MLP, for which a workspace has no place")
     if config.output_bias and not config.attention_bias:
         wrong("model", "a bias on o alone", "biases on q, k and v too, or none")
-    if any(window is not None and window < config.max_positions for window in config.sliding_windows):
+    if any(window is not None and window < config.context for window in config.sliding_windows):
         wrong("model", "sliding windows", "full attention", "TurboMind v0.1 would attend to everything")
     if config.activation != "silu":
         wrong("model", f"activation {config.activation}", "silu")

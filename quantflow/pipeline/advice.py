@@ -90,8 +90,8 @@ def advise(checkpoint: Checkpoint, question: Question) -> Advice:
     model = Model(checkpoint, question)
     problems = []
     refuse_quantised(checkpoint)
-    if question.context > checkpoint.config.max_positions and not model.stretches:
-        problems.append(Problem("--context", str(question.context), f"at most the model's {checkpoint.config.max_positions} positions"))
+    if question.context > checkpoint.config.context and not checkpoint.config.stretches:
+        problems.append(Problem("--context", str(question.context), f"at most the model's {checkpoint.config.context} positions"))
     whole = {tp: model.problems(None, tp) for tp in question.ranks}
     if all(whole.values()):
         problems += [Problem(f"--tp {tp}", why) for tp, reasons in whole.items() for why in reasons]
@@ -125,7 +125,8 @@ def fitted(model: Model, candidate: Candidate) -> Fitted:
     def fits(context: int, batch: int) -> bool:
         return model.kv(candidate, context, batch) + model.activations(candidate.tp, context, batch).bytes <= room
 
-    most = 2**40 if model.stretches else model.checkpoint.config.max_positions
+    config = model.checkpoint.config
+    most = 2**40 if config.stretches else config.context
     largest = _largest(lambda batch: fits(question.context, batch), 2**24)
     return Fitted(candidate, need, largest, _largest(lambda context: fits(context, question.batch), most))
 

@@ -71,7 +71,7 @@ def _running(plan: Plan, folder: Path, parameters: Callable[[int], dict[str, KVP
         evaluate = plan.stage(Evaluate)
         assert evaluate is not None
         # One window after the other, so one window's room.
-        longest = max(evaluate.length + 1, plan.config.max_positions) if plan.config.rope.kind in ("dynamic", "qwen") else None
+        longest = max(evaluate.length + 1, plan.config.context) if plan.config.stretches else None
         return Engine(folder, EngineConfig(device=plan.device, max_batch_size=1, session_len=longest), kv=kv)
 
     return Running(make)

@@ -117,11 +117,6 @@ class Model:
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.checkpoint.config.dtype)
 
-    @property
-    def stretches(self) -> bool:
-        """Whether contexts beyond the trained positions are served."""
-        return self.checkpoint.config.rope.kind in ("dynamic", "qwen")
-
     @cached_property
     def linears(self) -> Counter[tuple[str, tuple[int, int], int, bool]]:
         """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it may be quantised) -> how many."""

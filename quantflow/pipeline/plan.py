@@ -490,8 +490,8 @@ def _data_problems(plan: Plan) -> list[Problem]:
     for where, section in plan.sections.items():
         length = section.seqlen if isinstance(section, Calibration) else section.length
         read = plan.reads_calibration or not isinstance(section, Calibration)
-        if read and length > plan.config.max_positions and plan.config.rope.kind == "default":
-            problems.append(Problem(where, f"windows of {length} tokens", f"at most the model's {plan.config.max_positions} positions"))
+        if read and length > plan.config.context and not plan.config.stretches:
+            problems.append(Problem(where, f"windows of {length} tokens", f"at most the model's {plan.config.context} positions"))
         sample = plan.samples.get(where)
         if isinstance(sample, UserError):
             problems += [problem for problem in sample.problems if problem not in problems]

@@ -68,7 +68,7 @@ def make_report(
         "model": {
             "architecture": plan.checkpoint.architecture.name, "layers": config.layers, "hidden": config.hidden, "heads": config.heads,
             "kv_heads": config.kv_heads, "head_dim": config.head_dim, "vocabulary": config.vocabulary, "dtype": config.dtype,
-            "max_positions": config.max_positions, "experts": config.experts,
+            "max_positions": config.context, "experts": config.experts,
         },
         "source": {"model": asked["model"], "weights": weights, "bytes": plan.checkpoint.weight_bytes},
         "calibration": _text(windows) if windows.tokens else None,
@@ -136,7 +136,7 @@ def _memory(plan: Plan) -> list[dict[str, int]]:
     packed = checkpoint_bytes(plan.prepared[0].job) if plan.prepared else plan.checkpoint.weight_bytes
     static = KVFormat(True, ({},))  # calibrated: no scale a token
     full, int8 = (block_bytes(config, kv, getattr(torch, config.dtype), 1) for kv in (KVFormat(False), static))
-    contexts = [c for c in CONTEXTS if c <= config.max_positions] or [config.max_positions]
+    contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
     return [
         {
             "batch": batch, "context": context, "weights_before": plan.checkpoint.weight_bytes, "weights_after": packed,

@@ -229,8 +229,8 @@ def prepare(settings: Settings) -> Job:
     if weights.modules or checkpoint.quantization:
         raise ModelError([*problems, Problem(str(path), "already quantised", "a full-precision checkpoint")])
     found = tuple(parts(checkpoint.architecture, config, settings.granularity))
-    if config.rope.kind == "default" and settings.length > config.max_positions:
-        problems.append(Problem("--length", str(settings.length), f"at most the model's {config.max_positions} positions"))
+    if settings.length > config.context and not config.stretches:
+        problems.append(Problem("--length", str(settings.length), f"at most the model's {config.context} positions"))
     problems += _group_problems(checkpoint, found, settings)
     problems += _output_problems(settings)
     device = resolve_device(settings.device)

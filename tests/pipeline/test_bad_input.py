@@ -240,10 +240,6 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an unknown dtype": (edit_config(dtype="float8_e4m3fn"), ("dtype", "float8_e4m3fn")),
     "missing tensors": (edit_tensors(lambda t: [t.pop(Q), t.pop(DOWN)]), (f"missing tensors: {Q}, {DOWN}", "Is a shard missing")),
     "a config of more layers": (edit_config(num_hidden_layers=3), ("missing tensors: model.layers.2.", "and 5 more")),
-    "a config of fewer layers": (
-        edit_config(num_hidden_layers=1),
-        ("tensors that Llama does not have: model.layers.1.", "They would be lost"),
-    ),
     "an unknown tensor": (
         edit_tensors(lambda t: t.update({"model.layers.0.self_attn.sinks": torch.zeros(4)})),
         ("tensors that Llama does not have: model.layers.0.self_attn.sinks",),
