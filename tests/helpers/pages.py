@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +26,23 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def pages() -> list[Path]:
-    """README.md, SECURITY.md and everything under docs/."""
-    return [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """README.md, SECURITY.md and everything under docs/ that is English: what a translation shows, its English page shows too."""
+    found = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in found if page not in translations()]
+
+
+@cache
+def translations() -> dict[Path, Path]:
+    """Chinese page -> the English one: README.zh-CN.md -> README.md, docs/zh-CN/x.md -> docs/x.md."""
+    docs = ROOT / "docs"
+    return {ROOT / "README.zh-CN.md": ROOT / "README.md"} | {
+        page: docs / page.relative_to(docs / "zh-CN") for page in sorted((docs / "zh-CN").rglob("*.md"))
+    }
+
+
+def every_page() -> list[Path]:
+    """In both languages."""
+    return [*pages(), *translations()]
 
 
 def name_of(page: Path) -> str:
@@ -127,16 +143,16 @@ def quoted_messages() -> list[tuple[str, str]]:
 
 
 def links() -> Iterator[tuple[Path, str]]:
-    """(page, target) of every link that is not to another site."""
-    for page in pages():
+    """(page, target) of every link that is not to another site, in both languages."""
+    for page in every_page():
         for target in _LINK.findall(_FENCE.sub("", page.read_text(encoding="utf-8"))):
             if not re.match(r"[a-z]+:", target):
                 yield page, target
 
 
-def anchors(page: Path) -> set[str]:
-    """What `#…` may say of a page: its headings, as GitHub spells them."""
-    found = set()
+def anchors(page: Path) -> list[str]:
+    """What `#…` may say of a page: its headings in their order, as GitHub spells them."""
+    found = []
     for heading in re.findall(r"^#+ (.*)$", _FENCE.sub("", page.read_text(encoding="utf-8")), re.M):
-        found.add(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+        found.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
     return found
