@@ -20,6 +20,7 @@ from quantflow.formats.base import (
     integer_grid,
     integer_scheme,
     main_scheme,
+    own_settings,
     rank_shape,
     read_scheme,
     setting,
@@ -112,10 +113,14 @@ class Awq:
         skipped = texts(config, "modules_to_not_convert")
         if module == "lm_head" or any(name in module for name in skipped):  # readers look for the name anywhere in the module's
             return None
-        bits = setting(config, "bits", int)
+        own = own_settings(config, module)
+        if own is None:
+            return None
+        merged = {**config, **own}
+        bits = setting(merged, "bits", int)
         if bits != 4:
             raise FormatError(Problem("quantization_config.bits", f"{bits}", "4"))
-        return read_scheme(bits, setting(config, "group_size", int), not setting(config, "zero_point", bool, default=True), module)
+        return read_scheme(bits, setting(merged, "group_size", int), not setting(config, "zero_point", bool, default=True), module)
 
     def is_symmetric(self, qzeros: Tensor) -> bool:
         """Whether every zero point of a packed tensor is 8."""

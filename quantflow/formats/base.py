@@ -345,6 +345,30 @@ def texts(config: Mapping[str, Any], key: str, where: str = "quantization_config
     return list(found)
 
 
+def own_settings(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:
+    """What a `quantization_config` says of one module alone, over what it says of all: in GPTQModel's `dynamic`, where the first pattern
+    counts, or in AutoRound's `extra_config`, by its name or the first expression found in it. None where it is left alone. Raises
+    FormatError."""
+    dynamic = setting(config, "dynamic", dict, default={})
+    for pattern in dynamic:
+        if matches(re.sub(r"^[+-]:", "", pattern), module):
+            return None if pattern.startswith("-:") else setting(dynamic, pattern, dict, "quantization_config.dynamic")
+    extra = setting(config, "extra_config", dict, default={})
+    expressions = (key for key in extra if extra[key] and re.search(r"[^\w.-]", key))
+    found = module if module in extra else next((key for key in expressions if matches(_anywhere(key), module)), None)
+    if found is None:
+        return {}
+    own: Mapping[str, Any] = setting(extra, found, dict, "quantization_config.extra_config")
+    if own.get("bits") is not None and setting(own, "bits", int, f"quantization_config.extra_config.{found}") > 8:
+        return None
+    return {key: value for key, value in own.items() if value is not None}
+
+
+def _anywhere(pattern: str) -> str:
+    """An expression that matches from the start what `pattern` finds anywhere."""
+    return pattern if pattern.startswith((".*", "^")) and "|" not in pattern else f".*(?:{pattern})"
+
+
 def matches(pattern: str, module: str) -> bool:
     """Whether a regular expression from a config matches the start of a module's name. Raises FormatError if it is none, or one that may
     take for ever."""

@@ -24,8 +24,8 @@ from quantflow.formats.base import (
     integer_grid,
     integer_scheme,
     main_scheme,
-    matches,
     name_patterns,
+    own_settings,
     plain_index,
     rank_shape,
     read_scheme,
@@ -136,14 +136,9 @@ class Gptq:
             raise FormatError(Problem("quantization_config.checkpoint_format", f"{found!r}", f"{self.name!r}"))
         if module == "lm_head" and not config.get("lm_head"):
             return None
-        own: Mapping[str, Any] = {}
-        dynamic = setting(config, "dynamic", dict, default={})
-        for pattern in dynamic:  # the first match counts
-            if matches(re.sub(r"^[+-]:", "", pattern), module):
-                if pattern.startswith("-:"):
-                    return None
-                own = setting(dynamic, pattern, dict, "quantization_config.dynamic")
-                break
+        own = own_settings(config, module)
+        if own is None:
+            return None
         merged = {**config, **own}
         if setting(merged, "bits", int) not in (2, 3, 4, 8):
             raise FormatError(Problem("quantization_config.bits", f"{merged['bits']}", "2, 3, 4 or 8"))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.formats import detect
+from quantflow.formats import auto_round, detect
 from quantflow.formats.unread import unread_tensors
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.directory import read_json
@@ -45,6 +45,8 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
         )
     if isinstance(config["quant_method"], str):
         config["quant_method"] = config["quant_method"].lower()
+    if config["quant_method"] in auto_round.NAMES:
+        config = auto_round.translated(config)
     if config["quant_method"] == "awq":
         config.setdefault("zero_point", True)
     if config["quant_method"] == "gptq" and "sym" not in config and _module(checkpoint):

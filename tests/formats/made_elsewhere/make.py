@@ -1,6 +1,6 @@
 """Makes the checkpoints of this folder: a tiny random Llama, quantised by other software; README.md says how.
 
-`python make.py llmcompressor|llmcompressor-older|gptqmodel`, each where that package is installed.
+`python make.py llmcompressor|llmcompressor-older|gptqmodel|autoround`, each where that package is installed.
 """
 
 from __future__ import annotations
@@ -109,6 +109,54 @@ def gptqmodel(name: str, dense: Path, made: Path, **settings: Any) -> None:
     digests(name, {n: TorchLinear.dequantize_weight(m).t() for n, m in linears.items()})
 
 
+def autoround(name: str, dense: Path, made: Path, *, packing: str, layers: dict[str, Any] | None = None, **settings: Any) -> None:
+    from auto_round import AutoRound
+
+    model = LlamaForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+    quantiser = AutoRound(
+        model,
+        tokenizer(),
+        iters=0,
+        layer_config=layers,
+        device_map="cpu",
+        enable_torch_compile=False,
+        disable_opt_rtn=True,
+        group_size=GROUP,
+        **settings,
+    )
+    quantiser.quantize_and_save(str(made), format=packing)
+    (made,) = (path.parent for path in made.rglob("model.safetensors"))
+    keep(made, name)
+    # A row of the unit matrix takes out one column, exactly.
+    taken = {n: m(torch.eye(m.infeatures, dtype=torch.float16)).t() for n, m in autoround_layers(made, packing, settings["bits"]).items()}
+    digests(name, taken)
+
+
+def autoround_layers(made: Path, packing: str, bits: int) -> dict[str, Any]:
+    """The package's own layers. Where it has one for the GPU alone, its classes and functions are given the tensors."""
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+    from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoRoundConfig
+
+    if packing in ("auto_round", "auto_round:gptqmodel"):
+        read = AutoModelForCausalLM.from_pretrained(made, device_map="cpu", quantization_config=AutoRoundConfig(backend="torch"))
+        return {n: m for n, m in read.named_modules() if hasattr(m, "qweight")}
+    found: dict[str, Any] = {}
+    tensors = load_file(made / "model.safetensors")
+    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
+        parts = {part: tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")}
+        k, n = parts["scales"].shape[0] * GROUP, parts["scales"].shape[1]
+        if packing == "auto_round:auto_awq":
+            found[name] = torch.nn.Linear(k, n, bias=False, dtype=torch.float16)
+            found[name].weight.data = dequantize_gemm(*parts.values(), bits, GROUP).t()
+            found[name].infeatures = k
+        else:
+            found[name] = QuantLinear(bits, GROUP, k, n, bias=False)
+            found[name].load_state_dict(parts)
+    return found
+
+
 def digests(name: str, weights: dict[str, torch.Tensor]) -> None:
     """What the package dequantised: each weight's dtype, and the SHA-256 of its `[N, K]` numbers."""
     found = {}
@@ -118,6 +166,11 @@ def digests(name: str, weights: dict[str, torch.Tensor]) -> None:
     (FOLDER / name / "dequantised.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
+MIXED: dict[str, dict[str, Any]] = {
+    "model.layers.0.mlp.down_proj": {"bits": 8, "sym": True},
+    "k_proj": {"bits": 2, "group_size": 32, "sym": True},
+    "model.layers.1.self_attn.o_proj": {"bits": 16},
+}
 W4 = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
 SETS: dict[str, tuple[Callable[..., None], dict[str, dict[str, Any]]]] = {
     "llmcompressor": (
@@ -134,6 +187,15 @@ SETS: dict[str, tuple[Callable[..., None], dict[str, dict[str, Any]]]] = {
         {
             "gptqmodel_v1_asymmetric": {"bits": 4, "sym": False, "desc_act": False, "format": "gptq"},
             "gptqmodel_v2_act_order": {"bits": 4, "sym": False, "desc_act": True, "format": "gptq_v2", "lm_head": True},
+        },
+    ),
+    "autoround": (
+        autoround,
+        {
+            "autoround_v1_symmetric": {"packing": "auto_round", "bits": 4, "sym": True},
+            "autoround_v1_asymmetric": {"packing": "auto_round:auto_gptq", "bits": 4, "sym": False},
+            "autoround_v2_mixed": {"packing": "auto_round:gptqmodel", "bits": 4, "sym": False, "layers": MIXED},
+            "autoround_awq": {"packing": "auto_round:auto_awq", "bits": 4, "sym": False},
         },
     ),
 }
