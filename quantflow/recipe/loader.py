@@ -24,7 +24,8 @@ from quantflow.placeholder import HEAD_BYTES, placeholder
 from quantflow.recipe.schema import DATA_NAMES, STAGE_TYPES, Calibration, Override, Recipe, Weights, stage_name, stage_settings
 from quantflow.recipe.writer import name_of
 
-_MAX_BYTES = 2**20  # a recipe is a page long; more is some other file
+_MOST_KEYS, _MOST_STAGES, _MOST_SHOWN = 1000, 100, 100  # keys of a mapping, entries of `stages`, problems
+_MAX_BYTES = 2**18  # a recipe is a page long; more is some other file
 _Path = tuple[str | int, ...]
 ROUNDING = ("gptq", "rtn", "nf4")  # a recipe has one of them
 
@@ -57,7 +58,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str |
         errors = [dict(details) for details in error.errors(include_url=False)]
         problems += [_translate(details, source) for details in errors if not _is_misspelt(details, source)]
     if problems or recipe is None:
-        raise RecipeError(sorted(problems, key=_by_line))
+        more = len(problems) - _MOST_SHOWN
+        shown = sorted(problems, key=_by_line)[:_MOST_SHOWN]
+        raise RecipeError(shown + ([Problem(str(path), f"{more} more problems")] if more > 0 else []))
     return recipe
 
 
@@ -109,6 +112,12 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag.rsplit(":", 1)[1] not in ("int", "float", "timestamp", "value")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """With merge keys (`<<`) followed, of which thirty lines can double a mapping thirty times."""
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:
+            raise yaml.constructor.ConstructorError(None, None, f"a mapping of more than {_MOST_KEYS} keys", node.start_mark)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node)).replace("_", "")
@@ -421,7 +430,7 @@ def _translate(error: dict[str, Any], source: _Source) -> Problem:
     elif kind in _TYPES:
         found += "" if value is None else f" ({_kind(value)})"
         if kind == "tuple_type" and isinstance(value, str):
-            hint = f"Write [{value}]"
+            hint = f"Write [{value[:100]}]"
     expected = _TYPES.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if kind == "literal_error":
         expected = f"one of {expected}" if " or " in expected else expected
@@ -489,8 +498,11 @@ def _entry_hint(value: Any) -> str:
 
 def _check_together(source: _Source) -> Iterator[Problem]:
     """Problems of values that are fine alone. Reads plain data, so that they are found beside those of single values."""
-    stages = source.stages()
     entries = source.data.get("stages")
+    if isinstance(entries, list) and len(entries) > _MOST_STAGES:
+        yield Problem(source.place(("stages",)), f"{len(entries)} stages", f"at most {_MOST_STAGES}")
+        return
+    stages = source.stages()
     names = [name for _, name, _ in stages]
     at = {name: source.place(("stages", position)) for position, name, _ in reversed(stages) if name}
     complete = isinstance(entries, list) and None not in names  # an unknown stage may be the one that seems to be missing

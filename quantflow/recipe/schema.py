@@ -335,7 +335,8 @@ class Recipe(Section):
     @classmethod
     def _default_output(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("output") is None:  # with a name that is wrong, that is the problem to report
-            return {**data, "output": f"artifacts/{data.get('name')}"}
+            name = data.get("name")  # of a list, an alias can make a text without end
+            return {**data, "output": f"artifacts/{name if isinstance(name, str) else None}"}
         return data
 
 

@@ -366,7 +366,11 @@ def _recipe() -> list[bytes]:
         "stages": ["calibrate", {"awq": {"grid": 4}}, {"gptq": {"damp": 0.01, "act_order": "static"}}, {"kv_qparams": {}},
                    {"pack": {"format": "gptq"}}, {"evaluate": {"data": "wikitext2", "gates": {"kl_mean": 0.1}}}],
     }  # fmt: skip
-    return [*found, yaml.safe_dump(everything, sort_keys=False).encode()]
+    # Sections that are said once and used twice, with and without changes.
+    shared = b"name: a\nmodel: m\ncalibration: &c {data: c4, samples: 8}\nstages:\n  - rtn\n  - pack: {format: gptq}\n"
+    merged = shared.replace(b"name: a\n", b"") + b"<<: [{name: b}, {seed: 1}]\nname: c\n"
+    twice = shared + b"weights: {overrides: [&o {match: a, bits: 8}, *o]}\n"
+    return [*found, yaml.safe_dump(everything, sort_keys=False).encode(), twice, merged]
 
 
 def _calibration() -> list[bytes]:

@@ -188,8 +188,20 @@ FILES: list[tuple[str, bytes, int, list[str]]] = [
     ("too large", b"# \n" * 2**19, 0, ["is larger than"]),
     ("too deep", b"name: " + b"[" * 5000, 0, ["is nested too deeply"]),
     ("too long a number", b"seed: " + b"9" * 5000, 0, ["cannot be read as YAML"]),
+    ("merges of merges", b"x0: &m0 {a: 1}\n" + b"".join(b"x%d: &m%d {<<: [*m%d, *m%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 40)), 11,
+     ["a mapping of more than 1000 keys"]),
+    ("many keys", b"".join(b"k%d: 1\n" % i for i in range(2000)), 1, ["a mapping of more than 1000 keys"]),
+    ("many stages", b"name: x\nmodel: m\nstages:\n" + b"- rtn\n" * 20_000, 3, ["20000 stages; expected at most 100"]),
     ("endless alias", b"name: &a [*a]\nstages: [rtn, pack: {format: gptq}]\n", 1, ["`name` is [a list]"]),
 ]  # fmt: skip
+
+
+def test_an_alias_that_doubles_a_text_forty_times(tmp_path: Path) -> None:
+    """Its text was made for the default output: half a gigabyte at twenty-six times."""
+    doubled = "".join(f"x{i}: &m{i} [*m{i - 1}, *m{i - 1}]\n" for i in range(1, 40))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"x0: &m0 [1]\n{doubled}name: *m39\n")
+    assert any("`name` is [a list, a list]" in str(problem) for problem in problems_of(path))
 
 
 @pytest.mark.parametrize(("content", "line", "fragments"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
