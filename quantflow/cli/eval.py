@@ -111,7 +111,7 @@ def _evaluate_text(
 
     original, found = (
         Weights(resolve_model(reference)),
-        Weights(Path(directory) if Path(directory).is_dir() else resolve_model(directory)),
+        Weights(resolve_model(directory)),
     )
     show_notes(note for weights in (original, found) for note in weights.checkpoint.remarks)
     a, b = original.checkpoint.config, found.checkpoint.config

@@ -23,7 +23,9 @@ def inspect(
     with reporting(debug):
         from quantflow.errors import ModelError, Problem
         from quantflow.models.gguf_file import gguf_file
+        from quantflow.models.hub_cache import snapshot
 
+        directory = snapshot(directory.expanduser())
         if not directory.is_dir() and not gguf_file(directory):
             raise ModelError(Problem(str(directory), "no such directory", "a model directory, an artifact or a .gguf file"))
         summary = describe(directory)

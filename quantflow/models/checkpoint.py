@@ -16,6 +16,7 @@ from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.container import open_container
 from quantflow.models.directory import Directory
 from quantflow.models.gguf_file import gguf_file
+from quantflow.models.hub_cache import snapshot
 from quantflow.models.prefixes import foreign, own_names
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.sharding import cut_dimension, shard_shape
@@ -29,11 +30,11 @@ _COMPARED = 2**24  # bytes of a table that are compared at once
 
 
 def resolve_model(model: str) -> Path:
-    """The directory of a model: a local one, or a hub id downloaded (weights and tokenizer only, no code).
+    """The directory of a model: a local one, one in the hub's cache, or a hub id downloaded (weights and tokenizer only, no code).
 
     Raises ModelError, which says how to go on without the hub.
     """
-    path = Path(model).expanduser()
+    path = snapshot(Path(model).expanduser())
     if path.is_dir():
         return path
     if path.exists():
