@@ -115,11 +115,10 @@ def _show(
         console.print(line)
     if saved := model.window_saves(c):
         console.print(f"Sliding windows: an engine that drops what they leave behind would need {size(saved)} less.")
-    if len(found.by_ranks) > 1 or found.impossible:
+    if len(found.by_ranks) > 1:
         console.print(_by_ranks(found))
-        for tp, reasons in found.impossible.items():
-            for reason in reasons:
-                console.print(f"{tp} device{'s' if tp > 1 else ''}: {reason}.", style="dim")
+    for line in _left_out(found):
+        console.print(line, style="dim")
     _show_next(checkpoint, name, recipe, path, found, proposal)
 
 
@@ -177,22 +176,37 @@ def _quality(name: str, fit: int, proposal: Fitted, quality: Measured | None) ->
 
 
 def _by_ranks(found: Advice) -> Table:
+    """A row for each number of devices that something fits."""
     size = _sizes(found.question.fit)
     table = Table("devices", "best that fits", "on each", "batch at most", "context at most", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[2:]:
         column.justify = "right"
-    for tp in found.question.ranks:
-        if fitted := found.by_ranks.get(tp):
-            row = (
-                str(fitted.candidate),
-                size(fitted.need.total),
-                str(fitted.largest_batch),
-                str(fitted.longest_context),
-            )
-            table.add_row(str(tp), *row)
-        else:
-            table.add_row(str(tp), "–", "–", "–", "–")
+    for tp, fitted in found.by_ranks.items():
+        row = (str(fitted.candidate), size(fitted.need.total), str(fitted.largest_batch), str(fitted.longest_context))
+        table.add_row(str(tp), *row)
     return table
+
+
+def _left_out(found: Advice) -> list[str]:
+    """What has no row, counted: numbers of devices that nothing fits, with the least that would be needed there; those that the model
+    cannot be cut for; and groups that a rank cannot have."""
+    size, lines = _sizes(found.question.fit), []
+    if short := [tp for tp in found.least_by_ranks if tp not in found.by_ranks]:
+        least = " and ".join(size(found.least_by_ranks[tp].need.total) for tp in short)
+        lines.append(f"{_devices(short)}, where nothing fits: the least is {least} on each.")
+    if uncut := [tp for tp in found.impossible if tp not in found.least_by_ranks]:
+        lines.append(f"{_devices(uncut)}, for which the model cannot be cut ({found.impossible[uncut[0]][0]}).")
+    groups = {tp: sum(why.startswith("groups of") for why in reasons) for tp, reasons in found.impossible.items()}
+    if any(groups.values()):
+        where = _devices([tp for tp, count in groups.items() if count])
+        count = sum(groups.values())
+        lines.append(f"{count} group size{'s' if count > 1 else ''} on {where}, which the inputs of a rank are no multiples of.")
+    return [*(f"Left out: {line}" for line in lines), *(["Every reason is in --json."] if found.impossible else [])]
+
+
+def _devices(counts: list[int]) -> str:
+    listed = " and ".join(filter(None, (", ".join(map(str, counts[:-1])), str(counts[-1]))))
+    return f"{listed} device{'s' if counts != [1] else ''}"
 
 
 def _show_next(checkpoint: Checkpoint, name: str, recipe: Recipe | None, path: Path | None, found: Advice, proposal: Fitted) -> None:

@@ -42,7 +42,8 @@ class Fitted:
 @dataclass(frozen=True)
 class Advice:
     """proposal: None where nothing fits. better: the next candidate that would be better, which does not fit. least: what needs the least
-    memory on a device. by_ranks: the best of each number of devices that anything fits. impossible: number of devices -> what keeps a
+    memory on a device. by_ranks: the best of each number of devices that anything fits. least_by_ranks: what needs the least there, of each
+    number that the model can be cut for. impossible: number of devices -> what keeps a
     model from being cut for them, or groups from being used."""
 
     question: Question
@@ -50,6 +51,7 @@ class Advice:
     better: Fitted | None
     least: Fitted
     by_ranks: dict[int, Fitted]
+    least_by_ranks: dict[int, Fitted]
     impossible: dict[int, list[str]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -73,7 +75,8 @@ class Advice:
         }
         return {
             "question": question, "proposal": told(self.proposal), "better": told(self.better), "least": told(self.least),
-            "by_tp": {tp: told(fitted) for tp, fitted in self.by_ranks.items()}, "impossible": self.impossible,
+            "by_tp": {tp: told(fitted) for tp, fitted in self.by_ranks.items()},
+            "least_by_tp": {tp: told(fitted) for tp, fitted in self.least_by_ranks.items()}, "impossible": self.impossible,
         }  # fmt: skip
 
 
@@ -112,8 +115,10 @@ def advise(checkpoint: Checkpoint, question: Question) -> Advice:
         row = ordered[proposal.candidate.tp]
         at = row.index(proposal.candidate)
         better = Fitted(row[at - 1], needs[row[at - 1]]) if at else None
-    least = min(needs, key=lambda c: (needs[c].total, c.tp))
-    return Advice(question, proposal, better, Fitted(least, needs[least]), by_ranks, impossible)
+    smallest = {tp: min(row, key=lambda c: needs[c].total) for tp, row in ordered.items()}
+    least_by_ranks = {tp: Fitted(c, needs[c]) for tp, c in smallest.items()}
+    least = min(least_by_ranks.values(), key=lambda f: (f.need.total, f.candidate.tp))
+    return Advice(question, proposal, better, least, by_ranks, least_by_ranks, impossible)
 
 
 def fitted(model: Model, candidate: Candidate) -> Fitted:

@@ -281,3 +281,26 @@ def test_bad_input(tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "s.json").write_text("{}")
     result = invoke("plan", "--fit", "1GB", "--model", tiny, "--sensitivity", tmp_path / "s.json")
     assert result.exit_code == 2 and "no measurements" in result.stderr
+
+
+def test_rows_that_can_work_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    """A 70B on devices of 8 GB, and 14 heads, which 4 devices cannot share."""
+    big = {
+        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(big))
+    arguments = ["plan", "--fit", "8GB", "--model", tmp_path, "--config-only"]
+    shown, found = invoke(*arguments), json.loads(invoke(*arguments, "--json").stdout)
+    assert shown.exit_code == 0
+    rows = re.findall(r"^ (\d) +W\d", shown.stdout, re.M)
+    assert rows == list(found["by_tp"]) == ["4", "8"] and "–" not in shown.stdout
+    least = {tp: found["least_by_tp"][tp]["bytes"]["total"] for tp in ("1", "2")}
+    sizes = " and ".join(f"{count / 2**30:.2f} GiB" for count in least.values())
+    assert f"Left out: 1 and 2 devices, where nothing fits: the least is {sizes} on each." in shown.stdout
+    assert all(count > 8e9 for count in least.values()) and least["2"] < least["1"]
+
+    (tmp_path / "config.json").write_text(json.dumps(big | {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}))
+    shown = invoke(*arguments)
+    assert "Left out: 4 and 8 devices, for which the model cannot be cut (14 heads and 2 KV heads" in shown.stdout
+    assert re.findall(r"^ (\d)  ", shown.stdout, re.M) == ["1", "2"] and "Every reason is in --json" in shown.stdout

@@ -326,6 +326,21 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", [360, 500])
+def test_the_quality_table_is_seen_whole_on_a_narrow_screen(browser: Any, page: str, tmp_path: Path, width: int) -> None:
+    """Every column, top-1 too, without scrolling; and the gates."""
+    place = tmp_path / "report.html"
+    place.write_text(page)
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    tab.goto(place.as_uri())
+    tables = tab.evaluate("""() => [...document.querySelectorAll('.scroll')].filter(e => e.querySelector('th')).map(
+        e => [[...e.querySelectorAll('th')].map(th => th.textContent).join(' ').trim(), e.scrollWidth - e.clientWidth])""")
+    over = dict(tables)
+    assert over["perplexity KL mean KL p99 top-1"] == 0 and over["gate limit found"] == 0
+    tab.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_it_in_light_and_dark(browser: Any, page: str, tmp_path: Path, width: int) -> None:
     """Nothing is fetched, nothing is said on the console, nothing is wider than the window, pictures take the page's colours, and no letter
