@@ -131,6 +131,14 @@ class Bars:
             self._progress.update(self._task, completed=done, whole=whole, detail=detail, memory=memory)
 
 
+def facts(title: str) -> Table:
+    """A table of names and what they are. What is longer than its column, a path, goes on in the next line: cut, it would be another."""
+    table = Table(show_header=False, title=title)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
 @contextmanager
 def progress() -> Iterator[Plain | Bars]:
     """Bars on a terminal, plain lines elsewhere; on stderr, so that stdout stays what was asked for."""

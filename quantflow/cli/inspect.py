@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from quantflow.cli.console import console, left_out_lines, reporting
+from quantflow.cli.console import console, facts, left_out_lines, reporting
 from quantflow.cli.options import Debug, Json
 
 
@@ -82,7 +81,7 @@ def _show(summary: dict[str, Any]) -> None:
     from quantflow.cli.run import quality_table
     from quantflow.units import size
 
-    table = Table(show_header=False, title=summary["directory"])
+    table = facts(summary["directory"])
     s = summary
     table.add_row(
         "architecture", f"{s['architecture']}: {s['layers']} layers, hidden {s['hidden']}, {s['heads']} heads, {s['kv_heads']} KV heads"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from quantflow.cli.console import console, left_out_lines, reporting
+from quantflow.cli.console import console, facts, left_out_lines, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, Set
 from quantflow.cli.recipes import find
 from quantflow.errors import Problem, UserError
@@ -108,7 +107,7 @@ def _calibration(plan: Plan) -> dict[str, Any] | None:
 
 
 def _show(summary: dict[str, Any]) -> None:
-    table = Table(show_header=False, title=f"Plan of {summary['name']}")
+    table = facts(f"Plan of {summary['name']}")
     weights = size(summary["weight_bytes"])
     table.add_row("model", f"{summary['model']} ({summary['architecture']}, {summary['layers']} layers, {weights})")
     table.add_row("output", summary["output"])

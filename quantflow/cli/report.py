@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from quantflow.cli.console import console, reporting
@@ -60,11 +61,12 @@ def compare(
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("", "size", "perplexity", "KL mean", "KL p99", "top-1", "output error", title="Side by side")
-    for column in table.columns:
-        column.overflow = "fold"  # a number that is cut is another number
+    names = ("", "size", "perplexity", "KL mean", "KL p99", "top-1", "output error")
+    table = Table(*names, title="Side by side", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"  # a number that is cut is another number
+        column.min_width = 7
     for row in rows:
         quality, error = row["quality"], row["median_error"]
         figures = (

@@ -36,6 +36,7 @@ def verify(
             print(json.dumps([check.as_dict() for check in checks], indent=2))
         else:
             table = Table("check", "", "what was found", title=str(directory))
+            table.columns[2].overflow = "fold"
             for check in checks:
                 mark = "-" if check.passed is None else "ok" if check.passed else Text("off", style="bold red")
                 table.add_row(check.name, mark, check.detail)

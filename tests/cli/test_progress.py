@@ -15,7 +15,8 @@ from quantflow.cli.console import Plain, _Words, progress
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.run import run
 from quantflow.recipe import load_recipe
-from tests.helpers.runs import blank_pages, make_bench
+from tests.helpers.runs import blank_pages, invoke, make_bench
+from tests.helpers.tiny import write_llama
 
 LINEARS = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 
@@ -133,3 +134,19 @@ def test_lines_break_between_words_and_paths_stay_whole(monkeypatch: pytest.Monk
     with terminal(monkeypatch, 60, real=False) as written:
         shown.errors.print(text)
     assert written.getvalue() == f"{text}\n"  # a log's lines are lines
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_long_path_in_a_table_is_shown_whole(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over lines, where it is wider than the terminal: cut, it would be another path."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = tmp_path / ("long-name-of-a-model-" * 6)
+    write_llama(model)
+    (tmp_path / "r.yaml").write_text("name: r\nweights: {group_size: 16}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n")
+    planned = invoke("plan", tmp_path / "r.yaml", "--model", model, "--output", tmp_path / "out")
+    verified = invoke("verify", model, "--device", "cpu")
+    for found in (planned, verified):
+        assert found.exit_code == 0, found.stderr
+        assert all(len(line) <= width or str(model) in line for line in found.stdout.splitlines()) and "…" not in found.stdout
+    cells = [line.strip("│").partition("│")[2].strip() for line in planned.stdout.splitlines()]
+    assert str(model) in "".join(cells)
