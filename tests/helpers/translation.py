@@ -122,7 +122,7 @@ def _differences_of_text(english: Token, chinese: Token, places: tuple[Path, Pat
         ("bold", len(_of(english, "strong_open")), len(_of(chinese, "strong_open"))),
     ):  # fmt: skip
         if one != other:
-            yield f"{what}: {other}, in English {one}"
+            yield f"{what}: {_said(other, one)}, in English {_said(one, other)}"
     if lost := names(said) - names(here):
         yield f"{sorted(lost)} of the English text are not in it"
     if not _CHINESE.search(here):
@@ -130,6 +130,11 @@ def _differences_of_text(english: Token, chinese: Token, places: tuple[Path, Pat
             yield "it is not translated"
         elif _folded(chinese.content) != _folded(english.content):
             yield f"in English {english.content}"
+
+
+def _said(one: Any, other: Any) -> Any:
+    """What one has more of than the other, where they are counted."""
+    return [*(one - other).elements()] if isinstance(one, Counter) else one
 
 
 def _within(token: Token) -> Iterator[Token]:
