@@ -89,7 +89,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         "linears": dict(schemes),
         "stored_layers": stored,
         "weight_bytes": plan.checkpoint.weight_bytes,
-        "tensors": plan.account.as_dict(),
+        "tensors": plan.account.as_dict() if not plan.checkpoint.config_only else None,
         "estimate": {
             "peak_memory_bytes": cost.memory_bytes,
             "store_bytes": cost.store_bytes,
@@ -130,7 +130,7 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row("peak memory", f"about {size(estimate['peak_memory_bytes'])} above the imports")
     table.add_row("disk", f"about {size(estimate['artifact_bytes'])} artifact, {size(estimate['store_bytes'])} store")
     table.add_row("time", f"about {estimate['seconds']:.0f} s")
-    for line in left_out_lines(summary["tensors"]["left_out"]):
+    for line in left_out_lines((summary["tensors"] or {}).get("left_out", {})):
         table.add_row("left out", line)
     for note in summary["notes"]:
         table.add_row("note", note)

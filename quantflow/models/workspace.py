@@ -308,6 +308,7 @@ class Workspace:
         self.files, self._kv_width, more = self._check_files(found)
         if problems or more:
             raise ModelError(problems + more)
+        self._strangers = sorted(found.keys() - {file.name for file in self.files} - {CONFIG})
         self._stored: dict[str, Stored] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for stored in stored_tensors(self.layout):
@@ -399,17 +400,25 @@ class Workspace:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """Said where zero points are stored plainly, which LMDeploy takes for others: in how many of the files. Reads a number of each.
+        """Said of files that config.ini does not ask for; and where zero points are stored plainly, which LMDeploy takes for others: in how
+        many of the files. Reads a number of each.
 
         Raises ModelError for a file that cannot be read.
         """
+        said: tuple[str, ...] = ()
+        if self._strangers:
+            few = ", ".join(self._strangers[:3]) + (f" and {len(self._strangers) - 3} more" if len(self._strangers) > 3 else "")
+            said = (f"left out, since config.ini does not ask for them: {few}",)
         grids = [file for stored in stored_tensors(self.layout) if stored.part == "scales_zeros" for file in stored.files]
         plain = [name for name in grids if has_plain_zeros(self._read_file(name, "F16", (1,)))]
         if not plain:
-            return ()
+            return said
         number = "all" if len(plain) == len(grids) else f"{len(plain)} of {len(grids)}"
-        return (f"{number} scales_zeros files hold zero points as z, from an older QuantFlow: right here, wrong in LMDeploy, which takes "
-                "64 + z; export it to turbomind again for that",)  # fmt: skip
+        older = (
+            f"{number} scales_zeros files hold zero points as z, from an older QuantFlow: right here, wrong in LMDeploy, which takes "
+            "64 + z; export it to turbomind again for that"
+        )
+        return (*said, older)
 
     def _read_file(self, name: str, dtype: str, shape: tuple[int, ...], rows: range | None = None) -> Tensor:
         import torch

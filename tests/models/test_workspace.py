@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from quantflow.errors import FormatError, ModelError
 from quantflow.models import workspace_layout
+from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.config import DecoderConfig, Rope
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.tensor_file import dtype_name
@@ -331,6 +332,37 @@ def test_large_words_are_permuted_some_rows_at_a_time(monkeypatch: pytest.Monkey
     monkeypatch.setattr(workspace_layout, "_BLOCK_WORDS", 1)
     for function, expected in zip(functions, whole, strict=True):
         assert torch.equal(function(words), expected)
+
+
+def test_files_that_config_ini_does_not_ask_for_are_named(tmp_path: Path) -> None:
+    """Of a layer beyond num_layer, say: nothing is left out in silence."""
+    c = make_config(layers=2)
+    tensors = make_tensors(c)
+    write(tmp_path, c, tensors)
+    weights = tmp_path / "triton_models" / "weights"
+    ini = weights / "config.ini"
+    ini.write_text(ini.read_text().replace("num_layer = 2", "num_layer = 1"))
+    (note,) = Workspace(tmp_path).notes
+    beyond = sorted(path.name for path in weights.glob("layers.1.*"))
+    assert note == f"left out, since config.ini does not ask for them: {', '.join(beyond[:3])} and {len(beyond) - 3} more"
+    assert any("left out" in note for note in Checkpoint(tmp_path).remarks)
+
+
+def test_a_workspace_whose_head_differs_though_it_is_said_to_be_tied(tmp_path: Path) -> None:
+    """The head is stored in any case: a copy is one with the embedding, another one is kept."""
+    c = make_config(tied=True)
+    tensors = make_tensors(c)
+    write(tmp_path, c, tensors)
+    found = Checkpoint(tmp_path)
+    assert found.config.tied and list(found.left_out) == ["lm_head.weight"]
+    output = tmp_path / "triton_models" / "weights" / "output.weight"
+    raw = bytearray(output.read_bytes())
+    raw[2 * c.hidden * (c.vocabulary - 1)] ^= 1  # in the last row
+    output.write_bytes(raw)
+    again = Checkpoint(tmp_path)
+    assert not again.config.tied and again.left_out == {} and "lm_head.weight" in again.expected
+    rows = again.container.read("lm_head.weight", slice(1, 3))
+    assert torch.equal(rows, tensors["model.embed_tokens.weight"][1:3])
 
 
 def shift_zeros(path: Path, by: float, first: int = 0) -> None:

@@ -163,7 +163,7 @@ def test_what_the_store_has_is_shown(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert plan(recipe)["stored_layers"] == 2
     assert plan(recipe, "--set", "stages.gptq.damp=0.02")["stored_layers"] == 0
     assert plan(recipe, "--set", "stages.evaluate.windows=2")["stored_layers"] == 2
-    assert plan(recipe, "--config-only")["stored_layers"] is None
+    assert plan(recipe, "--config-only")["stored_layers"] is None and plan(recipe, "--config-only")["tensors"] is None
 
 
 def test_a_plan_needs_no_hub(bench: Bench) -> None:
