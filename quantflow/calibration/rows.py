@@ -19,6 +19,7 @@ from quantflow.placeholder import placeholder_at
 SEPARATOR = "<|endoftext|>"
 READ = 2**20  # letters of a text that are read at once
 BATCH = 256  # rows of a table
+LONGEST_LINE, LONGEST_LIST = 2**27, 2**31  # letters: 20 KB of zstd can be a line of a gigabyte
 LONGEST_CELL = 2**31 - 1  # letters in a cell of a CSV file, where Python's own limit is 128 KiB
 
 Row = tuple[str, Any]  # where it stands, and what is there
@@ -73,17 +74,31 @@ def _unnamed(stream: IO[str], path: Path) -> Iterator[Row]:
         yield where, text
 
 
+def _numbered(stream: IO[str], path: Path, longest: int | None = None) -> Iterator[tuple[int, str]]:
+    """The lines, from 1 on. longest: LONGEST_LINE by default."""
+    longest, number = longest or LONGEST_LINE, 0
+    while line := stream.readline(longest):
+        number += 1
+        if len(line) == longest:
+            raise DataError(Problem(f"{path}:{number}", f"a line of {longest} letters or more", "a document a line"))
+        yield number, line
+
+
 def _lines(stream: IO[str], path: Path) -> Iterator[Row]:
-    for number, line in enumerate(stream, 1):
+    for number, line in _numbered(stream, path):
         if line.strip():
             yield f"{path}:{number}", _parsed(line, f"{path}:{number}", "one JSON value a line")
 
 
 def _json(stream: IO[str], path: Path) -> Iterator[Row]:
     """A list, or lines: c4 calls a file of JSON lines ".json"."""
-    number, first = next(((n, line) for n, line in enumerate(stream, 1) if line.strip()), (0, ""))
+    lines = _numbered(stream, path, LONGEST_LIST)  # a whole list is one line, often
+    number, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
     if first.lstrip().startswith("["):
-        values = _parsed(first + stream.read(), str(path), "a JSON list")
+        rest = stream.read(LONGEST_LIST)
+        if len(rest) == LONGEST_LIST:
+            raise DataError(Problem(str(path), f"a list of more than {LONGEST_LIST} letters", "JSON lines"))
+        values = _parsed(first + rest, str(path), "a JSON list")
         yield from ((f"{path} item {n}", value) for n, value in enumerate(values, 1))
     elif first:
         where = f"{path}:{number}"
@@ -91,7 +106,7 @@ def _json(stream: IO[str], path: Path) -> Iterator[Row]:
             found = "a JSON object over several lines"
             raise DataError(Problem(where, found, "a list of objects, or one object a line", "`jq -c .` writes an object in one line"))
         yield where, _parsed(first, where, "one JSON object a line, or a list")
-        for n, line in enumerate(stream, number + 1):
+        for n, line in lines:
             if line.strip():
                 yield f"{path}:{n}", _parsed(line, f"{path}:{n}", "one JSON object a line, or a list")
 
@@ -105,7 +120,7 @@ def _parsed(text: str, where: str, expected: str) -> Any:
 
 def _csv(stream: IO[str], path: Path, separator: str = ",") -> Iterator[Row]:
     csv.field_size_limit(LONGEST_CELL)
-    reader = csv.DictReader(stream, delimiter=separator)
+    reader = csv.DictReader((line for _, line in _numbered(stream, path)), delimiter=separator)
     for row in reader:
         where = f"{path}:{reader.line_num}"
         if None in row:

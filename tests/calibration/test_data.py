@@ -344,6 +344,29 @@ def test_windows_are_those_of_the_independent_tool(model: str, text: str, count:
     assert found.tokens == expected and len(expected) == count
 
 
+def test_a_line_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few kilobytes of a compressed file can be gigabytes of one line, which nobody wrote. A list may be a long line."""
+    monkeypatch.setattr("quantflow.calibration.rows.LONGEST_LINE", 2**12)
+    for kind, content in (("jsonl", '{"text": "%s"}'), ("csv", 'text\n"%s"\n'), ("ndjson", '"%s"')):
+        path = tmp_path / f"long.{kind}.gz"
+        for letters, long in ((2**11, False), (2**20, True)):
+            path.write_bytes(gzip.compress((content % ("a" * letters)).encode()))
+            if long:
+                with pytest.raises(DataError, match=rf"{path.name}:\d: a line of 4096 letters or more"):
+                    list(documents(str(path)))
+            else:
+                assert list(documents(str(path))) == ["a" * letters]
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(["a" * 2**13]))
+    assert list(documents(str(path))) == ["a" * 2**13]
+    monkeypatch.setattr("quantflow.calibration.rows.LONGEST_LIST", 2**12)
+    with pytest.raises(DataError, match="letters or more"):
+        list(documents(str(path)))
+    path.write_text(json.dumps(["a" * 2**13], indent=1))
+    with pytest.raises(DataError, match="a list of more than 4096 letters"):
+        list(documents(str(path)))
+
+
 def test_offsets_beyond_an_arrow_files_text(tmp_path: Path) -> None:
     """The library believes them: reading such a row ended the process."""
     texts = ["one", "three", "seventeen"]
