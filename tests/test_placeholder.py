@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from quantflow.errors import UserError
 from quantflow.evaluate.tasks import Settings, read_tasks
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.tokenizer import export_tokenizer, load_tokenizer
+from quantflow.models.tokenizer import export_tokenizer, load_tokenizer, tokenizer_placeholders
 from quantflow.pipeline.export import export
 from quantflow.placeholder import placeholder
 from quantflow.recipe import load_recipe
@@ -109,6 +109,14 @@ def test_an_empty_config_and_a_page(tmp_path: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=r"config\.json: a(n empty file| Git LFS pointer| web page)"):
         Checkpoint(folder)
+
+
+def test_a_plan_looks_at_the_tokenizer_too(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path)
+    assert tokenizer_placeholders(folder) == []
+    for name in ("tokenizer.json", "generation_config.json"):
+        (folder / name).write_text(LFS)
+    assert [Path(problem.where).name for problem in tokenizer_placeholders(folder)] == ["tokenizer.json", "generation_config.json"]
 
 
 def test_a_file_of_questions(tmp_path: Path) -> None:

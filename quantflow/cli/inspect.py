@@ -21,10 +21,13 @@ def inspect(
     """Show architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers, no weight."""
     with reporting(debug):
         from quantflow.errors import ModelError, Problem
+        from quantflow.models.checkpoint import resolve_model
         from quantflow.models.gguf_file import gguf_file
         from quantflow.models.hub_cache import snapshot
 
         directory = snapshot(directory.expanduser())
+        if directory.is_file():
+            directory = resolve_model(str(directory))  # which says what it should be
         if not directory.is_dir() and not gguf_file(directory):
             raise ModelError(Problem(str(directory), "no such directory", "a model directory, an artifact or a .gguf file"))
         summary = describe(directory)

@@ -40,7 +40,9 @@ def resolve_model(model: str) -> Path:
     if path.exists():
         if gguf_file(path):
             return path
-        raise ModelError(Problem(model, "a file", "a model directory, or a .gguf file"))
+        inside = path.suffix == ".safetensors" or path.name == "config.json"
+        hint = f"Give the directory that it is in: {path.parent}" if inside else ""
+        raise ModelError(Problem(model, "a file", "a model directory, or a .gguf file", hint))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise ModelError(Problem(model, "no such directory", "a model directory or a hub id such as internlm/internlm-chat-7b"))
     from huggingface_hub import snapshot_download

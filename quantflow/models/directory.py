@@ -99,6 +99,8 @@ class Directory:
     left_out_files: each file of weights that is not read -> why."""
 
     def __init__(self, path: Path, *, config_only: bool = False) -> None:
+        if not os.path.lexists(path / "config.json"):
+            raise ModelError(_no_config(path))
         self.config = read_json(path / "config.json")
         self.tokenizer = path
         self._places, self.left_out_files = ({}, {}) if config_only else _locate(path)
@@ -122,6 +124,20 @@ class Directory:
 
     def kv_parameters(self) -> dict[str, Tensor]:
         return {}
+
+
+def _no_config(path: Path) -> Problem:
+    """Why there is no config.json, as far as what is there tells."""
+    there = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    below = sorted(name for name in there if (path / name / "config.json").is_file())
+    hint = "Is the download complete?"
+    if "adapter_config.json" in there:
+        hint = "It is an adapter: merge it into its model, with merge_and_unload() of PEFT, and save that"
+    elif "params.json" in there:
+        hint = "It is the layout of the model's maker (params.json): download, or convert to, that of transformers"
+    elif below:
+        hint = f"Give the directory inside: {path / below[0]}"
+    return Problem(str(path / "config.json"), "No such file or directory", "a model directory", hint)
 
 
 def _said(left_out: Mapping[str, str]) -> Iterator[str]:

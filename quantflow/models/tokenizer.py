@@ -25,6 +25,7 @@ from quantflow.models.dialogue import OF_FAMILY, ChatTemplate, Dialogue
 from quantflow.models.directory import read_file, read_json
 from quantflow.models.gguf_file import read_metadata
 from quantflow.models.sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel, read_sentencepiece
+from quantflow.placeholder import placeholder_at
 
 Json = dict[str, Any]
 _Token = TypeVar("_Token", str, bytes)
@@ -95,6 +96,12 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
 def has_tokenizer(path: Path) -> bool:
     """Whether a model directory, or a GGUF file, has a tokenizer of a kind that `load_tokenizer` knows."""
     return path.is_file() or any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json"))
+
+
+def tokenizer_placeholders(path: Path) -> list[Problem]:
+    """What lies in the place of the tokenizer's files of a model directory, without reading one of them whole."""
+    names = (*_READERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+    return [problem for name in names if (path / name).is_file() and (problem := placeholder_at(path / name))]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -29,7 +29,7 @@ from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 from quantflow.models.decoder import computed_by
 from quantflow.models.sharding import parallel_dimension
-from quantflow.models.tokenizer import has_tokenizer
+from quantflow.models.tokenizer import has_tokenizer, tokenizer_placeholders
 from quantflow.models.weight_files import INDEX
 from quantflow.pipeline.texts import local_text, model_documents
 from quantflow.quant.grid import Scheme
@@ -299,6 +299,8 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     problems += _grid_problems(plan) + _data_problems(plan) + _output_problems(plan)
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
         problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
+    if not config_only:
+        problems += tokenizer_placeholders(checkpoint.tokenizer_path)
     if problems:
         raise UserError(problems)
     return plan

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantflow.errors import ModelError
-from quantflow.models.checkpoint import Checkpoint
+from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.directory import Directory
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
@@ -180,3 +180,25 @@ def test_a_tensor_in_two_shards_of_an_index(folder: Path) -> None:
     save_file(second | {"lm_head.weight": first["lm_head.weight"] + 1}, folder / SECOND, {"format": "pt"})
     with pytest.raises(ModelError, match=rf"{SECOND}: tensor lm_head\.weight stands in two files, also in {FIRST}"):
         Directory(folder)
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ("adapter_config.json", "It is an adapter"),
+        ("params.json", "It is the layout of the model's maker"),
+        ("inside/config.json", "Give the directory inside: .*inside"),
+        ("readme.md", "Is the download complete"),
+    ],
+)
+def test_a_directory_without_a_config(tmp_path: Path, there: str, said: str) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_text("{}")
+    with pytest.raises(ModelError, match=rf"config\.json: No such file or directory; expected a model directory\. {said}"):
+        Directory(tmp_path)
+
+
+@pytest.mark.parametrize("name", [WHOLE, "config.json"])
+def test_a_file_in_place_of_its_directory(folder: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=rf"a file; expected a model directory, or a \.gguf file\. Give the directory .*: {folder}"):
+        resolve_model(str(folder / name))

@@ -192,6 +192,10 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "an index that is not JSON": (write("model/model.safetensors.index.json", "{"), ("model.safetensors.index.json: not JSON",)),
     "a tensor in two files": (in_two_files(both=True), ("stands in two files", "Remove one, or add model.safetensors.index.json")),
     "pickled weights": (pickled, ("no .safetensors file but pytorch_model.bin", "convert them to safetensors first")),
+    "a tokenizer that is a Git LFS pointer": (
+        write("model/tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"),
+        ("tokenizer.json: a Git LFS pointer", "(of 12345 bytes)", "git lfs pull"),
+    ),
     "no weights at all": (remove("model/model.safetensors"), ("no .safetensors file", "Is the download complete?")),
     "no config": (remove("model/config.json"), ("config.json: No such file",)),
     "a config that is not JSON": (write("model/config.json", "{'model_type': 'llama'}"), ("config.json: not JSON",)),
