@@ -32,6 +32,7 @@ WAYS = {  # name -> stages, symmetric
     "rtn, symmetric": (["rtn"], True),
     "gptq, symmetric": (["gptq"], True),
 }
+THEIRS = "llm-compressor gptq"
 LLM_COMPRESSOR = """
 import json, sys, torch
 from datasets import Dataset
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--llmcompressor", metavar="PYTHON")
+    parser.add_argument("--only", action="append", choices=[*WAYS, THEIRS], help="one of the ways; may be repeated")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
@@ -118,8 +120,10 @@ def main() -> None:
         (Path(scratch) / "windows.json").write_text(json.dumps(calibration))
         ways: list[tuple[str, Any]] = list(WAYS.items())
         if args.llmcompressor:
-            ways.append(("llm-compressor gptq", None))
+            ways.append((THEIRS, None))
         for number, (name, way) in enumerate(ways):
+            if args.only and name not in args.only:
+                continue
             output, began = Path(scratch) / str(number), time.perf_counter()
             if way:
                 quantise(args.model, args.calibration, args.samples, args.length, args.group, *way, output)

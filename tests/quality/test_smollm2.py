@@ -12,6 +12,7 @@ import pytest
 
 from quantflow.models.gguf_file import read_metadata
 from quantflow.models.gguf_tokenizer import tokenizer_from_metadata
+from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from tests.helpers.llama_tokens import TEXTS, random_texts
 from tests.helpers.runs import invoke
 
@@ -42,6 +43,14 @@ def test_its_tokens_are_llama_cpps(gguf: Path) -> None:
     for text in (*TEXTS, *random_texts(200)):
         assert ours.encode(text).ids == theirs.tokenize(text.encode(), add_bos=True, special=True), text
     theirs.close()
+
+
+def test_its_vocabulary_goes_back_as_it_came(gguf: Path, exported: Path) -> None:
+    """Under llama.cpp's name of the splitter, with every token, merge and type."""
+    theirs = read_metadata(gguf)
+    ours = vocabulary_metadata(exported, {}, 49152)
+    assert ours.pop("tokenizer.ggml.add_eos_token") is False  # which theirs leaves open
+    assert ours == {key: list(theirs[key]) if isinstance(ours[key], list) else theirs[key] for key in ours}
 
 
 def test_it_answers_as_transformers_has_it(exported: Path) -> None:
