@@ -38,17 +38,22 @@ class Engine:
     command: str
 
 
-_KERNELS = (128, 64, 32)
+_KERNELS, _BITS = (128, 64, 32), (2, 3, 4, 5, 6, 7, 8)
 ENGINES = {
     "vllm": Engine(
         "vLLM",
-        (Layout("compressed-tensors", (4, 8), _KERNELS, True, "symmetric, in groups of 128, 64 or 32, is what its fast kernels take"),),
+        (Layout("compressed-tensors", _BITS, _KERNELS, True, "symmetric, in groups of 128, 64 or 32, is what its fast kernels take"),),
         "vllm serve {}",
     ),
     "lmdeploy": Engine(
         "LMDeploy",
-        (Layout("awq", (4,), (128,), False, "TurboMind reads AWQ in groups of 128 alone, with zero points"),),
-        "lmdeploy serve api_server {} --model-format awq",
+        (
+            Layout("awq", (4,), (128,), False, "TurboMind reads AWQ in groups of 128 alone, with zero points"),
+            Layout(
+                "compressed-tensors", (4,), (32,), True, "128 does not divide all inputs; TurboMind's other groups are 32, of this format"
+            ),
+        ),
+        "lmdeploy serve api_server {}",
     ),
     "sglang": Engine(
         "SGLang",
@@ -60,7 +65,7 @@ ENGINES = {
     ),
     "transformers": Engine(
         "transformers",
-        (Layout("compressed-tensors", (2, 3, 4, 5, 6, 7, 8), (*_KERNELS, 16, 8), True, "symmetric: experts have no zero points there"),),
+        (Layout("compressed-tensors", _BITS, (*_KERNELS, 16, 8), True, "symmetric: experts have no zero points there"),),
         'AutoModelForCausalLM.from_pretrained("{}")',
     ),
     "llama.cpp": Engine(
@@ -83,13 +88,13 @@ def starter(checkpoint: Checkpoint, model: str, bits: int, engine_name: str, dat
     """The recipe. model: as it is to be named there. data: the calibration text, None for the bundled one. file: where the recipe goes;
     by default NAME.yaml. Raises UserError for what the engine does not load."""
     engine = ENGINES[engine_name]
-    layout = next((layout for layout in engine.layouts if bits in layout.bits), None)
-    if layout is None:
+    layouts = [layout for layout in engine.layouts if bits in layout.bits]
+    if not layouts:
         known = sorted({b for layout in engine.layouts for b in layout.bits})
         others = [name for name, other in ENGINES.items() if any(bits in layout.bits for layout in other.layouts)]
         hint = f"{bits} bits are for {', '.join(others)}" if others else ""
         raise UserError(Problem("--bits", f"{bits} with --for {engine_name}", f"{' or '.join(map(str, known))}: what it loads", hint))
-    group = _group(checkpoint, layout, engine)
+    layout, group = _fitting(checkpoint, layouts, engine)
     name = re.sub(r"[^A-Za-z0-9._-]", "", name_of(Path(model), f"_w{bits}_{engine_name}"))
     place = shlex.quote(file or f"{name}.yaml")
     most = checkpoint.config.max_positions
@@ -125,19 +130,21 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _group(checkpoint: Checkpoint, layout: Layout, engine: Engine) -> int:
-    """The first of the layout's group sizes that divides the inputs of every linear. Raises UserError where none does."""
+def _fitting(checkpoint: Checkpoint, layouts: list[Layout], engine: Engine) -> tuple[Layout, int]:
+    """The first layout with a group size that divides the inputs of every linear, and the first such. Raises UserError for none."""
     inputs = {
         name: shape[1]
         for index in range(checkpoint.config.layers)
         for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, index).items()
     }
     shared = math.gcd(*inputs.values())
-    fitting = next((group for group in layout.groups if shared % group == 0), None)
-    if fitting is None:
-        odd = min(inputs, key=lambda name: (math.gcd(inputs[name], layout.groups[-1]), name))
-        found = f"{engine.title} with {odd} of {inputs[odd]} inputs"
-        sizes = " or ".join(map(str, layout.groups))
+    found = next(((layout, group) for layout in layouts for group in layout.groups if shared % group == 0), None)
+    if found is None:
+        sizes = sorted({group for layout in layouts for group in layout.groups})
+        odd = min(inputs, key=lambda name: (math.gcd(inputs[name], sizes[0]), name))
         others = ", ".join(name for name, other in ENGINES.items() if any(shared % g == 0 for have in other.layouts for g in have.groups))
-        raise UserError(Problem("--for", found, f"inputs that groups of {sizes} divide", f"They fit {others}" if others else ""))
-    return fitting
+        expected = f"inputs that groups of {' or '.join(map(str, sizes))} divide"
+        raise UserError(
+            Problem("--for", f"{engine.title} with {odd} of {inputs[odd]} inputs", expected, f"They fit {others}" if others else "")
+        )
+    return found

@@ -41,13 +41,12 @@ def test_the_engines_are_the_same_on_the_command_line() -> None:
 
 @pytest.mark.parametrize("family", ZOO)
 def test_what_is_written_plans_for_every_family(family: str) -> None:
-    """Inputs of 64, 96 and 32: groups of 32, which LMDeploy does not take."""
+    """Inputs of 64, 96 and 32: groups of 32, which LMDeploy takes of compressed-tensors alone. No engine is warned of its own recipe."""
     write(Path("model"), specimen(family))
     for engine, (form, symmetric) in FOUR_BITS.items():
         made = invoke("init", "--model", "model", "--for", engine, "--json")
         if engine == "lmdeploy":
-            assert made.exit_code == 2 and "groups of 128" in made.stderr and not Path(f"model_w4_{engine}.yaml").exists()
-            continue
+            form, symmetric = "compressed-tensors", True
         if engine == "llama.cpp" and family in NO_GGUF:
             assert made.exit_code == 2 and NO_GGUF[family] in made.stderr
             continue
@@ -56,7 +55,9 @@ def test_what_is_written_plans_for_every_family(family: str) -> None:
         recipe = yaml.safe_load(path.read_text())
         assert recipe["weights"] == {"bits": 4, "group_size": 32, "symmetric": symmetric, "ignore": ["lm_head"]}
         assert {"pack": {"format": form}} in recipe["stages"]
-        assert str(make_plan(load_recipe(path)).output) == f"artifacts/model_w4_{engine}"
+        plan = make_plan(load_recipe(path))
+        assert str(plan.output) == f"artifacts/model_w4_{engine}"
+        assert not [warning for warning in plan.warnings if ENGINES[engine].title in warning]
     plan = make_plan(load_recipe(ROOT / "recipes" / "w4.yaml", model="model"))  # and so does the recipe for any model
     assert {str(linear.scheme) for linear in plan.linears} - {"None"} == {"W4 g32 symmetric"}
 
@@ -69,17 +70,26 @@ def test_groups_fit_the_model_and_the_engine() -> None:
         for engine in FOUR_BITS:
             if invoke("init", "--model", model, "--for", engine).exit_code == 0:
                 found[model, engine] = yaml.safe_load(Path(f"{model}_w4_{engine}.yaml").read_text())["weights"]["group_size"]
+    assert "format: awq" in Path("wide_w4_lmdeploy.yaml").read_text()
     assert found == {
         **{("wide", engine): 128 for engine in ("vllm", "lmdeploy", "sglang", "transformers")}, ("wide", "llama.cpp"): 32,
-        **{("odd", engine): 64 for engine in ("vllm", "sglang", "transformers")}, ("odd", "llama.cpp"): 32,
+        **{("odd", engine): 64 for engine in ("vllm", "sglang", "transformers")}, ("odd", "llama.cpp"): 32, ("odd", "lmdeploy"): 32,
     }  # fmt: skip
-    refused = invoke("init", "--model", "odd", "--for", "lmdeploy")
-    assert refused.exit_code == 2 and "576 inputs" in refused.stderr and "They fit vllm, sglang, transformers, llama.cpp" in refused.stderr
+    write_llama(Path("strange"), hidden_size=48, intermediate_size=80, num_attention_heads=3, num_key_value_heads=3)
+    for engine in ("vllm", "lmdeploy", "llama.cpp"):
+        refused = invoke("init", "--model", "strange", "--for", engine)
+        assert refused.exit_code == 2 and "They fit transformers" in refused.stderr and not Path(f"strange_w4_{engine}.yaml").exists()
+    assert invoke("init", "--model", "strange", "--for", "transformers").exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("bits", "engine", "says"),
-    [(3, "vllm", "expected 4 or 8"), (8, "lmdeploy", "expected 4"), (5, "llama.cpp", "expected 4 or 8"), (2, "sglang", "for transformers")],
+    [
+        (3, "sglang", "expected 4 or 8"),
+        (8, "lmdeploy", "expected 4"),
+        (5, "llama.cpp", "expected 4 or 8"),
+        (2, "sglang", "for vllm, transformers"),
+    ],
 )
 def test_widths_that_an_engine_does_not_load_are_refused(bits: int, engine: str, says: str) -> None:
     write_llama(Path("model"))
