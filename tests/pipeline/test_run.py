@@ -132,7 +132,8 @@ def test_two_runs_are_byte_identical(bench: Bench, fresh: Bench) -> None:
 
 def test_changing_an_artifact_stage_repeats_no_layer(fresh: Bench) -> None:
     base: list[Any] = ["calibrate", {"awq": {"grid": 3}}, "gptq", "kv_qparams"]
-    run(fresh, stages=[*base, {"pack": {"format": "compressed-tensors"}}, fresh.evaluate()])
+    weights = {"bits": 4, "group_size": 16, "symmetric": False}  # which would follow the first pack
+    run(fresh, stages=[*base, {"pack": {"format": "compressed-tensors"}}, fresh.evaluate()], weights=weights)
     layers = fresh.layers()
     assert len(layers) == 4  # two of the calibration, two of the sweep
     variants: dict[str, list[Any]] = {
@@ -151,10 +152,10 @@ def test_changing_an_artifact_stage_repeats_no_layer(fresh: Bench) -> None:
         "symmetric KV": [*base[:3], {"kv_qparams": {"symmetric": True}}, {"pack": {"format": "compressed-tensors"}}, fresh.evaluate()],
     }
     for name, stages in variants.items():
-        text = run(fresh, stages=stages)
+        text = run(fresh, stages=stages, weights=weights)
         assert "written" in text, name
         assert fresh.layers() == layers, name
-    run(fresh, stages=[*base[:2], {"gptq": {"damp": 0.02}}, "kv_qparams", {"pack": {"format": "compressed-tensors"}}])
+    run(fresh, stages=[*base[:2], {"gptq": {"damp": 0.02}}, "kv_qparams", {"pack": {"format": "compressed-tensors"}}], weights=weights)
     assert len(fresh.layers()) == 6  # another gptq: the sweep again, the calibration not
     run(
         fresh,
