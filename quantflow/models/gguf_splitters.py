@@ -146,7 +146,8 @@ _NAMES = {
     Splitter((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9]{3}")): "default",
 }  # fmt: skip
 SPLITTERS = {name: splitter for splitter, names in _NAMES.items() for name in names.split()}
-# llama.cpp's names that are not read, and why
+EXPECTED = f"one of {len(SPLITTERS)} names of llama.cpp's, such as gpt-2, llama-bpe, qwen2, smollm or tekken"
+# Its names that are not read, and why
 REFUSED = dict.fromkeys(
     ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"), "BPE of letters in place of bytes"
 ) | dict.fromkeys(("jina-v2-es", "jina-v2-de", "jina-v2-code"), "an encoder whose <mask> swallows the spaces before it")

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from quantflow.errors import ModelError, Problem
-from quantflow.models.gguf_splitters import REFUSED, SPLITTERS, word_splitter
+from quantflow.models.gguf_splitters import EXPECTED, REFUSED, SPLITTERS, word_splitter
 from quantflow.models.sentencepiece_model import (
     BPE,
     BYTE,
@@ -115,7 +115,7 @@ def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], type
     if splitter is None:
         reason = REFUSED.get(name) if isinstance(name, str) else None
         found = "missing" if name is None else f"{name!r}"[:80] + (f", {reason}" if reason else "")
-        raise ModelError(Problem(f"{file} tokenizer.ggml.pre", found, f"one of {', '.join(SPLITTERS)}", _HINT))
+        raise ModelError(Problem(f"{file} tokenizer.ggml.pre", found, EXPECTED, _HINT))
     vocab = {token: number for number, token in enumerate(tokens)}
     merges = metadata.get("tokenizer.ggml.merges")
     pairs = [tuple(merge.split(" ")) for merge in merges] if isinstance(merges, list) else []
