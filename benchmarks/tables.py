@@ -127,7 +127,33 @@ def engine_gpu(record: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-TABLES = {"engine_gpu": engine_gpu, "kernels_gpu": gpu, "kernels_cpu": cpu, "engine_cpu": engine, "serve_cpu": serve}
+def quality(record: dict[str, Any] | None) -> list[str]:
+    """What 4 bits cost a chat model, by each way."""
+    if record is None:
+        return ["Not yet measured."]
+    (calibration, samples, length), (text, windows, cut) = record["calibration"], record["text"]
+    rows = record["rows"].items()
+    return [
+        f"{record['cpu']}, torch {record['torch']}, {record['date']}. W4 in groups of {record['group_size']}, asymmetric unless a line says"
+        f" otherwise; calibrated on {samples} × {length} tokens of `{calibration}`, judged on {windows} × {cut} of `{text}`.",
+        "",
+        _row("", "perplexity", "KL", "top-1"),
+        _row(*["---"] * 4),
+        *(
+            _row(name, f"{r['perplexity']:.2f}", *([f"{r['kl_mean']:.3f}", f"{r['top1']:.1%}"] if "kl_mean" in r else ["0", "100%"]))
+            for name, r in rows
+        ),
+    ]
+
+
+TABLES = {
+    "quality_smollm2": quality,
+    "engine_gpu": engine_gpu,
+    "kernels_gpu": gpu,
+    "kernels_cpu": cpu,
+    "engine_cpu": engine,
+    "serve_cpu": serve,
+}
 
 
 def written(text: str) -> str:
