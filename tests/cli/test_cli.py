@@ -80,7 +80,7 @@ def test_the_verbs_and_their_options() -> None:
             "--debug",
         },
         "sensitivity": {
-            "--data", "--bits", "--group-size", "--symmetric", "--samples", "--length", "--skip", "--budget", "--average-bits",
+            "--data", "--field", "--bits", "--group-size", "--symmetric", "--samples", "--length", "--skip", "--budget", "--average-bits",
             "--granularity", "--output", "--fresh", "--device", "--json", "--debug",
         },
         "report": {"--output", "--debug"},
@@ -90,8 +90,8 @@ def test_the_verbs_and_their_options() -> None:
         },
         "inspect": {"--json", "--debug"},
         "eval": {
-            "--reference", "--data", "--windows", "--length", "--skip", "--engine", "--tasks", "--delimiter", "--few-shot", "--limit",
-            "--batch", "--stop", "--max-tokens", "--output", "--mode", "--kv", "--device", "--json", "--debug",
+            "--reference", "--data", "--field", "--windows", "--length", "--skip", "--engine", "--tasks", "--delimiter", "--few-shot",
+            "--limit", "--batch", "--stop", "--max-tokens", "--output", "--mode", "--kv", "--device", "--json", "--debug",
         },
         "verify": {"--reference", "--device", "--json", "--debug"},
         "generate": {
@@ -198,7 +198,7 @@ def test_messages_are_no_markup(bench: Bench) -> None:
 def test_run_gives_json_on_stdout_and_progress_on_stderr(bench: Bench) -> None:
     result = invoke("run", bench.recipe(), "--fresh", "--json")
     found = json.loads(result.stdout)
-    assert set(found) == {"output", "existed", "quality", "failed_gates", "seconds"}
+    assert set(found) == {"output", "existed", "quality", "failed_gates", "warnings", "seconds"}
     assert found["existed"] is False and found["failed_gates"] == [] and set(found["quality"]) == {"weights", "kv", "weights_and_kv"}
     assert list(found["seconds"]) == ["tokenize", "hash", "calibrate", "quantise", "pack", "evaluate", "write"]
     assert "quantise: 2 of 2 layers" in result.stderr and "\x1b" not in result.stderr, "piped progress is plain lines"
@@ -260,7 +260,7 @@ def test_inspect_refuses_what_is_no_model(bench: Bench, tmp_path: Path) -> None:
     for place, fragment in (
         (tmp_path / "nowhere", "no such directory"),
         (tmp_path, "config.json"),
-        (bench.root / "calib.txt", "no such directory"),
+        (bench.root / "calib.txt", "a file; expected a model directory"),
     ):
         result = invoke("inspect", place)
         assert result.exit_code == 2 and fragment in result.stderr and "Traceback" not in result.output
