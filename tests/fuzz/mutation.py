@@ -162,6 +162,24 @@ def json_file(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -
 # --- lines of text
 
 
+def _word_changed(line: str, rng: Random, other: str) -> str:
+    """A line with one of its words replaced: by a number near it, an odd value, or a word of the other line."""
+    words = re.split(r"([\s:=,]+)", line)  # every second one lies between two words
+    at = rng.randrange(0, len(words), 2)
+    try:
+        near = _number(int(words[at]) if words[at].lstrip("-").isdecimal() else float(words[at]), rng)
+    except (ValueError, OverflowError):
+        near = words[at] * 2
+    odd = rng.choice(ODD)
+    choices = (
+        "" if isinstance(near, list) else str(near),
+        str(odd)[:400] if odd != 10**400 else "9" * 400,
+        rng.choice(re.split(r"[\s:=,]+", other)),
+    )
+    words[at] = rng.choice((*choices, *choices, ""))
+    return "".join(words)
+
+
 def lines(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> bytes:
     """Text whose lines and words are moved, doubled, left out and replaced; a line that is JSON is changed as JSON."""
     if rng.random() < 0.1:
@@ -173,23 +191,20 @@ def lines(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> by
         at = rng.randrange(len(found))
         strange = rng.choice(donors).decode("utf-8", "replace").split("\n") if donors and rng.random() < 0.3 else found
         other = rng.choice(strange)
-        match rng.randrange(8):
+        match rng.randrange(10):
             case 0 if len(found) > 1:
                 del found[at]
             case 1:
                 found.insert(at, other)
             case 2:
                 found[at] = other
-            case 3 if (value := _loads(found[at].encode("utf-8", "replace"))) is not None:
+            case 3 | 4 if (value := _loads(found[at].encode("utf-8", "replace"))) is not None:
                 found[at] = _dumps(_changed(value, rng, [_loads(other.encode("utf-8", "replace"))]), rng).decode("utf-8", "replace")
-            case 3 | 4:
-                words = re.split(r"(\s|[:=,])", found[at])
-                word = rng.randrange(len(words))
-                words[word] = rng.choice((str(rng.choice(ODD))[:400], rng.choice(re.split(r"\s|[:=,]", other)), words[word] * 2, ""))
-                found[at] = "".join(words)
-            case 5:
+            case 3 | 4 | 5 | 6:
+                found[at] = _word_changed(found[at], rng, other)
+            case 7:
                 found[at] = " " * rng.choice((1, 2, 4, 8)) + found[at]
-            case 6:
+            case 8:
                 found = found[: at + 1]
             case _:
                 found[at] = _text(found[at], rng)

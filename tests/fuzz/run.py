@@ -121,6 +121,11 @@ def _number(pattern: str, log: str) -> int:
     return int(found[-1]) if found else 0
 
 
+def _findings(folder: Path) -> list[Path]:
+    """The inputs that went wrong."""
+    return sorted(path for path in (folder / "findings").iterdir() if path.suffix != ".txt")
+
+
 def _run(name: str, build: Path, seconds: int) -> dict[str, Any]:
     """A target's time, in as many processes as it takes; what goes into the record."""
     from tests.fuzz.seeds import seeds
@@ -151,10 +156,10 @@ def _run(name: str, build: Path, seconds: int) -> dict[str, Any]:
         if done.returncode == 0:
             break
     counted = subprocess.run([*me, "--branches"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    found = sorted(path for path in (folder / "findings").iterdir() if path.suffix != ".txt")
+    seeded, kept = (len(list((folder / part).iterdir())) for part in ("seeds", "corpus"))
     return {
         "seconds": round(spent), "executions": executions, "edges": edges, "branches": json.loads(counted.splitlines()[-1]),
-        "seeds": len(list((folder / "seeds").iterdir())), "corpus": len(list((folder / "corpus").iterdir())), "findings": len(found),
+        "seeds": seeded, "corpus": kept, "findings": len(_findings(folder)),
     }  # fmt: skip
 
 
@@ -199,8 +204,9 @@ def main() -> int:
         share = "{taken} of {of} branches".format(**row["branches"])
         print(f"{name}: {row['seconds']} s, {row['executions']} executions, {row['edges']} edges, {share}, {row['corpus']} in the corpus, "
               f"{row['findings']} findings", flush=True)  # fmt: skip
-        for text in sorted((arguments.build / name / "findings").glob("*.txt")):
-            print(f"  {text.with_suffix('.input')}: {text.read_text().splitlines()[0]}", flush=True)
+        for path in _findings(arguments.build / name):
+            text = path.with_suffix(".txt")  # of what ended the process there is none
+            print(f"  {path}" + (f": {text.read_text().splitlines()[0]}" if text.is_file() else ""), flush=True)
         bad += row["findings"]
         if arguments.record:
             rows = json.loads(arguments.record.read_text())["targets"] if arguments.record.is_file() else {}

@@ -15,9 +15,11 @@ import pytest
 import sentencepiece
 import tiktoken
 from tiktoken._educational import bpe_train
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer
 from tokenizers.models import Unigram, WordLevel
+from tokenizers.pre_tokenizers import Split
 
+from quantflow.calibration.beginnings import Beginnings
 from quantflow.calibration.data import cut_windows
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError
@@ -696,6 +698,17 @@ def test_a_tokenizer_that_fails_at_a_text_says_so(tmp_path: Path) -> None:
     assert text.encode("ab") == [0, 1]
     for fails in (lambda: text.encode("z"), lambda: cut_windows(text.tokenizer, ["a", "z"], count=1, length=2)):
         with pytest.raises(ModelError, match=r"unk_id.*expected a tokenizer that can split any text"):
+            fails()
+
+
+def test_an_expression_that_backtracks_is_given_up(tmp_path: Path) -> None:
+    """The library's engine has a limit, at which it panics: no Exception of Python's."""
+    tokenizer = Tokenizer(WordLevel({"a": 0}, "a"))
+    tokenizer.pre_tokenizer = Split(Regex("(a|a)+$"), "isolated")
+    text = Text(directory(tmp_path, {"tokenizer.json": tokenizer.to_str()}))
+    long = "a" * 30 + "!"
+    for fails in (lambda: text.encode(long), lambda: Beginnings(text.tokenizer).encode([long] * 3, 8, special=[True] * 3)):
+        with pytest.raises(ModelError, match=r"retry-limit.*expected a tokenizer that can split any text"):
             fails()
 
 
