@@ -176,7 +176,7 @@ def _with_kv(weights: Weights, job: PackJob, kv: Mapping[str, Tensor], options: 
             prefixes = [f"{checkpoint.architecture.layer_prefix(index)}.self_attn" for index in range(checkpoint.config.layers)]
             for prefix in prefixes:
                 scales |= fp8_scales(prefix, largest_of_parameters(kv, prefix), getattr(torch, checkpoint.config.dtype))
-        return replace(job, kv=scales), {}
+        return replace(job, kv=scales, kv_scales=options.kv_scales), {}
     if not kv or job.format.container != "workspace":
         return job, {}
     whole, errors = per_rank(kv, checkpoint.config.kv_heads, options.tp, rounded=options.requantize)

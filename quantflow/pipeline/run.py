@@ -203,7 +203,7 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
             kv, off = _kv_of_ranks(plan, reader)
             job = replace(job, kv=kv)
         if pack.kv_scales:
-            job = replace(job, kv=_fp8_scales(plan, reader))
+            job = replace(job, kv=_fp8_scales(plan, reader), kv_scales=pack.kv_scales)
         results: Results = Requantizing(reader, job, errors=off) if pack.requantize else reader
         off |= write_checkpoint(target, job, results, progress.step)
         for rank, place in write_ranks(target, job, results, progress.step):

@@ -60,14 +60,13 @@ def largest_of_extremes(extremes: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def largest_of_parameters(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
-    """The same from the int8 parameters of a layer, whatever their granularity."""
+    """The same from the int8 parameters of a layer, whatever their granularity: never less than it was. What is constant has a scale of 1,
+    as other channels may, and counts for the whole range that this holds: no parameter tells the two apart, and less would clip."""
     found = {}
     for letter, name in (("k", "key"), ("v", "value")):
         scale, zero = (tensors[f"{prefix}.{letter}_{part}"].double() for part in ("scale", "zero_point"))
         # Asymmetric codes span 255 steps around the zero point, symmetric ones 127 on each side.
-        half = scale * (127.5 if bool(zero.any()) else 127.0)
-        half = torch.where(scale == 1.0, 0.0, half)  # which marks what is constant
-        found[name] = float((zero.abs() + half).max())
+        found[name] = float((zero.abs() + scale * (127.5 if bool(zero.any()) else 127.0)).max())
     return found
 
 

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +29,8 @@ Held = Mapping[int, Mapping[str, Scheme]]  # layer -> name in the layer -> schem
 class PackJob:
     """One checkpoint to write. schemes: layer -> relative name -> scheme. outer: module -> scheme of what is quantised outside the
     layers. has_index: tensors carry a group index. ranks: how many there will be; rank, tp: which one this is, of how many, where it is
-    not the whole. kv: what the format holds of the KV cache: a workspace int8 parameters, `[]` or `[ranks]`; others fp8 scales, `[1]`.
+    not the whole. kv: what the checkpoint holds of the KV cache: a workspace int8 parameters, `[]` or `[ranks]`; others scales, `[1]`, of
+    the kind kv_scales, one of the format's own.
     unpacked: weights outside the layers that the source holds quantised and the format does not. rounded: what a dtype does not hold
     exactly is rounded."""
 
@@ -42,6 +44,7 @@ class PackJob:
     rank: int = 0
     tp: int = 1
     kv: Mapping[str, Tensor] | None = None
+    kv_scales: str | None = None
     outer: Mapping[str, Scheme] = field(default_factory=dict)
     unpacked: frozenset[str] = frozenset()
     rounded: bool = False
@@ -52,7 +55,7 @@ class PackJob:
         prefixes = {index: self.checkpoint.architecture.layer_prefix(index) for index in self.schemes}
         return {f"{prefixes[i]}.{name}": scheme for i, layer in self.schemes.items() for name, scheme in layer.items()} | dict(self.outer)
 
-    @property
+    @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What engines are known not to load of it, each in a sentence. It is right all the same, and is written."""
         doubts = self.format.doubts(self.modules, _ignored(self), act_order=self.has_index)
@@ -213,9 +216,8 @@ def quantization_config(job: PackJob) -> dict[str, Any]:
     checkpoint, modules = job.checkpoint, job.modules
     if not modules:
         return {}
-    kv_scales = job.format.kv_scales[0] if job.kv and job.format.kv_scales else None
     return job.format.quantization_config(
-        modules, _ignored(job), job.default, kv_scales=kv_scales, act_order=job.has_index, model_dtype=checkpoint.config.dtype
+        modules, _ignored(job), job.default, kv_scales=job.kv_scales, act_order=job.has_index, model_dtype=checkpoint.config.dtype
     )
 
 

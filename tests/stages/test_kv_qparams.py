@@ -8,7 +8,7 @@ import torch
 from quantflow.calibration.statistics import KVStatistics
 from quantflow.quant.kv import KVParameters, round_kv
 from quantflow.recipe import KvQparams
-from quantflow.stages.kv_qparams import layer_parameters, parameter_tensors, rounding
+from quantflow.stages.kv_qparams import largest_of_extremes, largest_of_parameters, layer_parameters, parameter_tensors, rounding
 from tests.helpers.layers import TinyLayer
 
 # Two heads of two channels.
@@ -48,6 +48,21 @@ def test_names() -> None:
     assert all(t.dtype == torch.float32 and t.shape == (2,) for t in tensors.values())
     assert tensors["model.layers.3.self_attn.k_zero_point"].tolist() == [2.0, -2.0]
     torch.testing.assert_close(tensors["model.layers.3.self_attn.v_scale"], torch.tensor([0.2, 0.8]))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("granularity", ["tensor", "head", "channel"])
+def test_the_largest_magnitude_is_never_less_than_was_seen(granularity: str, symmetric: bool) -> None:
+    """A scale of 1 is a head's own as well as that of what is constant: read as the latter, its range would be clipped."""
+    by_hand = {f"a.{letter}_scale": torch.tensor([1.0, 0.5]) for letter in "kv"}
+    by_hand |= {f"a.{letter}_zero_point": torch.zeros(2) for letter in "kv"}
+    assert largest_of_parameters(by_hand, "a") == {"key": 127.0, "value": 127.0}
+    extremes = {**EXTREMES, "key.min": torch.tensor([[-127.0, 3.0], [0.0, -8.0]]), "key.max": torch.tensor([[128.0, 3.0], [4.0, 0.0]])}
+    tensors = parameter_tensors("a", layer_parameters(extremes, KvQparams(symmetric=symmetric, granularity=granularity)))
+    seen, found = largest_of_extremes(extremes), largest_of_parameters(tensors, "a")
+    assert seen == {"key": 128.0, "value": 204.0}
+    for name, largest in seen.items():
+        assert largest * (1 - 1e-6) <= found[name] <= max(largest * 1.005, 3 + 127.5), name  # of the channel that is 3 throughout
 
 
 def test_rounding_uses_each_layers_own_parameters() -> None:
