@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-TEXTS = {"demo": "demo_calib.txt", "demo-new": "demo_eval.txt"}
+BUNDLED, BUNDLED_NEW = "demo", "demo-new"  # the texts to calibrate and to evaluate on
+TEXTS = {BUNDLED: "demo_calib.txt", BUNDLED_NEW: "demo_eval.txt"}
 
 
 def folder() -> Path:

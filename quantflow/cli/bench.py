@@ -49,7 +49,8 @@ def bench(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure prefill, decode, time to the first token and memory: 16 bits, quantised weights, int8 KV, both, transformers, llama.cpp."""
+    """Measure speed and memory, beside other engines. Prefill, decode, time to the first token and memory: 16 bits, quantised weights,
+    int8 KV, both, transformers, llama.cpp."""
     with reporting(debug, RUNNING):
         from quantflow.evaluate.throughput import Case, measure, memory_table
         from quantflow.formats.reader import Weights

@@ -244,7 +244,7 @@ def chat(
     device: DeviceOption = Device.auto,
     debug: Debug = False,
 ) -> None:
-    """Chat with a model in the terminal: one here, or one behind a server."""
+    """Chat in the terminal. With a model here, or one behind a server."""
     with reporting(debug, RUNNING):
         parameters = {
             "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,

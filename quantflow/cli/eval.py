@@ -59,8 +59,9 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Perplexity of both models, KL divergence (mean, 99th percentile) and top-1 agreement, the reference in float32; or, with --tasks,
-    the share of right answers to multiple-choice and exact-match questions, and whether two models differ (McNemar's test)."""
+    """Measure on text or on tasks, beside the original. On text: perplexity of both models, KL divergence (mean, 99th percentile) and
+    top-1 agreement, the reference in float32; with --tasks, the share of right answers to multiple-choice and exact-match questions, and
+    whether two models differ (McNemar's test)."""
     with reporting(debug, RUNNING):
         sources = {name: context.get_parameter_source(name) for name in (*OF_TEXT, *OF_TASKS, "kv")}
         given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}

@@ -29,7 +29,7 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a checkpoint in another format, exactly or not at all."""
+    """Write a checkpoint in another format: exactly, or not at all."""
     with reporting(debug, EXPORTING):
         from quantflow.errors import Problem, UserError
         from quantflow.pipeline import export as exporting
@@ -65,7 +65,7 @@ def export(
 
 
 def formats(as_json: Json = False, debug: Debug = False) -> None:
-    """Show what each checkpoint format can hold, and which engines read it."""
+    """Show what each format holds, and which engines load it."""
     with reporting(debug):
         from dataclasses import asdict, fields
 

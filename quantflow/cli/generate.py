@@ -59,7 +59,7 @@ def generate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Generate text with an artifact or any checkpoint that QuantFlow reads."""
+    """Go on from a text. With an artifact, or any checkpoint that QuantFlow reads."""
     with reporting(debug, RUNNING):
         from quantflow.engine.follower import follow
         from quantflow.engine.llm import LLM

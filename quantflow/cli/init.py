@@ -38,7 +38,7 @@ def init(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a recipe for a model and the engine that is to load it. Nothing is computed, and no file is replaced without --force."""
+    """Write a recipe for a model and an engine. Nothing is computed, and no file is replaced without --force."""
     with reporting(debug):
         from quantflow.errors import OutputError, Problem, UserError
         from quantflow.models.checkpoint import Checkpoint, resolve_model

@@ -14,35 +14,41 @@ from quantflow import __version__
 from quantflow.cli import bench, chat, export, generate, init, inspect, plan, release, report, run, schema, sensitivity, serve, verify
 from quantflow.cli import eval as eval_command
 
-# Every verb and what it is for, in the order that one comes to use them.
-VERBS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+# Every verb, in the order that one comes to use them. What it is for is the first sentence of its docstring.
+VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Make": {
-        "init": (init.init, "Write a recipe for a model and an engine."),
-        "plan": (plan.plan, "Show what a run would do and need; with --fit, what fits a device."),
-        "run": (run.run, "Quantise: from a recipe to an artifact, and proof of its quality."),
-        "export": (export.export, "Write a checkpoint in another format."),
+        "init": init.init,
+        "plan": plan.plan,
+        "run": run.run,
+        "export": export.export,
     },
     "Check": {
-        "report": (report.report, "Draw the page of an artifact anew."),
-        "compare": (report.compare, "Set artifacts side by side."),
-        "verify": (verify.verify, "Check files, every layer, and text."),
-        "eval": (eval_command.evaluate, "Measure on text or on tasks, beside the original."),
+        "report": report.report,
+        "compare": report.compare,
+        "verify": verify.verify,
+        "eval": eval_command.evaluate,
     },
     "Run": {
-        "generate": (generate.generate, "Go on from a text."),
-        "chat": (chat.chat, "Chat in the terminal."),
-        "serve": (serve.serve, "Serve a model over HTTP: OpenAI's API, and a chat page."),
-        "bench": (bench.bench, "Measure speed and memory, beside other engines."),
+        "generate": generate.generate,
+        "chat": chat.chat,
+        "serve": serve.serve,
+        "bench": bench.bench,
     },
     "More": {
-        "inspect": (inspect.inspect, "Show what is in a checkpoint."),
-        "sensitivity": (sensitivity.sensitivity, "Find out what each part's bits cost, and spend them well."),
-        "release": (release.release, "Run several recipes into one folder, with checksums."),
-        "formats": (export.formats, "Show what each format holds, and who reads it."),
-        "schema": (schema.schema, "Print the JSON schema of recipes."),
+        "inspect": inspect.inspect,
+        "sensitivity": sensitivity.sensitivity,
+        "release": release.release,
+        "formats": export.formats,
+        "schema": schema.schema,
     },
 }
 _FIRST = "First, with a model directory DIR:  quantflow run w4 --model DIR\nA verb's options:  quantflow VERB -h"
+
+
+def purpose(verb: Callable[..., None]) -> str:
+    """The first sentence of a verb's docstring, in one line."""
+    words = " ".join((verb.__doc__ or "").split())
+    return words.partition(". ")[0].removesuffix(".") + "."
 
 
 class _Verbs(TyperGroup):
@@ -51,7 +57,7 @@ class _Verbs(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for title, verbs in VERBS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, words) for name, (_, words) in verbs.items()])
+                formatter.write_dl([(name, purpose(verb)) for name, verb in verbs.items()])
         formatter.write_paragraph()
         formatter.write(f"{_FIRST}\n")
 
@@ -66,7 +72,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _verbs in VERBS.values():
-    for _name, (_verb, _) in _verbs.items():
+    for _name, _verb in _verbs.items():
         app.command(_name)(_verb)
 
 

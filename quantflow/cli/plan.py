@@ -40,8 +40,8 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the resolved steps, what the store already has, estimates of memory, disk and time, and every problem; or, with --fit, what
-    would fit."""
+    """Show what a run would do and need; with --fit, what fits a device. That is the resolved steps, what the store already has,
+    estimates of memory, disk and time, and every problem."""
     with reporting(debug):
         if fit is not None:
             from quantflow.cli.advice import show_advice

@@ -35,7 +35,9 @@ def release(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run several recipes into one folder, with SHA256SUMS, signature-ready provenance and what has changed since the last release.
+    """Run several recipes into one folder, with checksums.
+
+    Beside SHA256SUMS lie signature-ready provenance and what has changed since the last release.
 
     What is finished is found again. All recipes are run before a missed gate, or a number that is worse than before, ends the command
     with exit code 3; the artifacts are kept.

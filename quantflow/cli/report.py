@@ -22,7 +22,7 @@ def report(
     output: Page = None,
     debug: Debug = False,
 ) -> None:
-    """Draw an artifact's report.html anew from its report.json: into the artifact, or to --output."""
+    """Draw the page of an artifact anew. report.html is made from report.json: into the artifact, or to --output."""
     with reporting(debug):
         from quantflow.report.page import rebuild
 
@@ -37,7 +37,7 @@ def compare(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Set artifacts side by side: quality, size, errors, and where their recipes differ. --output writes a page."""
+    """Set artifacts side by side. Quality, size, errors, and where their recipes differ; --output writes a page."""
     with reporting(debug):
         from quantflow.report.comparison import comparison_page, make_comparison
         from quantflow.report.page import showing, write_page

@@ -24,7 +24,7 @@ def run(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run a recipe: an artifact that other software loads, and proof of its quality.
+    """Quantise: from a recipe to an artifact, and proof of its quality.
 
     A killed or interrupted run goes on where it stopped. Exit codes: 0 done, 2 wrong input, 3 a quality gate failed,
     4 disk or memory, 130 interrupted, 1 a fault of QuantFlow's.

@@ -60,7 +60,8 @@ def sensitivity(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure every part of a model at several widths, and choose widths for a size."""
+    """Find out what each part's bits cost, and spend them well. Every part is measured at several widths; then widths are chosen
+    for a size."""
     with reporting(debug, MEASURING):
         from quantflow.errors import Problem, UserError
         from quantflow.pipeline.sensitivity import Settings, prepare, run

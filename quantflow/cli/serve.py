@@ -71,7 +71,7 @@ def serve(
     device: DeviceOption = Device.auto,
     debug: Debug = False,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's API, and a page to chat at."""
+    """Serve a model over HTTP: OpenAI's API, and a chat page."""
     with reporting(debug, RUNNING):
         from quantflow.engine.follower import follow
         from quantflow.engine.tensor_parallel import follows

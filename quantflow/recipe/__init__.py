@@ -1,10 +1,9 @@
 """What the user wrote: a YAML file, parsed once at the edge into frozen, typed objects."""
 
+from quantflow.bundled import BUNDLED, BUNDLED_NEW
 from quantflow.recipe.loader import load_recipe
 from quantflow.recipe.schema import (
     AUTO,
-    BUNDLED,
-    BUNDLED_NEW,
     DATA_NAMES,
     STAGE_TYPES,
     Awq,

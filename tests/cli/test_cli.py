@@ -22,7 +22,7 @@ import yaml
 import quantflow
 import quantflow.pipeline.run as pipeline
 from quantflow.cli.console import translate
-from quantflow.cli.main import VERBS
+from quantflow.cli.main import VERBS, purpose
 from quantflow.errors import GateError, ModelError, Problem, QuantFlowError, ResourceError, UserError
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 
@@ -116,6 +116,15 @@ def test_nothing_given_shows_the_verbs_in_order_of_use() -> None:
     assert listed == [verb for verbs in VERBS.values() for verb in verbs] and len(listed) == len(set(listed))
     assert listed.index("plan") < listed.index("run") < listed.index("verify") < listed.index("generate") < listed.index("schema")
     assert [line.rstrip(":") for line in result.output.splitlines() if re.fullmatch(r"[A-Z]\w+:", line)] == ["Options", *VERBS]
+
+
+def test_what_a_verb_is_for_is_one_line_and_how_its_help_begins() -> None:
+    shown = invoke("--help").output.splitlines()
+    for verbs in VERBS.values():
+        for name, verb in verbs.items():
+            words = purpose(verb)
+            assert any(line.split(maxsplit=1) == [name, words] for line in shown), name
+            assert " ".join(invoke(name, "--help").output.split()).partition("[OPTIONS]")[2].find(words) >= 0, name
 
 
 @pytest.mark.parametrize("arguments", [("-h",), *((verb, "-h") for verbs in VERBS.values() for verb in verbs)])
