@@ -10,8 +10,9 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -207,10 +208,13 @@ class Plan:
             for pack in self.packs
         )  # fmt: skip
 
-    @property
+    @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """What engines are known not to load of what the packs write, each in a sentence. They keep nothing from being run."""
-        return tuple(f"pack {warning}" for prepared in self.prepared for warning in prepared.job.warnings)
+        """What is to be known before a run and keeps nothing from it, each in a sentence: patterns that leave alone what is not there, and
+        what engines are known not to load of what the packs write."""
+        unused = (_unmatched(self, "weights.ignore", pattern, ignores=True) for pattern in self.recipe.weights.ignore)
+        packs = (f"pack {warning}" for prepared in self.prepared for warning in prepared.job.warnings)
+        return (*(str(problem) for problem in unused if problem), *packs)
 
     def _format(self, pack: Pack) -> Format:
         form = FORMATS[pack.format]
@@ -380,7 +384,7 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
 
 def _grid_problems(plan: Plan) -> list[Problem]:
     """What stands against the packs: one problem a kind of linear and cause, not one a layer; what the formats cannot say of the whole;
-    and patterns that match nothing."""
+    and overrides that match nothing."""
     found: dict[tuple[str, str], Problem] = {}
     problems: list[Problem] = []
     linears = {linear.module: linear for linear in plan.linears}
@@ -408,12 +412,9 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             if not pack.requantize:
                 problems += _doubtful(plan, pack)
     problems = [*found.values(), *problems]
-    for where, pattern, ignores in _patterns(plan.recipe):
-        # One that leaves a router or a norm alone, which nobody quantises, changes nothing; one that matches nothing is a slip of the pen.
-        named = chain(linears, _other_modules(plan.checkpoint) if ignores else ())
-        if not any(matches(module, pattern) for module in named):
-            expected = f"a pattern such as *.{plan.linears[0].name.rpartition('.')[2]}"
-            problems.append(Problem(f"{where} {pattern!r}", "matches no linear of the model", expected))
+    # Of `ignore` the same is a warning: lists that are written for many models name what this one has not, and nothing comes of it.
+    unmatched = (_unmatched(plan, "weights.overrides match", o.match, ignores=o.ignore) for o in plan.recipe.weights.overrides)
+    problems += filter(None, unmatched)
     if not any(matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
         problems.append(
             Problem(
@@ -423,10 +424,16 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     return problems
 
 
-def _patterns(recipe: Recipe) -> Iterator[tuple[str, str, bool]]:
-    """Where each pattern over modules stands, and whether it leaves alone what it matches."""
-    yield from (("weights.overrides match", override.match, override.ignore) for override in recipe.weights.overrides)
-    yield from (("weights.ignore", pattern, True) for pattern in recipe.weights.ignore)
+def _unmatched(plan: Plan, where: str, pattern: str, *, ignores: bool) -> Problem | None:
+    """What is said of a pattern that matches no linear. ignores: a router or a norm, which nobody quantises, may be left alone too."""
+    modules = [*(linear.module for linear in plan.linears), *(_other_modules(plan.checkpoint) if ignores else ())]
+    if any(matches(module, pattern) for module in modules):
+        return None
+    leaves = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+    parent, dot, leaf = pattern.rpartition(".")
+    near = get_close_matches(leaf, leaves, n=1, cutoff=0.75)  # a router's `gate` is no slip for `gate_proj`
+    hint = f"Did you mean {f'{parent}{dot}{near[0]}'!r}?" if near else ""
+    return Problem(f"{where} {pattern!r}", "matches no linear of the model", f"a pattern such as *.{next(iter(leaves))}", hint)
 
 
 def _other_modules(checkpoint: Checkpoint) -> Iterator[str]:

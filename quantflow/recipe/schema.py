@@ -22,8 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-DATA_NAMES = ("c4", "c4-new", "ptb", "ptb-new", "wikitext2", "pileval", "demo", "demo-new")
-BUNDLED, BUNDLED_NEW = "demo", "demo-new"  # the texts that come with QuantFlow, to calibrate and to evaluate on
+from quantflow.bundled import BUNDLED, BUNDLED_NEW
+
+DATA_NAMES = ("c4", "c4-new", "ptb", "ptb-new", "wikitext2", "pileval", BUNDLED, BUNDLED_NEW)
 AUTO = 0  # in a typed recipe, what `auto` becomes; a plan puts the model's number in its place
 
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -162,7 +163,8 @@ class Weights(Section):
         "and for mixtures in compressed-tensors, else false.",
     )
     ignore: Annotated[tuple[NonEmpty, ...], Strict(False)] = Field(
-        default=("lm_head",), description="Linears that stay in 16 bits, as shell patterns over the full module name."
+        default=("lm_head",),
+        description="Linears that stay in 16 bits, as shell patterns over the full module name; one that matches nothing is a warning.",
     )
     overrides: Annotated[tuple[Override, ...], Strict(False)] = Field(default=(), description="Other settings for some linears.")
 

@@ -477,10 +477,6 @@ GRIDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"weights": {"group_size": 16, "overrides": [{"match": "*.w1", "group_size": 8}]}},
         ("weights.overrides match '*.w1'", "matches no linear", "*.q_proj"),
     ),
-    "an ignored name that matches nothing": (
-        {"weights": {"group_size": 16, "ignore": ["lm_head", "*.w2"]}},
-        ("weights.ignore '*.w2'", "matches no linear"),
-    ),
     "everything ignored": (
         {"weights": {"group_size": 16, "ignore": ["lm_head", "*_proj"]}},
         ("every linear is ignored", "something to quantise"),

@@ -306,6 +306,25 @@ def test_mixtures_are_symmetric_in_compressed_tensors_and_their_routers_may_be_i
         assert (result.exit_code == 0 and json.loads(result.stdout)["linears"] == usual["linears"]) == (ignore != ["*"]), result.stderr
     over = weights(overrides=[{"match": "*.gate", "ignore": True}])
     assert plan(bench.recipe(weights=over, stages=stages))["linears"] == usual["linears"]
-    for wrong in ({"overrides": [{"match": "*.gate", "bits": 8}]}, {"ignore": ["lm_head", "*.gaet"]}):
-        result = invoke("plan", bench.recipe(weights=weights(**wrong), stages=stages))
+    for wrong in ({"match": "*.gate", "bits": 8}, {"match": "*.gaet", "ignore": True}):
+        result = invoke("plan", bench.recipe(weights=weights(overrides=[wrong]), stages=stages))
         assert result.exit_code == 2 and "matches no linear of the model" in result.stderr
+
+
+def test_ignoring_what_is_not_there_is_said_and_changes_nothing(tmp_path: Path) -> None:
+    """llm-compressor's lists name a mixture's router for every model; a slip of the pen leaves nothing alone and must be seen."""
+    bench = make_bench(tmp_path)
+    usual = plan(bench.recipe())
+    pasted = plan(bench.recipe(weights={"group_size": 16, "ignore": ["lm_head", "*.gate", "*.block_sparse_moe.gate"]}))
+    assert pasted["linears"] == usual["linears"] == plan(bench.recipe(weights={"group_size": 16}))["linears"]
+    said = [warning for warning in pasted["warnings"] if warning not in usual["warnings"]]
+    assert [warning.partition(";")[0] for warning in said] == [
+        f"weights.ignore {pattern!r}: matches no linear of the model" for pattern in ("*.gate", "*.block_sparse_moe.gate")
+    ]
+    assert not any("Did you mean" in warning for warning in said)
+    path = bench.recipe(weights={"group_size": 16, "ignore": ["lm_head", "*.self_attn.k_porj", "model.norm", "embed_tokens"]})
+    said = [warning for warning in plan(path)["warnings"] if "ignore" in warning]
+    assert len(said) == 1 and said[0].endswith("Did you mean '*.self_attn.k_proj'?")
+    done = invoke("run", path)
+    assert done.exit_code == 0 and "k_porj" in done.output + done.stderr
+    assert said[0] in json.loads((bench.output / "report.json").read_text())["warnings"]
