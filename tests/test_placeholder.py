@@ -114,9 +114,11 @@ def test_an_empty_config_and_a_page(tmp_path: Path, content: bytes) -> None:
 def test_a_plan_looks_at_the_tokenizer_too(tmp_path: Path) -> None:
     folder = write_llama(tmp_path)
     assert tokenizer_placeholders(folder) == []
-    for name in ("tokenizer.json", "generation_config.json"):
+    names = ["tokenizer.json", "chat_template.jinja", "generation_config.json", "additional_chat_templates/tool_use.jinja"]
+    (folder / "additional_chat_templates").mkdir()
+    for name in names:
         (folder / name).write_text(LFS)
-    assert [Path(problem.where).name for problem in tokenizer_placeholders(folder)] == ["tokenizer.json", "generation_config.json"]
+    assert [Path(problem.where).relative_to(folder).as_posix() for problem in tokenizer_placeholders(folder)] == names
 
 
 def test_a_file_of_questions(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def read_file(path: Path) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a model directory. Raises ModelError, for half a surrogate pair too."""
     data = read_file(path)
-    if problem := placeholder(path, data[:HEAD_BYTES]):
+    if not data and (problem := placeholder(path, data)):
         raise ModelError(problem)
     try:
         value = json.loads(data.decode("utf-8"))

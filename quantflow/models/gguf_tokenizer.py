@@ -23,7 +23,7 @@ from quantflow.models.sentencepiece_model import (
     SentencePieceModel,
     check_sentencepiece,
 )
-from quantflow.models.tokenizer import Declared, Loaded, add_template, guarded, sentencepiece_tokenizer
+from quantflow.models.tokenizer import Declared, Loaded, add_template, check_bytes, guarded, sentencepiece_tokenizer
 
 _ROLES = {
     "bos": "bos",
@@ -117,6 +117,7 @@ def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], type
         found = "missing" if name is None else f"{name!r}"[:80] + (f", {reason}" if reason else "")
         raise ModelError(Problem(f"{file} tokenizer.ggml.pre", found, EXPECTED, _HINT))
     vocab = {token: number for number, token in enumerate(tokens)}
+    check_bytes(f"{file} tokenizer.ggml.tokens", vocab)
     merges = metadata.get("tokenizer.ggml.merges")
     pairs = [tuple(merge.split(" ")) for merge in merges] if isinstance(merges, list) else []
     if not isinstance(merges, list) or any(len(pair) != 2 for pair in pairs):

@@ -13,8 +13,9 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,8 +101,7 @@ def has_tokenizer(path: Path) -> bool:
 
 def tokenizer_placeholders(path: Path) -> list[Problem]:
     """What lies in the place of the tokenizer's files of a model directory, without reading one of them whole."""
-    names = (*_READERS, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
-    return [problem for name in names if (path / name).is_file() and (problem := placeholder_at(path / name))]
+    return [problem for file in tokenizer_files(path).values() if (problem := placeholder_at(file))]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -226,12 +226,20 @@ def _from_json(path: Path) -> Loaded:
     file = path / "tokenizer.json"
     text = _text(file)
     tokenizer = guarded(file, "a tokenizer that the tokenizers library can read", lambda: Tokenizer.from_str(text))
+    if isinstance(tokenizer.model, models.BPE) and tokenizer.model.unk_token is None and _splits_bytes(tokenizer):
+        check_bytes(file, tokenizer.get_vocab())
     declared = _declared(path)
     roles = dict(declared.roles)
     unknown = getattr(tokenizer.model, "unk_token", None)
     if isinstance(unknown, str):
         roles.setdefault("unk_token", unknown)
     return Loaded(tokenizer, roles, made=False)
+
+
+def _splits_bytes(tokenizer: Tokenizer) -> bool:
+    """Whether a text becomes bytes in GPT-2's letters before it is looked up."""
+    steps = [json.loads(step.__getstate__()) for step in (tokenizer.normalizer, tokenizer.pre_tokenizer) if step is not None]
+    return any(part["type"] == "ByteLevel" for step in steps for part in step.get("pretokenizers", step.get("normalizers", [step])))
 
 
 # --- tokenizer.model: SentencePiece
@@ -431,6 +439,22 @@ def byte_letters() -> list[str]:
     return [chr(byte) if byte in visible else next(others) for byte in range(256)]
 
 
+def check_bytes(where: Path | str, vocab: Collection[str]) -> None:
+    """Raises ModelError for a byte-level vocabulary in which a letter, digit or sign of ASCII has no token.
+
+    Bytes that no text of the training had may have none (of SmolLM2's, 21: control characters, and bytes that are in no letter):
+    the library leaves them out of a text, as it does in transformers and llama.cpp. No text can do without the others.
+    """
+    missing = [byte for byte, letter in enumerate(byte_letters()) if letter not in vocab]
+    if not any(byte in missing for byte in range(ord("!"), 127)):
+        return
+    runs = [[byte for _, byte in run] for _, run in groupby(enumerate(missing), key=lambda item: item[1] - item[0])]
+    which = ", ".join(f"{run[0]:#04x}" + (f" to {run[-1]:#04x}" if len(run) > 1 else "") for run in runs)
+    found = f"{len(missing)} of the 256 bytes have no token: {which}"
+    expected = "a byte-level vocabulary, with all 94 signs of ASCII (0x21 to 0x7e)"
+    raise ModelError(Problem(str(where), found, expected, "What has no token would be left out of every text"))
+
+
 # --- vocab.json and merges.txt
 
 
@@ -441,9 +465,7 @@ def _from_vocab(path: Path) -> Loaded:
     if bad is not None or len(set(vocab.values())) < len(vocab):
         found = f"token {bad!r} has the id {vocab[bad]!r}" if bad is not None else "two tokens have one id"
         raise ModelError(Problem(str(file), found, "an id for each token"))
-    # Bytes that no text of the training had may have no token (SmolLM's): the library leaves them out, as it does in transformers.
-    if missing := [letter for letter in map(chr, range(ord("!"), 127)) if letter not in vocab]:
-        raise ModelError(Problem(str(file), f"{len(missing)} of the 94 signs of ASCII have no token", "a byte-level vocabulary"))
+    check_bytes(file, vocab)
     if not (path / "merges.txt").is_file():
         raise ModelError(Problem(str(path / "merges.txt"), "missing", "the merges that go with vocab.json", "Is the download complete?"))
     merges = _read_merges(path / "merges.txt", vocab)

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 FILE = Path(__file__).parents[1] / "models" / "vectors" / "llama_tokens.json"
-MISSING = [0x00, 0x04, 0x1D, 0x24, 0xC0, 0xF5]  # bytes without a token; 0x24, $, stands in many texts
+MISSING = [0x00, 0x04, 0x1D, 0x7F, 0xC0, 0xF5]  # bytes without a token; 0x7F stands in many texts, and within words
 
 TEXTS = [
     "",
@@ -44,6 +44,7 @@ TEXTS = [
     "nbsp\u00a0here\u00a0\u00a0two em\u2003sp\u2009thin line\u2028sep par\u2029sep nel\u0085x",
     "ideographic\u3000space\u3000\u3000two zw\u200bx \ufeffbom",
     "nul\0mid \0\0 ctl\x01\x02\x1d\x1e\x1f \x7f $\x04$ a$b $$ 4$ \x0b\x0c x",
+    "del a\x7fb \x7f\x7f th\x7fe 4\x7f4 \x7f1 '\x7fs .\x7f. 中\x7f文\n\x7f\n",
     "Ünïcödé ﬁ ﬀ Å K Ω ώ ὼώ ᾶ Ꭰꭰ 𐐀𐐨 𞤀 ʕʖ ǀ ª º ⁿ ₂",
     "IMGIMGABCZ <sentinel:12> <sentinel:x> IMGIMGABCDEZ IMGIMGZ",
     "# Title\n\n- item 1\n- item 2\n\n```python\ndef f(x):\n    return x + 1  # done\n```\n",

@@ -15,8 +15,8 @@ import pytest
 import sentencepiece
 import tiktoken
 from tiktoken._educational import bpe_train
-from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer
-from tokenizers.models import Unigram, WordLevel
+from tokenizers import ByteLevelBPETokenizer, Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import BPE, Unigram, WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from quantflow.calibration.beginnings import Beginnings
@@ -478,6 +478,21 @@ def test_bytes_without_a_token_are_left_out_as_in_transformers(tmp_path: Path, g
     assert ours.encode("\0\x1d").ids == []
 
 
+@pytest.mark.parametrize("lost", ["$", "q", "~"])
+def test_a_byte_level_tokenizer_json_has_all_of_ascii(tmp_path: Path, lost: str) -> None:
+    """Or the library would leave signs out of a text without a word; an unknown token is a word."""
+    vocab = {letter: number for number, letter in enumerate(byte_letters()) if letter != lost}
+    for unknown in (None, "a"):
+        tokenizer = Tokenizer(BPE(vocab, [], unk_token=unknown))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        if unknown:
+            assert load_tokenizer(tmp_path).encode(lost).ids == [vocab["a"]]
+        else:
+            with pytest.raises(ModelError, match=rf"tokenizer\.json: 1 of the 256 bytes have no token: {ord(lost):#x}; .*94 signs"):
+                load_tokenizer(tmp_path)
+
+
 def test_opt_without_configuration_still_begins_with_its_bos(tmp_path: Path, gpt2_files: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(directory(tmp_path, {**gpt2_files, "config.json": {"model_type": "opt"}}))
     assert tokenizer.encode("a").ids == [2, gpt2_files["vocab.json"]["a"]]
@@ -605,7 +620,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "vocab: not json": ({"vocab.json": '{"a": 1, "b', "merges.txt": ""}, "not JSON"),
     "vocab: ids": ({"vocab.json": {"a": 0, "b": 0}, "merges.txt": "x"}, "two tokens have one id"),
     "vocab: id": ({"vocab.json": {"a": "0"}, "merges.txt": "x"}, "'0'"),
-    "vocab: bytes": ({"vocab.json": {"a": 0}, "merges.txt": "x"}, "93 of the 94 signs of ASCII"),
+    "vocab: bytes": ({"vocab.json": {"a": 0}, "merges.txt": "x"}, "255 of the 256 bytes have no token: 0x00 to 0x60, 0x62 to 0xff; "),
     "vocab: merge": ({"vocab.json": {c: i for i, c in enumerate(byte_letters())}, "merges.txt": "#version: 0.2\na b\n"}, "line 2"),
     "config": ({"tokenizer.model": piece("<unk>", 2) + TRAINER + NORMALIZER, "config.json": "[1"}, "config.json: not JSON"),
 }
