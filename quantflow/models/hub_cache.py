@@ -39,13 +39,19 @@ def snapshot(path: Path) -> Path:
 
 
 def _of_repository(repository: Path) -> Path:
-    snapshots = sorted(p for p in (repository / "snapshots").glob("*") if p.is_dir())
+    # A link to elsewhere is none: a model that somebody sent may not name files of the reader's.
+    place = (repository / "snapshots").resolve()
+    snapshots = sorted(p for p in (repository / "snapshots").glob("*") if p.is_dir() and p.resolve().parent == place)
     names = ", ".join(p.name for p in snapshots[:5]) + (f" and {len(snapshots) - 5} more" if len(snapshots) > 5 else "")
     if not snapshots:
         raise ModelError(Problem(str(repository), "no snapshot of the model", "one in snapshots", "Is the download complete?"))
     main = repository / "refs" / "main"
     if main.is_file():
-        revision = main.read_bytes()[:100].decode("ascii", "replace").strip()
+        try:
+            with open(main, "rb") as file:
+                revision = file.read(100).decode("ascii", "replace").strip()
+        except OSError as error:
+            raise ModelError(Problem(str(main), error.strerror or str(error), "a readable file")) from error
         if re.fullmatch(r"[0-9A-Za-z]+", revision) and (found := repository / "snapshots" / revision) in snapshots:
             return found
         hint = f"Download it, or give one that is there: {snapshots[0]}"

@@ -26,6 +26,7 @@ from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.abilities import ABILITIES
 from quantflow.formats.base import fitting_group, grid_problems
 from quantflow.formats.reader import Weights
+from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.tensor_file import ITEM_BYTES
@@ -226,8 +227,10 @@ def prepare(settings: Settings) -> Job:
     path = resolve_model(settings.model)
     weights = Weights(path)
     checkpoint, config = weights.checkpoint, weights.checkpoint.config
-    if weights.modules or checkpoint.quantization:
-        raise ModelError([*problems, Problem(str(path), "already quantised", "a full-precision checkpoint")])
+    try:
+        refuse_quantised(checkpoint)
+    except UserError as error:
+        raise ModelError([*problems, *error.problems]) from error
     found = tuple(parts(checkpoint.architecture, config, settings.granularity))
     if settings.length > config.context and not config.stretches:
         problems.append(Problem("--length", str(settings.length), f"at most the model's {config.context} positions"))

@@ -90,3 +90,31 @@ def test_a_model_directory_of_any_name_is_itself(tmp_path: Path) -> None:
     (tmp_path / "models--a--b").mkdir()
     folder = write_llama(tmp_path)
     assert resolve_model(str(folder)) == folder
+
+
+@pytest.mark.parametrize("main", [OLD, NEW, ""])
+def test_a_link_among_the_snapshots_names_nothing_of_the_readers(hub: Path, tmp_path: Path, main: str) -> None:
+    repository = cached(hub, "org/name", OLD, main=main)
+    (repository / "snapshots" / NEW).symlink_to(write_llama(tmp_path / "elsewhere"))
+    if main == NEW:
+        with pytest.raises(ModelError, match=rf"revision '{NEW}', which has no snapshot; expected one of {OLD}"):
+            resolve_model(str(repository))
+    else:
+        assert resolve_model(str(repository)).name == OLD
+
+
+def test_the_cache_itself_may_be_a_link(hub: Path, tmp_path: Path) -> None:
+    repository = cached(hub, "org/name", OLD, main=OLD)
+    (tmp_path / "link").symlink_to(hub)
+    assert resolve_model(str(tmp_path / "link" / "org" / "name")).resolve() == (repository / "snapshots" / OLD).resolve()
+
+
+def test_a_ref_that_cannot_be_read_is_no_traceback(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = cached(hub, "org/name", OLD, main=OLD)
+
+    def refuse(*arguments: object, **options: object) -> object:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ModelError, match="refs/main: Permission denied; expected a readable file"):
+        resolve_model(str(repository))
