@@ -4,6 +4,7 @@ model's own is rendered as its makers saw it. Imported by the process that rende
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any
@@ -61,6 +62,11 @@ def _refuse(message: str) -> None:
 
 def _now(form: str) -> str:
     return datetime.now().strftime(form)
+
+
+def written_on(date: datetime) -> Callable[[str], str]:
+    """`strftime_now` on that date. A function of ours: a method would show templates its object."""
+    return lambda form: date.strftime(form)
 
 
 def _json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:

@@ -1,7 +1,7 @@
 """A model's chat template, rendered in a process of its own: Jinja's sandbox keeps it from touching anything, and limits on memory and time
 from using the machine up.
 
-    python -m quantflow.engine.template    reads {"template": …, "variables": {…}} a line, writes {"text": …} or {"error": …}
+    python -m quantflow.engine.template    reads {"template": …, "variables": {…}, "date": …} a line, writes {"text": …} or {"error": …}
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from quantflow.engine.child import Child, ChildEnded, ChildSlow
@@ -25,15 +26,16 @@ class TemplateRefused(ValueError):
 
 
 class Renderer:
-    """For several threads, one at a time."""
+    """For several threads, one at a time. date: what templates see for today; by default, what today is."""
 
-    def __init__(self) -> None:
+    def __init__(self, date: datetime | None = None) -> None:
+        self._date = date.isoformat() if date else None
         self._child = Child("quantflow.engine.template")
         self._lock = threading.Lock()
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """Raises TemplateRefused."""
-        line = json.dumps({"template": template, "variables": dict(variables)}).encode()
+        line = json.dumps({"template": template, "variables": dict(variables), "date": self._date}).encode()
         with self._lock:
             try:
                 answer = self._ask(line)
@@ -56,23 +58,31 @@ class Renderer:
             return self._child.ask(line, MOST_SECONDS)
 
 
+def answer(line: bytes) -> bytes:
+    """What is written for a line that was read."""
+    from quantflow.engine.chat_environment import compiled, written_on
+
+    try:
+        asked = json.loads(line)
+        dated = {"strftime_now": written_on(datetime.fromisoformat(asked["date"]))} if asked["date"] else {}
+        text = "".join(compiled(asked["template"]).generate(**(asked["variables"] | dated)))
+        found = {"text": text} if len(text) <= MOST_LETTERS else {"error": f"{len(text)} letters, expected at most {MOST_LETTERS}"}
+    except MemoryError:
+        found = {"error": f"it took more than {MOST_BYTES >> 20} MiB"}
+    except Exception as error:  # whatever a template does wrong is for whoever sent it
+        found = {"error": f"{type(error).__name__}: {error}"[:500]}
+    return json.dumps(found).encode()
+
+
 def main() -> None:
     import resource
 
-    from quantflow.engine.chat_environment import compiled  # before the limit
+    import quantflow.engine.chat_environment  # noqa: F401 - before the limit
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who started this; its end closes stdin
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     for line in sys.stdin.buffer:
-        try:
-            asked = json.loads(line)
-            text = "".join(compiled(asked["template"]).generate(**asked["variables"]))
-            answer = {"text": text} if len(text) <= MOST_LETTERS else {"error": f"{len(text)} letters, expected at most {MOST_LETTERS}"}
-        except MemoryError:
-            answer = {"error": f"it took more than {MOST_BYTES >> 20} MiB"}
-        except Exception as error:  # whatever a template does wrong is for whoever sent it
-            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
-        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.write(answer(line) + b"\n")
         sys.stdout.buffer.flush()
 
 

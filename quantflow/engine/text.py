@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ Message = Mapping[str, Any]  # role and content
 
 CONTEXT = 8  # tokens before, that the text of the next one may depend on
 LONGEST = 8  # tokens that may make one letter; what is no letter by then is shown as it is
+# What templates see for today where a model is measured: the tokens of a text must be the same tomorrow. Llama 3.1's own template says so
+# where there is no clock.
+OFFLINE_DATE = datetime(2024, 7, 26)
 BROKEN = "\ufffd"
 BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}  # how byte-level vocabularies write bytes
 
@@ -92,6 +97,12 @@ class Text:
         token = self.tokenizer.token_to_id(name)
         return token if token is not None and self._added.get(token) else None
 
+    def on(self, date: datetime) -> Text:
+        """The same, of which templates see `date` in place of today."""
+        found = copy(self)
+        found._renderer = Renderer(date)
+        return found
+
     def warm(self) -> None:
         """Starts the process that renders dialogues, so that the first need not wait for it. A template that refuses an empty dialogue
         has been started, too."""
@@ -130,9 +141,14 @@ class Text:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose reasoning stands under both names that templates know, whatever it was sent as."""
-    said = next((message[name] for name in ("reasoning_content", "thinking", "reasoning") if name in message), None)
-    return message if said is None else {"thinking": said, **message, "reasoning_content": said}
+    """A message whose reasoning, whatever it was sent as, stands under both names that templates read: `thinking` is gpt-oss's. Where a
+    template writes a message down whole, transformers has the one before what was sent and the other behind it."""
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in message:
+            shown = {"thinking": message[name]} | message
+            shown.setdefault("reasoning_content", message[name])
+            return shown
+    return message
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:

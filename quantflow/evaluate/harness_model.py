@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.request import SamplingParams
+from quantflow.engine.text import OFFLINE_DATE
 from quantflow.errors import Problem, RequestError, UserError
 from quantflow.evaluate.scoring import Encoder, Pair, Prompt, generate, loglikelihoods
 
@@ -50,7 +51,7 @@ class QuantFlowLM(TemplateLM):  # type: ignore[misc]
             "cache_bytes": cache_bytes,
         }  # fmt: skip
         self.engine = Engine(pretrained, EngineConfig(max_batch_size=self.batch_size, block_size=16, **options))
-        self.encoder = Encoder(self.engine)
+        self.encoder, self._dated = Encoder(self.engine), self.engine.tokenizer.on(OFFLINE_DATE)
         self.max_length, self.max_gen_toks = self.engine.room, max_gen_toks
         self._name = str(pretrained)
 
@@ -75,7 +76,7 @@ class QuantFlowLM(TemplateLM):  # type: ignore[misc]
         return template.default if template and chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.engine.tokenizer.render(chat_history, add_generation_prompt=add_generation_prompt)
+        return self._dated.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **more: Any) -> list[tuple[float, bool]]:
         # A context of white space alone makes no token.
