@@ -12,11 +12,11 @@ _LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.gi
 _AGAIN = "Download the file again"
 
 
-def placeholder(path: Path, head: bytes, *, binary: bool = False) -> Problem | None:
+def placeholder(path: Path, head: bytes, *, binary: bool = False, page: bool = True) -> Problem | None:
     """What is wrong where a file begins with the bytes `head` (at most HEAD_BYTES of them, all of a shorter file) and they are no file
     of its kind's at all: a Git LFS, Xet or git-annex pointer, a web page, or nothing. None for everything else.
 
-    binary: the file has no business to be text, such as the words in which a server said no.
+    binary: the file has no business to be text, such as the words in which a server said no. page: nor to be a web page.
     """
     where, expected = str(path), "the file itself"
     if not head:
@@ -31,7 +31,7 @@ def placeholder(path: Path, head: bytes, *, binary: bool = False) -> Problem | N
     if re.match(rb"(\.\./)*(\.git)?/?annex/objects/", head):
         return Problem(where, "a git-annex pointer, not the file", expected, f"Run `git annex get {path.name}` where it was cloned")
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+    if page and start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         hint = "A server's answer, such as a page to log in, was saved under its name: download it again, with access to it"
         return Problem(where, "a web page, not the file", expected, hint)
     if not any(head):
@@ -41,11 +41,11 @@ def placeholder(path: Path, head: bytes, *, binary: bool = False) -> Problem | N
     return None
 
 
-def placeholder_at(path: Path, *, binary: bool = False) -> Problem | None:
+def placeholder_at(path: Path, *, binary: bool = False, page: bool = True) -> Problem | None:
     """`placeholder`, of a regular file that is there. None where it cannot be read either, which is for its reader to say."""
     try:
         with open(path, "rb") as file:
-            return placeholder(path, file.read(HEAD_BYTES), binary=binary)
+            return placeholder(path, file.read(HEAD_BYTES), binary=binary, page=page)
     except OSError:
         return None
 

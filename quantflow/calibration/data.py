@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 from quantflow import bundled
 from quantflow.calibration.beginnings import LETTERS, Beginnings
 from quantflow.calibration.rows import SEPARATOR, Row, rows
-from quantflow.calibration.shapes import Dialogue, read_row
+from quantflow.calibration.shapes import Conversation, OddTurn, no_text, read_row
 from quantflow.errors import DataError, Problem, RequestError
 
 CHUNK = 64  # documents that are encoded together
+ENOUGH = 1024  # rows that say whether most of a data set can be used
 
 # name -> (hub data set, configuration, split, files, field)
 HUB: dict[str, tuple[str, str | None, str, str | None, str]] = {
@@ -29,25 +30,72 @@ HUB: dict[str, tuple[str, str | None, str, str | None, str]] = {
 }
 
 
-class Rendered(str):
-    """A dialogue in a model's own format: its special tokens stand in it, and none is added when it is tokenised."""
+@dataclass(frozen=True)
+class Document:
+    """special: whether a tokenizer adds the special tokens of a text to it (BOS); in a model's own dialogue format they stand already."""
+
+    text: str
+    special: bool = True
 
 
-def joined(dialogue: Dialogue) -> str:
+@dataclass
+class LeftOut:
+    """What of a data set cannot be used, as far as it was read. rows: how many were read; count: how many of them were left out; first:
+    why the first was."""
+
+    rows: int = 0
+    count: int = 0
+    first: Problem | None = None
+
+    def sift(self, found: Iterable[Document | Problem | str]) -> Iterator[Document]:
+        """The documents among what `read_documents` found. Raises DataError where the first ENOUGH rows show that most cannot be used."""
+        for item in found:
+            self.rows += 1
+            if isinstance(item, Problem):
+                self.count, self.first = self.count + 1, self.first or item
+            else:
+                yield Document(item) if isinstance(item, str) else item
+            if self.rows == ENOUGH:
+                self.check()
+
+    def check(self) -> None:
+        """Raises DataError where more than half of the rows were left out."""
+        if self.first and 2 * self.count > self.rows:
+            reason = f"{self.first.found} (so, or for a like reason, {self.count} of the first {self.rows} rows)"
+            raise DataError(replace(self.first, found=reason))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "count": self.count, "first": str(self.first)}
+
+    @property
+    def note(self) -> str:
+        """In a sentence; "" where nothing was left out."""
+        of = f"{self.count} of the first {self.rows} rows {'was' if self.count == 1 else 'were'} left out"
+        return f"{of}; the first: {self.first}" if self.first else ""
+
+
+def joined(conversation: Conversation) -> str:
     """What was said, for a model without a dialogue format."""
-    return "\n".join(message["content"] for message in dialogue.messages if message["content"].strip())
+    return "\n".join(message["content"] for message in conversation.messages if message["content"].strip())
 
 
-def documents(
+def documents(data: str, file: str | None = None, *, field: str | None = None) -> Iterator[str]:
+    """The texts of a data set, of conversations what was said. Raises DataError, as `read_documents` and `LeftOut` do."""
+    left_out = LeftOut()
+    yield from (document.text for document in left_out.sift(read_documents(data, file, field=field)))
+    left_out.check()
+
+
+def read_documents(
     data: str, file: str | None = None, *, field: str | None = None, option: str = "--data FILE",
-    render: Callable[[Dialogue], str] = joined,
-) -> Iterator[str]:  # fmt: skip
-    """The documents of a data set, in order; those that are blank are left out. `data` is a known name or a path; `file` is read in its
-    place.
+    render: Callable[[Conversation], Document] = lambda conversation: Document(joined(conversation)),
+) -> Iterator[Document | Problem]:  # fmt: skip
+    """The documents of a data set, in order; those that are blank are passed over, and in the place of a conversation that cannot be used
+    comes what is wrong with it, wherever its file lies. `data` is a known name or a path; `file` is read in its place.
 
     The kinds of files are those of `rows`, the shapes of a row those of `read_row`. field: where a row's text stands. option: how the
-    command line would name a local file, for the message where the hub cannot be reached. render: makes a text of a dialogue; it may
-    raise RequestError. Raises DataError.
+    command line would name a local file, for the message where the hub cannot be reached. render: makes a text of a conversation; it may
+    raise RequestError. Raises DataError, also where no row has a text.
     """
     path = Path(file or data).expanduser()
     if file is None:
@@ -55,28 +103,33 @@ def documents(
     if path.is_file():
         found = rows(path)
     elif file is None and data in HUB:
-        found = _from_hub(data, field, option)
+        field = field or HUB[data][4]
+        found = _from_hub(data, option)
     else:
         what = "a directory" if path.is_dir() else "no such file"
         expected = "a file of text, JSON lines, JSON, CSV or Parquet"
         raise DataError(Problem(str(path), what, expected, f"Known names: {', '.join([*HUB, *bundled.TEXTS])}"))
+    blank, empty = None, True  # the first row without a text; whether all are
     for where, row in found:
-        said = read_row(row, where, field)
-        if isinstance(said, str):
-            text = said.strip()
-        elif not joined(said):
-            continue
+        try:
+            said = read_row(row, where, field)
+            document = Document(said.strip()) if isinstance(said, str) else render(said) if joined(said) else Document("")
+        except OddTurn as error:
+            yield replace(error.problems[0], where=error.problems[0].where.removeprefix(f"{path.parent}/"))
+        except RequestError as error:
+            yield replace(error.problems[0], where=where.removeprefix(f"{path.parent}/"))
         else:
-            try:
-                text = render(said)
-            except RequestError as error:
-                raise DataError([Problem(where, p.found, p.expected, p.hint) for p in error.problems]) from error
-        if text:
-            yield text
+            if not document.text:
+                blank = blank or (row, where)
+                continue
+            yield document
+        empty = False
+    if blank and empty and isinstance(blank[0], dict):
+        raise no_text(*blank, field)
 
 
-def _from_hub(name: str, field: str | None, option: str) -> Iterator[Row]:
-    repository, configuration, split, files, usual = HUB[name]
+def _from_hub(name: str, option: str) -> Iterator[Row]:
+    repository, configuration, split, files, _ = HUB[name]
     try:
         from datasets import load_dataset
 
@@ -90,7 +143,7 @@ def _from_hub(name: str, field: str | None, option: str) -> Iterator[Row]:
             Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name, option))
         ) from error
     for number, row in enumerate(table, 1):
-        yield f"data set {name} row {number}", row if field else str(row[usual])
+        yield f"data set {name} row {number}", row
 
 
 def _offline(name: str, option: str) -> str:
@@ -100,11 +153,13 @@ def _offline(name: str, option: str) -> str:
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows `[W][L]`, the digests of the documents they touch, and where they come from."""
+    """Token windows `[W][L]`, the digests of the documents they touch, and where they come from. left_out: what of that could not be used,
+    None where all could."""
 
     tokens: list[list[int]]
     documents: frozenset[str]
     source: str
+    left_out: LeftOut | None = None
 
     @property
     def digest(self) -> str:
@@ -112,27 +167,29 @@ class Windows:
         return hashlib.sha256(json.dumps(self.tokens, separators=(",", ":")).encode()).hexdigest()
 
 
-def _chunk(texts: Iterator[str], tokens: int) -> Iterator[str]:
+def _chunk(found: Iterator[Document], tokens: int) -> Iterator[Document]:
     """Some texts that are worth reading and encoding together: no more than may be needed for so many tokens."""
     letters = 0
-    for text in islice(texts, CHUNK):
-        yield text
-        letters += len(text)
+    for document in islice(found, CHUNK):
+        yield document
+        letters += len(document.text)
         if letters >= tokens * LETTERS:
             break
 
 
 def cut_windows(
-    tokenizer: Any, texts: Iterable[str], *, count: int, length: int, skip: int = 0, source: str = "", least: int | None = None
-) -> Windows:
-    """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. Raises DataError if there are fewer
-    than `least`; by default, than `count`. Of a long document no more is encoded than is needed, and so much gives the tokens of the
-    whole."""
+    tokenizer: Any, found: Iterable[Document | Problem | str], *, count: int, length: int, skip: int = 0, source: str = "",
+    least: int | None = None,
+) -> Windows:  # fmt: skip
+    """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. found: what `read_documents`
+    finds, or texts. Raises DataError if there are fewer than `least` (by default, than `count`), or if more than half of the rows cannot be
+    used. Of a long document no more is encoded than is needed, and so much gives the tokens of the whole."""
     least = count if least is None else least
     ids: list[int] = []
     windows: list[list[int]] = []
     used: set[str] = set()
-    remaining = islice(iter(texts), skip, None)
+    left_out = LeftOut()
+    remaining = islice(left_out.sift(found), skip, None)
     beginnings = Beginnings(tokenizer)
     seen = 0
     while len(windows) < count:
@@ -140,19 +197,20 @@ def cut_windows(
         if not (chunk := list(_chunk(remaining, missing))):
             break
         try:
-            encoded = beginnings.encode(chunk, missing, special=[not isinstance(text, Rendered) for text in chunk])
+            encoded = beginnings.encode([document.text for document in chunk], missing, special=[document.special for document in chunk])
         except TypeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-            bad = next((t for t in chunk if any("\ud800" <= c <= "\udfff" for c in t)), "")
+            bad = next((d.text for d in chunk if any("\ud800" <= c <= "\udfff" for c in d.text)), "")
             raise DataError(Problem(source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold")) from error
-        for text, tokens in zip(chunk, encoded, strict=True):
+        for document, tokens in zip(chunk, encoded, strict=True):
             if len(windows) >= count:
                 break
             seen += 1
-            used.add(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest())
+            used.add(hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).hexdigest())
             ids += tokens
             whole = min(len(ids) // length, count - len(windows))
             windows += [ids[i * length : (i + 1) * length] for i in range(whole)]
             ids = ids[whole * length :]
+    left_out.check()
     if len(windows) < least:
         total = len(windows) * length + len(ids)
         raise DataError(
@@ -163,4 +221,4 @@ def cut_windows(
                 "Give more text, or lower the number or length of the windows",
             )
         )
-    return Windows(windows, frozenset(used), source)
+    return Windows(windows, frozenset(used), source, left_out if left_out.count else None)

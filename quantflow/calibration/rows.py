@@ -8,8 +8,11 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,15 +22,16 @@ from quantflow.placeholder import placeholder_at
 SEPARATOR = "<|endoftext|>"
 READ = 2**20  # letters of a text that are read at once
 BATCH = 256  # rows of a table
-LONGEST_LINE, LONGEST_LIST = 2**27, 2**31  # letters: 20 KB of zstd can be a line of a gigabyte
-LONGEST_CELL = 2**31 - 1  # letters in a cell of a CSV file, where Python's own limit is 128 KiB
+# Letters: 20 KB of zstd can be a line of a gigabyte. A text of one document may be all of a Wikipedia, and a list a whole data set.
+LONGEST_LINE, LONGEST_TEXT, LONGEST_LIST = 2**27, 2**30, 2**31
+_JSON = re.compile(r'\s*(\[\s*)?\{\s*"')  # how objects begin, and lists of them
 
 Row = tuple[str, Any]  # where it stands, and what is there
 
 
 def rows(path: Path) -> Iterator[Row]:
     """The rows of a file: a text's documents, the values of JSON lines or of a JSON list, a table's rows as objects. Its name says what it
-    is, in any case; one without an ending is a text. Nothing but a JSON list is read whole. Raises DataError."""
+    is, in any case; one without an ending is a text. Nothing but a JSON list and a document is read whole. Raises DataError."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
     kind = suffixes[-1] if suffixes else ""
@@ -35,7 +39,7 @@ def rows(path: Path) -> Iterator[Row]:
     if reader is None and (table is None or packed):
         names = f"{', '.join(filter(None, _READERS))} (also packed: {', '.join(filter(None, _OPENERS))}), {', '.join(_TABLES)}"
         raise DataError(Problem(str(path), f"a name that ends with {kind}{packed}", names, "Rename the file if it is one of these"))
-    if problem := placeholder_at(path, binary=table is not None):
+    if problem := placeholder_at(path, binary=table is not None, page=reader is not _texts):  # a text may be HTML
         raise DataError(problem)
     try:
         if table:
@@ -53,11 +57,18 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def _texts(stream: IO[str], path: Path) -> Iterator[Row]:
-    """Documents with the separator between them."""
+    """Documents with the separator between them. Raises DataError for JSON, which would be taken for a text of braces."""
     held: list[str] = []  # of the document that is being read
-    tail, number = "", 1
+    letters, tail, number = 0, "", 1
     while part := stream.read(READ):
+        if number == 1 and not held and _JSON.match(part) and SEPARATOR not in part:
+            hint = f"Call it .jsonl, or .json; or put {SEPARATOR} behind it, if the braces are what the model is to read"
+            raise DataError(Problem(str(path), "JSON in a file whose name does not say so", "a text", hint))
         *ended, rest = (tail + part).split(SEPARATOR)
+        letters = len(rest) if ended else letters + len(part)
+        if letters > LONGEST_TEXT:
+            found = f"a document of more than {LONGEST_TEXT} letters"
+            raise DataError(Problem(f"{path} document {number + len(ended)}", found, f"documents with {SEPARATOR} between them"))
         for text in ended:
             yield f"{path} document {number}", "".join([*held, text])
             held, number = [], number + 1
@@ -66,47 +77,44 @@ def _texts(stream: IO[str], path: Path) -> Iterator[Row]:
     yield f"{path} document {number}", "".join([*held, tail])
 
 
-def _unnamed(stream: IO[str], path: Path) -> Iterator[Row]:
-    """A text, unless it is JSON of which nobody said so."""
-    for where, text in _texts(stream, path):
-        if text.lstrip().startswith(('{"', "[{")):
-            raise DataError(Problem(str(path), "JSON in a file whose name does not say so", "a text", "Call it .jsonl, or .json"))
-        yield where, text
-
-
-def _numbered(stream: IO[str], path: Path, longest: int | None = None) -> Iterator[tuple[int, str]]:
-    """The lines, from 1 on. longest: LONGEST_LINE by default."""
-    longest, number = longest or LONGEST_LINE, 0
-    while line := stream.readline(longest):
+def _numbered(stream: IO[str], path: Path) -> Iterator[tuple[int, str]]:
+    """The lines, from 1 on. One that is longer than LONGEST_LINE ends them with a part of it, as long as that."""
+    number, line = 0, ""
+    while len(line) < LONGEST_LINE and (line := stream.readline(LONGEST_LINE)):
         number += 1
-        if len(line) == longest:
-            raise DataError(Problem(f"{path}:{number}", f"a line of {longest} letters or more", "a document a line"))
+        yield number, line
+
+
+def _whole(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[int, str]]:
+    """Raises DataError for a line that is too long."""
+    for number, line in lines:
+        if len(line) >= LONGEST_LINE:
+            raise DataError(Problem(f"{path}:{number}", f"a line of {LONGEST_LINE} letters or more", "a document a line"))
         yield number, line
 
 
 def _lines(stream: IO[str], path: Path) -> Iterator[Row]:
-    for number, line in _numbered(stream, path):
+    for number, line in _whole(_numbered(stream, path), path):
         if line.strip():
             yield f"{path}:{number}", _parsed(line, f"{path}:{number}", "one JSON value a line")
 
 
 def _json(stream: IO[str], path: Path) -> Iterator[Row]:
     """A list, or lines: c4 calls a file of JSON lines ".json"."""
-    lines = _numbered(stream, path, LONGEST_LIST)  # a whole list is one line, often
+    lines = _numbered(stream, path)
     number, first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
-    if first.lstrip().startswith("["):
+    if first.lstrip().startswith("["):  # a whole list is one line, often
         rest = stream.read(LONGEST_LIST)
-        if len(rest) == LONGEST_LIST:
+        if len(first) + len(rest) > LONGEST_LIST:
             raise DataError(Problem(str(path), f"a list of more than {LONGEST_LIST} letters", "JSON lines"))
         values = _parsed(first + rest, str(path), "a JSON list")
         yield from ((f"{path} item {n}", value) for n, value in enumerate(values, 1))
     elif first:
         where = f"{path}:{number}"
-        if first.strip() == "{" or first.rstrip().endswith((",", "[", "{")):
+        if first.strip() == "{" or (first.endswith("\n") and first.rstrip().endswith((",", "[", "{"))):
             found = "a JSON object over several lines"
             raise DataError(Problem(where, found, "a list of objects, or one object a line", "`jq -c .` writes an object in one line"))
-        yield where, _parsed(first, where, "one JSON object a line, or a list")
-        for n, line in lines:
+        for n, line in _whole(chain([(number, first)], lines), path):
             if line.strip():
                 yield f"{path}:{n}", _parsed(line, f"{path}:{n}", "one JSON object a line, or a list")
 
@@ -119,8 +127,9 @@ def _parsed(text: str, where: str, expected: str) -> Any:
 
 
 def _csv(stream: IO[str], path: Path, separator: str = ",") -> Iterator[Row]:
-    csv.field_size_limit(LONGEST_CELL)
-    reader = csv.DictReader((line for _, line in _numbered(stream, path)), delimiter=separator)
+    csv.field_size_limit(LONGEST_TEXT)  # Python's own limit is 128 KiB
+    reader = csv.DictReader((line for _, line in _whole(_numbered(stream, path), path)), delimiter=separator)
+    _check_names(filter(None, reader.fieldnames or ()), path)  # those without a name are nobody's text
     for row in reader:
         where = f"{path}:{reader.line_num}"
         if None in row:
@@ -159,9 +168,16 @@ def _arrow(path: Path) -> Iterator[Row]:
         raise DataError(Problem(str(path), f"not Arrow ({error})", hint="Is the download complete?")) from error
 
 
+def _check_names(names: Iterable[str], path: Path) -> None:
+    """Raises DataError where two columns have one name: a row by names would have the last of them."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(Problem(str(path), f"more than one column {', '.join(twice)}", "a name of its own for each column"))
+
+
 def _batches(batches: Iterator[Any], path: Path) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        _check_names(batch.schema.names, path)
         batch.validate(full=True)  # Arrow believes the offsets that stand in a file, and would read what lies behind it in memory
         for start in range(0, batch.num_rows, BATCH):
             for row in batch.slice(start, BATCH).to_pylist():
@@ -180,7 +196,7 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open, ".zst": _zstandard, ".bz2": bz2.open, ".xz": lzma.open,
 }  # fmt: skip
 _READERS: dict[str, Callable[[IO[str], Path], Iterator[Row]]] = {
-    "": _unnamed, ".txt": _texts, ".text": _texts, ".md": _texts, ".raw": _texts, ".tokens": _texts,
+    "": _texts, ".txt": _texts, ".text": _texts, ".md": _texts, ".raw": _texts, ".tokens": _texts,
     ".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".csv": _csv, ".tsv": _tsv,
 }  # fmt: skip
 _TABLES: dict[str, Callable[[Path], Iterator[Row]]] = {".parquet": _parquet, ".arrow": _arrow}

@@ -1,10 +1,10 @@
-"""What a row of a data set says: a text, or a dialogue. The shapes are those that public data sets have."""
+"""What a row of a data set says: a text, or a conversation. The shapes are those that public data sets have."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantflow.errors import DataError, Problem
@@ -12,13 +12,13 @@ from quantflow.errors import DataError, Problem
 Message = dict[str, Any]  # role and content, as chat templates want them
 
 TEXTS = ("text", "content", "sentence", "document")
-DIALOGUES = ("messages", "conversations", "conversation")
-QUESTIONS = ("prompt", "question", "query", "instruction", "input")  # in this order: the first that is there
-GIVEN = ("input", "context")  # what an instruction is about
+CONVERSATIONS = ("messages", "conversations", "conversation")
+QUESTIONS = ("prompt", "instruction", "question", "query", "input")  # in this order: the first that is there
+GIVEN = ("question", "query", "input", "context", "passage", "content", "document", "sentence")  # what a question is about
 ANSWERS = ("response", "answer", "completion", "output", "chosen")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "system_message")
 EXPECTED = (
-    f"a string, or {' or '.join(TEXTS)}; {' or '.join(DIALOGUES[:2])}; prompt and response; instruction and output; chosen"
+    f"a string, or {' or '.join(TEXTS)}; {' or '.join(CONVERSATIONS[:2])}; prompt and response; instruction and output; chosen"
 )  # fmt: skip
 
 ROLES = {
@@ -29,61 +29,112 @@ ROLES = {
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")  # of a message, beside role and content
 
 
+class OddTurn(DataError):
+    """A conversation with a turn that cannot be used: a part that is no text, a role that nobody knows."""
+
+
 @dataclass(frozen=True)
-class Dialogue:
+class Conversation:
     """tools: as JSON schemas, where the row has some."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
-def read_row(row: Any, where: str, field: str | None = None) -> str | Dialogue:
-    """The text or the dialogue of a row. field: where it stands, in place of what is usual. Raises DataError, which names the fields that
-    are there."""
+def read_row(row: Any, where: str, field: str | None = None) -> str | Conversation:
+    """The text or the conversation of a row, "" where the fields that would hold it are null or blank. field: where it stands, in place
+    of what is usual. Raises OddTurn, and DataError for a row of another shape, which names the fields that are there."""
     if isinstance(row, str) and field is None:
         return row
     if not isinstance(row, dict):
         raise _refused(row, where, field)
-    given = {key: value for key, value in row.items() if value is not None}
-    if field is not None:
-        value = given.get(field)
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list):
-            return Dialogue(_messages(value, f"{where} {field}"), _tools(given))
-        raise _refused(row, where, field)
-    texts = [str(given[name]) for name in TEXTS if isinstance(given.get(name), str)]
-    if text := next((text for text in texts if text.strip()), None):
-        return text
-    for name in DIALOGUES:
-        if isinstance(given.get(name), list):
-            return Dialogue(_messages(given[name], f"{where} {name}"), _tools(given))
-    found = _pair(given, where)
-    if found is None and not texts:
+    given = {key: value for key, value in row.items() if value is not None and not (isinstance(value, str) and not value.strip())}
+    blank = row.keys() - given.keys()
+    found = _usual(given, where, blank) if field is None else _of(given, field, where)
+    if found is None and not blank & ({field} if field is not None else _holders(given)):
         raise _refused(row, where, field)
     return found or ""
 
 
-def _pair(row: dict[str, Any], where: str) -> str | Dialogue | None:
-    """A question and its answer; the answer alone where it is a whole dialogue; or a prompt, where no other text is there."""
+def _usual(row: dict[str, Any], where: str, blank: Set[str]) -> str | Conversation | None:
+    """What stands in the fields of public data sets. blank: the names of those without a value."""
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    for name in CONVERSATIONS:
+        if isinstance(row.get(name), list):
+            return _of(row, name, where)
+    if (pair := _pair(row, where)) is not None:
+        return pair
+    for name in TEXTS:  # after the pair: what it is about may have one of the weaker names
+        if isinstance(row.get(name), str):
+            return str(row[name])
+    alone = [name for name, value in row.items() if isinstance(value, str)] == ["prompt"] and not blank & set(ANSWERS)
+    return str(row["prompt"]) if alone else None
+
+
+def _of(row: dict[str, Any], name: str, where: str) -> str | Conversation | None:
+    value = row.get(name)
+    if isinstance(value, list):
+        return _conversation(_messages(value, f"{where} {name}"), row)
+    return value if isinstance(value, str) else None
+
+
+def _holders(row: Mapping[str, Any]) -> set[str]:
+    """The names of fields that hold a row's text, and without a value say that there is none: a question's only beside an answer, since
+    an instruction's input is often blank."""
+    answered = any(name in row for name in ANSWERS)
+    return {*TEXTS, *CONVERSATIONS, *ANSWERS, "prompt", *(QUESTIONS if answered else ())}
+
+
+def no_text(row: Any, where: str, field: str | None) -> DataError:
+    """What is wrong with a data set all of whose rows are blank, of which this is one."""
+    problems = _refused(row, where, field).problems
+    return DataError([replace(problem, found=f"{problem.found}, and no row with a text") for problem in problems])
+
+
+def _pair(row: dict[str, Any], where: str) -> str | Conversation | None:
+    """A question and its answer; the answer alone where it is a whole conversation."""
     question = next((name for name in QUESTIONS if isinstance(row.get(name), (str, list))), None)
     answer = next((name for name in ANSWERS if isinstance(row.get(name), (str, list))), None)
     if answer is None:
-        texts = [name for name, value in row.items() if isinstance(value, str)]
-        return str(row["prompt"]) if texts == ["prompt"] else None
+        return None
     said = _said(row[answer], "assistant", f"{where} {answer}")
-    asked = _said(row[question], "user", f"{where} {question}") if question else []
-    if question == "instruction" and isinstance(row[question], str):
-        parts = [row[question], *(row[name] for name in GIVEN if isinstance(row.get(name), str))]
-        asked = [{"role": "user", "content": "\n\n".join(part for part in parts if part.strip())}]
     if isinstance(row[answer], list) and said and said[0]["role"] != "assistant":
-        asked = []  # which the answer has in it
-    elif question is None:
+        return _conversation(said, row)
+    if question is None:
         return str(row[answer]) if answer == "chosen" and isinstance(row[answer], str) else None
-    system = next((row[name] for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip()), None)
-    if system is not None and not any(message["role"] == "system" for message in (asked + said)[:1]):
-        asked = [{"role": "system", "content": system}, *asked]
-    return Dialogue(asked + said, _tools(row))
+    asked = _said(row[question], "user", f"{where} {question}")
+    about = [row[name] for name in GIVEN if name != question and isinstance(row.get(name), str)]
+    if about and (not asked or asked[-1]["role"] != "user"):
+        asked.append({"role": "user", "content": ""})
+    for text in about:
+        said_before = asked[-1]["content"]
+        if text not in said_before:  # a prompt may have been made of it
+            asked[-1] = {**asked[-1], "content": f"{said_before}\n\n{text}" if said_before.strip() else text}
+    return _conversation([*_history(row.get("history"), f"{where} history"), *asked, *said], row)
+
+
+def _history(value: Any, where: str) -> list[Message]:
+    """The turns before the question: pairs, as Alpaca's descendants have them, or messages."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise OddTurn(Problem(where, repr(value)[:80], "a list of [question, answer]"))
+    turns: list[Message] = []
+    for i, turn in enumerate(value):
+        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        else:
+            turns.append(_message(turn, f"{where}[{i}]"))
+    return turns
+
+
+def _conversation(messages: list[Message], row: Mapping[str, Any]) -> Conversation:
+    """With the row's system text first, unless a system message is there; and with its tools."""
+    system = next((row[name] for name in SYSTEMS if isinstance(row.get(name), str)), None)
+    if system is not None and messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return Conversation(messages, _tools(row))
 
 
 def _said(value: str | list[Any], role: str, where: str) -> list[Message]:
@@ -96,13 +147,13 @@ def _messages(turns: list[Any], where: str) -> list[Message]:
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(Problem(where, repr(turn)[:80], "an object with role and content, or from and value"))
+        raise OddTurn(Problem(where, repr(turn)[:80], "an object with role and content, or from and value"))
     who, what = ("role", "content") if turn.get("role") is not None else ("from", "value")
     if not isinstance(turn.get(who), str) or (what not in turn and "tool_calls" not in turn):
-        raise DataError(Problem(where, f"an object with {_fields(turn)}", "role and content, or from and value"))
+        raise OddTurn(Problem(where, f"an object with {_fields(turn)}", "role and content, or from and value"))
     role = ROLES.get(turn[who].lower())
     if role is None:
-        raise DataError(Problem(f"{where} {who}", repr(turn[who])[:80], f"one of {', '.join(ROLES)}"))
+        raise OddTurn(Problem(f"{where} {who}", repr(turn[who])[:80], f"one of {', '.join(ROLES)}"))
     message = {"role": role, "content": _content(turn.get(what), f"{where} {what}")}
     kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
     if calls := kept.get("tool_calls"):
@@ -119,7 +170,7 @@ def _content(value: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             found = f"a part of type {part['type']}" if isinstance(part, dict) and "type" in part else repr(part)[:80]
-            raise DataError(Problem(where, found, "text, or a list of parts of type text"))
+            raise OddTurn(Problem(where, found, "text, or a list of parts of type text"))
         texts.append(text)
     return "".join(texts)
 
@@ -135,7 +186,7 @@ def _call(call: Any) -> Any:
         return call
 
 
-def _tools(row: dict[str, Any]) -> Sequence[Mapping[str, Any]] | None:
+def _tools(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
     value = row.get("tools")
     if isinstance(value, str):
         try:

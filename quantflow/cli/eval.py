@@ -109,6 +109,7 @@ def _evaluate_text(
     from quantflow.models.checkpoint import resolve_model
     from quantflow.models.tokenizer import load_tokenizer
     from quantflow.pipeline.texts import model_documents
+    from quantflow.pipeline.windows import left_out_notes
 
     original, found = (
         Weights(resolve_model(reference)),
@@ -123,6 +124,7 @@ def _evaluate_text(
     folder = original.checkpoint.tokenizer_path
     texts = model_documents(folder, data, field=field)
     text = cut_windows(load_tokenizer(folder), texts, count=windows, length=length, skip=skip, source=data)
+    show_notes(left_out_notes(text=text))
     with progress() as watcher:
         watcher.phase("evaluate", a.layers + b.layers, "layers")
         where = resolve_device(device.value)

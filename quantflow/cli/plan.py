@@ -72,6 +72,7 @@ def plan(
 def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
     """The plan as JSON-able data. stored: finished layers in the store, None where that is not known without reading weights."""
     from quantflow.pipeline.estimate import estimate
+    from quantflow.pipeline.plan import Sample
     from quantflow.recipe import dump
 
     cost = estimate(plan)
@@ -84,7 +85,11 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         "device": plan.device,
         "output": str(plan.output),
         "calibration": _calibration(plan),
-        "samples": {name: text for name, text in plan.samples.items() if name != "calibration" or plan.reads_calibration},
+        "samples": {
+            name: sample.begins
+            for name, sample in plan.samples.items()
+            if isinstance(sample, Sample) and (name != "calibration" or plan.reads_calibration)
+        },
         "steps": dump(plan.recipe)["stages"],
         "linears": dict(schemes),
         "stored_layers": stored,
@@ -96,7 +101,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
             "artifact_bytes": cost.artifact_bytes,
             "seconds": round(cost.seconds, 1),
         },
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *plan.text_notes],
         "warnings": list(plan.warnings),
     }
 

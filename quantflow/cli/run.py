@@ -41,6 +41,7 @@ def run(
             console.print(f"Warning: {warning}.")
         with progress() as watcher:
             result = run_plan(plan, watcher, fresh=fresh)
+        show_notes(note for note in result.report["notes"] if note not in plan.notes)
         if as_json:
             value = {"output": str(result.output), "existed": result.existed, "quality": result.quality, "failed_gates": result.failures,
                      "seconds": result.seconds, "warnings": list(plan.warnings)}  # fmt: skip

@@ -11,7 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quantflow.cli.console import Hints, console, errors, progress, reporting
+from quantflow.cli.console import Hints, console, errors, progress, reporting, show_notes
 from quantflow.cli.options import Debug, Device, DeviceOption, FieldOption, Json
 from quantflow.units import size
 
@@ -65,6 +65,7 @@ def sensitivity(
     with reporting(debug, MEASURING):
         from quantflow.errors import Problem, UserError
         from quantflow.pipeline.sensitivity import Settings, prepare, run
+        from quantflow.pipeline.windows import left_out_notes
         from quantflow.recipe.schema import parse_bytes
 
         problems, most = [], None
@@ -97,6 +98,7 @@ def sensitivity(
                 field,
             )
         )
+        show_notes(left_out_notes(text=job.windows))
         errors.print(
             f"{len(job.parts)} parts at {len(widths)} widths on {samples} windows of {length} tokens: layers are computed "
             f"{job.layer_runs()} times over them, in the order of {_time(job.seconds())}. Fewer --samples or --bits take less; "

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from quantflow.artifacts.artifact import foreign_files, is_export
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, store_beside
+from quantflow.calibration.data import LeftOut
 from quantflow.errors import OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format, fitting_group
@@ -56,12 +57,24 @@ from quantflow.recipe.overrides import matches
 from quantflow.stages.pack_job import Prepared, prepare
 
 T = TypeVar("T")
+# Of calibration/, what hidden states are held and measured with. The rest reads texts: it can change nothing but tokens, which are in the
+# keys.
+MEASURING = ("calibration/stream.py", "calibration/statistics.py")
 SEQLEN, LENGTH = 2048, 512  # tokens of a window of calibration, and of evaluation, where the recipe says auto
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
 NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
-SAMPLE = 200  # letters of a text that are shown
+SAMPLE, LOOKED = 200, 16  # letters of a text that are shown, and documents that are looked at
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """begins: how the first document of a text does, as the model will see it; "" where there is none. left_out: what of the first rows
+    cannot be used; "" where all can."""
+
+    begins: str
+    left_out: str
 
 
 @dataclass(frozen=True)
@@ -166,18 +179,27 @@ class Plan:
         return {name: section for name, section in found.items() if section is not None}
 
     @cached_property
-    def samples(self) -> dict[str, str | UserError]:
-        """How the first document of each section's text begins, as the model will see it; "" where there is none, and what is wrong where
-        it cannot be read. A text on the hub is not looked at."""
-        found: dict[str, str | UserError] = {}
+    def samples(self) -> dict[str, Sample | UserError]:
+        """How each section's text begins, and what is wrong where it cannot be read. A text on the hub is not looked at."""
+        found: dict[str, Sample | UserError] = {}
         for name, section in self.sections.items():
             if local_text(section):
                 texts = model_documents(self.checkpoint.tokenizer_path, section.data, section.file, field=section.field)
+                left_out = LeftOut()
                 try:
-                    found[name] = next(islice(texts, section.skip, None), "")[:SAMPLE]
+                    first = list(islice(left_out.sift(texts), section.skip, section.skip + LOOKED))
+                    if not first:
+                        left_out.check()
+                    found[name] = Sample(first[0].text[:SAMPLE] if first else "", left_out.note)
                 except UserError as error:
                     found[name] = error
         return found
+
+    @property
+    def text_notes(self) -> tuple[str, ...]:
+        """What of the sections' texts cannot be used, as far as it was looked at; each in a sentence."""
+        found = ((name, sample.left_out) for name, sample in self.samples.items() if isinstance(sample, Sample))
+        return tuple(f"{name}: {note}" for name, note in found if note)
 
     def schemes(self, layer: int) -> dict[str, Scheme]:
         """Relative name -> scheme of the quantised linears of a layer."""
@@ -230,7 +252,7 @@ class Plan:
     def calibrate_key(self, weights: str, tokens: str) -> str:
         return digest(
             ["calibrate", weights, tokens, self.checkpoint.raw_config, self.compute_dtype, self.device,
-             computed_by(self.device), source_digest("models", "stages/calibrate.py", "calibration", "kernels")]
+             computed_by(self.device), source_digest("models", "stages/calibrate.py", *MEASURING, "kernels")]
         )  # fmt: skip
 
     def sweep_key(self, weights: str, tokens: str) -> str:
@@ -259,7 +281,7 @@ class Plan:
                     "models",
                     "quant",
                     "kernels",
-                    "calibration",
+                    *MEASURING,
                     "stages/awq.py",
                     "stages/quantize.py",
                     "stages/folding.py",
@@ -504,7 +526,7 @@ def _data_problems(plan: Plan) -> list[Problem]:
         sample = plan.samples.get(where)
         if isinstance(sample, UserError):
             problems += [problem for problem in sample.problems if problem not in problems]
-        elif sample == "":
+        elif sample and not sample.begins:
             found = "no text in it" if not section.skip else f"no text in it after {section.skip} documents"
             problems.append(Problem(f"{where} {local_text(section)}", found, "documents"))
     return problems

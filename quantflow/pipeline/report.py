@@ -18,6 +18,7 @@ from quantflow.evaluate.gates import Verdict
 from quantflow.models.tensor_file import TensorFile
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.sweep import SweepReader
+from quantflow.pipeline.windows import left_out_notes
 from quantflow.quant.fit import shown
 from quantflow.recipe import Calibrate, KvQparams, dump
 from quantflow.report.page import VERSION
@@ -86,7 +87,7 @@ def make_report(
         "sizes": {pack.format: checkpoint_bytes(prepared.job) for pack, prepared in zip(plan.packs, plan.prepared, strict=True)},
         "memory": _memory(plan),
         "tensors": plan.account.as_dict(),
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *left_out_notes(calibration=windows, evaluate=held_out)],
         "warnings": list(plan.warnings),
     }  # fmt: skip
 
@@ -102,7 +103,8 @@ def exponent(scale: str) -> float | None:
 
 
 def _text(windows: Windows) -> dict[str, Any]:
-    return {"source": windows.source, "tokens": windows.digest, "windows": len(windows.tokens), "length": len(windows.tokens[0])}
+    found = {"source": windows.source, "tokens": windows.digest, "windows": len(windows.tokens), "length": len(windows.tokens[0])}
+    return found | ({"left_out": windows.left_out.as_dict()} if windows.left_out else {})
 
 
 def _activations(plan: Plan, statistics: Path) -> dict[str, dict[str, Any]]:

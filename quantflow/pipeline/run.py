@@ -136,7 +136,7 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
             "calibration": {"tokens": windows.digest, "source": windows.source} if windows.tokens else None,
             "kv_qparams": _kv_summary(plan, reader),
             "quality": quality,
-            "notes": list(plan.notes),
+            "notes": report["notes"],
             "files": files,
         }  # fmt: skip
         write_json(folder / MANIFEST, manifest)

@@ -318,7 +318,7 @@ def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
         count=max(CALIBRATION, settings.samples), least=settings.samples, length=settings.length, skip=settings.skip,
         source=Path(settings.data).name,
     )  # fmt: skip
-    windows = Windows(found.tokens[: settings.samples], found.documents, found.source)
+    windows = replace(found, tokens=found.tokens[: settings.samples])
     if (largest := max(map(max, windows.tokens))) >= checkpoint.config.vocabulary:
         expected = f"ids below the model's vocabulary of {checkpoint.config.vocabulary}"
         hint = "Tokenizer and weights are not of one model"
@@ -468,7 +468,8 @@ def _record(
     return {
         "quantflow": __version__,
         "model": {"name": job.checkpoint.path.resolve().name, "config": digest(job.checkpoint.raw_config), "weights": weights},
-        "data": {"source": job.windows.source, "tokens": job.windows.digest, "windows": s.samples, "length": s.length},
+        "data": {"source": job.windows.source, "tokens": job.windows.digest, "windows": s.samples, "length": s.length,
+                 **({"left_out": job.windows.left_out.as_dict()} if job.windows.left_out else {})},
         "method": "rtn",
         "group_size": s.group_size,
         "symmetric": s.symmetric,

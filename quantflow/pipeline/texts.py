@@ -7,30 +7,32 @@ from functools import cache
 from pathlib import Path
 
 from quantflow import bundled
-from quantflow.calibration.data import Rendered, documents, joined
-from quantflow.calibration.shapes import Dialogue
-from quantflow.engine.text import Text
+from quantflow.calibration.data import Document, joined, read_documents
+from quantflow.calibration.shapes import Conversation
+from quantflow.engine.text import OFFLINE_DATE, Text
+from quantflow.errors import Problem
 from quantflow.models.tokenizer import chat_template, has_tokenizer
 from quantflow.recipe import Calibration, Evaluate
 
 
 def model_documents(
     folder: Path, data: str, file: str | None = None, *, field: str | None = None, option: str = "--data FILE"
-) -> Iterator[str]:
-    """`documents`, with dialogues in the format of the model whose tokenizer is in `folder`; where it has none, what was said. Raises
-    DataError, ModelError."""
+) -> Iterator[Document | Problem]:
+    """`read_documents`, with conversations in the dialogue format of the model whose tokenizer is in `folder`, on OFFLINE_DATE; where it
+    has none, what was said. Raises DataError, ModelError."""
 
     @cache
     def text() -> Text | None:
-        return Text(folder) if has_tokenizer(folder) and chat_template(folder) else None
+        return Text(folder).on(OFFLINE_DATE) if has_tokenizer(folder) and chat_template(folder) else None
 
-    def render(dialogue: Dialogue) -> str:
+    def render(conversation: Conversation) -> Document:
         model = text()
         if model is None:
-            return joined(dialogue)
-        return Rendered(model.render(dialogue.messages, tools=dialogue.tools, add_generation_prompt=False))
+            return Document(joined(conversation))
+        written = model.render(conversation.messages, tools=conversation.tools, add_generation_prompt=False)
+        return Document(written, special=False)
 
-    return documents(data, file, field=field, option=option, render=render)
+    return read_documents(data, file, field=field, option=option, render=render)
 
 
 def local_text(section: Calibration | Evaluate) -> Path | None:

@@ -12,6 +12,11 @@ from quantflow.pipeline.texts import model_documents
 from quantflow.recipe import Calibration, Evaluate
 
 
+def left_out_notes(**sections: Windows | None) -> list[str]:
+    """What of the sections' texts could not be used, each in a sentence."""
+    return [f"{name}: {windows.left_out.note}" for name, windows in sections.items() if windows and windows.left_out]
+
+
 def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) -> Windows:
     """The windows of `calibration` or `evaluate`. Raises DataError, and UserError for a tokenizer that is another model's."""
     if isinstance(section, Calibration):

@@ -47,15 +47,22 @@ A row is a text, or an object with the first of these that it has:
 
 | fields | what is taken |
 |---|---|
-| `text`, `content`, `sentence`, `document` | that text |
+| `text` | that text |
 | `messages`, `conversations`, `conversation` | a dialogue: `role` and `content` (a text, or parts of type `text`), or `from` and `value` |
-| `prompt`, `question`, `query`, `instruction` or `input`; `response`, `answer`, `completion`, `output` or `chosen` | a dialogue of two |
+| `prompt`, `instruction`, `question`, `query` or `input`; `response`, `answer`, `completion`, `output` or `chosen` | a dialogue of two |
 | `chosen` alone | that dialogue or text |
+| `content`, `sentence`, `document` | that text |
 | `prompt` alone | that text, where no other field is a text |
 
-An `instruction` has its `input` or `context` behind it, a question `system` or `system_prompt` before it. `field` takes the text, or the
-dialogue, from another field. A dialogue is written by the model's own chat template, with `tools` where the row has some; without a
-template, it is what was said, a line break between. What is neither is refused with the names of its fields. A blank text is passed over.
+What a question is about stands behind it: `question` or `query` (of an `instruction`), `input`, `context`, `passage`, `content`,
+`document`, `sentence`. The turns of `history` stand before it. `system`, `system_prompt` or `system_message` comes first in any dialogue
+that has no system message. `field` takes the text, or the dialogue, from another field. A dialogue is written by the model's own chat
+template, with `tools` where the row has some; without a template, it is what was said, a line break between. For a template, today is
+26 July 2024, so that the same text gives the same tokens tomorrow (`chat` and `serve` have the real date).
+
+A blank text is passed over, and so is one that is null; where no row has another, that is an error, and so is a row without any of these
+fields: it names those that are there. A dialogue with a role that is not known, a part that is no text, or turns that the template refuses
+is left out, and the report says how many were and why the first; more than half of the rows are an error.
 """
 _STAGES = """\
 ## Stages

@@ -153,6 +153,31 @@ def test_lines_are_read_as_they_are_needed(tmp_path: Path) -> None:
         next(found)
 
 
+def test_texts_that_look_like_something_else(tmp_path: Path) -> None:
+    """HTML and XML are texts; so is JSON among other documents, and a brace or a bracket."""
+    for text in ("<!DOCTYPE html><p>A page</p>", '<?xml version="1.0"?><a/>', "<html>", "{braces}", "[1] A note", "{", '["a"]'):
+        (tmp_path / "a.txt").write_text(text)
+        assert list(documents(str(tmp_path / "a.txt"))) == [text]
+    (tmp_path / "a.txt").write_text('{"text": "hello"}<|endoftext|>b')
+    assert list(documents(str(tmp_path / "a.txt"))) == ['{"text": "hello"}', "b"]
+
+
+def test_cells_that_are_missing(tmp_path: Path) -> None:
+    """A row with fewer cells has no text; columns without a name, as a comma at the end makes them, are nobody's."""
+    path = tmp_path / "a.csv"
+    path.write_text("id,text,,\n1,a,,\n2\n3,b\n")
+    assert list(documents(str(path))) == ["a", "b"]
+
+
+def test_columns_of_one_name_in_other_tables(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="more than one column text"):
+        list(documents(str(tmp_path / "a.parquet")))
+
+
 def test_a_cell_of_any_length(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"text\n{'word ' * 100_000}\n")
@@ -193,6 +218,13 @@ def test_the_bundled_text() -> None:
         ("a.yaml", b"text: a", "a name that ends with .yaml; expected .txt, .text"),
         ("a.docx", b"PK", ".docx"),
         ("train", b'{"text": "a"}\n', "Call it .jsonl"),
+        ("a.txt", b'{"text": "hello"}\n{"text": "b"}\n', "JSON in a file whose name does not say so; expected a text. Call it .jsonl"),
+        ("a.md", b'\n[\n  {\n    "text": "hello"}]', "JSON in a file whose name does not say so"),
+        ("a.raw.gz", gzip.compress(b'[{"text": "hello"}]'), "JSON in a file whose name does not say so"),
+        ("a.csv", b"text,id,text\na,1,b\n", "more than one column text; expected a name of its own for each column"),
+        ("a.tsv", b"id\ttext\tid\n1\ta\t2\n", "more than one column id"),
+        ("a.csv", b"<!doctype html><html>", "a web page"),
+        ("a.jsonl", b"<html>", "a web page"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n", "a Git LFS pointer"),
         ("a.parquet", b"<!doctype html><html>", "a web page"),
         ("a.txt.gz", gzip.compress(b"some text " * 1000, mtime=0)[:-20], "end-of-stream"),
@@ -235,14 +267,14 @@ def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch
 def test_the_hubs_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[tuple[object, ...], dict[str, object]]] = []
 
-    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, str]]:
+    def load_dataset(*args: object, **kwargs: object) -> list[dict[str, str | None]]:
         asked.append((args, kwargs))
-        return [{"sentence": "a"}, {"sentence": "b"}]
+        return [{"sentence": "a"}, {"sentence": None}, {"sentence": "b"}]
 
     fake = ModuleType("datasets")
     fake.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    assert list(documents("ptb")) == ["a", "b"]
+    assert list(documents("ptb")) == ["a", "b"]  # and not the word None
     assert asked == [(("ptb-text-only/ptb_text_only", "penn_treebank"), {"split": "train"})]
 
 
@@ -347,7 +379,7 @@ def test_windows_are_those_of_the_independent_tool(model: str, text: str, count:
 def test_a_line_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few kilobytes of a compressed file can be gigabytes of one line, which nobody wrote. A list may be a long line."""
     monkeypatch.setattr("quantflow.calibration.rows.LONGEST_LINE", 2**12)
-    for kind, content in (("jsonl", '{"text": "%s"}'), ("csv", 'text\n"%s"\n'), ("ndjson", '"%s"')):
+    for kind, content in (("jsonl", '{"text": "%s"}'), ("csv", 'text\n"%s"\n'), ("ndjson", '"%s"'), ("json", '{"text": "%s"}')):
         path = tmp_path / f"long.{kind}.gz"
         for letters, long in ((2**11, False), (2**20, True)):
             path.write_bytes(gzip.compress((content % ("a" * letters)).encode()))
@@ -360,10 +392,26 @@ def test_a_line_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path.write_text(json.dumps(["a" * 2**13]))
     assert list(documents(str(path))) == ["a" * 2**13]
     monkeypatch.setattr("quantflow.calibration.rows.LONGEST_LIST", 2**12)
-    with pytest.raises(DataError, match="letters or more"):
+    with pytest.raises(DataError, match="a list of more than 4096 letters"):
         list(documents(str(path)))
     path.write_text(json.dumps(["a" * 2**13], indent=1))
     with pytest.raises(DataError, match="a list of more than 4096 letters"):
+        list(documents(str(path)))
+
+
+@pytest.mark.parametrize("size", [7, 2**20])
+def test_a_document_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("quantflow.calibration.rows.LONGEST_TEXT", 2**12)
+    monkeypatch.setattr("quantflow.calibration.rows.READ", size)
+    path = tmp_path / "long.txt.gz"
+    path.write_bytes(gzip.compress("<|endoftext|>".join(["a" * 2**11] * 9).encode()))
+    assert list(documents(str(path))) == ["a" * 2**11] * 9
+    path.write_bytes(gzip.compress(b"b<|endoftext|>" + b"a" * 2**14))
+    with pytest.raises(DataError, match=r"long\.txt\.gz document 2: a document of more than 4096 letters; expected documents with"):
+        list(documents(str(path)))
+    path = tmp_path / "cell.csv"  # of short lines
+    path.write_text('text\n"' + "a\n" * 2**12 + '"\n')
+    with pytest.raises(DataError, match="field larger than field limit"):
         list(documents(str(path)))
 
 

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 
-from quantflow.calibration.data import Rendered, cut_windows, documents, joined
-from quantflow.calibration.shapes import Dialogue, read_row
+from quantflow.calibration.data import ENOUGH, Document, cut_windows, documents, joined, read_documents
+from quantflow.calibration.shapes import Conversation, OddTurn, read_row
 from quantflow.errors import DataError, Problem, RequestError
 
 ASK, SAY = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TALK = [ASK, SAY]
+WHO = [{"role": "user", "content": "Who?\n\nBea sang."}, {"role": "assistant", "content": "Bea."}]
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
 
 # From the cards of public data sets; the texts are ours.
-DIALOGUES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "messages, with an id": ({"id": "conversation-000000", "messages": TALK}, TALK),
     "ShareGPT": ({"id": "identity_0", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}, TALK),
     "UltraChat": ({"prompt": "What?", "prompt_id": "7", "messages": [*TALK, ASK, SAY]}, [*TALK, ASK, SAY]),
@@ -54,15 +55,36 @@ DIALOGUES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "DPO as turns": ({"prompt": "What?", "chosen": TALK, "rejected": [ASK, ASK], "score_chosen": 9.0}, TALK),
     "DPO as turns, the prompt apart": ({"prompt": [SYSTEM, ASK], "chosen": [SAY], "rejected": [SAY]}, [SYSTEM, *TALK]),
     "chosen alone": ({"chosen": TALK, "rejected": TALK, "source": "x"}, TALK),
+    "a system text beside ShareGPT": (
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]},
+        [SYSTEM, *TALK],
+    ),
+    "a system text beside messages": ({"system_prompt": "Be brief.", "messages": TALK}, [SYSTEM, *TALK]),
+    "a system text that is there": ({"system": "Be long.", "messages": [SYSTEM, *TALK]}, [SYSTEM, *TALK]),
+    "a system text beside chosen": ({"system": "Be brief.", "prompt": "What?", "chosen": TALK}, [SYSTEM, *TALK]),
+    "a system text that is blank": ({"system": " ", "messages": TALK}, TALK),
+    "a question and its context": ({"question": "Who?", "context": "Bea sang.", "answer": "Bea."}, WHO),
+    "a prompt and its input": ({"prompt": "Who?", "input": "Bea sang.", "output": "Bea."}, WHO),
+    "an instruction and its question": ({"instruction": "Who?", "question": "Bea sang.", "answer": "Bea."}, WHO),
+    "a page, its question and answer": ({"title": "Song", "content": "Bea sang.", "question": "Who?", "answer": "Bea."}, WHO),
+    "a prompt that has its context": ({"prompt": "Who?\n\nBea sang.", "context": "Bea sang.", "response": "Bea."}, WHO),
+    "turns and a context": ({"prompt": [SYSTEM, {"role": "user", "content": "Who?"}], "context": "Bea sang.", "response": "Bea."},
+                            [SYSTEM, *WHO]),
+    "Alpaca with a history": (
+        {"instruction": "Who?", "input": "Bea sang.", "output": "Bea.", "system": "Be brief.", "history": [["What?", "That."]]},
+        [SYSTEM, *TALK, *WHO],
+    ),
+    "Alpaca without one": ({"instruction": "What?", "input": "", "output": "That.", "history": []}, TALK),
+    "a history of messages": ({"prompt": "What?", "response": "That.", "history": TALK}, [*TALK, *TALK]),
     "messages before chosen": ({"messages": TALK, "chosen": [ASK, ASK], "prompt": "x"}, TALK),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DIALOGUES)
-def test_dialogues(name: str) -> None:
-    row, expected = DIALOGUES[name]
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations(name: str) -> None:
+    row, expected = CONVERSATIONS[name]
     found = read_row(row, "a.jsonl:1")
-    assert found == Dialogue(expected, None)
+    assert found == Conversation(expected, None)
     assert joined(found) == "\n".join(message["content"] for message in expected)
 
 
@@ -77,8 +99,8 @@ def test_tools_and_calls() -> None:
         {"role": "tool", "content": "3", "name": "f"}, {"role": "assistant", "content": "{}"}, {"role": "tool", "content": "4"},
     ]  # fmt: skip
     for tools in (TOOLS, json.dumps(TOOLS)):
-        assert read_row({"messages": turns, "tools": tools}, "") == Dialogue(expected, TOOLS)
-    assert read_row({"messages": TALK, "tools": "none"}, "") == Dialogue(TALK, None)
+        assert read_row({"messages": turns, "tools": tools}, "") == Conversation(expected, TOOLS)
+    assert read_row({"messages": TALK, "tools": "none"}, "") == Conversation(TALK, None)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +116,12 @@ def test_tools_and_calls() -> None:
         ({"text": "rendered", "messages": TALK}, "rendered"),
         ({"text": "", "id": "x"}, ""),
         ({"text": " ", "content": "a"}, "a"),
+        ({"content": "a", "question": "b"}, "a"),
+        ({"id": "row-1", "text": None}, ""),
+        ({"messages": None, "id": "x"}, ""),
+        ({"prompt": "a", "response": None}, ""),
+        ({"question": None, "answer": "a"}, ""),
+        ({"instruction": "a", "input": "", "output": ""}, ""),
     ],
 )
 def test_texts(row: Any, text: str) -> None:
@@ -103,7 +131,9 @@ def test_texts(row: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"id": "row-1", "text": None}, "an object with the fields id (text), text (null); expected a string, or text or content"),
+        ({"id": "row-1", "n": None}, "an object with the fields id (text), n (null); expected a string, or text or content"),
+        ({"instruction": "a", "input": ""}, "instruction (text), input (text)"),
+        ({"prompt": "a", "response": "b", "history": ["c"]}, "history[0]: 'c'; expected an object with role and content"),
         ({"id": 1, "body": "a"}, "id (number), body (text)"),
         ({"prompt": "a", "reply": "b"}, "prompt (text), reply (text)"),
         ({"instruction": "a", "input": "b"}, "instruction (text), input (text)"),
@@ -124,13 +154,16 @@ def test_texts(row: Any, text: str) -> None:
 def test_anything_else_is_refused_with_its_fields(row: Any, says: str) -> None:
     with pytest.raises(DataError) as caught:
         read_row(row, "a.jsonl:7")
+    assert isinstance(caught.value, OddTurn) == any(place in says for place in ("messages[0]", "[0] from", "a part of", "history["))
     assert "a.jsonl:7" in str(caught.value) and says in str(caught.value)
 
 
 def test_a_field_by_its_name() -> None:
     row = {"text": "no", "body": "yes", "turns": TALK, "n": 1, "none": None}
-    assert read_row(row, "", "body") == "yes" and read_row(row, "", "turns") == Dialogue(TALK, None)
-    for field in ("n", "none", "absent"):
+    assert read_row(row, "", "body") == "yes" and read_row(row, "", "turns") == Conversation(TALK, None)
+    assert read_row(row, "", "none") == ""
+    assert read_row({"turns": TALK, "system": "Be brief."}, "", "turns") == Conversation([SYSTEM, *TALK], None)
+    for field in ("n", "absent"):
         with pytest.raises(DataError, match=rf"n \(number\), none \(null\); expected text, or a dialogue, in the field {field}"):
             read_row(row, "a", field)
     with pytest.raises(DataError):
@@ -142,33 +175,72 @@ def lines(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-def test_dialogues_are_rendered_and_blank_ones_left_out(tmp_path: Path) -> None:
+def test_conversations_are_rendered_and_blank_ones_left_out(tmp_path: Path) -> None:
     silent = {"messages": [{"role": "user", "content": " "}]}
-    path = lines(tmp_path / "a.jsonl", [{"messages": TALK}, silent, {"messages": []}, {"text": " "}, {"text": " plain "}])
+    path = lines(tmp_path / "a.jsonl", [{"messages": TALK}, silent, {"messages": []}, {"text": " "}, {"text": " plain "}, {"text": None}])
 
-    def render(dialogue: Dialogue) -> str:
-        return Rendered("".join(f"<{m['role']}>{m['content']}\n" for m in dialogue.messages))
+    def render(conversation: Conversation) -> Document:
+        return Document("".join(f"<{m['role']}>{m['content']}\n" for m in conversation.messages), special=False)
 
-    found = list(documents(path, render=render))
-    assert found == ["<user>What?\n<assistant>That.\n", "plain"]  # whose line break at the end belongs to the format
-    assert [isinstance(text, Rendered) for text in found] == [True, False]
+    found = list(read_documents(path, render=render))  # a dialogue's line break at the end belongs to the format
+    assert found == [Document("<user>What?\n<assistant>That.\n", special=False), Document("plain", special=True)]
+    assert list(documents(path)) == ["What?\nThat.", "plain"]
 
 
-def test_a_row_that_a_template_refuses_is_named(tmp_path: Path) -> None:
-    def render(dialogue: Dialogue) -> str:
-        raise RequestError(Problem("messages", "the model's chat template refused them: no system role"))
+ODD = {"conversations": [{"from": "bing", "value": "b"}]}
+PICTURE = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}
 
-    path = lines(tmp_path / "a.jsonl", [{"text": "a"}, {"messages": [SYSTEM, *TALK]}])
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the model's chat template refused them: no system role"):
-        list(documents(path, render=render))
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    """A role that nobody knows, a part that is no text, a dialogue that the model's template refuses: none ends a long run."""
+
+    def render(conversation: Conversation) -> Document:
+        if conversation.messages[0]["role"] == "system":
+            raise RequestError(Problem("messages", "the model's chat template refused them: no system role"))
+        return Document(joined(conversation))
+
+    rows = [{"text": "ab"}, {"messages": [SYSTEM, *TALK]}, ODD, PICTURE, *[{"text": "cd"}] * 3]
+    path = lines(tmp_path / "a.jsonl", rows)
+    first, refused, odd, picture, *rest = read_documents(path, render=render)
+    assert first == Document("ab") and rest == [Document("cd")] * 3
+    assert refused == Problem("a.jsonl:2", "the model's chat template refused them: no system role")
+    assert isinstance(odd, Problem) and (odd.where, odd.found) == ("a.jsonl:3 conversations[0] from", "'bing'")
+    assert isinstance(picture, Problem) and picture.found == "a part of type image_url"
+    windows = cut_windows(Letters(), read_documents(path, render=render), count=4, length=3)
+    assert [token for window in windows.tokens for token in window if token != 1] == [*map(ord, "abcdcdcd")]
+    assert windows.left_out is not None
+    assert windows.left_out.note == f"3 of the first 7 rows were left out; the first: {refused}"
+    assert windows.left_out.as_dict() == {"rows": 7, "count": 3, "first": str(refused)}
+    assert cut_windows(Letters(), ["abc"], count=1, length=2).left_out is None
+
+
+def test_most_rows_must_be_of_use(tmp_path: Path) -> None:
+    half = lines(tmp_path / "half.jsonl", [ODD, ODD, {"text": "ab"}, {"text": "cd"}])
+    assert list(documents(half)) == ["ab", "cd"]
+    most = lines(tmp_path / "most.jsonl", [ODD, {"text": "ab"}, ODD])
+    for read in (lambda: list(documents(most)), lambda: cut_windows(Letters(), read_documents(most), count=1, length=9)):
+        with pytest.raises(DataError, match=r"most\.jsonl:1 .*'bing' \(so, or for a like reason, 2 of the first 3 rows\); expected one of"):
+            read()
+    # Of a long one, not all is read to find out.
+    long = lines(tmp_path / "long.jsonl", [ODD] * ENOUGH + [{"neither": "text nor dialogue"}])
+    with pytest.raises(DataError, match=f"{ENOUGH} of the first {ENOUGH} rows"):
+        list(documents(long))
+
+
+def test_where_no_row_has_a_text_the_fields_are_named(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", [{"id": f"row-{i}", "text": None} for i in range(20)])
+    with pytest.raises(DataError, match=r"a\.jsonl:1: an object with the fields id \(text\), text \(null\), and no row with a text"):
+        next(documents(path))
+    assert list(documents(path, field="id"))[:2] == ["row-0", "row-1"]
+
+
+class Letters:
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[Any]:
+        return [type("Encoding", (), {"ids": [1] * add_special_tokens + [*map(ord, text)]}) for text in texts]
 
 
 def test_a_rendered_dialogue_has_its_special_tokens() -> None:
     """And gets none from the tokenizer: a chat would not have two BOS either."""
 
-    class Letters:
-        def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[Any]:
-            return [type("Encoding", (), {"ids": [1] * add_special_tokens + [*map(ord, text)]}) for text in texts]
-
-    windows = cut_windows(Letters(), ["ab", Rendered("cd"), "e"], count=1, length=7)
+    windows = cut_windows(Letters(), ["ab", Document("cd", special=False), "e"], count=1, length=7)
     assert windows.tokens == [[1, *map(ord, "ab"), *map(ord, "cd"), 1, ord("e")]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from quantflow.calibration import data as data_module
-from quantflow.calibration.data import Windows
+from quantflow.calibration.data import Document, Windows, cut_windows
+from quantflow.engine import chat_environment
+from quantflow.engine import template as template_module
+from quantflow.engine.template import Renderer
+from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.models.tokenizer import load_tokenizer
+from quantflow.pipeline import plan as plan_module
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.pipeline.texts import model_documents
@@ -19,6 +26,7 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.recipe import Evaluate, load_recipe
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 
+PACKAGE = Path(plan_module.__file__).parents[1]
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}{{ '[' + m.role + '] ' + m.content + '\n' }}{% endfor %}"
@@ -90,7 +98,7 @@ def test_tools_of_a_row_are_given_to_the_template(bench: Bench) -> None:
     path = bench.root / "tools.jsonl"
     path.write_text(json.dumps({"messages": MESSAGES, "tools": tools}))
     theirs = AutoTokenizer.from_pretrained(bench.model).apply_chat_template(MESSAGES, tools=tools, tokenize=False)
-    assert list(model_documents(bench.model, str(path))) == [theirs]
+    assert list(model_documents(bench.model, str(path))) == [Document(str(theirs), special=False)]
 
 
 def test_a_plan_shows_how_each_text_begins(bench: Bench) -> None:
@@ -140,3 +148,66 @@ def test_a_template_that_refuses_a_row_is_said_by_the_plan(bench: Bench, tmp_pat
         template.write_text(TEMPLATE)
     assert result.exit_code == 2 and "a.jsonl:1: the model's chat template refused them" in result.stderr
     assert "roles must alternate" in result.stderr
+
+
+def test_rows_that_a_template_refuses_are_left_out_and_said(bench: Bench, tmp_path: Path) -> None:
+    """By the plan, by the run on stderr, in the report, by `eval`."""
+    odd = [{"role": "user", "content": "Refuse me."}, *MESSAGES]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": odd if i == 2 else MESSAGES}) + "\n" for i in range(40)))
+    template = bench.model / "chat_template.jinja"
+    template.write_text("{% if messages[0].content == 'Refuse me.' %}{{ raise_exception('not that') }}{% endif %}" + TEMPLATE)
+    chat = str(tmp_path / "a.jsonl")
+    recipe = bench.recipe(calibration={"data": chat, "samples": 4, "seqlen": 32}, stages=[*STAGES, bench.evaluate()])
+    options = ("--windows", 4, "--length", 32, "--device", "cpu")
+    try:
+        planned = json.loads(invoke("plan", recipe, "--json").stdout)["notes"]
+        run = invoke("run", recipe)
+        evaluated = invoke("eval", bench.model, "--reference", bench.model, "--data", chat, *options)
+    finally:
+        template.write_text(TEMPLATE)
+    assert run.exit_code == 0 and evaluated.exit_code == 0, run.stderr + evaluated.stderr
+    refusal = "left out; the first: a.jsonl:3: the model's chat template refused them: TemplateError: not that"
+    (planned,) = [note for note in planned if note.startswith("calibration: ")]
+    report = json.loads((bench.output / "report.json").read_text())
+    (reported,) = [note for note in report["notes"] if note.startswith("calibration: ")]
+    assert refusal in planned and refusal in reported and str(tmp_path) not in json.dumps(report)
+    assert report["calibration"]["left_out"]["count"] == 1
+    said = " ".join(run.stderr.split())
+    assert "note: calibration: 1 of the first" in said and refusal in said
+    assert "note: text: 1 of the first" in evaluated.stderr
+
+
+def test_tokens_do_not_depend_on_the_date(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 3.1's template writes the day into every dialogue. A server's says today."""
+    template = bench.model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    monkeypatch.setattr(Renderer, "_ask", lambda self, line: template_module.answer(line))  # in this process, whose clock is the test's
+    found: list[tuple[Any, str]] = []
+    try:
+        for day in (date(2026, 3, 1), date(2031, 12, 24)):
+            clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, day=day: datetime.combine(day, time()))})
+            monkeypatch.setattr(chat_environment, "datetime", clock)
+            windows = cut_windows(
+                load_tokenizer(bench.model), model_documents(bench.model, str(bench.root / "chat.JSONL")), count=3, length=16
+            )
+            found.append((windows, Text(bench.model).render(MESSAGES)))
+    finally:
+        template.write_text(TEMPLATE)
+    assert found[0][0] == found[1][0]
+    assert [said.split(" What")[0] for _, said in found] == ["01 Mar 2026", "24 Dec 2031"]
+    assert datetime(2024, 7, 26) == OFFLINE_DATE  # docs/recipe.md
+
+
+def test_what_reads_texts_throws_no_stored_layer_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys of layers have, of calibration/, all the code that computes, and nothing else."""
+    asked: list[str] = []
+    monkeypatch.setattr(plan_module, "source_digest", lambda *parts: asked.extend(parts) or "")
+    plan = make_plan(load_recipe(bench.recipe()), device="cpu")
+    plan.sweep_key("w", "t")
+    plan.calibrate_key("w", "t")
+    named = {part for part in asked if part.startswith("calibration")}
+    todo = [*(PACKAGE / "stages").glob("*.py"), PACKAGE / "pipeline" / "sweep.py", *(PACKAGE / part for part in named)]
+    used = {
+        name.replace(".", "/") + ".py" for path in todo for name in re.findall(r"quantflow\.(calibration\.\w+) import", path.read_text())
+    }
+    assert named == used and used
