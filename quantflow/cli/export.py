@@ -70,19 +70,25 @@ def formats(as_json: Json = False, debug: Debug = False) -> None:
         from dataclasses import asdict, fields
 
         from quantflow.formats.abilities import ABILITIES, Ability
+        from quantflow.formats.engines import rows
 
         if as_json:
-            print(json.dumps({name: asdict(ability) for name, ability in ABILITIES.items()}, indent=2))
+            found = {name: {**asdict(held), "engines": [asdict(row) for row in rows(name)]} for name, held in ABILITIES.items()}
+            print(json.dumps(found, indent=2))
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True, style="bold")
         table.add_column(no_wrap=True, style="dim")
         for name, ability in ABILITIES.items():
+            first = name
             for field in fields(Ability):
                 value = getattr(ability, field.name)
                 text = ", ".join(map(str, value)) if isinstance(value, tuple) else value
                 if text:
-                    table.add_row(name, field.name.replace("_", " "), text)
-                    name = ""
+                    table.add_row(first, field.name.replace("_", " "), text)
+                    first = ""
+            for i, row in enumerate(rows(name)):
+                engine, *_, known, note = row.cells
+                table.add_row("", "" if i else "engines", f"{engine}: {row} [{known}]{f'; {note}' if note else ''}")
             table.add_row()
         console.print(table)

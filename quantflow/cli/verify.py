@@ -23,7 +23,8 @@ def verify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check files, every layer, and text. It loads, compares every layer with the dequantised weights, and generates. Exit code 3 if anything is off."""
+    """Check files, every layer, and text. It loads, compares every layer with the dequantised weights, and generates. Exit
+    code 3 if anything is off."""
     with reporting(debug, RUNNING):
         from quantflow.errors import GateError, Problem
         from quantflow.evaluate.verify import verify as run

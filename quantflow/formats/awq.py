@@ -28,7 +28,7 @@ from quantflow.formats.base import (
     texts,
     with_fused,
 )
-from quantflow.formats.engines import LMDEPLOY, unlike_parts
+from quantflow.formats.engines import refusals, unlike_parts
 
 if TYPE_CHECKING:
     import torch
@@ -188,10 +188,7 @@ class Awq:
 
     def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
         alike = {name: replace(scheme, symmetric=False) for name, scheme in modules.items()}  # which all have zero points here
-        doubts = unlike_parts(alike, ignored)
-        if sizes := sorted({scheme.group_size for scheme in modules.values()} - {128}):
-            doubts.append(Problem(LMDEPLOY, f"does not load groups of {', '.join(map(str, sizes))}", "group_size: 128"))
-        return doubts
+        return [*unlike_parts(alike, ignored), *refusals(self.name, modules)]
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

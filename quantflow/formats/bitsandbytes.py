@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import Spec, check_tensor, expect_shape, grid_problems, setting, take, texts
-from quantflow.formats.engines import VLLM
+from quantflow.formats.engines import refusals
 
 if TYPE_CHECKING:
     import torch
@@ -198,7 +198,7 @@ class Bitsandbytes:
         }
 
     def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
-        return [Problem(VLLM, "knows no bitsandbytes (nor does LMDeploy)", "compressed-tensors, awq or gptq")] if modules else []
+        return list(refusals(self.name, modules))
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

@@ -33,7 +33,7 @@ from quantflow.formats.base import (
     take,
     texts,
 )
-from quantflow.formats.engines import LMDEPLOY, TRANSFORMERS, unlike_parts
+from quantflow.formats.engines import LMDEPLOY, TRANSFORMERS, refusals, unlike_parts
 
 if TYPE_CHECKING:
     import torch
@@ -234,12 +234,10 @@ class CompressedTensors:
         if len(dense) > 1 and not all(scheme.symmetric for scheme in dense):
             found = f"does not load zero points beside unlike schemes: {', '.join(sorted(map(str, dense)))}"
             doubts.append(Problem(TRANSFORMERS, found, "one scheme, or symmetric ones", "weights.symmetric: true"))
-        if wide := sorted({str(scheme) for scheme in modules.values() if scheme.bits != 4 or scheme.group_size not in (32, 128)}):
-            expected = "4 bits in groups of 32 or 128"
-            doubts.append(Problem(LMDEPLOY, f"does not load {', '.join(wide)}", expected))
-        elif len({scheme.group_size for scheme in modules.values()}) > 1:
+        refused = list(refusals(self.name, modules, act_order=act_order))
+        if len({scheme.group_size for scheme in modules.values()}) > 1 and LMDEPLOY not in {problem.where for problem in refused}:
             doubts.append(Problem(LMDEPLOY, "takes all groups to be of one size, and these are not", "one group_size"))
-        return doubts
+        return doubts + refused
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

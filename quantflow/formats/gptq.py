@@ -33,7 +33,7 @@ from quantflow.formats.base import (
     take,
     with_fused,
 )
-from quantflow.formats.engines import GPTQMODEL, LMDEPLOY, VLLM, first_of, unlike_parts
+from quantflow.formats.engines import refusals, unlike_parts
 
 if TYPE_CHECKING:
     import torch
@@ -235,40 +235,10 @@ class Gptq:
         return config
 
     def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
-        doubts = unlike_parts(modules, ignored)
-        loaded = {
-            VLLM: (_in_vllm, "4 or 8 bits, symmetric, groups of 32, 64, 128 or the whole row"),
-            LMDEPLOY: (_in_lmdeploy, "4 bits, symmetric, groups of 128"),
-        }
-        for engine, (loads, expected) in loaded.items():
-            if chosen := [name for name, scheme in modules.items() if not loads(scheme)]:
-                schemes = ", ".join(sorted({str(modules[name]) for name in chosen}))
-                asymmetric = any(not modules[name].symmetric for name in chosen)
-                hint = "weights.symmetric: true, or pack compressed-tensors or awq" if asymmetric else ""
-                doubts.append(Problem(engine, f"does not load {schemes}{first_of(modules, chosen)}", expected, hint))
-            # With one group a row, the order of the columns means nothing, and vLLM knows.
-            if act_order and (engine != VLLM or any(scheme.group_size != -1 for scheme in modules.values())):
-                doubts.append(Problem(engine, "does not load a group index (act_order: dynamic)", "act_order: static or none"))
-        if self.version == 2:
-            found = (
-                "does not look at checkpoint_format, and takes every zero point of version 2 for one more: wrong weights, without a word"
-            )
-            doubts.append(Problem(LMDEPLOY, found, "pack gptq"))
-        elif not all(scheme.symmetric for scheme in modules.values()):
-            found = "does not load asymmetric weights in version 1 that it has not written itself"
-            doubts.append(Problem(GPTQMODEL, found, "pack gptq_v2, or weights.symmetric: true"))
-        return doubts
+        return [*unlike_parts(modules, ignored), *refusals(self.name, modules, act_order=act_order)]
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"quantize_config.json": dict(config)}
-
-
-def _in_vllm(scheme: Scheme) -> bool:
-    return scheme.symmetric and scheme.bits in (4, 8) and scheme.group_size in (-1, 32, 64, 128)
-
-
-def _in_lmdeploy(scheme: Scheme) -> bool:
-    return scheme.symmetric and scheme.bits == 4 and scheme.group_size == 128
 
 
 def declared_version(config: Mapping[str, Any]) -> str:

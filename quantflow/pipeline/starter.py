@@ -5,72 +5,87 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantflow.errors import Problem, UserError
+from quantflow.formats.engines import LLAMA_CPP, LMDEPLOY, SGLANG, TRANSFORMERS, VLLM, loads
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.pipeline.plan import LENGTH, SEQLEN
+from quantflow.pipeline.plan import GROUPS, LENGTH, SEQLEN
+from quantflow.quant.grid import BITS, Scheme
+from quantflow.recipe import BUNDLED, BUNDLED_NEW
 from quantflow.recipe.writer import flow, name_of
 
 SAMPLES, WINDOWS = 32, 32  # of the bundled texts there is enough for so many windows, of 2048 and of 512 tokens
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What an engine loads of a width. bits: of its kernels. groups: input channels that share a scale, in the order that they are tried.
-    why: of the choice, for who reads the recipe."""
+class Way:
+    """One way to an engine. groups: sizes in the order that they are tried. why: of the choice, for who reads the recipe. Which widths and
+    groups the engine loads of the format is in `engines.LOADS`."""
 
     format: str
-    bits: tuple[int, ...]
-    groups: tuple[int, ...]
     symmetric: bool
     why: str
+    groups: tuple[int, ...] = GROUPS
 
 
 @dataclass(frozen=True)
-class Engine:
-    """title: as it calls itself. layouts: the first that has the width is taken. command: how it is started with an artifact `{}`."""
+class Target:
+    """title: as the engine calls itself. engine: as `engines.LOADS` does. ways: the first that has the width and fits the model is taken.
+    command: how it is started with an artifact `{}`."""
 
     title: str
-    layouts: tuple[Layout, ...]
+    engine: str
+    ways: tuple[Way, ...]
     command: str
 
+    def schemes(self, bits: int) -> Iterator[tuple[Way, Scheme]]:
+        """What is offered in so many bits, the best first."""
+        for way in self.ways:
+            for group in way.groups:
+                scheme = Scheme(bits, group, way.symmetric)
+                if loads(self.engine, way.format, scheme):
+                    yield way, scheme
 
-_KERNELS, _BITS = (128, 64, 32), (2, 3, 4, 5, 6, 7, 8)
-ENGINES = {
-    "vllm": Engine(
+
+TARGETS = {
+    "vllm": Target(
         "vLLM",
-        (Layout("compressed-tensors", _BITS, _KERNELS, True, "symmetric, in groups of 128, 64 or 32, is what its fast kernels take"),),
+        VLLM,
+        (Way("compressed-tensors", True, "symmetric, 4 or 8 bits, in groups of 128, 64 or 32: its Marlin kernels take those"),),
         "vllm serve {}",
     ),
-    "lmdeploy": Engine(
+    "lmdeploy": Target(
         "LMDeploy",
+        LMDEPLOY,
         (
-            Layout("awq", (4,), (128,), False, "TurboMind reads AWQ in groups of 128 alone, with zero points"),
-            Layout(
-                "compressed-tensors", (4,), (32,), True, "128 does not divide all inputs; TurboMind's other groups are 32, of this format"
-            ),
+            Way("awq", False, "TurboMind reads AWQ in groups of 128 alone, with zero points"),
+            Way("compressed-tensors", True, "128 does not divide all inputs; TurboMind's other groups are 32, of this format"),
         ),
         "lmdeploy serve api_server {}",
     ),
-    "sglang": Engine(
+    "sglang": Target(
         "SGLang",
+        SGLANG,
         (
-            Layout("awq", (4,), _KERNELS, False, "it reads AWQ with zero points"),
-            Layout("compressed-tensors", (8,), _KERNELS, True, "8 bits are compressed-tensors', symmetric"),
+            Way("awq", False, "it reads AWQ with zero points"),
+            Way("compressed-tensors", True, "8 bits are compressed-tensors', symmetric"),
         ),
         "python -m sglang.launch_server --model-path {}",
     ),
-    "transformers": Engine(
+    "transformers": Target(
         "transformers",
-        (Layout("compressed-tensors", _BITS, (*_KERNELS, 16, 8), True, "symmetric: experts have no zero points there"),),
+        TRANSFORMERS,
+        (Way("compressed-tensors", True, "symmetric: experts have no zero points there", (*GROUPS, 16, 8)),),
         'AutoModelForCausalLM.from_pretrained("{}")',
     ),
-    "llama.cpp": Engine(
+    "llama.cpp": Target(
         "llama.cpp",
-        (Layout("gguf", (4, 8), (32,), True, "Q4_0 and Q8_0 have a scale for every 32 weights, and no zero point"),),
+        LLAMA_CPP,
+        (Way("gguf", True, "Q4_0 and Q8_0 have a scale for every 32 weights, and no zero point", (32,)),),
         "llama-server -m {}/model.gguf",
     ),
 }
@@ -87,38 +102,38 @@ class Starter:
 def starter(checkpoint: Checkpoint, model: str, bits: int, engine_name: str, data: str | None = None, file: str | None = None) -> Starter:
     """The recipe. model: as it is to be named there. data: the calibration text, None for the bundled one. file: where the recipe goes;
     by default NAME.yaml. Raises UserError for what the engine does not load."""
-    engine = ENGINES[engine_name]
-    layouts = [layout for layout in engine.layouts if bits in layout.bits]
-    if not layouts:
-        known = sorted({b for layout in engine.layouts for b in layout.bits})
-        others = [name for name, other in ENGINES.items() if any(bits in layout.bits for layout in other.layouts)]
+    target = TARGETS[engine_name]
+    offered = list(target.schemes(bits))
+    if not offered:
+        known = [b for b in BITS if any(target.schemes(b))]
+        others = [name for name, other in TARGETS.items() if any(other.schemes(bits))]
         hint = f"{bits} bits are for {', '.join(others)}" if others else ""
         raise UserError(Problem("--bits", f"{bits} with --for {engine_name}", f"{' or '.join(map(str, known))}: what it loads", hint))
-    layout, group = _fitting(checkpoint, layouts, engine)
+    way, scheme = _fitting(checkpoint, offered, target)
     name = re.sub(r"[^A-Za-z0-9._-]", "", name_of(Path(model), f"_w{bits}_{engine_name}"))
     place = shlex.quote(file or f"{name}.yaml")
     most = checkpoint.config.max_positions
-    weights = {"bits": bits, "group_size": group, "symmetric": layout.symmetric, "ignore": ["lm_head"]}
-    calibration = {"data": data or "demo", "samples": SAMPLES, "seqlen": min(SEQLEN, most)}
-    evaluate = {"data": "demo-new", "windows": WINDOWS, "length": min(LENGTH, most)}
-    advice = "demo comes with QuantFlow: English documentation. Text like what the model will be asked is better: data: my.txt"
+    weights = {"bits": bits, "group_size": scheme.group_size, "symmetric": way.symmetric, "ignore": ["lm_head"]}
+    calibration = {"data": data or BUNDLED, "samples": SAMPLES, "seqlen": min(SEQLEN, most)}
+    evaluate = {"data": BUNDLED_NEW, "windows": WINDOWS, "length": min(LENGTH, most)}
+    advice = f"{BUNDLED} comes with QuantFlow: English documentation. Text like what the model will be asked is better: data: my.txt"
     if data:
         advice = "Of a file of text, or a data set such as c4. More samples, better statistics."
     lines = [
-        f"# {checkpoint.path.name} ({checkpoint.architecture.name}, {checkpoint.config.layers} layers) in {bits} bits for {engine.title}.",
+        f"# {checkpoint.path.name} ({checkpoint.architecture.name}, {checkpoint.config.layers} layers) in {bits} bits for {target.title}.",
         f"#   quantflow plan {place}    # what it would take, and what stands in the way",
         f"#   quantflow run {place}     # may be stopped and run again: it goes on where it was",
-        f"#   {engine.command.format(f'artifacts/{name}')}",
+        f"#   {target.command.format(f'artifacts/{name}')}",
         f"name: {flow(name)}",
         f"model: {flow(model)}",
         f"# {advice}",
         f"calibration: {flow(calibration)}",
-        f"# For {engine.title}: {layout.why}.",
+        f"# For {target.title}: {way.why}.",
         f"weights: {flow(weights)}",
         "stages:",
         "  # Rounding with error feedback. rtn in its place needs no calibration, takes seconds, and loses more.",
         "  - gptq: {act_order: static}",
-        f"  - pack: {flow({'format': layout.format})}",
+        f"  - pack: {flow({'format': way.format})}",
         "  # On text that calibration has not seen. gates: {kl_mean: 0.1} would fail a run that loses more than that.",
         f"  - evaluate: {flow(evaluate)}",
     ]
@@ -130,21 +145,19 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _fitting(checkpoint: Checkpoint, layouts: list[Layout], engine: Engine) -> tuple[Layout, int]:
-    """The first layout with a group size that divides the inputs of every linear, and the first such. Raises UserError for none."""
+def _fitting(checkpoint: Checkpoint, offered: list[tuple[Way, Scheme]], target: Target) -> tuple[Way, Scheme]:
+    """The first that is offered in groups that divide the inputs of every linear. Raises UserError for none."""
     inputs = {
         name: shape[1]
         for index in range(checkpoint.config.layers)
         for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, index).items()
     }
     shared = math.gcd(*inputs.values())
-    found = next(((layout, group) for layout in layouts for group in layout.groups if shared % group == 0), None)
+    found = next(((way, scheme) for way, scheme in offered if shared % scheme.group_size == 0), None)
     if found is None:
-        sizes = sorted({group for layout in layouts for group in layout.groups})
+        bits, sizes = offered[0][1].bits, sorted({scheme.group_size for _, scheme in offered})
         odd = min(inputs, key=lambda name: (math.gcd(inputs[name], sizes[0]), name))
-        others = ", ".join(name for name, other in ENGINES.items() if any(shared % g == 0 for have in other.layouts for g in have.groups))
-        expected = f"inputs that groups of {' or '.join(map(str, sizes))} divide"
-        raise UserError(
-            Problem("--for", f"{engine.title} with {odd} of {inputs[odd]} inputs", expected, f"They fit {others}" if others else "")
-        )
+        others = [name for name, other in TARGETS.items() if any(shared % scheme.group_size == 0 for _, scheme in other.schemes(bits))]
+        expected, hint = f"inputs that groups of {' or '.join(map(str, sizes))} divide", f"They fit {', '.join(others)}" if others else ""
+        raise UserError(Problem("--for", f"{target.title} with {odd} of {inputs[odd]} inputs", expected, hint))
     return found

@@ -10,7 +10,7 @@ import yaml
 
 from quantflow.cli.init import EngineName
 from quantflow.pipeline.plan import make_plan
-from quantflow.pipeline.starter import ENGINES
+from quantflow.pipeline.starter import TARGETS
 from quantflow.recipe import load_recipe
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama, write_text
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_engines_are_the_same_on_the_command_line() -> None:
-    assert [name.value for name in EngineName] == list(ENGINES) == list(FOUR_BITS)
+    assert [name.value for name in EngineName] == list(TARGETS) == list(FOUR_BITS)
 
 
 @pytest.mark.parametrize("family", ZOO)
@@ -57,7 +57,7 @@ def test_what_is_written_plans_for_every_family(family: str) -> None:
         assert {"pack": {"format": form}} in recipe["stages"]
         plan = make_plan(load_recipe(path))
         assert str(plan.output) == f"artifacts/model_w4_{engine}"
-        assert not [warning for warning in plan.warnings if ENGINES[engine].title in warning]
+        assert not [warning for warning in plan.warnings if TARGETS[engine].title in warning]
     plan = make_plan(load_recipe(ROOT / "recipes" / "w4.yaml", model="model"))  # and so does the recipe for any model
     assert {str(linear.scheme) for linear in plan.linears} - {"None"} == {"W4 g32 symmetric"}
 
@@ -88,7 +88,8 @@ def test_groups_fit_the_model_and_the_engine() -> None:
         (3, "sglang", "expected 4 or 8"),
         (8, "lmdeploy", "expected 4"),
         (5, "llama.cpp", "expected 4 or 8"),
-        (2, "sglang", "for vllm, transformers"),
+        (2, "sglang", "for transformers"),
+        (3, "vllm", "expected 4 or 8"),
     ],
 )
 def test_widths_that_an_engine_does_not_load_are_refused(bits: int, engine: str, says: str) -> None:

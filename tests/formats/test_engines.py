@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from quantflow.formats import FORMATS
-from quantflow.quant.grid import Scheme
+from quantflow.formats.engines import HEADS, LOADS
+from quantflow.pipeline.starter import TARGETS
+from quantflow.quant.grid import BITS, Scheme
+from tests.helpers.runs import invoke
+
+ROOT = Path(__file__).parents[2]
 
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 MODULES = [f"model.layers.{i}.{part}" for i in range(12) for part in PARTS]
@@ -37,6 +46,10 @@ def doubting(form: str, scheme: Scheme, changes: dict[str, Scheme | None] | None
         ("compressed-tensors", Scheme(4, 32, False), []),
         ("compressed-tensors", Scheme(4, 64, True), [LMDEPLOY]),
         ("compressed-tensors", W8, [LMDEPLOY]),
+        ("compressed-tensors", Scheme(4, -1, False), [LMDEPLOY]),
+        ("compressed-tensors", Scheme(8, 128, False), [LMDEPLOY, VLLM]),  # Marlin has uint4 alone with zero points
+        ("compressed-tensors", Scheme(4, 16, True), [LMDEPLOY, VLLM]),
+        *(("compressed-tensors", Scheme(bits, 128, True), [LMDEPLOY, VLLM]) for bits in (2, 3, 5, 6, 7)),
         ("awq", W4, []),
         ("awq", W4A, []),
         ("awq", Scheme(4, 64, False), [LMDEPLOY]),
@@ -73,6 +86,50 @@ def test_parts_that_engines_fuse(form: str) -> None:
     assert not fusing({".down_proj": W8, ".o_proj": None})
     assert not fusing({".q_proj": None, ".k_proj": None, ".v_proj": None})
     assert not fusing({"layers.1.mlp.gate_proj": W8, "layers.1.mlp.up_proj": W8})
+
+
+class Unsearched(list[str]):
+    def __contains__(self, item: object) -> bool:
+        raise AssertionError("searched from end to end for every module")
+
+
+def test_a_long_list_of_ignored_modules_is_not_searched_for_each() -> None:
+    modules = {m: W4 for m in MODULES if "q_proj" in m}
+    assert FORMATS["gptq"].doubts(modules, Unsearched(m for m in MODULES if m not in modules))[0].where == FUSING
+
+
+def test_widths_that_need_more_than_the_engine_are_said_with_what_they_need() -> None:
+    for scheme, needed in ((Scheme(3, 128, True), "Humming"), (Scheme(8, 64, False), "Hopper"), (Scheme(4, 16, True), "Exllama")):
+        (said,) = (str(p) for p in FORMATS["compressed-tensors"].doubts({"m": scheme}, []) if p.where == VLLM)
+        assert f"loads {scheme} only" in said and needed in said
+        assert ("weights.symmetric: true" in said) == (not scheme.symmetric)
+
+
+def test_no_recipe_for_an_engine_is_one_that_it_is_said_not_to_load() -> None:
+    for name, target in TARGETS.items():
+        offered = [found for bits in BITS for found in target.schemes(bits)]
+        assert {scheme.bits for _, scheme in offered} == {"lmdeploy": {4}, "transformers": set(BITS)}.get(name, {4, 8})
+        for way, scheme in offered:
+            assert not FORMATS[way.format].check("m", (256, 256), scheme, act_order_index=False)
+            assert target.engine not in [problem.where for problem in FORMATS[way.format].doubts({"m": scheme}, [])]
+
+
+def test_the_pages_table_and_the_commands_are_these() -> None:
+    """And every row is of a format and of widths that the format holds."""
+    lines = [line for line in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    cells = [("format", *HEADS), *((f"`{row.format}`", *row.cells) for row in LOADS)]
+    assert lines[: len(cells)] == [f"| {' | '.join(row)} |" for row in cells]
+    found = json.loads(invoke("formats", "--json").stdout)
+    assert [row for ability in found.values() for row in ability["engines"]] == [json.loads(json.dumps(asdict(row))) for row in LOADS]
+    shown = " ".join(invoke("formats").stdout.split())
+    assert all(row.engine in shown for row in LOADS)
+    for row in LOADS:
+        form = FORMATS[row.format]
+        for bits in row.bits:
+            for group in row.groups or (64,):
+                scheme = Scheme(bits, group, True, "nf4" if form.kinds == ("nf4",) else "integer")
+                if row.format != "gguf":
+                    assert not form.check("m", (256, 256), scheme, act_order_index=row.index and form.holds_index), row
 
 
 def test_the_sentence_of_unlike_parts() -> None:
