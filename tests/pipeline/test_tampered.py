@@ -109,7 +109,7 @@ def test_a_rank_is_no_checkpoint(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_hidden_layers", 1), ("num_attention_heads", 8), ("intermediate_size", 112), ("hidden_size", 80)]
+    ("key", "value"), [("num_hidden_layers", 3), ("num_attention_heads", 8), ("intermediate_size", 112), ("hidden_size", 80)]
 )
 def test_a_config_that_disagrees_with_the_packed_weights(bench: Bench, key: str, value: int) -> None:
     change_json(bench.output / "config.json", **{key: value, "head_dim": None})
