@@ -111,7 +111,9 @@ def _pair(row: dict[str, Any], where: str) -> str | Conversation | None:
         said_before = asked[-1]["content"]
         if text not in said_before:  # a prompt may have been made of it
             asked[-1] = {**asked[-1], "content": f"{said_before}\n\n{text}" if said_before.strip() else text}
-    return _conversation([*_history(row.get("history"), f"{where} history"), *asked, *said], row)
+    opening = [message for message in asked[:1] if message["role"] == "system"]
+    before = _history(row.get("history"), f"{where} history")
+    return _conversation([*opening, *before, *asked[len(opening) :], *said], row)
 
 
 def _history(value: Any, where: str) -> list[Message]:

@@ -75,6 +75,9 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [SYSTEM, *TALK, *WHO],
     ),
     "Alpaca without one": ({"instruction": "What?", "input": "", "output": "That.", "history": []}, TALK),
+    "a history behind the system text": (
+        {"prompt": [SYSTEM, ASK], "response": "That.", "history": [["What?", "That."]]}, [SYSTEM, *TALK, *TALK],
+    ),
     "a history of messages": ({"prompt": "What?", "response": "That.", "history": TALK}, [*TALK, *TALK]),
     "messages before chosen": ({"messages": TALK, "chosen": [ASK, ASK], "prompt": "x"}, TALK),
 }  # fmt: skip
