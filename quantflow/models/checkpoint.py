@@ -21,12 +21,12 @@ from quantflow.models.prefixes import foreign, own_names
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.sharding import cut_dimension, shard_shape
 from quantflow.models.spelling import settled
+from quantflow.models.tensor_file import same_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOATS = ("F32", "F16", "BF16")
-_COMPARED = 2**24  # bytes of a table that are compared at once
 
 
 def resolve_model(model: str) -> Path:
@@ -57,9 +57,17 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
+def _stretched(config: DecoderConfig) -> Iterator[str]:
+    """What a user should know of a context that is longer than config.json's number."""
+    if config.context > config.max_positions:
+        how = f"max_position_embeddings is {config.max_positions}, and {config.rope.kind} rope scaling stretches what was trained"
+        yield f"texts may have {config.context} tokens: {how} {config.rope.parameters['factor']:g} times"
+
+
 class Checkpoint:
-    """A model directory. The constructor reads config.json and the safetensors headers, and no weight but the embedding and the head
-    where the head is said to be tied and both are there: these are compared, a slice at a time.
+    """A model directory. The constructor reads config.json and the safetensors headers, and no weight but two that may be one: the
+    embedding and the head, where they are said to be tied and both are there, and a tensor that stands in two files. Such are compared
+    up to where they differ, and those that do not once in a process.
 
     config_only: the weight files need not be there; `shape_of` then answers from the config. tp: the files hold one of that many
     tensor-parallel ranks. Raises ModelError for a config that cannot be followed; `problems` says what is wrong with the tensors.
@@ -91,6 +99,7 @@ class Checkpoint:
         if isinstance(self.container, Directory):
             self.container = self.container.renamed(own_names(self.container.tensors, self.architecture, path))
         self.config_only = config_only
+        overruled += tuple(_stretched(self.config))
         self.remarks: tuple[str, ...] = self.container.notes + overruled
         self.sources: dict[str, Source] = {}
         self.left_out: dict[str, str] = {}
@@ -163,18 +172,8 @@ class Checkpoint:
             self.remarks += (f"{own} though tie_word_embeddings is true: {done}",)
 
     def _same(self, one: str, other: str) -> bool:
-        """Whether two plain native tables hold the same numbers."""
-        names = [self.sources[name].name for name in (one, other)]
-        infos = [self.container.tensors[name] for name in names]
-        shape = infos[0].shape
-        if infos[1].shape != shape or not math.prod(shape) or any(info.dtype not in _FLOATS for info in infos):
-            return False
-        step = max(1, _COMPARED * shape[0] // infos[0].nbytes)
-        for first in range(0, shape[0], step):
-            left, right = (self.container.read(name, slice(first, first + step)) for name in names)
-            if not (left.float() if left.dtype != right.dtype else left).equal(right.float() if left.dtype != right.dtype else right):
-                return False
-        return True
+        """Whether two native tensors lie there as the same numbers."""
+        return same_tensor(self.container, self.sources[one].name, self.container, self.sources[other].name)
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import ModelError, Problem
-from quantflow.models.tensor_file import TensorFile, TensorInfo, alike
+from quantflow.models.tensor_file import TensorFile, TensorInfo, same_tensor
 from quantflow.models.weight_files import INDEX, WEIGHTS, weight_files
 from quantflow.placeholder import HEAD_BYTES, placeholder
 
@@ -162,7 +162,7 @@ def _locate(path: Path) -> tuple[dict[str, TensorFile], Mapping[str, str]]:
     for name, file in files.items():
         for tensor in file.tensors:
             other = places.setdefault(tensor, file)  # a shard may hold what the index forgot: every loader reads it
-            if other is file or (chosen.weight_map and alike(tensor, file, other)):
+            if other is file or (chosen.weight_map and _copied(tensor, file, other)):
                 continue
             found = f"tensor {tensor} stands in two files, also in {other.path.name}"
             hint = f"Remove one, or add {INDEX}"
@@ -186,6 +186,11 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def _copied(name: str, one: TensorFile, other: TensorFile) -> bool:
+    """Whether two files hold the same tensor under a name, in one dtype."""
+    return one.tensors[name].dtype == other.tensors[name].dtype and same_tensor(one, name, other, name)
+
+
 def _contradictions(path: Path, copies: Sequence[str], places: Mapping[str, TensorFile]) -> list[Problem]:
     """A problem where shards that are not read hold another model than `places`: some loaders would take the one, some the other."""
     for name in copies:
@@ -195,9 +200,9 @@ def _contradictions(path: Path, copies: Sequence[str], places: Mapping[str, Tens
             file = TensorFile(path / name)
         except ModelError:  # what is left of a download is no model of its own
             continue
-        wrong = [tensor for tensor in file.tensors if tensor not in places or not alike(tensor, file, places[tensor])]
-        if wrong:
-            found = f"{WEIGHTS} and shards such as {name}, which differ in {wrong[0]}"
+        wrong = next((tensor for tensor in file.tensors if tensor not in places or not _copied(tensor, file, places[tensor])), None)
+        if wrong is not None:
+            found = f"{WEIGHTS} and shards such as {name}, which differ in {wrong}"
             hint = f"transformers opens {WEIGHTS}, and others the shards: move away those that are not meant"
             return [Problem(str(path), found, "one model", hint)]
     return []

@@ -10,10 +10,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from quantflow.errors import ModelError, Problem
 from quantflow.placeholder import placeholder_at
@@ -76,7 +76,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.files = path, (path,)
         self.tensors, self.metadata = _read_header(path)
 
     def read(self, name: str, index: int | slice | None = None) -> Tensor:
@@ -107,18 +107,53 @@ class TensorFile:
         return tensor
 
 
-def alike(name: str, one: TensorFile, other: TensorFile) -> bool:
-    """Whether two files hold the same tensor under a name, as far as its dtype, its shape and its first and last 64 KiB show."""
-    a, b = one.tensors[name], other.tensors[name]
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and _ends(one.path, a) == _ends(other.path, b)
+class Tensors(Protocol):
+    """What tensors are read from, one at a time, and the files that they lie in."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def files(self) -> Sequence[Path]: ...
+
+    def read(self, name: str, index: int | slice | None = None) -> Tensor: ...
 
 
-def _ends(path: Path, info: TensorInfo, most: int = 2**16) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(info.start)
-        first = file.read(min(most, info.nbytes))
-        file.seek(max(info.start, info.stop - most))
-        return first + file.read(min(most, info.nbytes))
+COMPARED_BYTES = 2**24  # of a tensor, that are compared at once
+_FLOATS = ("F32", "F16", "BF16")
+_found_same: dict[Hashable, bool] = {}  # a model is opened many times in a process, and equality is known only at the last byte
+
+
+def same_tensor(one: Tensors, name: str, other: Tensors, other_name: str) -> bool:
+    """Whether two tensors have the same shape and the same bits, those of plain floats in the wider of their dtypes.
+
+    Read a slice at a time up to the first that differs, and once in a process as long as the files stay as they are.
+    """
+    key = (_identity(one), name, _identity(other), other_name)
+    if key not in _found_same:
+        _found_same[key] = _same_bits(one, name, other, other_name)
+    return _found_same[key]
+
+
+def _identity(tensors: Tensors) -> Hashable:
+    return tuple((file, (found := file.stat()).st_ino, found.st_size, found.st_mtime_ns) for file in tensors.files)
+
+
+def _same_bits(one: Tensors, name: str, other: Tensors, other_name: str) -> bool:
+    import torch
+
+    a, b = one.tensors[name], other.tensors[other_name]
+    if a.shape != b.shape or (a.dtype != b.dtype and not {a.dtype, b.dtype} <= set(_FLOATS)):
+        return False
+    step = max(1, COMPARED_BYTES * a.shape[0] // max(1, a.nbytes)) if a.shape else 1
+    parts = [slice(first, first + step) for first in range(0, a.shape[0], step)] if a.nbytes and a.shape else [None] * bool(a.nbytes)
+    for part in parts:
+        left, right = one.read(name, part), other.read(other_name, part)
+        if a.dtype != b.dtype:
+            left, right = left.float(), right.float()
+        if not torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8)):
+            return False
+    return True
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM
 from quantflow.engine.llm import LLM
 from quantflow.formats.reader import Weights
 from quantflow.models import checkpoint as checkpoint_module
+from quantflow.models import tensor_file
 from quantflow.models.checkpoint import Checkpoint
+from quantflow.models.tensor_file import TensorFile
 from quantflow.pipeline.export import Options, export
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
@@ -140,7 +143,7 @@ def test_one_number_in_any_slice_makes_another_head(changed: int, tmp_path: Path
     tensors = load_file(folder / "model.safetensors")
     tensors[HEAD] = tensors[EMBEDDING].clone()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr(checkpoint_module, "_COMPARED", 7 * 64 * 2)
+    monkeypatch.setattr(tensor_file, "COMPARED_BYTES", 7 * 64 * 2)
     assert Checkpoint(folder).config.tied
     tensors[HEAD].view(-1)[changed] += 1
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -162,6 +165,32 @@ def test_one_number_in_any_slice_makes_another_head(changed: int, tmp_path: Path
     monkeypatch.setattr(checkpoint_module, "open_container", opened)
     assert not Checkpoint(folder).config.tied
     assert max(taken) == 7
+
+
+def test_equal_tables_are_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank, the plan and the run open the model; a table of 128256 rows is half a gigabyte."""
+    folder = contradictory(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {HEAD: tensors[EMBEDDING].clone()}, folder / "model.safetensors", {"format": "pt"})
+    read: list[str] = []
+    inner = TensorFile.read
+    monkeypatch.setattr(TensorFile, "read", lambda self, name, index=None: read.append(name) or inner(self, name, index))
+    assert Checkpoint(folder).config.tied and sorted(set(read)) == [HEAD, EMBEDDING]
+    read.clear()
+    assert Checkpoint(folder).config.tied and read == []
+    tensors[HEAD] = tensors[EMBEDDING] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    os.utime(folder / "model.safetensors", ns=(1, 1))  # the clock of files ticks every few milliseconds
+    assert not Checkpoint(folder).config.tied
+
+
+def test_tables_of_one_number_are_a_message(tmp_path: Path) -> None:
+    folder = contradictory(tmp_path)
+    for one, other in ((1.0, 1.0), (1.0, 2.0)):
+        tensors = load_file(folder / "model.safetensors") | {HEAD: torch.tensor(one), EMBEDDING: torch.tensor(other)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        shown = invoke("inspect", folder)
+        assert shown.exit_code == 2 and "embed_tokens.weight: shape []" in "".join(shown.stderr.split("\n"))
 
 
 def test_equal_numbers_in_other_dtypes_are_a_copy(tmp_path: Path) -> None:

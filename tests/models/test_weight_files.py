@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,21 @@ def test_shards_beside_the_whole_that_say_the_same(folder: Path, index: bool) ->
 def test_shards_beside_the_whole_that_say_something_else(folder: Path, index: bool) -> None:
     shards(folder, index=index, whole=True, change=True)
     with pytest.raises(ModelError, match=rf"model\.safetensors and shards such as {FIRST}, which differ in lm_head\.weight.*move away"):
+        Directory(folder)
+
+
+@pytest.mark.parametrize("where", [0, 70_000, -70_000, -1])
+def test_one_byte_anywhere_makes_another_copy(folder: Path, where: int) -> None:
+    """Of two copies one is not read: what is called a copy has been compared whole."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros(100, 2048, dtype=torch.int16).view(torch.float16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors, folder / FIRST, {"format": "pt"})
+    assert FIRST in Directory(folder).left_out_files
+    tensors["lm_head.weight"].view(-1).view(torch.uint8)[where] += 1
+    save_file(tensors, folder / FIRST, {"format": "pt"})
+    os.utime(folder / FIRST, ns=(1, 1))  # the clock of files ticks every few milliseconds
+    with pytest.raises(ModelError, match=r"which differ in lm_head\.weight"):
         Directory(folder)
 
 
