@@ -5,7 +5,7 @@ report.json              what was asked and done, every linear, fallbacks, quali
 report.html              the same to look at: drawn from it, and outside the artifact's identity
 calibration.safetensors  calibrate's statistics
 kv_qparams.safetensors   scales and zero points of the KV cache
-run.json                 times, host, memory: outside the artifact's identity
+run.json                 times, host, memory, the place of the model: outside the artifact's identity
 <checkpoint files>       in the directory itself or, for several formats, in one folder a format
 tp2/rank-0/, …           tensor-parallel ranks, beside the checkpoint they come from
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -53,9 +53,26 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         parts = [*manifest["formats"].values(), *manifest["files"]]
         outside = [f"{p!r}"[:200] for p in parts if not is_place(p)]
         problems = [Problem(f"{place}", f"the place {p}", "a place in the artifact") for p in outside[:20]]
+        problems += _misshapen(place, manifest)
     if problems:
         raise ModelError(problems)
     return manifest
+
+
+def _misshapen(place: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong within the keys of a manifest that are there."""
+    export, source = manifest.get("kind") == EXPORT, manifest["source"]
+    hint = "The manifest is damaged: export again" if export else "The manifest is damaged: run the recipe again"
+    for key in ("model", "format") if export else ("model",):
+        if not isinstance(source.get(key), str):
+            yield Problem(f"{place} source {key}", repr(source.get(key))[:80], "a text", hint)
+    if not isinstance(source.get("weights"), str | None):
+        yield Problem(f"{place} source weights", repr(source["weights"])[:80], "a digest, or null", hint)
+    if export and len(manifest["formats"]) != 1:
+        yield Problem(f"{place} formats", f"{len(manifest['formats'])} formats", "one, as an export has", hint)
+    kv = manifest.get("kv_qparams")
+    if kv is not None and not (isinstance(kv, dict) and {"bits", "granularity", "symmetric"} <= set(kv)):
+        yield Problem(f"{place} kv_qparams", repr(kv)[:80], "bits, granularity and symmetric, or null", hint)
 
 
 def is_export(path: Path) -> bool:

@@ -74,7 +74,7 @@ def _of_export(folder: Path) -> dict[str, Any] | None:
     if manifest is None or manifest.get("kind") != EXPORT:
         return None
     source = manifest["source"]
-    (form,) = manifest["formats"] or ("",)
+    (form,) = manifest["formats"]
     how = {"from": source.get("format"), "to": form, "exact": source.get("exact")}
     return {
         "name": manifest["name"], "fingerprint": manifest["fingerprint"], "status": manifest["status"], "quality": manifest["quality"],

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def fill(folder: Path, content: bytes = b"new") -> None:
     (folder / "sub" / "a.bin").write_bytes(content)
     (folder / RUN).write_text("{}")
     keys = {key: kind() for key, kind in MANIFEST_KEYS.items()}
-    write_json(folder / MANIFEST, {**keys, "files": file_entries(folder)})
+    write_json(folder / MANIFEST, {**keys, "source": {"model": "m", "weights": None}, "files": file_entries(folder)})
 
 
 def test_an_artifact_appears_at_once(tmp_path: Path) -> None:
@@ -316,3 +317,24 @@ def test_places_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     write_json(tmp_path / MANIFEST, {**manifest, "formats": {"awq": name}})
     with pytest.raises(ModelError, match="a folder of the artifact"):
         checkpoint_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"source": {}}, ["source model: None; expected a text"]),
+        ({"source": {"model": "m", "weights": 3}}, ["source weights: 3; expected a digest, or null"]),
+        ({"kv_qparams": {"bits": 8}}, ["kv_qparams: {'bits': 8}; expected bits, granularity and symmetric"]),
+        ({"kind": "export", "source": {}}, ["source model: None", "source format: None", "formats: 0 formats; expected one"]),
+        ({"kind": "export", "formats": {"awq": ".", "gptq": "g"}, "source": {"model": "m", "format": "awq"}}, ["formats: 2 formats"]),
+    ],
+)
+def test_a_manifest_of_another_shape_is_a_message(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+    """Wherever it is read: `inspect` and `compare` had tracebacks."""
+    keys = {key: kind() for key, kind in MANIFEST_KEYS.items()}
+    write_json(tmp_path / MANIFEST, {**keys, "source": {"model": "m"}, **changes})
+    with pytest.raises(ModelError) as caught:
+        read_manifest(tmp_path)
+    assert len(caught.value.problems) == len(said)
+    for problem, text in zip(caught.value.problems, said, strict=True):
+        assert text in str(problem) and problem.hint.startswith("The manifest is damaged: ")
