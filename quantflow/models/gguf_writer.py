@@ -116,7 +116,7 @@ def _decoder_metadata(config: Mapping[str, Any], decoder: DecoderConfig, kinds: 
         "general.file_type": _FILE_TYPES[most],
         "general.quantization_version": 2,
         f"{name}.block_count": decoder.layers,
-        f"{name}.context_length": decoder.context,
+        f"{name}.context_length": _context_length(decoder),
         f"{name}.embedding_length": decoder.hidden,
         f"{name}.feed_forward_length": decoder.intermediate,
         f"{name}.attention.head_count": decoder.heads,
@@ -132,10 +132,17 @@ def _decoder_metadata(config: Mapping[str, Any], decoder: DecoderConfig, kinds: 
     if rope.kind in ("linear", "yarn"):
         found[f"{name}.rope.scaling.type"] = rope.kind
         found[f"{name}.rope.scaling.factor"] = rope.parameters["factor"]
-    if rope.kind == "yarn":
+    if rope.kind == "yarn" or ("original_max_position_embeddings" in rope.parameters and rope.kind == "linear"):
         trained = rope.parameters.get("original_max_position_embeddings", decoder.max_positions)
         found[f"{name}.rope.scaling.original_context_length"] = int(trained)
     return found
+
+
+def _context_length(decoder: DecoderConfig) -> int:
+    """As llama.cpp's converter has it. Of a linear embedding that says no trained length this is the trained one, which readers stretch."""
+    rope = decoder.rope
+    trained = rope.kind == "linear" and "original_max_position_embeddings" not in rope.parameters
+    return decoder.max_positions if trained else decoder.context
 
 
 def _rope_factors(decoder: DecoderConfig) -> Tensor | None:

@@ -97,8 +97,27 @@ def test_gguf_promises_it_too(kind: str, tmp_path: Path) -> None:
     folder = write_llama(tmp_path / kind, dtype=torch.float32, rope_scaling={"rope_type": kind, "factor": 4.0})
     done = export(folder, "gguf", tmp_path / "out", Options())
     metadata = read_metadata(done.output / "model.gguf")
-    assert metadata["llama.context_length"] == 512 and metadata["llama.rope.scaling.factor"] == 4.0
+    # llama.cpp's converter gives max_position_embeddings, which for linear is the trained length.
+    assert metadata["llama.context_length"] == (512 if kind == "yarn" else 128) and metadata["llama.rope.scaling.factor"] == 4.0
     assert Checkpoint(done.output).config.context == 512
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+@pytest.mark.parametrize("trained", [None, 128, 64])
+def test_the_metadata_alone_say_the_same_length(kind: str, trained: int | None, tmp_path: Path) -> None:
+    scaling = {"rope_type": kind, "factor": 4.0} | ({"original_max_position_embeddings": trained} if trained else {})
+    folder = write_llama(tmp_path / "m", dtype=torch.float32, rope_scaling=scaling)
+    raw = (export(folder, "gguf", tmp_path / "out", Options()).output / "model.gguf").read_bytes()
+    (tmp_path / "foreign.gguf").write_bytes(raw.replace(CONFIG_KEY.encode(), b"quantflow.nobody"))
+    own, read = Checkpoint(folder).config, Checkpoint(tmp_path / "foreign.gguf").config
+    assert read.context == own.context == 4 * (trained or 128)
+    assert torch.equal(inverse_frequencies(read, 512)[0], inverse_frequencies(own, 512)[0])
+
+
+def test_a_stretched_context_is_said_once_in_plan(yarn: Path, tmp_path: Path) -> None:
+    (note,) = [note for note in Checkpoint(yarn).notes if "512 tokens" in note]
+    assert "max_position_embeddings is 128" in note and "yarn" in note and "4 times" in note
+    assert not any("tokens" in note for note in Checkpoint(write_llama(tmp_path / "plain")).notes)
 
 
 def test_a_foreign_gguf_has_the_stretched_length(yarn: Path, tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_linear_and_yarn(tmp_path: Path, kind: str) -> None:
     source, tensors = rope_specimen(tmp_path / "source", scaling)
     values = {k: f.contents() for k, f in gguf.GGUFReader(write_file(tmp_path / "m.gguf", source, tensors)).fields.items()}
     assert values["llama.rope.scaling.type"] == kind and values["llama.rope.scaling.factor"] == 4.0
-    assert values.get("llama.rope.scaling.original_context_length") == (32768 if kind == "yarn" else None)
+    assert values["llama.rope.scaling.original_context_length"] == 32768
 
 
 # --- files of others

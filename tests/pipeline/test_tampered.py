@@ -117,6 +117,12 @@ def test_a_config_that_disagrees_with_the_packed_weights(bench: Bench, key: str,
     assert str(bench.output) in message and ("config.json" in message or "does not have" in message)
 
 
+def test_packed_layers_that_the_config_does_not_count_are_named(bench: Bench) -> None:
+    """As of any checkpoint: transformers leaves them out, too."""
+    change_json(bench.output / "config.json", num_hidden_layers=1)
+    assert "layer 1 left out" in invoke(*evaluate(bench, bench.output)).stderr
+
+
 def test_zero_points_that_the_config_denies(bench: Bench) -> None:
     config = json.loads((bench.output / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
