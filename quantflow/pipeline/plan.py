@@ -1,6 +1,7 @@
 """A recipe resolved against a checkpoint: which linear gets which grid, what is in the store, what it will cost, what is wrong.
 
-Everything here is known from the config, the safetensors headers and the calibration text's presence: no weight is read.
+Everything here is known from the config, the safetensors headers and the calibration text's presence: no weight is read but to tell
+whether two tensors of the source are copies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quantflow.artifacts.artifact import foreign_files, is_export
+from quantflow.artifacts.artifact import RUN, foreign_files, is_export, read_manifest
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import LeftOut
@@ -30,6 +31,7 @@ from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 from quantflow.models.decoder import computed_by
+from quantflow.models.directory import read_json
 from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer, tokenizer_placeholders
 from quantflow.models.weight_files import INDEX
@@ -125,6 +127,12 @@ class Plan:
     def tp(self) -> int:
         shard = self.stage(Shard)
         return shard.tp if shard else 1
+
+    @property
+    def model_place(self) -> str:
+        """Where the model is on this machine; of one in the hub's cache its repository, whose snapshots are one model's."""
+        path = self.checkpoint.path.resolve()
+        return str(path.parent.parent if path.parent.name == "snapshots" else path)
 
     @property
     def config(self) -> DecoderConfig:
@@ -558,6 +566,9 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
         ]
     if is_export(output):
         return [Problem(str(plan.output), "what `quantflow export` wrote, which would be lost", "another place", "Pass --output DIR")]
+    if "output" not in plan.recipe.model_fields_set and (other := _other_model(plan, output)):
+        found = f"an artifact of another model, {other}, which would be lost"
+        return [Problem(str(plan.output), found, f"one of {plan.recipe.model}, or nothing", "Pass --output DIR")]
     if foreign := foreign_files(output):
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         return [
@@ -576,6 +587,21 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         return [Problem(str(plan.output), f"{parent} is not writable", "a writable place", "Pass --output DIR")]
     return []
+
+
+def _other_model(plan: Plan, output: Path) -> str:
+    """The model that the artifact at `output` was made of, if that is another than the plan's; else ""."""
+    try:
+        manifest, record = read_manifest(output), read_json(output / RUN) if (output / RUN).is_file() else {}
+        digests = plan.store.cached_digests(plan.checkpoint.files)
+    except (OSError, UserError):  # which the run replaces
+        return ""
+    if manifest is None or (digests and manifest["source"]["weights"] == plan.weights_key(digests.values())):
+        return ""
+    name, place = manifest["source"]["model"], record.get("model")  # the names of two places may be one
+    if isinstance(place, str):
+        return place if place != plan.model_place else ""
+    return name if name != (Path(plan.model).name if Path(plan.model).exists() else plan.model) else ""
 
 
 def check_output(plan: Plan) -> None:

@@ -286,4 +286,5 @@ def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "host": platform.node(),
+        "model": plan.model_place,
     }

@@ -34,7 +34,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str |
     """The recipe in the YAML file at `path`, with `overrides` (`dotted.path=value`), `model` and `output` put over what it says.
 
     A stage is addressed by name (`stages.gptq.damp=0.05`), or by position from 0 where it is there twice (`stages.5.format=awq`).
-    Without an `output`, the artifact goes to `artifacts/NAME`, or `artifacts/MODEL_NAME` where the command line gives the model.
+    Without an `output`, the artifact goes to `artifacts/NAME`, or `artifacts/MODEL_NAME` where the command line gives the model; `output`
+    is then not in the recipe's `model_fields_set`.
     Relative paths of data files, and of a model in the file, are taken from the current directory, else from the recipe's directory,
     else from the directory above that. Raises RecipeError with every problem found.
     """
@@ -47,7 +48,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str |
         changes.set(("model",), model, f"--model {model}")
     if output is not None:
         changes.set(("output",), output, f"--output {output}")
-    elif ("model",) in source.said and source.data.get("output") is None:
+    chosen = source.data.get("output") is not None
+    if not chosen and ("model",) in source.said:
         _name_output(source)
 
     problems = [*changes.problems, *_locate_files(source, path), *_check_together(source)]
@@ -61,6 +63,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, model: str |
         more = len(problems) - _MOST_SHOWN
         shown = sorted(problems, key=_by_line)[:_MOST_SHOWN]
         raise RecipeError(shown + ([Problem(str(path), f"{more} more problems")] if more > 0 else []))
+    if not chosen:
+        recipe.model_fields_set.discard("output")
     return recipe
 
 
