@@ -18,7 +18,7 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is in a checkpoint. Architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers; of weights, only copies."""
+    """Show what is in a checkpoint. Architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers."""
     with reporting(debug):
         from quantflow.errors import ModelError, Problem
         from quantflow.models.checkpoint import resolve_model
