@@ -81,6 +81,7 @@ LOADS: tuple[Loads, ...] = (
     Loads(VLLM, _CT, (4, 8), _KERNELS, known="run", note=_MARLIN),
     Loads(VLLM, _CT, (4,), _KERNELS, asymmetric=True, known="run", note="the same"),
     Loads(VLLM, _CT, (8,), (64, 128, -1), asymmetric=True, known="read", only="on Hopper GPUs (Machete)"),
+    Loads(VLLM, _CT, (4,), (256,), asymmetric=True, known="read", only="by its Triton kernel"),
     Loads(VLLM, _CT, (4, 8), known="read", only="in float16 (Exllama)"),
     Loads(VLLM, _CT, _ALL, asymmetric=True, known="read", only="with the optional package of Humming kernels"),
     Loads(SGLANG, _CT, (4, 8), _KERNELS, note=_PARTS),
