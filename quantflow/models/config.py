@@ -100,7 +100,7 @@ def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
     return value
 
 
-MOST_LAYERS, MOST_EXPERTS = 10_000, 200_000  # experts of all layers together
+MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # experts of all layers together
 
 
 def layer_count(config: Mapping[str, Any]) -> int:

@@ -248,3 +248,9 @@ def test_end_tokens_are_generation_configs_where_it_names_some(tmp_path: Path) -
     assert Text(folder).end_tokens == {1, 7, 9}
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
     assert Text(folder).end_tokens == {1, 17}
+
+
+def test_numbers_that_no_float_holds_are_unlike() -> None:
+    """JSON's integers have any length; beside a float, one of 400 digits was no error of ours."""
+    with pytest.raises(ConfigProblem, match="which means the same"):
+        settled({"hidden_size": 64.5, "n_embd": 10**400})
