@@ -182,7 +182,7 @@ class Checkpoint:
 
     def rank_shape(self, native: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """What a tensor-parallel rank holds of a tensor of `shape`."""
-        return shard_shape(native, shape, self.cut(native), self.tp)
+        return shape if self.tp == 1 else shard_shape(native, shape, self.cut(native), self.tp)
 
     def cut(self, native: str) -> int | None:
         """Along which dimension tensor parallelism cuts a tensor; None where every rank holds all of it."""
