@@ -30,6 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST)))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Bytes are named by their length: packed ones hold the time, which two processes that collect the same tests see differently."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_pictures() -> Iterator[None]:
     if find_spec("pydantic") is None:  # a machine for the kernels and the engine alone
