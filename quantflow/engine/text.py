@@ -14,10 +14,20 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from quantflow.engine.template import Renderer, TemplateRefused
-from quantflow.errors import Problem, RequestError
+from quantflow.errors import ModelError, Problem, RequestError
 from quantflow.models.dialogue import DIALOGUES, ChatTemplate
 from quantflow.models.directory import read_json
-from quantflow.models.tokenizer import SPACE, SPLITS, byte_letters, chat_template, guarded, load_tokenizer, special_tokens, turn_end
+from quantflow.models.tokenizer import (
+    SPACE,
+    SPLITS,
+    byte_letters,
+    chat_template,
+    guarded,
+    load_tokenizer,
+    special_tokens,
+    template_place,
+    turn_end,
+)
 
 Message = Mapping[str, Any]  # role and content
 
@@ -27,6 +37,7 @@ LONGEST = 8  # tokens that may make one letter; what is no letter by then is sho
 # where there is no clock.
 OFFLINE_DATE = datetime(2024, 7, 26)
 BROKEN = "\ufffd"
+_SIMPLEST = [{"role": role, "content": "Hello"} for role in ("system", "user", "assistant")]
 BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}  # how byte-level vocabularies write bytes
 
 
@@ -108,6 +119,22 @@ class Text:
         has been started, too."""
         with suppress(TemplateRefused):
             self._renderer.render("", {})
+
+    def check_template(self) -> None:
+        """Raises ModelError where the dialogue format does not even write the simplest dialogue: nothing is wrong with what it is given
+        then, but with the model's directory."""
+        if self.template is None or self.template.default is None:
+            return
+        refusal: RequestError | None = None
+        for messages in (_SIMPLEST[1:2], _SIMPLEST[1:], _SIMPLEST):  # some must have an answer, or a system message
+            try:
+                self.render(messages, add_generation_prompt=False)
+                return
+            except RequestError as error:
+                refusal = refusal or error
+        found = f"the chat template refuses even a dialogue of one word ({refusal and refusal.__cause__})"
+        expected = "a template that writes dialogues"
+        raise ModelError(Problem(template_place(self.folder), found, expected, "Download the file again, or put another template there"))
 
     def dialogue(self, messages: Sequence[Message], **extra: Any) -> list[int]:
         """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises RequestError."""

@@ -77,6 +77,19 @@ def chat_template(path: Path) -> ChatTemplate | None:
     return ChatTemplate(files) if files else None
 
 
+def template_place(path: Path) -> str:
+    """Where the default one of `chat_template` stands, for a message."""
+    if path.is_file():
+        return f"{path} tokenizer.chat_template"
+    for file in (path / "chat_template.jinja", path / TEMPLATES / "default.jinja"):
+        if file.is_file():
+            return str(file)
+    for file in (path / "chat_template.json", path / "tokenizer_config.json"):
+        if "default" in _named_templates(file):
+            return f"{file} chat_template"
+    return str(path)  # its family's
+
+
 def turn_end(path: Path) -> str:
     """The token that ends the model's turn where its family's dialogue format says so; "": none but the text's own."""
     family = _family_dialogue(path)

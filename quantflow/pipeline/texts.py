@@ -23,7 +23,11 @@ def model_documents(
 
     @cache
     def text() -> Text | None:
-        return Text(folder).on(OFFLINE_DATE) if has_tokenizer(folder) and chat_template(folder) else None
+        if not has_tokenizer(folder) or not chat_template(folder):
+            return None
+        found = Text(folder).on(OFFLINE_DATE)
+        found.check_template()  # or each row would be blamed
+        return found
 
     def render(conversation: Conversation) -> Document:
         model = text()

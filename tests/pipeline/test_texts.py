@@ -17,6 +17,7 @@ from quantflow.engine import chat_environment
 from quantflow.engine import template as template_module
 from quantflow.engine.template import Renderer
 from quantflow.engine.text import OFFLINE_DATE, Text
+from quantflow.errors import ModelError
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline import plan as plan_module
 from quantflow.pipeline.plan import make_plan
@@ -141,13 +142,56 @@ def test_a_broken_text_is_said_though_nothing_reads_it(bench: Bench, verb: str, 
 def test_a_template_that_refuses_a_row_is_said_by_the_plan(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
     template = bench.model / "chat_template.jinja"
-    template.write_text("{{ raise_exception('roles must alternate') }}")
+    template.write_text("{% if 'river' in messages[0].content %}{{ raise_exception('roles must alternate') }}{% endif %}")
     try:
         result = invoke("plan", bench.recipe(calibration={"data": str(tmp_path / "a.jsonl"), "samples": 2, "seqlen": 32}))
     finally:
         template.write_text(TEMPLATE)
     assert result.exit_code == 2 and "a.jsonl:1: the model's chat template refused them" in result.stderr
     assert "roles must alternate" in result.stderr
+
+
+BROKEN = {
+    "{% for m in messages %}{{ m.content }}": "TemplateSyntaxError",  # cut off
+    "{{ raise_exception('never') }}": "TemplateError: never",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_a_template_that_writes_no_dialogue_is_the_models_fault(bench: Bench, template: str) -> None:
+    """It is said once, with its file, by whatever reads dialogues; a text needs none."""
+    chat, file = str(bench.root / "chat.JSONL"), bench.model / "chat_template.jinja"
+    recipe = bench.recipe(calibration={"data": chat, "samples": 2, "seqlen": 32}, stages=evaluating(bench, data=chat))
+    file.write_text(template)
+    try:
+        found = [invoke(verb, recipe) for verb in ("plan", "run")]
+        found.append(invoke("eval", bench.model, "--reference", bench.model, "--data", chat, "--length", 32, "--device", "cpu"))
+        other = list(model_documents(bench.model, chat, field="other"))
+        file.unlink()
+        config = bench.model / "tokenizer_config.json"
+        before = config.read_text()
+        config.write_text(json.dumps(json.loads(before) | {"chat_template": template}))
+        with pytest.raises(ModelError) as caught:
+            list(model_documents(bench.model, chat))
+        config.write_text(before)
+    finally:
+        file.write_text(TEMPLATE)
+    for result in found:
+        said = " ".join(result.stderr.split())
+        assert result.exit_code == 2 and "chat.JSONL" not in said, said
+        assert said.count(f"{file}: the chat template refuses even a dialogue of one word ({BROKEN[template]}") == 1, said
+    assert other[0] == Document("text 0")
+    assert f"{config} chat_template: the chat template refuses" in str(caught.value)
+
+
+def test_templates_that_want_more_than_a_question(bench: Bench, tmp_path: Path) -> None:
+    """One that must end with an answer writes rows that do."""
+    template = bench.model / "chat_template.jinja"
+    template.write_text("{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}" + TEMPLATE)
+    try:
+        assert next(model_documents(bench.model, str(bench.root / "chat.JSONL"))) == Document(RENDERED, special=False)
+    finally:
+        template.write_text(TEMPLATE)
 
 
 def test_rows_that_a_template_refuses_are_left_out_and_said(bench: Bench, tmp_path: Path) -> None:
