@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 
 from quantflow.errors import Problem
@@ -10,6 +11,20 @@ from quantflow.errors import Problem
 HEAD_BYTES = 1024  # of a file, that are looked at
 _LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/", b"version http://git-media.io/v/")
 _AGAIN = "Download the file again"
+
+
+def no_file(path: Path) -> tuple[str, str]:
+    """What is in the place of a file that is read more than once, and what to do about it; two empty texts where it is a file."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return "no such file", ""
+    if stat.S_ISREG(mode):
+        return "", ""
+    if stat.S_ISDIR(mode):
+        return "a directory", ""
+    what = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+    return what.get(stat.S_IFMT(mode), "no regular file"), "It is read more than once: write it into a file first"
 
 
 def placeholder(path: Path, head: bytes, *, binary: bool = False, page: bool = True) -> Problem | None:

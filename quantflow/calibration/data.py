@@ -15,6 +15,7 @@ from quantflow.calibration.beginnings import LETTERS, Beginnings
 from quantflow.calibration.rows import SEPARATOR, Row, rows
 from quantflow.calibration.shapes import Conversation, OddTurn, no_text, read_row
 from quantflow.errors import DataError, Problem, RequestError
+from quantflow.placeholder import no_file
 
 CHUNK = 64  # documents that are encoded together
 ENOUGH = 1024  # rows that say whether most of a data set can be used
@@ -106,9 +107,9 @@ def read_documents(
         field = field or HUB[data][4]
         found = _from_hub(data, option)
     else:
-        what = "a directory" if path.is_dir() else "no such file"
+        what, way_out = no_file(path)
         expected = "a file of text, JSON lines, JSON, CSV or Parquet"
-        raise DataError(Problem(str(path), what, expected, f"Known names: {', '.join([*HUB, *bundled.TEXTS])}"))
+        raise DataError(Problem(str(path), what, expected, way_out or f"Known names: {', '.join([*HUB, *bundled.TEXTS])}"))
     blank, empty = None, True  # the first row without a text; whether all are
     for where, row in found:
         try:

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ READ = 2**20  # letters of a text that are read at once
 BATCH = 256  # rows of a table
 # Letters: 20 KB of zstd can be a line of a gigabyte. A text of one document may be all of a Wikipedia, and a list a whole data set.
 LONGEST_LINE, LONGEST_TEXT, LONGEST_LIST = 2**27, 2**30, 2**31
+_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
 _JSON = re.compile(r'\s*(\[\s*)?\{\s*"')  # how objects begin, and lists of them
 
 Row = tuple[str, Any]  # where it stands, and what is there
@@ -49,11 +50,21 @@ def rows(path: Path) -> Iterator[Row]:
             with io.TextIOWrapper(_OPENERS[packed](path), encoding="utf-8-sig", newline=_NEWLINES.get(kind)) as stream:
                 yield from reader(stream, path)
     except UnicodeDecodeError as error:
-        raise DataError(Problem(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "UTF-8")) from error
+        with _OPENERS[packed](path) as stream:
+            mark = stream.read(4)
+        raise DataError(_not_utf8(path, mark, error)) from error
     except csv.Error as error:
         raise DataError(Problem(str(path), f"no table ({error})", "a table with a name above each column")) from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(Problem(str(path), str(error), "a readable file")) from error
+
+
+def _not_utf8(path: Path, mark: bytes, error: UnicodeDecodeError) -> Problem:
+    """mark: the first bytes, which say what a text of Windows' is."""
+    encoding = next((name for name, begins in _MARKS.items() if mark.startswith(begins)), "")
+    found = f"{encoding}, by its byte order mark" if encoding else f"not UTF-8 text ({error.reason} at byte {error.start})"
+    convert = f"`iconv -f {encoding or 'ENCODING'} -t UTF-8 OLD > NEW` writes it so"
+    return Problem(str(path), found, "UTF-8", convert if encoding else f"{convert}; ENCODING is LATIN1 or WINDOWS-1252, often")
 
 
 def _texts(stream: IO[str], path: Path) -> Iterator[Row]:
@@ -128,13 +139,35 @@ def _parsed(text: str, where: str, expected: str) -> Any:
 
 def _csv(stream: IO[str], path: Path, separator: str = ",") -> Iterator[Row]:
     csv.field_size_limit(LONGEST_TEXT)  # Python's own limit is 128 KiB
-    reader = csv.DictReader((line for _, line in _whole(_numbered(stream, path), path)), delimiter=separator)
-    _check_names(filter(None, reader.fieldnames or ()), path)  # those without a name are nobody's text
-    for row in reader:
-        where = f"{path}:{reader.line_num}"
-        if None in row:
-            raise DataError(Problem(where, f"more cells than the {len(reader.fieldnames or ())} columns", "a cell for each column"))
-        yield where, row
+    number, ended = 0, False
+
+    def lines() -> Iterator[str]:
+        nonlocal number, ended
+        for number, line in _whole(_numbered(stream, path), path):  # noqa: B007
+            yield line
+        ended = True
+
+    def whole(cells: list[str]) -> list[str]:
+        """A row for which the reader asked for a line behind the last one has a quote that nothing ends."""
+        if ended and cells:
+            begins = number - len(re.findall(r"\r\n|\r|\n", re.sub(r"(\r\n|\r|\n)\Z", "", cells[-1])))
+            found, expected = 'a cell whose quote (") does not end', "a \" behind the cell's text, and two for one within it"
+            raise DataError(Problem(f"{path}:{begins}", found, expected))
+        return cells
+
+    source = lines()
+    names = whole(next(csv.reader(source, delimiter=separator), []))
+    # "id, text": the blanks belong to the separator, of which a quote that follows must know.
+    spaced = separator == "," and any(name.startswith(" ") for name in names[1:])
+    names = [name.strip().strip('"') if spaced else name.strip() for name in names]
+    _check_names(filter(None, names), path)  # those without a name are nobody's text
+    for cells in csv.reader(source, delimiter=separator, skipinitialspace=spaced):
+        if not whole(cells):
+            continue
+        where = f"{path}:{number}"
+        if len(cells) > len(names):
+            raise DataError(Problem(where, f"more cells than the {len(names)} columns", "a cell for each column"))
+        yield where, dict(zip_longest(names, cells))
 
 
 def _tsv(stream: IO[str], path: Path) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ ROLES = {
     "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
     "observation": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
+_CELLS = {*CONVERSATIONS, "prompt", "completion", "chosen"}  # which may hold messages as JSON
+_NAMES = {*TEXTS, *CONVERSATIONS, *QUESTIONS, *GIVEN, *ANSWERS, *SYSTEMS, "history", "tools"}
 _KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")  # of a message, beside role and content
 
 
@@ -43,40 +46,90 @@ class Conversation:
 
 def read_row(row: Any, where: str, field: str | None = None) -> str | Conversation:
     """The text or the conversation of a row, "" where the fields that would hold it are null or blank. field: where it stands, in place
-    of what is usual. Raises OddTurn, and DataError for a row of another shape, which names the fields that are there."""
+    of what is usual. A field's name may be in any case. Raises OddTurn, and DataError for a row of another shape, which names the fields
+    that are there."""
     if isinstance(row, str) and field is None:
         return row
     if not isinstance(row, dict):
         raise _refused(row, where, field)
+    said, row = row, _plainly_named(row, {field} if field is not None else _NAMES)
     given = {key: value for key, value in row.items() if value is not None and not (isinstance(value, str) and not value.strip())}
     blank = row.keys() - given.keys()
     found = _usual(given, where, blank) if field is None else _of(given, field, where)
     if found is None and not blank & ({field} if field is not None else _holders(given)):
-        raise _refused(row, where, field)
+        raise _refused(said, where, field)
     return found or ""
+
+
+def _plainly_named(row: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    """A row whose fields have those of the names that they have but for case and blanks around them, wherever one field alone has it."""
+    if len(row) == len(names & row.keys()):
+        return dict(row)
+    plain = {name.strip().lower(): name for name in names}
+    meant = {key: plain.get(key.strip().lower(), key) if isinstance(key, str) and key not in names else key for key in row}
+    twice = {name for name, count in Counter(meant.values()).items() if count > 1}
+    return {key if meant[key] in twice else meant[key]: value for key, value in row.items()}
 
 
 def _usual(row: dict[str, Any], where: str, blank: Set[str]) -> str | Conversation | None:
     """What stands in the fields of public data sets. blank: the names of those without a value."""
     if isinstance(row.get("text"), str):
         return str(row["text"])
+    row = {key: _turns(value) if key in _CELLS or isinstance(value, dict) else value for key, value in row.items()}
     for name in CONVERSATIONS:
         if isinstance(row.get(name), list):
-            return _of(row, name, where)
+            return _answered(_messages(row[name], f"{where} {name}"), row, where)
     if (pair := _pair(row, where)) is not None:
         return pair
+    for name in CONVERSATIONS:  # a text: before the weaker names, one of which may be an id beside it
+        if isinstance(row.get(name), str):
+            if row[name].strip() == "[]":
+                return ""
+            hint = "Python's own spelling of a list is no JSON: write the column with json.dumps" if row[name].startswith("[{'") else ""
+            found, expected = f"a text ({row[name][:60]!r})", "a list of messages, as such or as JSON"
+            raise DataError(Problem(f"{where} {name}", found, expected, hint or "The setting `field: NAME` takes it as a text"))
     for name in TEXTS:  # after the pair: what it is about may have one of the weaker names
         if isinstance(row.get(name), str):
             return str(row[name])
-    alone = [name for name, value in row.items() if isinstance(value, str)] == ["prompt"] and not blank & set(ANSWERS)
+    alone = [name for name, value in row.items() if isinstance(value, str)] == ["prompt"] and not (blank | row.keys()) & set(ANSWERS)
     return str(row["prompt"]) if alone else None
 
 
 def _of(row: dict[str, Any], name: str, where: str) -> str | Conversation | None:
-    value = row.get(name)
+    value = _turns(row.get(name))
     if isinstance(value, list):
         return _conversation(_messages(value, f"{where} {name}"), row)
     return value if isinstance(value, str) else None
+
+
+def _turns(value: Any) -> Any:
+    """A message by itself, or a text that is JSON of messages, as a table's cell holds them, as a list; anything else as it is."""
+    found = value
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    turns = found if isinstance(found, list) else [found]
+    return turns if turns and all(_is_turn(turn) for turn in turns) else value
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
+def _answer(row: Mapping[str, Any]) -> str | None:
+    """The name of the field with the answer."""
+    return next((name for name in ANSWERS if isinstance(row.get(name), (str, list))), None)
+
+
+def _answered(messages: list[Message], row: Mapping[str, Any], where: str) -> Conversation:
+    """A dialogue, and behind it, where it ends with a question, the answer that the row holds apart from it."""
+    name = _answer(row)
+    if name is not None and messages and messages[-1]["role"] != "assistant":
+        said = _said(row[name], "assistant", f"{where} {name}")
+        messages = said if said and said[0]["role"] != "assistant" else [*messages, *said]
+    return _conversation(messages, row)
 
 
 def _holders(row: Mapping[str, Any]) -> set[str]:
@@ -95,7 +148,7 @@ def no_text(row: Any, where: str, field: str | None) -> DataError:
 def _pair(row: dict[str, Any], where: str) -> str | Conversation | None:
     """A question and its answer; the answer alone where it is a whole conversation."""
     question = next((name for name in QUESTIONS if isinstance(row.get(name), (str, list))), None)
-    answer = next((name for name in ANSWERS if isinstance(row.get(name), (str, list))), None)
+    answer = _answer(row)
     if answer is None:
         return None
     said = _said(row[answer], "assistant", f"{where} {answer}")

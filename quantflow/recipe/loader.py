@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from quantflow import bundled
 from quantflow.errors import Problem, RecipeError
-from quantflow.placeholder import HEAD_BYTES, placeholder
+from quantflow.placeholder import HEAD_BYTES, no_file, placeholder
 from quantflow.recipe.schema import DATA_NAMES, STAGE_TYPES, Calibration, Override, Recipe, Weights, stage_name, stage_settings
 from quantflow.recipe.writer import name_of
 
@@ -648,8 +648,9 @@ def _locate_data(source: _Source, path: _Path, section: dict[Any, Any], recipe: 
     if isinstance(file, str) and file:
         place, found = (*path, "file"), _locate(file, recipe)
         if found is None or not found.is_file():
-            what = "there is no such file" if found is None else "it is a directory"
-            yield Problem(source.place(place), f"`{_dotted(place)}` is {_shown(file)}: {what}", "a text or JSON-lines file")
+            what, way_out = ("there is no such file", "") if found is None else no_file(found)
+            what = what if found is None else f"it is {what}"
+            yield Problem(source.place(place), f"`{_dotted(place)}` is {_shown(file)}: {what}", "a text or JSON-lines file", way_out)
         else:
             section["file"] = str(found)
     if not isinstance(data, str) or not data or data in DATA_NAMES:
@@ -663,8 +664,8 @@ def _locate_data(source: _Source, path: _Path, section: dict[Any, Any], recipe: 
     if found is not None and found.is_file():
         section["data"] = str(found)
         return
-    what = "neither a known data set nor a file that exists" if found is None else "a directory"
-    hint = " ".join(text for text in (_did_you_mean(data, DATA_NAMES), works) if text)
+    what, way_out = ("neither a known data set nor a file that exists", "") if found is None else no_file(found)
+    hint = way_out or " ".join(text for text in (_did_you_mean(data, DATA_NAMES), works) if text)
     names = f"one of {_listing(DATA_NAMES)}, or the path of a local file"
     yield Problem(source.place(place), f"`{_dotted(place)}` is {_shown(data)}, {what}", names, hint)
 

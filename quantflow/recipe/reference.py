@@ -54,6 +54,9 @@ A row is a text, or an object with the first of these that it has:
 | `content`, `sentence`, `document` | that text |
 | `prompt` alone | that text, where no other field is a text |
 
+Names may be in any case, and a list of messages may be JSON in a text. A question and an answer may each be a text, a message or a list of
+messages; an answer beside a dialogue that ends with a question (`chosen`, say) is its last turn.
+
 What a question is about stands behind it: `question` or `query` (of an `instruction`), `input`, `context`, `passage`, `content`,
 `document`, `sentence`. The turns of `history` stand before it. `system`, `system_prompt` or `system_message` comes first in any dialogue
 that has no system message. `field` takes the text, or the dialogue, from another field. A dialogue is written by the model's own chat

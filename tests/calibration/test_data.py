@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import lzma
+import os
 import struct
 import sys
 from pathlib import Path
@@ -169,6 +170,48 @@ def test_cells_that_are_missing(tmp_path: Path) -> None:
     assert list(documents(str(path))) == ["a", "b"]
 
 
+def test_blanks_around_a_tables_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('id, "Text" , n\n1, "a, ""b""\nc", 2\n\n2, d,\n')
+    assert list(documents(str(path))) == ['a, "b"\nc', "d"]
+    path.write_text("id,text, text\n1,a,b\n")
+    with pytest.raises(DataError, match="more than one column text"):
+        list(documents(str(path)))
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_quote_that_does_not_end(tmp_path: Path, name: str, end: str) -> None:
+    """It would make one document of all that follows."""
+    path, line_break = tmp_path / name, end or "\n"
+    lines = ["id,text,more", '1,"a', 'b",c', "", '2,"d', 'e","f', "3,g,h", "4,i,j"]
+    path.write_bytes((line_break.join(lines) + end).replace(",", "\t" if name == "a.tsv" else ",").encode())
+    with pytest.raises(DataError, match=rf'{name}:6: a cell whose quote \("\) does not end'):
+        list(documents(str(path)))
+    path.write_bytes(f'"text{line_break}a{line_break}b{end}'.encode())
+    with pytest.raises(DataError, match=rf"{name}:1: a cell whose quote"):
+        list(documents(str(path)))
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl.gz"])
+def test_an_encoding_is_named_by_its_mark(tmp_path: Path, name: str, encoding: str) -> None:
+    data = '{"text": "a"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(DataError, match=rf"{encoding}, by its byte order mark; expected UTF-8. `iconv -f {encoding} -t UTF-8 OLD > NEW`"):
+        list(documents(str(tmp_path / name)))
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt: a pipe; expected a file of text.*write it into a file first"):
+        list(documents(str(tmp_path / "a.txt")))
+    with pytest.raises(DataError, match="/dev/null: a device"):
+        list(documents("/dev/null"))
+    with pytest.raises(DataError, match=f"{tmp_path}: a directory"):
+        list(documents(str(tmp_path)))
+
+
 def test_columns_of_one_name_in_other_tables(tmp_path: Path) -> None:
     import pyarrow.parquet
 
@@ -200,7 +243,7 @@ def test_the_bundled_text() -> None:
         ("a.json", b'[{"text": "a"}', "not JSON"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not JSON"),
-        ("a.txt", b"abc \xff def", "UTF-8"),
+        ("a.txt", b"abc \xff def", "`iconv -f ENCODING -t UTF-8 OLD > NEW` writes it so; ENCODING is LATIN1"),
         ("a.jsonl", b'{"text": "\xe4"}', "UTF-8"),
         ("a.txt.gz", b"not gzip at all", "gzip"),
         ("a.txt.gz", b"\x00\x01not gzip", "gzip"),

@@ -79,6 +79,21 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"prompt": [SYSTEM, ASK], "response": "That.", "history": [["What?", "That."]]}, [SYSTEM, *TALK, *TALK],
     ),
     "a history of messages": ({"prompt": "What?", "response": "That.", "history": TALK}, [*TALK, *TALK]),
+    "DPO as messages": ({"prompt": "What?", "chosen": SAY, "rejected": ASK}, TALK),
+    "DPO as messages, the prompt too": ({"prompt": [SYSTEM, ASK], "chosen": SAY}, [SYSTEM, *TALK]),
+    "both as messages": ({"prompt": ASK, "chosen": SAY}, TALK),
+    "LLaMA-Factory's DPO": (
+        {"conversations": [{"from": "human", "value": "What?"}], "chosen": {"from": "gpt", "value": "That."},
+         "rejected": {"from": "gpt", "value": "This."}}, TALK,
+    ),
+    "a dialogue, chosen as a list": ({"messages": [ASK], "chosen": [SAY], "rejected": [ASK]}, TALK),
+    "a dialogue, chosen as a text": ({"system_prompt": "Be brief.", "messages": [ASK], "chosen": "That."}, [SYSTEM, *TALK]),
+    "a dialogue, chosen as all of it": ({"messages": [ASK], "chosen": TALK}, TALK),
+    "a name beside messages": ({"content": "user-123", "document": "a.pdf", "messages": TALK}, TALK),
+    "names in any case": ({"System": "Be brief.", "Instruction": "What?", " OUTPUT ": "That."}, [SYSTEM, *TALK]),
+    "messages as JSON": ({"content": "user-123", "messages": json.dumps(TALK)}, TALK),
+    "an answer that is a list": ({"instruction": "What?", "output": "[]"}, [ASK, {"role": "assistant", "content": "[]"}]),
+    "DPO as JSON": ({"prompt": json.dumps([ASK]), "chosen": json.dumps(SAY)}, TALK),
     "messages before chosen": ({"messages": TALK, "chosen": [ASK, ASK], "prompt": "x"}, TALK),
 }  # fmt: skip
 
@@ -117,6 +132,11 @@ def test_tools_and_calls() -> None:
         ({"prompt": "a", "n": 3}, "a"),
         ({"chosen": "Human: a", "rejected": "Human: b"}, "Human: a"),
         ({"text": "rendered", "messages": TALK}, "rendered"),
+        ({"Text": "a", "id": 1}, "a"),
+        ({"text": "a", "Text": "b"}, "a"),
+        ({"prompt": '[{"a": 1}]'}, '[{"a": 1}]'),
+        ({"prompt": '{"from": "a", "to": "b"}'}, '{"from": "a", "to": "b"}'),
+        ({"messages": "[]", "content": "user-123"}, ""),
         ({"text": "", "id": "x"}, ""),
         ({"text": " ", "content": "a"}, "a"),
         ({"content": "a", "question": "b"}, "a"),
@@ -141,7 +161,12 @@ def test_texts(row: Any, text: str) -> None:
         ({"prompt": "a", "reply": "b"}, "prompt (text), reply (text)"),
         ({"instruction": "a", "input": "b"}, "instruction (text), input (text)"),
         ({"question": "a", "choices": ["b"]}, "choices (list)"),
-        ({"messages": "[]", "ok": True}, "messages (text), ok (yes or no)"),
+        ({"messages": "hi", "content": "user-123"}, "a.jsonl:7 messages: a text ('hi'); expected a list of messages, as such or as JSON"),
+        ({"messages": "[{'role': 'user', 'content': 'a'}]"}, "write the column with json.dumps"),
+        ({"messages": '[{"author": "a"}]'}, "a.jsonl:7 messages: a text"),
+        ({"Text": "a", "TEXT": "b"}, "the fields Text (text), TEXT (text)"),
+        ({"prompt": "P", "chosen": {"score": 1}}, "prompt (text), chosen (object)"),
+        ({"prompt": "P", "response": 42}, "prompt (text), response (number)"),
         ({}, "no fields"),
         ([1, 2], "list ('[1, 2]')"),
         (None, "null"),
@@ -164,7 +189,8 @@ def test_anything_else_is_refused_with_its_fields(row: Any, says: str) -> None:
 def test_a_field_by_its_name() -> None:
     row = {"text": "no", "body": "yes", "turns": TALK, "n": 1, "none": None}
     assert read_row(row, "", "body") == "yes" and read_row(row, "", "turns") == Conversation(TALK, None)
-    assert read_row(row, "", "none") == ""
+    assert read_row(row, "", "none") == "" and read_row(row, "", "Body") == "yes"
+    assert read_row({"turns": json.dumps(TALK)}, "", "turns") == Conversation(TALK, None)
     assert read_row({"turns": TALK, "system": "Be brief."}, "", "turns") == Conversation([SYSTEM, *TALK], None)
     for field in ("n", "absent"):
         with pytest.raises(DataError, match=rf"n \(number\), none \(null\); expected text, or a dialogue, in the field {field}"):

@@ -74,6 +74,8 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (CALIBRATION, "calibration: {data: wikitext}", CALIBRATION, ["'wikitext'", "c4, c4-new, ptb", "`wikitext2`?", "{data: c4, file: "]),
     (CALIBRATION, "calibration: {data: no/such.txt}", CALIBRATION, ["'no/such.txt'", "nor a file that exists", "A local file works"]),
     (CALIBRATION, "calibration: {data: .}", CALIBRATION, ["`calibration.data` is '.', a directory"]),
+    (CALIBRATION, "calibration: {data: /dev/null}", CALIBRATION, ["`calibration.data` is '/dev/null', a device", "write it into a file"]),
+    (CALIBRATION, "calibration: {data: c4, file: /dev/null}", CALIBRATION, ["is '/dev/null': it is a device", "write it into a file"]),
     (CALIBRATION, "calibration: {data: c4, file: gone.jsonl}", CALIBRATION, ["`calibration.file` is 'gone.jsonl': there is no such file"]),
     (CALIBRATION, "calibration: {data: cc4, file: recipe.yaml}", CALIBRATION, ["'cc4'", "where `file` is given", "Did you mean `c4`?"]),
     (CALIBRATION, "calibration: {data: on}", CALIBRATION, ["`calibration.data` is on, which YAML reads as true", 'Quote it: "on"']),
