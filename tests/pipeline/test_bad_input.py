@@ -330,7 +330,7 @@ TEXTS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "blank documents": ("a.txt", b" \n<|endoftext|>\n \n", ("a.txt: no text in it",)),
     "a short text": ("a.txt", b"The small fox.", ("1 documents with", "0 windows", "expected 6 windows of 32 tokens", "Give more text")),
     "a text in Latin-1": ("a.txt", "Der kleine Fuchs läuft.".encode("latin-1"), ("a.txt: not UTF-8 text",)),
-    "a text in UTF-16": ("a.txt", "The small fox.".encode("utf-16"), ("a.txt: not UTF-8 text",)),
+    "a text in UTF-16": ("a.txt", "The small fox.".encode("utf-16"), ("a.txt: UTF-16, by its byte order mark",)),
     "a broken line": ("a.jsonl", b'{"text": "The fox."}\n{"text": "The cat\n', ("a.jsonl:2: not JSON",)),
     "a line without text": ("a.jsonl", b'{"id": 1}\n', ("a.jsonl:1: an object with the fields id (number)", "text or content")),
     "a line with a number of thousands of digits": ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}\n", ("a.jsonl:1: not JSON",)),
