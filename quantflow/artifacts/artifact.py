@@ -14,6 +14,7 @@ What `export` writes has a manifest too, of kind `export`: where it comes from, 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -133,16 +134,22 @@ def _claimed(folder: Path) -> Iterator[bool]:
 def building(output: Path) -> Iterator[Path]:
     """A fresh folder that takes the place of `output` when the block ends well, and vanishes when it does not.
 
-    Raises OutputError where `output` holds something that is no artifact.
+    Raises OutputError where `output` holds something that is no artifact, or lies where nothing can be written.
     """
     output = output.resolve()  # through a link, the artifact goes where the link points
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{escape(output.name)}.partial-*"):
-        with _claimed(left) as dead:  # another run may be building the same artifact with another store
-            if dead:
-                shutil.rmtree(left, ignore_errors=True)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for left in output.parent.glob(f".{escape(output.name)}.partial-*"):
+            with _claimed(left) as dead:  # another run may be building the same artifact with another store
+                if dead:
+                    shutil.rmtree(left, ignore_errors=True)
+        partial.mkdir()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        found = f"not writable ({error.strerror})"
+        raise OutputError(Problem(str(output.parent), found, "a writable directory", "Choose another --output")) from error
     try:
         with _claimed(partial):
             yield partial
@@ -156,5 +163,9 @@ def building(output: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(partial, output)
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write that failed, which does not say of what
+            error.filename = str(output)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import textwrap
 import time
@@ -43,7 +44,7 @@ errors = _Words(stderr=True, highlight=False, soft_wrap=True, markup=False)
 INTERRUPTED = 130
 # What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures.
 HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
-_DISK_FULL = (28, 122)  # ENOSPC, EDQUOT
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 QUIET_S = 10.0  # after so long without a line, a log hears how far the step at hand is
@@ -195,8 +196,9 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         place = error.filename or "the disk"
         return 4, "disk full", (f"{place}: {error.strerror}. Free some space and run the same command: a recipe goes on where it stopped.",)
-    if isinstance(error, PermissionError):
-        return 2, "not permitted", (f"{error.filename}: {error.strerror}. Choose another place with --output.",)
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
+        title = "not writable" if error.errno == errno.EROFS else "not permitted"
+        return 2, title, (f"{error.filename or error.strerror}: {error.strerror}. Choose another place with --output.",)
     if is_out_of_memory(error):
         return 4, "out of memory", (hints.memory,)
     if isinstance(error, OSError):

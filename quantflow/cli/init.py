@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from dataclasses import replace
 from enum import StrEnum
@@ -46,7 +47,8 @@ def init(
         from quantflow.pipeline.starter import starter
         from quantflow.recipe import load_recipe
 
-        checkpoint = Checkpoint(resolve_model(model), config_only=True)
+        path = resolve_model(model)
+        checkpoint = Checkpoint(path, config_only=True)
         found = starter(checkpoint, model, bits, engine.value, data, str(output) if output else None)
         place = output or Path(f"{found.name}.yaml")
         if place.is_dir() or (place.exists() and not force):
@@ -56,7 +58,8 @@ def init(
             draft = Path(folder) / place.name
             draft.write_text(found.text, encoding="utf-8")
             try:
-                make_plan(load_recipe(draft), config_only=True)  # what cannot be is said before it is written
+                # What cannot be is said before it is written: all that `plan` will say, once there is more than a config.
+                make_plan(load_recipe(draft), config_only=path.is_dir() and not any(path.glob("*.safetensors")))
             except UserError as error:
                 raise UserError([replace(p, where=p.where.replace(f"{folder}/", "")) for p in error.problems]) from error
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -64,4 +67,5 @@ def init(
         if as_json:
             print(json.dumps({"recipe": str(place), "name": found.name}))
             return
-        console.print(f"{place} written. To look at before it is run: quantflow plan {place}\nNext: quantflow run {place}")
+        typed = shlex.quote(str(place))
+        console.print(f"{place} written. To look at before it is run: quantflow plan {typed}\nNext: quantflow run {typed}")

@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from quantflow.cli.console import console, reporting
+from quantflow.cli.console import console, facts, reporting
 from quantflow.cli.options import Debug, Json
 from quantflow.units import size
 
@@ -45,13 +45,14 @@ def compare(
         with showing(Path("report.json")):
             found = make_comparison(directories)
             page = comparison_page(found) if output else ""
-            table = _table(found.as_dict()["artifacts"])
+            tables = _tables(found.as_dict()["artifacts"])
         if output:
             write_page(output, page)
         if as_json:
             print(json.dumps(found.as_dict(), indent=2))
             return
-        console.print(table)
+        for table in tables:
+            console.print(table)
         for difference in found.differences:
             console.print(f"  {difference.path}: {' | '.join(difference.shown())}")
         for note in found.notes:
@@ -60,19 +61,35 @@ def compare(
             console.print(f"{output} written.")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    names = ("", "size", "perplexity", "KL mean", "KL p99", "top-1", "output error")
-    table = Table(*names, title="Side by side", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+HEADS = ("size", "perplexity", "KL mean", "KL p99", "top-1", "output error")
+
+
+def _tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """One table, or on a narrow terminal one for each artifact."""
+    if console.width < 80:
+        return [_upright(row) for row in rows]
+    table = Table("", *HEADS, title="Side by side", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
         column.justify, column.overflow = "right", "fold"  # a number that is cut is another number
         column.min_width = 7
     for row in rows:
-        quality, error = row["quality"], row["median_error"]
-        figures = (
-            (f"{quality['perplexity']:.4f}", f"{quality['kl_mean']:.5f}", f"{quality['kl_p99']:.4f}", f"{quality['top1']:.2%}")
-            if quality
-            else ("–",) * 4
-        )
-        table.add_row(row["name"], size(row["bytes"]) if row["bytes"] else "–", *figures, f"{error:.2e}" if error is not None else "–")
+        table.add_row(row["name"], *_figures(row))
+    return [table]
+
+
+def _upright(row: dict[str, Any]) -> Table:
+    table = facts(row["name"])
+    for head, figure in zip(HEADS, _figures(row), strict=True):
+        table.add_row(head, figure)
     return table
+
+
+def _figures(row: dict[str, Any]) -> tuple[str, ...]:
+    quality, error = row["quality"], row["median_error"]
+    measured = (
+        (f"{quality['perplexity']:.4f}", f"{quality['kl_mean']:.5f}", f"{quality['kl_p99']:.4f}", f"{quality['top1']:.2%}")
+        if quality
+        else ("–",) * 4
+    )
+    return size(row["bytes"]) if row["bytes"] else "–", *measured, f"{error:.2e}" if error is not None else "–"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -155,7 +156,7 @@ def _show(found: Findings) -> None:
         )
         if not settings.symmetric and len(set(mixed.widths.values())) > 1:
             console.print("transformers (5.23) loads mixed widths of compressed-tensors only with --symmetric.")
-        console.print(f"Next: quantflow run {found.recipe}")
+        console.print(f"Next: quantflow run {shlex.quote(str(found.recipe))}")
     else:
         console.print("Next: the same command with --budget SIZE or --average-bits N, which measures nothing again.")
 

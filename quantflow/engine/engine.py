@@ -335,7 +335,9 @@ class Engine:
     def tokenizer(self) -> Text:
         """Raises RequestError for a model without one."""
         if self.text is None:
-            raise RequestError(Problem("prompt", "text, and the model has no tokenizer", "token ids"))
+            expected = "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken, to read text with"
+            hint = "Put the tokenizer's files beside the weights; without them, prompts are token ids (in Python, or over HTTP)"
+            raise RequestError(Problem(str(self.path), "no tokenizer", expected, hint))
         return self.text
 
     def _problems(self, id: str, tokens: tuple[int, ...], params: SamplingParams) -> list[Problem]:

@@ -86,9 +86,10 @@ def measure(case: Case, timeout_s: float | None = None) -> Row:
 
 
 def memory_table(model: str | Path, batches: list[int], contexts: list[int]) -> list[dict[str, int]]:
-    """Computed bytes by batch and context: weights as stored, and the KV cache in the model's dtype and in int8.
+    """Computed bytes by batch and context, none beyond the model's own.
 
-    Weights: the sum of the checkpoint's tensors. KV: 2 · layers · kv_heads · head_dim · bytes, a token; int8 with static scales.
+    Weights: the sum of the checkpoint's tensors, as stored. KV, in the model's dtype and in int8 with static scales:
+    2 · layers · kv_heads · head_dim · bytes, a token.
     """
     from quantflow.formats.reader import checkpoint_folder
     from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -106,7 +107,7 @@ def memory_table(model: str | Path, batches: list[int], contexts: list[int]) -> 
             "kv_int8_bytes": b * c * token,
         }
         for b in batches
-        for c in contexts
+        for c in (contexts if config.stretches else sorted({min(c, config.context) for c in contexts}))
     ]
 
 

@@ -26,6 +26,7 @@ Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype as safetensors spells it,
 
 SAFETENSORS_DTYPE = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
+LEAST_GROUP = 16  # in smaller groups the scales take as much as the bits save
 _LONGEST_PATTERN, _MOST_REPEATS = 100_000, 4
 # Modules that inference engines fuse, and under whose name they then look for per-module settings.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -170,10 +171,11 @@ def grid_problems(
         ranks = tp if tp_dim == 1 else 1
         each = f" on each of {ranks} ranks" if ranks > 1 else ""
         straddling = ", so that a group straddles two of them" if ranks > 1 and shape[1] % group == 0 else ""
-        fitting = fitting_group(k, group)
+        fitting = usual_group(k, group)
         sizes = [fitting, *(size for size in (64, 32, 16) if size < fitting and k % size == 0)]  # what kernels like, behind the largest
+        offered = f"{', '.join(str(size) for size in sizes if size > 0)} or -1".removeprefix(" or ")
         padded = -(-shape[1] // (group * ranks)) * group * ranks
-        hint = f"Use group_size {', '.join(map(str, sizes))} or -1 (per channel) for this module, or ignore it"
+        hint = f"Use group_size {offered} (per channel) for this module, or ignore it"
         hint += f"; {group} fits if the {shape[1]} inputs are padded with zeros to {padded}"
         problems.append(Problem(module, f"{k} input channels{each}{straddling}", f"a multiple of group_size {group}", hint))
     return problems
@@ -251,6 +253,12 @@ def integer_scheme(scheme: Scheme, shape: tuple[int, int]) -> Scheme:
 def fitting_group(k: int, most: int) -> int:
     """The largest group size up to `most` that divides `k` input channels."""
     return max(d for d in range(1, min(most, k) + 1) if k % d == 0)
+
+
+def usual_group(k: int, most: int) -> int:
+    """The largest group size up to `most` that divides `k` input channels and is worth its scales; -1, the whole row, for none."""
+    size = fitting_group(k, most)
+    return size if size >= min(LEAST_GROUP, most) else -1
 
 
 def integer_grid(module: str, tensor: AnyTensor) -> QuantizedTensor:

@@ -37,6 +37,10 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
     if max(by_id) >= size:
         raise ModelError(Problem("tokenizer", f"a token {max(by_id)}", f"fewer than the {size} rows of the embedding"))
     plain = bool(model.get("byte_fallback"))
+    steps = [*_parts(tokenizer.get("normalizer"), "normalizers"), *_parts(tokenizer.get("pre_tokenizer"), "pretokenizers")]
+    if not plain and not any(step.get("type") == "ByteLevel" for step in steps):
+        found_, expected = "BPE that is neither byte-level nor falls back to bytes", "one of the two: llama.cpp has no other BPE"
+        raise FormatError(Problem("tokenizer", found_, expected, "Other formats keep the tokenizer's files as they are"))
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
     types = [_type(number, by_id, added, model.get("unk_token"), plain) for number in range(size)]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]

@@ -18,7 +18,7 @@ from quantflow.artifacts.store import write_json
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.awq import Awq
-from quantflow.formats.base import Format, fitting_group
+from quantflow.formats.base import Format, usual_group
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import KV_SUFFIXES, REQUANTIZED, Weights
 from quantflow.models.architecture import linear_shapes
@@ -219,7 +219,7 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
             hint = "quantflow run quantises it well; --requantize rounds to nearest"
             raise FormatError(Problem(str(checkpoint.path), "no quantised checkpoint", f"one whose codes {target.name} can hold", hint))
         layers = range(checkpoint.config.layers)
-        group = fitting_group(math.gcd(*(k for i in layers for _, k in _shapes(checkpoint, i).values())), _DEFAULT.group_size)
+        group = usual_group(math.gcd(*(k for i in layers for _, k in _shapes(checkpoint, i).values())), _DEFAULT.group_size)
         held = [dict.fromkeys(_shapes(checkpoint, index), replace(_DEFAULT, group_size=group)) for index in layers]
     outside = {f"{name.removesuffix('.weight')}" for name in checkpoint.outer_names()}
     outer = {module: scheme for module in sorted(weights.modules & outside) if (scheme := weights.scheme_of(module))}

@@ -23,7 +23,7 @@ from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import LeftOut
 from quantflow.errors import OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
-from quantflow.formats.base import Format, fitting_group
+from quantflow.formats.base import LEAST_GROUP, Format, usual_group
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
@@ -326,9 +326,9 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     checkpoint = Checkpoint(resolve_model(recipe.model), config_only=config_only)
     refuse_quantised(checkpoint)
     problems += checkpoint.problems()
-    recipe = resolved(recipe, checkpoint)
+    asked, recipe = recipe, resolved(recipe, checkpoint)
     linears = tuple(_linears(recipe, checkpoint))
-    notes = (*checkpoint.notes, *_bundled_notes(recipe))
+    notes = (*checkpoint.notes, *_group_notes(asked, recipe, linears), *_bundled_notes(recipe))
     plan = Plan(recipe, str(recipe.model), checkpoint, Path(recipe.output), resolve_device(device), linears, notes)
     problems += _grid_problems(plan) + _data_problems(plan) + _output_problems(plan)
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
@@ -358,13 +358,25 @@ def resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
         tp = next((stage.tp for stage in recipe.stages if isinstance(stage, Shard)), 1)
         linears = [p for p in _linears(recipe, checkpoint) if p.scheme is not None and p.scheme.group_size == AUTO]
         shared = math.gcd(*(_inputs_of_rank(checkpoint, tp, p) for p in linears))
-        changes["weights"] = recipe.weights.model_copy(update={"group_size": usual_group(shared) if linears else GROUPS[0]})
+        changes["weights"] = recipe.weights.model_copy(update={"group_size": auto_group(shared) if linears else GROUPS[0]})
     return recipe.model_copy(update=changes)
 
 
-def usual_group(channels: int) -> int:
-    """The largest of the group sizes that engines have kernels for that divides so many input channels, else the largest that does."""
-    return next((size for size in GROUPS if channels % size == 0), 0) or fitting_group(channels, GROUPS[0])
+def auto_group(channels: int) -> int:
+    """The largest of the group sizes that engines have kernels for that divides so many input channels, else the largest that does and
+    is worth its scales, else -1: the whole row."""
+    return next((size for size in GROUPS if channels % size == 0), 0) or usual_group(channels, GROUPS[0])
+
+
+def _group_notes(asked: Recipe, recipe: Recipe, linears: Iterable[LinearPlan]) -> Iterator[str]:
+    """Said where `auto` became a group that engines may have no kernels for. recipe: what was `asked`, resolved."""
+    size = recipe.weights.group_size
+    if asked.weights.group_size != AUTO or size in GROUPS:
+        return
+    odd = min((p for p in linears if p.scheme and p.scheme.group_size == size), key=lambda p: math.gcd(p.shape[1], GROUPS[0]))
+    why = f"none of {', '.join(map(str, GROUPS))} divides the inputs of all linears ({odd.name} has {odd.shape[1]})"
+    what = f"{size}, the largest that does" if size > 0 else f"-1, a scale a row: no size from {LEAST_GROUP} up does"
+    yield f"weights.group_size auto is {what}; {why}"
 
 
 def _bundled_notes(recipe: Recipe) -> Iterator[str]:
@@ -482,9 +494,11 @@ def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> s
         inputs = {p.module: _inputs_of_rank(plan.checkpoint, plan.tp, p) for p in plan.linears if p.scheme is not None}
         if form.shares_scheme(linear.module):  # which has no place for overrides
             k = math.gcd(*inputs.values())
-            return f"weights.group_size: {fitting_group(k, linear.scheme.group_of(k))}"
+            return f"weights.group_size: {usual_group(k, linear.scheme.group_of(k))}"
         channels = inputs[linear.module]
-        change = f"group_size: {fitting_group(channels, linear.scheme.group_of(channels))}"
+        fitting = replace(linear.scheme, group_size=usual_group(channels, linear.scheme.group_of(channels)))
+        if not form.check(linear.module, (linear.shape[0], channels), fitting, act_order_index=False):
+            change = f"group_size: {fitting.group_size}"
     elif "asymmetric" in problem.found:
         change = "symmetric: true"
     return f'weights.overrides: [{{match: "*.{leaf}", {change}}}]'

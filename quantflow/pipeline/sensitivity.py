@@ -24,7 +24,7 @@ from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.abilities import ABILITIES
-from quantflow.formats.base import fitting_group, grid_problems
+from quantflow.formats.base import grid_problems, usual_group
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
@@ -299,7 +299,7 @@ def _group_problems(checkpoint: Checkpoint, found: Sequence[Part], settings: Set
     problems: dict[tuple[str, tuple[int, int]], Problem] = {}
     if settings.group_size >= 4:  # a whole row fits any linear
         shared = math.gcd(*(shape[1] for part in found for shape in part.shapes.values()))
-        fitting = sorted({fitting_group(shared, settings.group_size), *(size for size in (64, 32, 16) if shared % size == 0)}, reverse=True)
+        fitting = sorted({usual_group(shared, settings.group_size), *(size for size in (64, 32, 16) if shared % size == 0)}, reverse=True)
         sizes = [str(size) for size in fitting if 4 <= size < settings.group_size]
         hint = f"What fits all linears of this model: --group-size {' or '.join([*sizes, '-1'])} (a group a row)"
         for part in found:

@@ -6,30 +6,35 @@ import math
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantflow.errors import Problem, UserError
+from quantflow.formats.base import LEAST_GROUP
 from quantflow.formats.engines import LLAMA_CPP, LMDEPLOY, SGLANG, TRANSFORMERS, VLLM, loads
 from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.plan import GROUPS, LENGTH, SEQLEN
-from quantflow.quant.grid import BITS, Scheme
+from quantflow.quant.grid import BITS, PER_CHANNEL, Scheme
 from quantflow.recipe import BUNDLED, BUNDLED_NEW
 from quantflow.recipe.writer import flow, name_of
 
 SAMPLES, WINDOWS = 32, 32  # of the bundled texts there is enough for so many windows, of 2048 and of 512 tokens
 
 
+BY_ROW = "a scale a row: no group that it reads divides all inputs. Loses more than groups do; it fits any model"
+
+
 @dataclass(frozen=True)
 class Way:
-    """One way to an engine. groups: sizes in the order that they are tried. why: of the choice, for who reads the recipe. Which widths and
-    groups the engine loads of the format is in `engines.LOADS`."""
+    """One way to an engine. groups: sizes in the order that they are tried. rows: whether a scale for a whole row is tried when they do
+    not fit. why: of the choice, for who reads the recipe. Which widths and groups the engine loads of the format is in `engines.LOADS`."""
 
     format: str
     symmetric: bool
     why: str
     groups: tuple[int, ...] = GROUPS
+    rows: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,11 @@ class Target:
 
     def schemes(self, bits: int) -> Iterator[tuple[Way, Scheme]]:
         """What is offered in so many bits, the best first."""
-        for way in self.ways:
-            for group in way.groups:
-                scheme = Scheme(bits, group, way.symmetric)
-                if loads(self.engine, way.format, scheme):
-                    yield way, scheme
+        offered = [(way, group) for way in self.ways for group in way.groups]
+        for way, group in [*offered, *((replace(way, why=BY_ROW), PER_CHANNEL) for way in self.ways if way.rows)]:
+            scheme = Scheme(bits, group, way.symmetric)
+            if loads(self.engine, way.format, scheme):
+                yield way, scheme
 
 
 TARGETS = {
@@ -62,7 +67,7 @@ TARGETS = {
         "LMDeploy",
         LMDEPLOY,
         (
-            Way("awq", False, "TurboMind reads AWQ in groups of 128 alone, with zero points"),
+            Way("awq", False, "TurboMind reads AWQ in groups of 128 alone, with zero points", rows=False),
             Way("compressed-tensors", True, "128 does not divide all inputs; TurboMind's other groups are 32, of this format"),
         ),
         "lmdeploy serve api_server {}",
@@ -71,7 +76,7 @@ TARGETS = {
         "SGLang",
         SGLANG,
         (
-            Way("awq", False, "it reads AWQ with zero points"),
+            Way("awq", False, "it reads AWQ with zero points", rows=False),
             Way("compressed-tensors", True, "8 bits are compressed-tensors', symmetric"),
         ),
         "python -m sglang.launch_server --model-path {}",
@@ -79,13 +84,13 @@ TARGETS = {
     "transformers": Target(
         "transformers",
         TRANSFORMERS,
-        (Way("compressed-tensors", True, "symmetric: experts have no zero points there", (*GROUPS, 16, 8)),),
+        (Way("compressed-tensors", True, "symmetric: experts have no zero points there", (*GROUPS, LEAST_GROUP)),),
         'AutoModelForCausalLM.from_pretrained("{}")',
     ),
     "llama.cpp": Target(
         "llama.cpp",
         LLAMA_CPP,
-        (Way("gguf", True, "Q4_0 and Q8_0 have a scale for every 32 weights, and no zero point", (32,)),),
+        (Way("gguf", True, "Q4_0 and Q8_0 have a scale for every 32 weights, and no zero point", (32,), rows=False),),
         "llama-server -m {}/model.gguf",
     ),
 }

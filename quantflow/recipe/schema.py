@@ -154,7 +154,8 @@ class Weights(Section):
     bits: WeightBits = Field(default=4, description="Bits a weight; 5, 6 and 7 for compressed-tensors alone.")
     group_size: AutoGroupSize = Field(
         default=128,
-        description="Input channels that share a scale; -1: the whole row. auto: the largest of 128, 64 and 32 that fits all linears.",
+        description="Input channels that share a scale; -1: the whole row. auto: the largest of 128, 64 and 32 that fits all linears, "
+        "else the largest from 16 that does, else -1.",
     )
     symmetric: Symmetric = Field(
         default=None,

@@ -159,7 +159,7 @@ def _whole_problems(job: PackJob) -> list[Problem]:
     problems = _rank_problems(job)
     if form.container == "gguf":
         problems += decoder_problems(str(config.get("model_type")), checkpoint.config)
-        if not checkpoint.config_only and not problems and has_tokenizer(checkpoint.tokenizer_path):
+        if not problems and has_tokenizer(checkpoint.tokenizer_path):
             try:
                 vocabulary_metadata(checkpoint.tokenizer_path, config, checkpoint.config.vocabulary)
             except (FormatError, ModelError) as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -338,3 +340,28 @@ def test_a_manifest_of_another_shape_is_a_message(tmp_path: Path, changes: dict[
     assert len(caught.value.problems) == len(said)
     for problem, text in zip(caught.value.problems, said, strict=True):
         assert text in str(problem) and problem.hint.startswith("The manifest is damaged: ")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_place_that_cannot_be_written_is_the_users_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(OutputError, match=f"^{re.escape(str(tmp_path))}: not writable .*--output"), building(tmp_path / "out"):
+        pytest.fail("nothing was made")
+
+
+def test_a_full_disk_is_named_though_the_write_does_not_say_of_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left") as raised, building(tmp_path / "out"):
+        raise full
+    assert raised.value.filename == str(tmp_path / "out") and not list(tmp_path.iterdir())
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="quota") as raised:
+        write_atomic(tmp_path / "x.json", b"{}")
+    assert raised.value.filename == str(tmp_path / "x.json") and not list(tmp_path.iterdir())

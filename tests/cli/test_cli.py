@@ -169,6 +169,7 @@ def test_schema_accepts_our_recipes(bench: Bench) -> None:
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 4, ("disk full", "Disk quota exceeded")),
         (OSError(errno.EIO, "Input/output error", "/bad/disk"), 4, ("/bad/disk Input/output error",)),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, ("/root/x: Permission denied",)),
+        (OSError(errno.EROFS, "Read-only file system", "/cd/x"), 2, ("not writable", "/cd/x: Read-only file system", "--output")),
         (MemoryError(), 4, ("out of memory", "calibration.samples", "quantflow plan")),
         (torch.OutOfMemoryError("CUDA out of memory"), 4, ("out of memory",)),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 4, ("out of memory",)),

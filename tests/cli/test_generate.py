@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from quantflow.evaluate.throughput import memory_table
 from tests.helpers.runs import invoke
+from tests.helpers.tiny import write_llama
 
 
 def test_text_json_and_stream_say_the_same(tiny: Path) -> None:
@@ -45,6 +47,18 @@ def test_what_is_wrong_is_said_in_one_message(tiny: Path, more: list[str], said:
     assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.stderr and not result.stdout
 
 
+def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    result = invoke("generate", model, "--prompt", "The", "--device", "cpu")
+    assert result.exit_code == 2 and f"{model}: no tokenizer; expected tokenizer.json" in result.stderr
+
+
+def test_the_memory_of_bench_is_within_the_models_positions(tmp_path: Path) -> None:
+    model = write_llama(tmp_path / "model", max_position_embeddings=1500)
+    assert [row["context"] for row in memory_table(model, [1], [1024, 2048, 4096])] == [1024, 1500]
+
+
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     for verb in (["generate", tmp_path, "--prompt", "x"], ["verify", tmp_path], ["bench", tmp_path]):
         result = invoke(*verb)
@@ -67,8 +81,8 @@ def test_bench_measures_every_row(artifact: Path, tmp_path: Path) -> None:
     assert rows["weights"]["cache_bytes"] == 2 * 64 * 2 * 2 * 2 * 16 * 2
     assert rows["weights + KV int8"]["cache_bytes"] == rows["weights"]["cache_bytes"] // 2
     assert rows["weights"]["weight_bytes"] < rows["full precision"]["weight_bytes"]
-    memory = next(m for m in record["memory"] if m["context"] == 1024)
-    assert memory["kv_bytes"] == 2 * 1024 * 2 * 2 * 2 * 16 * 2 == 2 * memory["kv_int8_bytes"]
+    memory = next(m for m in record["memory"] if m["context"] == 128)
+    assert memory["kv_bytes"] == 2 * 128 * 2 * 2 * 2 * 16 * 2 == 2 * memory["kv_int8_bytes"]
     assert record["date"] and record["torch"] and record["mode"] == "exact"
     wrong = invoke("bench", artifact, "--batch", "0")
     assert wrong.exit_code == 2

@@ -75,11 +75,37 @@ def test_groups_fit_the_model_and_the_engine() -> None:
         **{("wide", engine): 128 for engine in ("vllm", "lmdeploy", "sglang", "transformers")}, ("wide", "llama.cpp"): 32,
         **{("odd", engine): 64 for engine in ("vllm", "sglang", "transformers")}, ("odd", "llama.cpp"): 32, ("odd", "lmdeploy"): 32,
     }  # fmt: skip
-    write_llama(Path("strange"), hidden_size=48, intermediate_size=80, num_attention_heads=3, num_key_value_heads=3)
-    for engine in ("vllm", "lmdeploy", "llama.cpp"):
-        refused = invoke("init", "--model", "strange", "--for", engine)
-        assert refused.exit_code == 2 and "They fit transformers" in refused.stderr and not Path(f"strange_w4_{engine}.yaml").exists()
-    assert invoke("init", "--model", "strange", "--for", "transformers").exit_code == 0
+    for name, inner in (("strange", 80), ("stranger", 172)):
+        write_llama(Path(name), hidden_size=48, intermediate_size=inner, num_attention_heads=3, num_key_value_heads=3)
+        for engine in ("lmdeploy", "llama.cpp"):
+            refused = invoke("init", "--model", name, "--for", engine)
+            assert refused.exit_code == 2 and "They fit vllm, sglang, transformers" in refused.stderr
+            assert not Path(f"{name}_w4_{engine}.yaml").exists()
+        for engine in ("vllm", "sglang", "transformers"):  # a scale a row comes last, and fits anything
+            assert invoke("init", "--model", name, "--for", engine).exit_code == 0
+            recipe = yaml.safe_load(Path(f"{name}_w4_{engine}.yaml").read_text())
+            size = 16 if (name, engine) == ("strange", "transformers") else -1
+            assert recipe["weights"]["group_size"] == size and {"pack": {"format": "compressed-tensors"}} in recipe["stages"]
+
+
+def test_what_plan_would_refuse_is_not_written() -> None:
+    """llama.cpp's BPE is byte-level or falls back to bytes; without the vocabulary being looked at, the recipe could not be run."""
+    write_llama(Path("model"))
+    tokenizer = json.loads(Path("model/tokenizer.json").read_text())
+    tokenizer |= {"normalizer": {"type": "Prepend", "prepend": "▁"}, "pre_tokenizer": None, "decoder": None}
+    tokenizer["model"] |= {"byte_fallback": False}
+    Path("model/tokenizer.json").write_text(json.dumps(tokenizer))
+    made = invoke("init", "--model", "model", "--for", "llama.cpp")
+    assert made.exit_code == 2 and "neither byte-level nor falls back to bytes" in made.stderr and not list(Path().glob("*.yaml"))
+    Path("model/model.safetensors").unlink()  # a config and a tokenizer say that much too
+    assert "neither byte-level" in invoke("init", "--model", "model", "--for", "llama.cpp").stderr
+    assert invoke("init", "--model", "model").exit_code == 0
+
+
+def test_commands_can_be_pasted() -> None:
+    write_llama(Path("model"))
+    made = invoke("init", "--model", "model", "--output", "my recipes/a b.yaml")
+    assert made.stdout.splitlines()[-1] == "Next: quantflow run 'my recipes/a b.yaml'"
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,7 @@ def test_auto_lengths_are_within_the_models_positions(positions: int, calibratio
         (2048, 5632, "", 128),
         (96, 160, "", 32),
         (72, 108, "", 36),  # no usual one fits
+        (64, 172, "", 0),  # nor any that is worth its scales: the greatest common divisor is 4
         (128, 96, "ignore: ['lm_head', '*.down_proj'],", 128),  # what stays in 16 bits asks for nothing
         (128, 96, "overrides: [{match: '*.down_proj', group_size: 48}],", 128),  # nor what has its own
     ],
@@ -240,7 +241,21 @@ def test_an_auto_group_is_the_largest_usual_one_that_fits_all_linears(
     text = AUTO.replace("{group_size", f"{{{change} group_size")
     found = automatic(tmp_path, text, hidden_size=hidden, intermediate_size=inner, num_attention_heads=4, num_key_value_heads=4)
     (most, *_), counts = sorted(found["linears"], key=lambda scheme: -found["linears"][scheme]), found["linears"]
-    assert f" g{group} " in most and counts[most] >= 6
+    assert f" g{group} " in most if group else most == "W4 channel asymmetric"
+    assert counts[most] >= 6
+    said = [note for note in found["notes"] if note.startswith("weights.group_size auto is ")]
+    assert len(said) == (group in (0, 36)) and all(f"is {group or -1}," in note for note in said)
+
+
+def test_what_is_advised_is_worth_its_scales(tmp_path: Path) -> None:
+    """172 inputs are divided by 4 and by 86: the first would take 8 bits a weight."""
+    for asked, shape in ((32, {"hidden_size": 64, "intermediate_size": 172}), (128, {"hidden_size": 128, "intermediate_size": 172})):
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+        with pytest.raises(AssertionError) as refused:
+            automatic(tmp_path, AUTO.replace("group_size: auto", f"group_size: {asked}"), **shape, **heads)
+        fitting = -1 if asked == 32 else 86
+        assert f'{{match: "*.down_proj", group_size: {fitting}}}' in str(refused.value)
+        assert f"Use group_size {'86 or -1' if fitting == 86 else '-1'} (per channel)" in str(refused.value)
 
 
 def test_an_auto_group_fits_each_rank(tmp_path: Path) -> None:

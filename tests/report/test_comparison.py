@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from quantflow.cli.console import console
 from quantflow.report.comparison import differences
 from quantflow.report.page import read_report
 from tests.helpers.runs import invoke, make_bench
@@ -52,6 +53,15 @@ def test_the_table(artifacts: dict[str, Path]) -> None:
     report = read_report(artifacts["three"])
     assert result.exit_code == 0 and f"{report['quality']['weights']['kl_mean']:.5f}" in result.stdout
     assert "weights.bits: 4 | 3" in result.stdout
+
+
+def test_a_narrow_terminal_has_a_table_for_each(artifacts: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(console, "_width", 40)
+    lines = invoke("compare", artifacts["four"], artifacts["three"]).stdout.splitlines()
+    assert sum("output error" in line for line in lines) == 2 and max(map(len, lines)) <= 40
+    for name in ("four", "three"):
+        assert any(f"{read_report(artifacts[name])['quality']['weights']['perplexity']:.4f}" in line for line in lines)
 
 
 def test_figures_on_other_texts_are_marked(artifacts: dict[str, Path]) -> None:
