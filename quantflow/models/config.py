@@ -54,8 +54,10 @@ class DecoderConfig:
     def context(self) -> int:
         """Tokens of the longest text: the trained length times the factor that a linear or yarn embedding stretches it by, unless
         max_position_embeddings is longer and so the stretched length itself. For llama3, whose factor is no ratio of lengths, it always is;
-        dynamic changes nothing up to it, and `stretches` beyond."""
-        factor = self.rope.parameters.get("factor", 1.0) if self.rope.kind in ("linear", "yarn") else 1.0
+        dynamic changes nothing up to it, and `stretches` beyond; without scaling, original_max_position_embeddings says nothing."""
+        if self.rope.kind not in ("linear", "yarn"):
+            return self.max_positions
+        factor = self.rope.parameters["factor"]
         trained = self.rope.parameters.get("original_max_position_embeddings", float(self.max_positions))
         return max(self.max_positions, int(trained * factor))
 

@@ -130,3 +130,11 @@ def test_a_foreign_gguf_has_the_stretched_length(yarn: Path, tmp_path: Path) -> 
     read, own = read_llama_like(foreign), Checkpoint(yarn).config
     assert read.context == 512
     assert torch.equal(inverse_frequencies(read, 512)[0], inverse_frequencies(own, 512)[0])
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "dynamic", "factor": 2.0}])
+def test_a_trained_length_beside_no_stretching_says_nothing(tmp_path: Path, scaling: dict[str, Any] | None) -> None:
+    """It ended in a KeyError where no scaling has a factor, and gave a context that nothing stretches to."""
+    folder = write_llama(tmp_path, max_position_embeddings=64, original_max_position_embeddings=128, rope_scaling=scaling)
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.config.context == 64 and not any("texts may have" in remark for remark in checkpoint.remarks)
