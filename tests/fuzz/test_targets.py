@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from tests.fuzz.seeds import seeds
 from tests.fuzz.targets import LONGEST_MESSAGE, TARGETS, Target, judge, lay_out
 
 CHANGES = 80
+RECORD = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "fuzz_cpu.json"
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +91,10 @@ def test_what_is_changed_keeps_its_frame(name: str) -> None:
 
 def test_flips_are_some(tmp_path: Path) -> None:
     assert len({flip(b"0123456789" * 3, Random(i)) for i in range(100)}) > 90 and isinstance(flip(b"", Random(0)), bytes)
+
+
+def test_the_record_is_of_every_target() -> None:
+    rows = json.loads(RECORD.read_text())["targets"]
+    assert set(rows) == set(TARGETS)
+    for name, row in rows.items():
+        assert row["seconds"] >= 600 and row["executions"] > 0 and 0 < row["branches"]["taken"] <= row["branches"]["of"], name
