@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from quantflow.cli.console import console, progress, reporting, show_notes
+from quantflow.cli.console import console, errors, progress, reporting, show_notes
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, RecipePath, Set
 from quantflow.cli.recipes import find
 
@@ -38,7 +38,7 @@ def run(
         plan = make_plan(load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value)
         show_notes(plan.checkpoint.remarks)
         for warning in plan.warnings if not as_json else ():
-            console.print(f"Warning: {warning}.")
+            errors.print(f"Warning: {warning}.")
         with progress() as watcher:
             result = run_plan(plan, watcher, fresh=fresh)
         show_notes(note for note in result.report["notes"] if note not in plan.notes)
@@ -63,10 +63,10 @@ def run(
 
 def _show(report: dict[str, Any]) -> None:
     lines = report["linears"]
-    errors = sorted(line["error"] for line in lines.values() if "error" in line)
+    lost = sorted(line["error"] for line in lines.values() if "error" in line)
     text = f"{len(lines)} linears quantised, {len(report['kept'])} kept" if lines else "No weight was changed"
-    if errors:
-        text += f"; output error: median {median(errors):.2e}, largest {errors[-1]:.2e}"
+    if lost:
+        text += f"; output error: median {median(lost):.2e}, largest {lost[-1]:.2e}"
     console.print(text + ".")
     for name, fallback in list(report["fallbacks"].items())[:8]:
         console.print(f"  fallback: {name}: {fallback}")

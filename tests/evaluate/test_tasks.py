@@ -110,7 +110,7 @@ def test_every_fault_of_every_file_at_once(tmp_path: Path) -> None:
     said = [str(problem) for problem in caught.value.problems]
     assert len(said) == 21 + 2 + 4 and f"{many}: 30 more problems like these" in said
     assert [problem.where for problem in caught.value.problems[21:23]] == [f"{two}:2", f"{two}:4"]
-    assert [part in text for part, text in zip(("no questions", "not UTF-8", "No such file", "directory"), said[23:], strict=True)] == [
+    assert [part in text for part, text in zip(("an empty file", "not UTF-8", "No such file", "directory"), said[23:], strict=True)] == [
         True
     ] * 4
     with pytest.raises(DataError, match="2 questions; expected more than the 2 that are shown as examples"):

@@ -145,7 +145,7 @@ def test_the_configuration(scheme: Scheme) -> None:
     with pytest.raises(FormatError, match="one scheme"):
         FORM.quantization_config({"a": PLAIN, "b": DOUBLE}, [], PLAIN)
     with pytest.raises(FormatError, match="KV"):
-        FORM.quantization_config({MODULE: scheme}, [], scheme, kv={"bits": 8})
+        FORM.quantization_config({MODULE: scheme}, [], scheme, kv_scales="fp8")
 
 
 def test_the_configuration_is_transformers_own() -> None:
@@ -374,7 +374,7 @@ def other_shape(tensors: dict[str, Tensor]) -> None:
     [
         (rename("__nf4", "__fp4"), {"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: 'fp4'; expected 'nf4'"),
         (rename("__nf4", "__fp4"), {}, "bitsandbytes__nf4: missing"),
-        (eight_bits, {"load_in_4bit": False, "load_in_8bit": True}, "load_in_4bit: false; expected true: 8-bit checkpoints"),
+        (eight_bits, {"load_in_4bit": False, "load_in_8bit": True}, r"INT8 weights of bitsandbytes \(load_in_8bit\)"),
         (eight_bits, {}, "bitsandbytes__nf4: missing"),
         (nan, {}, f"{MODULE}: scales that are NaN"),
         (other_shape, {}, rf"{MODULE}: shape \[128, 64\]; expected \[64, 64\]"),

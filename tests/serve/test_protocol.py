@@ -14,7 +14,7 @@ from quantflow import LLM, SamplingParams
 from quantflow.engine import grammar
 from tests.helpers.serving import DEMO, LMDEPLOY_BODY, Running
 
-DEEP = {"name": "f", "arguments": "[" * 980 + "]" * 980}
+DEEP = {"name": "f", "arguments": "[" * 20_000 + "]" * 20_000}  # some libraries raise the recursion limit, but not so far
 CALLED = {"role": "assistant", "tool_calls": [{"id": "1", "function": DEEP}]}
 
 
