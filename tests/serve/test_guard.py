@@ -6,6 +6,7 @@ import hmac
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,10 @@ def talk(running: Running, data: bytes) -> bytes:
 def test_headers_that_are_too_large(server: Running) -> None:
     lines = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
     assert b" 431 " in talk(server, lines + b"x-filler: " + b"x" * MOST_HEADER_BYTES + b"\r\n\r\n").split(b"\r\n")[0]
-    endless = talk(server, lines + b"x-filler: " + b"x" * 2 * MOST_HEADER_BYTES)  # they never end
+    for _ in range(5):  # a connection closed over bytes that nobody read may be reset before its answer is
+        with suppress(ConnectionResetError):
+            endless = talk(server, lines + b"x-filler: " + b"x" * 2 * MOST_HEADER_BYTES)  # they never end
+            break
     assert endless.startswith(b"HTTP/1.1 431 ") and b"headers_too_large" in endless
     many = b"".join(b"x-%d: y\r\n" % i for i in range(5000))
     assert b" 431 " in talk(server, lines + many + b"\r\n").split(b"\r\n")[0]
