@@ -18,6 +18,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes run tests: one thread each, and in what they start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+for name in ("COLUMNS", "LINES"):  # set in processes that share the work, and a console would keep them for good
+    os.environ.pop(name, None)
 # Where the tests are started in the background, Ctrl-C is ignored, and so it would be in the processes that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
