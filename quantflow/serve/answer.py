@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -50,7 +50,10 @@ class Usage:
 
 
 class Shape(Protocol):
-    """What an answer looks like. Texts are counted through all prompts: `params.n` of each."""
+    """What an answer looks like. Texts are counted through all prompts: `params.n` of each. typed: events have a `type`, which stands in a
+    line before them, too, and tells which one is the last; otherwise `[DONE]` does."""
+
+    typed: ClassVar[bool] = False
 
     def start(self) -> Iterable[Object]:
         """Events before the first token."""
@@ -63,6 +66,10 @@ class Shape(Protocol):
     def end(self, usage: Usage) -> Iterable[Object]:
         """Events after the last token."""
         ...
+
+    def failed(self, error: Refused) -> Iterable[Object]:
+        """Events in place of those at the end, where the stream cannot be finished."""
+        return (error.body,)
 
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
         """All in one."""
@@ -100,6 +107,7 @@ class Answer(Response):
         self.service, self.sequences, self.prepare, self.renamed = service, sequences, prepare, renamed
         self.status_code, self.background = 200, None
         self._begun = Begun.nothing
+        self._shape: Shape | None = None  # once there is a job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work, gone = asyncio.create_task(self._answer(scope, receive, send)), asyncio.create_task(_gone(receive))
@@ -137,6 +145,7 @@ class Answer(Response):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.prepare() as job:
+            self._shape = job.shape
             try:
                 await self.service.compile(job.params.grammar)
             except RequestError as error:
@@ -150,13 +159,13 @@ class Answer(Response):
 
     async def _fail(self, send: Send, error: Refused) -> None:
         """As an event, where those have begun."""
-        if self._begun == Begun.nothing:
+        if self._begun == Begun.nothing or self._shape is None:
             raise error
         if self._begun == Begun.object:  # it can only be cut short
             return
         with contextlib.suppress(TimeoutError):  # who reads too slowly for that sees the connection end
             async with asyncio.timeout(LAST_WORDS_S):
-                await send({"type": "http.response.body", "body": event(error.body), "more_body": False})
+                await send({"type": "http.response.body", "body": _written(self._shape, self._shape.failed(error)), "more_body": False})
 
     async def _open(
         self, job: Job, stack: AsyncExitStack, arrived: asyncio.Event | None = None
@@ -190,14 +199,14 @@ class Answer(Response):
             stack.enter_context(_nudged(arrived, self.service.config.keep_alive_s))
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
             self._begun = Begun.events
-            await send({"type": "http.response.body", "body": b"".join(map(event, job.shape.start())), "more_body": True})
+            await send({"type": "http.response.body", "body": _written(job.shape, job.shape.start()), "more_body": True})
             loop, silence_s = asyncio.get_running_loop(), self.service.config.keep_alive_s
             said = loop.time()
             while not all(stream.done for stream in streams):
                 await arrived.wait()
                 arrived.clear()
                 came = [stream.take() for stream in streams]
-                data = b"".join(piece for at, tokens in enumerate(came) for piece in self._new(job, at, tokens, collectors[at]))
+                data = b"".join(self._new(job, at, tokens, collectors[at]) for at, tokens in enumerate(came))
                 if not data and loop.time() - said >= silence_s * 0.9:  # nothing came, or nothing that can be shown yet
                     data = KEEP_ALIVE
                 if data:
@@ -206,18 +215,22 @@ class Answer(Response):
                 if len(streams) == 1:
                     await streams[0].rest(self.service.pause_s)
             usage = _usage([collector.output() for collector in collectors])
-            last = b"".join(map(event, job.shape.end(usage))) + DONE
+            last = _written(job.shape, job.shape.end(usage)) + (b"" if job.shape.typed else DONE)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _new(self, job: Job, prompt: int, tokens: list[Token], collector: Collector) -> Iterator[bytes]:
+    def _new(self, job: Job, prompt: int, tokens: list[Token], collector: Collector) -> bytes:
         """The events of a prompt's new tokens."""
         texts: dict[int, list[Token]] = {}
         for token in tokens:
             _check(token, self.service)
             collector.add(token)
             texts.setdefault(token.index, []).append(token)
-        for index, new in texts.items():
-            yield from map(event, job.shape.more(prompt * job.params.n + index, new))
+        first = prompt * job.params.n
+        return b"".join(_written(job.shape, job.shape.more(first + index, new)) for index, new in texts.items())
+
+
+def _written(shape: Shape, events: Iterable[Object]) -> bytes:
+    return b"".join(event(content, content["type"] if shape.typed else "") for content in events)
 
 
 async def _gone(receive: Receive) -> None:

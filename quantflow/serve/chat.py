@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantflow.engine.request import Finish, Output, Token
-from quantflow.serve.answer import Job, Object, Usage
+from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import ChatRequest, ToolChoice
 from quantflow.serve.sampling import chat_logprobs, grammar_of, sampling_params, stream_usage
@@ -17,7 +17,7 @@ from quantflow.serve.service import Service
 from quantflow.serve.tools import Call, ToolFormat, ToolReader, must_call
 
 
-class ChatShape:
+class ChatShape(Shape):
     """tools: how calls are read out of the text; None: they are not. most_calls: those after are dropped. usage: whether the last event
     tells it."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from quantflow.engine.request import Completion, Logprob, Output, Token
 from quantflow.engine.text import Detokenizer
-from quantflow.serve.answer import Job, Object, Usage
+from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import CompletionRequest
 from quantflow.serve.sampling import finite, grammar_of, sampling_params, stream_usage
@@ -26,7 +26,7 @@ class Prompt:
     text: str
 
 
-class TextShape:
+class TextShape(Shape):
     """echo: whether prompts stand before what follows them. per_prompt: texts that are shown of each. nothing: what was generated is not
     shown, since no tokens were asked for."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from quantflow.engine.engine import Engine
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
-from quantflow.serve.answer import Job, Object, Usage
+from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import InteractiveRequest
 from quantflow.serve.service import Service
@@ -94,7 +94,7 @@ class Sessions:
         return bool(idle)
 
 
-class TurnShape:
+class TurnShape(Shape):
     """Each event has the letters that are new, and counts them all."""
 
     def __init__(self, prompt: int, history: int) -> None:

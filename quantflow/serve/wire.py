@@ -20,9 +20,10 @@ def encode(content: Any) -> bytes:
         return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def event(content: Any) -> bytes:
-    """One server-sent event."""
-    return b"data: " + encode(content) + b"\n\n"
+def event(content: Any, name: str = "") -> bytes:
+    """One server-sent event. name: in a line of its own, where the API has names for its events."""
+    head = f"event: {name}\n" if name else ""
+    return head.encode() + b"data: " + encode(content) + b"\n\n"
 
 
 class Json(Response):

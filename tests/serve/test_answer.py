@@ -178,6 +178,22 @@ def test_a_stream_that_has_nothing_to_show_is_kept_alive(monkeypatch: pytest.Mon
         assert body.count(b": keep-alive\n\n") >= 3
 
 
+@pytest.mark.parametrize("limit", [60.0, 0.3])
+def test_an_api_whose_events_have_types(monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+    """Each type stands in a line of its own, nothing follows the last event, and an error in the middle is an event of that API."""
+    monkeypatch.setattr(ChatShape, "typed", True)
+    monkeypatch.setattr(ChatShape, "start", lambda self: [{"type": "begun"}])
+    monkeypatch.setattr(ChatShape, "more", lambda self, text, tokens: [{"type": "more"}])
+    monkeypatch.setattr(ChatShape, "end", lambda self, usage: [{"type": "ended", "tokens": usage.completion}])
+    monkeypatch.setattr(ChatShape, "failed", lambda self, error: [{"type": "failed", "code": error.code}])
+    with serving(config=ServerConfig(port=0, request_timeout_s=limit)) as running:
+        answer = running.chat(stream=True, max_tokens=900 if limit < 1 else 3, ignore_eos=True)
+    events = [line.splitlines() for line in answer.body.decode().split("\n\n") if line]
+    assert all(json.loads(data.removeprefix("data: "))["type"] == name.removeprefix("event: ") for name, data in events)
+    assert answer.events[0] == {"type": "begun"} and {"type": "more"} in answer.events
+    assert answer.events[-1] == ({"type": "failed", "code": "timeout"} if limit < 1 else {"type": "ended", "tokens": 3})
+
+
 def test_prompts_of_one_request_begin_together(server: Running) -> None:
     engine, seen = server.service.llm.engine, list[int]()
     schedule = engine.scheduler.schedule
