@@ -506,6 +506,7 @@ class Engine:
         sequence.tokens.append(token)
         free = sequence.generated >= params.min_tokens
         text, finish = "", None
+        stop: str | int | None = None
         ends = (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids
         if self.text and not (ends and free):
             if sequence not in self._detokenizers:
@@ -513,7 +514,8 @@ class Engine:
                     self.text, sequence.request.prompt, params.stop, special=not params.skip_special_tokens
                 )
             text = self._detokenizers[sequence].add(token, search=free)
-            if self._detokenizers[sequence].stopped:
+            stop = self._detokenizers[sequence].stop
+            if stop is not None:
                 finish = Finish.stop
         reason = ""
         if ends and free:
@@ -529,7 +531,9 @@ class Engine:
         if finish is None:
             return Token(sequence.request.id, sequence.index, token, text, logprob, prompt_logprobs=prompt_logprobs, cached=sequence.cached)
         ended = self._finish(sequence, finish, reason)
-        return replace(ended, token=token, text=text + ended.text, logprob=logprob, prompt_logprobs=prompt_logprobs)
+        if stop is None and ends and free and (token not in self.end_tokens or params.ignore_eos):
+            stop = token
+        return replace(ended, token=token, text=text + ended.text, logprob=logprob, stop=stop, prompt_logprobs=prompt_logprobs)
 
     def _give_up(self, sequence: Sequence, finish: Finish, reason: str = "") -> list[Token]:
         """Ends a sequence, and the siblings that would have begun where its prompt ends."""

@@ -31,7 +31,7 @@ class Collector:
         self._tokens: list[list[int]] = [[] for _ in range(count)]
         self._texts: list[list[str]] = [[] for _ in range(count)]
         self._logprobs: list[list[Logprob]] = [[] for _ in range(count)]
-        self._ends: list[tuple[Finish, str] | None] = [None] * count
+        self._ends: list[Token | None] = [None] * count
         self._prompt: tuple[Logprob | None, ...] = ()
         self._cached = 0
 
@@ -49,14 +49,14 @@ class Collector:
         if token.prompt_logprobs:
             self._prompt = token.prompt_logprobs
         if token.finish:
-            self._ends[token.index] = (token.finish, token.reason)
+            self._ends[token.index] = token
 
     def output(self) -> Output:
         completions = []
         for index, end in enumerate(self._ends):
-            finish, reason = end or (Finish.abort, "")
-            text = "".join(self._texts[index])
-            completions.append(Completion(index, tuple(self._tokens[index]), text, finish, reason, tuple(self._logprobs[index])))
+            finish, reason, stop = (end.finish or Finish.abort, end.reason, end.stop) if end else (Finish.abort, "", None)
+            text, logprobs = "".join(self._texts[index]), tuple(self._logprobs[index])
+            completions.append(Completion(index, tuple(self._tokens[index]), text, finish, reason, logprobs, stop))
         return Output(self.request.id, self.request.prompt, tuple(completions), self._prompt, self._cached)
 
 

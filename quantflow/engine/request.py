@@ -204,7 +204,7 @@ class Sequence:
 @dataclass(frozen=True)
 class Token:
     """One step of one sequence. text: what can be shown by now; letters that may become part of a stop string are held back. token:
-    None where the sequence ended without another one."""
+    None where the sequence ended without another one. stop: the stop string or stop token that ended it, if one did."""
 
     request: str
     index: int
@@ -213,13 +213,15 @@ class Token:
     logprob: Logprob | None = None
     finish: Finish | None = None
     reason: str = ""
+    stop: str | int | None = None
     prompt_logprobs: tuple[Logprob | None, ...] = ()
     cached: int = 0  # tokens of the prompt that the prefix cache held
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished text. token_ids: the generated tokens, the end token included."""
+    """One finished text. token_ids: the generated tokens, the end token included. stop: the stop string or the stop token that ended
+    it, if one did; None for a token that ends every text."""
 
     index: int
     token_ids: tuple[int, ...]
@@ -227,6 +229,7 @@ class Completion:
     finish: Finish
     reason: str = ""
     logprobs: tuple[Logprob, ...] = ()
+    stop: str | int | None = None
 
 
 @dataclass(frozen=True)

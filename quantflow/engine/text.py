@@ -206,25 +206,24 @@ class Detokenizer:
         while self._known and self._decode(self._known).startswith(BROKEN):  # or its last tokens begin within one
             self._ids, self._known = self._ids[1:], self._known - 1
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
 
     def add(self, token: int, *, search: bool = True) -> str:
-        """The letters that can be shown now. search: whether stop strings count yet. `stopped` is set where one was found."""
+        """The letters that can be shown now. search: whether stop strings count yet. `stop` is the one that was found."""
         self._ids.append(token)
         self._held += self._grown(whole=len(self._ids) - self._known > LONGEST)
         if not self._stops or not search:
             return self._take(len(self._held))
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown = self._held[: min(found)]
-            self._held = ""
+            _, at, self.stop = min(found)  # which is whole first, however the tokens cut the text
+            shown, self._held = self._held[:at], ""
             return shown
         return self._take(len(self._held) - self._may_begin())
 
     def finish(self) -> str:
         """The letters that were held back, once no more tokens come."""
-        if self.stopped:
+        if self.stop is not None:
             return ""
         self._held += self._grown(whole=True)
         return self._take(len(self._held))

@@ -48,7 +48,9 @@ def test_max_tokens_and_the_context_end_a_text(engine: Engine) -> None:
 def test_an_end_token_ends_a_text_unless_it_is_ignored_or_too_early(engine: Engine) -> None:
     forced = {"logit_bias": {1: 100.0}}  # </s>
     found = run(engine, max_tokens=5, **forced)
-    assert (found.finish, found.token_ids, found.text) == (Finish.stop, (1,), "")
+    assert (found.finish, found.token_ids, found.text, found.stop) == (Finish.stop, (1,), "", None)
+    assert run(engine, max_tokens=5, stop_token_ids=(1,), **forced).stop is None  # it ends every text
+    assert run(engine, max_tokens=5, stop_token_ids=(1,), ignore_eos=True, **forced).stop == 1
     assert run(engine, max_tokens=5, ignore_eos=True, **forced).token_ids == (1,) * 5
     late = run(engine, max_tokens=5, min_tokens=3, **forced)
     assert late.finish == Finish.stop and late.token_ids.index(1) == 3
@@ -57,7 +59,7 @@ def test_an_end_token_ends_a_text_unless_it_is_ignored_or_too_early(engine: Engi
 def test_stop_tokens(engine: Engine) -> None:
     whole = run(engine, max_tokens=12, ignore_eos=True).token_ids
     found = run(engine, max_tokens=12, ignore_eos=True, stop_token_ids=(whole[5],))
-    assert found.finish == Finish.stop and found.token_ids == whole[: whole.index(whole[5]) + 1]
+    assert (found.finish, found.stop) == (Finish.stop, whole[5]) and found.token_ids == whole[: whole.index(whole[5]) + 1]
 
 
 def test_stop_strings_may_span_tokens_and_are_not_shown(engine: Engine) -> None:
@@ -66,9 +68,10 @@ def test_stop_strings_may_span_tokens_and_are_not_shown(engine: Engine) -> None:
     for start in range(2, len(text) - 6, 3):
         stop = text[start : start + 6]
         found = run(engine, max_tokens=30, ignore_eos=True, stop=(stop, "never there"))
-        assert found.finish == Finish.stop and found.text == text[: text.index(stop)]
+        assert (found.finish, found.stop) == (Finish.stop, stop) and found.text == text[: text.index(stop)]
     half = text[-3:] + "§"  # its beginning is held back, and shown in the end
     assert run(engine, max_tokens=30, ignore_eos=True, stop=(half,)).text == text
+    assert whole.stop is None
 
 
 def test_what_is_streamed_adds_up_to_the_text(tiny: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -123,26 +124,49 @@ def test_the_space_before_a_word_after_the_prompt_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stops", "pieces", "shown", "stopped"),
+    ("stops", "pieces", "shown", "stop"),
     [
-        (("END",), ["a", "E", "N", "D", "b"], "a", True),
-        (("END",), ["a", "E", "N", "x"], "aENx", False),
-        (("aab",), ["a", "a", "a", "b"], "a", True),
-        (("bc", "abc"), ["a", "b", "c"], "", True),
-        (("xy", "y"), ["a", "x", "y"], "a", True),
-        (("\n\n",), ["one\n", "\ntwo"], "one", True),
-        (("zz",), ["z"], "z", False),
+        (("END",), ["a", "E", "N", "D", "b"], "a", "END"),
+        (("END",), ["a", "E", "N", "x"], "aENx", None),
+        (("aab",), ["a", "a", "a", "b"], "a", "aab"),
+        (("bc", "abc"), ["a", "b", "c"], "", "abc"),
+        (("abc", "ab"), ["abc"], "", "ab"),
+        (("abcd", "bc"), ["abcd"], "a", "bc"),
+        (("xy", "y"), ["a", "x", "y"], "a", "xy"),
+        (("\n\n",), ["one\n", "\ntwo"], "one", "\n\n"),
+        (("zz",), ["z"], "z", None),
     ],
 )
-def test_stop_strings(tiny: Path, stops: tuple[str, ...], pieces: list[str], shown: str, stopped: bool) -> None:
+def test_stop_strings(tiny: Path, stops: tuple[str, ...], pieces: list[str], shown: str, stop: str | None) -> None:
     text = Text(tiny)
     grown = Detokenizer(text, [0], stops)
     found = ""
     for piece in pieces:
         for token in text.encode(piece, special=False):
-            if not grown.stopped:
+            if grown.stop is None:
                 found += grown.add(token)
-    assert (found + grown.finish(), grown.stopped) == (shown, stopped)
+    assert (found + grown.finish(), grown.stop) == (shown, stop)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_which_stop_string_is_found_depends_on_no_cut(seed: int) -> None:
+    """The one that is whole first, as one reads letter by letter; of two that end there, the longer."""
+    drawn = random.Random(seed)
+    letters = "".join(drawn.choices("abc", k=12))
+    stops = ["".join(drawn.choices("abc", k=drawn.randint(2, 4))) for _ in range(3)]
+    ends = ((end, len(stop), stop) for end in range(13) for stop in sorted(stops, key=len, reverse=True) if letters[:end].endswith(stop))
+    end, size, stop = next(ends, (len(letters), 0, None))
+    vocabulary = {letters[a:b]: 0 for a in range(12) for b in range(a + 1, 13)} | {"?": 0}
+    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(vocabulary)}, unk_token="?"))
+    tokenizer.decoder = decoders.Fuse()
+    text = object.__new__(Text)
+    text.folder, text.tokenizer = Path("."), tokenizer
+    cuts = [0, *sorted(drawn.sample(range(1, 12), k=drawn.randint(0, 11))), 12]
+    grown, shown = Detokenizer(text, [], stops), ""
+    for a, b in itertools.pairwise(cuts):
+        if grown.stop is None:
+            shown += grown.add(tokenizer.token_to_id(letters[a:b]))
+    assert (shown + grown.finish(), grown.stop) == (letters[: end - size], stop)
 
 
 def byte_fallback() -> Text:
