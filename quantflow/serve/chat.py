@@ -5,16 +5,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from quantflow.engine.request import Finish, Output, Token
+from quantflow.engine.request import Finish, Output, SamplingParams, Token
 from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import ChatRequest, ToolChoice
 from quantflow.serve.sampling import chat_logprobs, grammar_of, sampling_params, stream_usage
 from quantflow.serve.service import Service
-from quantflow.serve.tools import Call, ToolFormat, ToolReader, must_call
+from quantflow.serve.tools import Call, Reading, ToolFormat, must_call
 
 
 class ChatShape(Shape):
@@ -24,10 +24,9 @@ class ChatShape(Shape):
     def __init__(
         self, service: Service, texts: int, *, tools: ToolFormat | None, most_calls: int | None, logprobs: bool, usage: bool
     ) -> None:
-        self._service, self._texts, self._logprobs, self._with_usage, self._most_calls = service, texts, logprobs, usage, most_calls
+        self._service, self._texts, self._logprobs, self._with_usage = service, texts, logprobs, usage
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
-        self._readers = [ToolReader(tools) if tools else None for _ in range(texts)]
-        self._calls = [0] * texts
+        self._reading = [Reading(tools, most_calls) for _ in range(texts)]
 
     def start(self) -> Iterable[Object]:
         for index in range(self._texts):
@@ -35,11 +34,11 @@ class ChatShape(Shape):
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
         ended = tokens[-1].finish
-        shown, calls = self._read(text, "".join(token.text for token in tokens), last=ended is not None)
+        shown, calls = self._reading[text].add("".join(token.text for token in tokens), last=ended is not None)
         scored = [token.logprob for token in tokens if token.logprob] if self._logprobs else []
         if shown or scored:
             yield self._chunk(text, {"content": shown}, chat_logprobs(self._service.text, scored) if self._logprobs else None)
-        for number, call in enumerate(calls, self._calls[text] - len(calls)):
+        for number, call in enumerate(calls, self._reading[text].calls - len(calls)):
             yield self._chunk(text, {"tool_calls": [{"index": number, **_called(call)}]})
         if ended is not None:
             yield self._chunk(text, {}, finish=self._finish(text, ended))
@@ -51,7 +50,7 @@ class ChatShape(Shape):
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
         choices = []
         for completion in outputs[0].completions:
-            shown, calls = self._read(completion.index, completion.text, last=True)
+            shown, calls = self._reading[completion.index].add(completion.text, last=True)
             message: Object = {"role": "assistant", "content": shown if shown or not calls else None, "refusal": None}
             if calls:
                 message["tool_calls"] = [_called(call) for call in calls]
@@ -65,21 +64,8 @@ class ChatShape(Shape):
             )
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body}
 
-    def _read(self, index: int, text: str, *, last: bool) -> tuple[str, list[Call]]:
-        reader = self._readers[index]
-        if reader is None:
-            return text, []
-        shown, calls = reader.add(text)
-        if last:
-            rest, others = reader.finish()
-            shown, calls = shown + rest, calls + others
-        if self._most_calls is not None:
-            calls = calls[: self._most_calls - self._calls[index]]
-        self._calls[index] += len(calls)
-        return shown, calls
-
     def _finish(self, index: int, finish: Finish) -> str:
-        return "tool_calls" if self._calls[index] and finish == Finish.stop else str(finish)
+        return "tool_calls" if self._reading[index].calls and finish == Finish.stop else str(finish)
 
     def _chunk(self, index: int, delta: Object, logprobs: Object | None = None, finish: str | None = None) -> Object:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -91,8 +77,28 @@ def _called(call: Call) -> Object:
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a dialogue asks of the engine. tools: how calls are read out of the answer; None: they are not. most_calls: those after are
+    dropped. grammar_from: the parameter that the grammar was made of."""
+
+    prompt: list[int]
+    params: SamplingParams
+    tools: ToolFormat | None
+    most_calls: int | None
+    grammar_from: str
+
+
 def chat_job(service: Service, body: ChatRequest) -> Job:
     """Takes a while: tokenises. Raises Refused, RequestError."""
+    usage = stream_usage(body.stream, body.stream_options)
+    asked = plan(service, body)
+    shape = ChatShape(service, asked.params.n, tools=asked.tools, most_calls=asked.most_calls, logprobs=bool(body.logprobs), usage=usage)
+    return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from)
+
+
+def plan(service: Service, body: ChatRequest) -> Plan:
+    """The same for every API that speaks of dialogues. Takes a while: tokenises. Raises Refused, RequestError."""
     service.check_model(body.model)
     if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
         message = "max_tokens: with another max_completion_tokens; expected one of them"
@@ -120,10 +126,8 @@ def chat_job(service: Service, body: ChatRequest) -> Job:
     elif body.tool_choice not in (None, "none", "auto"):
         raise Refused(400, "tool_choice: without tools; expected some", param="tool_choice", code="invalid_value")
     prompt = service.dialogue([m.model_dump() for m in body.messages], **extra)
-    usage = stream_usage(body.stream, body.stream_options)
     most_calls = 1 if body.parallel_tool_calls is False else None
-    shape = ChatShape(service, params.n, tools=tools, most_calls=most_calls, logprobs=bool(body.logprobs), usage=usage)
-    return Job([prompt], params, shape, bool(body.stream), grammar_from="tools" if tools else "response_format")
+    return Plan(prompt, params, tools, most_calls, "tools" if tools else "response_format")
 
 
 def _tools_of(service: Service, body: ChatRequest) -> ToolFormat:

@@ -120,6 +120,27 @@ class ToolReader:
         return calls
 
 
+class Reading:
+    """A text as it comes, whether tools were given or not. format: None: it has no calls. most: calls after those are dropped."""
+
+    def __init__(self, format: ToolFormat | None, most: int | None = None) -> None:
+        self.calls = 0
+        self._reader, self._most = ToolReader(format) if format else None, most
+
+    def add(self, text: str, *, last: bool) -> tuple[str, list[Call]]:
+        """What of it can be shown by now, and the calls that are complete. last: nothing follows."""
+        if self._reader is None:
+            return text, []
+        shown, calls = self._reader.add(text)
+        if last:
+            rest, others = self._reader.finish()
+            shown, calls = shown + rest, calls + others
+        if self._most is not None:
+            calls = calls[: self._most - self.calls]
+        self.calls += len(calls)
+        return shown, calls
+
+
 def _may_begin(text: str, word: str) -> int:
     """Letters at the end of `text` that are the beginning of `word`."""
     return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
