@@ -25,12 +25,15 @@ from quantflow.serve.answer import Answer, Job
 from quantflow.serve.chat import chat_job
 from quantflow.serve.completion import completion_job, sequences
 from quantflow.serve.errors import Refused, engine_stopped, refused, response
-from quantflow.serve.guard import Guard
+from quantflow.serve.generate import GENERATE_RENAMED, encoded, generate_job
+from quantflow.serve.guard import HEALTH, Guard
 from quantflow.serve.interactive import Sessions, turn_job
 from quantflow.serve.protocol import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EncodeRequest,
+    GenerateRequest,
     InteractiveRequest,
     TokenizeRequest,
 )
@@ -145,6 +148,16 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
 
         return Answer(service, sequences(body), job, RENAMED)
 
+    @app.post("/generate", tags=["generation"], **_answers(protocol.GenerateResponse, events=True, refusals=GENERATES))
+    async def generate(body: GenerateRequest) -> Any:
+        """A text or tokens in, what follows them out, in LMDeploy's words."""
+
+        @asynccontextmanager
+        async def job() -> AsyncIterator[Job]:
+            yield await service.prepare(lambda: generate_job(service, body))
+
+        return Answer(service, 1, job, GENERATE_RENAMED if body.input_ids is None else {**GENERATE_RENAMED, "prompt": "input_ids"})
+
     @app.post(
         "/v1/chat/interactive", tags=["generation"], **_answers(protocol.InteractiveResponse, events=True, refusals=(*GENERATES, 409))
     )
@@ -195,14 +208,31 @@ def _text(app: FastAPI, service: Service) -> None:
         with service.entered(1):
             return Json({"prompt": await service.prepare_aside(lambda: service.text.decode(body.tokens))})
 
+    @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse, refusals=(400, 404, 408, 413, 415, 429)))
+    async def encode(body: EncodeRequest) -> Any:
+        """The tokens of a text, or of each of several, in LMDeploy's words."""
+        with service.entered(1):
+            return Json(await service.prepare_aside(lambda: encoded(service, body)))
+
 
 def _operation(app: FastAPI, service: Service) -> None:
-    @app.get("/health", tags=["operation"], **_answers(protocol.Health, refusals=READS) | {"responses": {503: {"model": protocol.Health}}})
+    @app.get(HEALTH[0], tags=["operation"], **_answers(protocol.Health, refusals=READS) | {"responses": {503: {"model": protocol.Health}}})
     async def health() -> Any:
         """200 only while the engine makes progress."""
         return Json({"status": service.health}, 200 if service.health == "ok" else 503)
 
-    app.head("/health", include_in_schema=False)(health)
+    app.head(HEALTH[0], include_in_schema=False)(health)
+    for path in HEALTH[1:]:
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(health)
+
+    @app.get("/version", tags=["operation"], **_answers(protocol.Version, refusals=READS))
+    async def version() -> Any:
+        return Json({"version": __version__})
+
+    @app.get("/load", tags=["operation"], **_answers(protocol.Load, refusals=READS))
+    async def load() -> Any:
+        """How much there is to do."""
+        return Json({"server_load": service.inside})
 
     @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse, **_answers(None, refusals=READS))
     async def metrics() -> Any:

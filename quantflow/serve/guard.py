@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused, response
 
-OPEN = ("/health",)  # beside the static pages
+HEALTH = ("/health", "/v1/health", "/ping")  # the last two: llama.cpp's and SageMaker's names
+OPEN = HEALTH  # beside the static pages
 READ_S = 30.0  # for a body to arrive
 MOST_HEADER_BYTES = 32768
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")

@@ -256,6 +256,46 @@ class DetokenizeRequest(Incoming):
     tokens: TokenIds
 
 
+class GenerateRequest(Incoming):
+    """A prompt and what to make of it, in LMDeploy's words. session_id: a label. logprob_start_len: from
+    the token after this one on the prompt's log-probabilities are told, and nothing is generated."""
+
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    input_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    session_id: int | None = None
+    return_logprob: bool | None = None
+    top_logprobs_num: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprob_start_len: Annotated[int, Field(ge=-1, le=2**31 - 1)] = -1
+    max_tokens: Annotated[int, Field(ge=0)] = 128
+    stop: Stop = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    ignore_eos: bool | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Probability | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None  # nothing is put between them
+    # No meaning here.
+    image_data: None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    return_routed_experts: Literal[False] | None = None
+    repetition_ngram_size: Literal[0] = 0
+    repetition_ngram_threshold: Annotated[int, Field(ge=0)] = 0  # of those
+    media_io_kwargs: None = None
+    mm_processor_kwargs: None = None
+
+
+class EncodeRequest(Incoming):
+    """LMDeploy's. do_preprocess: the tokens of a dialogue in which the text is the user's. add_bos: with those that open every text."""
+
+    input: str | Annotated[list[str], Field(max_length=MOST_PROMPTS, fail_fast=True)]
+    do_preprocess: bool | None = None
+    add_bos: bool | None = None
+
+
 # --- responses
 
 
@@ -421,8 +461,46 @@ class DetokenizeResponse(Outgoing):
     prompt: str
 
 
+Scored = tuple[float, int]  # a log-probability and its token
+
+
+class GenerateMeta(Outgoing):
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: dict[Literal["type"], Literal["stop", "length"]] | None
+    output_token_logprobs: list[Scored] | None
+    input_token_logprobs: list[Scored] | None
+    output_top_logprobs: list[list[Scored]] | None
+    input_top_logprobs: list[list[Scored]] | None
+
+
+class GenerateResponse(Outgoing):
+    """completion_tokens, output_ids: without the token that ended the text."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: GenerateMeta
+
+
+class EncodeResponse(Outgoing):
+    """Of one text, or of each of several."""
+
+    input_ids: list[int] | list[list[int]]
+    length: int | list[int]
+
+
 class Health(Outgoing):
     status: Literal["ok", "stalled", "stopped", "draining"]
+
+
+class Version(Outgoing):
+    version: str
+
+
+class Load(Outgoing):
+    """server_load: texts that run or wait."""
+
+    server_load: int
 
 
 class Done(Outgoing):

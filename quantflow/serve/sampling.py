@@ -17,16 +17,16 @@ Object = dict[str, Any]
 LEAST_TOP_P = 1e-9  # the likeliest token alone, as 0 is
 
 
+def default(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
 def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
     """OpenAI's defaults where nothing is said. more: what has another name there. Raises RequestError."""
-
-    def default(value: Any, otherwise: Any) -> Any:
-        return otherwise if value is None else value
-
     arguments: Object = {
         "max_tokens": body.max_tokens,
         "min_tokens": body.min_tokens or 0,
-        "temperature": _temperature(default(body.temperature, 1.0)),
+        "temperature": temperature(default(body.temperature, 1.0)),
         "top_k": max(0, body.top_k or 0),  # -1 is off, too
         "top_p": max(default(body.top_p, 1.0), LEAST_TOP_P),
         "min_p": body.min_p or 0.0,
@@ -44,7 +44,7 @@ def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
     return SamplingParams(**{**arguments, **more})
 
 
-def _temperature(asked: float) -> float:
+def temperature(asked: float) -> float:
     """One that is too small to divide by is what it comes near to: greedy."""
     return asked if asked >= LEAST_TEMPERATURE else 0.0
 
