@@ -4,7 +4,8 @@ The library llguidance works out which tokens may come next; it does so lazily, 
 while a grammar is compiled (intersections of expressions, large multiples), so that each is compiled in a process of its own first, with
 limits on memory and time.
 
-    python -m quantflow.engine.grammar    reads a tokenizer, then a grammar a line, as JSON; writes {} or {"error": …}
+    python -m quantflow.engine.grammar    reads a tokenizer, then a grammar a line, as JSON; writes {"text": …}, what llguidance reads,
+                                          or {"error": …}
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from quantflow.engine.child import Child, ChildEnded, ChildSlow
+from quantflow.engine.gbnf import lark_of
+from quantflow.engine.schema import endless
 from quantflow.errors import Problem, RequestError
 
 if TYPE_CHECKING:
@@ -37,25 +40,32 @@ MOST_SECONDS, MOST_BYTES = 3.0, 2**30  # to compile one
 
 
 class GrammarKind(StrEnum):
-    """json_schema: a JSON value, without spaces between its parts. regex: Rust's syntax. lark: llguidance's dialect of Lark."""
+    """json_schema: a JSON value, without spaces between its parts. regex: Rust's syntax. lark: llguidance's dialect of Lark. gbnf:
+    llama.cpp's grammars, read as llguidance reads them: a rule of letters alone takes as many as it can."""
 
     json_schema = "json_schema"
     regex = "regex"
     lark = "lark"
+    gbnf = "gbnf"
+
+
+INNER = "inner"
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """text: the schema as JSON, the expression, or the grammar. Raises RequestError."""
+    """text: the schema as JSON, the expression, or the grammar. around: a grammar in Lark in which `@inner` stands for that; "": it is the
+    whole. Raises RequestError."""
 
     kind: GrammarKind
     text: str
+    around: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in tuple(GrammarKind):
             raise RequestError(Problem("grammar", repr(self.kind)[:80], "one of " + ", ".join(GrammarKind)))
-        if not isinstance(self.text, str) or not self.text or len(self.text) > MOST_LETTERS:
-            found = f"{len(self.text)} letters" if isinstance(self.text, str) else type(self.text).__name__
+        if not isinstance(self.text, str) or not self.text or len(self.text) + len(self.around) > MOST_LETTERS:
+            found = f"{len(self.text) + len(self.around)} letters" if isinstance(self.text, str) else type(self.text).__name__
             raise RequestError(Problem("grammar", f"{self.kind} of {found}", f"text of 1 to {MOST_LETTERS} letters"))
 
 
@@ -79,27 +89,27 @@ class Grammars:
         if found is None:
             with self._compiling:
                 tokenizer = self._own = self._own or self._load()
-                self._try(grammar)
-                found = _compile(tokenizer, grammar)
+                found = _compile(tokenizer, grammar, self._try(grammar))
             with self._lock:
                 self._compiled[grammar] = found
                 while len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
         return Matcher(found.deep_copy(), self._vocabulary)
 
-    def _try(self, grammar: Grammar) -> None:
-        """Compiles it where that can do no harm. Raises RequestError."""
+    def _try(self, grammar: Grammar) -> str:
+        """Compiles it where that can do no harm; what of it llguidance reads. Raises RequestError."""
         if not self._child.running:
             given = {"tokenizer": self._tokenizer.to_str(), "vocabulary": self._vocabulary, "end_tokens": self._end_tokens}
             self._child.start(json.dumps(given).encode(), START_S)
         try:
-            answer = json.loads(self._child.ask(json.dumps({"kind": grammar.kind, "text": grammar.text}).encode(), MOST_SECONDS))
+            answer = json.loads(self._child.ask(json.dumps(asdict(grammar)).encode(), MOST_SECONDS))
         except (ChildSlow, ChildEnded) as error:
             how = f" (its process: {error})" if isinstance(error, ChildEnded) else ""
             found = f"{grammar.kind}: it takes more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB to compile{how}"
             raise RequestError(Problem("grammar", found, "a simpler one")) from error
         if "error" in answer:
             raise RequestError(Problem("grammar", f"{grammar.kind}: {answer['error']}", "one that can be followed"))
+        return str(answer["text"])
 
     def _load(self) -> LLTokenizer:
         try:
@@ -115,24 +125,47 @@ class Grammars:
             raise RequestError(Problem("grammar", f"this model's tokenizer cannot be followed ({error})"[:200])) from error
 
 
-def _compile(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
-    from llguidance import LLMatcher, LLParserLimits
+def _read(grammar: Grammar) -> str:
+    """What llguidance reads. Raises RequestError."""
+    from llguidance import LLMatcher
 
-    limits = LLParserLimits(verbose_errors=False, max_grammar_size=100_000, max_lexer_states=50_000)
     try:
         if grammar.kind == GrammarKind.json_schema:
             schema = json.loads(grammar.text)
+            place = endless(schema)
+            if place is not None:
+                raise ValueError(f"{place}: no value satisfies it, since it always needs another of itself")
             text = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
         elif grammar.kind == GrammarKind.regex:
             text = LLMatcher.grammar_from_regex(grammar.text)
         else:
-            text = LLMatcher.grammar_from_lark(grammar.text)
+            lark = lark_of(grammar.text) if grammar.kind == GrammarKind.gbnf else grammar.text
+            text = json.dumps({"grammars": [{"lark_grammar": lark}]})
+        found = json.loads(text)["grammars"]
+        if grammar.around:
+            found = [{"lark_grammar": grammar.around}, {**found[0], "name": INNER}]
+        return json.dumps({"grammars": found})
     except (ValueError, RecursionError) as error:
         raise RequestError(Problem("grammar", f"{grammar.kind}: {error}"[:200], "one that can be read")) from error
+
+
+def _compile(tokenizer: LLTokenizer, grammar: Grammar, text: str) -> LLMatcher:
+    """Raises RequestError."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(verbose_errors=False, max_grammar_size=100_000, max_lexer_states=50_000)
     matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if matcher.is_error():
         raise RequestError(Problem("grammar", f"{grammar.kind}: {_first_line(matcher.get_error())}", "one that can be followed"))
     return matcher
+
+
+def _check_beginning(matcher: LLMatcher, grammar: Grammar) -> None:
+    """Raises RequestError where no text can begin."""
+    begun = matcher.deep_copy()
+    begun.compute_bitmask()
+    if begun.is_error():
+        raise RequestError(Problem("grammar", f"{grammar.kind}: no text follows it ({_first_line(begun.get_error())})"))
 
 
 class Matcher:
@@ -191,7 +224,7 @@ def main() -> None:
     tokenizer = LLTokenizer(given["tokenizer"], n_vocab=given["vocabulary"], eos_token=given["end_tokens"])
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, used + MOST_BYTES))
-    answer: dict[str, str] = {}
+    answer: dict[str, str] = {}  # to the first line
     while True:
         sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
         sys.stdout.buffer.flush()
@@ -200,8 +233,10 @@ def main() -> None:
             return
         found = json.loads(line)
         try:
-            _compile(tokenizer, Grammar(GrammarKind(found["kind"]), found["text"]))
-            answer = {}
+            grammar = Grammar(GrammarKind(found["kind"]), found["text"], found["around"])
+            text = _read(grammar)
+            _check_beginning(_compile(tokenizer, grammar, text), grammar)
+            answer = {"text": text}
         except RequestError as error:
             answer = {"error": error.problems[0].found.removeprefix(f"{found['kind']}: ")}
 

@@ -67,6 +67,34 @@ def test_a_lark_grammar(llm: LLM) -> None:
     assert {output.text for output in llm.generate(["x"] * 12, params)} == {"yes", "no way"}
 
 
+GBNF = r"""root ::= item+ end # a list
+item ::= "- " [^\r\n\u0085\u2028\x09"\]]{1,5} "\n"
+end ::= "\u00e9\""
+     | "\x41#|"
+"""
+
+
+def test_a_grammar_of_llama_cpps(llm: LLM) -> None:
+    grammar = Grammar(GrammarKind.gbnf, GBNF)
+    params = [SamplingParams(max_tokens=300, temperature=1.5, seed=i, grammar=grammar, logit_bias={3: 5.0}) for i in range(6)]
+    for output in llm.generate(["x"] * 6, params):
+        assert re.match(r'(- [^\r\n\x85\u2028\t"\]]{1,5}\n)+', output.text)
+        if output.completions[0].finish == "stop":
+            assert re.fullmatch(r'(- [^\r\n\x85\u2028\t"\]]{1,5}\n)+(é"|A#\|)', output.text)
+    words = Grammar(GrammarKind.gbnf, 'root ::= "yes" | # or\n "no" " way"')
+    found = llm.generate(["x"] * 12, [SamplingParams(max_tokens=9, temperature=5, seed=i, grammar=words) for i in range(12)])
+    assert {output.text for output in found} == {"yes", "no way"}
+
+
+@pytest.mark.parametrize(
+    "inner", [of({"enum": ["yes"]}), Grammar(GrammarKind.regex, '"yes"'), Grammar(GrammarKind.gbnf, 'root ::= ["] "yes\\""')]
+)
+def test_a_grammar_inside_another(llm: LLM, inner: Grammar) -> None:
+    grammar = Grammar(inner.kind, inner.text, 'start: "<" @inner ">" | "no"')
+    params = [SamplingParams(max_tokens=9, temperature=5, seed=i, grammar=grammar) for i in range(12)]
+    assert {output.text for output in llm.generate(["x"] * 12, params)} == {'<"yes">', "no"}
+
+
 def test_the_same_beside_others_and_after_preemption(llm: LLM) -> None:
     """The grammar's state goes with the text, not with its place in a batch."""
     alone = [llm.generate("x", SamplingParams(max_tokens=60, temperature=1, seed=s, grammar=of(SCHEMA)))[0].completions for s in range(6)]
@@ -109,6 +137,13 @@ def test_a_text_that_is_cut_short(llm: LLM) -> None:
         Grammar(GrammarKind.json_schema, '{"items":' * 4000 + "{}" + "}" * 4000),
         Grammar(GrammarKind.regex, "("),
         Grammar(GrammarKind.lark, "start: nothing"),
+        Grammar(GrammarKind.lark, "start: a\na: b\nb: a"),
+        Grammar(GrammarKind.lark, 'start: j\nj: %json {"$ref":"#"}'),
+        Grammar(GrammarKind.gbnf, "root ::= nothing"),
+        Grammar(GrammarKind.gbnf, 'other ::= "x"'),
+        Grammar(GrammarKind.gbnf, 'root ::= "\\U00110000"'),
+        Grammar(GrammarKind.gbnf, "root ::= " + "(" * 5000),
+        Grammar(GrammarKind.gbnf, "root ::= a0\n" + "".join(f"a{i} ::= a{i + 1}\n" for i in range(3500))),
     ],
 )
 def test_grammars_that_are_none_are_refused_soon(llm: LLM, grammar: Grammar) -> None:

@@ -1,0 +1,127 @@
+"""JSON schemas that no value can satisfy, since they always need another of themselves.
+
+Whoever writes text by such a schema never comes to its end: `{"$ref": "#"}`, or an object whose required property is that object again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote
+
+ALL, ANY = "all", "any"
+BRANCHES = {"allOf": ALL, "anyOf": ANY, "oneOf": ANY}
+
+
+def endless(schema: Any) -> str | None:
+    """The place of a part of it that no finite value satisfies, as in `#/$defs/a`; None where there is none. What is not known of a part
+    counts in its favour. Linear in the schema's size."""
+    return _Parts(schema).endless()
+
+
+class _Parts:
+    """Parts of a schema, each of which has a finite value once enough of those that it needs have one."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._places, self._missing = list[str](), list[int]()  # of each part; how many of its needs are not yet met
+        self._needed_by = list[list[int]]()
+        self._known = dict[int, int]()  # by the identity of what it was made of
+        self._targets = dict[str, int | None]()
+        self._unread = list[tuple[int, dict[str, Any], str]]()  # and not a recursion: references make long ways
+        self._of(root, "#")
+        while self._unread:
+            self._read(*self._unread.pop())
+
+    def endless(self) -> str | None:
+        ended = [part for part, missing in enumerate(self._missing) if missing == 0]
+        for part in ended:  # it grows
+            for other in self._needed_by[part]:
+                self._missing[other] -= 1
+                if self._missing[other] == 0:
+                    ended.append(other)
+        return next((self._places[part] for part, missing in enumerate(self._missing) if missing > 0), None)
+
+    def _of(self, schema: Any, place: str) -> int:
+        """The part's number."""
+        if id(schema) in self._known:
+            return self._known[id(schema)]
+        part = self._new(place)
+        if isinstance(schema, dict):
+            self._known[id(schema)] = part
+            self._unread.append((part, schema, place))
+        return part
+
+    def _read(self, part: int, schema: dict[str, Any], place: str) -> None:
+        target = self._target(schema.get("$ref"))
+        needs = [target] if target is not None else []
+        for word, how in BRANCHES.items():
+            branches = [self._of(branch, f"{place}/{word}/{at}") for at, branch in enumerate(_list(schema.get(word)))]
+            if how == ALL:
+                needs += branches
+            elif branches:
+                needs.append(self._new(f"{place}/{word}", branches, enough=1))
+        kinds = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+        inside = {"object": self._members(schema, place), "array": self._items(schema, place)}
+        of_kinds = [inside.get(kind, []) if isinstance(kind, str) else [] for kind in kinds]
+        if of_kinds and all(of_kinds) and "const" not in schema and "enum" not in schema:
+            needs.append(self._new(place, [self._new(place, parts) for parts in of_kinds], enough=1))
+        self._need(part, needs, len(needs))
+
+    def _members(self, schema: dict[str, Any], place: str) -> list[int]:
+        """Those that an object must have; the others are looked at, too."""
+        properties = _dict(schema.get("properties"))
+        parts = {name: self._of(value, f"{place}/properties/{name}") for name, value in properties.items()}
+        for name, value in _dict(schema.get("patternProperties")).items():
+            self._of(value, f"{place}/patternProperties/{name}")
+        self._of(schema.get("additionalProperties"), f"{place}/additionalProperties")
+        return [parts[name] for name in _list(schema.get("required")) if isinstance(name, str) and name in parts]
+
+    def _items(self, schema: dict[str, Any], place: str) -> list[int]:
+        """The same of an array's."""
+        given = schema.get("minItems")
+        least = given if isinstance(given, int) else 0
+        first = [self._of(item, f"{place}/prefixItems/{at}") for at, item in enumerate(_list(schema.get("prefixItems")))]
+        rest = self._of(schema.get("items"), f"{place}/items")
+        return first[: max(0, least)] + ([rest] if least > len(first) else [])
+
+    def _target(self, reference: Any) -> int | None:
+        """Of a reference into this schema."""
+        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+            return None
+        if reference not in self._targets:
+            found = self._root
+            for step in map(_step, reference.split("/")[1:]):
+                if isinstance(found, dict) and step in found:
+                    found = found[step]
+                elif isinstance(found, list) and step.isdecimal() and int(step[:9]) < len(found):
+                    found = found[int(step[:9])]
+                else:
+                    found = None
+                    break
+            self._targets[reference] = self._of(found, reference) if found is not None else None
+        return self._targets[reference]
+
+    def _new(self, place: str, needs: list[int] | None = None, enough: int | None = None) -> int:
+        self._places.append(place)
+        self._missing.append(0)
+        self._needed_by.append([])
+        part = len(self._places) - 1
+        self._need(part, needs or [], len(needs or []) if enough is None else enough)
+        return part
+
+    def _need(self, part: int, needs: list[int], enough: int) -> None:
+        self._missing[part] = enough
+        for need in needs:
+            self._needed_by[need].append(part)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _step(text: str) -> str:
+    return unquote(text).replace("~1", "/").replace("~0", "~")
