@@ -298,12 +298,28 @@ def _errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        return response(Refused(error.status_code, str(error.detail), code="http_error", headers=error.headers))
+        other = Refused(error.status_code, str(error.detail), code="http_error", headers=error.headers)
+        return response(no_route(app, request, error) or other)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         """What happened goes to the server's log, with the request's id, and not to the client."""
         return response(Refused(500, f"internal error; the server's log has it under {request.state.request_id}", code="internal_error"))
+
+
+def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | None:
+    """What to say where there is nothing at a path, or nothing for the method; None where the error is another."""
+    path, shown = request.url.path, request.url.path[:100]
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{request.method} {shown}: expected {allowed}"
+        return Refused(405, message, code="method_not_supported", headers=error.headers)
+    if error.status_code != 404:
+        return None
+    known = {route.path for route in app.routes if isinstance(route, Route)}
+    meant = next((p for p in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/")) if p in known and p != "/"), None)
+    hint = f"Is {meant} meant? Look at the client's base URL" if meant else "GET /openapi.json tells what there is"
+    return Refused(404, f"{shown}: nothing is served here. {hint}", code="unknown_url")
 
 
 BRANCHES = ("str", "text", "texts", "tokens", "lists")  # what pydantic calls those of unions

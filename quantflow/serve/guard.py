@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quantflow.serve.absent import check_present
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused, response
 
@@ -81,6 +82,7 @@ class Guard:
             owner = self._owner(path, headers)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             raise headers_too_large()
+        check_present(path)
         length = headers.get("content-length")
         if length is not None and (not length.isdecimal() or len(length) > 15 or int(length) > self.config.max_body):
             raise _too_large(self.config.max_body)
