@@ -32,12 +32,12 @@ class Stream:
     the engine has stopped."""
 
     def __init__(
-        self, llm: AsyncLLM, count: int, *, whole: bool, hear: Callable[[Token], None], arrived: asyncio.Event | None = None
-    ) -> None:
-        self.request: Request  # once it is submitted
-        self.loop = asyncio.get_running_loop()
-        self.left = set(range(count))  # the texts that have not ended; the engine's thread takes them out
-        self._llm, self._whole, self._hear, self._open = llm, whole, hear, count
+        self, llm: AsyncLLM, request: Request, loop: asyncio.AbstractEventLoop, *, whole: bool, hear: Callable[[Token], None],
+        arrived: asyncio.Event | None = None,
+    ) -> None:  # fmt: skip
+        self.request, self.loop = request, loop
+        self.left = set(range(request.params.n))  # the texts that have not ended; the engine's thread takes them out
+        self._llm, self._whole, self._hear, self._open = llm, whole, hear, request.params.n
         self._tokens: list[Token] = []
         self._arrived, self._ended = arrived or asyncio.Event(), asyncio.Event()
 
@@ -88,7 +88,7 @@ class Stream:
     def close(self) -> None:
         """Aborts the request, if it still runs."""
         if self._open:
-            self._llm.abandon(self)
+            self._llm.abandon([self])
 
 
 class AsyncLLM:
@@ -144,28 +144,35 @@ class AsyncLLM:
         whole: bool = False,
     ) -> Stream:  # fmt: skip
         """The request, submitted. Raises RequestError, and ResourceError where the engine has stopped. whole: see `Stream`."""
-        return await self.open_by(
-            lambda engine: engine.submit(prompt, params, id=id, priority=priority, session=session), params, whole=whole
-        )
+        streams = await self.open_by(lambda engine: [engine.submit(prompt, params, id=id, priority=priority, session=session)], whole=whole)
+        return streams[0]
 
     async def open_by(
-        self, submit: Callable[[Engine], Request], params: SamplingParams | None, *, whole: bool = False,
-        hear: Callable[[Token], None] = lambda token: None, arrived: asyncio.Event | None = None,
-    ) -> Stream:  # fmt: skip
-        """The same for a request that `submit` makes, in the engine's thread. params: of the request. The rest: see `Stream`."""
-        stream = Stream(self, (params or SamplingParams()).n, whole=whole, hear=hear, arrived=arrived)
+        self, submit: Callable[[Engine], list[Request]], *, whole: bool = False,
+        hear: Callable[[], Callable[[Token], None]] = lambda: lambda token: None, arrived: asyncio.Event | None = None,
+    ) -> list[Stream]:  # fmt: skip
+        """A stream for each of the requests that `submit` makes, in the engine's thread and between two steps: all of them are open, or
+        none is. hear: makes what hears a stream's tokens. The rest: see `Stream`."""
+        loop = asyncio.get_running_loop()
 
-        def begin(engine: Engine) -> None:
-            stream.request = submit(engine)
-            self._streams[stream.request.id] = stream
+        def begin(engine: Engine) -> list[Stream]:
+            requests = submit(engine)
+            try:
+                streams = [Stream(self, request, loop, whole=whole, hear=hear(), arrived=arrived) for request in requests]
+            except BaseException:
+                for request in requests:
+                    engine.abort(request.id)
+                raise
+            self._streams |= {stream.request.id: stream for stream in streams}
+            return streams
 
         submitted = self.call(begin)
         try:
-            await asyncio.shield(asyncio.wrap_future(submitted))
-        except asyncio.CancelledError:
-            submitted.add_done_callback(lambda f: None if f.cancelled() or f.exception() else self.abandon(stream))
+            return await asyncio.shield(asyncio.wrap_future(submitted))
+        except BaseException:
+            if not submitted.cancel():  # it has begun, and will be done before the next call
+                self.call(lambda engine: None if submitted.exception() else self._drop(engine, submitted.result()))
             raise
-        return stream
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Token]:
         """The tokens as they come; leaving the loop, or being cancelled, aborts the request. options: those of `open`."""
@@ -201,15 +208,15 @@ class AsyncLLM:
                 future.set_exception(self._stopped())
         return future
 
-    def abandon(self, stream: Stream) -> None:
+    def abandon(self, streams: list[Stream]) -> None:
         """Aborts what nobody waits for any longer."""
+        self.call(lambda engine: self._drop(engine, streams))
 
-        def abort(engine: Engine) -> None:
+    def _drop(self, engine: Engine, streams: list[Stream]) -> None:
+        for stream in streams:
             if self._streams.get(stream.request.id) is stream:  # else it has ended, and the id may be another request's by now
                 del self._streams[stream.request.id]
                 engine.abort(stream.request.id)
-
-        self.call(abort)
 
     def _run(self) -> None:
         try:
@@ -254,7 +261,8 @@ class AsyncLLM:
             except RuntimeError:  # it has been closed
                 for id in {token.request for _, token in message}:
                     self._streams.pop(id, None)
-                    self.engine.abort(id)
+                    if self.alive:  # who has died gives nothing back
+                        self.engine.abort(id)
 
     def _stopped(self) -> ResourceError:
         said = f"failed: {type(self.failure).__name__}: {self.failure}" if self.failure else "was closed"

@@ -154,6 +154,19 @@ class _Drawn:
     logprob: Logprob | None
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """A request that can be queued. tokens: the session's history, of `history` tokens, and the prompt. id: None: any."""
+
+    tokens: tuple[int, ...]
+    history: int
+    params: SamplingParams
+    id: str | None
+    priority: int
+    session: int | None
+    matcher: Matcher | None
+
+
 class Engine:
     """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it reads.
 
@@ -293,29 +306,61 @@ class Engine:
 
         Raises RequestError for what can never be served: the reason is in it.
         """
-        params = params or SamplingParams()
-        arrival, given = next(self._arrivals), id is not None
-        while id is None or (id in self._requests and not given):
-            id = f"request-{next(self._arrivals)}"
+        return self._queue(self._checked(prompt, params or SamplingParams(), id, priority, session))
+
+    def submit_all(
+        self, prompts: Tokens[str | Tokens[int]], params: SamplingParams | Tokens[SamplingParams] | None = None, *, priority: int = 0
+    ) -> list[Request]:
+        """Queues a request for each prompt, or none at all: RequestError has everything that is wrong with any of them. params: one for
+        all, or one each."""
+        each = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(Problem("params", f"{len(each)} of them", f"one, or {len(prompts)}: one a prompt"))
+        checked, wrong = list[_Checked](), dict[Problem, None]()
+        for at, (prompt, its) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                checked.append(self._checked(prompt, its, None, priority, None))
+            except RequestError as error:
+                wrong |= dict.fromkeys(replace(p, where=_of_several(p.where, at)) if prompts[1:] else p for p in error.problems)
+        if wrong:
+            raise RequestError(list(wrong))
+        queued: list[Request] = []
+        try:
+            for one in checked:
+                queued.append(self._queue(one))
+        except BaseException:
+            for request in queued:
+                self.abort(request.id)
+            raise
+        return queued
+
+    def _checked(self, prompt: str | Tokens[int], params: SamplingParams, id: str | None, priority: int, session: int | None) -> _Checked:
+        """Changes nothing. Raises RequestError."""
         if wrong := _wrong_kinds(prompt, id, priority, session):
             raise RequestError(wrong)
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, special=not (session in self.sessions and self.sessions[session].tokens))
         history = self._history(session, params)
         tokens = (*history, *prompt)
-        problems = self._problems(id, tokens, params)
-        if problems:
+        if problems := self._problems(id, tokens, params):
             raise RequestError(problems)
-        matcher = self._matcher(params)
-        params = replace(params, seed=params.seed % 2**64 if params.seed is not None else secrets.randbits(64))
-        new = list(tokens[len(history) :])
-        self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=priority, session=session)
+        return _Checked(tokens, len(history), params, id, priority, session, self._matcher(params))
+
+    def _queue(self, checked: _Checked) -> Request:
+        id, tokens, session = checked.id, checked.tokens, checked.session
+        arrival = next(self._arrivals)
+        while id is None or (checked.id is None and id in self._requests):
+            id = f"request-{next(self._arrivals)}"
+        seed = checked.params.seed
+        params = replace(checked.params, seed=seed % 2**64 if seed is not None else secrets.randbits(64))
+        new = list(tokens[checked.history :])
+        self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=checked.priority, session=session)
         wanted = self.context if params.max_tokens is None else params.max_tokens
         most = max(0, min(wanted, self.room - len(tokens)))
         # The last token never goes through the model.
         stretch = self.runner.rotary.stretch(len(tokens) + most - 1)
-        request = Request(id, tokens, params, most, arrival, priority, stretch, session)
-        sequence = Sequence(request, 0, list(tokens) if most else list(tokens[:-1]), forks=params.n > 1, matcher=matcher)
+        request = Request(id, tokens, params, most, arrival, checked.priority, stretch, session)
+        sequence = Sequence(request, 0, list(tokens) if most else list(tokens[:-1]), forks=params.n > 1, matcher=checked.matcher)
         self._requests[id] = [sequence]
         if session is not None:
             self.sessions.setdefault(session, Session()).turn = id
@@ -340,7 +385,7 @@ class Engine:
             raise RequestError(Problem(str(self.path), "no tokenizer", expected, hint))
         return self.text
 
-    def _problems(self, id: str, tokens: tuple[int, ...], params: SamplingParams) -> list[Problem]:
+    def _problems(self, id: str | None, tokens: tuple[int, ...], params: SamplingParams) -> list[Problem]:
         vocabulary, found, room = self.model_config.vocabulary, list[Problem](), self.room
         why = self.room_is
         if id in self._requests:
@@ -359,7 +404,11 @@ class Engine:
         elif params.max_tokens is not None and len(tokens) + params.max_tokens > room:
             asked = f"{params.max_tokens} after a prompt of {len(tokens)} tokens"
             found.append(Problem("max_tokens", asked, f"at most {room - len(tokens)}: {why} is {room}", code=TOO_LONG))
-        named = [("prompt", tokens), ("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)]
+        named = [
+            ("prompt", tokens if len(tokens) <= room + 1 else ()),
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ]
         for where, ids in named:
             wrong = sorted({t for t in ids if not 0 <= t < vocabulary})
             if wrong:
@@ -623,6 +672,11 @@ class Engine:
             yield from self.step()
 
 
+def _of_several(where: str, at: int) -> str:
+    """Where a problem of one of several requests is: which prompt, or what all of them share."""
+    return f"prompt[{at}]" if where == "prompt" else where
+
+
 def _wrong_kinds(prompt: object, id: object, priority: object, session: object) -> list[Problem]:
     """Arguments that are not what they are typed as."""
     found = []
@@ -630,7 +684,7 @@ def _wrong_kinds(prompt: object, id: object, priority: object, session: object) 
         items = prompt if isinstance(prompt, (list, tuple)) else None
         if items is None or not all(isinstance(t, int) and not isinstance(t, bool) for t in items):
             found.append(Problem("prompt", repr(prompt)[:80], "text, or a list of token ids"))
-    if not isinstance(id, str):
+    if not (id is None or isinstance(id, str)):
         found.append(Problem("id", repr(id)[:80], "text"))
     for name, value in (("priority", priority), ("session", session)):
         if (value is not None or name == "priority") and (not isinstance(value, int) or isinstance(value, bool)):

@@ -17,7 +17,7 @@ from typing import Any
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.request import Completion, Finish, Logprob, Output, Request, SamplingParams, Token
 from quantflow.engine.text import Message
-from quantflow.errors import Problem, RequestError, ResourceError
+from quantflow.errors import Problem, ResourceError
 
 Prompt = str | Many[int]
 
@@ -75,14 +75,9 @@ class LLM:
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Many[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
-        each = [params] * len(many) if params is None or isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(many):
-            raise RequestError(Problem("params", f"{len(each)} of them", f"one, or {len(many)}: one a prompt"))
-        collectors: dict[str, Collector] = {}
+        collectors = {request.id: Collector(request) for request in self.engine.submit_all(many, params)}
+        self._inboxes |= {id: deque() for id in collectors}
         try:
-            for prompt, wanted in zip(many, each, strict=True):
-                request = self._submit(prompt, wanted)
-                collectors[request.id] = Collector(request)
             for id, collector in collectors.items():
                 while not collector.done:
                     collector.add(self._next(id))
@@ -101,7 +96,8 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, session: int | None = None) -> Iterator[Token]:
         """The tokens and their text as they come. Leaving the loop aborts the request. session: see `Engine.submit`."""
-        request = self._submit(prompt, params, session=session)
+        request = self.engine.submit(prompt, params, session=session)
+        self._inboxes[request.id] = deque()
         open_texts = request.params.n
         try:
             while open_texts:
@@ -112,11 +108,6 @@ class LLM:
                 yield token
         finally:
             self._leave(request.id)
-
-    def _submit(self, prompt: Prompt, params: SamplingParams | None, session: int | None = None) -> Request:
-        request = self.engine.submit(prompt, params, session=session)
-        self._inboxes[request.id] = deque()
-        return request
 
     def _next(self, id: str) -> Token:
         """A request's next token, after as many steps as it takes."""

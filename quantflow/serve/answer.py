@@ -171,12 +171,9 @@ class Answer(Response):
         self, job: Job, stack: AsyncExitStack, arrived: asyncio.Event | None = None
     ) -> tuple[list[Stream], list[Collector]]:  # fmt: skip
         """A stream and what gathers it for each prompt. arrived: set when one of them has tokens; None: nobody waits for single ones."""
-
-        async def one(prompt: list[int]) -> Stream:
-            stream = await self.service.open(prompt, job.params, whole=arrived is None, submit=job.submit, arrived=arrived)
-            return await stack.enter_async_context(stream)
-
-        streams = await asyncio.gather(*map(one, job.prompts))  # all in one gap between two steps
+        streams = await self.service.open(job.prompts, job.params, whole=arrived is None, submit=job.submit, arrived=arrived)
+        for stream in streams:
+            stack.callback(stream.close)
         collectors = [Collector(stream.request) for stream in streams]
         for collector in collectors:
             stack.callback(_leave, job, collector)

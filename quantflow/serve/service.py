@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from quantflow.engine.async_llm import AsyncLLM, Stream
@@ -101,17 +102,21 @@ class Service:
             self.inside -= sequences
 
     async def open(
-        self, prompt: Sequence[int], params: SamplingParams, *, whole: bool, submit: Callable[[Engine], Request] | None = None,
+        self, prompts: Sequence[list[int]], params: SamplingParams, *, whole: bool, submit: Callable[[Engine], Request] | None = None,
         arrived: asyncio.Event | None = None,
-    ) -> Stream:  # fmt: skip
-        """The request, submitted, and listened to by the metrics. arrived: see `Stream`. Raises RequestError, ResourceError."""
-        make = submit or (lambda engine: engine.submit(list(prompt), params))
-        stream = await self.llm.open_by(make, params, whole=whole, hear=self._counting(), arrived=arrived)
-        self.metrics.prompt_tokens.inc(len(prompt))
-        return stream
+    ) -> list[Stream]:  # fmt: skip
+        """The requests, all submitted, or none of them, and listened to by the metrics. submit: in place of the engine's own, for the one
+        prompt there is. arrived: see `Stream`. Raises RequestError, ResourceError."""
 
-    def _counting(self) -> Callable[[Token], None]:
-        metrics, began, last = self.metrics, time.monotonic(), dict[int, float]()
+        def begin(engine: Engine) -> list[Request]:
+            return engine.submit_all(prompts, params) if submit is None else [submit(engine)]
+
+        streams = await self.llm.open_by(begin, whole=whole, hear=partial(self._counting, time.monotonic()), arrived=arrived)
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return streams
+
+    def _counting(self, began: float) -> Callable[[Token], None]:
+        metrics, last = self.metrics, dict[int, float]()
 
         def hear(token: Token) -> None:
             now = time.monotonic()

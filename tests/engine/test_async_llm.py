@@ -140,9 +140,7 @@ def test_one_event_for_several_streams(tiny: Path) -> None:
     async def run() -> None:
         async with AsyncLLM(tiny, device="cpu") as llm:
             arrived, params = asyncio.Event(), SamplingParams(max_tokens=9, ignore_eos=True)
-            streams = [
-                await llm.open_by(lambda engine, p=p: engine.submit(p, params), params, arrived=arrived) for p in (PROMPT, PROMPT[:2], [7])
-            ]
+            streams = await llm.open_by(lambda engine: engine.submit_all([PROMPT, PROMPT[:2], [7]], params), arrived=arrived)
             got: list[list[int | None]] = [[], [], []]
             while not all(stream.done for stream in streams):
                 await arrived.wait()
