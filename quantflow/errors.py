@@ -9,7 +9,8 @@ QuantFlowError                1   our own fault
 │   ├── OutputError               where the result should go
 │   └── RequestError              what was asked of the engine
 ├── GateError                 3   the artifact is kept, but failed its quality gates
-└── ResourceError             4   disk full, out of memory
+└── ResourceError             4   the machine: disk full, out of memory, an engine that ended
+    └── ServerError               a server elsewhere: not there, or it failed
 """
 
 from __future__ import annotations
@@ -85,3 +86,7 @@ class GateError(QuantFlowError):
 
 class ResourceError(QuantFlowError):
     exit_code = 4
+
+
+class ServerError(ResourceError):
+    pass

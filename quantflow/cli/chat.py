@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
 
-from quantflow.cli.console import HARMLESS, RUNNING, console, errors, reporting, show, show_notes
+from quantflow.cli.console import HARMLESS, RUNNING, errors, reporting, show, show_notes
 from quantflow.cli.options import (
     KV,
     CacheShare,
@@ -29,17 +31,11 @@ from quantflow.cli.options import (
     SessionLength,
     TensorParallel,
 )
+from quantflow.cli.prompt import QUOTES, piped, typed
 from quantflow.errors import OutputError, Problem, QuantFlowError, RequestError
 
 Message = dict[str, str]
-
-HELP = """\
-An empty line sends what you wrote. exit leaves; Ctrl-C stops an answer.
-  /system TEXT   what the model is told beforehand; without TEXT: shows it
-  /reset         begins a new dialogue
-  /save FILE     writes the dialogue: JSON where the name ends in .json, else text
-  /stats         tokens and speed of the last answer
-  /help"""
+Parameters = Mapping[str, Any]
 
 
 class Partner(Protocol):
@@ -48,7 +44,11 @@ class Partner(Protocol):
     name: str
     tokens: tuple[int, int]
 
-    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+    def check(self, parameters: Parameters) -> None:
+        """Raises RequestError for sampling parameters that this partner would refuse, as far as it is known here."""
+        ...
+
+    def stream(self, messages: Sequence[Message], parameters: Parameters) -> Iterator[str]:
         """The pieces of an answer. Raises QuantFlowError, and KeyboardInterrupt at a moment when that harms nothing."""
         ...
 
@@ -60,11 +60,10 @@ class Partner(Protocol):
 class Local:
     """A model in this process."""
 
-    def __init__(self, model: str, parameters: dict[str, Any], options: dict[str, Any]) -> None:
+    def __init__(self, model: str, parameters: Parameters, options: dict[str, Any]) -> None:
         from quantflow.engine.llm import LLM
-        from quantflow.engine.request import SamplingParams
 
-        self._params = SamplingParams(**parameters)
+        self.check(parameters)
         self._llm = LLM(model, **options)
         self._llm.get_prompt("")  # says at once if the model has no dialogue format
         self.name = self._llm.engine.path.resolve().name
@@ -72,11 +71,18 @@ class Local:
         errors.print(", ".join(f"{name}: {value}" for name, value in self._llm.engine.describe().items()))
         show_notes(self._llm.engine.notes)
 
-    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+    def check(self, parameters: Parameters) -> None:
+        from quantflow.engine.request import SamplingParams
+
+        SamplingParams(**parameters)
+
+    def stream(self, messages: Sequence[Message], parameters: Parameters) -> Iterator[str]:
+        from quantflow.engine.request import SamplingParams
+
         prompt = self._llm.engine.tokenizer.dialogue(messages)
         self.tokens = (len(prompt), 0)
         with _flagged() as interrupted:
-            for token in self._llm.stream(prompt, self._params):
+            for token in self._llm.stream(prompt, SamplingParams(**parameters)):
                 self.tokens = (len(prompt), self.tokens[1] + (token.token is not None))
                 yield token.text
                 if interrupted():
@@ -106,19 +112,25 @@ def _flagged() -> Iterator[Callable[[], bool]]:
 class Remote:
     """A model behind a server."""
 
-    def __init__(self, address: str, key: str | None, parameters: dict[str, Any]) -> None:
+    def __init__(self, address: str, key: str | None) -> None:
         from quantflow.serve.client import Client
 
         self._client = Client(address, key)
         self.name = self._client.model()
-        self._parameters = {"model": self.name, **{name: value for name, value in parameters.items() if value is not None}}
         self.tokens = (0, 0)
 
-    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+    def check(self, parameters: Parameters) -> None:
+        pass  # the server says what it does not take
+
+    def stream(self, messages: Sequence[Message], parameters: Parameters) -> Iterator[str]:
         self.tokens = (0, 0)
-        yield from self._client.stream(messages, self._parameters)
-        usage = self._client.usage
-        self.tokens = (usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+        given = {name: value for name, value in parameters.items() if value is not None}
+        yield from self._client.stream(messages, {"model": self.name, **given})
+        self.tokens = (self._counted("prompt_tokens"), self._counted("completion_tokens"))
+
+    def _counted(self, name: str) -> int:
+        count = self._client.usage.get(name)
+        return count if isinstance(count, int) else 0
 
     def close(self) -> None:
         self._client.close()
@@ -126,31 +138,46 @@ class Remote:
 
 @dataclass
 class Chat:
-    """One dialogue. write: where what is said goes."""
+    """One dialogue. write: where what is said goes. parameters: how the partner is to choose tokens, by OpenAI's names."""
 
     partner: Partner
     write: Callable[[str], None]
     system: str = ""
+    parameters: dict[str, Any] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
     stats: str = "no answer yet"
+    _question: str = ""  # the last one, answered or not
+    _answered: bool = False
+
+    def turn(self, text: str) -> None:
+        """A command, or something that is said to the model. What is wrong with it is shown, and changes nothing."""
+        try:
+            if COMMAND.fullmatch(text):
+                self.command(text)
+            else:
+                self.say(text)
+        except QuantFlowError as error:
+            show(error.problems)
 
     def say(self, text: str) -> None:
-        """One turn. What the model could not answer is not a part of the dialogue; an answer that was stopped is."""
-        asked = [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages, {"role": "user", "content": text}]
+        """One question and its answer. Without one, neither is a part of the dialogue; an answer that the user stopped is. Raises
+        QuantFlowError where there is no answer, or half of one."""
+        self._question, self._answered = text, False
+        asked = [*self._beforehand(), *self.messages, {"role": "user", "content": text}]
         began, first, pieces, stopped = time.monotonic(), 0.0, list[str](), False
         try:
-            for piece in self.partner.stream(asked):
+            for piece in self.partner.stream(asked, self.parameters):
                 if not first and piece:
                     first = time.monotonic() - began
                 pieces.append(piece)
                 self.write(piece.translate(HARMLESS))
         except KeyboardInterrupt:
             stopped = True
-        except QuantFlowError as error:
-            self.write("\n")
-            show(error.problems)
-            return
+        except QuantFlowError:
+            self.write(" [not finished, and forgotten: /regen asks again]\n" if pieces else "\n")
+            raise
         self.write(" [stopped]\n\n" if stopped else "\n\n")
+        self._answered = True
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
         self._measure(time.monotonic() - began, first)
 
@@ -159,29 +186,57 @@ class Chat:
         speed = f", {(generated - 1) / (seconds - first):.1f} tokens/s" if generated > 1 and seconds > first else ""
         self.stats = f"prompt {prompt} tokens, answer {generated} tokens, first after {first:.2f} s, {seconds:.2f} s in all{speed}"
 
-    def command(self, line: str) -> None:
-        """What begins with a slash. Raises RequestError, OutputError."""
-        name, _, rest = line.partition(" ")
-        rest = rest.strip()
-        if name == "/system":
-            self.system = rest or self.system
-            self.write(f"{self.system or 'no system prompt'}\n")
-        elif name == "/reset":
-            self.messages.clear()
-            self.write("a new dialogue\n")
-        elif name == "/save":
-            self.save(Path(rest))
-        elif name == "/stats":
-            self.write(f"{self.stats}\n")
-        elif name == "/help":
-            self.write(f"{HELP}\n")
-        else:
-            raise RequestError(Problem(name, "no command", "/system, /reset, /save, /stats, /help or exit"))
+    def _beforehand(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []
 
-    def save(self, file: Path) -> None:
-        if not file.name:
+    def command(self, line: str) -> None:
+        """What begins with a slash. Raises QuantFlowError."""
+        name, _, rest = line.partition(" ")
+        name = SYNONYMS.get(name, name)
+        if name not in COMMANDS:
+            hint = f"A text that begins so stands between {QUOTES}"
+            raise RequestError(Problem(name, "no command", f"{', '.join(COMMANDS)} or /bye", hint))
+        COMMANDS[name].does(self, rest.strip())
+
+    def set_system(self, text: str) -> None:
+        self.system = text or self.system
+        self.write(f"{self.system or 'no system prompt'}\n")
+
+    def set_parameter(self, text: str) -> None:
+        """`temperature 0.2`; ollama's `parameter temperature 0.2` and `system TEXT` too. Nothing: shows what is set."""
+        name, _, value = text.removeprefix("parameter ").strip().partition(" ")
+        if name == "system":
+            self.set_system(value.strip().strip('"'))
+            return
+        if name:
+            if name not in KINDS:
+                raise RequestError(Problem("/set", repr(name), ", ".join(KINDS)))
+            changed = {**self.parameters, name: _number(name, value.strip())}
+            self.partner.check(changed)
+            self.parameters = changed
+        shown = {name: self.parameters.get(name) for name in ([name] if name else KINDS)}
+        self.write("".join(f"{name} {'none' if value is None else value}\n" for name, value in shown.items()))
+
+    def clear(self, text: str) -> None:
+        self.messages, self._question, self._answered = [], "", False
+        self.write("a new dialogue\n")
+
+    def regenerate(self, text: str) -> None:
+        """The last question once more. Its answer goes only where there is another."""
+        if not self._question:
+            raise RequestError(Problem("/regen", "nothing has been asked", "a question first"))
+        before, answered = self.messages, self._answered
+        self.messages = before[:-2] if answered else before[:]
+        try:
+            self.say(self._question)
+        except QuantFlowError:
+            self.messages, self._answered = before, answered
+            raise
+
+    def save(self, name: str) -> None:
+        if not name:
             raise RequestError(Problem("/save", "no file", "its name"))
-        messages = [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
+        file, messages = Path(name), [*self._beforehand(), *self.messages]
         text = "\n".join(f"{m['role']}: {m['content']}\n" for m in messages)
         if file.suffix == ".json":
             text = json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
@@ -191,33 +246,50 @@ class Chat:
             raise OutputError(Problem(str(file), str(error), "a place that can be written to")) from error
         self.write(f"{len(messages)} messages in {file}\n")
 
+    def tell_stats(self, text: str) -> None:
+        self.write(f"{self.stats}\n")
 
-def turns(read: Callable[[], str]) -> Iterator[str]:
-    """What the user says, a turn at a time: lines up to an empty one. Commands and `exit` are turns of one line. read: the next line;
-    raises EOFError at the end, KeyboardInterrupt where the line is to be forgotten."""
-    lines: list[str] = []
-    while True:
-        try:
-            line = read().encode("utf-8", "replace").decode()  # what is no UTF-8 arrives as surrogates
-        except KeyboardInterrupt:
-            if not lines:
-                errors.print("\nexit leaves")
-            lines = []
-            continue
-        except EOFError:
-            if lines:
-                yield "\n".join(lines)
-            return
-        alone = not lines
-        if alone and line.strip() in ("exit", "quit", "/exit", "/quit"):
-            return
-        if alone and line.startswith("/"):
-            yield line.strip()
-        elif line.strip():
-            lines.append(line)
-        elif lines:
-            yield "\n".join(lines)
-            lines = []
+    def help(self, text: str) -> None:
+        rows = [(command.usage, command.words) for command in COMMANDS.values()] + [("/bye", "leaves, as Ctrl-D does")]
+        self.write("".join(f"  {usage:<18} {words}\n" for usage, words in rows) + KEYS)
+
+
+@dataclass(frozen=True)
+class Command:
+    usage: str
+    words: str
+    does: Callable[[Chat, str], None]
+
+
+COMMANDS = {
+    command.usage.split()[0]: command
+    for command in (
+        Command("/set NAME VALUE", "how tokens are chosen; without NAME: what can be set, and is", Chat.set_parameter),
+        Command("/system TEXT", "what the model is told beforehand; without TEXT: shows it", Chat.set_system),
+        Command("/clear", "begins a new dialogue", Chat.clear),
+        Command("/regen", "answers the last question anew", Chat.regenerate),
+        Command("/save FILE", "writes the dialogue: JSON where the name ends in .json, else text", Chat.save),
+        Command("/stats", "tokens and speed of the last answer", Chat.tell_stats),
+        Command("/help", "this", Chat.help),
+    )
+}
+SYNONYMS = {"/reset": "/clear", "/?": "/help"}
+COMMAND = re.compile(r"/[a-z_?]*(?: .*)?")  # of one line, and no path
+KEYS = f"""
+  Enter sends. Alt+Enter, Ctrl-J or a \\ before Enter begins a line; or write {QUOTES} before and after several lines.
+  A paste is not sent before you press Enter. Ctrl-C stops an answer, or forgets what you wrote.
+"""
+KINDS = {"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "repetition_penalty": float, "seed": int}
+
+
+def _number(name: str, text: str) -> float | int | None:
+    if text == "none" and name in ("max_tokens", "seed"):
+        return None
+    try:
+        return KINDS[name](text)
+    except ValueError:
+        kind = "a number" if KINDS[name] is float else "an integer"
+        raise RequestError(Problem(f"/set {name}", repr(text), kind)) from None
 
 
 def chat(
@@ -244,18 +316,22 @@ def chat(
     device: DeviceOption = Device.auto,
     debug: Debug = False,
 ) -> None:
-    """Chat in the terminal. With a model here, or one behind a server."""
+    """Chat in the terminal. With a model here, or one behind a server.
+
+    Enter sends; Alt+Enter, Ctrl-J, or a text between triple quotes is for several lines; /help says more. Out of a pipe, lines up to
+    an empty one, or the end, are a question.
+    """
     with reporting(debug, RUNNING):
         parameters = {
             "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
             "seed": seed,
         }  # fmt: skip
         partner: Partner
-        if target.startswith(("http://", "https://")):
+        if is_address(target):
             from quantflow.serve.config import KEY_VARIABLE, keys
 
             found = keys(api_key_file, KEY_VARIABLE)
-            partner = Remote(target, found[0] if found else None, parameters)
+            partner = Remote(target, found[0] if found else None)
         else:
             from quantflow.engine.follower import follow
             from quantflow.engine.tensor_parallel import follows
@@ -270,24 +346,26 @@ def chat(
             }  # fmt: skip
             partner = Local(target, parameters, options)
         with closing(partner):
-            talk(Chat(partner, _write, system))
+            talk(Chat(partner, _write, system, parameters))
+
+
+def is_address(target: str) -> bool:
+    """Whether that is a server's, and no directory's or hub id."""
+    return "://" in target or (bool(re.fullmatch(r"[\w.-]+:\d+(/.*)?", target)) and not Path(target).exists())
 
 
 def talk(chat: Chat) -> None:
-    """Reads turns until the user leaves."""
-    interactive = sys.stdin.isatty()
-    if interactive:
-        import readline  # noqa: F401 - gives input() its editing keys and history
-
-        console.print(f"{chat.partner.name.translate(HARMLESS)}. {HELP}")
-    for turn in turns(lambda: input("> " if interactive else "")):
-        if turn.startswith("/"):
-            try:
-                chat.command(turn)
-            except QuantFlowError as error:
-                show(error.problems)
-        else:
-            chat.say(turn)
+    """Takes turns until the user leaves."""
+    if not sys.stdin.isatty():
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        for turn in piped(sys.stdin):
+            chat.turn(turn)
+        return
+    errors.print(f"{chat.partner.name.translate(HARMLESS)}. Enter sends, /help says more, Ctrl-D leaves.")
+    for turn in typed():
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C, when the answer has stopped already
+            chat.turn(turn)
 
 
 def _write(text: str) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from quantflow.errors import GateError, QuantFlowError, ResourceError, UserError
+from quantflow.errors import GateError, QuantFlowError, ResourceError, ServerError, UserError
 from quantflow.machine import is_out_of_memory, resident_bytes
 
 
@@ -187,8 +187,10 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
         return INTERRUPTED, "interrupted", (hints.interrupted,) if hints.interrupted else ()
     if isinstance(error, GateError):
         return error.exit_code, "quality gate failed", error.problems
+    if isinstance(error, ServerError):
+        return error.exit_code, "no answer from the server", error.problems
     if isinstance(error, ResourceError):
-        return error.exit_code, "not enough of something", error.problems
+        return error.exit_code, "this machine could not do it", error.problems
     if isinstance(error, UserError):
         return error.exit_code, f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}", error.problems
     if isinstance(error, QuantFlowError):

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from quantflow.cli.chat import Chat, Message, Remote, turns
+from quantflow.cli.chat import COMMANDS, Chat, Message, Parameters, Remote, is_address
 from quantflow.cli.console import show
+from quantflow.engine.request import SamplingParams
 from quantflow.errors import OutputError, Problem, RequestError
 from quantflow.serve.config import ServerConfig
 from tests.helpers.serving import DEMO, Running, serving
@@ -34,8 +35,14 @@ class Echo:
     def __init__(self) -> None:
         self.heard: list[list[Message]] = []
 
-    def stream(self, messages: Sequence[Message]) -> Iterator[str]:
+        self.told: list[dict[str, Any]] = []
+
+    def check(self, parameters: Parameters) -> None:
+        SamplingParams(**parameters)
+
+    def stream(self, messages: Sequence[Message], parameters: Parameters) -> Iterator[str]:
         self.heard.append(list(messages))
+        self.told.append(dict(parameters))
         for letter in messages[-1]["content"]:
             if letter == "!":
                 raise KeyboardInterrupt
@@ -50,36 +57,6 @@ def made() -> tuple[Chat, Echo, list[str]]:
     return Chat(echo, said.append), echo, said
 
 
-def lines(*given: str | type[BaseException]) -> Any:
-    rest = iter(given)
-
-    def read() -> str:
-        line = next(rest, EOFError)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    return read
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["a", ""], ["a"]),
-        (["a", "b", "", "c", ""], ["a\nb", "c"]),
-        (["", "", "a", "", "exit", "b", ""], ["a"]),
-        (["/reset", "a", "/no command", "", "/stats"], ["/reset", "a\n/no command", "/stats"]),
-        (["a", "exit", ""], ["a\nexit"]),
-        (["a", KeyboardInterrupt, "b", ""], ["b"]),
-        ([KeyboardInterrupt, "b", ""], ["b"]),
-        (["a"], ["a"]),
-        ([], []),
-    ],
-)
-def test_turns(given: Any, expected: list[str]) -> None:
-    assert list(turns(lines(*given))) == expected
-
-
 def test_a_dialogue_is_remembered() -> None:
     chat, echo, said = made()
     chat.command("/system Be short.")
@@ -88,9 +65,13 @@ def test_a_dialogue_is_remembered() -> None:
     assert [(m["role"], m["content"]) for m in echo.heard[-1]] == [
         ("system", "Be short."), ("user", "one"), ("assistant", "one"), ("user", "two")
     ]  # fmt: skip
-    chat.command("/reset")
+    chat.turn("/clear")
     chat.say("three")
     assert len(echo.heard[-1]) == 2 and "".join(said).count("three") == 1
+    chat.turn("/reset")  # as it is called elsewhere
+    chat.turn("/etc/passwd is what")
+    chat.turn("/help me\nwith two lines")
+    assert [m["content"] for m in echo.heard[-1][1:]] == ["/etc/passwd is what"] * 2 + ["/help me\nwith two lines"]
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came() -> None:
@@ -101,11 +82,50 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came() -> None:
     assert len(echo.heard[-1]) == 3
 
 
-def test_what_was_refused_is_forgotten() -> None:
-    chat, echo, _ = made()
-    chat.say("what?")
-    chat.say("x")
+def test_what_was_refused_is_forgotten(capfd: pytest.CaptureFixture[str]) -> None:
+    chat, echo, said = made()
+    chat.turn("what?")
+    assert "not finished, and forgotten" in said[-1] and "messages: too long" in capfd.readouterr().err
+    chat.turn("x")
     assert len(echo.heard[-1]) == 1
+
+
+def test_a_question_is_answered_anew(capfd: pytest.CaptureFixture[str]) -> None:
+    chat, echo, _ = made()
+    chat.turn("/regen")
+    assert "nothing has been asked" in capfd.readouterr().err
+    for text in ("one", "two"):
+        chat.turn(text)
+    chat.turn("/regen")
+    assert echo.heard[-1] == echo.heard[-2] and len(chat.messages) == 4
+    chat.turn("thr?ee")
+    kept = list(chat.messages)
+    chat.turn("/regen")  # of a question that has no answer yet
+    assert echo.heard[-1] == echo.heard[-2] and chat.messages == kept
+    echo.stream = lambda *_: iter(["3"])  # type: ignore[method-assign]
+    chat.turn("/regen")
+    assert chat.messages == [*kept, {"role": "user", "content": "thr?ee"}, {"role": "assistant", "content": "3"}]
+    echo.stream = Echo().stream  # type: ignore[method-assign]
+    chat.turn("/regen")
+    assert chat.messages[-1]["content"] == "3", "an answer stays where there is no other"
+
+
+def test_parameters_are_set(capfd: pytest.CaptureFixture[str]) -> None:
+    chat, echo, said = made()
+    for line in ("/set temperature 0.5", "/set parameter top_k 7", "/set seed 3", "/set seed none", '/set system "Be short."', "x"):
+        chat.turn(line)
+    assert echo.told == [{"temperature": 0.5, "top_k": 7, "seed": None}] and echo.heard[0][0]["content"] == "Be short."
+    assert capfd.readouterr().err == ""
+    for line, wrong in (
+        ("temperature hot", "a number"),
+        ("top_k 1.5", "an integer"),
+        ("top_p 5", "from 0 to 1"),
+        ("colour 3", "temperature"),
+    ):
+        chat.turn(f"/set {line}")
+        assert wrong in capfd.readouterr().err
+    chat.turn("/set")
+    assert said[-1].splitlines()[:3] == ["temperature 0.5", "top_p none", "top_k 7"]
 
 
 def test_the_terminal_is_not_worked_by_what_is_said() -> None:
@@ -157,9 +177,10 @@ def test_a_server_says_what_the_model_says_here(server: Running) -> None:
 
 def test_what_is_wrong_is_said(server: Running, tmp_path: Path) -> None:
     for target, said, code in (
-        (server.address, "QUANTFLOW_API_KEY", 2), ("http://127.0.0.1:9", "quantflow serve", 4), ("no-such-model", "no-such-model", 2)
+        (server.address, "QUANTFLOW_API_KEY", 2), ("127.0.0.1:9", "nothing listens there", 4), ("no-such-model", "no-such-model", 2)
     ):  # fmt: skip
         done = run(target, "x\n\n")
+        assert ("no answer from the server" in done.stderr) == (code == 4) and "not enough" not in done.stderr
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
     long = run(server.address, "word " * 2000 + "\n\nshort\n\n", QUANTFLOW_API_KEY=KEY)
     assert long.returncode == 0 and "fewer than 1024" in long.stderr and len(long.stdout) > 10
@@ -215,16 +236,29 @@ def test_a_server_that_talks_nonsense_does_not_end_the_dialogue(event: str) -> N
         thread = threading.Thread(target=fake.serve_forever)
         thread.start()
         said: list[str] = []
-        chat = Chat(Remote(f"http://127.0.0.1:{fake.server_port}", None, {}), said.append)
-        chat.say("x")
-        chat.say("y")
+        chat = Chat(Remote(f"http://127.0.0.1:{fake.server_port}", None), said.append)
+        chat.turn("x")
+        chat.turn("y")
         fake.shutdown()
         thread.join()
     assert "\x1b" not in "".join(said)
 
 
-def test_input_that_is_no_text() -> None:
-    assert list(turns(lines("a\udcffb", ""))) == ["a?b"]
+def test_a_file_with_no_name_for_it() -> None:
     chat, _, _ = made()
     with pytest.raises(OutputError):
         chat.command("/save a\0b")
+
+
+def test_what_is_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model:4").mkdir()
+    assert [is_address(text) for text in ("http://x", "https://x/v1", "localhost:80", "a.b:80/v1", "model:4", "a/b", "a:b", "./x")] == [
+        True, True, True, True, False, False, False, False
+    ]  # fmt: skip
+
+
+def test_help_names_every_command() -> None:
+    chat, _, said = made()
+    chat.turn("/?")
+    assert all(f"  {name}" in said[-1] for name in (*COMMANDS, "/bye")) and "Ctrl-J" in said[-1]
