@@ -80,7 +80,8 @@ class Text:
     def joined(self, tokens: list[int], *, special: bool) -> str:
         """The text of tokens. special: with that of special ones. Raises ModelError for a decoder that cannot put them together."""
         expected = "a tokenizer whose tokens make a text"
-        return str(guarded(self.folder, expected, lambda: self.tokenizer.decode(tokens, skip_special_tokens=not special)))
+        # decode_batch, for one text too: decode holds the interpreter lock.
+        return str(guarded(self.folder, expected, lambda: self.tokenizer.decode_batch([tokens], skip_special_tokens=not special)[0]))
 
     def token_bytes(self, token: int) -> bytes:
         """What a token says by itself: a part of a letter, perhaps."""
@@ -115,10 +116,12 @@ class Text:
         return found
 
     def warm(self) -> None:
-        """Starts the process that renders dialogues, so that the first need not wait for it. A template that refuses an empty dialogue
-        has been started, too."""
-        with suppress(TemplateRefused):
-            self._renderer.render("", {})
+        """Makes ready what takes a moment at first use: the longest token is found, and the process that renders dialogues started. A
+        template that refuses an empty dialogue has been started, too."""
+        _ = self.longest
+        if self.template:
+            with suppress(TemplateRefused):
+                self._renderer.render("", {})
 
     def check_template(self) -> None:
         """Raises ModelError where the dialogue format does not even write the simplest dialogue: nothing is wrong with what it is given

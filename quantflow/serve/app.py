@@ -22,6 +22,7 @@ from quantflow import __version__
 from quantflow.errors import RequestError, ResourceError
 from quantflow.serve import protocol
 from quantflow.serve.answer import Answer, Job
+from quantflow.serve.body import JsonRoute
 from quantflow.serve.chat import chat_job
 from quantflow.serve.completion import completion_job, sequences
 from quantflow.serve.errors import Refused, engine_stopped, refused, response
@@ -60,6 +61,7 @@ def create_app(service: Service) -> ASGIApp:
         redirect_slashes=False,
     )  # fmt: skip
     app.state.service = service
+    app.router.route_class = JsonRoute
     _models(app, service)
     _generation(app, service, sessions)
     _text(app, service)
@@ -190,29 +192,30 @@ def _text(app: FastAPI, service: Service) -> None:
         with service.entered(1):
             if body.messages is not None:
                 messages = [m.model_dump() for m in body.messages]
-                tokens = await service.prepare_aside(lambda: service.dialogue(messages))
+                found = await service.prepare_aside(lambda: service.dialogue_tokens([messages]))
             else:
                 text, special = body.prompt or "", body.add_special_tokens is not False
-                tokens = await service.prepare_aside(lambda: service.text.encode(text, special=special))
-        return Json({"tokens": tokens, "count": len(tokens), "max_model_len": service.context})
+                found = await service.prepare_aside(lambda: service.tokens([text], special=special))
+        content = b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (found.json[1:-1], found.counts[0], service.context)
+        return Response(content, media_type=Json.media_type)
 
     @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=(400, 404, 408, 413, 415, 429)))
     async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of tokens, special ones left out."""
         service.check_model(body.model)
         vocabulary = service.llm.engine.model_config.vocabulary
-        wrong = next((token for token in body.tokens if token >= vocabulary), None)
-        if wrong is not None:
-            message = f"tokens: {wrong}; expected ids from 0 to {vocabulary - 1}"
+        if (largest := max(body.tokens, default=0)) >= vocabulary:
+            message = f"tokens: {largest}; expected ids from 0 to {vocabulary - 1}"
             raise Refused(400, message, param="tokens", code="invalid_value")
         with service.entered(1):
-            return Json({"prompt": await service.prepare_aside(lambda: service.text.decode(body.tokens))})
+            text = await service.prepare_aside(lambda: service.decode(body.tokens))
+        return Response(b'{"prompt":%b}' % text, media_type=Json.media_type)
 
     @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse, refusals=(400, 404, 408, 413, 415, 429)))
     async def encode(body: EncodeRequest) -> Any:
         """The tokens of a text, or of each of several, in LMDeploy's words."""
         with service.entered(1):
-            return Json(await service.prepare_aside(lambda: encoded(service, body)))
+            return Response(await service.prepare_aside(lambda: encoded(service, body)), media_type=Json.media_type)
 
 
 def _operation(app: FastAPI, service: Service) -> None:
@@ -336,8 +339,6 @@ def unreadable(error: RequestValidationError) -> Refused:
     """What pydantic found, in OpenAI's words."""
     found = []
     for problem in _telling(error.errors())[:5]:
-        if problem["type"] == "json_invalid":
-            return Refused(400, f"body: no valid JSON ({problem.get('ctx', {}).get('error', 'unreadable')})", code="invalid_json")
         place = [part for at, part in enumerate(problem["loc"]) if at and _is_name(part, at)]
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or "body"
         if problem["type"] == "extra_forbidden":

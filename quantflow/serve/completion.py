@@ -113,10 +113,16 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return [body.prompt]
 
 
-def _prompt(service: Service, given: str | list[int], *, echo: bool) -> Prompt:
-    if isinstance(given, str):
-        return Prompt(service.encode(given), given)
-    return Prompt(given, service.text.decode(given) if echo else "")
+def _encoded(service: Service, given: Sequence[str | list[int]], *, echo: bool) -> list[Prompt]:
+    """All texts at once, and the text of tokens that will be echoed: the engine refuses those that are too many."""
+    encoded = iter(service.encode([text for text in given if isinstance(text, str)]))
+    found = []
+    for prompt in given:
+        if isinstance(prompt, str):
+            found.append(Prompt(next(encoded), prompt))
+        else:
+            found.append(Prompt(prompt, service.text.decode(prompt) if echo and len(prompt) <= service.context else ""))
+    return found
 
 
 def sequences(body: CompletionRequest) -> int:
@@ -135,7 +141,7 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     nothing = body.max_tokens == 0
     if nothing and not body.echo:
         raise Refused(400, "max_tokens: 0; expected at least 1, or echo: true", param="max_tokens", code="invalid_value")
-    prompts = [_prompt(service, given, echo=bool(body.echo)) for given in _prompts(body)]
+    prompts = _encoded(service, _prompts(body), echo=bool(body.echo))
     # The engine scores a text of at least two tokens; where there is nothing to score, or several are asked for, a token goes unseen.
     scores = nothing and made == 1 and body.logprobs is not None and all(len(prompt.tokens) > 1 for prompt in prompts)
     params = sampling_params(

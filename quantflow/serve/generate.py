@@ -10,6 +10,7 @@ from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import EncodeRequest, GenerateRequest
 from quantflow.serve.sampling import LEAST_TOP_P, default, finite, temperature
 from quantflow.serve.service import Service
+from quantflow.serve.wire import encode
 
 GENERATE_RENAMED = {
     "logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num", "prompt_logprobs_from": "logprob_start_len"
@@ -83,7 +84,7 @@ def generate_job(service: Service, body: GenerateRequest) -> Job:
         raise Refused(400, message, param="logprob_start_len", code="invalid_value")
     if body.max_tokens == 0 and not of_prompt:
         raise Refused(400, "max_tokens: 0; expected at least 1, or logprob_start_len", param="max_tokens", code="invalid_value")
-    prompt = body.input_ids if body.input_ids is not None else service.encode(body.prompt or "")
+    prompt = body.input_ids if body.input_ids is not None else service.encode([body.prompt or ""])[0]
     begin = body.logprob_start_len + 1  # the first token that something is told of
     if of_prompt and begin >= len(prompt):
         message = f"logprob_start_len: {begin - 1}; expected less than {len(prompt) - 1}: the prompt has {len(prompt)} tokens"
@@ -101,20 +102,18 @@ def generate_job(service: Service, body: GenerateRequest) -> Job:
     return Job([prompt], params, shape, bool(body.stream))
 
 
-def encoded(service: Service, body: EncodeRequest) -> Object:
-    """The tokens of one text, or of each of several. Takes a while. Raises Refused, RequestError."""
+def encoded(service: Service, body: EncodeRequest) -> bytes:
+    """The tokens of one text, or of each of several, as JSON. Takes a while. Raises Refused, RequestError."""
     bos = body.add_bos is not False
     if body.do_preprocess and not bos:
         message = "add_bos: false with do_preprocess; expected true: a dialogue format has its own first tokens"
         raise Refused(400, message, param="add_bos", code="unsupported_value")
 
-    def one(text: str) -> list[int]:
-        if body.do_preprocess:
-            return service.dialogue([{"role": "user", "content": text}])
-        return service.text.encode(text, special=bos)
-
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    if body.do_preprocess:
+        found = service.dialogue_tokens([[{"role": "user", "content": text}] for text in texts])
+    else:
+        found = service.tokens(texts, special=bos)
     if isinstance(body.input, str):
-        ids = one(body.input)
-        return {"input_ids": ids, "length": len(ids)}
-    many = [one(text) for text in body.input]
-    return {"input_ids": many, "length": [len(ids) for ids in many]}
+        return b'{"input_ids":%b,"length":%d}' % (found.json[1:-1], found.counts[0])
+    return b'{"input_ids":%b,"length":%b}' % (found.json, encode(found.counts))

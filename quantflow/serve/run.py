@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def start(model: str, config: ServerConfig, note: Callable[[str], None], ready: 
         for odd in llm.engine.notes:
             note(f"note: {odd}")
         _warm(llm)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: to look through it for garbage takes a third of a second, in which nobody is answered
         service = Service(llm, config, llm.engine.path.resolve().name)
         seconds = time.monotonic() - began
         code = serve(service, lambda address: ready(f"ready: {address} serves {service.name} ({seconds:.1f} s)"))
@@ -49,7 +52,7 @@ def _warm(llm: AsyncLLM) -> None:
         for token in engine.tokens():
             if token.finish == Finish.error:
                 raise ResourceError(Problem("the first token", token.reason))
-        if engine.text and engine.text.template:
+        if engine.text:
             engine.text.warm()
 
     try:

@@ -8,19 +8,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from quantflow.engine.async_llm import AsyncLLM, Stream
 from quantflow.engine.engine import TOO_LONG, Engine
 from quantflow.engine.grammar import Grammar
+from quantflow.engine.long_text import LONG, Encoded, LongTexts
 from quantflow.engine.request import Request, SamplingParams, Token
 from quantflow.engine.text import Text
+from quantflow.serve import body
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused
 from quantflow.serve.metrics import Metrics
 from quantflow.serve.protocol import ModelCard
 from quantflow.serve.tools import ToolFormat, tool_format
+from quantflow.serve.wire import encode
 
 RETRY_AFTER_S = 1
 SENDS_PER_S = 500.0  # of all streams together: one costs a small machine about a tenth of a millisecond of both its cores
@@ -42,7 +45,8 @@ class Service:
         self.draining = False
         self.expired = asyncio.Event()
         # A pool for each kind of work, so that one cannot keep the others waiting.
-        self._texts, self._asides, self._compilations = (ThreadPoolExecutor(n, thread_name_prefix="quantflow") for n in (4, 1, 1))
+        pools = (ThreadPoolExecutor(n, thread_name_prefix="quantflow") for n in (4, 1, 2, 1))
+        self._texts, self._asides, self._larges, self._compilations = pools
 
     @property
     def name(self) -> str:
@@ -135,12 +139,17 @@ class Service:
         return hear
 
     async def prepare(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives, done beside the loop: tokenising takes a while. Where nobody waits any longer, it is not begun."""
-        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
+        """What `work` gives, done beside the loop: tokenising takes a while. Where nobody waits any longer, it is not begun. That of large
+        requests waits in a line of its own, so that it keeps nobody else waiting."""
+        return await self._beside(self._texts, work)
 
     async def prepare_aside(self, work: Callable[[], Any]) -> Any:
         """The same for what generates nothing, so that generation does not wait for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._asides, work)
+        return await self._beside(self._asides, work)
+
+    async def _beside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+        pool = self._larges if body.size.get() > body.LARGE else pool
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
     async def compile(self, grammar: Grammar | None) -> None:
         """Makes a grammar ready. Raises RequestError where it is none, or too much."""
@@ -150,25 +159,57 @@ class Service:
 
     def close(self) -> None:
         """What has not begun never will."""
-        for pool in (self._texts, self._asides, self._compilations):
+        for pool in (self._texts, self._asides, self._larges, self._compilations):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt. Raises Refused for one that is too long, before it is tokenised, and RequestError."""
-        self._check_letters("prompt", len(text))
-        return self.text.encode(text)
+    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts. Raises Refused for one that is too long, before it is tokenised where that is certain, and RequestError."""
+        for prompt in prompts:
+            self._check_letters("prompt", len(prompt))
+        return self._fitting(prompts, "prompt", special=True)
 
     def dialogue(self, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
-        """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long, before any work."""
+        """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""
         given = [_for_template(m) for m in messages]
         self._check_letters("messages", sum(len(m["content"]) for m in given))
-        return self.text.dialogue(given, **extra)
+        return self._fitting([self.text.render(given, **extra)], "messages", special=False)[0]
+
+    def tokens(self, texts: Sequence[str], *, special: bool) -> Encoded:
+        """The tokens of texts of any length. Raises RequestError."""
+        return self._encoded(texts, special=special)
+
+    def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]]) -> Encoded:
+        """The same of dialogues, each up to where its answer begins."""
+        return self._encoded([self.text.render([_for_template(m) for m in messages]) for messages in dialogues], special=False)
+
+    def decode(self, tokens: list[int]) -> bytes:
+        """The text of tokens, special ones left out: a JSON string. Raises RequestError."""
+        return encode(self.text.decode(tokens)) if len(tokens) <= LONG else self._long_texts.decode(tokens)
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        return LongTexts(self.text.tokenizer)
+
+    def _fitting(self, texts: Sequence[str], param: str, *, special: bool) -> list[list[int]]:
+        found = self._encoded(texts, special=special, most=self.context)
+        if (most := max(found.counts, default=0)) > self.context:
+            raise self._too_long(param, f"{most} tokens")
+        return found.ids
+
+    def _encoded(self, texts: Sequence[str], *, special: bool, most: int | None = None) -> Encoded:
+        """Where all of them together are short, a process of their own would take longer."""
+        if sum(map(len, texts)) > LONG:
+            return self._long_texts.encode(texts, special=special, most=most)
+        ids = [self.text.encode(text, special=special) for text in texts]
+        return Encoded([*map(len, ids)], encode(ids))
 
     def _check_letters(self, param: str, letters: int) -> None:
         """Raises Refused where even the longest tokens would be too many."""
         if letters > self.context * self.text.longest:
-            message = f"{param}: {letters} letters; expected fewer than {self.context} tokens, the model's context"
-            raise Refused(400, message, param=param, code=TOO_LONG)
+            raise self._too_long(param, f"{letters} letters")
+
+    def _too_long(self, param: str, what: str) -> Refused:
+        return Refused(400, f"{param}: {what}; expected fewer than {self.context} tokens, the model's context", param=param, code=TOO_LONG)
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
