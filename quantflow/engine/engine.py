@@ -121,6 +121,7 @@ def default_step_tokens(device: str, batch: int, block_size: int) -> int:
 
 
 TOO_LONG = "context_length_exceeded"  # the code of a request that the context cannot hold
+SHORTEN = "The prompt is too long"  # the words that clients know it by who see no code: they leave out what was said long ago
 
 
 @dataclass
@@ -400,7 +401,7 @@ class Engine:
                     )
                 )
         elif len(tokens) >= room:
-            found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}", code=TOO_LONG))
+            found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}", SHORTEN, TOO_LONG))
         elif params.max_tokens is not None and len(tokens) + params.max_tokens > room:
             asked = f"{params.max_tokens} after a prompt of {len(tokens)} tokens"
             found.append(Problem("max_tokens", asked, f"at most {room - len(tokens)}: {why} is {room}", code=TOO_LONG))

@@ -12,11 +12,12 @@ from functools import cached_property, partial
 from typing import Any
 
 from quantflow.engine.async_llm import AsyncLLM, Stream
-from quantflow.engine.engine import TOO_LONG, Engine
+from quantflow.engine.engine import SHORTEN, TOO_LONG, Engine
 from quantflow.engine.grammar import Grammar
 from quantflow.engine.long_text import LONG, Encoded, LongTexts
 from quantflow.engine.request import Request, SamplingParams, Token
 from quantflow.engine.text import Text
+from quantflow.errors import Problem
 from quantflow.serve import body
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused
@@ -209,7 +210,8 @@ class Service:
             raise self._too_long(param, f"{letters} letters")
 
     def _too_long(self, param: str, what: str) -> Refused:
-        return Refused(400, f"{param}: {what}; expected fewer than {self.context} tokens, the model's context", param=param, code=TOO_LONG)
+        problem = Problem(param, what, f"fewer than {self.context} tokens, the model's context", SHORTEN)
+        return Refused(400, str(problem), param=param, code=TOO_LONG)
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:

@@ -309,6 +309,14 @@ def test_a_prompt_that_is_far_too_long_is_not_even_tokenised(server: Running) ->
         assert "letters" in answer.error["message"]
 
 
+def test_a_prompt_that_is_too_long_is_known_by_its_words(server: Running) -> None:
+    """LiteLLM and LangChain look for these in the message, and tell their callers to shorten the dialogue."""
+    for answer in (server.chat(messages="word " * 1020), server.chat(messages="word " * 3000), server.chat(messages="x" * 4_000_000)):
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert "prompt is too long" in answer.error["message"]
+    assert "prompt is too long" not in server.chat(max_tokens=10**6).error["message"]
+
+
 PATTERNS = [f"(a|b)*a(a|b){{{i}}}" for i in range(5, 35)]
 
 
