@@ -15,8 +15,11 @@ QuantFlowError                1   our own fault
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,19 @@ class ResourceError(QuantFlowError):
 
 class ServerError(ResourceError):
     pass
+
+
+def panicked(error: BaseException) -> bool:
+    """Whether a library written in Rust has failed in a way that it did not foresee. Its panic is no Exception, and gets past whoever
+    handles those."""
+    return type(error).__name__ == "PanicException"
+
+
+def contained(work: Callable[[], T]) -> T:
+    """What `work` gives; a panic in it becomes a RuntimeError."""
+    try:
+        return work()
+    except BaseException as error:
+        if panicked(error):
+            raise RuntimeError(f"a library has failed: {error}") from error
+        raise

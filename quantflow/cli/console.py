@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from quantflow.errors import GateError, QuantFlowError, ResourceError, ServerError, UserError
+from quantflow.errors import GateError, QuantFlowError, ResourceError, ServerError, UserError, panicked
 from quantflow.machine import is_out_of_memory, resident_bytes
 
 
@@ -201,6 +201,9 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         title = "not writable" if error.errno == errno.EROFS else "not permitted"
         return 2, title, (f"{error.filename or error.strerror}: {error.strerror}. Choose another place with --output.",)
+    if panicked(error):
+        said = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        return 4, "a library failed", (f"{said}. Run with --debug to see where; a damaged file is the likeliest cause.",)
     if is_out_of_memory(error):
         return 4, "out of memory", (hints.memory,)
     if isinstance(error, OSError):

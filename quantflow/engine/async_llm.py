@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.llm import Collector, Prompt
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
-from quantflow.errors import Problem, ResourceError
+from quantflow.errors import Problem, ResourceError, contained
 
 T = TypeVar("T")
 
@@ -197,7 +197,7 @@ class AsyncLLM:
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(action(self.engine))
+                    future.set_result(contained(lambda: action(self.engine)))
                 except BaseException as error:  # whatever it is, it is the caller's
                     future.set_exception(error)
 

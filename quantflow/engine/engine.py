@@ -31,7 +31,7 @@ from quantflow.engine.sampler import NotANumber, logprob_of, sample
 from quantflow.engine.scheduler import Limits, Scheduler, Step, Work
 from quantflow.engine.tensor_parallel import Ranks, join
 from quantflow.engine.text import Detokenizer, Text
-from quantflow.errors import Problem, RequestError, ResourceError, UserError
+from quantflow.errors import ModelError, Problem, RequestError, ResourceError, UserError
 from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.machine import free_bytes, is_out_of_memory, resolve_device
 from quantflow.models.checkpoint import Checkpoint, resolve_model
@@ -555,7 +555,8 @@ class Engine:
         params, first = sequence.request.params, not sequence.generated
         sequence.tokens.append(token)
         free = sequence.generated >= params.min_tokens
-        text, finish = "", None
+        text, reason = "", ""
+        finish: Finish | None = None
         stop: str | int | None = None
         ends = (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids
         if self.text and not (ends and free):
@@ -563,12 +564,17 @@ class Engine:
                 self._detokenizers[sequence] = Detokenizer(
                     self.text, sequence.request.prompt, params.stop, special=not params.skip_special_tokens
                 )
-            text = self._detokenizers[sequence].add(token, search=free)
-            stop = self._detokenizers[sequence].stop
+            try:
+                text = self._detokenizers[sequence].add(token, search=free)
+                stop = self._detokenizers[sequence].stop
+            except ModelError as error:  # the tokenizer does not know what its tokens say: this text is over, and the others are not
+                del self._detokenizers[sequence]
+                finish, reason = Finish.error, str(error)
             if stop is not None:
                 finish = Finish.stop
-        reason = ""
-        if ends and free:
+        if finish == Finish.error:
+            pass
+        elif ends and free:
             finish = Finish.stop
         elif sequence.matcher and finish is None:
             sequence.matcher.add(token)

@@ -15,10 +15,10 @@ import signal
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,10 +28,12 @@ from torch import Tensor
 from quantflow.engine.child import Child, ChildEnded, ChildSlow
 from quantflow.engine.gbnf import lark_of
 from quantflow.engine.schema import endless
-from quantflow.errors import Problem, RequestError
+from quantflow.errors import Problem, RequestError, contained
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+T = TypeVar("T")
 
 MOST_LETTERS = 65536  # of a grammar
 KEPT = 64  # compiled grammars
@@ -173,13 +175,15 @@ class Matcher:
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
+        self._failure = ""
 
     def copy(self) -> Matcher:
         return Matcher(self._matcher.deep_copy(), self._vocabulary)
 
     def forbid_(self, logits: Tensor) -> None:
         """Sets the logits `[V]` of tokens that may not come next to minus infinity: all, where it cannot be followed any further."""
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        mask = self._tried(self._matcher.compute_bitmask, b"")
+        bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
         allowed = torch.zeros(len(logits), dtype=torch.bool)
         known = min(len(bits), len(logits))
         if not self._matcher.is_error():  # else the mask allows the end alone
@@ -187,7 +191,15 @@ class Matcher:
         logits[~allowed.to(logits.device)] = -torch.inf
 
     def add(self, token: int) -> None:
-        self._matcher.consume_token(token)
+        self._tried(lambda: self._matcher.consume_token(token), False)
+
+    def _tried(self, call: Callable[[], T], otherwise: T) -> T:
+        """What the library says; where it panics, this text alone has a problem."""
+        try:
+            return contained(call)
+        except RuntimeError as error:
+            self._failure = _first_line(str(error))
+            return otherwise
 
     @property
     def ended(self) -> bool:
@@ -197,7 +209,7 @@ class Matcher:
     @property
     def problem(self) -> str:
         """Why the text cannot go on; "" where it can."""
-        return str(self._matcher.get_error()) if self._matcher.is_error() else ""
+        return self._failure or (str(self._matcher.get_error()) if self._matcher.is_error() else "")
 
 
 def grammar_of(value: Any) -> Grammar | None:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from quantflow.errors import ModelError, Problem
+from quantflow.errors import ModelError, Problem, panicked
 from quantflow.models.dialogue import OF_FAMILY, ChatTemplate, Dialogue
 from quantflow.models.directory import read_file, read_json
 from quantflow.models.gguf_file import read_metadata
@@ -728,7 +728,7 @@ def guarded(where: Path | str, expected: str, build: Callable[[], Any], passing:
         raise
     except BaseException as error:
         # The library raises plain Exceptions, and panics, which are no Exceptions, for data it did not foresee.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        if isinstance(error, Exception) or panicked(error):
             raise ModelError(Problem(str(where), str(error).strip().split("\n")[0][:200], expected, "Is the download complete?")) from error
         raise
 

@@ -150,6 +150,6 @@ def _wanted(choice: Any, functions: list[Object]) -> list[Object]:
     found = [f for f in functions if f["name"] == choice.function.name]
     if not found:
         names = ", ".join(f["name"] for f in functions)
-        message = f"tool_choice: {choice.function.name!r} is none of the tools; expected one of {names}"
+        message = f"tool_choice: {choice.function.name[:80]!r} is none of the tools; expected one of {names}"
         raise Refused(400, message, param="tool_choice", code="invalid_value")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from starlette.exceptions import HTTPException
 from quantflow.errors import Problem
 from quantflow.serve.wire import Json
 
+LONG_WORD = re.compile(r"(\S{79})\S{2,}")
+MOST_LETTERS = 1000  # of a message
+
 
 class Refused(HTTPException):
     """An answer that is an error. param: the name of what is wrong in the request; code: a name for programs."""
@@ -17,12 +21,18 @@ class Refused(HTTPException):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(status, message, dict(headers or {}))
-        self.status, self.message, self.param, self.code = status, message, param, code
+        super().__init__(status, shortened(message), dict(headers or {}))
+        self.status, self.message, self.param, self.code = status, shortened(message), param and shortened(param), code
 
     @property
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": kind(self.status), "param": self.param, "code": self.code}}
+
+
+def shortened(text: str) -> str:
+    """A message that may hold what a client sent, a number of thousands of digits, say: words of at most 80 letters, 1000 in all."""
+    found = LONG_WORD.sub(r"\1…", text)
+    return found if len(found) <= MOST_LETTERS else found[: MOST_LETTERS - 1] + "…"
 
 
 def kind(status: int) -> str:

@@ -17,7 +17,7 @@ from quantflow.engine.grammar import Grammar
 from quantflow.engine.long_text import LONG, Encoded, LongTexts
 from quantflow.engine.request import Request, SamplingParams, Token
 from quantflow.engine.text import Text
-from quantflow.errors import Problem
+from quantflow.errors import Problem, contained
 from quantflow.serve import body
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused
@@ -72,7 +72,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raises Refused for a name that the model does not have. Where none was given to the server, it answers to all."""
         if name is not None and self.config.names and name not in self.names:
-            message = f"model: {name!r} is not served here; expected one of {', '.join(map(repr, self.names))}"
+            message = f"model: {name[:80]!r} is not served here; expected one of {', '.join(map(repr, self.names))}"
             raise Refused(404, message, param="model", code="model_not_found")
 
     @property
@@ -150,13 +150,13 @@ class Service:
 
     async def _beside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         pool = self._larges if body.size.get() > body.LARGE else pool
-        return await asyncio.get_running_loop().run_in_executor(pool, work)
+        return await asyncio.get_running_loop().run_in_executor(pool, contained, work)
 
     async def compile(self, grammar: Grammar | None) -> None:
         """Makes a grammar ready. Raises RequestError where it is none, or too much."""
         grammars = self.llm.engine.grammars
         if grammar is not None and grammars is not None:
-            await asyncio.get_running_loop().run_in_executor(self._compilations, grammars.matcher, grammar)
+            await asyncio.get_running_loop().run_in_executor(self._compilations, contained, partial(grammars.matcher, grammar))
 
     def close(self) -> None:
         """What has not begun never will."""

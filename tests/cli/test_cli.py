@@ -158,6 +158,10 @@ def test_schema_accepts_our_recipes(bench: Bench) -> None:
 # Exit codes
 
 
+class PanicException(BaseException):
+    """As what a library written in Rust raises, which is no Exception."""
+
+
 @pytest.mark.parametrize(
     ("error", "code", "fragments"),
     [
@@ -177,6 +181,7 @@ def test_schema_accepts_our_recipes(bench: Bench) -> None:
         (QuantFlowError("layer 3: was planned but not quantised"), 1, ("internal error", "layer 3")),
         (RuntimeError("shapes [3] and [4]"), 1, ("internal error", "RuntimeError: shapes [3] and [4]", "--debug")),
         (AssertionError(), 1, ("internal error", "AssertionError")),
+        (PanicException("index out of bounds: 7\nin it"), 4, ("a library failed", "index out of bounds: 7. Run with --debug")),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )

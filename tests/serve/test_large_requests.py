@@ -120,4 +120,5 @@ def test_small_requests_do_not_wait_for_large_ones(running: Running, monkeypatch
         assert time.monotonic() - began < 5 and all(answer.status == 200 for answer in small)
         assert not any(answer.done() for answer in large[-2:])
         assert {answer.result().status for answer in large} <= {200, 400}
-    assert running.service.inside == 0
+    while running.service.inside:  # an answer is there a moment before its request has left
+        time.sleep(0.01)
