@@ -37,6 +37,7 @@ LONGEST = 8  # tokens that may make one letter; what is no letter by then is sho
 # where there is no clock.
 OFFLINE_DATE = datetime(2024, 7, 26)
 BROKEN = "\ufffd"
+CONTINUES = "\ue000 "  # a letter that no script has, where a message's text is to be continued
 _SIMPLEST = [{"role": role, "content": "Hello"} for role in ("system", "user", "assistant")]
 BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}  # how byte-level vocabularies write bytes
 
@@ -143,8 +144,11 @@ class Text:
         """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises RequestError."""
         return self.encode(self.render(messages, **extra), special=False)
 
-    def render(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **extra: Any) -> str:
-        """tools: as JSON schemas. extra: further variables of the template (documents, …). Raises RequestError."""
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, continued: bool = False, **extra: Any
+    ) -> str:
+        """tools: as JSON schemas. continued: the text ends where the last message's content does, so that an answer goes on from there.
+        extra: further variables of the template (documents, …). Raises RequestError."""
         problems = [
             Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
             for i, m in enumerate(messages)
@@ -160,14 +164,27 @@ class Text:
             found = f"the model's chat templates are called {', '.join(sorted(self.template.templates))}"
             raise RequestError(Problem("messages", found, "one called default" + (" or tool_use" if tools is not None else "")))
         given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        content = given[-1].get("content") or ""
+        if continued:
+            given[-1]["content"] = content + CONTINUES
         variables = {
             **self.roles, "messages": [_with_reasoning(m) for m in given], "tools": tools, "documents": None,
-            "add_generation_prompt": True, **extra,
+            "add_generation_prompt": not continued, **extra,
         }  # fmt: skip
         try:
-            return self._renderer.render(template, variables)
+            text = self._renderer.render(template, variables)
+            return _until(text, content) if continued else text
         except (TemplateRefused, TypeError, ValueError, RecursionError) as error:  # the last three: what JSON cannot hold
             raise RequestError(Problem("messages", f"the model's chat template refused them: {error}")) from error
+
+
+def _until(text: str, content: str) -> str:
+    """The text up to where CONTINUES stands, behind `content`. A template that trims contents has trimmed the space behind the sign only:
+    what stands before it is for us to trim, as transformers does. Raises TemplateRefused."""
+    place = text.rfind(CONTINUES.rstrip())
+    if place < 0 or content.strip() not in text:
+        raise TemplateRefused("the last message cannot be continued: its text is not written as it is")
+    return text[:place] if text.startswith(CONTINUES, place) else text[:place].rstrip()
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from quantflow.serve.body import JsonRoute
 from quantflow.serve.chat import chat_job
 from quantflow.serve.completion import completion_job, sequences
 from quantflow.serve.errors import Refused, engine_stopped, refused, response
+from quantflow.serve.fields import REFUSED
 from quantflow.serve.generate import GENERATE_RENAMED, encoded, generate_job
 from quantflow.serve.guard import HEALTH, Guard
 from quantflow.serve.interactive import Sessions, turn_job
@@ -39,6 +40,7 @@ from quantflow.serve.protocol import (
     TokenizeRequest,
 )
 from quantflow.serve.service import Service
+from quantflow.serve.template import template_variables
 from quantflow.serve.wire import Json
 
 TYPES = {
@@ -50,6 +52,7 @@ TYPES = {
 PAGES = {"/": "index.html", "/docs": "docs.html"}  # beside each file of the page under its own name
 RENAMED = {"grammar": "response_format"}  # what clients call the engine's arguments
 MODEL_PATH = "/v1/models/{model}"
+HELPER = "x-stainless-helper-method"  # how the openai client says that it adds up a stream's deltas, roles included
 CHAT_RENAMED = {**RENAMED, "prompt": "messages"}
 
 
@@ -131,12 +134,13 @@ def _models(app: FastAPI, service: Service) -> None:
 
 def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
     @app.post("/v1/chat/completions", tags=["generation"], **_answers(protocol.ChatCompletion, events=True, refusals=GENERATES))
-    async def chat(body: ChatRequest) -> Any:
+    async def chat(body: ChatRequest, request: Request) -> Any:
         """A dialogue in, the assistant's message out."""
+        roles = HELPER not in request.headers
 
         @asynccontextmanager
         async def job() -> AsyncIterator[Job]:
-            yield await service.prepare(lambda: chat_job(service, body))
+            yield await service.prepare(lambda: chat_job(service, body, roles=roles))
 
         return Answer(service, body.n or 1, job, CHAT_RENAMED)
 
@@ -167,7 +171,10 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
         """A turn of a dialogue that the server remembers."""
         owner = request.state.owner
         id = body.session_id if body.session_id >= 0 else sessions.unnamed()
-        if body.cancel:
+        if body.request_output_len == 0 and body.interactive_mode and not body.cancel:
+            message = "request_output_len: 0; expected at least 1, or interactive_mode: false, which ends the session"
+            raise Refused(400, message, param="request_output_len", code="invalid_value")
+        if body.cancel or body.request_output_len == 0:
             sessions.end(owner, id)
             return Json({"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "finish_reason": None})
 
@@ -191,8 +198,9 @@ def _text(app: FastAPI, service: Service) -> None:
             raise Refused(400, "prompt: expected it or messages, one of the two", param="prompt", code="invalid_value")
         with service.entered(1):
             if body.messages is not None:
-                messages = [m.model_dump() for m in body.messages]
-                found = await service.prepare_aside(lambda: service.dialogue_tokens([messages]))
+                messages = [m.model_dump(exclude_none=True) for m in body.messages]
+                extra = template_variables(body, body.messages)
+                found = await service.prepare_aside(lambda: service.dialogue_tokens([messages], **extra))
             else:
                 text, special = body.prompt or "", body.add_special_tokens is not False
                 found = await service.prepare_aside(lambda: service.tokens([text], special=special))
@@ -327,12 +335,6 @@ def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | 
 
 BRANCHES = ("str", "text", "texts", "tokens", "lists")  # what pydantic calls those of unions
 NAME = re.compile(r"[a-z][a-z_]*$")
-UNSUPPORTED = {
-    name
-    for model in (ChatRequest, CompletionRequest, InteractiveRequest)
-    for name, field in model.model_fields.items()
-    if field.annotation is type(None)
-}
 
 
 def unreadable(error: RequestValidationError) -> Refused:
@@ -343,8 +345,8 @@ def unreadable(error: RequestValidationError) -> Refused:
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or "body"
         if problem["type"] == "extra_forbidden":
             found.append((param, f"{param}: unknown parameter; expected one of the API's", "unknown_parameter"))
-        elif place and place[0] in UNSUPPORTED:
-            found.append((param, f"{param}: not supported here; expected none", "unsupported_parameter"))
+        elif problem["type"] == REFUSED:
+            found.append((param, f"{param}: {problem['msg']}", REFUSED))
         else:
             message = problem["msg"][:1].lower() + problem["msg"][1:]
             found.append((param, f"{param}: {message}", "missing" if problem["type"] == "missing" else "invalid_value"))

@@ -14,16 +14,18 @@ from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import ChatRequest, ToolChoice
 from quantflow.serve.sampling import chat_logprobs, grammar_of, sampling_params, stream_usage
 from quantflow.serve.service import Service
+from quantflow.serve.template import template_variables
 from quantflow.serve.tools import Call, Reading, ToolFormat, must_call
 
 
 class ChatShape(Shape):
     """tools: how calls are read out of the text; None: they are not. most_calls: those after are dropped. usage: whether the last event
-    tells it."""
+    tells it. roles: whether every event says whose words they are, as LMDeploy's do, or the first alone."""
 
     def __init__(
-        self, service: Service, texts: int, *, tools: ToolFormat | None, most_calls: int | None, logprobs: bool, usage: bool
+        self, service: Service, texts: int, *, tools: ToolFormat | None, most_calls: int | None, logprobs: bool, usage: bool, roles: bool
     ) -> None:
+        self._role = {"role": "assistant"} if roles else {}
         self._service, self._texts, self._logprobs, self._with_usage = service, texts, logprobs, usage
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
         self._reading = [Reading(tools, most_calls) for _ in range(texts)]
@@ -41,7 +43,7 @@ class ChatShape(Shape):
         for number, call in enumerate(calls, self._reading[text].calls - len(calls)):
             yield self._chunk(text, {"tool_calls": [{"index": number, **_called(call)}]})
         if ended is not None:
-            yield self._chunk(text, {}, finish=self._finish(text, ended))
+            yield self._chunk(text, {"content": ""}, finish=self._finish(text, ended))
 
     def end(self, usage: Usage) -> Iterable[Object]:
         if self._with_usage:
@@ -68,7 +70,7 @@ class ChatShape(Shape):
         return "tool_calls" if self._reading[index].calls and finish == Finish.stop else str(finish)
 
     def _chunk(self, index: int, delta: Object, logprobs: Object | None = None, finish: str | None = None) -> Object:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        choice = {"index": index, "delta": self._role | delta, "logprobs": logprobs, "finish_reason": finish}
         found = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         return {**found, "usage": None} if self._with_usage else found
 
@@ -89,27 +91,23 @@ class Plan:
     grammar_from: str
 
 
-def chat_job(service: Service, body: ChatRequest) -> Job:
-    """Takes a while: tokenises. Raises Refused, RequestError."""
-    usage = stream_usage(body.stream, body.stream_options)
+def chat_job(service: Service, body: ChatRequest, *, roles: bool = True) -> Job:
+    """Takes a while: tokenises. roles: see `ChatShape`. Raises Refused, RequestError."""
     asked = plan(service, body)
-    shape = ChatShape(service, asked.params.n, tools=asked.tools, most_calls=asked.most_calls, logprobs=bool(body.logprobs), usage=usage)
+    shape = ChatShape(
+        service, asked.params.n, tools=asked.tools, most_calls=asked.most_calls, logprobs=bool(body.logprobs),
+        usage=stream_usage(body.stream_options), roles=roles,
+    )  # fmt: skip
     return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from)
 
 
 def plan(service: Service, body: ChatRequest) -> Plan:
     """The same for every API that speaks of dialogues. Takes a while: tokenises. Raises Refused, RequestError."""
     service.check_model(body.model)
-    if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
-        message = "max_tokens: with another max_completion_tokens; expected one of them"
-        raise Refused(400, message, param="max_tokens", code="invalid_value")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise Refused(400, "top_logprobs: without logprobs; expected logprobs: true", param="top_logprobs", code="invalid_value")
-    most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = sampling_params(
-        body, max_tokens=most, grammar=grammar_of(body.response_format), logprobs=(body.top_logprobs or 0) if body.logprobs else None
-    )
-    tools, extra = None, {}
+    params = sampling_params(body, grammar=grammar_of(body.response_format), logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    tools, extra = None, template_variables(body, body.messages)
     if body.tools and body.tool_choice != "none":
         tools = _tools_of(service, body)
         functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools]
@@ -125,7 +123,7 @@ def plan(service: Service, body: ChatRequest) -> Plan:
             params = replace(params, grammar=grammar)
     elif body.tool_choice not in (None, "none", "auto"):
         raise Refused(400, "tool_choice: without tools; expected some", param="tool_choice", code="invalid_value")
-    prompt = service.dialogue([m.model_dump() for m in body.messages], **extra)
+    prompt = service.dialogue([m.model_dump(exclude_none=True) for m in body.messages], **extra)
     most_calls = 1 if body.parallel_tool_calls is False else None
     return Plan(prompt, params, tools, most_calls, "tools" if tools else "response_format")
 

@@ -12,7 +12,7 @@ from quantflow.engine.text import Detokenizer
 from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import CompletionRequest
-from quantflow.serve.sampling import finite, grammar_of, sampling_params, stream_usage
+from quantflow.serve.sampling import finite, grammar_of, most_tokens, sampling_params, stream_usage
 from quantflow.serve.service import Service
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -138,7 +138,8 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
         raise Refused(400, f"best_of: {made}, less than n; expected at least {shown}", param="best_of", code="invalid_value")
     if made > shown and body.stream:
         raise Refused(400, "best_of: with stream; expected one of them", param="best_of", code="unsupported_value")
-    nothing = body.max_tokens == 0
+    most = most_tokens(body)
+    nothing = most == 0
     if nothing and not body.echo:
         raise Refused(400, "max_tokens: 0; expected at least 1, or echo: true", param="max_tokens", code="invalid_value")
     prompts = _encoded(service, _prompts(body), echo=bool(body.echo))
@@ -147,11 +148,11 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     params = sampling_params(
         body,
         n=made,
-        max_tokens=(0 if scores else 1) if nothing else DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens,
+        max_tokens=(0 if scores else 1) if nothing else DEFAULT_TOKENS if most is None else most,
         logprobs=body.logprobs if body.logprobs is not None else 0 if made > shown else None,
         prompt_logprobs=body.logprobs if body.echo else None,
         grammar=grammar_of(body.response_format),
     )
-    usage = stream_usage(body.stream, body.stream_options)
+    usage = stream_usage(body.stream_options)
     shape = TextShape(service, prompts, shown, echo=bool(body.echo), logprobs=body.logprobs, usage=usage, nothing=nothing)
     return Job([prompt.tokens for prompt in prompts], params, shape, bool(body.stream))

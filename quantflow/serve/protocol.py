@@ -1,14 +1,16 @@
 """The messages of the HTTP interface: OpenAI's, and LMDeploy's where it differs.
 
-Every parameter is honoured or refused by name. Those of OpenAI's that have no meaning here stand as fields that admit nothing but their
-neutral value, so that the document at /openapi.json says so.
+Every parameter is honoured, or accepted with the values that change nothing and refused by name with any other (`serve/fields.py` has
+those), so that the document at /openapi.json says so. What is null is as if it were not there, known or not.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from quantflow.serve import fields
 
 MOST_TOOLS = 128
 MOST_MESSAGES = 4096
@@ -17,10 +19,34 @@ MOST_STOPS = 16
 MOST_NAME = 256  # letters
 
 
-class Incoming(BaseModel):
-    """What clients send: of the types that are declared, and nothing else."""
+def _null_or_nothing(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = {"type": "null"}
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+
+class Incoming(BaseModel):
+    """What clients send: of the types that are declared, and nothing else but nulls."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_null_or_nothing)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or None not in data.values():
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in data.items() if value is not None or name in known}
+
+
+if TYPE_CHECKING:  # the fields of others are made of a table
+    RequestFields = Incoming
+    MessageFields = Incoming
+    PartFields = Incoming
+    CallFields = Incoming
+else:
+    RequestFields = fields.extended(Incoming, fields.REQUEST)
+    MessageFields = fields.extended(Incoming, fields.MESSAGE)
+    PartFields = fields.extended(Incoming, fields.PART)
+    CallFields = fields.extended(Incoming, fields.CALL)
 
 
 class Outgoing(BaseModel):
@@ -36,7 +62,6 @@ StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]
 Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
 # fail_fast: a million wrong items are one error, not a million.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=2**20, fail_fast=True)]
-Label = Annotated[str, Field(max_length=4096)]  # of a user, for whoever sends it
 
 
 def _many(stop: Any) -> Any:
@@ -52,7 +77,15 @@ Stop = Annotated[
 ]
 
 
-class TextPart(Incoming):
+def _switch(value: Any) -> Any:
+    """As LMDeploy's own tests send it."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+Switch = Annotated[bool, BeforeValidator(_switch, json_schema_input_type=bool | Literal["true", "false"])]
+
+
+class TextPart(PartFields):
     type: Literal["text"]
     text: str
 
@@ -60,19 +93,20 @@ class TextPart(Incoming):
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
-class CalledFunction(Incoming):
+class CalledFunction(CallFields):
     name: Name
     arguments: str
 
 
-class MessageToolCall(Incoming):
+class MessageToolCall(CallFields):
     id: Name
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(Incoming):
-    """content may be missing or null where there are tool_calls."""
+class Message(MessageFields):
+    """content may be missing or null where there are tool_calls, or a refusal, which then stands for it. reasoning_content, reasoning,
+    thinking: one of them, for templates that show it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -80,8 +114,9 @@ class Message(Incoming):
     tool_calls: Annotated[list[MessageToolCall], Field(max_length=MOST_TOOLS)] | None = None
     tool_call_id: Name | None = None
     refusal: str | None = None
-    audio: None = None
-    function_call: None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
 
 
 def _dialogue(messages: Any) -> Any:
@@ -134,35 +169,54 @@ class ResponseFormat(Incoming):
 class StreamOptions(Incoming):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
-class Sampling(Incoming):
-    """What /v1/chat/completions and /v1/completions share. min_tokens, stop_token_ids, top_k, min_p, repetition_penalty, ignore_eos and
-    skip_special_tokens are not OpenAI's."""
+class Sampling(RequestFields):
+    """What /v1/chat/completions and /v1/completions share. min_tokens (LMDeploy calls it min_new_tokens), stop_token_ids, top_k, min_p,
+    repetition_penalty, ignore_eos and skip_special_tokens are not OpenAI's. Of max_tokens and max_completion_tokens the smaller holds."""
 
     model: Name | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: Biases | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     n: Annotated[int, Field(ge=1, le=64)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop = None
-    stream: bool | None = None
+    stream: Switch | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Probability | None = None
-    user: Label | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_new_tokens: Annotated[int, Field(ge=0)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     skip_special_tokens: bool | None = None
 
 
-class ChatRequest(Sampling):
+Variables = Annotated[dict[Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,63}$")], Any], Field(max_length=64)]
+
+
+class Templated(RequestFields):
+    """What the model's chat template is told beside the dialogue; where it does not ask, it changes nothing. chat_template_kwargs:
+    variables of the template. reasoning_effort: one, too; `none` says enable_thinking: false and thinking: false, any other true.
+    continue_final_message: the answer goes on where the last message ends. add_generation_prompt: false leaves out where the answer
+    would begin."""
+
+    chat_template_kwargs: Variables | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None
+    documents: Annotated[list[dict[str, str]], Field(max_length=MOST_PROMPTS)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatRequest(Templated, Sampling):
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -172,26 +226,6 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    # Labels, which change nothing about an answer.
-    safety_identifier: Label | None = None
-    prompt_cache_key: Label | None = None
-    metadata: Annotated[dict[str, Label], Field(max_length=16)] | None = None
-    # LMDeploy's: every request brings its whole dialogue, so that there is nothing to renew.
-    renew_session: bool | None = None
-    # No meaning here.
-    audio: None = None
-    function_call: None = None
-    functions: None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    moderation: None = None
-    prediction: None = None
-    prompt_cache_options: None = None
-    prompt_cache_retention: Literal["in_memory"] | None = None
-    reasoning_effort: None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
-    verbosity: None = None
-    web_search_options: None = None
 
 
 def _kind(prompt: Any) -> str:
@@ -217,12 +251,12 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     response_format: ResponseFormat | None = None
-    suffix: None = None
 
 
-class InteractiveRequest(Incoming):
+class InteractiveRequest(RequestFields):
     """A turn of a session, in LMDeploy's words. interactive_mode: the session stays for another turn; else it ends with this one.
-    cancel: ends the session, and the turn that runs. request_output_len: the most tokens to generate."""
+    cancel: ends the session, and the turn that runs. request_output_len: the most tokens to generate; 0 with interactive_mode false ends
+    the session without a turn, as LMDeploy's client asks for it."""
 
     prompt: Messages
     session_id: Annotated[int, Field(ge=-1, le=2**53)] = -1
@@ -230,7 +264,7 @@ class InteractiveRequest(Incoming):
     stream: bool = False
     stop: Stop = None
     cancel: bool = False
-    request_output_len: Annotated[int, Field(ge=1)] | None = None
+    request_output_len: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.8
     top_p: Probability = 0.95
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] = 40
@@ -239,10 +273,9 @@ class InteractiveRequest(Incoming):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    adapter_name: None = None
 
 
-class TokenizeRequest(Incoming):
+class TokenizeRequest(Templated):
     """Text, or a dialogue in the model's own format."""
 
     model: Name | None = None

@@ -24,8 +24,8 @@ def default(value: Any, otherwise: Any) -> Any:
 def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
     """OpenAI's defaults where nothing is said. more: what has another name there. Raises RequestError."""
     arguments: Object = {
-        "max_tokens": body.max_tokens,
-        "min_tokens": body.min_tokens or 0,
+        "max_tokens": most_tokens(body),
+        "min_tokens": max(body.min_tokens or 0, body.min_new_tokens or 0),
         "temperature": temperature(default(body.temperature, 1.0)),
         "top_k": max(0, body.top_k or 0),  # -1 is off, too
         "top_p": max(default(body.top_p, 1.0), LEAST_TOP_P),
@@ -44,15 +44,18 @@ def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
     return SamplingParams(**{**arguments, **more})
 
 
+def most_tokens(body: Sampling) -> int | None:
+    """Both are limits: the smaller holds. None: there is none."""
+    return min((n for n in (body.max_tokens, body.max_completion_tokens) if n is not None), default=None)
+
+
 def temperature(asked: float) -> float:
     """One that is too small to divide by is what it comes near to: greedy."""
     return asked if asked >= LEAST_TEMPERATURE else 0.0
 
 
-def stream_usage(stream: bool | None, options: StreamOptions | None) -> bool:
-    """Whether the last event tells the usage. Raises Refused."""
-    if options is not None and not stream:
-        raise Refused(400, "stream_options: without stream; expected stream: true", param="stream_options", code="invalid_value")
+def stream_usage(options: StreamOptions | None) -> bool:
+    """Whether the last event tells the usage. What is no stream tells it anyway."""
     return bool(options and options.include_usage)
 
 

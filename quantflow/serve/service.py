@@ -172,16 +172,18 @@ class Service:
     def dialogue(self, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""
         given = [_for_template(m) for m in messages]
-        self._check_letters("messages", sum(len(m["content"]) for m in given))
+        letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
+        self._check_letters("messages", letters + sum(len(text) for d in extra.get("documents", ()) for text in d.values()))
         return self._fitting([self.text.render(given, **extra)], "messages", special=False)[0]
 
     def tokens(self, texts: Sequence[str], *, special: bool) -> Encoded:
         """The tokens of texts of any length. Raises RequestError."""
         return self._encoded(texts, special=special)
 
-    def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]]) -> Encoded:
+    def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]], **extra: Any) -> Encoded:
         """The same of dialogues, each up to where its answer begins."""
-        return self._encoded([self.text.render([_for_template(m) for m in messages]) for messages in dialogues], special=False)
+        texts = [self.text.render([_for_template(m) for m in messages], **extra) for messages in dialogues]
+        return self._encoded(texts, special=False)
 
     def decode(self, tokens: list[int]) -> bytes:
         """The text of tokens, special ones left out: a JSON string. Raises RequestError."""
@@ -214,16 +216,28 @@ class Service:
         return Refused(400, str(problem), param=param, code=TOO_LONG)
 
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in the words that templates know: text in one piece, arguments as objects, `developer` as `system`."""
-    found = {k: v for k, v in message.items() if v is not None and k in ("role", "content", "name", "tool_calls", "tool_call_id")}
-    content = found.get("content", "")
-    found["content"] = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    found["role"] = "system" if message["role"] == "developer" else message["role"]
-    for call in found.get("tool_calls", ()):
-        try:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
-        except (ValueError, RecursionError):
-            wrong = f"messages: tool_calls with arguments {call['function']['arguments'][:80]!r}; expected JSON"
-            raise Refused(400, wrong, param="messages", code="invalid_value") from None
+    """A message in the words that templates know: text in one piece, arguments as objects, `developer` as `system`, and nothing that is
+    there but empty."""
+    content = message.get("content")
+    content = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    found = {"role": message["role"], "content": content or message.get("refusal") or ""}
+    if found["role"] == "developer":
+        found["role"] = "system"
+    found |= {name: message[name] for name in ("name", "tool_call_id", *REASONING) if message.get(name)}
+    if message.get("tool_calls"):
+        found["tool_calls"] = [_call(call) for call in message["tool_calls"]]
     return found
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        wrong = f"messages: tool_calls with arguments {function['arguments'][:80]!r}; expected JSON"
+        raise Refused(400, wrong, param="messages", code="invalid_value") from None
+    return {"id": call["id"], "type": call["type"], "function": {"name": function["name"], "arguments": arguments}}

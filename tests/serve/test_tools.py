@@ -195,8 +195,12 @@ def test_what_is_refused(running: Running, body: Any, param: str) -> None:
 
 
 def test_a_template_is_the_models_alone(running: Running, tmp_path: Path) -> None:
-    for name in ("chat_template", "template", "chat_template_kwargs"):
-        assert running.chat(**{name: "{{ 7 * 7 }}"}).error["code"] == "unknown_parameter"
+    for name, code in (
+        ("chat_template", "unsupported_parameter"),
+        ("template", "unknown_parameter"),
+        ("chat_template_kwargs", "invalid_value"),
+    ):
+        assert running.chat(**{name: "{{ 7 * 7 }}"}).error["code"] == code
 
 
 def test_definitions_that_are_none(running: Running) -> None:

@@ -87,12 +87,17 @@ function cells(...contents) {
   return el("tr", {}, ...contents.map((content) => el("td", {}, content)));
 }
 
-/** The properties of an object, and of those in it, folded up. Those that admit nothing but null are only named. */
+/** Whether a property admits nothing that would change an answer. */
+function idles(schema) {
+  return schema["x-changes-nothing"] || !alternatives(schema).length;
+}
+
+/** The properties of an object, and of those in it, folded up. Those that change nothing are only named, with what they admit. */
 function properties(schema, depth = 0) {
   const all = Object.entries(schema.properties);
   const required = ([name]) => (schema.required?.includes(name) ? 0 : 1);
-  const useful = all.filter(([, value]) => alternatives(value).length).sort((a, b) => required(a) - required(b));
-  const idle = all.filter(([, value]) => !alternatives(value).length).map(([name]) => name);
+  const useful = all.filter(([, value]) => !idles(value)).sort((a, b) => required(a) - required(b));
+  const idle = all.filter(([, value]) => idles(value)).map(([name, value]) => `${name}: ${namesOf(value)}`);
   const rows = useful.flatMap(([name, value]) => {
     const words = [resolve(value).description, limitsOf(value).join(", ")].filter(Boolean).join(" · ");
     const nested = depth < DEEPEST ? objectsIn(value) : [];
@@ -102,12 +107,13 @@ function properties(schema, depth = 0) {
       ...(folded.length ? [el("tr", {}, el("td", { colspan: "4", class: "nested" }, ...folded))] : []),
     ];
   });
+  const others = el("p", { class: "hint" }, el("code", {}, idle.join(", ")));
   return el(
     "div",
     {},
     schema.description ? el("p", { class: "hint" }, schema.description) : null,
     table(["Name", "Type", "Constraints", "Required"], rows),
-    idle.length ? el("p", { class: "hint" }, "Known, and admitted only as null: ", el("code", {}, idle.join(", "))) : null,
+    idle.length ? el("details", {}, el("summary", {}, `${idle.length} more, which change nothing`), others) : null,
   );
 }
 
