@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import secrets
 from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quantflow.serve import log
 from quantflow.serve.absent import check_present
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused, response
@@ -24,6 +26,7 @@ HEALTH = ("/health", "/v1/health", "/ping")  # the last two: llama.cpp's and Sag
 OPEN = HEALTH  # beside the static pages
 READ_S = 30.0  # for a body to arrive
 MOST_HEADER_BYTES = 32768
+CROWDED = "crowded"  # in the state of a request that came when too many others were being answered
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -36,6 +39,8 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "cache-control": "no-store",
 }
+
+logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -55,10 +60,12 @@ class Guard:
         headers = Headers(scope=scope)
         id = f"req-{secrets.token_hex(12)}"
         scope["state"]["request_id"] = id
+        log.note(id, log.address(scope.get("client")))
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._count(scope["path"], message["status"])
+                logger.debug("%s %s %d", scope["method"], scope["path"], message["status"])
                 found = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     found.setdefault(name, value)
@@ -76,6 +83,9 @@ class Guard:
         """Who asks: "" where no key is needed. Raises Refused."""
         path = scope["path"]
         owner = ""
+        if scope["state"].get(CROWDED) and path not in OPEN:
+            message = "too many requests are being answered for the file descriptors that there are: try again"
+            raise Refused(503, message, code="too_many_connections", headers={"retry-after": "1", "connection": "close"})
         if not self.config.keys and self.config.loopback and _host(headers.get("host", "localhost")) not in self._names:
             raise Refused(421, f"host: {headers['host'][:100]!r}; expected one of {', '.join(self._names)}", code="unknown_host")
         if path not in self._open:

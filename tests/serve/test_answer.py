@@ -14,7 +14,7 @@ import pytest
 from quantflow.engine.model import Model
 from quantflow.serve.chat import ChatShape
 from quantflow.serve.config import ServerConfig
-from quantflow.serve.server import Protocol
+from quantflow.serve.connection import Connection
 from tests.helpers.serving import Running, serving
 
 LONG: dict[str, Any] = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -104,13 +104,13 @@ def test_a_silent_stream_is_kept_alive() -> None:
 
 
 def test_a_slow_reader_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Protocol.connection_made
+    made = Connection.connection_made
 
     def narrow(protocol: Any, transport: Any) -> None:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
         made(protocol, transport)
 
-    monkeypatch.setattr(Protocol, "connection_made", narrow)
+    monkeypatch.setattr(Connection, "connection_made", narrow)
     with serving() as running:
         engine = running.service.llm.engine
         with running.socket() as slow:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hmac
+import json
+import resource
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -13,12 +16,15 @@ from typing import Any
 import pytest
 
 from quantflow.errors import UserError
+from quantflow.serve import connection as connections
 from quantflow.serve import guard
-from quantflow.serve import server as server_module
 from quantflow.serve.app import create_app
 from quantflow.serve.config import ServerConfig, keys
+from quantflow.serve.connection import Connection
 from quantflow.serve.guard import MOST_HEADER_BYTES
 from tests.helpers.serving import Running, serving
+from tests.serve.test_answer import idle, until
+from tests.serve.test_lifecycle import begin, connect, started
 
 KEY, OTHER, ADMIN = "key-of-a-user-0001", "key-of-a-user-0002", "key-of-an-admin-01"
 BEARER = {"authorization": f"Bearer {KEY}"}
@@ -145,36 +151,34 @@ def test_bodies_that_are_too_large(locked: Running) -> None:
 
 
 def test_bodies_whose_length_is_not_told(locked: Running) -> None:
+    """The answer is there for whoever sends all before reading any of it."""
     with locked.socket() as connection:
         lines = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nauthorization: Bearer {KEY}\r\n"
         connection.sendall(f"{lines}transfer-encoding: chunked\r\n\r\n".encode())
-        answer = b""
-        try:
-            for _ in range(40):
-                connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
-            answer = connection.recv(65536)
-        except (BrokenPipeError, ConnectionResetError):
-            answer = answer or connection.recv(65536)
-        assert answer.startswith(b"HTTP/1.1 413 ")
+        for _ in range(1000):
+            connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        assert all_of(connection).startswith(b"HTTP/1.1 413 ")
+
+
+def all_of(connection: socket.socket) -> bytes:
+    found = b""
+    while part := connection.recv(65536):
+        found += part
+    return found
 
 
 def talk(running: Running, data: bytes) -> bytes:
     """The whole answer to some bytes."""
     with running.socket() as connection:
         connection.sendall(data)
-        found = b""
-        while part := connection.recv(65536):
-            found += part
-        return found
+        return all_of(connection)
 
 
 def test_headers_that_are_too_large(server: Running) -> None:
     lines = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
     assert b" 431 " in talk(server, lines + b"x-filler: " + b"x" * MOST_HEADER_BYTES + b"\r\n\r\n").split(b"\r\n")[0]
-    for _ in range(5):  # a connection closed over bytes that nobody read may be reset before its answer is
-        with suppress(ConnectionResetError):
-            endless = talk(server, lines + b"x-filler: " + b"x" * 2 * MOST_HEADER_BYTES)  # they never end
-            break
+    endless = talk(server, lines + b"x-filler: " + b"x" * 64 * MOST_HEADER_BYTES)  # they never end
     assert endless.startswith(b"HTTP/1.1 431 ") and b"headers_too_large" in endless
     many = b"".join(b"x-%d: y\r\n" % i for i in range(5000))
     assert b" 431 " in talk(server, lines + many + b"\r\n").split(b"\r\n")[0]
@@ -211,7 +215,7 @@ def test_what_is_no_http(server: Running, data: bytes) -> None:
 
 
 def test_slow_headers_and_bodies_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEADERS_S", 0.3)
+    monkeypatch.setattr(connections, "HEADERS_S", 0.3)
     monkeypatch.setattr(guard, "READ_S", 0.3)
     with serving() as running:
         for data in (
@@ -251,7 +255,7 @@ def test_a_body_that_drips_has_one_deadline(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_rest_of_a_refused_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "HEADERS_S", 0.3)
+    monkeypatch.setattr(connections, "HEADERS_S", 0.3)
     with serving() as running, running.socket() as connection:
         connection.sendall(b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/plain\r\ncontent-length: 999\r\n\r\nx")
         answer, began = b"", time.monotonic()
@@ -273,20 +277,121 @@ def test_probes_may_ask_for_the_head_alone(server: Running) -> None:
         assert answer.status == 200 and answer.body == b""
 
 
-def test_more_connections_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "most_connections", lambda: 5)
+def test_a_client_that_sends_for_ever_is_not_listened_to_for_ever(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 0.5)
+    began = time.monotonic()
+    with server.socket() as connection, pytest.raises(OSError):
+        while time.monotonic() - began < 20:
+            connection.sendall(b"x" * 65536)
+    assert time.monotonic() - began < 10
+
+
+def waiting(running: Running, *sent: bytes) -> list[socket.socket]:
+    found = [running.socket() for _ in sent]
+    for connection, data in zip(found, sent, strict=True):
+        connection.sendall(data)
+    return found
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 999\r\n\r\n"
+
+
+def test_of_more_connections_than_there_is_room_for_the_longest_idle_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "most_connections", lambda: 12)
+    monkeypatch.setattr(connections, "RESERVE", 2)
+    long = b'{"prompt":"x","max_tokens":300,"ignore_eos":true,"stream":true}'
+    stream = POST.replace(b"999", b"%d" % len(long)) + long
     with serving() as running:
-        held = [running.socket() for _ in range(5)]
-        time.sleep(0.2)
-        with running.socket() as late, pytest.raises(ConnectionResetError):
-            late.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-            time.sleep(0.2)
-            if late.recv(10) == b"":
-                raise ConnectionResetError
+        answered = waiting(running, *[stream] * 3)
+        assert all(connection.recv(15) == b"HTTP/1.1 200 OK" for connection in answered)
+        held: list[socket.socket] = []
+        for data in (b"", b"GET / HT", POST + b"{") * 12:
+            held += waiting(running, data)
+            assert running.get("/health").status == 200
+        assert all(all_of(connection) == b"" for connection in held[:24])  # the first of them have gone
+        assert held[-1].send(b"x") == 1
+        for connection in answered:  # and nobody who was being answered
+            assert all_of(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        for connection in (*held, *answered):
+            connection.close()
+
+
+def test_where_all_connections_are_being_answered_health_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "most_connections", lambda: 6)
+    monkeypatch.setattr(connections, "RESERVE", 2)
+    long = b'{"prompt":"x","max_tokens":900,"ignore_eos":true,"stream":true}'
+    with serving(max_batch_size=1) as running:
+        answered = waiting(running, *[POST.replace(b"999", b"%d" % len(long)) + long] * 4)
+        assert until(lambda: running.service.inside == 4)
+        for _ in range(20):
+            held = waiting(running, b"", b"")
+            assert running.get("/health").status == 200
+            refused = running.complete()
+            assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "too_many_connections", "1")
+            for connection in held:
+                connection.close()
+        for connection in answered:
+            connection.close()
+        assert until(lambda: idle(running))
+        assert running.complete().status == 200
+
+
+def test_health_is_answered_when_descriptors_run_out() -> None:
+    """In a process that may have no more than 160: five times as many connections that are silent, slow, or in the middle of a body."""
+    with started(limits={resource.RLIMIT_NOFILE: 160}) as (process, port):
+        stream, held = begin(port, max_tokens=400), list[socket.socket]()
+        for number in range(800):
+            held.append(socket.create_connection(("127.0.0.1", port), 30))
+            held[-1].sendall((b"", b"GET / HT", POST + b"{")[number % 3])
+            if number % 40 == 0:
+                began, asked = time.monotonic(), connect(port, 10)
+                asked.request("GET", "/health")
+                assert asked.getresponse().status == 200 and time.monotonic() - began < 2
+        assert stream.read().endswith(b"data: [DONE]\n\n")
         for connection in held:
             connection.close()
-        time.sleep(0.2)
-        assert running.get("/health").status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert process.stderr and "out of system resource" not in process.stderr.read()
+
+
+def test_an_answer_that_nobody_reads_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Connection.connection_made
+
+    def narrow(protocol: Any, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        made(protocol, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", narrow)
+    monkeypatch.setattr(connections, "SEND_S", 0.5)
+    body = json.dumps({"prompt": "x y " * 200_000}).encode()
+    lines = POST.replace(b"/v1/completions", b"/tokenize").replace(b"999", b"%d" % len(body))
+    with serving() as running, running.socket() as asleep, running.socket() as awake:
+        for connection in (asleep, awake):
+            connection.sendall(lines + body)
+        awake.settimeout(30)
+        whole = b""
+        while not whole.endswith(b"}"):  # an eighth of a megabyte a second would be enough
+            whole += awake.recv(2**17)
+            time.sleep(0.02)
+        assert whole.count(b",") > 400_000
+        time.sleep(2)
+        asleep.settimeout(5)
+        with suppress(ConnectionResetError):
+            assert not all_of(asleep).endswith(b"}")
+
+
+def test_who_asks_twice_at_once_and_goes_away_leaves_nothing_behind(server: Running) -> None:
+    """Requests in one piece: the last of them alone used to hear of it."""
+    long = b'{"prompt":"x","max_tokens":900,"ignore_eos":true}'
+    data = POST.replace(b"999", b"%d" % len(long)) + long
+    with server.socket() as connection:
+        connection.sendall(data + data)
+        assert until(lambda: server.service.inside == 1)
+    engine = server.service.llm.engine
+    before = server.metric("quantflow_generated_tokens_total")
+    assert until(lambda: idle(server)) and engine.occupancy().running == 0
+    assert server.metric("quantflow_generated_tokens_total") - before < 800
 
 
 def test_errors_say_nothing_of_the_inside(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

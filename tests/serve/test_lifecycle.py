@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -24,12 +25,16 @@ BODY = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "stream": 
 
 
 @contextmanager
-def started(*arguments: str, code: str | None = None, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server of its own, and its port. code: run in place of the command, with the same arguments."""
+def started(
+    *arguments: str, code: str | None = None, limits: dict[int, int] | None = None, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server of its own, and its port. code: run in place of the command, with the same arguments. limits: of its
+    resources."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(DEMO), "--port", "0"]
     process = subprocess.Popen(
         [*command, "--cache-max-entry-count", "0.01", "--max-batch-size", "8", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: [resource.setrlimit(kind, (most, most)) for kind, most in (limits or {}).items()],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment},
     )  # fmt: skip
     try:

@@ -1,0 +1,262 @@
+"""A connection: uvicorn's, with limits on how long each of its parts may take, how much may be unread, and how many there are.
+
+Of more connections than there are file descriptors for, the one that has waited the longest makes room: one between two requests, or whose
+request is not whole yet. So whoever asks at once is answered, `/health` above all, however many others hold connections open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import resource
+import secrets
+from collections import OrderedDict
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from quantflow.serve import log
+from quantflow.serve.errors import Refused, response
+from quantflow.serve.guard import CROWDED, MOST_HEADER_BYTES, headers_too_large
+
+HEADERS_S = 20.0  # for a request's first lines to arrive
+SEND_S, SEND_LEAST = 60.0, 65536  # of an answer that is written, so many bytes must be read in so long; of a stream, any
+LINGER_S, MOST_LINGER = 5.0, 16 * 2**20  # how long, and how much, a client that is refused may go on sending before it reads its answer
+SPARE_FILES = 96  # descriptors that are not connections, and those of connections that are about to be closed
+RESERVE = 8  # connections in which nothing but /health is answered once all others are being answered
+UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
+
+logger = logging.getLogger(__name__)
+
+
+def most_connections() -> int:
+    """As many as there are file descriptors for."""
+    return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES)
+
+
+class Connections:
+    """Those of a server. waiting: in which no whole request is under way, the one that has waited the longest first."""
+
+    def __init__(self) -> None:
+        self.most = most_connections()
+        self.open: set[Connection] = set()
+        self.waiting: OrderedDict[Connection, str] = OrderedDict()
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many are being answered that no more should be."""
+        return len(self.open) - len(self.waiting) >= self.most - RESERVE
+
+    def add(self, new: Connection) -> bool:
+        """Makes room for one more, and says whether there is any."""
+        self.open.add(new)
+        while len(self.open) > self.most and self.waiting:
+            next(iter(self.waiting)).drop()
+        return len(self.open) <= self.most
+
+    def waits(self, one: Connection, for_what: str | None) -> None:
+        """None: it does not wait any longer. For what it has waited already, it keeps its turn."""
+        if one not in self.open or self.waiting.get(one) == for_what:
+            return
+        self.waiting.pop(one, None)
+        if for_what is not None:
+            self.waiting[one] = for_what
+
+    def remove(self, one: Connection) -> None:
+        self.open.discard(one)
+        self.waiting.pop(one, None)
+
+
+class _Transport:
+    """uvicorn's way to the client, closed in ours."""
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
+        self._transport, self._connection = transport, connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if not self._connection.parting:
+            self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._connection.parting or self._transport.is_closing()
+
+    def close(self) -> None:
+        self._connection.part()
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's protocol. all: those of its server."""
+
+    def __init__(self, all: Connections, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.parting = False  # the last word has been said
+        self._all = all
+        self._raw: asyncio.Transport
+        self._late: asyncio.TimerHandle | None = None
+        self._slow: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes of a request that has not begun; of one that parts, those that nobody reads
+        self._running: RequestResponseCycle | None = None  # the cycle whose turn it is, of those that came at once
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._raw = transport
+        room = self._all.add(self)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+        if not room:
+            self.drop()
+            return
+        self._expect()
+        self._settle()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.parting = True
+        self._all.remove(self)
+        self._arrived()
+        self._unwatch()
+        # uvicorn tells the last request of those that came at once alone.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
+    def drop(self) -> None:
+        """Ends it now; what was not sent never is."""
+        self._all.remove(self)
+        self.parting = True
+        self._raw.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.parting:
+            self._unread += len(data)
+            if self._unread > MOST_LINGER:
+                self.drop()
+            return
+        before = self.cycle
+        between = before is None or not before.more_body  # a body has come to its end
+        with log.about("-", log.address(self.client)):
+            super().data_received(_without_upgrade(data) if between else data)
+        if self.cycle is not before:
+            self._arrived()
+        elif between and not self.parting:  # a part of the next request's first lines
+            self._unread += len(data)
+            if self._unread > MOST_HEADER_BYTES:
+                self._refuse(headers_too_large())
+            else:
+                self._expect()
+        self._settle()
+
+    def on_headers_complete(self) -> None:
+        if self._all.crowded:
+            self.scope["state"][CROWDED] = True
+        super().on_headers_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body:
+            self._expect()  # the rest of a body that was refused
+        self._settle()
+
+    def _settle(self) -> None:
+        if self.parting or self.cycle is None or self.cycle.response_complete:
+            self._all.waits(self, "a request")
+        else:
+            self._all.waits(self, "its body" if self.cycle.more_body else None)
+
+    # --- what must be there in time
+
+    def _expect(self) -> None:
+        if self._late is None and not self.parting:
+            self._late = self.loop.call_later(HEADERS_S, self._close_late)
+
+    def _arrived(self) -> None:
+        self._unread = 0
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _close_late(self) -> None:
+        self._refuse(Refused(408, f"headers: not there after {HEADERS_S:g} s", code="timeout"))
+
+    # --- what must be read in time
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.parting:
+            self._unwatch()
+
+    def _watch(self) -> None:
+        if self._slow is None:
+            self._slow = self.loop.call_later(SEND_S, self._check_sent, self._raw.get_write_buffer_size())
+
+    def _check_sent(self, before: int) -> None:
+        self._slow = None
+        left = self._raw.get_write_buffer_size()
+        streams = self._running is not None and not self._running.response_complete
+        if left > before - (1 if streams else SEND_LEAST):
+            self.drop()
+        else:
+            self._watch()
+
+    def _unwatch(self) -> None:
+        if self._slow is not None:
+            self._slow.cancel()
+            self._slow = None
+
+    # --- the end
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(Refused(400, "request: no valid HTTP", code="invalid_http"))
+
+    def _refuse(self, error: Refused) -> None:
+        """Of what never comes to a route."""
+        if self.parting:
+            return
+        id = f"req-{secrets.token_hex(12)}"
+        with log.about(id, log.address(self.client)):
+            logger.warning("refused with %d: %s", error.status, error.message)
+        if self.cycle is not None and not self.cycle.response_complete:  # in the middle of another answer there is nothing to say
+            self.drop()
+            return
+        answer = response(error)
+        lines = [STATUS_LINE[error.status], *(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)]
+        self._raw.write(b"".join([*lines, f"x-request-id: {id}\r\nconnection: close\r\n\r\n".encode(), bytes(answer.body)]))
+        self.part(unread=True)
+
+    def part(self, *, unread: bool = False) -> None:
+        """Ends it, once what was said is sent. unread: the client may still be sending, and a connection closed over what nobody read is
+        reset before its answer is read: what comes is passed over for a while."""
+        if self.parting or self._raw.is_closing():
+            return
+        unread = unread or self._unread > 0 or (self.cycle is not None and self.cycle.more_body)
+        self._arrived()
+        self.parting = True
+        self._settle()
+        if unread:
+            self._raw.write_eof()
+            self.flow.resume_reading()
+            self._late = self.loop.call_later(LINGER_S, self._close)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        self._raw.close()
+        if self._raw.get_write_buffer_size():
+            self._watch()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """A request's first lines without an offer to change the protocol, which Java's HttpClient and `curl --http2` make: the parser would
+    leave the body unread."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return UPGRADE.sub(b"\r\nx-refused-upgrade:", head) + end + rest
