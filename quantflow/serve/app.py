@@ -25,11 +25,13 @@ from quantflow.serve.answer import Answer, Job
 from quantflow.serve.body import JsonRoute
 from quantflow.serve.chat import chat_job
 from quantflow.serve.completion import completion_job, sequences
-from quantflow.serve.errors import Refused, engine_stopped, refused, response
+from quantflow.serve.errors import Refused, asks_anthropic, engine_stopped, refused, response
 from quantflow.serve.fields import REFUSED
 from quantflow.serve.generate import GENERATE_RENAMED, encoded, generate_job
 from quantflow.serve.guard import HEALTH, Guard
 from quantflow.serve.interactive import Sessions, turn_job
+from quantflow.serve.messages.models import model_info, model_page
+from quantflow.serve.messages.routes import add_routes as add_messages
 from quantflow.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -67,6 +69,7 @@ def create_app(service: Service) -> ASGIApp:
     app.router.route_class = JsonRoute
     _models(app, service)
     _generation(app, service, sessions)
+    add_messages(app, service, _answers)
     _text(app, service)
     _operation(app, service)
     _administration(app, service, sessions)
@@ -85,7 +88,7 @@ def create_app(service: Service) -> ASGIApp:
             allow_origins=service.config.origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "request-id", "retry-after"],
         )
     return guarded
 
@@ -100,15 +103,17 @@ def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
     return lifespan
 
 
-def _answers(model: Any, *, events: bool = False, refusals: tuple[int, ...] = (400, 413, 415, 429)) -> dict[str, Any]:
+def _answers(
+    model: Any, *, events: bool = False, refusals: tuple[int, ...] = (400, 413, 415, 429), error: Any = protocol.ErrorResponse
+) -> dict[str, Any]:
     """The part of the OpenAPI document that says what a route may answer."""
     whole: dict[str, Any] = {"model": model} if model else {}
     if events:
         whole["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
-    error = {"model": protocol.ErrorResponse}
+    refusal = {"model": error}
     return {
         "response_model": model,
-        "responses": {200: whole, **dict.fromkeys(sorted({*refusals, 401, 403, 421, 500, 503}), error)},
+        "responses": {200: whole, **dict.fromkeys(sorted({*refusals, 401, 403, 421, 500, 503}), refusal)},
     }
 
 
@@ -119,16 +124,18 @@ GENERATES = (400, 404, 408, 413, 415, 429, 504)
 
 def _models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["models"], **_answers(protocol.ModelList, refusals=READS))
-    async def models() -> Any:
-        """The names that the model answers to."""
+    async def models(request: Request) -> Any:
+        """The names that the model answers to; to a client that sends anthropic-version, in Anthropic's words."""
+        if asks_anthropic(request.scope):
+            return Json(model_page(service.cards()))
         return protocol.ModelList(data=service.cards())
 
     @app.get(MODEL_PATH, tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
-    async def model(model: str) -> Any:
+    async def model(model: str, request: Request) -> Any:
         """What is known of one of them."""
         for card in service.cards():
             if card.id == model:
-                return card
+                return Json(model_info(card)) if asks_anthropic(request.scope) else card
         raise Refused(404, f"model: {model[:100]!r} is not served here", param="model", code="model_not_found")
 
 
@@ -293,29 +300,30 @@ def _pages(app: FastAPI) -> list[str]:
 def _errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Refused)
     async def refusal(request: Request, error: Refused) -> Response:
-        return response(error)
+        return response(error, request.scope)
 
     @app.exception_handler(RequestError)
     async def wrong(request: Request, error: RequestError) -> Response:
-        return response(refused(error.problems))
+        return response(refused(error.problems), request.scope)
 
     @app.exception_handler(ResourceError)
     async def failed(request: Request, error: ResourceError) -> Response:
-        return response(engine_stopped())
+        return response(engine_stopped(), request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return response(unreadable(error))
+        return response(unreadable(error), request.scope)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
         other = Refused(error.status_code, str(error.detail), code="http_error", headers=error.headers)
-        return response(no_route(app, request, error) or other)
+        return response(no_route(app, request, error) or other, request.scope)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         """What happened goes to the server's log, with the request's id, and not to the client."""
-        return response(Refused(500, f"internal error; the server's log has it under {request.state.request_id}", code="internal_error"))
+        message = f"internal error; the server's log has it under {request.state.request_id}"
+        return response(Refused(500, message, code="internal_error"), request.scope)
 
 
 def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | None:

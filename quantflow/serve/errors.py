@@ -1,14 +1,18 @@
-"""What a client is told when it does not get what it asked for: OpenAI's error body, whatever went wrong."""
+"""What a client is told when it does not get what it asked for: OpenAI's error body, or Anthropic's where that API is asked, whatever
+went wrong."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from quantflow.errors import Problem
+from quantflow.errors import Problem, RequestError
 from quantflow.serve.wire import Json
 
 LONG_WORD = re.compile(r"(\S{79})\S{2,}")
@@ -50,10 +54,47 @@ def refused(problems: Sequence[Problem], renamed: Mapping[str, str] | None = Non
     return Refused(400, message, param=param, code=first.code or "invalid_value")
 
 
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """For an API with other names for what the rest of the server speaks of: errors are refusals that name what the client sent."""
+    try:
+        yield
+    except RequestError as error:
+        raise refused(error.problems, names) from error
+    except Refused as error:
+        if error.param is None or error.param not in names:
+            raise
+        name = names[error.param]
+        message = name + error.message.removeprefix(error.param)
+        raise Refused(error.status, message, param=name, code=error.code, headers=error.headers) from error
+
+
 def engine_stopped() -> Refused:
     """Whatever it died of, which is in the server's log."""
     return Refused(503, "the engine has stopped", code="engine_stopped")
 
 
-def response(error: Refused) -> Json:
-    return Json(error.body, error.status, error.headers)
+def response(error: Refused, scope: Scope | None = None) -> Json:
+    """scope: of the request, where there is one to speak of."""
+    body = anthropic_body(error, scope["state"]["request_id"]) if scope and asks_anthropic(scope) else error.body
+    return Json(body, error.status, error.headers)
+
+
+def asks_anthropic(scope: Scope) -> bool:
+    """Whether a request is made in the words of Anthropic's API, whose clients all say its version."""
+    return scope["path"].startswith("/v1/messages") or "anthropic-version" in Headers(scope=scope)
+
+
+def anthropic_body(error: Refused, request_id: str) -> dict[str, Any]:
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    body: dict[str, Any] = {"type": ANTHROPIC_KINDS.get(error.status, default), "message": error.message}
+    if error.code == NO_THREAD:
+        body["details"] = {"error_code": NO_THREAD}
+    return {"type": "error", "error": body, "request_id": request_id}
+
+
+NO_THREAD = "thread_unsupported_request"  # Anthropic's code for what its clients do without
+ANTHROPIC_KINDS = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quantflow.serve import log
 from quantflow.serve.absent import check_present
 from quantflow.serve.config import ServerConfig
-from quantflow.serve.errors import Refused, response
+from quantflow.serve.errors import Refused, asks_anthropic, response
 
 HEALTH = ("/health", "/v1/health", "/ping")  # the last two: llama.cpp's and SageMaker's names
 OPEN = HEALTH  # beside the static pages
@@ -70,12 +70,14 @@ class Guard:
                 for name, value in HEADERS.items():
                     found.setdefault(name, value)
                 found["x-request-id"] = id
+                if asks_anthropic(scope):
+                    found["request-id"] = id
             await send(message)
 
         try:
             scope["state"]["owner"] = self._check(scope, headers)
         except Refused as error:
-            await response(error)(scope, receive, answer)
+            await response(error, scope)(scope, receive, answer)
             return
         await self.app(scope, _Body(receive, self.config.max_body).receive, answer)
 
@@ -112,13 +114,12 @@ class Guard:
             raise Refused(403, message, code="no_admin_key")
         if not allowed:
             return ""
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip()) if scheme.lower() == "bearer" else b""
-        matches = [hmac.compare_digest(given, known) for known in allowed]  # every one, whichever fits
-        if not any(matches):
-            message = "authorization: no valid key; expected 'Bearer' and a key of this server"
-            raise Refused(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        return given.hex()
+        for given in _given(headers):
+            matches = [hmac.compare_digest(given, known) for known in allowed]  # every one, whichever fits
+            if any(matches):
+                return given.hex()
+        message = "authorization: no valid key; expected 'Bearer' and a key of this server"
+        raise Refused(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 class _Body:
@@ -149,6 +150,12 @@ def headers_too_large() -> Refused:
 
 def _too_large(most: int) -> Refused:
     return Refused(413, f"body: too large; expected at most {most} bytes", code="body_too_large", headers={"connection": "close"})
+
+
+def _given(headers: Headers) -> list[bytes]:
+    """The digests of the keys that a request carries: OpenAI's clients write theirs one way, Anthropic's the other."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return [_digest(key.strip()) for key in (key if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")) if key.strip()]
 
 
 def _digest(key: str) -> bytes:

@@ -1,0 +1,156 @@
+"""From the blocks of /v1/messages to the messages of a dialogue, and from its words to those of chat completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from quantflow.serve.answer import Object
+from quantflow.serve.errors import NO_THREAD, Refused
+from quantflow.serve.messages.protocol import (
+    CountRequest,
+    MessagesRequest,
+    RedactedThinkingBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolChoice,
+    ToolResultBlock,
+    ToolUseBlock,
+    Turn,
+)
+from quantflow.serve.protocol import ChatRequest
+
+RENAMED = {
+    "prompt": "messages", "stop": "stop_sequences", "grammar": "output_config.format", "response_format": "output_config.format",
+    "parallel_tool_calls": "tool_choice", "continue_final_message": "messages",
+}  # fmt: skip
+"""What this API calls the parameters of chat completions and the engine's arguments."""
+
+SAME = ("temperature", "top_p", "top_k", "stream", "max_tokens")
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+BILLING = "x-anthropic-billing-header:"  # Claude Code's, for Anthropic's books: another each time, so that no beginning would be known
+
+
+def as_chat(body: CountRequest) -> ChatRequest:
+    """The same request in the words of chat completions. Raises Refused."""
+    if body.thread is not None:
+        message = "thread: nothing is stored here; expected none, and the whole dialogue as messages"
+        raise Refused(400, message, param="thread", code=NO_THREAD)
+    found: Object = {"model": body.model, "messages": messages(body.system, body.messages)}
+    if isinstance(body, MessagesRequest):
+        found |= {name: getattr(body, name) for name in SAME} | {"stop": body.stop_sequences or None}
+    if found["messages"][-1]["role"] == "assistant":
+        found["continue_final_message"] = True
+    if body.output_config and body.output_config.format:
+        schema = {"name": "format", "schema": body.output_config.format.schema_}
+        found["response_format"] = {"type": "json_schema", "json_schema": schema}
+    told: Object = {}  # to a template that knows the words
+    if body.thinking and body.thinking.type == "disabled":
+        told |= {"enable_thinking": False, "thinking": False}
+    if body.output_config and body.output_config.effort:
+        told["reasoning_effort"] = body.output_config.effort
+    if told:
+        found["chat_template_kwargs"] = told
+    if body.tools:
+        found["tools"] = [
+            {
+                "type": "function",
+                "function": {"name": t.name, "description": t.description, "parameters": t.input_schema, "strict": t.strict},
+            }
+            for t in body.tools
+        ]
+    if body.tool_choice:
+        found |= _choice(body.tool_choice)
+    return ChatRequest.model_validate({name: value for name, value in found.items() if value is not None})
+
+
+def _choice(given: ToolChoice) -> Object:
+    if (given.type == "tool") != (given.name is not None):
+        message = f"tool_choice: type {given.type} {'with' if given.name else 'without'} a name; expected one with type tool"
+        raise Refused(400, message, param="tool_choice", code="invalid_value")
+    named = {"type": "function", "function": {"name": given.name}}
+    parallel = None if given.disable_parallel_tool_use is None else not given.disable_parallel_tool_use
+    return {"tool_choice": CHOICES.get(given.type, named), "parallel_tool_calls": parallel}
+
+
+def messages(system: str | Sequence[TextBlock] | None, turns: Sequence[Turn]) -> list[Object]:
+    """Turns of one speaker that follow each other are one. Raises Refused."""
+    found: list[Object] = []
+    given = _system(system)
+    if given:
+        found.append({"role": "system", "content": given})
+    for number, turn in enumerate(turns):
+        for message in _said(turn, f"messages[{number}]"):
+            last = found[-1] if found else message
+            if last is not message and message["role"] == last["role"] != "tool":
+                _join(last, message)
+            else:
+                found.append(message)
+    return found
+
+
+def _system(given: str | Sequence[TextBlock] | None) -> str:
+    texts = [given or ""] if isinstance(given, (str, type(None))) else [block.text for block in given]
+    return "".join(text for text in texts if not text.startswith(BILLING))
+
+
+def _join(last: Object, message: Object) -> None:
+    for name in ("content", "reasoning_content"):
+        if message.get(name):
+            last[name] = f"{last[name]}\n\n{message[name]}" if last.get(name) else message[name]
+    if message.get("tool_calls"):
+        last["tool_calls"] = [*last.get("tool_calls", ()), *message["tool_calls"]]
+
+
+def _said(turn: Turn, where: str) -> Iterator[Object]:
+    """The messages of a turn: results of tools have one each."""
+    if isinstance(turn.content, str):
+        yield {"role": turn.role, "content": turn.content}
+        return
+    message: Object = {"role": turn.role, "content": ""}
+    for number, block in enumerate(turn.content):
+        if isinstance(block, TextBlock):
+            message["content"] += block.text
+        elif isinstance(block, ToolResultBlock):
+            _check(turn, "user", block.type, f"{where}.content[{number}]")
+            if message["content"]:
+                yield message
+                message = {"role": turn.role, "content": ""}
+            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)}
+        else:
+            _check(turn, "assistant", block.type, f"{where}.content[{number}]")
+            _add(message, block)
+    if len(message) > 2 or message["content"] or not turn.content:
+        yield message
+
+
+def _add(message: Object, block: ToolUseBlock | ThinkingBlock | RedactedThinkingBlock) -> None:
+    """Thoughts that nobody but Anthropic can read are left out."""
+    if isinstance(block, ToolUseBlock):
+        function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
+        message.setdefault("tool_calls", []).append({"id": block.id, "type": "function", "function": function})
+    elif isinstance(block, ThinkingBlock):
+        message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
+
+
+def _result(block: ToolResultBlock) -> str:
+    """Dialogues have no other place for the news that a tool failed."""
+    given = block.content or ""
+    text = given if isinstance(given, str) else "".join(part.text for part in given)
+    return f"Error: {text}" if block.is_error else text
+
+
+def _check(turn: Turn, role: str, kind: str, where: str) -> None:
+    if turn.role != role:
+        message = f"{where}: {kind} in a message of role {turn.role}; expected it in one of role {role}"
+        raise Refused(400, message, param=where, code="invalid_value")
+
+
+def tool_input(arguments: str) -> dict[str, Any]:
+    """The arguments of a call as this API has them, an object, whatever the model wrote."""
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        found = arguments
+    return found if isinstance(found, dict) else {"arguments": found}
