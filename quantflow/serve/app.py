@@ -41,6 +41,7 @@ from quantflow.serve.protocol import (
     InteractiveRequest,
     TokenizeRequest,
 )
+from quantflow.serve.responses.routes import add_routes as add_responses
 from quantflow.serve.service import Service
 from quantflow.serve.template import template_variables
 from quantflow.serve.wire import Json
@@ -70,6 +71,7 @@ def create_app(service: Service) -> ASGIApp:
     _models(app, service)
     _generation(app, service, sessions)
     add_messages(app, service, _answers)
+    add_responses(app, service, _answers)
     _text(app, service)
     _operation(app, service)
     _administration(app, service, sessions)

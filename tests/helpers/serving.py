@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,20 @@ LMDEPLOY_BODY = {
     "stream": False, "presence_penalty": 0, "frequency_penalty": 0, "user": "string", "repetition_penalty": 1, "renew_session": False,
     "ignore_eos": False,
 }  # fmt: skip
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}Answer in <tool_call></tool_call>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_tools(folder: Path) -> Path:
+    """The demo model with a dialogue format that knows tools, which it was not trained for: it calls those that it must."""
+    shutil.copytree(DEMO, folder)
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    return folder
 
 
 @dataclass(frozen=True)

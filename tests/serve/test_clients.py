@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import shutil
 import subprocess
@@ -12,18 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonschema
 import openai
 import pytest
-import yaml
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.protocol import ChatRequest, CompletionRequest
+from tests.helpers.openapi import check, properties, shared
 from tests.helpers.serving import LMDEPLOY_BODY, Running, serving
 
-SPECIFICATION = Path(__file__).parents[3] / "shared" / "openapi" / "openapi.yaml"
 KEY = "key-of-a-user-0001"
 HI: list[Any] = [{"role": "user", "content": "What is a table?"}]
 
@@ -131,35 +128,6 @@ def test_errors_are_the_clients_exceptions(client: OpenAI, locked: Running) -> N
 # --- OpenAI's specification
 
 
-@functools.lru_cache
-def specification() -> Any:
-    document = yaml.load(SPECIFICATION.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    schemas = json.loads(json.dumps(document["components"]["schemas"], default=str))
-    return _nullable(schemas)
-
-
-def _nullable(schema: Any) -> Any:
-    """OpenAPI 3.0's `nullable`, which stands in this 3.1 document, as JSON schema says it."""
-    if isinstance(schema, list):
-        return [_nullable(s) for s in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found = {k: _nullable(v) for k, v in schema.items()}
-    if found.pop("nullable", False) is True:
-        return {"anyOf": [found, {"type": "null"}]}
-    return found
-
-
-def check(value: Any, name: str) -> None:
-    schema = {"$ref": f"#/components/schemas/{name}", "components": {"schemas": specification()}}
-    validator = jsonschema.Draft202012Validator(schema)
-    errors = list(validator.iter_errors(value))
-    assert not errors, errors[0]
-
-
-shared = pytest.mark.skipif(not SPECIFICATION.is_file(), reason="OpenAI's specification is not there")
-
-
 @shared
 @pytest.mark.shared
 def test_answers_are_those_of_the_specification(server: Running) -> None:
@@ -188,12 +156,7 @@ def test_the_check_can_fail() -> None:
 @pytest.mark.shared
 @pytest.mark.parametrize(("name", "ours"), [("CreateChatCompletionRequest", ChatRequest), ("CreateCompletionRequest", CompletionRequest)])
 def test_every_parameter_of_the_specification_is_known(name: str, ours: type[BaseModel]) -> None:
-    def properties(schema: Any) -> set[str]:
-        if "$ref" in schema:
-            return properties(specification()[schema["$ref"].rsplit("/", 1)[1]])
-        return set(schema.get("properties", ())).union(*(properties(part) for part in schema.get("allOf", ())))
-
-    wanted = properties(specification()[name])
+    wanted = properties(name)
     assert len(wanted) > 15 and wanted <= set(ours.model_fields)
 
 

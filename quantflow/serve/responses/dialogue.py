@@ -1,0 +1,113 @@
+"""From the items of /v1/responses to the messages of a dialogue, and from its words to those of chat completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quantflow.serve.answer import Object
+from quantflow.serve.errors import Refused
+from quantflow.serve.protocol import ChatRequest
+from quantflow.serve.responses.protocol import (
+    LOGPROBS,
+    AllowedTools,
+    CallItem,
+    Item,
+    NamedTool,
+    OutputItem,
+    ReasoningItem,
+    RefusalPart,
+    ResponsesRequest,
+    TextPart,
+)
+
+RENAMED = {
+    "messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "grammar": "text.format", "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}  # fmt: skip
+"""What this API calls the parameters of chat completions and the engine's arguments."""
+
+SAME = (
+    "model", "temperature", "top_p", "parallel_tool_calls", "stream", "seed", "top_k", "min_p", "repetition_penalty", "ignore_eos",
+    "chat_template_kwargs",
+)  # fmt: skip
+SYSTEM = ("system", "developer")
+TURN = ("reasoning_content", "content", "tool_calls")  # what the assistant says in one go, in this order
+
+
+def as_chat(body: ResponsesRequest) -> ChatRequest:
+    """The same request in the words of chat completions. Raises Refused."""
+    found: Object = {name: getattr(body, name) for name in SAME}
+    found["messages"] = messages(body.instructions, body.input)
+    found["max_tokens"] = body.max_output_tokens
+    if wants_logprobs(body):
+        found |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
+    if body.text and body.text.format:
+        found["response_format"] = _format(body.text.format.model_dump(by_alias=True, exclude_none=True))
+    if body.reasoning and body.reasoning.effort:
+        found["reasoning_effort"] = body.reasoning.effort
+    if body.tools:
+        keep = {"name", "description", "parameters", "strict"}
+        found["tools"] = [{"type": "function", "function": tool.model_dump(include=keep, exclude_none=True)} for tool in body.tools]
+    found["tool_choice"] = _choice(body.tool_choice)
+    return ChatRequest.model_validate({name: value for name, value in found.items() if value is not None})
+
+
+def wants_logprobs(body: ResponsesRequest) -> bool:
+    return bool(body.top_logprobs) or LOGPROBS in (body.include or ())
+
+
+def messages(instructions: str | None, items: Sequence[Item]) -> list[Object]:
+    """What the assistant said in one go, in several items, is one message; so are the instructions and the system messages at the
+    beginning, since many templates want a single one there."""
+    found: list[Object] = [{"role": "system", "content": instructions}] if instructions else []
+    for item in items:
+        if isinstance(item, OutputItem):
+            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        elif isinstance(item, CallItem):
+            function = {"name": item.name, "arguments": item.arguments}
+            _turn(found, "tool_calls").setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+        elif isinstance(item, ReasoningItem):
+            _turn(found, "reasoning_content")["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or ())
+        elif item.role == "assistant":
+            _turn(found, "content")["content"] = _text(item.content)
+        elif item.role in SYSTEM and len(found) == 1 and found[0]["role"] in SYSTEM:
+            found[0]["content"] += f"\n\n{_text(item.content)}"
+        else:
+            found.append({"role": item.role, "content": _text(item.content)})
+    return found
+
+
+def _turn(found: list[Object], part: str) -> Object:
+    """The message of the assistant's that this part belongs to: the last one, where nothing in it comes after such a part."""
+    later = TURN[TURN.index(part) :] if part != "tool_calls" else ()
+    if not found or found[-1]["role"] != "assistant" or any(name in found[-1] for name in later):
+        found.append({"role": "assistant"})
+    return found[-1]
+
+
+def _text(content: str | Sequence[TextPart | RefusalPart]) -> str:
+    return content if isinstance(content, str) else "".join(p.refusal if isinstance(p, RefusalPart) else p.text for p in content)
+
+
+def _format(given: Object) -> Object:
+    """Raises Refused."""
+    kind, schema = given.pop("type"), given.get("schema")
+    if kind != "json_schema":
+        if given:
+            message = f"text.format: {next(iter(given))} with type {kind}; expected type json_schema"
+            raise Refused(400, message, param="text.format", code="invalid_value")
+        return {"type": kind}
+    if schema is None or "name" not in given:
+        missing = "schema" if schema is None else "name"
+        raise Refused(400, f"text.format: no {missing}; expected one beside its type", param="text.format", code="invalid_value")
+    return {"type": kind, "json_schema": given}
+
+
+def _choice(given: Any) -> Any:
+    if isinstance(given, NamedTool):
+        return {"type": "function", "function": {"name": given.name}}
+    if isinstance(given, AllowedTools):
+        tools = [{"type": "function", "function": {"name": tool.name}} for tool in given.tools]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": given.mode, "tools": tools}}
+    return given

@@ -1,0 +1,48 @@
+"""The routes of the Responses API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from quantflow.serve.answer import Answer, Job
+from quantflow.serve.errors import Refused
+from quantflow.serve.responses.dialogue import RENAMED
+from quantflow.serve.responses.job import input_tokens, responses_job
+from quantflow.serve.responses.protocol import InputTokens, Response, ResponsesRequest
+from quantflow.serve.service import Service
+from quantflow.serve.wire import Json
+
+STORED = (("/{id}", ["GET", "DELETE"]), ("/{id}/cancel", ["POST"]), ("/{id}/input_items", ["GET"]))
+
+
+def add_routes(app: FastAPI, service: Service, answers: Callable[..., dict[str, Any]]) -> None:
+    """answers: what the document at /openapi.json says of a route's answers."""
+
+    @app.post("/v1/responses", tags=["generation"], **answers(Response, events=True, refusals=(400, 404, 408, 413, 415, 429, 504)))
+    async def responses(body: ResponsesRequest) -> Any:
+        """A dialogue in, the assistant's items out. Nothing is stored."""
+
+        @asynccontextmanager
+        async def job() -> AsyncIterator[Job]:
+            yield await service.prepare(lambda: responses_job(service, body))
+
+        return Answer(service, 1, job, RENAMED)
+
+    @app.post("/v1/responses/input_tokens", tags=["text"], **answers(InputTokens, refusals=(400, 404, 408, 413, 415, 429)))
+    async def count(body: ResponsesRequest) -> Any:
+        """How many tokens the same request would begin with."""
+        with service.entered(1):
+            return Json(
+                {"object": "response.input_tokens", "input_tokens": await service.prepare_aside(lambda: input_tokens(service, body))}
+            )
+
+    async def stored(id: str) -> Any:
+        message = f"id: {id[:100]!r}: no response is stored here; send the whole dialogue as input"
+        raise Refused(404, message, param="id", code="response_not_found")
+
+    for path, methods in STORED:
+        app.api_route(f"/v1/responses{path}", methods=methods, include_in_schema=False)(stored)
