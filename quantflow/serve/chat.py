@@ -35,7 +35,7 @@ class ChatShape(Shape):
             yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
-        ended = tokens[-1].finish
+        ended, stop = tokens[-1].finish, tokens[-1].stop
         shown, calls = self._reading[text].add("".join(token.text for token in tokens), last=ended is not None)
         scored = [token.logprob for token in tokens if token.logprob] if self._logprobs else []
         if shown or scored:
@@ -43,7 +43,9 @@ class ChatShape(Shape):
         for number, call in enumerate(calls, self._reading[text].calls - len(calls)):
             yield self._chunk(text, {"tool_calls": [{"index": number, **_called(call)}]})
         if ended is not None:
-            yield self._chunk(text, {"content": ""}, finish=self._finish(text, ended))
+            chunk = self._chunk(text, {"content": ""}, finish=self._finish(text, ended))
+            chunk["choices"][0]["stop_reason"] = stop
+            yield chunk
 
     def end(self, usage: Usage) -> Iterable[Object]:
         if self._with_usage:
@@ -62,6 +64,7 @@ class ChatShape(Shape):
                     "message": message,
                     "logprobs": chat_logprobs(self._service.text, completion.logprobs) if self._logprobs else None,
                     "finish_reason": self._finish(completion.index, completion.finish),
+                    "stop_reason": completion.stop,
                 }
             )
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body}

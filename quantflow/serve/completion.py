@@ -55,7 +55,7 @@ class TextShape(Shape):
         if self._echo and not self._begun[text]:
             letters, before = self._prompts[prompt].text + letters, self._scored[prompt]
         self._begun[text] = True
-        yield self._event(self._choice(text, letters, before, scored, str(tokens[-1].finish) if tokens[-1].finish else None))
+        yield self._event(self._choice(text, letters, before, scored, tokens[-1]))
 
     def end(self, usage: Usage) -> Iterable[Object]:
         if self._with_usage:
@@ -69,7 +69,7 @@ class TextShape(Shape):
                 letters = (self._prompts[number].text if self._echo else "") + ("" if self._nothing else completion.text)
                 scored: Sequence[Logprob] = () if self._nothing else completion.logprobs
                 before = output.prompt_logprobs if self._echo else ()
-                choices.append(self._choice(number * self._per_prompt + index, letters, before, scored, str(completion.finish)))
+                choices.append(self._choice(number * self._per_prompt + index, letters, before, scored, completion))
         return {**self._head, "choices": choices, "usage": self._usage(usage)}
 
     def _usage(self, usage: Usage) -> Object:
@@ -79,9 +79,13 @@ class TextShape(Shape):
         found = {**self._head, "choices": [choice]}
         return {**found, "usage": None} if self._with_usage else found
 
-    def _choice(self, index: int, letters: str, before: Sequence[Logprob | None], after: Sequence[Logprob], finish: str | None) -> Object:
+    def _choice(
+        self, index: int, letters: str, before: Sequence[Logprob | None], after: Sequence[Logprob], last: Token | Completion
+    ) -> Object:  # fmt: skip
+        """last: what says whether it has ended, and how."""
         logprobs = None if self._count is None else self._logprobs(index, before, after)
-        return {"index": index, "text": letters, "logprobs": logprobs, "finish_reason": finish}
+        finish = None if last.finish is None else str(last.finish)
+        return {"index": index, "text": letters, "logprobs": logprobs, "finish_reason": finish, "stop_reason": last.stop}
 
     def _logprobs(self, index: int, before: Sequence[Logprob | None], after: Sequence[Logprob]) -> Object:
         """before: of the prompt, whose first token has none."""

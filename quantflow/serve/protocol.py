@@ -389,11 +389,15 @@ class AssistantMessage(Outgoing):
     tool_calls: list[ToolCall] | None = None
 
 
+StopReason = str | int | None  # vLLM's: the stop string, or the token of stop_token_ids, that ended the text
+
+
 class ChatChoice(Outgoing):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: StopReason = None
 
 
 class ChatCompletion(Outgoing):
@@ -423,6 +427,7 @@ class ChatChunkChoice(Outgoing):
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
+    stop_reason: StopReason = None
 
 
 class ChatChunk(Outgoing):
@@ -448,6 +453,7 @@ class TextChoice(Outgoing):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    stop_reason: StopReason = None
 
 
 class Completion(Outgoing):

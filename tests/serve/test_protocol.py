@@ -67,6 +67,19 @@ def test_a_parameter_does_what_it_does_in_the_engine(server: Running, llm: LLM, 
     assert (found["message"]["content"], found["finish_reason"]) == (expected.text, str(expected.finish))
 
 
+def test_what_ended_a_text_is_named(server: Running) -> None:
+    body: Any = {"max_tokens": 20, "ignore_eos": True}
+    made = server.post("/generate", {"prompt": "The table", "temperature": 0, **body}).json
+    stop, token = made["text"][3:6], made["output_ids"][4]
+    for given, reason in (({}, None), ({"stop": ["never there", stop]}, stop), ({"stop_token_ids": [token]}, token)):
+        assert server.complete(**body, **given).json["choices"][0]["stop_reason"] == reason
+        assert server.complete(**body, **given, stream=True).events[-1]["choices"][0]["stop_reason"] == reason
+    stop = server.chat(**body).json["choices"][0]["message"]["content"][3:6]
+    assert server.chat(**body, stop=[stop]).json["choices"][0]["stop_reason"] == stop
+    ends = [e["choices"][0].get("stop_reason") for e in server.chat(**body, stop=[stop], stream=True).events]
+    assert ends[-1] == stop and not any(ends[:-1])
+
+
 def test_a_stream_says_what_one_answer_says(server: Running) -> None:
     body: Any = {"max_tokens": 30, "n": 3, "temperature": 1, "seed": 11, "logprobs": True, "top_logprobs": 2, "stop": ["the", "is a"]}
     whole = server.chat(**body).json
