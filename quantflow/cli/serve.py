@@ -63,6 +63,9 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option("--allow-origin", help="Another site whose pages may call this server (CORS); may be repeated.")
     ] = None,
+    literal_content: Annotated[
+        bool, typer.Option("--literal-content", help="What a message spells out (</s>, <|im_end|>) stays text, and is no control token.")
+    ] = False,
     supervised: Annotated[bool, typer.Option("--supervised", help="End with exit code 1 when the engine has died.")] = False,
     log_level: Annotated[LogLevel, typer.Option("--log-level", help="debug shows every request.")] = LogLevel.info,
     mode: ModeOption = Mode.exact,
@@ -94,7 +97,8 @@ def serve(
         config = ServerConfig(
             host=host, port=port, keys=keys(api_key_file, KEY_VARIABLE), admin_keys=keys(admin_key_file, ADMIN_KEY_VARIABLE),
             names=tuple(served_model_name or ()), max_queue=max_queue, max_body=max_body, request_timeout_s=request_timeout,
-            drain_timeout_s=drain_timeout, origins=tuple(allow_origin or ()), supervised=supervised, log_level=log_level.value,
+            drain_timeout_s=drain_timeout, origins=tuple(allow_origin or ()), literal_content=literal_content,
+            supervised=supervised, log_level=log_level.value,
         )  # fmt: skip
         if not config.keys and not config.loopback:
             errors.print(f"[bold yellow]warning:[/] {host} can be reached by others, and no key is asked for: give --api-key-file")

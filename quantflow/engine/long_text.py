@@ -1,7 +1,8 @@
 """Long texts to tokens and back, in processes of their own: a tokenizer may take minutes and gigabytes for what one request can hold (a
 million spaces, or letters of which a normaliser makes eighteen each), and what runs in a library of this process cannot be stopped.
 
-    python -m quantflow.engine.long_text    reads {"tokenizers": …, "seconds": …}, then a question a line; writes an answer a line
+    python -m quantflow.engine.long_text    reads {"tokenizer": …, "templates": …, "seconds": …}, then a question a line; writes an
+                                            answer a line
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from queue import Empty, SimpleQueue
 from tokenizers import Tokenizer
 
 from quantflow.engine.child import Child, ChildEnded, ChildSlow
+from quantflow.engine.literal import Literal
 from quantflow.errors import Problem, RequestError
 
 LONG = 2**14  # letters, or tokens, that are worth another process: less takes a moment, whatever it is
@@ -42,16 +44,17 @@ class Encoded:
 
 
 class LongTexts:
-    """tokenizers: one or several, which are told apart by their place. For several threads; each waits for a process of its own, of which
-    there are as many as were needed at once. Methods raise RequestError for what takes too much."""
+    """templates: where what was said in a dialogue may be literal (see `literal`). For several threads; each waits for a process of its
+    own, of which there are as many as were needed at once. Methods raise RequestError for what takes too much."""
 
-    def __init__(self, *tokenizers: Tokenizer) -> None:
-        self._tokenizers = tokenizers
+    def __init__(self, tokenizer: Tokenizer, templates: Sequence[str] | None = None) -> None:
+        self._tokenizer, self._templates = tokenizer, templates
         self._idle: SimpleQueue[Child] = SimpleQueue()
 
-    def encode(self, texts: Sequence[str], *, special: bool, tokenizer: int = 0, most: int | None = None) -> Encoded:
-        """special: with the tokens that open every text. most: tokens of one text; where there are more, there are counts alone."""
-        question = {"texts": list(texts), "special": special, "tokenizer": tokenizer, "most": most}
+    def encode(self, texts: Sequence[str], *, special: bool, literal: bool = False, most: int | None = None) -> Encoded:
+        """special: with the tokens that open every text. literal: of dialogues that were rendered so. most: tokens of one text; where there
+        are more, there are counts alone."""
+        question = {"texts": list(texts), "special": special, "literal": literal, "most": most}
         try:
             line = json.dumps(question, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:  # half a surrogate pair
@@ -69,7 +72,7 @@ class LongTexts:
         with self._child() as child:
             try:
                 if not child.running:
-                    given = {"tokenizers": [tokenizer.to_str() for tokenizer in self._tokenizers], "seconds": MOST_SECONDS}
+                    given = {"tokenizer": self._tokenizer.to_str(), "templates": self._templates, "seconds": MOST_SECONDS}
                     child.start(json.dumps(given, ensure_ascii=False).encode(), START_S)
                 answer = child.ask(line, WAIT_S).rstrip(b"\n")
             except (ChildSlow, ChildEnded) as error:
@@ -92,15 +95,18 @@ class LongTexts:
             self._idle.put(child)
 
 
-def answer(tokenizers: Sequence[Tokenizer], line: bytes) -> bytes:
+def answer(tokenizer: Tokenizer, literal: Literal | None, line: bytes) -> bytes:
     """What is written for a line that was read: counts, a tab and ids; or a text; or ! and what is wrong."""
     asked = json.loads(line)
     try:
         if "tokens" in asked:
-            found = json.dumps(tokenizers[0].decode(asked["tokens"], skip_special_tokens=True), ensure_ascii=False).encode()
+            found = json.dumps(tokenizer.decode(asked["tokens"], skip_special_tokens=True), ensure_ascii=False).encode()
         else:
-            tokenizer, special, most = tokenizers[asked["tokenizer"]], asked["special"], asked["most"]
-            ids = [tokenizer.encode(text, add_special_tokens=special).ids for text in asked["texts"]]
+            texts, special, most = asked["texts"], asked["special"], asked["most"]
+            if asked["literal"] and literal:
+                ids = [literal.encode(text, special=special) for text in texts]
+            else:
+                ids = [tokenizer.encode(text, add_special_tokens=special).ids for text in texts]
             counts = [len(tokens) for tokens in ids]
             shown = [] if most is not None and max(counts, default=0) > most else ids
             found = b"\t".join(json.dumps(part, separators=(",", ":")).encode() for part in (counts, shown))
@@ -121,7 +127,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who started this; its end closes stdin
     os.nice(10)  # who generates goes first
     given = json.loads(sys.stdin.buffer.readline())
-    tokenizers = [Tokenizer.from_str(text) for text in given["tokenizers"]]
+    tokenizer = Tokenizer.from_str(given["tokenizer"])
+    literal = Literal(tokenizer, given["templates"]) if given["templates"] is not None else None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, used + MOST_BYTES))
     found = b""
@@ -133,7 +140,7 @@ def main() -> None:
             return
         # Its signal ends the process, whatever runs in it: nothing of Python's could.
         signal.setitimer(signal.ITIMER_PROF, given["seconds"])
-        found = answer(tokenizers, line)
+        found = answer(tokenizer, literal, line)
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from quantflow.engine.literal import Literal
 from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import ModelError, Problem, RequestError
 from quantflow.models.dialogue import DIALOGUES, ChatTemplate
@@ -64,10 +65,21 @@ class Text:
         """Letters of the longest token."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """special: with the tokens that open every text (BOS), where the model has them."""
+    @cached_property
+    def literal(self) -> Literal:
+        """Raises ModelError for a tokenizer with which that does not work."""
+        return Literal(self.tokenizer, self.templates)
+
+    @property
+    def templates(self) -> list[str]:
+        return [*self.template.templates.values()] if self.template else []
+
+    def encode(self, text: str, *, special: bool = True, literal: bool = False) -> list[int]:
+        """special: with the tokens that open every text (BOS), where the model has them. literal: of what `render` wrote so."""
 
         def encode() -> list[int]:  # encode_batch, for one text too: encode holds the interpreter lock
+            if literal:
+                return self.literal.encode(text, special=special)
             return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
 
         try:
@@ -145,10 +157,12 @@ class Text:
         return self.encode(self.render(messages, **extra), special=False)
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, continued: bool = False, **extra: Any
-    ) -> str:
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, continued: bool = False,
+        literal: bool = False, **extra: Any,
+    ) -> str:  # fmt: skip
         """tools: as JSON schemas. continued: the text ends where the last message's content does, so that an answer goes on from there.
-        extra: further variables of the template (documents, …). Raises RequestError."""
+        literal: for `encode` alone, which then makes no control tokens of what was said. extra: further variables of the template
+        (documents, …). Raises RequestError."""
         problems = [
             Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
             for i, m in enumerate(messages)
@@ -164,6 +178,8 @@ class Text:
             found = f"the model's chat templates are called {', '.join(sorted(self.template.templates))}"
             raise RequestError(Problem("messages", found, "one called default" + (" or tool_use" if tools is not None else "")))
         given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        if literal:
+            given, tools, extra = self.literal.marked(given), self.literal.marked_value(tools), self.literal.marked_value(extra)
         content = given[-1].get("content") or ""
         if continued:
             given[-1]["content"] = content + CONTINUES

@@ -21,7 +21,8 @@ class ServerConfig:
     called; where the user gave none, any name in a request means it. max_queue: sequences that may wait beside those that run. Sizes in
     bytes, times in seconds: request_timeout_s of a whole answer, drain_timeout_s of those that run when the server is told to stop,
     stall_s without progress of the engine until it counts as stalled, keep_alive_s between comments in a stream that is silent.
-    origins: other sites whose pages may call this server. supervised: the process ends when the engine has.
+    origins: other sites whose pages may call this server. literal_content: control tokens that somebody spells out in a message stay text.
+    supervised: the process ends when the engine has.
     """
 
     host: str = "127.0.0.1"
@@ -37,6 +38,7 @@ class ServerConfig:
     keep_alive_s: float = 15.0
     session_idle_s: float = 3600.0
     origins: tuple[str, ...] = ()
+    literal_content: bool = False
     log_level: str = "info"
     supervised: bool = False
 

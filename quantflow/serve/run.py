@@ -31,6 +31,8 @@ def start(model: str, config: ServerConfig, note: Callable[[str], None], ready: 
         for odd in llm.engine.notes:
             note(f"note: {odd}")
         _warm(llm)
+        if config.literal_content and llm.engine.text:
+            _ = llm.engine.text.literal  # whether it can be had
         gc.collect()
         gc.freeze()  # what is there by now stays: to look through it for garbage takes a third of a second, in which nobody is answered
         service = Service(llm, config, llm.engine.path.resolve().name)

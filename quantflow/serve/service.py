@@ -174,7 +174,8 @@ class Service:
         given = [_for_template(m) for m in messages]
         letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
         self._check_letters("messages", letters + sum(len(text) for d in extra.get("documents", ()) for text in d.values()))
-        return self._fitting([self.text.render(given, **extra)], "messages", special=False)[0]
+        literal = self.config.literal_content
+        return self._fitting([self.text.render(given, literal=literal, **extra)], "messages", special=False, literal=literal)[0]
 
     def tokens(self, texts: Sequence[str], *, special: bool) -> Encoded:
         """The tokens of texts of any length. Raises RequestError."""
@@ -182,8 +183,9 @@ class Service:
 
     def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]], **extra: Any) -> Encoded:
         """The same of dialogues, each up to where its answer begins."""
-        texts = [self.text.render([_for_template(m) for m in messages], **extra) for messages in dialogues]
-        return self._encoded(texts, special=False)
+        literal = self.config.literal_content
+        texts = [self.text.render([_for_template(m) for m in messages], literal=literal, **extra) for messages in dialogues]
+        return self._encoded(texts, special=False, literal=literal)
 
     def decode(self, tokens: list[int]) -> bytes:
         """The text of tokens, special ones left out: a JSON string. Raises RequestError."""
@@ -191,19 +193,19 @@ class Service:
 
     @cached_property
     def _long_texts(self) -> LongTexts:
-        return LongTexts(self.text.tokenizer)
+        return LongTexts(self.text.tokenizer, self.text.templates if self.config.literal_content else None)
 
-    def _fitting(self, texts: Sequence[str], param: str, *, special: bool) -> list[list[int]]:
-        found = self._encoded(texts, special=special, most=self.context)
+    def _fitting(self, texts: Sequence[str], param: str, *, special: bool, literal: bool = False) -> list[list[int]]:
+        found = self._encoded(texts, special=special, literal=literal, most=self.context)
         if (most := max(found.counts, default=0)) > self.context:
             raise self._too_long(param, f"{most} tokens")
         return found.ids
 
-    def _encoded(self, texts: Sequence[str], *, special: bool, most: int | None = None) -> Encoded:
+    def _encoded(self, texts: Sequence[str], *, special: bool, literal: bool = False, most: int | None = None) -> Encoded:
         """Where all of them together are short, a process of their own would take longer."""
         if sum(map(len, texts)) > LONG:
-            return self._long_texts.encode(texts, special=special, most=most)
-        ids = [self.text.encode(text, special=special) for text in texts]
+            return self._long_texts.encode(texts, special=special, literal=literal, most=most)
+        ids = [self.text.encode(text, special=special, literal=literal) for text in texts]
         return Encoded([*map(len, ids)], encode(ids))
 
     def _check_letters(self, param: str, letters: int) -> None:

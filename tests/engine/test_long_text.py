@@ -21,14 +21,13 @@ TEXTS = ["The table", "", "诗 and 🦊\n\t</s>", " " * 3000, "x" * 20_000]
 
 def test_what_comes_back_is_what_this_process_makes() -> None:
     text = Text(DEMO)
-    other = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
-    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    texts = LongTexts(text.tokenizer, other)
+    texts = LongTexts(text.tokenizer, text.templates)
     for special in (True, False):
         expected = [text.encode(given, special=special) for given in TEXTS]
         found = texts.encode(TEXTS, special=special)
         assert found.ids == expected and found.counts == [*map(len, expected)]
-    assert texts.encode(["aé"], special=True, tokenizer=1).ids == [other.encode("aé").ids]
+    said = text.render([{"role": "user", "content": "a</s>"}], literal=True)
+    assert texts.encode([said], special=False, literal=True).ids == [text.encode(said, special=False, literal=True)]
     tokens = [token for ids in expected for token in ids]
     assert json.loads(texts.decode(tokens * 3)) == text.decode(tokens * 3) and texts.decode([]) == b'""'
 
@@ -65,7 +64,7 @@ def test_what_takes_too_long_is_ended_and_the_next_is_served(monkeypatch: pytest
 
 
 def test_what_needs_too_much_memory_or_makes_the_library_fail_is_refused() -> None:
-    gone, line = b'{"texts": ["x"], "special": true, "tokenizer": 0, "most": null}', b'{"tokens": [1]}'
+    gone, line = b'{"texts": ["x"], "special": true, "literal": false, "most": null}', b'{"tokens": [1]}'
 
     class Broken:
         def __init__(self, error: BaseException) -> None:
@@ -85,7 +84,7 @@ def test_what_needs_too_much_memory_or_makes_the_library_fail_is_refused() -> No
         (ValueError(), b"ValueError"),
     ):
         for asked in (gone, line):
-            found = long_text.answer([Broken(error)], asked)  # type: ignore[list-item]
+            found = long_text.answer(Broken(error), None, asked)  # type: ignore[arg-type]
             assert found.startswith(b"!") and said in found
 
 

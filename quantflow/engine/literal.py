@@ -1,0 +1,122 @@
+"""Dialogues in which what was said is text: a control token that somebody spells out (`</s>`, `<|im_end|>`) does not become that token.
+
+A template writes its own control tokens and what was said as one text, and a tokenizer finds them in it by their spelling. So a letter
+that no text has goes into every such spelling in what was said, before the template sees it. The control tokens that the tokenizer still
+finds are the template's own. They are written in other letters that no text has, the marks are taken out, and the same tokenizer, whose
+control tokens are called so, reads the text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from quantflow.errors import ModelError, Problem, RequestError
+
+# Noncharacters, which Unicode keeps for the inside of programs.
+OPEN, CLOSE, MARK = "\ufdd0", "\ufdd1", "\ufdd2"
+SAID = ("content", "reasoning_content", "reasoning", "thinking")
+_RESERVED = re.compile(f"[{OPEN}{CLOSE}{MARK}]")
+
+
+class Literal:
+    """Control tokens are the special ones, and of the other added ones those in brackets that a template writes (<think>, say). templates:
+    their sources. Raises ModelError for a tokenizer with which it does not work."""
+
+    def __init__(self, tokenizer: Tokenizer, templates: Iterable[str]) -> None:
+        written = "\0".join(templates)
+        added = tokenizer.get_added_tokens_decoder()
+        control = {i: t for i, t in added.items() if t.content and (t.special or (t.content[0] in "<[" and t.content in written))}
+        self._control = {i: (token, f"{OPEN}{i}{CLOSE}") for i, token in control.items()}
+        self._said = _beginnings(token.content for token in control.values())
+        self._said_by_model = _beginnings(token.content for token in control.values() if token.special)
+        self._tokenizer = tokenizer
+        self._renamed = _renamed(tokenizer, {token.content: private for token, private in self._control.values()})
+
+    def marked(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as the template may see them. Tokens that are not special are left as they are in what the model said, where it wrote
+        them itself and templates look for them. Raises RequestError for a letter that is needed here."""
+        found = []
+        for message in messages:
+            _check(*message)
+            said = self._said_by_model if message.get("role") == "assistant" else self._said
+            found.append(
+                {key: value if key == "role" else _marked(value, said if key in SAID else self._said) for key, value in message.items()}
+            )
+        return found
+
+    def marked_value(self, value: Any) -> Any:
+        """The same of anything else that a template is given."""
+        return _marked(value, self._said)
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """The tokens of what a template made of them. special: with those that open every text."""
+        return list(self._renamed.encode_batch([self._spelled(text)], add_special_tokens=special)[0].ids)
+
+    def _spelled(self, text: str) -> str:
+        found = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        parts, at = [], 0
+        for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            if token in self._control:
+                added, private = self._control[token]
+                # What a token takes of the space beside it is in its place. One that stands for what is unknown has another spelling.
+                if added.normalized or text[begin:end].strip() == added.content.strip():
+                    parts += [text[at:begin], private]
+                    at = end
+        return "".join([*parts, text[at:]]).replace(MARK, "")
+
+
+def _beginnings(spellings: Iterable[str]) -> re.Pattern[str]:
+    """The first letter of each, also where one begins within another."""
+    parts = sorted(map(re.escape, spellings), key=len, reverse=True)
+    return re.compile(f"(?=(?:{'|'.join(parts)}))(.)" if parts else r"(?!)()", re.DOTALL)
+
+
+def _marked(value: Any, said: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        _check(value)
+        return said.sub(rf"\1{MARK}", value)
+    if isinstance(value, Mapping):
+        return {_marked(key, said): _marked(part, said) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_marked(part, said) for part in value]
+    return value
+
+
+def _check(*texts: str) -> None:
+    if any(map(_RESERVED.search, texts)):
+        raise RequestError(Problem("messages", "a letter from U+FDD0 to U+FDD2", "text without those, which stand for no letter"))
+
+
+def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
+    """The same, but for the names of those tokens. Raises ModelError where the library does not make that of it."""
+    data = json.loads(tokenizer.to_str())
+    for token in data["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = data["model"]
+    if isinstance(vocab := model.get("vocab"), dict):
+        model["vocab"] = {names.get(name, name): i for name, i in vocab.items()}
+    elif vocab:  # a unigram model's, with scores
+        model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    try:
+        found = Tokenizer.from_str(json.dumps(data))
+        same = all(
+            found.encode(private, add_special_tokens=False).ids == tokenizer.encode(name, add_special_tokens=False).ids
+            for name, private in names.items()
+        )
+    except Exception as error:
+        raise _cannot(str(error)) from error
+    if not same:
+        raise _cannot("its normaliser changes the names of its tokens")
+    return found
+
+
+def _cannot(why: str) -> ModelError:
+    found = f"its control tokens cannot be told from their spelling in a text ({why})"[:300]
+    return ModelError(Problem("tokenizer", found, "a tokenizer for which that works", "Leave --literal-content out"))
