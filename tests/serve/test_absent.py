@@ -24,8 +24,10 @@ def client(server: Running) -> Iterator[OpenAI]:
 def test_each_door_that_is_not_here_is_refused_by_name(server: Running, path: str, method: str) -> None:
     for place in (path, f"{path}/some/thing"):
         answer = server.send(method, place, b"--x\r\n", content_type="multipart/form-data; boundary=x")
-        assert (answer.status, answer.error["code"], answer.error["type"]) == (404, "unsupported_endpoint", "not_found_error")
-        assert answer.error["message"].startswith(f"{place}: ") and answer.error["param"] is None
+        assert answer.status == 404 and answer.error["type"] == "not_found_error"
+        assert answer.error["message"].startswith(f"{place}: ")
+        if not path.startswith("/v1/messages"):  # Anthropic's errors have neither
+            assert (answer.error["code"], answer.error["param"]) == ("unsupported_endpoint", None)
 
 
 @pytest.mark.parametrize(
