@@ -559,11 +559,12 @@ class Engine:
         finish: Finish | None = None
         stop: str | int | None = None
         ends = (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids
-        if self.text and not (ends and free):
+        if self.text and (params.include_stop or not (ends and free)):
             if sequence not in self._detokenizers:
                 self._detokenizers[sequence] = Detokenizer(
-                    self.text, sequence.request.prompt, params.stop, special=not params.skip_special_tokens
-                )
+                    self.text, sequence.request.prompt, params.stop, special=not params.skip_special_tokens,
+                    whole_stops=params.include_stop,
+                )  # fmt: skip
             try:
                 text = self._detokenizers[sequence].add(token, search=free)
                 stop = self._detokenizers[sequence].stop

@@ -29,6 +29,7 @@ class SamplingParams:
     prompt_logprobs_from: tokens of the prompt before this one are not reported, and may come from the prefix cache. seed: the same seed
     gives the same text; None: another each time.
     grammar: what the text may be; it ends where nothing can follow. skip_special_tokens: whether they are left out of the text.
+    include_stop: whether the stop string or token that ends a text is a part of it; a special token is not, where those are left out.
     """
 
     max_tokens: int | None = None
@@ -51,6 +52,7 @@ class SamplingParams:
     prompt_logprobs_from: int = 0
     grammar: Grammar | None = None
     skip_special_tokens: bool = True
+    include_stop: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grammar", grammar_of(self.grammar))

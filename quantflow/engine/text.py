@@ -230,11 +230,14 @@ class Detokenizer:
     be the beginning of a letter.
 
     What a token adds is what the text of some tokens before it grows by: it depends on them, since SentencePiece drops the space before a
-    first word and a letter may be made of several tokens. special: whether special tokens are shown.
+    first word and a letter may be made of several tokens. special: whether special tokens are shown. whole_stops:
+    whether the stop string that ends a text is.
     """
 
-    def __init__(self, text: Text, prompt: Sequence[int], stops: Sequence[str], *, special: bool = False) -> None:
-        self._text, self._stops, self._special = text, stops, special
+    def __init__(
+        self, text: Text, prompt: Sequence[int], stops: Sequence[str], *, special: bool = False, whole_stops: bool = False
+    ) -> None:  # fmt: skip
+        self._text, self._stops, self._special, self._whole_stops = text, stops, special, whole_stops
         self._ids = list(prompt[-CONTEXT:])  # the tokens before, then those whose text is not shown yet
         self._known = len(self._ids)
         while self._known and self._decode(self._known).endswith(BROKEN):  # the prompt ends within a letter
@@ -252,8 +255,8 @@ class Detokenizer:
             return self._take(len(self._held))
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            _, at, self.stop = min(found)  # which is whole first, however the tokens cut the text
-            shown, self._held = self._held[:at], ""
+            end, at, self.stop = min(found)  # which is whole first, however the tokens cut the text
+            shown, self._held = self._held[: end if self._whole_stops else at], ""
             return shown
         return self._take(len(self._held) - self._may_begin())
 

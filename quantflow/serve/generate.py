@@ -18,10 +18,11 @@ GENERATE_RENAMED = {
 
 
 class GenerateShape(Shape):
-    """Each event has the letters and tokens that are new, and counts them all. The token that ends a text is none of it. scored: whether
-    log-probabilities are told, with `top` alternatives; prompt: of which of its tokens on, None: of what follows it."""
+    """Each event has the letters and tokens that are new, and counts them all. ends: tokens that end a text and are none of it, as those
+    of stop_token_ids are; None: they are a part of it. scored: whether log-probabilities are told, with `top` alternatives; prompt_from: of
+    which of the prompt's tokens on, None: of what follows it."""
 
-    def __init__(self, ends: frozenset[int], prompt: list[int], *, scored: bool, top: int, prompt_from: int | None) -> None:
+    def __init__(self, ends: frozenset[int] | None, prompt: list[int], *, scored: bool, top: int, prompt_from: int | None) -> None:
         self._ends, self._prompt, self._scored, self._top, self._prompt_from = ends, prompt, scored, top, prompt_from
         self._tokens = 0
 
@@ -45,7 +46,7 @@ class GenerateShape(Shape):
         self, text: str, ids: list[int], scored: list[Logprob], before: Sequence[Logprob | None], finish: Finish | None,
         stop: str | int | None,
     ) -> Object:  # fmt: skip
-        if finish == Finish.stop and ids and (ids[-1] == stop or (stop is None and ids[-1] in self._ends)):
+        if self._ends is not None and finish == Finish.stop and ids and (ids[-1] == stop or (stop is None and ids[-1] in self._ends)):
             ids, scored = ids[:-1], scored[: len(ids) - 1]
         self._tokens += len(ids)
         known = None if self._prompt_from is None else [score for score in before[self._prompt_from :] if score]
@@ -95,9 +96,9 @@ def generate_job(service: Service, body: GenerateRequest) -> Job:
         repetition_penalty=default(body.repetition_penalty, 1.0), ignore_eos=bool(body.ignore_eos), stop=tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()), skip_special_tokens=default(body.skip_special_tokens, True),
         logprobs=top if scored and not of_prompt else None, prompt_logprobs=top if of_prompt else None,
-        prompt_logprobs_from=begin if of_prompt else 0,
+        prompt_logprobs_from=begin if of_prompt else 0, include_stop=bool(body.include_stop_str_in_output),
     )  # fmt: skip
-    ends = service.llm.engine.end_tokens
+    ends = None if body.include_stop_str_in_output else service.llm.engine.end_tokens
     shape = GenerateShape(ends, prompt, scored=scored, top=top, prompt_from=begin if of_prompt else None)
     return Job([prompt], params, shape, bool(body.stream))
 

@@ -174,7 +174,8 @@ class StreamOptions(Incoming):
 
 class Sampling(RequestFields):
     """What /v1/chat/completions and /v1/completions share. min_tokens (LMDeploy calls it min_new_tokens), stop_token_ids, top_k, min_p,
-    repetition_penalty, ignore_eos and skip_special_tokens are not OpenAI's. Of max_tokens and max_completion_tokens the smaller holds."""
+    repetition_penalty, ignore_eos, skip_special_tokens and include_stop_str_in_output are not OpenAI's. Of max_tokens and
+    max_completion_tokens the smaller holds."""
 
     model: Name | None = None
     frequency_penalty: Penalty | None = None
@@ -197,6 +198,7 @@ class Sampling(RequestFields):
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
 
 
 Variables = Annotated[dict[Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,63}$")], Any], Field(max_length=64)]
@@ -311,9 +313,9 @@ class GenerateRequest(Incoming):
     min_p: Probability | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None  # nothing is put between them
+    include_stop_str_in_output: bool | None = None
     # No meaning here.
     image_data: None = None
-    include_stop_str_in_output: Literal[False] | None = None
     return_routed_experts: Literal[False] | None = None
     repetition_ngram_size: Literal[0] = 0
     repetition_ngram_threshold: Annotated[int, Field(ge=0)] = 0  # of those
@@ -514,7 +516,7 @@ class GenerateMeta(Outgoing):
 
 
 class GenerateResponse(Outgoing):
-    """completion_tokens, output_ids: without the token that ended the text."""
+    """completion_tokens, output_ids: without the token that ended the text, unless include_stop_str_in_output asks for it."""
 
     text: str
     output_ids: list[int]

@@ -40,6 +40,7 @@ def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
         "stop_token_ids": tuple(body.stop_token_ids or ()),
         "ignore_eos": bool(body.ignore_eos),
         "skip_special_tokens": default(body.skip_special_tokens, True),
+        "include_stop": bool(body.include_stop_str_in_output),
     }
     return SamplingParams(**{**arguments, **more})
 

@@ -62,6 +62,19 @@ def test_stop_tokens(engine: Engine) -> None:
     assert (found.finish, found.stop) == (Finish.stop, whole[5]) and found.token_ids == whole[: whole.index(whole[5]) + 1]
 
 
+def test_what_ends_a_text_is_shown_where_that_is_asked_for(engine: Engine) -> None:
+    whole = run(engine, max_tokens=30, ignore_eos=True)
+    for start in range(2, len(whole.text) - 6, 5):
+        stop = whole.text[start : start + 6]
+        found = run(engine, max_tokens=30, ignore_eos=True, stop=(stop,), include_stop=True)
+        assert (found.stop, found.text) == (stop, whole.text[: whole.text.index(stop) + 6])
+    count = whole.token_ids.index(whole.token_ids[5]) + 1
+    found = run(engine, max_tokens=30, ignore_eos=True, stop_token_ids=(whole.token_ids[5],), include_stop=True)
+    assert found.text == run(engine, max_tokens=count, ignore_eos=True).text
+    end: dict[str, Any] = {"logit_bias": {1: 100.0}, "max_tokens": 5, "include_stop": True}  # </s>
+    assert [run(engine, **end, skip_special_tokens=skip).text for skip in (True, False)] == ["", "</s>"]
+
+
 def test_stop_strings_may_span_tokens_and_are_not_shown(engine: Engine) -> None:
     whole = run(engine, max_tokens=30, ignore_eos=True)
     text = whole.text

@@ -109,6 +109,22 @@ def test_the_token_that_ends_a_text_is_none_of_it(server: Running, llm: LLM) -> 
     assert "".join(e["text"] for e in generate(server, stop_token_ids=[ids[4]], stream=True)) == found["text"]
 
 
+def test_what_ends_a_text_is_a_part_of_it_where_that_is_asked_for(server: Running) -> None:
+    whole = generate(server, max_tokens=20)
+    stop, token = whole["text"][3:6], whole["output_ids"][4]
+    at = whole["output_ids"].index(token) + 1
+    for stream in (False, True):
+        for given, text, ids in (
+            ({"stop": stop}, whole["text"][: whole["text"].index(stop) + 3], None),
+            ({"stop_token_ids": [token]}, None, whole["output_ids"][:at]),
+        ):
+            found = generate(server, max_tokens=20, include_stop_str_in_output=True, stream=stream, **given)
+            events = found if stream else [found]
+            assert text is None or "".join(e["text"] for e in events) == text
+            assert ids is None or [t for e in events for t in e["output_ids"]] == ids
+            assert events[-1]["meta_info"]["finish_reason"] == {"type": "stop"}
+
+
 def test_the_prompts_own_log_probabilities(server: Running, llm: LLM) -> None:
     ids = llm.encode("The table is here")
     expected = llm.generate([ids], SamplingParams(max_tokens=0, prompt_logprobs=1))[0].prompt_logprobs
@@ -152,7 +168,6 @@ def test_what_lmdeploys_clients_send_and_changes_nothing(server: Running, neutra
         ({"logprob_start_len": 0, "return_logprob": True}, "logprob_start_len"),
         ({"logprob_start_len": 9**9, "return_logprob": True, "max_tokens": 0}, "logprob_start_len"),
         ({"image_data": "x"}, "image_data"),
-        ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
         ({"return_routed_experts": True}, "return_routed_experts"),
         ({"repetition_ngram_size": 3}, "repetition_ngram_size"),
         ({"text": "x", "sampling_params": {}}, "text"),  # SGLang's shape

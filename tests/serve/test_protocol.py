@@ -55,6 +55,7 @@ def test_chat_is_what_the_engine_makes_of_the_dialogue(server: Running, llm: LLM
         ({"stop": ["zzz", "e"]}, {"stop": ("zzz", "e")}),
         ({"ignore_eos": True, "min_tokens": 12}, {"ignore_eos": True, "min_tokens": 12}),
         ({"stop_token_ids": [300]}, {"stop_token_ids": (300,)}),
+        ({"stop": "e", "include_stop_str_in_output": True}, {"stop": ("e",), "include_stop": True}),
         ({"top_k": -1}, {}),
         ({"temperature": 1e-9}, {}),
         ({"temperature": 1, "top_p": 0, "seed": 1}, {"temperature": 1.0, "top_p": 1e-9, "seed": 1}),
