@@ -20,6 +20,7 @@ LAYERS = (
     ("pipeline",),
     ("evaluate", "stages", "report"),
     ("engine",),
+    ("decoder",),
     ("calibration", "formats", "models", "artifacts"),
     ("recipe",),
     ("quant",),
@@ -117,7 +118,7 @@ def test_who_imports_the_kernels() -> None:
         if not used or module == "quantflow.engine.ops":
             continue
         of_modules = {name for name in used if name != "quantflow_kernels"}  # `from quantflow_kernels import a` gives both
-        assert package_of(module) in ("quant", "models") and of_modules, module
+        assert package_of(module) in ("quant", "decoder") and of_modules, module
         assert all(any(name == own or name.startswith(f"{own}.") for own in compiled) for name in of_modules), module
 
 

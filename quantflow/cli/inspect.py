@@ -41,7 +41,6 @@ def describe(directory: Path) -> dict[str, Any]:
     """What `directory` is, from its headers, config and manifest."""
     from quantflow.artifacts.artifact import read_manifest
     from quantflow.formats.reader import Weights, checkpoint_folder
-    from quantflow.models.architecture import linear_shapes
 
     folder = checkpoint_folder(directory)
     weights = Weights(folder)
@@ -49,7 +48,7 @@ def describe(directory: Path) -> dict[str, Any]:
     modules: dict[str, str] = {}
     for index in range(config.layers):
         prefix = checkpoint.architecture.layer_prefix(index)
-        for linear in linear_shapes(checkpoint.architecture, config, index):
+        for linear in checkpoint.linears(index):
             module = f"{prefix}.{linear}"
             scheme = weights.scheme_of(module)
             modules[module] = str(scheme) if scheme else checkpoint.dtype_of(f"{module}.weight")

@@ -14,8 +14,8 @@ from quantflow.engine.ops import Linear, Ops, resident_bytes
 from quantflow.errors import ModelError, Problem
 from quantflow.formats.base import grid_problems, integer_grid
 from quantflow.formats.reader import Weights
-from quantflow.models.architecture import has_bias
 from quantflow.models.config import DecoderConfig
+from quantflow.models.segments import Segment
 from quantflow.models.sharding import shard_plain, shard_quantized
 from quantflow.quant.grid import QuantizedTensor
 
@@ -76,28 +76,30 @@ class _Loader:
     def _layer(self, index: int) -> Layer:
         names, config, prefix = self.architecture.layer, self.config, self.architecture.layer_prefix(index) + "."
         head_norms = [self._norm(prefix + n) if config.qk_norm else None for n in (names.q_norm, names.k_norm)]
+        attention_in, attention_out, *inner = self.weights.checkpoint.segments(index)
+        experts = tuple(self._mlp(prefix, reads, writes) for reads, writes in zip(inner[::2], inner[1::2], strict=True))
         mlp: Mlp | Mixture
         if config.is_moe(index):
             router = self._linears((prefix + names.router,), bias=False)[0]
-            mlp = Mixture(router, tuple(self._mlp(prefix, expert) for expert in range(config.experts)))
+            mlp = Mixture(router, experts)
         else:
-            mlp = self._mlp(prefix, None)
+            (mlp,) = experts
         return Layer(
             attention_norm=self._norm(prefix + names.attention_norm),
-            qkv=self._linears(tuple(prefix + n for n in (names.q, names.k, names.v)), bias=has_bias(self.architecture, config, names.q)),
+            qkv=self._segment(prefix, attention_in),
             q_norm=head_norms[0],
             k_norm=head_norms[1],
-            o=self._linears((prefix + names.o,), bias=has_bias(self.architecture, config, names.o))[0],
+            o=self._segment(prefix, attention_out)[0],
             mlp_norm=self._norm(prefix + names.mlp_norm),
             mlp=mlp,
             window=config.window(index),
         )
 
-    def _mlp(self, prefix: str, expert: int | None) -> Mlp:
-        gate, up, down = self.architecture.layer.mlp(expert)
-        bias = has_bias(self.architecture, self.config, down)
-        inner = tuple(prefix + n for n in (gate, up) if n)
-        return Mlp(self._linears(inner, bias=bias), self._linears((prefix + down,), bias=bias)[0], gated=bool(gate))
+    def _mlp(self, prefix: str, reads: Segment, writes: Segment) -> Mlp:
+        return Mlp(self._segment(prefix, reads), self._segment(prefix, writes)[0], gated=len(reads.linears) == 2)
+
+    def _segment(self, prefix: str, segment: Segment) -> tuple[Linear, ...]:
+        return self._linears(tuple(prefix + name for name in segment.names), bias=segment.linears[0].bias)
 
     def _linears(self, modules: tuple[str, ...], *, bias: bool) -> tuple[Linear, ...]:
         """Linears that read the same input, as one where they can be fused."""

@@ -1,6 +1,6 @@
 """The decoder as the engine runs it: tokens of many sequences one after the other, keys and values in a paged cache.
 
-It computes what `quantflow.models.decoder` does, over fused and quantised linears. Shapes: `T` tokens of a step, `H` hidden, `D` head_dim.
+It computes what `quantflow.decoder.native` does, over fused and quantised linears. Shapes: `T` tokens of a step, `H` hidden, `D` head_dim.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantflow.decoder.rope import inverse_frequencies
 from quantflow.engine.ops import Batch, KVCache, Linear, Ops
 from quantflow.models.config import DecoderConfig
-from quantflow.models.rope import inverse_frequencies
 
 CHUNK = 256  # positions of a rotary table
 KEPT = 256  # tables that are kept

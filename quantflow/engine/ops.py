@@ -17,9 +17,9 @@ from quantflow_kernels.configs import DEFAULT, Tuned, tuned
 from quantflow_kernels.paging import Batch, KVCache, decode_batch, make_batch, splits_of
 from torch import Tensor
 
+from quantflow.decoder.native import normalize
 from quantflow.engine.tensor_parallel import Ranks
 from quantflow.models.config import DecoderConfig
-from quantflow.models.decoder import normalize
 from quantflow.quant.grid import QuantizedTensor
 
 SPLIT = DEFAULT.attention.split  # keys that one program of a decode takes on a GPU that nothing was measured on

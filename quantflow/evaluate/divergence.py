@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from quantflow.calibration.statistics import evenly
+from quantflow.decoder.native import DecoderLayer, ObserveKV, embed, logits, sequences
 from quantflow.formats.reader import Weights
-from quantflow.models.decoder import DecoderLayer, ObserveKV, embed, logits, sequences
 from quantflow.quant.fit import shown
 
 LOGIT_ELEMENTS = 2**23  # logits computed at once, an upper bound

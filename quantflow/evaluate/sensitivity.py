@@ -15,13 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantflow.calibration.stream import Stream
+from quantflow.decoder.native import DecoderLayer, sequences
+from quantflow.decoder.stream import Stream
 from quantflow.evaluate.divergence import BATCH_TOKENS, LOGIT_ELEMENTS, Head, Variant, embedded_parts
 from quantflow.formats.reader import Weights
 from quantflow.machine import give_back_freed_memory
-from quantflow.models.architecture import Architecture, linear_shapes
-from quantflow.models.config import DecoderConfig
-from quantflow.models.decoder import DecoderLayer, sequences
+from quantflow.models.checkpoint import Checkpoint
 from quantflow.quant.grid import Scheme
 from quantflow.quant.rtn import GridRules, quantize_rtn
 
@@ -50,36 +49,19 @@ class Part:
         return {self.layer: dict.fromkeys(self.shapes, scheme)}
 
 
-def parts(architecture: Architecture, config: DecoderConfig, granularity: Granularity = "fused") -> list[Part]:
+def parts(checkpoint: Checkpoint, granularity: Granularity = "fused") -> list[Part]:
     """The parts of a model, in the order of computation. fused: linears that engines fuse and so want in one width: q, k and v; gate and
     up; the experts of a layer. module: every linear. layer: all linears of a layer."""
     found = []
-    for index in range(config.layers):
-        prefix, shapes = architecture.layer_prefix(index), linear_shapes(architecture, config, index)
-        for name, linears in _grouped(architecture, config, index, list(shapes), granularity):
-            found.append(Part(".".join(filter(None, (prefix, name))), index, {n: shapes[n] for n in linears}))
+    for index in range(checkpoint.config.layers):
+        groups: dict[str, dict[str, tuple[int, int]]] = {}
+        for segment in checkpoint.segments(index):
+            for spec in segment.linears:
+                name = {"layer": "", "module": spec.name, "fused": segment.part}[granularity]
+                groups.setdefault(name, {})[spec.name] = spec.shape
+        prefix = checkpoint.architecture.layer_prefix(index)
+        found += [Part(".".join(filter(None, (prefix, name))), index, shapes) for name, shapes in groups.items()]
     return found
-
-
-def _grouped(
-    architecture: Architecture, config: DecoderConfig, index: int, linears: list[str], granularity: Granularity
-) -> Iterator[tuple[str, list[str]]]:
-    names = architecture.layer
-    if granularity == "layer":
-        yield "", linears
-    elif granularity == "module":
-        yield from ((name, [name]) for name in linears)
-    else:
-        yield f"{names.q.rpartition('.')[0]}.qkv", [names.q, names.k, names.v]
-        yield names.o, [names.o]
-        if config.is_moe(index):
-            yield names.expert.partition(".{e}")[0], linears[4:]
-        else:
-            if names.gate:
-                yield f"{names.up.rpartition('.')[0]}.gate_up", [names.gate, names.up]
-            else:
-                yield names.up, [names.up]
-            yield names.down, [names.down]
 
 
 class Measure:

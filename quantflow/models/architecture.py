@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,55 +115,6 @@ class Architecture:
 
 # Buffers that old files hold. Whole names: Qwen's attn.c_attn.bias is a weight.
 COMPUTED_TENSORS = re.compile(r"(^|\.)(rotary(_pos)?_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.masked_bias|attn\.bias)$")
-
-
-def linear_shapes(architecture: Architecture, config: DecoderConfig, i: int) -> dict[str, tuple[int, int]]:
-    """Relative name -> `(N, K)` of every linear of decoder layer `i` but the router, in execution order."""
-    names, heads, kv = architecture.layer, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    shapes = {names.q: (heads, config.hidden), names.k: (kv, config.hidden), names.v: (kv, config.hidden), names.o: (config.hidden, heads)}
-    width = config.width(i)
-    for expert in range(config.experts) if config.is_moe(i) else (None,):
-        gate, up, down = names.mlp(expert)
-        if gate:
-            shapes[gate] = (width, config.hidden)
-        shapes[up] = (width, config.hidden)
-        shapes[down] = (config.hidden, width)
-    return shapes
-
-
-def expected_tensors(architecture: Architecture, config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Native name and shape of every tensor that a checkpoint must have; a tied head is left out."""
-    hidden = config.hidden
-    norm_parts = ("weight", "bias") if config.family == "opt" else ("weight",)
-    yield f"{architecture.embedding}.weight", (config.vocabulary, hidden)
-    if architecture.positions:
-        yield f"{architecture.positions}.weight", (config.max_positions + 2, hidden)
-    for part in norm_parts:
-        yield f"{architecture.final_norm}.{part}", (hidden,)
-    if not config.tied:
-        yield f"{architecture.head}.weight", (config.vocabulary, hidden)
-    names = architecture.layer
-    for i in range(config.layers):
-        prefix = architecture.layer_prefix(i)
-        for norm in (names.attention_norm, names.mlp_norm):
-            for part in norm_parts:
-                yield f"{prefix}.{norm}.{part}", (hidden,)
-        if config.qk_norm:
-            yield f"{prefix}.{names.q_norm}.weight", (config.head_dim,)
-            yield f"{prefix}.{names.k_norm}.weight", (config.head_dim,)
-        if config.is_moe(i):
-            yield f"{prefix}.{names.router}.weight", (config.experts, hidden)
-        for name, (n, k) in linear_shapes(architecture, config, i).items():
-            yield f"{prefix}.{name}.weight", (n, k)
-            if has_bias(architecture, config, name):
-                yield f"{prefix}.{name}.bias", (n,)
-
-
-def has_bias(architecture: Architecture, config: DecoderConfig, linear: str) -> bool:
-    names = architecture.layer
-    if linear in (names.q, names.k, names.v):
-        return config.attention_bias
-    return config.output_bias if linear == names.o else config.mlp_bias
 
 
 def renamed(rules: Mapping[str, str]) -> Callable[[str], str]:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import ModelError, Problem
-from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source, expected_tensors
+from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.container import open_container
 from quantflow.models.directory import Directory
+from quantflow.models.expected import expected_tensors
 from quantflow.models.gguf_file import gguf_file
 from quantflow.models.hub_cache import snapshot
 from quantflow.models.prefixes import foreign, own_names
 from quantflow.models.registry import ARCHITECTURES
-from quantflow.models.sharding import cut_dimension, shard_shape
+from quantflow.models.segments import LinearSpec, Segment, segments
+from quantflow.models.sharding import shard_shape
 from quantflow.models.spelling import settled
 from quantflow.models.tensor_file import same_tensor
 
@@ -103,6 +105,8 @@ class Checkpoint:
         self.remarks: tuple[str, ...] = self.container.notes + overruled
         self.sources: dict[str, Source] = {}
         self.left_out: dict[str, str] = {}
+        self._segments: dict[bool, tuple[Segment, ...]] = {}
+        self._linears: dict[bool, dict[str, LinearSpec]] = {}
         self._twice: list[tuple[str, str, str]] = []  # a native tensor that two source tensors hold, and these
         self._account()
         self.quantization: dict[str, Any] | None = self.raw_config.get("quantization_config")
@@ -189,7 +193,22 @@ class Checkpoint:
         layer = self.architecture.layer_of(native)
         if layer is None:
             return None
-        return cut_dimension(native.removeprefix(f"{self.architecture.layer_prefix(layer)}."), self.architecture.layer)
+        linear, _, part = native.removeprefix(f"{self.architecture.layer_prefix(layer)}.").rpartition(".")
+        spec = self.linears(layer).get(linear)
+        return None if spec is None or (part == "bias" and spec.cut == 1) else spec.cut
+
+    def segments(self, layer: int) -> tuple[Segment, ...]:
+        """Of a decoder layer, in execution order."""
+        kind = self.config.is_moe(layer)  # layers of a kind are alike
+        if kind not in self._segments:
+            self._segments[kind] = segments(self.architecture, self.config, layer)
+            self._linears[kind] = {spec.name: spec for segment in self._segments[kind] for spec in segment.linears}
+        return self._segments[kind]
+
+    def linears(self, layer: int) -> Mapping[str, LinearSpec]:
+        """Name relative to the layer -> every linear of it but the router, in execution order."""
+        self.segments(layer)
+        return self._linears[self.config.is_moe(layer)]
 
     def problems(self, packed: Callable[[str], bool] = lambda name: False) -> list[Problem]:
         """What keeps this checkpoint from being read: missing, misshapen and unknown tensors. packed: whether a name is that of a

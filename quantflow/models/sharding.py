@@ -1,37 +1,17 @@
 """Tensor parallelism (Shoeybi et al. 2019): one rank's part of each tensor.
 
-Column-parallel linears (q, k, v, gate, up) are cut along their outputs, with bias, scales and zeros; row-parallel ones (o, down)
-along their inputs, their bias kept whole on every rank (an engine adds it once). Embeddings, norms, routers and the head are
-whole on every rank.
+Which dimension a linear is cut along, its segment says: outputs, with bias, scales and zeros; or inputs, its bias kept whole on
+every rank (an engine adds it once). Embeddings, norms, routers and the head are whole on every rank.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantflow.models.architecture import Layer
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quantflow.quant.grid import AnyTensor
-
-
-def parallel_dimension(linear: str, names: Layer) -> int:
-    """0 where tensor parallelism cuts a linear's outputs (q, k, v, gate, up), 1 where it cuts the inputs (o, down). linear: its name
-    relative to the layer."""
-    is_row = linear in (names.o, names.down) or (names.expert != "" and linear.endswith(f".{names.expert_down}"))
-    return 1 if is_row else 0
-
-
-def cut_dimension(tensor: str, names: Layer) -> int | None:
-    """Along which dimension a tensor of a layer is cut; None where every rank has all of it. tensor: its name relative to the layer."""
-    linear, _, part = tensor.rpartition(".")
-    experts = names.expert.partition("{e}")[0]
-    cut = linear in (names.q, names.k, names.v, names.o, names.gate, names.up, names.down) or (experts != "" and linear.startswith(experts))
-    if not cut or (part == "bias" and parallel_dimension(linear, names) == 1):
-        return None
-    return parallel_dimension(linear, names)
 
 
 def shard_quantized(tensor: AnyTensor, dimension: int, rank: int, tp: int) -> AnyTensor:

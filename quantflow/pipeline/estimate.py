@@ -95,8 +95,6 @@ def estimate(plan: Plan) -> Estimate:
 def _solver_bytes(plan: Plan) -> int:
     """Peak of solving one group of linears that share an input, over all groups: while the Hessian is factorised, four K×K float32
     matrices; while rows are rounded, two, the group's weights twice, and nine buffers of the rows that are solved together."""
-    names, config = plan.checkpoint.architecture.layer, plan.config
-    width, heads = max(config.width(i) for i in range(config.layers)), config.heads * config.head_dim
-    groups = [(heads + 2 * config.kv_heads * config.head_dim, config.hidden), (config.hidden, heads)]
-    groups += [((2 if names.gate else 1) * width, config.hidden), (config.hidden, width)]
+    checkpoint = plan.checkpoint
+    groups = {(segment.rows, segment.channels) for i in range(plan.config.layers) for segment in checkpoint.segments(i)}
     return max(max(16 * k * k, 8 * k * k + 36 * min(ELEMENTS_AT_ONCE, n * k) + 8 * n * k) for n, k in groups)

@@ -21,7 +21,6 @@ from quantflow.formats.awq import Awq
 from quantflow.formats.base import Format, usual_group
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import KV_SUFFIXES, REQUANTIZED, Weights
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.directory import read_json
 from quantflow.models.tensor_file import TensorFile, save_tensors
@@ -239,7 +238,7 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
 
 
 def _shapes(checkpoint: Checkpoint, index: int) -> dict[str, tuple[int, int]]:
-    return linear_shapes(checkpoint.architecture, checkpoint.config, index)
+    return {name: spec.shape for name, spec in checkpoint.linears(index).items()}
 
 
 def _by_cause(problems: list[Problem], hint: str) -> list[Problem]:
@@ -282,7 +281,7 @@ def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
     for index in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(index)
         layer: dict[str, Scheme] = {}
-        for linear in linear_shapes(checkpoint.architecture, checkpoint.config, index):
+        for linear in checkpoint.linears(index):
             scheme = weights.scheme_of(f"{prefix}.{linear}")
             if scheme is not None:
                 layer[linear] = scheme

@@ -21,9 +21,7 @@ from quantflow.engine.ops import SPLIT
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import grid_problems, rank_shape
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.sharding import parallel_dimension
 from quantflow.quant.grid import Scheme
 from quantflow.recipe.overrides import matches
 
@@ -120,16 +118,12 @@ class Model:
     @cached_property
     def linears(self) -> Counter[tuple[str, tuple[int, int], int, bool]]:
         """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it may be quantised) -> how many."""
-        architecture, config, found = (
-            self.checkpoint.architecture,
-            self.checkpoint.config,
-            Counter[tuple[str, tuple[int, int], int, bool]](),
-        )
-        for index in range(config.layers):
-            for name, shape in linear_shapes(architecture, config, index).items():
-                module = f"{architecture.layer_prefix(index)}.{name}"
+        checkpoint, found = self.checkpoint, Counter[tuple[str, tuple[int, int], int, bool]]()
+        for index in range(checkpoint.config.layers):
+            for name, spec in checkpoint.linears(index).items():
+                module = f"{checkpoint.architecture.layer_prefix(index)}.{name}"
                 quantised = not any(matches(module, pattern) for pattern in self.question.ignore)
-                found[re.sub(r"\d+(?=\.)", "0", name), shape, parallel_dimension(name, architecture.layer), quantised] += 1
+                found[re.sub(r"\d+(?=\.)", "0", name), spec.shape, spec.cut, quantised] += 1
         return found
 
     def weights(self, scheme: Scheme | None, tp: int) -> int:
@@ -157,8 +151,8 @@ class Model:
     def others(self, tp: int) -> int:
         """Bytes of all that is no linear's weight, on one rank."""
         checkpoint, architecture, item, total = self.checkpoint, self.checkpoint.architecture, self.dtype.itemsize, 0
-        layers = {index: linear_shapes(architecture, checkpoint.config, index) for index in range(checkpoint.config.layers)}
-        linears = {f"{architecture.layer_prefix(index)}.{name}.weight" for index, shapes in layers.items() for name in shapes}
+        layers = range(checkpoint.config.layers)
+        linears = {f"{architecture.layer_prefix(index)}.{name}.weight" for index in layers for name in checkpoint.linears(index)}
         for name, shape in checkpoint.expected.items():
             if name not in linears:
                 ranks = tp if len(shape) == 1 and checkpoint.cut(name) is not None else 1  # a bias

@@ -21,18 +21,16 @@ from quantflow.artifacts.artifact import RUN, foreign_files, is_export, read_man
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import LeftOut
+from quantflow.decoder.native import computed_by
 from quantflow.errors import OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import LEAST_GROUP, Format, usual_group
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
-from quantflow.models.decoder import computed_by
 from quantflow.models.directory import read_json
-from quantflow.models.sharding import parallel_dimension
 from quantflow.models.tokenizer import has_tokenizer, tokenizer_placeholders
 from quantflow.models.weight_files import INDEX
 from quantflow.pipeline.texts import local_text, model_documents
@@ -59,9 +57,9 @@ from quantflow.recipe.overrides import matches
 from quantflow.stages.pack_job import Prepared, prepare
 
 T = TypeVar("T")
-# Of calibration/, what hidden states are held and measured with. The rest reads texts: it can change nothing but tokens, which are in the
-# keys.
-MEASURING = ("calibration/stream.py", "calibration/statistics.py")
+# What hidden states are computed, held and measured with. The rest of calibration/ reads texts: it can change nothing but tokens, which
+# are in the keys.
+MEASURING = ("decoder", "calibration/statistics.py")
 SEQLEN, LENGTH = 2048, 512  # tokens of a window of calibration, and of evaluation, where the recipe says auto
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
 NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
@@ -399,7 +397,7 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
     rounds = any(isinstance(stage, (Gptq, Rtn, Nf4)) for stage in recipe.stages)
     for i in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(i)
-        for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, i).items():
+        for name, spec in checkpoint.linears(i).items():
             module = f"{prefix}.{name}"
             scheme: Scheme | None = _scheme(weights)
             reason = ""
@@ -421,7 +419,7 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
                 scheme, reason = None, "no stage rounds the weights"
             if scheme and nf4:
                 scheme = Scheme(4, NF4_BLOCK, True, "nf4", nf4.double_quant)
-            yield LinearPlan(i, name, module, shape, scheme, reason)
+            yield LinearPlan(i, name, module, spec.shape, scheme, reason)
 
 
 def _grid_problems(plan: Plan) -> list[Problem]:
@@ -505,8 +503,8 @@ def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> s
 
 
 def _inputs_of_rank(checkpoint: Checkpoint, tp: int, linear: LinearPlan) -> int:
-    row = parallel_dimension(linear.name, checkpoint.architecture.layer) == 1
-    return linear.shape[1] // (tp if row else 1)
+    cut = checkpoint.linears(linear.layer)[linear.name].cut
+    return linear.shape[1] // (tp if cut == 1 else 1)
 
 
 def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:

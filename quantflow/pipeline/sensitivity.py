@@ -19,7 +19,7 @@ from quantflow import __version__
 from quantflow.artifacts.fingerprint import digest, source_digest
 from quantflow.artifacts.store import Store, store_beside, write_atomic, write_json
 from quantflow.calibration.data import Windows, cut_windows
-from quantflow.calibration.stream import Stream
+from quantflow.decoder.stream import Stream
 from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
 from quantflow.formats import FORMATS, scale_dtypes
@@ -231,7 +231,7 @@ def prepare(settings: Settings) -> Job:
         refuse_quantised(checkpoint)
     except UserError as error:
         raise ModelError([*problems, *error.problems]) from error
-    found = tuple(parts(checkpoint.architecture, config, settings.granularity))
+    found = tuple(parts(checkpoint, settings.granularity))
     if settings.length > config.context and not config.stretches:
         problems.append(Problem("--length", str(settings.length), f"at most the model's {config.context} positions"))
     problems += _group_problems(checkpoint, found, settings)

@@ -12,7 +12,6 @@ from pathlib import Path
 from quantflow.errors import Problem, UserError
 from quantflow.formats.base import LEAST_GROUP
 from quantflow.formats.engines import LLAMA_CPP, LMDEPLOY, SGLANG, TRANSFORMERS, VLLM, loads
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.plan import GROUPS, LENGTH, SEQLEN
 from quantflow.quant.grid import BITS, PER_CHANNEL, Scheme
@@ -152,11 +151,7 @@ def _one_line(text: str) -> str:
 
 def _fitting(checkpoint: Checkpoint, offered: list[tuple[Way, Scheme]], target: Target) -> tuple[Way, Scheme]:
     """The first that is offered in groups that divide the inputs of every linear. Raises UserError for none."""
-    inputs = {
-        name: shape[1]
-        for index in range(checkpoint.config.layers)
-        for name, shape in linear_shapes(checkpoint.architecture, checkpoint.config, index).items()
-    }
+    inputs = {name: spec.shape[1] for index in range(checkpoint.config.layers) for name, spec in checkpoint.linears(index).items()}
     shared = math.gcd(*inputs.values())
     found = next(((way, scheme) for way, scheme in offered if shared % scheme.group_size == 0), None)
     if found is None:

@@ -8,9 +8,10 @@ mode, which also makes one forward of every linear enough); carry the stream on;
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 from quantflow.artifacts.store import Store
-from quantflow.calibration.statistics import Hessian, KVStatistics
-from quantflow.calibration.stream import Stream
+from quantflow.calibration.statistics import KVStatistics
+from quantflow.decoder.native import DecoderLayer, Sequences, embed, sequences
+from quantflow.decoder.passage import Passage, Streams
+from quantflow.decoder.stream import Stream
 from quantflow.errors import Problem, QuantFlowError
 from quantflow.machine import give_back_freed_memory
-from quantflow.models.decoder import DecoderLayer, Sequences, embed, sequences
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.pipeline.progress import Progress, within_step
@@ -34,7 +36,7 @@ from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
 from quantflow.stages.output_error import OutputErrors
-from quantflow.stages.quantize import Quantized, factor_for, gptq_group, gptq_rounder, nf4_linear, rtn_linear
+from quantflow.stages.quantize import Quantized, Unrounded, gptq_rounder, gptq_segment, rtn_segment
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,6 @@ class _Context:
     seq: Sequences | None
     batch: int  # windows that go through a layer together
     progress: Progress
-
-    def spans(self, windows: int) -> Iterator[tuple[int, int]]:
-        return ((s, min(s + self.batch, windows)) for s in range(0, windows, self.batch))
 
     def layer(self, index: int, stored: dict[str, Tensor]) -> DecoderLayer:
         assert self.seq is not None
@@ -84,17 +83,7 @@ def sweep(plan: Plan, store: Store, keys: tuple[str, str], tokens: list[list[int
 
 
 SEARCHES = 3  # of AWQ in a layer, beside one for each expert's `down`
-Step = Callable[[_Context, int, dict[str, Tensor], "Streams | None"], tuple[dict[str, Tensor], dict[str, Any]]]
-
-
-@dataclass
-class Streams:
-    """The stream that goes through the layers, and the scratch streams a layer needs on the way: `o`'s input, and `down`'s (where it
-    is worth keeping) or, in a mixture, the experts'."""
-
-    x: Stream
-    context: Stream | None
-    inner: Stream | None
+Step = Callable[[_Context, int, dict[str, Tensor], Streams | None], tuple[dict[str, Tensor], dict[str, Any]]]
 
 
 def _pass(context: _Context, key: str, tokens: list[list[int]], step: Step, *, inner: bool) -> None:
@@ -138,9 +127,7 @@ def _pass(context: _Context, key: str, tokens: list[list[int]], step: Step, *, i
                 saving.result()
     finally:
         if streams:
-            for stream in (streams.x, streams.context, streams.inner):
-                if stream:
-                    stream.close()
+            streams.close()
     store.drop_streams(key)
 
 
@@ -192,7 +179,7 @@ def _embed(context: _Context, x: Stream, tokens: list[list[int]]) -> None:
     architecture = checkpoint.architecture
     names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
     tensors = {n: checkpoint.tensor(n).to(context.device) for n in names}
-    for start, stop in context.spans(len(tokens)):
+    for start, stop in x.spans(context.batch):
         ids = torch.tensor(tokens[start:stop], device=context.device)
         x.write(start, embed(architecture, checkpoint.config, tensors, ids, context.dtype))
 
@@ -218,18 +205,14 @@ def _quantise(
     awq = plan.stage(Awq)
     searched = SEARCHES + max(1, plan.config.experts) if awq else 0
     tell = within_step(context.progress, len(schemes) + searched)  # a linear that is done counts as much as a search
-    found = _search_scales(context, index, stored, streams, schemes, awq, tell) if awq and streams else AwqResult()
-    changed = dict(found.folding.changed)
-    for linear in (n for n in found.folding.columns if n not in schemes):
+    scales = _search_scales(context, index, stored, streams, schemes, awq, tell) if awq and streams else AwqResult()
+    changed = dict(scales.folding.changed)
+    for linear in (n for n in scales.folding.columns if n not in schemes):
         # A router, or a linear that stays in 16 bits, reads the scaled norm too.
         name = f"{linear}.weight"
-        changed[name] = found.folding.weight(linear, stored[name]).to(stored[name].dtype)
-    kv = KVStatistics()
-    if plan.stage(Gptq):
-        assert streams is not None
-        done = _gptq_layer(context, index, stored, streams, schemes, found, changed, kv, tell)
-    else:
-        done = _rtn_layer(context, index, stored, streams, schemes, found, changed, kv, tell)
+        changed[name] = scales.folding.weight(linear, stored[name]).to(stored[name].dtype)
+    kv, source = KVStatistics(), Unrounded(stored, scales.folding, schemes, context.rules)
+    done = _round(context, index, source, changed, streams, scales, kv, tell)
     tensors = dict(changed)
     for name, result in done.items():
         tensors.update(_canonical(name, result.tensor))
@@ -237,10 +220,58 @@ def _quantise(
         tensors.update({f"kv.{name}": value for name, value in kv.result().items()})
     report = {
         "linears": {name: done[name].report for name in sorted(done)},
-        "awq": found.report,
+        "awq": scales.report,
         "schemes": {n: list(astuple(s)) for n, s in schemes.items()},
     }
     return {n: t.cpu().contiguous() for n, t in tensors.items()}, report
+
+
+def _round(
+    context: _Context, index: int, source: Unrounded, changed: dict[str, Tensor], streams: Streams | None, scales: AwqResult,
+    kv: KVStatistics, tell: Callable[[str], None],
+) -> dict[str, Quantized]:  # fmt: skip
+    """The layer's linears, segment by segment; the streams go along. Where rounding looks at what a segment reads (GPTQ), they go
+    segment by segment too, over the rounded weights, and else through the whole layer at the end."""
+    plan, gptq, rtn = context.plan, context.plan.stage(Gptq), context.plan.stage(Rtn)
+    tensors = {**source.tensors, **changed} if streams else {}
+    passage = Passage(context.layer(index, tensors), streams, context.batch, kv) if gptq and streams else None
+    held = passage.block.tensors if passage else tensors
+    done: dict[str, Quantized] = {}
+    segments = plan.checkpoint.segments(index)
+    for segment in segments:
+        names = [n for n in segment.names if n in source.schemes]
+        if gptq and passage:
+            rounded = gptq_segment(source, names, segment.channels, partial(passage.rows, segment), gptq, context.device)
+        else:
+            rounded = rtn_segment(source, names, search=bool(rtn and rtn.range_search), importance=scales.importance)
+        for name, result in rounded:
+            done[name] = result
+            if streams:
+                held[f"{name}.weight"] = result.tensor.dequantize(context.dtype)
+            tell(name)
+        if passage and not (segment is segments[-1] and index + 1 == plan.config.layers):  # whose output feeds nothing
+            passage.advance(segment)
+    if streams and not passage:
+        done |= _measure(context, context.layer(index, tensors), streams.x, source, done, kv)
+    return done
+
+
+def _measure(
+    context: _Context, layer: DecoderLayer, x: Stream, source: Unrounded, done: Mapping[str, Quantized], kv: KVStatistics
+) -> dict[str, Quantized]:
+    """Takes `x` through a layer that was rounded without looking at it, and adds to its report what that did to the outputs."""
+
+    def difference(name: str) -> tuple[Tensor, Tensor] | None:
+        if name not in done:
+            return None
+        weight = source.plain(name).float()
+        return weight, weight - done[name].tensor.dequantize()
+
+    errors = OutputErrors(difference)
+    for start, stop in x.spans(context.batch):
+        layer.tap = None if start else errors  # the first windows are sample enough
+        x.write(start, layer.forward(x.read(start, stop), kv))
+    return {name: replace(done[name], report=done[name].report | lines) for name, lines in errors.found.items()}
 
 
 def _search_scales(
@@ -259,139 +290,6 @@ def _search_scales(
         layer, stored, sample, schemes, context.rules, grid=awq.grid, clip=clip, round_finally=round_finally,
         step=lambda group: tell(f"scales of {group}"),
     )  # fmt: skip
-
-
-def _rtn_layer(
-    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None, schemes: dict[str, Scheme], found: AwqResult,
-    changed: dict[str, Tensor], kv: KVStatistics, tell: Callable[[str], None],
-) -> dict[str, Quantized]:  # fmt: skip
-    rtn = context.plan.stage(Rtn)
-    search = bool(rtn and rtn.range_search)
-    done: dict[str, Quantized] = {}
-    tensors = {**stored, **changed} if streams else {}
-
-    def folded(name: str) -> Tensor:
-        weight = stored[f"{name}.weight"]
-        return found.folding.weight(name, weight) if name in found.folding.columns or name in found.folding.rows else weight
-
-    def difference(name: str) -> tuple[Tensor, Tensor] | None:
-        if name not in done:
-            return None
-        weight = folded(name).float()
-        return weight, weight - done[name].tensor.dequantize()
-
-    for name, scheme in schemes.items():
-        weight = folded(name)
-        if scheme.kind == "nf4":
-            done[name] = nf4_linear(weight, scheme)
-        else:
-            done[name] = rtn_linear(weight, scheme, context.rules, search=search, importance=found.importance.get(name))
-        if streams:
-            tensors[f"{name}.weight"] = done[name].tensor.dequantize(context.dtype)
-        tell(name)
-    if streams:
-        layer, errors = context.layer(index, tensors), OutputErrors(difference)
-        for start, stop in context.spans(streams.x.windows):
-            layer.tap = None if start else errors  # the first windows are sample enough
-            streams.x.write(start, layer.forward(streams.x.read(start, stop), kv))
-        done.update({name: replace(done[name], report=done[name].report | said) for name, said in errors.found.items()})
-    return done
-
-
-def _gptq_layer(
-    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams, schemes: dict[str, Scheme], found: AwqResult,
-    changed: dict[str, Tensor], kv: KVStatistics, tell: Callable[[str], None],
-) -> dict[str, Quantized]:  # fmt: skip
-    gptq = context.plan.stage(Gptq)
-    assert gptq is not None and streams.context is not None
-    layer = context.layer(index, {**stored, **changed})
-    names, x, mid, inner = layer.names, streams.x, streams.context, streams.inner
-    done: dict[str, Quantized] = {}
-
-    def solve(group: list[str], channels: int, rows: Callable[[], Iterator[Tensor]]) -> None:
-        group = [n for n in group if n in schemes]
-        if not group:
-            return
-        hessian = Hessian(channels, context.device)
-        for part in rows():
-            hessian.add(part)
-        factor = factor_for(hessian, gptq)
-        if hessian.rounded and (factor is None or factor.fallback):
-            # Under strong outliers bfloat16's rounding alone can cost the matrix its definiteness: look again, exactly.
-            hessian = Hessian(channels, context.device, exact=True)
-            for part in rows():
-                hessian.add(part)
-            factor = factor_for(hessian, gptq)
-        results = gptq_group(stored, found.folding, schemes, group, hessian, factor, context.rules, gptq)
-        for n, result in results.items():
-            done[n] = result
-            layer.tensors[f"{n}.weight"] = result.tensor.dequantize(context.dtype)
-            tell(n)
-
-    spans = list(context.spans(x.windows))
-    hidden = context.plan.config.hidden
-    solve([names.q, names.k, names.v], hidden, lambda: (layer.attention_input(x.read(a, b)) for a, b in spans))
-    for a, b in spans:
-        mid.write(a, layer.context(layer.attention_input(x.read(a, b)), kv))
-    solve([names.o], mid.shape[2], lambda: (mid.read(a, b) for a, b in spans))
-    for a, b in spans:
-        x.write(a, layer.attention_output(mid.read(a, b)).add_(x.read(a, b)))
-    if layer.moe:
-        assert inner is not None
-        _gptq_experts(context, layer, x, inner, spans, solve)
-        return done
-    if context.plan.config.experts:
-        inner = None  # in a plain layer among mixtures it has another width
-    gate, up, down = names.mlp()
-    solve([n for n in (gate, up) if n], hidden, lambda: (layer.mlp_input(x.read(a, b)) for a, b in spans))
-
-    def inner_rows() -> Iterator[Tensor]:
-        for a, b in spans:
-            value = layer.inner(layer.mlp_input(x.read(a, b)))
-            if inner:
-                inner.write(a, value)
-            yield value
-
-    width = context.plan.config.width(index)
-    kept = down in schemes and inner is not None
-    solve([down], width, inner_rows)
-    if index + 1 == context.plan.config.layers:
-        return done  # what the last layer puts out feeds nothing
-    for a, b in spans:
-        value = inner.read(a, b) if kept and inner else layer.inner(layer.mlp_input(x.read(a, b)))
-        x.write(a, layer.mlp_output(value).add_(x.read(a, b)))
-    return done
-
-
-def _gptq_experts(
-    context: _Context, layer: DecoderLayer, x: Stream, inputs: Stream, spans: list[tuple[int, int]],
-    solve: Callable[[list[str], int, Callable[[], Iterator[Tensor]]], None],
-) -> None:  # fmt: skip
-    """The experts one after the other, each on the tokens that are routed to it; `x` moves on in place. inputs: room for theirs."""
-    config = context.plan.config
-    hidden, width = config.hidden, config.width(layer.index)
-    routes = []
-    for a, b in spans:
-        h = layer.mlp_input(x.read(a, b))
-        inputs.write(a, h)
-        routes.append(layer.route(h.reshape(-1, hidden)))
-    for expert in range(config.experts):
-        gate, up, down = layer.names.mlp(expert)
-        picks = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in routes]
-
-        def rows() -> Iterator[Tensor]:
-            for (a, b), (tokens, _) in zip(spans, picks, strict=True):  # noqa: B023 - used before the next turn
-                if len(tokens):
-                    yield inputs.read(a, b).reshape(-1, hidden)[tokens]
-
-        solve([n for n in (gate, up) if n], hidden, rows)
-        solve([down], width, lambda: (layer.inner(part, expert) for part in rows()))  # noqa: B023
-        for (a, b), (tokens, slot), (_, weights) in zip(spans, picks, routes, strict=True):
-            if len(tokens):
-                h = inputs.read(a, b).reshape(-1, hidden)[tokens]
-                y = layer.mlp_output(layer.inner(h, expert), expert) * weights[tokens, slot, None]
-                part = x.read(a, b).reshape(-1, hidden).index_add(0, tokens, y)
-                x.write(a, part.view(b - a, -1, hidden))
 
 
 def _canonical(name: str, tensor: AnyTensor) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from quantflow.calibration.statistics import BlockHessian, Hessian
-from quantflow.models.decoder import DecoderLayer
+from quantflow.decoder.native import DecoderLayer
+from quantflow.models.segments import Role
 from quantflow.quant.awq import candidates, linear_loss, rounded, weight_profile
 from quantflow.quant.grid import Scheme
 from quantflow.quant.rtn import GridRules
@@ -113,10 +114,17 @@ class _Search:
 
 @dataclass(frozen=True)
 class _Channels:
-    """Between a linear's input channels and the channels that can be scaled; the same unless value heads are shared."""
+    """Between a linear's input channels and the channels that can be scaled: heads of `size` channels, each of which stands `times` times
+    in the input, one after the other."""
 
-    reduce: Callable[[Tensor], Tensor] = lambda channels: channels
-    expand: Callable[[Tensor], Tensor] = lambda scale: scale
+    times: int = 1
+    size: int = 1
+
+    def reduce(self, channels: Tensor) -> Tensor:
+        return channels.view(-1, self.times, self.size).mean(1).reshape(-1) if self.times > 1 else channels
+
+    def expand(self, scale: Tensor) -> Tensor:
+        return scale.view(-1, 1, self.size).expand(-1, self.times, -1).reshape(-1) if self.times > 1 else scale
 
 
 def search_layer(
@@ -137,7 +145,7 @@ def search_layer(
     queries share the value head they read: its scale is searched on the mean of their channels and expanded over them. A linear
     that stays in 16 bits is never a producer: dividing its rows would round it. step: is told each group that has been searched.
     """
-    result, names = AwqResult(), layer.names
+    result, norms = AwqResult(), set[str]()
     folding, search = result.folding, _Search(layer, schemes, rules, grid, round_finally)
 
     def note(group: str, chosen: str, ratio: float) -> None:
@@ -155,7 +163,7 @@ def search_layer(
         if not clip or not len(rows):
             return
         known: dict[tuple[int, bool], Tensor] = {}  # of readers of one input, folded or not
-        for n in (n for n in group if n in schemes):
+        for n in group:
             size = schemes[n].group_of(rows.shape[-1])
             key = (size, n in folding.columns)
             if key not in known:
@@ -168,57 +176,21 @@ def search_layer(
                     known[key] = block.matrix
             result.importance[n] = known[key]
 
-    h = layer.attention_input(x)
-    qkv = [names.q, names.k, names.v]
-    fold_into_norm(names.attention_norm, qkv, [], h, lambda part: layer.attention_output(layer.context(part)))
-    remember(qkv, h)
-    context = layer.context(h)
-    if names.o in schemes and names.v in schemes:
-        _fold_values(layer, stored, context, search, folding, note)
-    remember([names.o], context)
-    x = x + layer.attention_output(context)
-    h = layer.mlp_input(x)
-    experts: list[int | None] = list(range(layer.config.experts)) if layer.moe else [None]
-    readers = [n for e in experts for n in layer.names.mlp(e)[:2] if n]
-    fold_into_norm(names.mlp_norm, readers, [names.router] if layer.moe else [], h, layer.mlp)
-    flat = h.reshape(-1, h.shape[-1])
-    chosen_experts = layer.route(flat)[0] if layer.moe else None
-    for expert in experts:
-        rows = flat if expert is None or chosen_experts is None else flat[(chosen_experts == expert).any(-1)]
-        gate, up, down = layer.names.mlp(expert)
-        remember([n for n in (gate, up) if n], rows)
-        if not len(rows):
-            note(down, "identity: no token of the sample reached this expert", 1.0)
-            continue
-        inner = layer.inner(rows, expert)
-        # Without a gate, `up`'s scale has to pass through the activation: relu lets it, gelu does not.
-        if down in schemes and up in schemes and (gate or layer.config.activation == "relu"):
-            chosen, scale, ratio = search.best([down], inner, None, _Channels())
-            note(down, chosen, ratio)
+    for reading in layer.readings(x):
+        segment, fold, rows = reading.segment, reading.segment.fold, reading.rows
+        quantised = [n for n in segment.names if n in schemes]
+        if fold and fold.norm and fold.norm not in norms:
+            norms.add(fold.norm)
+            assert reading.parent is not None
+            readers = [n for other in layer.segments if other.fold and other.fold.norm == fold.norm for n in other.names]
+            fold_into_norm(fold.norm, readers, list(fold.beside), reading.source, reading.parent)
+        elif segment.expert is not None and not len(rows) and segment.role is Role.mlp_out:
+            note(segment.names[0], "identity: no token of the sample reached this expert", 1.0)
+        elif fold and fold.linear and fold.linear in schemes and quantised:
+            channels = _Channels(*fold.heads)
+            chosen, scale, ratio = search.best(quantised, rows, None, channels)
+            note(segment.names[0], chosen, ratio)
             if chosen != "identity":
-                folding.fold_linear(up, down, stored, scale, scale)
-        remember([down], inner)
+                folding.fold_linear(fold.linear, segment.names[0], stored, scale, channels.expand(scale))
+        remember(quantised, rows)
     return result
-
-
-def _fold_values(
-    layer: DecoderLayer,
-    stored: dict[str, Tensor],
-    context: Tensor,
-    search: _Search,
-    folding: Folding,
-    note: Callable[[str, str, float], None],
-) -> None:
-    config, names = layer.config, layer.names
-    shared = config.heads // config.kv_heads
-
-    def expand(scale: Tensor) -> Tensor:
-        return scale.view(config.kv_heads, 1, -1).expand(-1, shared, -1).reshape(-1)
-
-    def reduce(channels: Tensor) -> Tensor:
-        return channels.view(config.kv_heads, shared, -1).mean(1).reshape(-1)
-
-    chosen, scale, ratio = search.best([names.o], context, None, _Channels(reduce, expand))
-    note(names.o, chosen, ratio)
-    if chosen != "identity":
-        folding.fold_linear(names.v, names.o, stored, scale, expand(scale))

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from quantflow.calibration.statistics import ChannelStatistics, KVStatistics
-from quantflow.calibration.stream import Stream
-from quantflow.models.decoder import DecoderLayer
+from quantflow.decoder.native import DecoderLayer
+from quantflow.decoder.stream import Stream
 
 
 class LayerStatistics:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from quantflow.decoder.native import ObserveKV
 from quantflow.errors import FormatError, Problem
-from quantflow.models.decoder import ObserveKV
 from quantflow.quant.kv import KVParameters, kv_parameters, round_kv
 from quantflow.recipe import KvQparams
 

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from quantflow.artifacts.store import write_json
 from quantflow.formats.base import SAFETENSORS_DTYPE, Spec
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.gguf_file import NAME, SCHEMES_KEY
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.gguf_writer import GgufWriter
 from quantflow.models.rounding import converted
-from quantflow.models.sharding import parallel_dimension, shard_plain, shard_quantized, shard_shape
+from quantflow.models.sharding import shard_plain, shard_quantized, shard_shape
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, dtype_name, torch_dtype
 from quantflow.models.tokenizer import export_tokenizer
 from quantflow.models.weight_files import INDEX
@@ -190,13 +189,13 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
         prefix = checkpoint.architecture.layer_prefix(index) + "."
         schemes = job.schemes.get(index, {})
         yield from _kv_pieces(job, index)
-        linears = linear_shapes(checkpoint.architecture, checkpoint.config, index)
+        linears = checkpoint.linears(index)
         names = list(checkpoint.layer_names(index))
         for name in names:
             last = name == names[-1]
             relative = name.removeprefix(prefix)
             linear, _, part = relative.rpartition(".")
-            cut = parallel_dimension(linear, checkpoint.architecture.layer) if job.tp > 1 and linear in linears else None
+            cut = linears[linear].cut if job.tp > 1 and linear in linears else None
             shape = checkpoint.shape_of(name)
             local = shard_shape(name, shape, cut, job.tp)
             if part == "weight" and linear in schemes:

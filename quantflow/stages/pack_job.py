@@ -13,11 +13,10 @@ from torch import Tensor
 
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.formats.base import Format, fitting_group, grid_problems, rank_shape
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.gguf_writer import decoder_problems
-from quantflow.models.sharding import parallel_dimension
+from quantflow.models.segments import LinearSpec
 from quantflow.models.tokenizer import has_tokenizer
 from quantflow.models.workspace import workspace_problems
 from quantflow.quant.grid import PER_CHANNEL, Scheme
@@ -82,11 +81,11 @@ def prepare(
     """
     wanted: dict[str, _Wanted] = {}
     for index, layer in held.items():
-        shapes = linear_shapes(checkpoint.architecture, checkpoint.config, index)
+        linears = checkpoint.linears(index)
         for name, scheme in layer.items():
             module = f"{checkpoint.architecture.layer_prefix(index)}.{name}"
-            cut = parallel_dimension(name, checkpoint.architecture.layer) if ranks > 1 else None
-            wanted[module] = _Wanted(index, name, shapes[name], scheme, cut, indexed(module))
+            spec = linears[name]
+            wanted[module] = _Wanted(index, name, spec.shape, scheme, spec.cut if ranks > 1 else None, indexed(module))
     problems: list[Problem] = []
     if requantize:  # from a grid that the weight must have first
         for module, own in wanted.items():
@@ -193,21 +192,20 @@ def _rank_problems(job: PackJob) -> list[Problem]:
     counts = (("attention heads", config.heads), ("KV heads", config.kv_heads))
     problems = [Problem(where, f"{count} {name}", f"a multiple of {tp}") for name, count in counts if count % tp]
     modules = job.modules
-    for linear, (name, shape) in _linears(checkpoint).items():
-        cut = parallel_dimension(name, checkpoint.architecture.layer)
-        if linear not in modules and shape[cut] % tp:
-            kind = ("output", "input")[cut]
-            problems.append(Problem(linear, f"{shape[cut]} {kind} channels", f"a multiple of tp = {tp}"))
+    for linear, spec in _linears(checkpoint).items():
+        channels = spec.shape[spec.cut]
+        if linear not in modules and channels % tp:
+            kind = ("output", "input")[spec.cut]
+            problems.append(Problem(linear, f"{channels} {kind} channels", f"a multiple of tp = {tp}"))
     return problems
 
 
-def _linears(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, int]]]:
-    """Every linear of the layers: full name -> its name in the layer, and its shape."""
-    architecture, config = checkpoint.architecture, checkpoint.config
+def _linears(checkpoint: Checkpoint) -> dict[str, LinearSpec]:
+    """Every linear of the layers, by its full name."""
     return {
-        f"{architecture.layer_prefix(index)}.{name}": (name, shape)
-        for index in range(config.layers)
-        for name, shape in linear_shapes(architecture, config, index).items()
+        f"{checkpoint.architecture.layer_prefix(index)}.{name}": spec
+        for index in range(checkpoint.config.layers)
+        for name, spec in checkpoint.linears(index).items()
     }
 
 
@@ -228,8 +226,7 @@ def _ignored(job: PackJob) -> list[str]:
     ignored = [] if architecture.head in modules else [architecture.head]
     for index in range(checkpoint.config.layers):
         prefix = architecture.layer_prefix(index)
-        linears = linear_shapes(architecture, checkpoint.config, index)
-        ignored += [f"{prefix}.{linear}" for linear in linears if f"{prefix}.{linear}" not in modules]
+        ignored += [f"{prefix}.{linear}" for linear in checkpoint.linears(index) if f"{prefix}.{linear}" not in modules]
         if checkpoint.config.is_moe(index):
             ignored.append(f"{prefix}.{architecture.layer.router}")
     return ignored

@@ -1,8 +1,8 @@
-"""`rtn` and `gptq` on the linears of one input group: fold, quantise, report."""
+"""`rtn` and `gptq` on the linears of one segment: fold, quantise, report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,28 @@ from quantflow.quant.nf4 import quantize_nf4
 from quantflow.quant.rtn import GridRules, quantize_rtn
 from quantflow.stages.awq import Rounder
 from quantflow.stages.folding import Folding
+
+Rows = Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Unrounded:
+    """What a layer's rounding begins from. tensors: as stored. folding: the scales that are folded into them first. schemes: linear -> its
+    scheme."""
+
+    tensors: Mapping[str, Tensor]
+    folding: Folding
+    schemes: Mapping[str, Scheme]
+    rules: GridRules
+
+    def weight(self, linear: str) -> Tensor:
+        """The folded weight in at least float32, a fresh tensor."""
+        return self.folding.weight(linear, self.tensors[f"{linear}.weight"])
+
+    def plain(self, linear: str) -> Tensor:
+        """The same; as it is stored, and no copy, where nothing is folded into it."""
+        touched = linear in self.folding.columns or linear in self.folding.rows
+        return self.weight(linear) if touched else self.tensors[f"{linear}.weight"]
 
 
 @dataclass(frozen=True)
@@ -51,46 +73,75 @@ def nf4_linear(weight: Tensor, scheme: Scheme) -> Quantized:
     return Quantized(tensor, report | fit(weight, tensor).as_dict())
 
 
-def factor_for(hessian: Hessian, settings: Any) -> Factor | None:
-    """The Hessian's factor for a recipe's gptq settings; None where it has none, or no token was seen."""
+def rtn_segment(
+    source: Unrounded, names: Sequence[str], *, search: bool, importance: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Quantized]]:
+    """The linears `names` of a segment, each rounded for itself, to the nearest of its scheme's numbers. search, importance: see
+    `rtn_linear`."""
+    for n in names:
+        scheme, weight = source.schemes[n], source.plain(n)
+        if scheme.kind == "nf4":
+            yield n, nf4_linear(weight, scheme)
+        else:
+            yield n, rtn_linear(weight, scheme, source.rules, search=search, importance=importance.get(n))
+
+
+def gptq_segment(
+    source: Unrounded, names: Sequence[str], channels: int, rows: Rows, settings: Any, device: torch.device
+) -> Iterator[tuple[str, Quantized]]:
+    """The linears `names` of a segment by GPTQ. Those of one scheme are solved together.
+
+    channels: of what the segment reads. rows: what it reads, some windows at a time; it may be called again. An expert that saw no token
+    is rounded to nearest, and the report says so.
+    """
+    if not names:
+        return
+    hessian = _hessian(channels, rows, device)
+    factor = _factor(hessian, settings)
+    if hessian.rounded and (factor is None or factor.fallback):
+        # Under strong outliers bfloat16's rounding alone can cost the matrix its definiteness: look again, exactly.
+        hessian = _hessian(channels, rows, device, exact=True)
+        factor = _factor(hessian, settings)
+    if hessian.rows:
+        for scheme in dict.fromkeys(source.schemes[n] for n in names):
+            yield from _solve(source, [n for n in names if source.schemes[n] == scheme], scheme, hessian, factor, settings)
+    else:
+        for n in names:
+            reason = "no calibration token: rounded to nearest"
+            yield n, rtn_linear(source.weight(n), source.schemes[n], source.rules, search=settings.range_search, fallback=reason)
+
+
+def _hessian(channels: int, rows: Rows, device: torch.device, *, exact: bool = False) -> Hessian:
+    hessian = Hessian(channels, device, exact=exact)
+    for part in rows():
+        hessian.add(part)
+    return hessian
+
+
+def _factor(hessian: Hessian, settings: Any) -> Factor | None:
+    """None where the matrix has none, or no token was seen."""
     return factorize(hessian.matrix, damp=settings.damp, act_order=settings.act_order != "none") if hessian.rows else None
 
 
-def gptq_group(
-    stored: Mapping[str, Tensor], folding: Folding, schemes: Mapping[str, Scheme], group: list[str], seen: Hessian, factor: Factor | None,
-    rules: GridRules, settings: Any,
-) -> dict[str, Quantized]:  # fmt: skip
-    """The linears of `group`, which share the input that `seen` has seen, by GPTQ. Those of one scheme are solved together.
-
-    An expert that saw no token is rounded to nearest, and the report says so.
-    """
-    found: dict[str, Quantized] = {}
-    hessian, rows = seen.matrix, seen.rows
-    if not rows:
-        for n in group:
-            weight = folding.weight(n, stored[f"{n}.weight"])
-            found[n] = rtn_linear(
-                weight, schemes[n], rules, search=settings.range_search, fallback="no calibration token: rounded to nearest"
-            )
-        return found
-    for scheme in dict.fromkeys(schemes[n] for n in group):
-        members = [n for n in group if schemes[n] == scheme]
-        weights = [folding.weight(n, stored[f"{n}.weight"]) for n in members]
-        sizes = [len(weight) for weight in weights]
-        together = weights[0] if len(weights) == 1 else torch.cat(weights)
-        weights = list(together.split(sizes))
-        result = quantize_gptq(
-            together, hessian, factor, scheme, rules, act_order=settings.act_order, search=settings.range_search, refine=settings.refine,
-        )  # fmt: skip
-        start = 0
-        for n, weight in zip(members, weights, strict=True):
-            part = slice(start, start + len(weight))
-            start += len(weight)
-            whole = result.tensor
-            tensor = whole.rows(part)
-            error = shown(output_error(weight, tensor.dequantize(), hessian))
-            found[n] = Quantized(tensor, _line(weight, tensor, rules, method="gptq", error=error, tokens=rows, fallback=result.fallback))
-    return found
+def _solve(
+    source: Unrounded, names: list[str], scheme: Scheme, seen: Hessian, factor: Factor | None, settings: Any
+) -> Iterator[tuple[str, Quantized]]:
+    """Linears of one scheme that share an input, their rows under one another."""
+    weights = [source.weight(n) for n in names]
+    sizes = [len(weight) for weight in weights]
+    together = weights[0] if len(weights) == 1 else torch.cat(weights)
+    weights = list(together.split(sizes))
+    result = quantize_gptq(
+        together, seen.matrix, factor, scheme, source.rules,
+        act_order=settings.act_order, search=settings.range_search, refine=settings.refine,
+    )  # fmt: skip
+    start = 0
+    for n, weight in zip(names, weights, strict=True):
+        tensor = result.tensor.rows(slice(start, start + len(weight)))
+        start += len(weight)
+        error = shown(output_error(weight, tensor.dequantize(), seen.matrix))
+        lines = _line(weight, tensor, source.rules, method="gptq", error=error, tokens=seen.rows, fallback=result.fallback)
+        yield n, Quantized(tensor, lines)
 
 
 def gptq_rounder(rules: GridRules, settings: Any) -> Rounder:

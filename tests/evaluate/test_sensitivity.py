@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quantflow.calibration.stream import Stream
+from quantflow.decoder.stream import Stream
 from quantflow.evaluate import sensitivity
 from quantflow.evaluate.sensitivity import Measure, Rounding, parts
 from quantflow.formats.reader import Weights
@@ -60,7 +60,7 @@ def transformers_kl(model: Path, replaced: list[str]) -> float:
 
 
 def test_each_part_against_transformers(model: Path) -> None:
-    found = parts(Weights(model).checkpoint.architecture, Weights(model).checkpoint.config)
+    found = parts(Weights(model).checkpoint)
     by_layer = dict(measure(model).layer_by_layer(lambda i: [p.rounded(SCHEME) for p in found if p.layer == i]))
     assert [len(by_layer[i]) for i in range(3)] == [4, 4, 4]
     for part, kl in zip(found, [kl for i in range(3) for kl in by_layer[i]], strict=True):
@@ -113,13 +113,13 @@ def test_only_the_layers_from_a_part_on_are_computed(model: Path) -> None:
 def test_parts(tmp_path: Path, name: str, granularity: sensitivity.Granularity, expected: list[tuple[str, int]]) -> None:
     checkpoint = Checkpoint(zoo.write(tmp_path, zoo.specimen(name)))
     last = checkpoint.config.layers - 1
-    found = [p for p in parts(checkpoint.architecture, checkpoint.config, granularity) if p.layer == last]
+    found = [p for p in parts(checkpoint, granularity) if p.layer == last]
     prefix = checkpoint.architecture.layer_prefix(last)
     assert [(p.name.removeprefix(prefix).removeprefix("."), len(p.shapes)) for p in found] == expected
 
 
 def test_the_experts_of_a_layer_are_one_part(tmp_path: Path) -> None:
     checkpoint = Checkpoint(zoo.write(tmp_path, zoo.specimen("mixtral")))
-    found = [p for p in parts(checkpoint.architecture, checkpoint.config) if p.layer == 0]
+    found = [p for p in parts(checkpoint) if p.layer == 0]
     assert [len(p.shapes) for p in found] == [3, 1, 3 * checkpoint.config.experts]
     assert found[2].name.endswith("experts") and not any("attn" in name for name in found[2].shapes)

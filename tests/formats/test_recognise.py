@@ -14,7 +14,6 @@ from quantflow.errors import FormatError, UserError
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import recognise
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.quant.grid import QuantizedTensor, Scheme
 from tests.formats.helpers import random_tensor
@@ -29,7 +28,7 @@ def written(folder: Path, name: str, scheme: Scheme, config: dict[str, Any] | No
     tensors = {n: checkpoint.tensor(n) for n in checkpoint.expected}
     form = FORMATS[name]
     for index in range(checkpoint.config.layers):
-        for linear, shape in linear_shapes(checkpoint.architecture, checkpoint.config, index).items():
+        for linear, shape in ((name, spec.shape) for name, spec in checkpoint.linears(index).items()):
             module = f"{checkpoint.architecture.layer_prefix(index)}.{linear}"
             tensor = random_tensor(*shape, scheme, seed=index, smallest_zero=1)
             if zero is not None:

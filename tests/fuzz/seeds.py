@@ -23,8 +23,9 @@ from safetensors.torch import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from quantflow.formats import FORMATS
-from quantflow.models.architecture import expected_tensors, linear_shapes
+from quantflow.models.expected import expected_tensors
 from quantflow.models.registry import ARCHITECTURES
+from quantflow.models.segments import linears
 from quantflow.models.tokenizer import QWEN_PATTERN, byte_letters
 from quantflow.quant.grid import Nf4Tensor, Scheme
 from tests.formats.helpers import random_tensor
@@ -60,7 +61,7 @@ def _packed(name: str, scheme: Scheme) -> tuple[Tensors, dict[str, Any]]:
     """LLAMA with its linears in a format, and the `quantization_config`."""
     tensors, form, architecture = _plain(), FORMATS[name], ARCHITECTURES["llama"]
     modules = {}
-    for linear, (n, k) in linear_shapes(architecture, architecture.read_config(LLAMA), 0).items():
+    for linear, (n, k) in ((s.name, s.shape) for s in linears(architecture, architecture.read_config(LLAMA), 0).values()):
         module = f"model.layers.0.{linear}"
         tensor: Any = random_tensor(n, k, scheme, smallest_zero=1) if scheme.kind == "integer" else None
         if tensor is None:

@@ -20,15 +20,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from quantflow.artifacts.artifact import foreign_files, is_whole, read_manifest
 from quantflow.calibration.data import cut_windows, documents
+from quantflow.decoder.rope import rotary_table
 from quantflow.engine.text import Text
 from quantflow.errors import UserError
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.formats.recognise import recognise
 from quantflow.models import gguf_tokenizer  # noqa: F401  (imported late by others: here it is instrumented)
-from quantflow.models.architecture import linear_shapes
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.rope import rotary_table
+from quantflow.models.segments import linears
 from quantflow.models.tensor_file import TensorFile
 from quantflow.models.tokenizer import byte_letters, chat_template, export_tokenizer
 from quantflow.models.workspace import Workspace
@@ -101,7 +101,7 @@ def _config(place: Path) -> None:
     architecture.native_config(checkpoint.raw_config)
     found = recognise(checkpoint)
     for layer in range(min(config.layers, 3)):
-        for name in islice(linear_shapes(architecture, config, layer), 20):
+        for name in islice(linears(architecture, config, layer), 20):
             module = f"{architecture.layer_prefix(layer)}.{name}"
             if found:
                 FORMATS[found[0]].scheme_of(module, found[1])

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from quantflow.models.architecture import Architecture, expected_tensors
+from quantflow.decoder.native import DecoderLayer, sequences
+from quantflow.models.architecture import Architecture
 from quantflow.models.config import DecoderConfig
-from quantflow.models.decoder import DecoderLayer, sequences
+from quantflow.models.expected import expected_tensors
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.stages.folding import Folding
 

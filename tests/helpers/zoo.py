@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantflow.decoder.native import DecoderLayer, embed, logits, sequences
 from quantflow.formats.reader import Weights
-from quantflow.models.decoder import DecoderLayer, embed, logits, sequences
 from tests.helpers.tiny import write_tokenizer
 
 HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, LAYERS, EXPERTS, EXPERT_INNER = 64, 96, 4, 2, 320, 2, 4, 32

@@ -8,9 +8,9 @@ import pytest
 import torch
 from quantflow_kernels import reference
 
+from quantflow.decoder.native import activate, normalize
+from quantflow.decoder.rope import rotary_table, rotate
 from quantflow.models.config import DecoderConfig
-from quantflow.models.decoder import activate, normalize
-from quantflow.models.rope import rotary_table, rotate
 from quantflow.quant.grid import Scheme
 from quantflow.quant.kv import kv_parameters, round_kv
 from quantflow.quant.rtn import GridRules, quantize_rtn

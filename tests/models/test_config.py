@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from quantflow.decoder.rope import inverse_frequencies
 from quantflow.models.config import ConfigProblem
 from quantflow.models.registry import ARCHITECTURES
-from quantflow.models.rope import inverse_frequencies
 from tests.helpers.zoo import specimen
 
 

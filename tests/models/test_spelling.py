@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from quantflow.decoder.rope import inverse_frequencies
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.config import ConfigProblem
 from quantflow.models.llama import read_llama_like
 from quantflow.models.registry import ARCHITECTURES
-from quantflow.models.rope import inverse_frequencies
 from quantflow.models.spelling import SYNONYMS, settled
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent

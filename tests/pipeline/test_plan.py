@@ -14,8 +14,8 @@ import torch
 import yaml
 
 import quantflow.artifacts.store as store_module
-from quantflow.models.architecture import expected_tensors
 from quantflow.models.checkpoint import Checkpoint
+from quantflow.models.expected import expected_tensors
 from quantflow.models.tensor_file import ITEM_BYTES, TensorFile
 from quantflow.report.page import report_page
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench

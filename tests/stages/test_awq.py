@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantflow.calibration.statistics import Hessian
-from quantflow.models.decoder import DecoderLayer
+from quantflow.decoder.native import DecoderLayer
 from quantflow.quant.awq import MAX_SCALE
 from quantflow.quant.gptq import factorize, quantize_gptq
 from quantflow.quant.grid import PER_CHANNEL, Scheme
@@ -18,7 +17,7 @@ from quantflow.recipe import Gptq
 from quantflow.stages import awq
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.folding import Folding
-from quantflow.stages.quantize import factor_for, gptq_group, gptq_rounder
+from quantflow.stages.quantize import Unrounded, gptq_rounder, gptq_segment
 from tests.helpers.layers import CONFIGS, TinyLayer, folded
 
 RULES = GridRules((torch.float32,))
@@ -279,10 +278,10 @@ def test_before_gptq_the_choice_is_made_as_gptq_rounds(model_type: str) -> None:
         layer.forward(x)
         for n in schemes:
             if n in seen:
-                hessian = Hessian(seen[n].shape[1])
-                hessian.add(seen[n])
-                found = gptq_group(stored, folding, schemes, [n], hessian, factor_for(hessian, settings), RULES, settings)
-                tensors[f"{n}.weight"] = found[n].tensor.dequantize(torch.float64)
+                rows, channels = [seen[n]], seen[n].shape[1]
+                source = Unrounded(stored, folding, schemes, RULES)
+                ((_, found),) = gptq_segment(source, [n], channels, lambda rows=rows: iter(rows), settings, torch.device("cpu"))
+                tensors[f"{n}.weight"] = found.tensor.dequantize(torch.float64)
         return error(tiny.layer(tensors).forward(x), expected)
 
     if model_type == "opt":  # one layer's error after GPTQ varies much with the seed; that of whole models is measured elsewhere

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantflow.calibration.stream import Stream
-from quantflow.models.rope import rotate
+from quantflow.decoder.rope import rotate
+from quantflow.decoder.stream import Stream
 from quantflow.stages.calibrate import calibrate_layer
 from tests.helpers.layers import CONFIGS, TinyLayer
 

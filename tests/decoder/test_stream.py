@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantflow.calibration.stream import Stream
+from quantflow.decoder.stream import Stream
 from quantflow.errors import ModelError
 
 SHAPE = (7, 5, 3)
@@ -103,7 +103,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     saved = tmp_path / "saved"
     checksum = stream.save(saved, 2)
     stream.write(0, random(torch.float32, seed=1))
-    import quantflow.calibration.stream as module
+    import quantflow.decoder.stream as module
 
     def full(file: object, data: memoryview) -> None:
         raise OSError(28, "No space left on device")

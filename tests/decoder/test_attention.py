@@ -8,7 +8,7 @@ import pytest
 import torch
 from quantflow_kernels import cpu_causal
 
-from quantflow.models.attention import QUERY_BLOCK, causal_attention
+from quantflow.decoder.attention import QUERY_BLOCK, causal_attention
 
 
 def textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -46,5 +46,5 @@ def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_causal, "supports", lambda x: False)
     q, k, v = (torch.randn(2, n, 300, 16, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (6, 2, 2))
     whole = causal_attention(q, k, v)
-    monkeypatch.setattr("quantflow.models.attention.SCORES_AT_ONCE", 1)
+    monkeypatch.setattr("quantflow.decoder.attention.SCORES_AT_ONCE", 1)
     torch.testing.assert_close(causal_attention(q, k, v), whole, rtol=0, atol=0.01)

@@ -7,7 +7,7 @@ architecture. Shapes: `B` windows, `L` tokens, `H` hidden, `D` head_dim, `T = B 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from quantflow_kernels import cpu_kernels, cpu_library
 from torch import Tensor
 
+from quantflow.decoder.attention import causal_attention
+from quantflow.decoder.rope import rotary_table, rotate
 from quantflow.models.architecture import Architecture
-from quantflow.models.attention import causal_attention
 from quantflow.models.config import DecoderConfig
-from quantflow.models.rope import rotary_table, rotate
+from quantflow.models.segments import Role, Segment, segments
 from quantflow.quant.product import linear
 
 ObserveKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -26,6 +27,17 @@ ObserveKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 Tap = Callable[[str, Tensor, Tensor], None]
 """Sees a linear's name, its input `[..., K]` and its output `[..., N]`."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a segment reads, `[..., K]`: of an expert, the tokens that are routed to it. source: the output of the norm that feeds it,
+    `[B, L, H]`, and parent, what the block of linears behind makes of that; None where its own output says it all."""
+
+    segment: Segment
+    rows: Tensor
+    source: Tensor
+    parent: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,7 @@ class DecoderLayer:
         dtype: torch.dtype, tap: Tap | None = None,
     ) -> None:  # fmt: skip
         self.names, self.config, self.index, self.seq, self.dtype, self.tap = architecture.layer, config, index, seq, dtype, tap
+        self.segments = segments(architecture, config, index)
         self.tensors = {n: t.to(dtype) if not n.endswith("norm.weight") and not n.endswith("norm.bias") else t for n, t in tensors.items()}
 
     @property
@@ -172,6 +185,24 @@ class DecoderLayer:
                 y = self.mlp_output(self.inner(flat[tokens], expert), expert)
                 out.index_add_(0, tokens, y * weights[tokens, slot, None])
         return out.view_as(h)
+
+    def readings(self, x: Tensor) -> Iterator[Reading]:
+        """What each segment reads of hidden states `x` `[B, L, H]`, in execution order, with the weights as they are."""
+        h = self.attention_input(x)
+        attention_in, attention_out, *mlp = self.segments
+        yield Reading(attention_in, h, h, lambda part: self.attention_output(self.context(part)))
+        context = self.context(h)
+        yield Reading(attention_out, context, context)
+        h = self.mlp_input(x + self.attention_output(context))
+        flat = h.reshape(-1, h.shape[-1])
+        chosen = self.route(flat)[0] if self.moe else None
+        for segment in mlp:
+            rows = flat if chosen is None else flat[chosen.eq(segment.expert or 0).any(-1)]
+            if segment.role is Role.mlp_in:
+                yield Reading(segment, rows, h, self.mlp)
+            else:
+                inner = self.inner(rows, segment.expert) if len(rows) else rows
+                yield Reading(segment, inner, inner)
 
     def forward(self, x: Tensor, observe: ObserveKV | None = None) -> Tensor:
         """The residual stream `[B, L, H]` after this layer."""

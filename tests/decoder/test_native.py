@@ -8,8 +8,8 @@ import pytest
 import torch
 from quantflow_kernels import cpu_causal, cpu_kernels
 
+from quantflow.decoder import native as decoder
 from quantflow.formats.reader import Weights
-from quantflow.models import decoder
 from tests.helpers.zoo import decoder_logits, random_tokens, specimen, write
 
 COMPILED = ("rms_norm", "silu_mul", "rotate", "causal_attention")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -38,6 +39,10 @@ class Stream:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def spans(self, batch: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of all windows, `batch` at a time."""
+        return ((start, min(start + batch, self.windows)) for start in range(0, self.windows, batch))
+
     def read(self, start: int, stop: int) -> Tensor:
         """Windows `[start, stop)`, on the device."""
         if self._held is not None:
@@ -64,8 +69,8 @@ class Stream:
         temporary = path.with_name(f".{path.name}.tmp")
         checksum = 0
         with open(temporary, "wb", buffering=0) as file:
-            for start in range(0, self.windows, batch):
-                data = _bytes(self.read(start, min(start + batch, self.windows)))
+            for start, stop in self.spans(batch):
+                data = _bytes(self.read(start, stop))
                 checksum = zlib.crc32(data, checksum)
                 _write_all(file, data)
         os.replace(temporary, path)
@@ -78,8 +83,8 @@ class Stream:
                 return False
             found = 0
             with open(path, "rb", buffering=0) as file:
-                for start in range(0, self.windows, batch):
-                    part = torch.empty((min(batch, self.windows - start), *self.shape[1:]), dtype=self.dtype)
+                for start, stop in self.spans(batch):
+                    part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
                     _read_into(file, part, path)
                     found = zlib.crc32(_bytes(part), found)
                     self.write(start, part.to(self.device))

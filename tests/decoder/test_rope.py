@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from quantflow.decoder.rope import inverse_frequencies, rotary_table, rotate
 from quantflow.models.config import DecoderConfig, Rope
 from quantflow.models.llama import read_llama_like
-from quantflow.models.rope import inverse_frequencies, rotary_table, rotate
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}

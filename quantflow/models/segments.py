@@ -1,0 +1,121 @@
+"""The linears of a decoder layer, by what they read: the one table that every pass over a layer is made from.
+
+Quantisation takes a layer segment by segment, in execution order: the linears of one share a Hessian
+and may share a scale. Sharding, the memory estimate, sensitivity's parts and the engine read the
+same table. Letters in shapes: `N` output channels, `K` input channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from quantflow.models.architecture import Architecture
+from quantflow.models.config import DecoderConfig
+
+
+class Role(StrEnum):
+    """What a segment is to the layer: the linears that read a block's input, or the one that makes its output."""
+
+    attention_in = "attention_in"
+    attention_out = "attention_out"
+    mlp_in = "mlp_in"
+    mlp_out = "mlp_out"
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear of a layer.
+
+    name: relative to the layer. shape: `(N, K)`. cut: the dimension of its weight that tensor
+    parallelism divides (Shoeybi et al. 2019): 0, its outputs, with bias, scales and zeros; 1, its
+    inputs, the bias whole on every rank.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bias: bool
+    cut: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Whose output a segment reads, so that a scale of the segment's input can be taken out of it.
+
+    norm: a norm's name, or None. linear: a linear's name, or None. One of the two is set.
+    beside: other linears that read the norm's output and are never quantised (a router).
+    heads: (times, channels): every so many channels of the linear's output are read so many times
+    (values, by grouped queries).
+    """
+
+    norm: str | None = None
+    linear: str | None = None
+    beside: tuple[str, ...] = ()
+    heads: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Linears that read one tensor.
+
+    part: what engines fuse, and so want in one width; the segments of all experts of a layer are one.
+    fold: where a scale of the input may go; None: nowhere. expert: whose, in a mixture.
+    """
+
+    role: Role
+    part: str
+    linears: tuple[LinearSpec, ...]
+    fold: Fold | None = None
+    expert: int | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(spec.name for spec in self.linears)
+
+    @property
+    def channels(self) -> int:
+        """`K`, of the tensor that is read."""
+        return self.linears[0].shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Output channels of all its linears."""
+        return sum(spec.shape[0] for spec in self.linears)
+
+
+def segments(architecture: Architecture, config: DecoderConfig, layer: int) -> tuple[Segment, ...]:
+    """Those of a decoder layer, in execution order. The router, which is never quantised, is in none."""
+    names = architecture.layer
+    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = names.q.rpartition(".")[0]
+    qkv = tuple(
+        LinearSpec(name, (rows, config.hidden), config.attention_bias, 0) for name, rows in ((names.q, heads), (names.k, kv), (names.v, kv))
+    )
+    o = LinearSpec(names.o, (config.hidden, heads), config.output_bias, 1)
+    norm, values = Fold(norm=names.attention_norm), Fold(linear=names.v, heads=(config.heads // config.kv_heads, config.head_dim))
+    return (
+        Segment(Role.attention_in, f"{attention}.qkv", qkv, norm),
+        Segment(Role.attention_out, names.o, (o,), values),
+        *_mlp_segments(architecture, config, layer),
+    )
+
+
+def _mlp_segments(architecture: Architecture, config: DecoderConfig, layer: int) -> Iterator[Segment]:
+    names, width, mixture = architecture.layer, config.width(layer), config.is_moe(layer)
+    norm = Fold(norm=names.mlp_norm, beside=(names.router,) if mixture else ())
+    for expert in range(config.experts) if mixture else (None,):
+        gate, up, down = names.mlp(expert)
+        readers = tuple(LinearSpec(name, (width, config.hidden), config.mlp_bias, 0) for name in (gate, up) if name)
+        last = LinearSpec(down, (config.hidden, width), config.mlp_bias, 1)
+        fused = f"{up.rpartition('.')[0]}.gate_up" if gate else up
+        experts = names.expert.partition(".{e}")[0]
+        # Without a gate, a scale of `up`'s output has to pass through the activation: relu lets it, gelu does not.
+        passes = Fold(linear=up) if gate or config.activation == "relu" else None
+        yield Segment(Role.mlp_in, experts if mixture else fused, readers, norm, expert)
+        yield Segment(Role.mlp_out, experts if mixture else down, (last,), passes, expert)
+
+
+def linears(architecture: Architecture, config: DecoderConfig, layer: int) -> dict[str, LinearSpec]:
+    """Relative name -> every linear of a decoder layer but the router, in execution order."""
+    return {spec.name: spec for segment in segments(architecture, config, layer) for spec in segment.linears}
