@@ -343,7 +343,7 @@ def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | 
     return Refused(404, f"{shown}: nothing is served here. {hint}", code="unknown_url")
 
 
-BRANCHES = ("str", "text", "texts", "tokens", "lists")  # what pydantic calls those of unions
+BRANCHES = ("str", "text", "texts", "tokens", "lists", "named", "allowed")  # what pydantic calls those of unions
 NAME = re.compile(r"[a-z][a-z_]*$")
 
 

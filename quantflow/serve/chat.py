@@ -6,16 +6,17 @@ import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from quantflow.engine.request import Finish, Output, SamplingParams, Token
 from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
-from quantflow.serve.protocol import ChatRequest, ToolChoice
-from quantflow.serve.sampling import chat_logprobs, grammar_of, sampling_params, stream_usage
+from quantflow.serve.grammars import called, constraint
+from quantflow.serve.protocol import ChatRequest
+from quantflow.serve.sampling import chat_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
 from quantflow.serve.template import template_variables
-from quantflow.serve.tools import Call, Reading, ToolFormat, must_call
+from quantflow.serve.tool_use import choice_of, tool_use
+from quantflow.serve.tools import Call, Reading, ToolFormat
 
 
 class ChatShape(Shape):
@@ -109,48 +110,15 @@ def plan(service: Service, body: ChatRequest) -> Plan:
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise Refused(400, "top_logprobs: without logprobs; expected logprobs: true", param="top_logprobs", code="invalid_value")
-    params = sampling_params(body, grammar=grammar_of(body.response_format), logprobs=(body.top_logprobs or 0) if body.logprobs else None)
-    tools, extra = None, template_variables(body, body.messages)
-    if body.tools and body.tool_choice != "none":
-        tools = _tools_of(service, body)
-        functions = [tool.function.model_dump(exclude_none=True) for tool in body.tools]
-        extra["tools"] = [{"type": "function", "function": {"parameters": {}, **f}} for f in functions]
+    functions = [tool.function for tool in body.tools or ()]
+    use = tool_use(service, functions, choice_of(body.tool_choice), parallel=body.parallel_tool_calls is not False, answer=constraint(body))
+    wanted = use.constraint
+    with called(wanted.source):
+        params = sampling_params(body, grammar=wanted.grammar, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    if use.format:
         params = replace(params, skip_special_tokens=False)
-        if body.tool_choice not in (None, "auto"):
-            wanted = _wanted(body.tool_choice, functions)
-            special = service.text.special_id(tools.begin)
-            try:
-                grammar = must_call(tools, wanted, special, several=body.parallel_tool_calls is not False)
-            except RecursionError as error:
-                raise Refused(400, "tools: a schema that is nested too deep", param="tools", code="invalid_value") from error
-            params = replace(params, grammar=grammar)
-    elif body.tool_choice not in (None, "none", "auto"):
-        raise Refused(400, "tool_choice: without tools; expected some", param="tool_choice", code="invalid_value")
+    extra = template_variables(body, body.messages)
+    if use.functions:
+        extra["tools"] = list(use.functions)
     prompt = service.dialogue([m.model_dump(exclude_none=True) for m in body.messages], **extra)
-    most_calls = 1 if body.parallel_tool_calls is False else None
-    return Plan(prompt, params, tools, most_calls, "tools" if tools else "response_format")
-
-
-def _tools_of(service: Service, body: ChatRequest) -> ToolFormat:
-    found = service.tools
-    if found is None:
-        message = "tools: this model's dialogue format has no place for them; expected none, or a model trained to call tools"
-        raise Refused(400, message, param="tools", code="unsupported_value")
-    if body.response_format is not None and body.response_format.type != "text":
-        message = "response_format: with tools; expected one of them, or tool_choice: none"
-        raise Refused(400, message, param="response_format", code="unsupported_value")
-    if any(tool.function.strict for tool in body.tools or ()) and body.tool_choice in (None, "auto"):
-        message = "tools: strict with tool_choice auto; expected strict: false, or a tool_choice that demands a call"
-        raise Refused(400, message, param="tools", code="unsupported_value")
-    return found
-
-
-def _wanted(choice: Any, functions: list[Object]) -> list[Object]:
-    if not isinstance(choice, ToolChoice):
-        return functions
-    found = [f for f in functions if f["name"] == choice.function.name]
-    if not found:
-        names = ", ".join(f["name"] for f in functions)
-        message = f"tool_choice: {choice.function.name[:80]!r} is none of the tools; expected one of {names}"
-        raise Refused(400, message, param="tool_choice", code="invalid_value")
-    return found
+    return Plan(prompt, params, use.format, use.most_calls, wanted.source)

@@ -11,8 +11,9 @@ from quantflow.engine.request import Completion, Logprob, Output, Token
 from quantflow.engine.text import Detokenizer
 from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
+from quantflow.serve.grammars import called, constraint
 from quantflow.serve.protocol import CompletionRequest
-from quantflow.serve.sampling import finite, grammar_of, most_tokens, sampling_params, stream_usage
+from quantflow.serve.sampling import finite, most_tokens, sampling_params, stream_usage
 from quantflow.serve.service import Service
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -149,14 +150,16 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     prompts = _encoded(service, _prompts(body), echo=bool(body.echo))
     # The engine scores a text of at least two tokens; where there is nothing to score, or several are asked for, a token goes unseen.
     scores = nothing and made == 1 and body.logprobs is not None and all(len(prompt.tokens) > 1 for prompt in prompts)
-    params = sampling_params(
-        body,
-        n=made,
-        max_tokens=(0 if scores else 1) if nothing else DEFAULT_TOKENS if most is None else most,
-        logprobs=body.logprobs if body.logprobs is not None else 0 if made > shown else None,
-        prompt_logprobs=body.logprobs if body.echo else None,
-        grammar=grammar_of(body.response_format),
-    )
+    wanted = constraint(body)
+    with called(wanted.source):
+        params = sampling_params(
+            body,
+            n=made,
+            max_tokens=(0 if scores else 1) if nothing else DEFAULT_TOKENS if most is None else most,
+            logprobs=body.logprobs if body.logprobs is not None else 0 if made > shown else None,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=wanted.grammar,
+        )
     usage = stream_usage(body.stream_options)
     shape = TextShape(service, prompts, shown, echo=bool(body.echo), logprobs=body.logprobs, usage=usage, nothing=nothing)
-    return Job([prompt.tokens for prompt in prompts], params, shape, bool(body.stream))
+    return Job([prompt.tokens for prompt in prompts], params, shape, bool(body.stream), grammar_from=wanted.source)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, WithJsonSchema, WrapValidator, create_model
 from pydantic_core import PydanticCustomError
@@ -46,7 +46,10 @@ LABEL = Foreign(Annotated[str, StringConstraints(max_length=4096)], "at most 409
 SWITCH = Foreign(bool, "true or false")
 NUMBER = Foreign(float, "a number")
 
+BACKEND = Foreign(Literal["auto", "xgrammar", "guidance", "outlines", "lm-format-enforcer"], "the name of one of vLLM's")
+
 _FORMAT = "Use response_format"
+_SPACES = "JSON has no spaces between its parts here"
 _IDS = "Use return_token_ids"
 _PENALTY = "Use repetition_penalty"
 _TEMPLATE = "Use chat_template_kwargs"
@@ -79,6 +82,8 @@ REQUEST: dict[str, Foreign] = {
     **_each("length_penalty typical_p typ_p tfs_z tfs num_beams", only(1)),
     **_each("spaces_between_special_tokens return_token_offsets return_mm_kwargs", SWITCH),  # nothing is put between tokens
     **_each("truncate_prompt_tokens prompt_embeds repetition_detection structural_tag", only()),
+    "guided_decoding_backend": BACKEND,
+    "guided_whitespace_pattern": only("", hint=_SPACES),
     "truncation_side": only("left", "right"),
     **_each("logprob_token_ids allowed_token_ids bad_words logits_processors", only([])),
     "thinking_token_budget": only(-1),
@@ -115,7 +120,6 @@ REQUEST: dict[str, Foreign] = {
     **_each("separate_reasoning stream_reasoning", SWITCH),  # reasoning stands in the text as the model wrote it
     "no_stop_trim": only(False, hint="Use include_stop_str_in_output"),
     "thinking": only(hint=_TEMPLATE),
-    **_each("regex ebnf json_schema", only("", hint=_FORMAT)),
     # llama.cpp's
     **_each("n_predict max_new_tokens max_length", only(-1, hint=_MOST)),
     **_each("repeat_penalty", only(1, hint=_PENALTY)),
@@ -129,7 +133,7 @@ REQUEST: dict[str, Foreign] = {
     **_each("timings_per_token return_progress post_sampling_probs", only(False)),
     "return_tokens": only(False, hint=_IDS),
     **_each("samplers response_fields lora", only([])),
-    "grammar": only("", hint=_FORMAT),
+    **_each("grammar regex ebnf json_schema", only("", hint=_FORMAT)),  # and SGLang's; those that take a format have them themselves
     "reasoning_format": only("none", "auto"),
     **_each("reasoning_budget thinking_budget_tokens", only(-1)),
     "parse_tool_calls": only(True),
@@ -147,6 +151,14 @@ MESSAGE: dict[str, Foreign] = {
     "images": only([]),
     "function_call": only(hint="Use tool_calls"),
     **_each("prefix partial", only(False, hint="Use continue_final_message")),
+}
+# Of vLLM's structured_outputs: how its server goes about them.
+STRUCTURED: dict[str, Foreign] = {
+    **_each("disable_any_whitespace disable_fallback", SWITCH),
+    "disable_additional_properties": only(False, hint="Say so in the schema"),
+    "whitespace_pattern": only("", hint=_SPACES),
+    "structural_tag": only(),
+    "backend": BACKEND,
 }
 PART: dict[str, Foreign] = {**_each("annotations cache_control", ANY), "id": LABEL}
 CALL: dict[str, Foreign] = {"index": NUMBER, **_each("parsed_arguments provider_specific_fields extra_content cache_control", ANY)}

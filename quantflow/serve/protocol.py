@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from quantflow.serve import fields
 
@@ -42,11 +43,13 @@ if TYPE_CHECKING:  # the fields of others are made of a table
     MessageFields = Incoming
     PartFields = Incoming
     CallFields = Incoming
+    StructuredFields = Incoming
 else:
     RequestFields = fields.extended(Incoming, fields.REQUEST)
     MessageFields = fields.extended(Incoming, fields.MESSAGE)
     PartFields = fields.extended(Incoming, fields.PART)
     CallFields = fields.extended(Incoming, fields.CALL)
+    StructuredFields = fields.extended(Incoming, fields.STRUCTURED)
 
 
 class Outgoing(BaseModel):
@@ -85,9 +88,26 @@ def _switch(value: Any) -> Any:
 Switch = Annotated[bool, BeforeValidator(_switch, json_schema_input_type=bool | Literal["true", "false"])]
 
 
+def _unsupported(words: str) -> PydanticCustomError:
+    return PydanticCustomError(fields.REFUSED, "{words}", {"words": words})
+
+
+# By words in the type of a part: image_url, input_image, image_data; input_audio, audio_url, ...
+MEDIA = {"image": "images are", "audio": "audio is", "video": "video is", "file": "files are", "document": "documents are"}
+
+
 class TextPart(PartFields):
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_media(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        found = next((name for word, name in MEDIA.items() if isinstance(kind, str) and word in kind), None)
+        if found:
+            raise _unsupported(f"{found} not supported here; expected text")
+        return data
 
 
 Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
@@ -142,6 +162,14 @@ class Tool(Incoming):
     type: Literal["function"]
     function: Function
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other_type(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise _unsupported(f"tools of type {kind[:40]!r} are not supported here; expected type 'function'")
+        return data
+
 
 class FunctionName(Incoming):
     name: Name
@@ -152,6 +180,33 @@ class ToolChoice(Incoming):
     function: FunctionName
 
 
+class AllowedTools(Incoming):
+    """tools: by name, of those that the request brings."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChoice], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(Incoming):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice_kind(choice: Any) -> str:
+    if isinstance(choice, (dict, BaseModel)):
+        kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", None)
+        return "allowed" if kind == "allowed_tools" else "named"
+    return "str"
+
+
+Choice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("str")]
+    | Annotated[ToolChoice, Tag("named")]
+    | Annotated[AllowedToolsChoice, Tag("allowed")],
+    Discriminator(_choice_kind),
+]
+
+
 class JsonSchema(Incoming):
     name: Name
     description: str | None = None
@@ -160,10 +215,54 @@ class JsonSchema(Incoming):
 
 
 class ResponseFormat(Incoming):
-    """json_object: any JSON object. json_schema: one that follows `json_schema.schema`."""
+    """json_object: any JSON object, or one that follows `schema`. json_schema: one that follows `json_schema.schema`, or `schema`.
+    regex_schema: a text that its namesake matches as a whole, in LMDeploy's words; regex: the same in those of others. grammar: one of a
+    grammar in Lark or GBNF."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: Literal["text", "json_object", "json_schema", "regex_schema", "regex", "grammar"]
     json_schema: JsonSchema | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    regex_schema: str | None = None
+    regex: str | None = None
+    pattern: str | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_other_type(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else None
+        if kind in ("structural_tag", "python"):
+            raise _unsupported(f"type {kind} is not supported here; expected one of json_schema, json_object, regex, grammar, text")
+        return data
+
+
+Choices = Annotated[list[str], Field(min_length=1, max_length=16384, fail_fast=True)]
+
+
+class StructuredOutputs(StructuredFields):
+    """vLLM's: what the text must be, in one way."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class Constrained(Incoming):
+    """What an answer must be, in the words of several servers; at most one of them. The guided_ ones are vLLM's, ebnf and regex SGLang's,
+    grammar llama.cpp's, json_schema both's."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
 
 
 class StreamOptions(Incoming):
@@ -218,15 +317,14 @@ class Templated(RequestFields):
     continue_final_message: bool | None = None
 
 
-class ChatRequest(Templated, Sampling):
+class ChatRequest(Constrained, Templated, Sampling):
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
 
 
@@ -247,12 +345,11 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Constrained, Sampling):
     prompt: Prompt
     best_of: Annotated[int, Field(ge=1, le=64)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    response_format: ResponseFormat | None = None
 
 
 class InteractiveRequest(RequestFields):

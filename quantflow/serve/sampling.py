@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-from quantflow.engine.grammar import Grammar, GrammarKind
 from quantflow.engine.request import LEAST_TEMPERATURE, Logprob, SamplingParams
 from quantflow.engine.text import Text
-from quantflow.serve.errors import Refused
-from quantflow.serve.protocol import ResponseFormat, Sampling, StreamOptions
+from quantflow.serve.protocol import Sampling, StreamOptions
 
 Object = dict[str, Any]
 
@@ -58,30 +55,6 @@ def temperature(asked: float) -> float:
 def stream_usage(options: StreamOptions | None) -> bool:
     """Whether the last event tells the usage. What is no stream tells it anyway."""
     return bool(options and options.include_usage)
-
-
-def grammar_of(format: ResponseFormat | None) -> Grammar | None:
-    """Raises Refused."""
-    if format is None or format.type == "text":
-        if format is not None and format.json_schema is not None:
-            message = "response_format: json_schema with type text; expected type json_schema"
-            raise Refused(400, message, param="response_format", code="invalid_value")
-        return None
-    if format.type == "json_object":
-        return Grammar(GrammarKind.json_schema, '{"type":"object"}')
-    if format.json_schema is None:
-        raise Refused(400, "response_format: no json_schema; expected one beside its type", param="response_format", code="invalid_value")
-    schema = format.json_schema.schema_ if format.json_schema.schema_ is not None else {"type": "object"}
-    return Grammar(GrammarKind.json_schema, compact(schema, "response_format"))
-
-
-def compact(schema: Any, param: str) -> str:
-    """A JSON schema as text. Raises Refused."""
-    try:
-        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except (RecursionError, ValueError):
-        message = f"{param}: a schema with NaN or infinity in it, or nested too deep"
-        raise Refused(400, message, param=param, code="invalid_value") from None
 
 
 def chat_logprobs(text: Text, scored: Sequence[Logprob]) -> Object:

@@ -6,11 +6,13 @@ A model's chat template says which way is its own: its words for it stand in the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
-from quantflow.engine.grammar import Grammar, GrammarKind
+from quantflow.engine.grammar import INNER
 from quantflow.models.dialogue import ChatTemplate
 
 MOST_CALLS = 16  # that must be made at once
@@ -19,8 +21,8 @@ MOST_CALLS = 16  # that must be made at once
 @dataclass(frozen=True)
 class ToolFormat:
     """begin, end: what stands around a call; "": nothing. many: a list of calls stands there. arguments: what their name is.
-    bare: a text may be a call with nothing around it. sign: what a template of this format has in it; others: what those of others have
-    beside it."""
+    bare: a text may be a call with nothing around it, of one of `functions`, which a request brings. sign: what a template of this format
+    has in it; others: what those of others have beside it."""
 
     name: str
     sign: str
@@ -30,6 +32,7 @@ class ToolFormat:
     many: bool = False
     bare: bool = False
     others: tuple[str, ...] = ()
+    functions: frozenset[str] = frozenset()
 
 
 FORMATS = (
@@ -91,6 +94,8 @@ class ToolReader:
     def finish(self) -> tuple[str, list[Call]]:
         """What is left once the text is complete."""
         calls = self._calls(self._held) if self._inside or self._bare else []
+        if not self._inside and not {call.name for call in calls} <= self.format.functions:
+            calls = []  # an object that happens to have a name
         shown = "" if calls else self.format.begin + self._held if self._inside else self._between(self._held)
         self._held = ""
         return shown, calls
@@ -146,32 +151,72 @@ def _may_begin(text: str, word: str) -> int:
     return next((n for n in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:n])), 0)
 
 
-def must_call(format: ToolFormat, functions: Sequence[dict[str, Any]], token: int | None, *, several: bool) -> Grammar:
-    """Text that is a call of one of `functions`, with arguments that follow their schemas. token: the id of `begin`, where it is a special
-    token. several: more calls may follow. Raises RecursionError for schemas nested too deep."""
+class Opening(StrEnum):
+    """What a text may be. calls: nothing else. text: anything, with calls in it. answer: calls, or what stands for `@inner`."""
+
+    calls = "calls"
+    text = "text"
+    answer = "answer"
+
+
+@dataclass(frozen=True)
+class Callee:
+    """A function that may be called. parameters: the schema of its arguments; None: any object."""
+
+    name: str
+    parameters: dict[str, Any] | None
+
+
+def lark(format: ToolFormat, callees: Sequence[Callee], token: int | None, opening: Opening, *, most: int) -> str:
+    """A grammar of texts with calls of these functions, `most` at most, with arguments that follow their schemas; where it is one, the
+    text ends with it. token: the id of `begin`, where it is a special token. Raises RecursionError for schemas nested too deep."""
+    words = re.escape(format.begin).replace("/", "\\/")
+    begin, line = f"<[{token}]>" if token is not None else json.dumps(format.begin), json.dumps("\n")
+    rules = [f"json: %json {json.dumps(_schema(format, callees, most))}"]
+    if format.end:
+        rules.append(f"call: {begin} inside")
+        rules.append(f"inside: {line} json {line} {json.dumps(format.end)}")
+        calls = f"call ({line} call){{0,{most - 1}}}" if most > 1 else "call"
+    else:
+        rules.append(f"""inside: {'" "? ' if format.many else ""}json""")
+        calls = f"{begin}? inside" if format.bare else f"{begin} inside"
+        most = 1  # the rest of the text is that list
+    if opening == Opening.text:
+        # What is no call has no such words in it, whatever tokens they are made of. Begun, they must go on as a call.
+        space = r"[\s\x1c-\x1f]*"
+        free = rf"{space}([^\s\x1c-\x1f{{](?s:.*))?" if format.bare else "(?s:.*)"
+        rules.append(f"FREE: /{free}/ & ~/(?s:.*){words}(?s:.*)/")
+        if token is not None:
+            rules.append(f"said: FREE {begin}")
+        else:
+            rules.append(f"said[lazy]: /{free}{words}/")
+        calls = f"(said inside){{0,{most}}} FREE" if most > 1 else "said inside | FREE"
+        if format.bare:
+            calls = f"inside | {calls}"
+    return "\n".join([f"start: {calls}" + (f" | @{INNER}" if opening == Opening.answer else ""), *rules, ""])
+
+
+def _schema(format: ToolFormat, callees: Sequence[Callee], most: int) -> dict[str, Any]:
+    """Of what stands between `begin` and `end`."""
     schemas = [
         {
             "type": "object",
-            "properties": {"name": {"const": f["name"]}, format.arguments: {"$ref": f"#/$defs/{f['name']}"}},
+            "properties": {"name": {"const": f.name}, format.arguments: {"$ref": f"#/$defs/{f.name}"}},
             "required": ["name", format.arguments],
             "additionalProperties": False,
         }
-        for f in functions
+        for f in callees
     ]
     schema: dict[str, Any] = {"anyOf": schemas}
     if format.many:
-        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": MOST_CALLS if several else 1}
-    schema["$defs"] = {f["name"]: _moved(f.get("parameters") or {"type": "object"}, f"#/$defs/{f['name']}") for f in functions}
-    schema["x-guidance"] = {"whitespace_flexible": False}
-    begin = f"<[{token}]>" if token is not None else json.dumps(format.begin)
-    line = json.dumps("\n")
-    if format.end:
-        one = f"{begin} {line} json {line} {json.dumps(format.end)}"
-        start = f"start: call ({line} call)*" if several else "start: call"
-        text = f"{start}\ncall: {one}\njson: %json {json.dumps(schema)}\n"
-    else:
-        text = f"start: {begin} json\njson: %json {json.dumps(schema)}\n"
-    return Grammar(GrammarKind.lark, text)
+        schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": most}
+    schema["$defs"] = {f.name: _moved(f.parameters or {"type": "object"}, f"#/$defs/{f.name}") for f in callees}
+    # As models were taught to write it, with or without spaces: patterns, both.
+    schema["x-guidance"] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+    return schema
+
+
+DATA = ("const", "enum", "default", "examples")  # not schemas
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -180,7 +225,7 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: _moved(value, place) for key, value in schema.items()}
+    found = {key: value if key in DATA else _moved(value, place) for key, value in schema.items()}
     reference = found.get("$ref")
     if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
         found["$ref"] = place + reference[1:]

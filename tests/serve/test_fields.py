@@ -10,7 +10,7 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from quantflow.serve.fields import ANY, CALL, MESSAGE, REQUEST
-from quantflow.serve.protocol import Sampling, Templated
+from quantflow.serve.protocol import Constrained, Sampling, Templated
 from tests.helpers.serving import Running
 
 HI = {"role": "user", "content": "What is a table?"}
@@ -81,7 +81,8 @@ def test_what_is_shared_stands_in_the_table_no_more() -> None:
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_every_other_value_is_refused_by_name(server: Running, path: str) -> None:
-    own = {CHAT: set(Templated.__annotations__), COMPLETIONS: {"best_of", "echo"}}.get(path, {"session_id"})
+    formats = set(Constrained.__annotations__)
+    own = {CHAT: {*formats, *Templated.__annotations__}, COMPLETIONS: {*formats, "best_of", "echo"}}.get(path, {"session_id"})
     names = [name for name, field in REQUEST.items() if field is not ANY and name not in own]
     assert len(names) > 100
     for name in names:

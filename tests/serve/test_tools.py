@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer
 
 from quantflow.models.dialogue import ChatTemplate
-from quantflow.serve.tools import FORMATS, Call, ToolReader, tool_format
+from quantflow.serve.tools import FORMATS, Call, Callee, Opening, ToolFormat, ToolReader, lark, tool_format
 from tests.helpers.serving import DEMO, Running, serving
 
-HERMES, MISTRAL, LLAMA3 = FORMATS
+HERMES, MISTRAL, LLAMA3 = (replace(format, functions=frozenset({"f"})) for format in FORMATS)
 WEATHER = {
     "type": "object", "properties": {"city": {"type": "string", "maxLength": 8}, "unit": {"$ref": "#/$defs/unit"}},
     "required": ["city", "unit"], "additionalProperties": False, "$defs": {"unit": {"enum": ["C", "F"]}},
@@ -79,6 +84,7 @@ F = Call("f", '{"x": [1, "}"]}')
         (LLAMA3, '{"name": "f", "parameters": {"y": "é"}}', "", [Call("f", '{"y": "é"}')]),
         (LLAMA3, '<|python_tag|>{"name": "f", "parameters": {}}', "", [Call("f", "{}")]),
         (LLAMA3, '{"a set": 1}', '{"a set": 1}', []),
+        (LLAMA3, '{"name": "John", "parameters": {}}', '{"name": "John", "parameters": {}}', []),  # no function of that name
         (LLAMA3, "It is {so}.", "It is {so}.", []),
         (LLAMA3, 'It is {"name": "f", "parameters": {}}', 'It is {"name": "f", "parameters": {}}', []),
     ],
@@ -125,9 +131,25 @@ def test_a_format_is_known_by_its_template() -> None:
     assert of("{% if tools %}<tool_call><function=x>{% endif %}") is None
     assert of("{% if tools %}[TOOL_CALLS]name[ARGS]{% endif %}") is None
     # Of several templates, the one that is rendered with tools.
-    assert tool_format(ChatTemplate({"default": "{{ messages }}", "tool_use": TEMPLATES["mistral"]})) == MISTRAL
-    assert tool_format(ChatTemplate({"default": TEMPLATES["hermes"], "tool_use": TEMPLATES["llama3"]})) == LLAMA3
-    assert tool_format(ChatTemplate({"tool_use": TEMPLATES["hermes"]})) == HERMES
+    assert tool_format(ChatTemplate({"default": "{{ messages }}", "tool_use": TEMPLATES["mistral"]})) == FORMATS[1]
+    assert tool_format(ChatTemplate({"default": TEMPLATES["hermes"], "tool_use": TEMPLATES["llama3"]})) == FORMATS[2]
+    assert tool_format(ChatTemplate({"tool_use": TEMPLATES["hermes"]})) == FORMATS[0]
+
+
+def strict(parameters: Any, name: str = "f", strict: bool | None = True) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": strict}}
+
+
+def allowed(mode: str, *names: str) -> Any:
+    return {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": mode, "tools": [{"type": "function", "function": {"name": n}} for n in names]},
+    }
+
+
+def preferring(running: Running, *beginnings: str) -> dict[str, float]:
+    """Biases that make a text begin with one of these where it can."""
+    return {str(running.service.encode(text)[-1]): 100.0 for text in beginnings}
 
 
 def ask(running: Running, **body: Any) -> Any:
@@ -157,6 +179,55 @@ def test_a_call_that_must_be_made_follows_its_schema(running: Running) -> None:
                 assert choice == "required" and call["function"]["name"] == "time"
 
 
+def test_a_function_that_is_named_is_called_once(running: Running) -> None:
+    for parallel in ({}, {"parallel_tool_calls": True}, {"parallel_tool_calls": False}):
+        found = ask(running, tool_choice={"type": "function", "function": {"name": "weather"}}, max_tokens=400, **parallel).json
+        (choice,) = found["choices"]
+        assert [c["function"]["name"] for c in choice["message"]["tool_calls"]] == ["weather"]
+        assert choice["finish_reason"] == "tool_calls" and found["usage"]["completion_tokens"] < 120
+
+
+def test_only_allowed_tools_are_called(running: Running) -> None:
+    for seed in range(3):
+        found = ask(running, tool_choice=allowed("required", "time"), parallel_tool_calls=False, seed=seed, max_tokens=60).json["choices"][
+            0
+        ]
+        assert all(c["function"]["name"] == "time" for c in found["message"].get("tool_calls", ()))
+        assert found["finish_reason"] == "length" or found["message"]["tool_calls"]
+    both = [running.chat(tools=TOOLS, **body).json["usage"]["prompt_tokens"] for body in ({}, {"tool_choice": allowed("auto", "time")})]
+    assert both[0] == both[1]  # the model sees them all, and the prefix cache knows them
+
+
+def test_strict_tools_leave_the_text_free_but_not_their_calls(running: Running) -> None:
+    tools = [strict(WEATHER, "weather")]
+    answer = ask(running, tools=tools, max_tokens=20).json["choices"][0]
+    assert answer["finish_reason"] == "length" and answer["message"]["content"] and "tool_calls" not in answer["message"]
+    if running.service.tools == FORMATS[2]:  # a brace begins a call there
+        answer = ask(running, tools=tools, logit_bias=preferring(running, "{", '{"')).json["choices"][0]
+        jsonschema.validate(json.loads(answer["message"]["tool_calls"][0]["function"]["arguments"]), WEATHER)
+
+
+def test_an_answer_is_a_call_or_follows_its_format(running: Running) -> None:
+    shape = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    format = {"type": "json_schema", "json_schema": {"name": "x", "schema": shape, "strict": True}}
+    seen = set()
+    for seed in range(6):
+        bias = preferring(running, *(("{", '{"') if seed % 2 else ("<", "[")))
+        tools = [strict(WEATHER, "weather")]
+        choice = ask(running, tools=tools, response_format=format, seed=seed, logit_bias=bias, parallel_tool_calls=False).json["choices"][0]
+        calls = choice["message"].get("tool_calls")
+        seen.add(bool(calls))
+        if calls:
+            jsonschema.validate(json.loads(calls[0]["function"]["arguments"]), WEATHER)
+            assert choice["finish_reason"] == "tool_calls" and len(calls) == 1 and choice["message"]["content"] is None
+        else:
+            jsonschema.validate(json.loads(choice["message"]["content"]), shape)
+            assert choice["finish_reason"] == "stop"
+    assert seen == {True, False} or running.service.tools == FORMATS[2]
+    word = ask(running, guided_choice=["yes"], logit_bias=preferring(running, "y", "yes")).json["choices"][0]["message"]["content"]
+    assert word == "yes"
+
+
 def test_a_stream_of_a_call(running: Running) -> None:
     whole = ask(running, tool_choice="required", parallel_tool_calls=False).json["choices"][0]
     events = [e["choices"][0] for e in ask(running, tool_choice="required", parallel_tool_calls=False, stream=True).events]
@@ -179,8 +250,21 @@ def test_a_dialogue_with_calls_goes_on(running: Running) -> None:
     ("body", "param"),
     [
         ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": allowed("auto", "time")}, "tool_choice"),
+        ({"tool_choice": allowed("auto", "time", "nothing")}, "tool_choice"),
+        ({"tool_choice": allowed("none", "time")}, "tool_choice.allowed_tools.mode"),
+        ({"tool_choice": {"type": "custom", "function": {"name": "x"}}}, "tool_choice.type"),
+        ({"tools": [*TOOLS, {"type": "custom", "custom": {"name": "x"}}]}, "tools[2]"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [*TOOLS, TOOLS[1]]}, "tools"),
+        ({"tools": [strict({"$ref": "#"})]}, "tools"),
+        ({"tools": [strict({"$ref": "#"}, strict=None)], "tool_choice": "required"}, "tools"),
+        ({"tools": [strict({"type": "wizard"})]}, "tools"),
+        ({"tools": [strict(WEATHER)], "ignore_eos": True}, "tools"),
+        ({"tools": [strict({"type": "object", "description": "y" * 70000})]}, "tools"),
+        ({"response_format": {"type": "regex", "regex": "("}}, "response_format"),
+        ({"response_format": {"type": "regex", "regex": "a"}, "guided_regex": "b"}, "guided_regex"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": TOOLS * 65}, "tools"),
         (
@@ -207,6 +291,67 @@ def test_definitions_that_are_none(running: Running) -> None:
     for wrong in (5, [1], None, "abc"):
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "$defs": wrong}}}
         assert ask(running, tools=[tool], tool_choice="required").status in (200, 400)
+
+
+SOME = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+CALLED = {
+    "hermes": '{begin}\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>',
+    "mistral": '{begin}[{{"name": "f", "arguments": {arguments}}}]',
+    "llama3": '{begin}{{"name": "f", "parameters": {arguments}}}',
+}
+SPECIAL = "<|im_start|>"  # of this tokenizer
+
+
+@pytest.fixture(scope="module")
+def follows() -> Callable[[str, str], bool]:
+    """Whether a text follows a grammar and may end there."""
+    content = (DEMO / "tokenizer.json").read_text()
+    size = Tokenizer.from_str(content).get_vocab_size()
+    tokenizer = LLTokenizer(content, n_vocab=size, eos_token=[Tokenizer.from_str(content).token_to_id("<|im_end|>")])
+
+    def follows(grammar: str, text: str) -> bool:
+        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        tokens = tokenizer.tokenize_str(text, parse_special=True)
+        return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
+
+    return follows
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["as text", "as a token"])
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.name)
+def test_what_texts_with_calls_may_be(format: ToolFormat, special: bool, follows: Callable[[str, str], bool]) -> None:
+    token = Tokenizer.from_file(str(DEMO / "tokenizer.json")).token_to_id(SPECIAL) if special else None
+    begin = SPECIAL if special else format.begin
+    call, wrong, tight = (CALLED[format.name].format(begin=begin, arguments=x) for x in ('{"x": 1}', '{"y": 1}', '{"x":1}'))
+    for most, opening in itertools.product((1, 3), Opening):
+        if opening == Opening.answer:
+            continue  # needs another grammar inside
+        grammar = lark(format, [Callee("f", SOME), Callee("g", None)], token, opening, most=most)
+        free = opening == Opening.text
+        assert follows(grammar, call) and follows(grammar, tight) and follows(grammar, call.replace('"f"', '"g"'))
+        assert follows(grammar, wrong.replace('"f"', '"g"')) and not follows(grammar, wrong)
+        for text in ("", "plain", " a\nb ", f"half {format.begin[:-1]}"):
+            assert follows(grammar, text) == free
+        assert follows(grammar, f"First: {call}") == free
+        assert not follows(grammar, f"First: {begin} then") and not follows(grammar, f"x {format.begin}{{")
+        assert not follows(grammar, call.replace('"f"', '"h"'))
+        many = (call + "\n") * (most - 1) + call
+        assert follows(grammar, many) == (most == 1 or bool(format.end))
+        assert follows(grammar, f"{call} and so on") == (free and most > 1 and bool(format.end))
+        if format.bare:
+            assert follows(grammar, call.removeprefix(begin)) and not follows(grammar, '{"x": 1}')
+            assert follows(grammar, 'so {"x": 1}') == free and not follows(grammar, ' {"x": 1}')
+        if format.many:
+            item = call[len(begin) + 1 : -1]
+            assert [n for n in range(6) if follows(grammar, f"{begin}[{', '.join([item] * n)}]")] == list(range(1, most + 1))
+
+
+def test_data_in_a_schema_is_no_reference(follows: Callable[[str, str], bool]) -> None:
+    data = {"$ref": "#/x"}
+    parameters = {"type": "object", "properties": {"x": {"const": data}}, "required": ["x"], "additionalProperties": False}
+    grammar = lark(FORMATS[2], [Callee("f", parameters)], None, Opening.calls, most=1)
+    assert follows(grammar, json.dumps({"name": "f", "parameters": {"x": data}}))
 
 
 def test_a_schema_that_refers_to_itself(running: Running) -> None:

@@ -1,0 +1,150 @@
+"""What a request says its answer must be, in any of the words that servers have for it, as the one grammar that the engine follows.
+
+OpenAI has `response_format`; vLLM `structured_outputs`, and before it `guided_json` and others; LMDeploy's `regex_schema`, and what
+SGLang (`regex`, `ebnf`, `json_schema`) and llama.cpp (`grammar`, `json_schema`) call theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from quantflow.engine.grammar import Grammar, GrammarKind
+from quantflow.errors import RequestError
+from quantflow.serve.errors import Refused, refused
+from quantflow.serve.protocol import Constrained, JsonSchema, ResponseFormat, StructuredOutputs
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a text must be. grammar: None: anything. source: the parameter that it was made of."""
+
+    grammar: Grammar | None = None
+    source: str = "response_format"
+
+
+def constraint(body: Constrained) -> Constraint:
+    """Raises Refused for what is none, and for two."""
+    given = {name: getattr(body, name) for name in SOURCES}
+    found = [c for name, value in given.items() if value is not None and value != "" and (c := SOURCES[name](value, name)).grammar]
+    if len(found) > 1:
+        names = " and ".join(c.source for c in found)
+        raise Refused(400, f"{found[1].source}: {names}; expected one of them", param=found[1].source, code="invalid_value")
+    return found[0] if found else Constraint()
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Has the engine's errors call its grammar what the client calls it: raises Refused in place of RequestError."""
+    try:
+        yield
+    except RequestError as error:
+        raise refused(error.problems, {"grammar": name}) from error
+
+
+def compact(schema: Any, param: str) -> str:
+    """A JSON schema as text. Raises Refused."""
+    try:
+        return json.dumps(schema, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (RecursionError, ValueError):
+        message = f"{param}: a schema with NaN or infinity in it, or nested too deep"
+        raise Refused(400, message, param=param, code="invalid_value") from None
+
+
+def _schema(given: Any, name: str) -> Constraint:
+    """An object, or one as text."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            message = f"{name}: a text that is no JSON; expected a JSON schema"
+            raise Refused(400, message, param=name, code="invalid_value") from None
+    return _constraint(GrammarKind.json_schema, compact(given, name), name)
+
+
+def _object(given: bool, name: str) -> Constraint:
+    return _schema({"type": "object"}, name) if given else Constraint()
+
+
+def _regex(given: str, name: str) -> Constraint:
+    return _constraint(GrammarKind.regex, given, name)
+
+
+def _choice(given: list[str], name: str) -> Constraint:
+    return _constraint(GrammarKind.lark, "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in given), name)
+
+
+def _grammar(given: str, name: str) -> Constraint:
+    """GBNF's rules have a sign of their own."""
+    bare = re.sub(r'"(?:\\.|[^"\\\n])*"', "", given)
+    return _constraint(GrammarKind.gbnf if "::=" in bare else GrammarKind.lark, given, name)
+
+
+def _constraint(kind: GrammarKind, text: str, name: str) -> Constraint:
+    with called(name):
+        return Constraint(Grammar(kind, text), name)
+
+
+def _format(given: ResponseFormat, name: str) -> Constraint:
+    """The type says where the rest is."""
+    places = FORMATS[given.type]
+    values = {word: value for word in ResponseFormat.model_fields if word != "type" and (value := getattr(given, word)) is not None}
+    wrong = [word for word in values if word not in places]
+    if wrong or len(values) > 1:
+        word = wrong[0] if wrong else list(values)[1]
+        message = f"{name}: {word} with type {given.type}" + ("" if wrong else f" and {next(iter(values))}")
+        raise Refused(400, f"{message}; expected {_one_of(places)}", param=name, code="invalid_value")
+    if given.type == "text":
+        return Constraint()
+    if not values and given.type != "json_object":
+        raise Refused(400, f"{name}: no {_one_of(places)} beside its type; expected one", param=name, code="invalid_value")
+    word, value = next(iter(values.items()), ("schema_", {"type": "object"}))
+    if isinstance(value, JsonSchema):
+        value = {"type": "object"} if value.schema_ is None else value.schema_
+    return places[word](value, name)
+
+
+def _one_of(places: Any) -> str:
+    return " or ".join(word.rstrip("_") for word in places) or "none"
+
+
+def _structured(given: StructuredOutputs, name: str) -> Constraint:
+    values = {kind: value for kind in KINDS if (value := getattr(given, kind)) not in (None, False)}
+    if len(values) > 1:
+        message = f"{name}: {' and '.join(kind.rstrip('_') for kind in values)}; expected one of them"
+        raise Refused(400, message, param=name, code="invalid_value")
+    return next((KINDS[kind](value, f"{name}.{kind.rstrip('_')}") for kind, value in values.items()), Constraint())
+
+
+Read = Callable[[Any, str], Constraint]
+
+FORMATS: dict[str, dict[str, Read]] = {
+    "text": {},
+    "json_object": {"schema_": _schema},
+    "json_schema": {"json_schema": _schema, "schema_": _schema},
+    "regex_schema": {"regex_schema": _regex},
+    "regex": {"regex": _regex, "pattern": _regex},
+    "grammar": {"grammar": _grammar},
+}
+"""By the type of a response_format: the names under which what it must be can stand, and how that is read."""
+
+KINDS: dict[str, Read] = {"json_": _schema, "regex": _regex, "choice": _choice, "grammar": _grammar, "json_object": _object}
+"""What vLLM's structured_outputs may hold."""
+
+SOURCES: dict[str, Read] = {
+    "response_format": _format,
+    "structured_outputs": _structured,
+    "guided_json": _schema,
+    "guided_regex": _regex,
+    "guided_choice": _choice,
+    "guided_grammar": _grammar,
+    "json_schema": _schema,
+    "regex": _regex,
+    "ebnf": _grammar,
+    "grammar": _grammar,
+}
+"""The parameters that say what an answer must be."""
