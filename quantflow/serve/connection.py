@@ -23,16 +23,22 @@ from quantflow.serve.guard import CROWDED, MOST_HEADER_BYTES, headers_too_large
 HEADERS_S = 20.0  # for a request's first lines to arrive
 SEND_S, SEND_LEAST = 60.0, 65536  # of an answer that is written, so many bytes must be read in so long; of a stream, any
 LINGER_S, MOST_LINGER = 5.0, 16 * 2**20  # how long, and how much, a client that is refused may go on sending before it reads its answer
-SPARE_FILES = 96  # descriptors that are not connections, and those of connections that are about to be closed
+SPARE_FILES = 64  # descriptors that are not connections
 RESERVE = 8  # connections in which nothing but /health is answered once all others are being answered
 UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
 
 
+def accepts() -> int:
+    """Connections that are taken between two rounds of the loop: not so many that a round takes long, nor more than there are descriptors
+    for before others are closed."""
+    return min(128, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16))
+
+
 def most_connections() -> int:
-    """As many as there are file descriptors for."""
-    return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES)
+    """As many as there are file descriptors for, beside those that have just come and those that are about to go."""
+    return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES - 2 * accepts())
 
 
 class Connections:

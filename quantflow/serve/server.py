@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,13 +22,15 @@ import uvicorn
 
 from quantflow.serve import log
 from quantflow.serve.app import create_app
-from quantflow.serve.connection import Connection, Connections
+from quantflow.serve.connection import Connection, Connections, accepts
 from quantflow.serve.service import Service
 
 LAST_S = 5.0  # for errors to reach the clients of requests that were ended
 WATCH_S = 0.2
+# How long a thread may keep the interpreter while others want it. The loop wants it back after every read and write: at Python's 5 ms, a
+# round that serves some hundred clients took seconds beside an engine that computes.
+SWITCH_S = 0.0005
 BACKLOG = 1024  # connections that the system keeps until they are taken
-ACCEPTS = 16  # that are taken at once: not so many that there is no descriptor for one
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 create_app(service), host=config.host, port=config.port, http=partial(Connection, Connections()),  # type: ignore[arg-type]
                 ws="none", lifespan="on", loop="asyncio", log_config=None, access_log=False, proxy_headers=False, server_header=False,
-                backlog=ACCEPTS,
+                backlog=accepts(),
                 timeout_graceful_shutdown=int(config.drain_timeout_s + LAST_S),
             )
         )  # fmt: skip
@@ -104,6 +107,7 @@ def serve(service: Service, ready: Callable[[str], None]) -> int:
     """Serves until it is told to stop, and returns the process's exit code. Raises SystemExit where the port is taken."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)) if hard != resource.RLIM_INFINITY else max(soft, 65536), hard))
+    sys.setswitchinterval(SWITCH_S)
     said = log.start(service.config.log_level)
     server = Server(service, ready, said)
     try:
