@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from quantflow.errors import Problem
+from quantflow.paths import absent
 
 HEAD_BYTES = 1024  # of a file, that are looked at
 _LFS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/", b"version http://git-media.io/v/")
@@ -18,7 +19,7 @@ def no_file(path: Path) -> tuple[str, str]:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):
-        return "no such file", ""
+        return absent(path, "file"), ""
     if stat.S_ISREG(mode):
         return "", ""
     if stat.S_ISDIR(mode):

@@ -26,7 +26,7 @@ LAYERS = (
     ("quant",),
     ("machine",),
     ("placeholder",),
-    ("bundled", "errors", "units"),
+    ("bundled", "errors", "paths", "units"),
 )
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}
 

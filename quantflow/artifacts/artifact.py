@@ -164,7 +164,7 @@ def building(output: Path) -> Iterator[Path]:
         else:
             os.replace(partial, output)
     except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write that failed, which does not say of what
+        if error.filename is None:  # of a library's, which does not say of what
             error.filename = str(output)
         raise
     finally:

@@ -23,6 +23,7 @@ from typing import Any
 from quantflow.artifacts.fingerprint import file_digest
 from quantflow.errors import ModelError, Problem, UserError
 from quantflow.models.tensor_file import TensorFile
+from quantflow.paths import naming
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -30,15 +31,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None:  # a write that failed, which does not say of what
-            error.filename = str(path)
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 

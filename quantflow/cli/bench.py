@@ -16,6 +16,7 @@ from rich.table import Table
 from quantflow.cli.console import RUNNING, console, errors, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Mode, ModelDirectory, ModeOption
 from quantflow.errors import Problem, UserError
+from quantflow.paths import write_text
 
 if TYPE_CHECKING:
     from quantflow.evaluate.throughput import Row
@@ -139,7 +140,7 @@ def _check_gguf(gguf: Path, model: Path) -> None:
 def _write(output: Path | None, record: dict[str, Any]) -> None:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(output, json.dumps(record, indent=1) + "\n")
 
 
 def _memory(memory: list[dict[str, int]], model: str) -> Table:

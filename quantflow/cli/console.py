@@ -44,7 +44,26 @@ errors = _Words(stderr=True, highlight=False, soft_wrap=True, markup=False)
 INTERRUPTED = 130
 # What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures.
 HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+ANOTHER_PLACE = "Choose another place with --output."
+FULL = (4, "disk full", "Free some space and run the same command: a recipe goes on where it stopped.")
+FILES = (4, "too many open files", "Raise the limit (ulimit -n) and run the same command.")
+# What the system refuses: exit code, title, what to do.
+SYSTEM: dict[int, tuple[int, str, str]] = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: (
+        4, "file too large", "Raise the limit (ulimit -f), or choose a file system that takes larger files, and run the same command."
+    ),
+    errno.EMFILE: FILES,
+    errno.ENFILE: FILES,
+    errno.EROFS: (2, "not writable", ANOTHER_PLACE),
+    errno.EACCES: (2, "not permitted", ANOTHER_PLACE),
+    errno.EPERM: (2, "not permitted", ANOTHER_PLACE),
+    errno.ELOOP: (2, "a link that leads back to itself", "Mend the link, or name another place."),
+    errno.ENAMETOOLONG: (2, "a name that is too long", "Choose a shorter one."),
+    errno.ENOTDIR: (2, "a file in the place of a directory", "Choose another place."),
+    errno.EISDIR: (2, "a directory in the place of a file", "Choose another place."),
+}  # fmt: skip
 
 
 QUIET_S = 10.0  # after so long without a line, a log hears how far the step at hand is
@@ -195,20 +214,25 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
         return error.exit_code, f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}", error.problems
     if isinstance(error, QuantFlowError):
         return error.exit_code, "internal error", error.problems
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        place = error.filename or "the disk"
-        return 4, "disk full", (f"{place}: {error.strerror}. Free some space and run the same command: a recipe goes on where it stopped.",)
-    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.EROFS):
-        title = "not writable" if error.errno == errno.EROFS else "not permitted"
-        return 2, title, (f"{error.filename or error.strerror}: {error.strerror}. Choose another place with --output.",)
+    if isinstance(error, OSError) and error.errno in SYSTEM:
+        code, title, advice = SYSTEM[error.errno]
+        return code, title, (f"{_said(error)}. {advice}",)
     if panicked(error):
         said = str(error).strip().split("\n")[0][:200] or type(error).__name__
         return 4, "a library failed", (f"{said}. Run with --debug to see where; a damaged file is the likeliest cause.",)
     if is_out_of_memory(error):
         return 4, "out of memory", (hints.memory,)
     if isinstance(error, OSError):
-        return 4, "the system refused", (f"{error.filename or ''} {error.strerror or error}".strip(),)
+        return 4, "the system refused", (_said(error),)
     return 1, "internal error", (f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug for the traceback.",)
+
+
+def _said(error: OSError) -> str:
+    """Files are named where they are written: a write that names none is of what the command prints."""
+    said = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {said}"
+    return f"standard output: {said}" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else said
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> Iterator[str]:

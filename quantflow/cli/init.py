@@ -43,6 +43,7 @@ def init(
     with reporting(debug):
         from quantflow.errors import OutputError, Problem, UserError
         from quantflow.models.checkpoint import Checkpoint, resolve_model
+        from quantflow.paths import write_text
         from quantflow.pipeline.plan import make_plan
         from quantflow.pipeline.starter import starter
         from quantflow.recipe import load_recipe
@@ -56,14 +57,14 @@ def init(
             raise OutputError(Problem(str(place), there, "a new file", "" if place.is_dir() else "--force replaces it; --output FILE"))
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / place.name
-            draft.write_text(found.text, encoding="utf-8")
+            write_text(draft, found.text)
             try:
                 # What cannot be is said before it is written: all that `plan` will say, once there is more than a config.
                 make_plan(load_recipe(draft), config_only=path.is_dir() and not any(path.glob("*.safetensors")))
             except UserError as error:
                 raise UserError([replace(p, where=p.where.replace(f"{folder}/", "")) for p in error.problems]) from error
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(found.text, encoding="utf-8")
+        write_text(place, found.text)
         if as_json:
             print(json.dumps({"recipe": str(place), "name": found.name}))
             return

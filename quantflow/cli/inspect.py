@@ -11,6 +11,7 @@ import typer
 
 from quantflow.cli.console import console, facts, left_out_lines, reporting
 from quantflow.cli.options import Debug, Json
+from quantflow.paths import absent
 
 
 def inspect(
@@ -29,7 +30,7 @@ def inspect(
         if directory.is_file():
             directory = resolve_model(str(directory))  # which says what it should be
         if not directory.is_dir() and not gguf_file(directory):
-            raise ModelError(Problem(str(directory), "no such directory", "a model directory, an artifact or a .gguf file"))
+            raise ModelError(Problem(str(directory), absent(directory, "directory"), "a model directory, an artifact or a .gguf file"))
         summary = describe(directory)
         if as_json:
             print(json.dumps(summary, indent=2))

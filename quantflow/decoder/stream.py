@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantflow.errors import ModelError, Problem
+from quantflow.paths import naming
 
 
 class Stream:
@@ -28,7 +29,7 @@ class Stream:
             self._held = torch.empty(shape, dtype=dtype, device=device)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab") as file:
+            with naming(path), open(path, "ab") as file:
                 file.truncate(self.nbytes)
 
     @property
@@ -60,7 +61,7 @@ class Stream:
             self._held[start : start + len(value)] = value
             return
         assert self.path is not None
-        with open(self.path, "r+b", buffering=0) as file:
+        with naming(self.path), open(self.path, "r+b", buffering=0) as file:
             file.seek(start * value[0].nbytes)
             _write_all(file, _bytes(value))
 
@@ -68,7 +69,7 @@ class Stream:
         """Writes the stream to `path`, atomically; returns the checksum that `load` wants."""
         temporary = path.with_name(f".{path.name}.tmp")
         checksum = 0
-        with open(temporary, "wb", buffering=0) as file:
+        with naming(path), open(temporary, "wb", buffering=0) as file:
             for start, stop in self.spans(batch):
                 data = _bytes(self.read(start, stop))
                 checksum = zlib.crc32(data, checksum)

@@ -24,6 +24,7 @@ from quantflow.models.segments import LinearSpec, Segment, segments
 from quantflow.models.sharding import shard_shape
 from quantflow.models.spelling import settled
 from quantflow.models.tensor_file import same_tensor
+from quantflow.paths import absent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def resolve_model(model: str) -> Path:
         hint = f"Give the directory that it is in: {path.parent}" if inside else ""
         raise ModelError(Problem(model, "a file", "a model directory, or a .gguf file", hint))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise ModelError(Problem(model, "no such directory", "a model directory or a hub id such as internlm/internlm-chat-7b"))
+        raise ModelError(Problem(model, absent(path, "directory"), "a model directory or a hub id such as internlm/internlm-chat-7b"))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

@@ -11,11 +11,13 @@ import math
 import os
 import stat
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from quantflow.errors import ModelError, Problem
+from quantflow.paths import naming
 from quantflow.placeholder import placeholder_at
 
 if TYPE_CHECKING:
@@ -232,8 +234,9 @@ class AnnouncedWriter:
         self._specs = dict(specs)
         self._missing = set(specs)
         self._file = open(path, "wb")  # noqa: SIM115 - closed by `close`
-        self._file.write(head)
-        self._file.truncate(size)
+        with naming(path):
+            self._file.write(head)
+            self._file.truncate(size)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes the tensor; it must have the dtype and shape that were announced."""
@@ -253,11 +256,12 @@ class AnnouncedWriter:
         import torch
 
         if tensor.numel():
-            self._file.seek(self._offsets[name])
-            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            with naming(self.path):
+                self._file.seek(self._offsets[name])
+                self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        with self._file:
+        with naming(self.path), self._file:
             if self._missing:
                 raise ValueError(f"{self.path}: never written: {', '.join(sorted(self._missing)[:5])}")
             self._file.flush()
@@ -270,7 +274,8 @@ class AnnouncedWriter:
         if kind is None:
             self.close()
         else:
-            self._file.close()
+            with suppress(OSError):  # of what was not written yet: that of the block counts
+                self._file.close()
 
 
 class TensorWriter(AnnouncedWriter):

@@ -26,6 +26,7 @@ from quantflow.models.dialogue import OF_FAMILY, ChatTemplate, Dialogue
 from quantflow.models.directory import read_file, read_json
 from quantflow.models.gguf_file import read_metadata
 from quantflow.models.sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel, read_sentencepiece
+from quantflow.paths import naming, write_text
 from quantflow.placeholder import placeholder_at
 
 Json = dict[str, Any]
@@ -163,14 +164,16 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
     target.mkdir(parents=True, exist_ok=True)
     written = []
     if loaded.made:
-        (target / "tokenizer.json").write_text(loaded.tokenizer.to_str(pretty=True), encoding="utf-8")
+        write_text(target / "tokenizer.json", loaded.tokenizer.to_str(pretty=True))
         written.append("tokenizer.json")
     for name in ("tokenizer.json", "tokenizer.model"):
         if (source / name).is_file():
-            (target / name).write_bytes(read_file(source / name))
+            with naming(target / name):
+                (target / name).write_bytes(read_file(source / name))
             written.append(name)
     if set(templates) == {"default"}:
-        (target / "chat_template.jinja").write_bytes(templates["default"].encode())
+        with naming(target / "chat_template.jinja"):
+            (target / "chat_template.jinja").write_bytes(templates["default"].encode())
         written.append("chat_template.jinja")
     for name, content in {
         "tokenizer_config.json": tokenizer_config,
@@ -179,7 +182,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
         "added_tokens.json": added_tokens,
     }.items():
         if content:
-            (target / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_text(target / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
             written.append(name)
     return sorted(written)
 

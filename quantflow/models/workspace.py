@@ -34,6 +34,7 @@ from quantflow.models.workspace_layout import (
     stored_outer,
     stored_tensors,
 )
+from quantflow.paths import naming
 from quantflow.placeholder import placeholder_at
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ class WorkspaceWriter:
     def _write_file(self, name: str, tensor: Tensor) -> None:
         import torch
 
-        with open(self._weights / name, "wb") as file:
+        with naming(self._weights / name), open(self._weights / name, "wb") as file:
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
@@ -213,7 +214,7 @@ class WorkspaceWriter:
             raise ValueError(f"{self.folder}: never written: {', '.join(sorted(self._missing)[:5])}")
         parser = configparser.ConfigParser(interpolation=None)
         parser["llama"] = self._ini
-        with open(self._weights / CONFIG, "w", encoding="utf-8") as file:
+        with naming(self._weights / CONFIG), open(self._weights / CONFIG, "w", encoding="utf-8") as file:
             parser.write(file)
             file.flush()
             os.fsync(file.fileno())

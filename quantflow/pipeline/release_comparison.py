@@ -10,6 +10,7 @@ from typing import Any
 
 from quantflow.errors import Problem, UserError
 from quantflow.models.directory import read_json
+from quantflow.paths import absent
 from quantflow.units import ROUNDING, is_number
 
 INDEX_FILE = "release.json"
@@ -44,7 +45,7 @@ def read_release(place: Path) -> dict[str, Any]:
     """The release.json at `place`, or in that folder. Raises UserError."""
     path = place / INDEX_FILE if place.is_dir() else place
     if not path.is_file():
-        raise UserError(Problem(str(path), "no such file", f"a former release's folder, or its {INDEX_FILE}"))
+        raise UserError(Problem(str(path), absent(path, "file"), f"a former release's folder, or its {INDEX_FILE}"))
     index = read_json(path)
     entries = index.get("artifacts")
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("numbers"), dict) for e in entries.values()):

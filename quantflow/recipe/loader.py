@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from quantflow import bundled
 from quantflow.errors import Problem, RecipeError
+from quantflow.paths import absent
 from quantflow.placeholder import HEAD_BYTES, no_file, placeholder
 from quantflow.recipe.schema import DATA_NAMES, STAGE_TYPES, Calibration, Override, Recipe, Weights, stage_name, stage_settings
 from quantflow.recipe.writer import name_of
@@ -84,7 +85,7 @@ def _read(path: Path) -> str:
             hint = _did_you_mean(path.name, near)
             if not hint and path.parent in (Path(), Path("recipes")):
                 hint = _did_you_mean(path.stem, bundled.recipes()) or f"Bundled: {_listing(bundled.recipes())}"
-            raise RecipeError(Problem(where, "there is no such file", "a recipe, one YAML file", hint))
+            raise RecipeError(Problem(where, absent(path, "file").replace("no such", "there is no such"), "a recipe, one YAML file", hint))
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -648,7 +649,7 @@ def _locate_data(source: _Source, path: _Path, section: dict[Any, Any], recipe: 
     if isinstance(file, str) and file:
         place, found = (*path, "file"), _locate(file, recipe)
         if found is None or not found.is_file():
-            what, way_out = ("there is no such file", "") if found is None else no_file(found)
+            what, way_out = (absent(Path(file), "file").replace("no such", "there is no such"), "") if found is None else no_file(found)
             what = what if found is None else f"it is {what}"
             yield Problem(source.place(place), f"`{_dotted(place)}` is {_shown(file)}: {what}", "a text or JSON-lines file", way_out)
         else:

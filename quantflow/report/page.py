@@ -15,6 +15,7 @@ from quantflow.artifacts.store import write_atomic
 from quantflow.errors import ModelError, OutputError, Problem
 from quantflow.evaluate.variants import VARIANTS, deployed
 from quantflow.models.directory import read_json
+from quantflow.paths import absent
 from quantflow.report.pictures import largest, pictures
 from quantflow.units import size
 
@@ -28,7 +29,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """The report of an artifact. Raises ModelError where there is none, or one of an older QuantFlow."""
     place = folder / REPORT
     if not place.is_file():
-        found = "no report.json" if folder.is_dir() else "no such directory"
+        found = "no report.json" if folder.is_dir() else absent(folder, "directory")
         raise ModelError(Problem(str(folder), found, "an artifact of `quantflow run`"))
     report = read_json(place)
     needed = {

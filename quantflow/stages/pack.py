@@ -28,6 +28,7 @@ from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, dtype_name, t
 from quantflow.models.tokenizer import export_tokenizer
 from quantflow.models.weight_files import INDEX
 from quantflow.models.workspace import TOKENIZER, WorkspaceWriter
+from quantflow.paths import write_text
 from quantflow.quant.grid import AnyTensor, Scheme
 from quantflow.stages.pack_job import PackJob, quantization_config
 
@@ -64,7 +65,7 @@ def _write_directory(folder: Path, job: PackJob, results: Results, step: Step) -
     # Always with an index: statistics and KV parameters may lie beside the weights, and readers without one take every file.
     weight_map = {n: f for f, shard in zip(names, shards, strict=True) for piece in shard for n in piece.specs}
     index = {"metadata": {"total_size": sum(piece.nbytes for piece in pieces)}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     _write_configs(folder, job)
     export_tokenizer(job.checkpoint.tokenizer_path, folder)
     return errors
@@ -270,6 +271,4 @@ def _write_configs(folder: Path, job: PackJob) -> None:
         config["torch_dtype"] = job.format.dtype
     write = {"config.json": config, **job.format.extra_files(quantization)}
     for name, value in write.items():
-        (folder / name).write_text(
-            json.dumps(value, indent=2, ensure_ascii=False, sort_keys=name == "config.json") + "\n", encoding="utf-8"
-        )
+        write_text(folder / name, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=name == "config.json") + "\n")
