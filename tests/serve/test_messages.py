@@ -208,6 +208,12 @@ def test_a_tool_is_called(locked: Running, choice: Any) -> None:
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
 
 
+def test_strict_tools_where_the_model_may_choose(locked: Running) -> None:
+    body: Any = {"tools": [{**WEATHER, "strict": True}], "tool_choice": {"type": "auto"}, "temperature": 0}
+    found = post(locked, **body)
+    assert found.status == 200 and found.json["stop_reason"] in ("max_tokens", "end_turn", "tool_use")
+
+
 def test_an_answer_of_a_schema(locked: Running) -> None:
     format = {"type": "json_schema", "schema": WEATHER["input_schema"]}
     found = post(locked, max_tokens=100, output_config={"format": format, "effort": "low"}).json
@@ -242,7 +248,7 @@ def test_what_claude_code_sends(locked: Running) -> None:
         system=[text("x-anthropic-billing-header: cc_version=2.1"), text("You are an agent."), text("\nBe brief.")],
         messages=[user(text("<system-reminder>today</system-reminder>"), text("What is a table?")),
                   assistant(text("Let me see."), {**USED, **CACHED}), user({**RESULT, **CACHED})],
-        tools=[{**WEATHER, **CACHED}, {**WEATHER, "name": "mcp__city__climate", "eager_input_streaming": True}],
+        tools=[{**WEATHER, **CACHED}, {**WEATHER, "name": "mcp__city__" + "x" * 100, "eager_input_streaming": True}],
         tool_choice={"type": "auto"}, metadata={"user_id": '{"device": "x"}'}, thinking={"type": "adaptive"}, service_tier="auto",
         context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}, output_config={"effort": "high"},
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from quantflow.serve import fields
 from quantflow.serve.fields import ANY, LABEL, REFUSED, SWITCH, Foreign, only
-from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Function, Incoming, Name, Outgoing, Probability, StopStrings
+from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Incoming, Name, Outgoing, Probability, StopStrings, ToolName
 
 # Anthropic's own parameters that are not read, and the values of each that change nothing.
 REQUEST: dict[str, Foreign] = {
@@ -134,7 +134,7 @@ class Tool(ToolFields):
     """A tool of the client's."""
 
     type: Literal["custom"] | None = None
-    name: Annotated[str, Field(pattern=Function.model_fields["name"].metadata[0].pattern)]
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
