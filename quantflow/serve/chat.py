@@ -16,7 +16,7 @@ from quantflow.serve.sampling import chat_logprobs, sampling_params, stream_usag
 from quantflow.serve.service import Service
 from quantflow.serve.template import template_variables
 from quantflow.serve.tool_use import choice_of, tool_use
-from quantflow.serve.tools import Call, Reading, ToolFormat
+from quantflow.serve.tools import Call, Reading, ToolFormat, apart
 
 
 class ChatShape(Shape):
@@ -37,7 +37,7 @@ class ChatShape(Shape):
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
         ended, stop = tokens[-1].finish, tokens[-1].stop
-        shown, calls = self._reading[text].add("".join(token.text for token in tokens), last=ended is not None)
+        shown, calls = apart(self._reading[text].add("".join(token.text for token in tokens), last=ended is not None))
         scored = [token.logprob for token in tokens if token.logprob] if self._logprobs else []
         if shown or scored:
             yield self._chunk(text, {"content": shown}, chat_logprobs(self._service.text, scored) if self._logprobs else None)
@@ -55,7 +55,7 @@ class ChatShape(Shape):
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
         choices = []
         for completion in outputs[0].completions:
-            shown, calls = self._reading[completion.index].add(completion.text, last=True)
+            shown, calls = apart(self._reading[completion.index].add(completion.text, last=True))
             message: Object = {"role": "assistant", "content": shown if shown or not calls else None, "refusal": None}
             if calls:
                 message["tool_calls"] = [_called(call) for call in calls]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -51,6 +51,9 @@ class Call:
     arguments: str
 
 
+Part = str | Call  # of an answer: text that is shown, or a call
+
+
 def tool_format(template: ChatTemplate | None) -> ToolFormat | None:
     """The format that a chat template speaks of; None where it knows no tools."""
     text = template.tool_use if template else None
@@ -70,15 +73,15 @@ class ToolReader:
         self._any = False  # call so far
         self._said = False  # anything else
 
-    def add(self, text: str) -> tuple[str, list[Call]]:
-        """What can be shown by now, and the calls that are complete."""
+    def add(self, text: str) -> list[Part]:
+        """What can be shown by now and the calls that are complete, in their order."""
         self._held += text
-        shown, calls = "", list[Call]()
+        parts = list[Part]()
         while not self._bare:
             if not self._inside:
                 before, begin, after = self._held.partition(self.format.begin)
                 keep = 0 if begin else _may_begin(before, self.format.begin)
-                shown += self._between(before[: len(before) - keep])
+                parts.append(self._between(before[: len(before) - keep]))
                 self._held, self._inside = after if begin else before[len(before) - keep :], bool(begin)
                 if not begin:
                     break
@@ -86,19 +89,19 @@ class ToolReader:
             if not end:
                 break
             found = self._calls(inner)
-            calls, shown = calls + found, shown + ("" if found else self.format.begin + inner + end)
+            parts += found or [self.format.begin + inner + end]
             self._held, self._inside, self._any = after, False, self._any or bool(found)
-        self._said |= bool(shown.strip())
-        return shown, calls
+        self._said |= any(isinstance(part, str) and part.strip() for part in parts)
+        return parts
 
-    def finish(self) -> tuple[str, list[Call]]:
+    def finish(self) -> list[Part]:
         """What is left once the text is complete."""
         calls = self._calls(self._held) if self._inside or self._bare else []
         if not self._inside and not {call.name for call in calls} <= self.format.functions:
             calls = []  # an object that happens to have a name
-        shown = "" if calls else self.format.begin + self._held if self._inside else self._between(self._held)
+        shown = self.format.begin + self._held if self._inside else self._between(self._held)
         self._held = ""
-        return shown, calls
+        return [*calls] or [shown]
 
     @property
     def _bare(self) -> bool:
@@ -132,18 +135,27 @@ class Reading:
         self.calls = 0
         self._reader, self._most = ToolReader(format) if format else None, most
 
-    def add(self, text: str, *, last: bool) -> tuple[str, list[Call]]:
-        """What of it can be shown by now, and the calls that are complete. last: nothing follows."""
+    def add(self, text: str, *, last: bool) -> list[Part]:
+        """What of it can be shown by now and the calls that are complete, in their order. last: nothing follows."""
         if self._reader is None:
-            return text, []
-        shown, calls = self._reader.add(text)
-        if last:
-            rest, others = self._reader.finish()
-            shown, calls = shown + rest, calls + others
-        if self._most is not None:
-            calls = calls[: self._most - self.calls]
-        self.calls += len(calls)
-        return shown, calls
+            return [text] if text else []
+        found = list[Part]()
+        for part in self._reader.add(text) + (self._reader.finish() if last else []):
+            if isinstance(part, Call):
+                if self._most is None or self.calls < self._most:
+                    self.calls += 1
+                    found.append(part)
+            elif part and found and isinstance(found[-1], str):
+                found[-1] += part
+            elif part:
+                found.append(part)
+        return found
+
+
+def apart(parts: Iterable[Part]) -> tuple[str, list[Call]]:
+    """The text and the calls, for an API that has a place for each."""
+    parts = list(parts)
+    return "".join(part for part in parts if isinstance(part, str)), [part for part in parts if isinstance(part, Call)]
 
 
 def _may_begin(text: str, word: str) -> int:

@@ -16,7 +16,7 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import Tokenizer
 
 from quantflow.models.dialogue import ChatTemplate
-from quantflow.serve.tools import FORMATS, Call, Callee, Opening, ToolFormat, ToolReader, lark, tool_format
+from quantflow.serve.tools import FORMATS, Call, Callee, Opening, Reading, ToolFormat, ToolReader, apart, lark, tool_format
 from tests.helpers.serving import DEMO, Running, serving
 
 HERMES, MISTRAL, LLAMA3 = (replace(format, functions=frozenset({"f"})) for format in FORMATS)
@@ -54,12 +54,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def read(format: Any, *pieces: str) -> tuple[str, list[Call]]:
     reader = ToolReader(format)
-    shown, calls = "", []
-    for piece in pieces:
-        more, found = reader.add(piece)
-        shown, calls = shown + more, calls + found
-    more, found = reader.finish()
-    return shown + more, calls + found
+    return apart([part for piece in pieces for part in reader.add(piece)] + reader.finish())
 
 
 CALL = '{"name": "f", "arguments": {"x": [1, "}"]}}'
@@ -98,12 +93,27 @@ def test_calls_are_read_however_the_text_is_cut(format: Any, text: str, shown: s
 
 def test_what_is_no_call_is_shown_as_soon_as_that_is_sure() -> None:
     reader = ToolReader(HERMES)
-    assert [reader.add(piece)[0] for piece in ("a <to", "ol", " b")] == ["a ", "", "<tool b"]
+    assert [apart(reader.add(piece))[0] for piece in ("a <to", "ol", " b")] == ["a ", "", "<tool b"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_text_and_calls_keep_their_order(size: int) -> None:
+    """However it comes; in pieces, the texts between two calls are in pieces, too."""
+    text = f"a <tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call> b<tool_call>{CALL}</tool_call> c"
+    for most, expected in ((None, ["a ", F, F, " b", F, " c"]), (1, ["a ", F, " b c"])):
+        reading, found = Reading(HERMES, most), list[Any]()
+        for at in range(0, len(text), size):
+            for part in reading.add(text[at : at + size], last=at + size >= len(text)):
+                if isinstance(part, str) and found and isinstance(found[-1], str):
+                    found[-1] += part
+                else:
+                    found.append(part)
+        assert found == expected and reading.calls == sum(isinstance(part, Call) for part in expected)
 
 
 def test_a_brace_in_the_middle_holds_nothing_back() -> None:
     reader = ToolReader(LLAMA3)
-    assert "".join(reader.add(piece)[0] for piece in ("Use ", "{", "x} then more")) == "Use {x} then more"
+    assert "".join(apart(reader.add(piece))[0] for piece in ("Use ", "{", "x} then more")) == "Use {x} then more"
 
 
 def test_definitions_of_two_functions_do_not_mix(running: Running) -> None:

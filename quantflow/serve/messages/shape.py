@@ -38,18 +38,8 @@ class MessageShape(Shape):
             yield {"type": "message_start", "message": {**self._head, "content": [], **_stopped(None), "usage": usage}}
             yield {"type": "ping"}
         last = tokens[-1]
-        shown, calls = self._reading.add("".join(token.text for token in tokens), last=last.finish is not None)
-        if shown:
-            if not self._open:
-                yield self._block({"type": "text", "text": ""})
-            self._open = True
-            yield self._delta({"type": "text_delta", "text": shown})
-        for call in calls:
-            yield from self._close()
-            used = _used(call)
-            yield self._block({**used, "input": {}})
-            yield self._delta({"type": "input_json_delta", "partial_json": encode(used["input"]).decode()})
-            yield {"type": "content_block_stop", "index": self._blocks - 1}
+        for part in self._reading.add("".join(token.text for token in tokens), last=last.finish is not None):
+            yield from self._said(part) if isinstance(part, str) else self._call(part)
         if last.finish is not None:
             self._ended = self._stop(last.finish, last.stop)
 
@@ -66,10 +56,22 @@ class MessageShape(Shape):
 
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
         made = outputs[0].completions[0]
-        shown, calls = self._reading.add(made.text, last=True)
-        content = [{"type": "text", "text": shown, "citations": None}] if shown or not calls else []
-        content += [_used(call) for call in calls]
+        parts = self._reading.add(made.text, last=True) or [""]
+        content = [_used(p) if isinstance(p, Call) else {"type": "text", "text": p, "citations": None} for p in parts]
         return {**self._head, "content": content, **self._stop(made.finish, made.stop), "usage": _usage(usage)}
+
+    def _said(self, text: str) -> Iterator[Object]:
+        if not self._open:
+            yield self._block({"type": "text", "text": ""})
+        self._open = True
+        yield self._delta({"type": "text_delta", "text": text})
+
+    def _call(self, call: Call) -> Iterator[Object]:
+        yield from self._close()
+        used = _used(call)
+        yield self._block({**used, "input": {}})
+        yield self._delta({"type": "input_json_delta", "partial_json": encode(used["input"]).decode()})
+        yield {"type": "content_block_stop", "index": self._blocks - 1}
 
     def _block(self, block: Object) -> Object:
         self._blocks += 1

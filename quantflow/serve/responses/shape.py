@@ -51,16 +51,11 @@ class ResponsesShape(Shape):
 
     def _said(self, text: str, scored: Sequence[Logprob], finish: Finish | None) -> Iterator[Object]:
         """Events of what was generated since the last time. finish: why nothing follows."""
-        shown, calls = self._reading.add(text, last=finish is not None)
-        nothing = finish is not None and not calls and not self._output
-        if shown or (scored and self._logprobs) or nothing:
-            if not self._grows:
-                yield from self._begin_message()
-            yield from self._grow(shown, scored)
-        if calls and self._grows:
-            yield from self._end_message("completed")
-        for call in calls:
-            yield from self._call(call)
+        parts = self._reading.add(text, last=finish is not None)
+        if not parts and ((scored and self._logprobs) or (finish is not None and not self._output)):
+            parts = [""]
+        for part in parts:
+            yield from self._call(part) if isinstance(part, Call) else self._grow(part, scored)
         if finish is not None:
             self._status = "incomplete" if finish == Finish.length else "completed"
             if self._grows:
@@ -81,6 +76,9 @@ class ResponsesShape(Shape):
         yield self._event("response.content_part.added", **self._place, part={**part, "logprobs": []})
 
     def _grow(self, text: str, scored: Sequence[Logprob]) -> Iterator[Object]:
+        """scored: with tools there are none, so that they are all of this text."""
+        if not self._grows:
+            yield from self._begin_message()
         part = self._output[-1]["content"][0]
         logprobs = chat_logprobs(self._service.text, scored)["content"] if self._logprobs else []
         part["text"] += text
@@ -98,6 +96,8 @@ class ResponsesShape(Shape):
 
     def _call(self, call: Call) -> Iterator[Object]:
         """It is read whole, so that its arguments come in one piece."""
+        if self._grows:
+            yield from self._end_message("completed")
         item: Object = {"id": f"fc_{secrets.token_hex(24)}", "type": "function_call", "status": "completed"}
         item |= {"call_id": f"call_{secrets.token_hex(12)}", "name": call.name, "arguments": call.arguments}
         self._output.append(item)
