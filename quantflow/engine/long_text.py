@@ -27,6 +27,7 @@ MOST_SECONDS = 10.0  # of the processor, for one question
 WAIT_S = 60.0  # on a clock, where others keep the processor
 START_S = 30.0
 MOST_BYTES = 2 * 2**30  # of memory, beside the tokenizers
+MOST_KEPT = 2**20  # bytes of a question: after more, a process would keep hundreds of MiB that nobody needs
 MOST_ANSWER = 2**26  # bytes of an answer
 
 
@@ -79,6 +80,8 @@ class LongTexts:
                 how = f" (its process: {error})" if isinstance(error, ChildEnded) else ""
                 found = f"{what}, which take the tokenizer more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB{how}"
                 raise RequestError(Problem(where, found, "fewer at once")) from error
+            if len(line) > MOST_KEPT:
+                child.end()
         if answer.startswith(b"!"):
             raise RequestError(Problem(where, f"{what}: {json.loads(answer[1:])}", "fewer at once"))
         return answer

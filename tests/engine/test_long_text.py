@@ -46,6 +46,16 @@ def test_several_at_once_are_not_mixed_up() -> None:
             assert texts.decode(found.ids[0]).decode() == f'"{"x" * length}"'
 
 
+def test_a_process_ends_with_the_memory_of_a_large_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_text, "MOST_KEPT", 2000)
+    texts = LongTexts(Text(DEMO).tokenizer)
+    for letters, stays in ((1000, True), (3000, False), (1000, True)):
+        assert texts.encode(["x" * letters], special=False).counts
+        child = texts._idle.get()
+        texts._idle.put(child)
+        assert child.running == stays
+
+
 def hungry() -> Tokenizer:
     """Each letter becomes 18, and each space is looked for again and again."""
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
