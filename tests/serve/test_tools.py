@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
+import openai
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
 from quantflow.models.dialogue import ChatTemplate
@@ -159,7 +161,7 @@ def allowed(mode: str, *names: str) -> Any:
 
 def preferring(running: Running, *beginnings: str) -> dict[str, float]:
     """Biases that make a text begin with one of these where it can."""
-    return {str(running.service.encode(text)[-1]): 100.0 for text in beginnings}
+    return {str(running.service.text.encode(text)[-1]): 100.0 for text in beginnings}
 
 
 def ask(running: Running, **body: Any) -> Any:
@@ -224,7 +226,9 @@ def test_an_answer_is_a_call_or_follows_its_format(running: Running) -> None:
     for seed in range(6):
         bias = preferring(running, *(("{", '{"') if seed % 2 else ("<", "[")))
         tools = [strict(WEATHER, "weather")]
-        choice = ask(running, tools=tools, response_format=format, seed=seed, logit_bias=bias, parallel_tool_calls=False).json["choices"][0]
+        answer = ask(running, tools=tools, response_format=format, seed=seed, logit_bias=bias, parallel_tool_calls=False)
+        assert answer.status == 200, answer.body
+        choice = answer.json["choices"][0]
         calls = choice["message"].get("tool_calls")
         seen.add(bool(calls))
         if calls:
@@ -236,6 +240,26 @@ def test_an_answer_is_a_call_or_follows_its_format(running: Running) -> None:
     assert seen == {True, False} or running.service.tools == FORMATS[2]
     word = ask(running, guided_choice=["yes"], logit_bias=preferring(running, "y", "yes")).json["choices"][0]["message"]["content"]
     assert word == "yes"
+
+
+class Weather(BaseModel):
+    city: Annotated[str, Field(max_length=8)]
+    unit: Literal["C", "F"]
+
+
+def test_the_openai_clients_own_helpers(running: Running) -> None:
+    """It sends its functions as strict, and checks what comes back against the classes that they were made of."""
+    client = openai.OpenAI(base_url=f"{running.address}/v1", api_key="x", max_retries=0)
+    tool = openai.pydantic_function_tool(Weather)
+    assert tool["function"]["strict"] is True
+    given: Any = {"model": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200, "tools": [tool]}
+    named: Any = {"type": "function", "function": {"name": "Weather"}}
+    (call,) = client.chat.completions.parse(**given, tool_choice=named).choices[0].message.tool_calls or ()
+    assert isinstance(call.function.parsed_arguments, Weather)
+    with client.chat.completions.stream(**given, tool_choice="required", parallel_tool_calls=False) as stream:
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls or ()
+    assert isinstance(call.function.parsed_arguments, Weather)
+    assert client.chat.completions.create(**{**given, "max_tokens": 8}).choices[0].message.content
 
 
 def test_a_stream_of_a_call(running: Running) -> None:
