@@ -79,7 +79,7 @@ class Shape(Protocol):
 @dataclass(frozen=True)
 class Job:
     """submit: in place of the engine's own `submit`, for the one prompt there is. leave: called with what was generated, whole or not, once
-    it is over. grammar_from: the parameter that the grammar was made of."""
+    it is over. grammar_from: the parameter that the grammar was made of. priority: of two that wait the lower goes first."""
 
     prompts: list[list[int]]
     params: SamplingParams
@@ -88,6 +88,7 @@ class Job:
     submit: Callable[[Engine], Request] | None = None
     leave: Callable[[Output], None] = lambda output: None
     grammar_from: str = "response_format"
+    priority: int = 0
 
 
 class Begun(Enum):
@@ -171,7 +172,9 @@ class Answer(Response):
         self, job: Job, stack: AsyncExitStack, arrived: asyncio.Event | None = None
     ) -> tuple[list[Stream], list[Collector]]:  # fmt: skip
         """A stream and what gathers it for each prompt. arrived: set when one of them has tokens; None: nobody waits for single ones."""
-        streams = await self.service.open(job.prompts, job.params, whole=arrived is None, submit=job.submit, arrived=arrived)
+        streams = await self.service.open(
+            job.prompts, job.params, priority=job.priority, whole=arrived is None, submit=job.submit, arrived=arrived
+        )
         for stream in streams:
             stack.callback(stream.close)
         collectors = [Collector(stream.request) for stream in streams]

@@ -138,7 +138,7 @@ def _models(app: FastAPI, service: Service) -> None:
         for card in service.cards():
             if card.id == model:
                 return Json(model_info(card)) if asks_anthropic(request.scope) else card
-        raise Refused(404, f"model: {model[:100]!r} is not served here", param="model", code="model_not_found")
+        raise Refused(404, f"The model {model[:100]!r} does not exist", param="model", code="model_not_found")
 
 
 def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:

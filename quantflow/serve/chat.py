@@ -12,7 +12,7 @@ from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.grammars import called, constraint
 from quantflow.serve.protocol import ChatRequest
-from quantflow.serve.sampling import chat_logprobs, sampling_params, stream_usage
+from quantflow.serve.sampling import chat_logprobs, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
 from quantflow.serve.template import template_variables
 from quantflow.serve.tool_use import choice_of, tool_use
@@ -21,26 +21,31 @@ from quantflow.serve.tools import Call, Reading, ToolFormat, apart
 
 class ChatShape(Shape):
     """tools: how calls are read out of the text; None: they are not. most_calls: those after are dropped. usage: whether the last event
-    tells it. roles: whether every event says whose words they are, as LMDeploy's do, or the first alone."""
+    tells it. roles: whether every event says whose words they are, as LMDeploy's do, or the first alone. ids: the prompt's tokens, where
+    tokens are told. scores: how many alternatives are told of each token of the prompt; None: nothing of them."""
 
     def __init__(
-        self, service: Service, texts: int, *, tools: ToolFormat | None, most_calls: int | None, logprobs: bool, usage: bool, roles: bool
-    ) -> None:
+        self, service: Service, texts: int, *, tools: ToolFormat | None, most_calls: int | None, logprobs: bool, usage: bool, roles: bool,
+        ids: list[int] | None = None, scores: int | None = None,
+    ) -> None:  # fmt: skip
         self._role = {"role": "assistant"} if roles else {}
+        self._ids, self._scores = ids, scores
         self._service, self._texts, self._logprobs, self._with_usage = service, texts, logprobs, usage
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
         self._reading = [Reading(tools, most_calls) for _ in range(texts)]
 
     def start(self) -> Iterable[Object]:
         for index in range(self._texts):
-            yield self._chunk(index, {"role": "assistant", "content": ""})
+            chunk = self._chunk(index, {"role": "assistant", "content": ""})
+            yield chunk if index or self._ids is None else {**chunk, "prompt_token_ids": self._ids}
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
         ended, stop = tokens[-1].finish, tokens[-1].stop
         shown, calls = apart(self._reading[text].add("".join(token.text for token in tokens), last=ended is not None))
         scored = [token.logprob for token in tokens if token.logprob] if self._logprobs else []
-        if shown or scored:
-            yield self._chunk(text, {"content": shown}, chat_logprobs(self._service.text, scored) if self._logprobs else None)
+        ids = None if self._ids is None else [token.token for token in tokens if token.token is not None]
+        if shown or scored or ids:
+            yield self._chunk(text, {"content": shown}, chat_logprobs(self._service.text, scored) if self._logprobs else None, ids=ids)
         for number, call in enumerate(calls, self._reading[text].calls - len(calls)):
             yield self._chunk(text, {"tool_calls": [{"index": number, **_called(call)}]})
         if ended is not None:
@@ -53,7 +58,7 @@ class ChatShape(Shape):
             yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage.body}
 
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
-        choices = []
+        choices: list[Object] = []
         for completion in outputs[0].completions:
             shown, calls = apart(self._reading[completion.index].add(completion.text, last=True))
             message: Object = {"role": "assistant", "content": shown if shown or not calls else None, "refusal": None}
@@ -68,13 +73,24 @@ class ChatShape(Shape):
                     "stop_reason": completion.stop,
                 }
             )
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body}
+            if self._ids is not None:
+                choices[-1]["token_ids"] = list(completion.token_ids)
+        found: Object = {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body}
+        if self._ids is not None:
+            found["prompt_token_ids"] = self._ids
+        if self._scores is not None:
+            found["prompt_logprobs"] = prompt_logprobs(self._service.text, outputs[0].prompt_logprobs, self._scores)
+        return found
 
     def _finish(self, index: int, finish: Finish) -> str:
         return "tool_calls" if self._reading[index].calls and finish == Finish.stop else str(finish)
 
-    def _chunk(self, index: int, delta: Object, logprobs: Object | None = None, finish: str | None = None) -> Object:
-        choice = {"index": index, "delta": self._role | delta, "logprobs": logprobs, "finish_reason": finish}
+    def _chunk(
+        self, index: int, delta: Object, logprobs: Object | None = None, finish: str | None = None, ids: list[int] | None = None
+    ) -> Object:
+        choice: Object = {"index": index, "delta": self._role | delta, "logprobs": logprobs, "finish_reason": finish}
+        if ids is not None:
+            choice["token_ids"] = ids
         found = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
         return {**found, "usage": None} if self._with_usage else found
 
@@ -100,9 +116,10 @@ def chat_job(service: Service, body: ChatRequest, *, roles: bool = True) -> Job:
     asked = plan(service, body)
     shape = ChatShape(
         service, asked.params.n, tools=asked.tools, most_calls=asked.most_calls, logprobs=bool(body.logprobs),
-        usage=stream_usage(body.stream_options), roles=roles,
+        usage=stream_usage(body.stream_options), roles=roles, ids=asked.prompt if body.return_token_ids else None,
+        scores=body.prompt_logprobs,
     )  # fmt: skip
-    return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from)
+    return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from, priority=body.priority or 0)
 
 
 def plan(service: Service, body: ChatRequest) -> Plan:

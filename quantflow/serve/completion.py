@@ -13,7 +13,7 @@ from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.grammars import called, constraint
 from quantflow.serve.protocol import CompletionRequest
-from quantflow.serve.sampling import finite, most_tokens, sampling_params, stream_usage
+from quantflow.serve.sampling import finite, most_tokens, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -29,13 +29,16 @@ class Prompt:
 
 class TextShape(Shape):
     """echo: whether prompts stand before what follows them. per_prompt: texts that are shown of each. nothing: what was generated is not
-    shown, since no tokens were asked for."""
+    shown, since no tokens were asked for. ids: whether tokens are told. scores: how many alternatives are told of each token of a prompt;
+    None: nothing of them."""
 
     def __init__(
-        self, service: Service, prompts: list[Prompt], per_prompt: int, *, echo: bool, logprobs: int | None, usage: bool, nothing: bool
-    ) -> None:
+        self, service: Service, prompts: list[Prompt], per_prompt: int, *, echo: bool, logprobs: int | None, usage: bool, nothing: bool,
+        ids: bool, scores: int | None,
+    ) -> None:  # fmt: skip
         self._service, self._prompts, self._per_prompt = service, prompts, per_prompt
         self._echo, self._count, self._with_usage, self._nothing = echo, logprobs, usage, nothing
+        self._ids, self._scores = ids, scores
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": service.name
         }  # fmt: skip
@@ -55,8 +58,14 @@ class TextShape(Shape):
         self._scored[prompt] = tokens[0].prompt_logprobs or self._scored[prompt]  # they come with the first of its texts
         if self._echo and not self._begun[text]:
             letters, before = self._prompts[prompt].text + letters, self._scored[prompt]
+        ids = [] if self._nothing or not self._ids else [token.token for token in tokens if token.token is not None]
+        first: Object = {"prompt_token_ids": self._prompts[prompt].tokens} if self._ids and not self._begun[text] else {}
         self._begun[text] = True
-        yield self._event(self._choice(text, letters, before, scored, tokens[-1]))
+        if letters or before or ids or first or (scored and self._count is not None):
+            told = self._choice(text, letters, before, scored, None) | first
+            yield self._event(told | {"token_ids": ids} if self._ids else told)
+        if tokens[-1].finish:  # by itself, as OpenAI's and LMDeploy's
+            yield self._event({"index": text, "text": "", "logprobs": None, **_ended(tokens[-1])})
 
     def end(self, usage: Usage) -> Iterable[Object]:
         if self._with_usage:
@@ -70,7 +79,13 @@ class TextShape(Shape):
                 letters = (self._prompts[number].text if self._echo else "") + ("" if self._nothing else completion.text)
                 scored: Sequence[Logprob] = () if self._nothing else completion.logprobs
                 before = output.prompt_logprobs if self._echo else ()
-                choices.append(self._choice(number * self._per_prompt + index, letters, before, scored, completion))
+                choice = self._choice(number * self._per_prompt + index, letters, before, scored, completion)
+                if self._ids:
+                    choice["token_ids"] = [] if self._nothing else list(completion.token_ids)
+                    choice["prompt_token_ids"] = self._prompts[number].tokens
+                if self._scores is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs(self._service.text, output.prompt_logprobs, self._scores)
+                choices.append(choice)
         return {**self._head, "choices": choices, "usage": self._usage(usage)}
 
     def _usage(self, usage: Usage) -> Object:
@@ -81,12 +96,11 @@ class TextShape(Shape):
         return {**found, "usage": None} if self._with_usage else found
 
     def _choice(
-        self, index: int, letters: str, before: Sequence[Logprob | None], after: Sequence[Logprob], last: Token | Completion
+        self, index: int, letters: str, before: Sequence[Logprob | None], after: Sequence[Logprob], last: Completion | None
     ) -> Object:  # fmt: skip
-        """last: what says whether it has ended, and how."""
+        """last: what says how it has ended, if it has."""
         logprobs = None if self._count is None else self._logprobs(index, before, after)
-        finish = None if last.finish is None else str(last.finish)
-        return {"index": index, "text": letters, "logprobs": logprobs, "finish_reason": finish, "stop_reason": last.stop}
+        return {"index": index, "text": letters, "logprobs": logprobs, **_ended(last)}
 
     def _logprobs(self, index: int, before: Sequence[Logprob | None], after: Sequence[Logprob]) -> Object:
         """before: of the prompt, whose first token has none."""
@@ -102,9 +116,13 @@ class TextShape(Shape):
             found["text_offset"].append(self._lengths[index])
             found["tokens"].append(text.token_text(token))
             found["token_logprobs"].append(finite(score.logprob) if score else 0.0)
-            found["top_logprobs"].append({text.token_text(t): finite(p) for t, p in score.top} if score else {})
+            found["top_logprobs"].append({text.token_text(t): finite(p) for t, p in score.top[: self._count]} if score else {})
             self._lengths[index] += len(growing.add(token))  # of the text: its first word may lose a space, a letter take several tokens
         return found
+
+
+def _ended(last: Token | Completion | None) -> Object:
+    return {"finish_reason": str(last.finish) if last else None, "stop_reason": last.stop if last else None}
 
 
 def _quality(completion: Completion) -> float:
@@ -118,9 +136,9 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return [body.prompt]
 
 
-def _encoded(service: Service, given: Sequence[str | list[int]], *, echo: bool) -> list[Prompt]:
+def _encoded(service: Service, given: Sequence[str | list[int]], *, echo: bool, special: bool) -> list[Prompt]:
     """All texts at once, and the text of tokens that will be echoed: the engine refuses those that are too many."""
-    encoded = iter(service.encode([text for text in given if isinstance(text, str)]))
+    encoded = iter(service.encode([text for text in given if isinstance(text, str)], special=special))
     found = []
     for prompt in given:
         if isinstance(prompt, str):
@@ -147,9 +165,10 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     nothing = most == 0
     if nothing and not body.echo:
         raise Refused(400, "max_tokens: 0; expected at least 1, or echo: true", param="max_tokens", code="invalid_value")
-    prompts = _encoded(service, _prompts(body), echo=bool(body.echo))
+    prompts = _encoded(service, _prompts(body), echo=bool(body.echo), special=body.add_special_tokens is not False)
     # The engine scores a text of at least two tokens; where there is nothing to score, or several are asked for, a token goes unseen.
-    scores = nothing and made == 1 and body.logprobs is not None and all(len(prompt.tokens) > 1 for prompt in prompts)
+    asked = [n for n in (body.logprobs if body.echo else None, body.prompt_logprobs) if n is not None]
+    scores = nothing and made == 1 and bool(asked) and all(len(prompt.tokens) > 1 for prompt in prompts)
     wanted = constraint(body)
     with called(wanted.source):
         params = sampling_params(
@@ -157,9 +176,13 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
             n=made,
             max_tokens=(0 if scores else 1) if nothing else DEFAULT_TOKENS if most is None else most,
             logprobs=body.logprobs if body.logprobs is not None else 0 if made > shown else None,
-            prompt_logprobs=body.logprobs if body.echo else None,
+            prompt_logprobs=max(asked, default=None),
             grammar=wanted.grammar,
         )
     usage = stream_usage(body.stream_options)
-    shape = TextShape(service, prompts, shown, echo=bool(body.echo), logprobs=body.logprobs, usage=usage, nothing=nothing)
-    return Job([prompt.tokens for prompt in prompts], params, shape, bool(body.stream), grammar_from=wanted.source)
+    shape = TextShape(
+        service, prompts, shown, echo=bool(body.echo), logprobs=body.logprobs, usage=usage, nothing=nothing,
+        ids=bool(body.return_token_ids), scores=body.prompt_logprobs,
+    )  # fmt: skip
+    tokens = [prompt.tokens for prompt in prompts]
+    return Job(tokens, params, shape, bool(body.stream), grammar_from=wanted.source, priority=body.priority or 0)

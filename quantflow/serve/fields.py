@@ -94,6 +94,7 @@ REQUEST: dict[str, Foreign] = {
     "chat_template_kwargs": only({}),
     **_each("reasoning_effort enable_thinking", only("none", False)),
     "documents": only([]),
+    "add_special_tokens": only(False, hint="A chat template writes them"),
     "add_generation_prompt": only(True),
     "continue_final_message": only(False),
     **_each("media_io_kwargs mm_processor_kwargs", ANY),  # of images and the like, which are refused themselves

@@ -277,7 +277,10 @@ class StreamOptions(Incoming):
 class Sampling(RequestFields):
     """What /v1/chat/completions and /v1/completions share. min_tokens (LMDeploy calls it min_new_tokens), stop_token_ids, top_k, min_p,
     repetition_penalty, ignore_eos, skip_special_tokens and include_stop_str_in_output are not OpenAI's. Of max_tokens and
-    max_completion_tokens the smaller holds."""
+    max_completion_tokens the smaller holds.
+
+    do_sample: false is temperature 0. include_stop_str_in_output: what ended the text is its end. return_token_ids, prompt_logprobs: told
+    as vLLM tells them. priority: of two that wait the lower goes first; a request may step back behind others, and not before them."""
 
     model: Name | None = None
     frequency_penalty: Penalty | None = None
@@ -301,6 +304,10 @@ class Sampling(RequestFields):
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    do_sample: bool | None = None
+    return_token_ids: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    priority: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
 
 
 Variables = Annotated[dict[Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,63}$")], Any], Field(max_length=64)]
@@ -352,6 +359,7 @@ class CompletionRequest(Constrained, Sampling):
     prompt: Prompt
     best_of: Annotated[int, Field(ge=1, le=64)] | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
@@ -473,6 +481,18 @@ class ChatLogprobs(Outgoing):
     refusal: None = None
 
 
+class PromptLogprob(Outgoing):
+    """rank: 1 is the likeliest token."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# Of each token of a prompt, by the ids of it and of the likeliest; null of the first, which follows nothing.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class FunctionCall(Outgoing):
     name: str
     arguments: str
@@ -500,6 +520,7 @@ class ChatChoice(Outgoing):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: StopReason = None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(Outgoing):
@@ -509,6 +530,8 @@ class ChatCompletion(Outgoing):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ToolCallChunk(Outgoing):
@@ -530,6 +553,7 @@ class ChatChunkChoice(Outgoing):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: StopReason = None
+    token_ids: list[int] | None = None
 
 
 class ChatChunk(Outgoing):
@@ -539,6 +563,7 @@ class ChatChunk(Outgoing):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class TextLogprobs(Outgoing):
@@ -556,6 +581,9 @@ class TextChoice(Outgoing):
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: StopReason = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Outgoing):

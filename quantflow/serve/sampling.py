@@ -7,6 +7,7 @@ from typing import Any
 
 from quantflow.engine.request import LEAST_TEMPERATURE, Logprob, SamplingParams
 from quantflow.engine.text import Text
+from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import Sampling, StreamOptions
 
 Object = dict[str, Any]
@@ -19,11 +20,11 @@ def default(value: Any, otherwise: Any) -> Any:
 
 
 def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
-    """OpenAI's defaults where nothing is said. more: what has another name there. Raises RequestError."""
+    """OpenAI's defaults where nothing is said. more: what has another name there. Raises Refused, RequestError."""
     arguments: Object = {
         "max_tokens": most_tokens(body),
         "min_tokens": max(body.min_tokens or 0, body.min_new_tokens or 0),
-        "temperature": temperature(default(body.temperature, 1.0)),
+        "temperature": 0.0 if body.do_sample is False else temperature(default(body.temperature, 1.0)),
         "top_k": max(0, body.top_k or 0),  # -1 is off, too
         "top_p": max(default(body.top_p, 1.0), LEAST_TOP_P),
         "min_p": body.min_p or 0.0,
@@ -38,7 +39,10 @@ def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
         "ignore_eos": bool(body.ignore_eos),
         "skip_special_tokens": default(body.skip_special_tokens, True),
         "include_stop": bool(body.include_stop_str_in_output),
+        "prompt_logprobs": body.prompt_logprobs,
     }
+    if body.prompt_logprobs is not None and body.stream:
+        raise Refused(400, "prompt_logprobs: with stream; expected one of them", param="prompt_logprobs", code="unsupported_value")
     return SamplingParams(**{**arguments, **more})
 
 
@@ -66,6 +70,24 @@ def chat_logprobs(text: Text, scored: Sequence[Logprob]) -> Object:
         "content": [{**one(s.token, s.logprob), "top_logprobs": [one(t, p) for t, p in s.top]} for s in scored],
         "refusal": None,
     }
+
+
+def prompt_logprobs(text: Text, scores: Sequence[Logprob | None], count: int) -> list[Object | None]:
+    """As vLLM tells them: see `PromptLogprobs`. count: of the likeliest."""
+
+    def one(token: int, logprob: float, rank: int) -> Object:
+        return {str(token): {"logprob": finite(logprob), "rank": rank, "decoded_token": text.token_text(token)}}
+
+    found: list[Object | None] = []
+    for score in scores:
+        if score is None:
+            found.append(None)
+            continue
+        told = one(score.token, score.logprob, score.rank)
+        for rank, (token, logprob) in enumerate(score.top[:count], 1):
+            told |= one(token, logprob, rank)
+        found.append(told)
+    return found
 
 
 def finite(logprob: float) -> float:

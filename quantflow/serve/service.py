@@ -72,7 +72,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raises Refused for a name that the model does not have. Where none was given to the server, it answers to all."""
         if name is not None and self.config.names and name not in self.names:
-            message = f"model: {name[:80]!r} is not served here; expected one of {', '.join(map(repr, self.names))}"
+            message = f"The model {name[:80]!r} does not exist: expected one of {', '.join(map(repr, self.names))}"
             raise Refused(404, message, param="model", code="model_not_found")
 
     @property
@@ -107,14 +107,14 @@ class Service:
             self.inside -= sequences
 
     async def open(
-        self, prompts: Sequence[list[int]], params: SamplingParams, *, whole: bool, submit: Callable[[Engine], Request] | None = None,
-        arrived: asyncio.Event | None = None,
+        self, prompts: Sequence[list[int]], params: SamplingParams, *, whole: bool, priority: int = 0,
+        submit: Callable[[Engine], Request] | None = None, arrived: asyncio.Event | None = None,
     ) -> list[Stream]:  # fmt: skip
         """The requests, all submitted, or none of them, and listened to by the metrics. submit: in place of the engine's own, for the one
         prompt there is. arrived: see `Stream`. Raises RequestError, ResourceError."""
 
         def begin(engine: Engine) -> list[Request]:
-            return engine.submit_all(prompts, params) if submit is None else [submit(engine)]
+            return engine.submit_all(prompts, params, priority=priority) if submit is None else [submit(engine)]
 
         streams = await self.llm.open_by(begin, whole=whole, hear=partial(self._counting, time.monotonic()), arrived=arrived)
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
@@ -163,11 +163,12 @@ class Service:
         for pool in (self._texts, self._asides, self._larges, self._compilations):
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Tokens of prompts. Raises Refused for one that is too long, before it is tokenised where that is certain, and RequestError."""
+    def encode(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Tokens of prompts. special: see `Text.encode`. Raises Refused for one that is too long, before it is tokenised where that is
+        certain, and RequestError."""
         for prompt in prompts:
             self._check_letters("prompt", len(prompt))
-        return self._fitting(prompts, "prompt", special=True)
+        return self._fitting(prompts, "prompt", special=special)
 
     def dialogue(self, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""

@@ -21,7 +21,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 }
 CHAT, COMPLETIONS, _ = ROUTES
 
-# What each client sends by itself, as its source says (LMDeploy 0.17, vLLM 0.33, SGLang 0.5, llama.cpp's page, all of 2026): its defaults.
+# What each client sends by itself, as its source of 2026 says (LMDeploy 0.16, vLLM, SGLang 0.5, llama.cpp's page): its defaults.
 LMDEPLOY_CHAT = {
     "model": "m", "temperature": 0.0, "top_p": 1.0, "logprobs": False, "top_logprobs": 0, "n": 1, "max_completion_tokens": None,
     "stop": None, "stream": False, "presence_penalty": 0.0, "frequency_penalty": 0.0, "user": None, "repetition_penalty": 1.0,
@@ -82,7 +82,9 @@ def test_what_is_shared_stands_in_the_table_no_more() -> None:
 @pytest.mark.parametrize("path", ROUTES)
 def test_every_other_value_is_refused_by_name(server: Running, path: str) -> None:
     formats = set(Constrained.__annotations__)
-    own = {CHAT: {*formats, *Templated.__annotations__}, COMPLETIONS: {*formats, "best_of", "echo"}}.get(path, {"session_id"})
+    own = {CHAT: {*formats, *Templated.__annotations__}, COMPLETIONS: {*formats, "best_of", "echo", "add_special_tokens"}}.get(
+        path, {"session_id"}
+    )
     names = [name for name, field in REQUEST.items() if field is not ANY and name not in own]
     assert len(names) > 100
     for name in names:

@@ -176,7 +176,9 @@ def test_scoring_alone_generates_nothing(server: Running) -> None:
     assert answer["choices"][0]["logprobs"]["token_logprobs"] == plain["token_logprobs"][:count]
     assert answer["choices"][0]["finish_reason"] == "length"
     streamed = server.complete(prompt="The table is", echo=True, max_tokens=0, logprobs=0, stream=True).events
-    assert [event["choices"][0]["logprobs"]["token_logprobs"] for event in streamed] == [plain["token_logprobs"][:count]]
+    scored, ended = [event["choices"][0] for event in streamed]
+    assert scored["logprobs"]["token_logprobs"] == plain["token_logprobs"][:count]
+    assert ended == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}
     for body in ({"prompt": [5]}, {"prompt": "The table is", "n": 2}, {"prompt": "The table is", "logprobs": None}):
         answer = server.complete(**{"echo": True, "max_tokens": 0, "logprobs": 0, **body}).json
         assert answer["usage"]["completion_tokens"] == 0 and len(answer["choices"]) == body.get("n", 1)
