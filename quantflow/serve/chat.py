@@ -15,7 +15,7 @@ from quantflow.serve.protocol import ChatRequest
 from quantflow.serve.sampling import chat_logprobs, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
 from quantflow.serve.template import template_variables
-from quantflow.serve.tool_use import choice_of, tool_use
+from quantflow.serve.tool_use import ToolUse, choice_of, tool_use
 from quantflow.serve.tools import Call, Reading, ToolFormat, apart
 
 
@@ -127,15 +127,33 @@ def plan(service: Service, body: ChatRequest) -> Plan:
     service.check_model(body.model)
     if body.top_logprobs and not body.logprobs:
         raise Refused(400, "top_logprobs: without logprobs; expected logprobs: true", param="top_logprobs", code="invalid_value")
-    functions = [tool.function for tool in body.tools or ()]
-    use = tool_use(service, functions, choice_of(body.tool_choice), parallel=body.parallel_tool_calls is not False, answer=constraint(body))
+    use = _tool_use(service, body)
     wanted = use.constraint
     with called(wanted.source):
         params = sampling_params(body, grammar=wanted.grammar, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     if use.format:
         params = replace(params, skip_special_tokens=False)
-    extra = template_variables(body, body.messages)
-    if use.functions:
-        extra["tools"] = list(use.functions)
-    prompt = service.dialogue([m.model_dump(exclude_none=True) for m in body.messages], **extra)
+    prompt = service.dialogue(_messages(body), **_variables(body, use))
     return Plan(prompt, params, use.format, use.most_calls, wanted.source)
+
+
+def count(service: Service, body: ChatRequest) -> int:
+    """Tokens of the prompt, be they more than the context holds. Takes a while. Raises Refused, RequestError."""
+    service.check_model(body.model)
+    return service.dialogue_tokens([_messages(body)], **_variables(body, _tool_use(service, body))).counts[0]
+
+
+def _tool_use(service: Service, body: ChatRequest) -> ToolUse:
+    functions = [tool.function for tool in body.tools or ()]
+    parallel = body.parallel_tool_calls is not False
+    return tool_use(service, functions, choice_of(body.tool_choice), parallel=parallel, answer=constraint(body))
+
+
+def _messages(body: ChatRequest) -> list[Object]:
+    return [m.model_dump(exclude_none=True) for m in body.messages]
+
+
+def _variables(body: ChatRequest, use: ToolUse) -> Object:
+    """Of the chat template."""
+    found = template_variables(body, body.messages)
+    return {**found, "tools": list(use.functions)} if use.functions else found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from quantflow.serve.answer import Job
-from quantflow.serve.chat import Plan, plan
+from quantflow.serve.chat import Plan, count, plan
 from quantflow.serve.errors import renaming
 from quantflow.serve.messages.dialogue import RENAMED, as_chat
 from quantflow.serve.messages.protocol import CountRequest, MessagesRequest
@@ -26,9 +26,10 @@ def messages_job(service: Service, body: MessagesRequest, request_id: str) -> Jo
 
 def input_tokens(service: Service, body: CountRequest) -> int:
     """Takes a while: tokenises. Raises Refused, RequestError."""
-    return len(_plan(service, body).prompt)
+    with renaming(RENAMED):
+        return count(service, as_chat(body))
 
 
-def _plan(service: Service, body: CountRequest) -> Plan:
+def _plan(service: Service, body: MessagesRequest) -> Plan:
     with renaming(RENAMED):
         return plan(service, as_chat(body))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantflow.serve.answer import Job, Object
-from quantflow.serve.chat import Plan, plan
+from quantflow.serve.chat import Plan, count, plan
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.responses.dialogue import RENAMED, as_chat, wants_logprobs
 from quantflow.serve.responses.protocol import ResponsesRequest
@@ -24,7 +24,8 @@ def responses_job(service: Service, body: ResponsesRequest) -> Job:
 
 def input_tokens(service: Service, body: ResponsesRequest) -> int:
     """Takes a while: tokenises. Raises Refused, RequestError."""
-    return len(_plan(service, body).prompt)
+    with renaming(RENAMED):
+        return count(service, as_chat(body))
 
 
 def _plan(service: Service, body: ResponsesRequest) -> Plan:
