@@ -190,9 +190,15 @@ async def watched(port: int, pid: int, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def delay(pid: int) -> dict[str, float]:
+    """Seconds that the loop's thread has run, and those in which it was ready to and had no processor, which others had."""
+    run, waited, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
+    return {"ran_s": int(run) / 1e9, "waited_s": int(waited) / 1e9}
+
+
 async def settled(port: int) -> dict[str, float]:
-    """What is left, once it is nothing, or after half a minute."""
-    for _ in range(60):
+    """What is left, once it is nothing, or after a minute."""
+    for _ in range(120):
         said, load = await metrics(port), json.loads((await get(port, "/load")).rsplit(b"\r\n\r\n", 1)[1])
         names = ("sequences_running", "sequences_waiting", "kv_blocks_used")
         found = {
@@ -237,6 +243,7 @@ def measure(seconds: float) -> dict[str, Any]:
             left = asyncio.run(settled(port))
             time.sleep(6)  # for connections that are kept to end
             left["connections"] = connections(port)
+            loop = delay(process.pid)
             growth = resident(process.pid) - health["resident_warm"]
             alive = process.poll() is None
         finally:
@@ -244,8 +251,8 @@ def measure(seconds: float) -> dict[str, Any]:
             process.wait(60)
         lines = [line for line in (said.seek(0), said.read())[1].splitlines() if line]
     return {
-        "seconds": seconds, "health": health, "honest": told[1], "hostile": told[0], "left": left, "resident_growth": growth,
-        "resident_growth_allowed": MOST_GROWTH, "log_lines": len(lines), "exit_code": process.returncode,
+        "seconds": seconds, "health": health, "honest": told[1], "hostile": told[0], "left": left, "loop_thread": loop,
+        "resident_growth": growth, "resident_growth_allowed": MOST_GROWTH, "log_lines": len(lines), "exit_code": process.returncode,
         "passed": alive and health["p99_s"] < GOAL_S and health["statuses"].keys() == {"200"} and not told[1]["not_answered"]
         and told[1]["answered"] > 0 and not any(left.values()) and growth <= MOST_GROWTH and process.returncode == 0,
     }  # fmt: skip

@@ -26,6 +26,7 @@ HEALTH = ("/health", "/v1/health", "/ping")  # the last two: llama.cpp's and Sag
 OPEN = HEALTH  # beside the static pages
 READ_S = 30.0  # for a body to arrive
 MOST_HEADER_BYTES = 32768
+MOST_BODIES = 64  # of the largest kind, that are here at once
 CROWDED = "crowded"  # in the state of a request that came when too many others were being answered
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
@@ -48,6 +49,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, config: ServerConfig, static: Iterable[str], count: Callable[[str, int], None]) -> None:
         self.app, self.config, self._count = app, config, count
+        self._held = 0  # bytes of the bodies of requests that are here
         self._open = frozenset((*OPEN, *static))
         self._names = (*LOCAL_NAMES, config.host)
         self._keys = tuple(_digest(key) for key in config.keys)
@@ -79,7 +81,18 @@ class Guard:
         except Refused as error:
             await response(error, scope)(scope, receive, answer)
             return
-        await self.app(scope, _Body(receive, self.config.max_body).receive, answer)
+        body = _Body(receive, self.config.max_body, self._hold)
+        try:
+            await self.app(scope, body.receive, answer)
+        finally:
+            self._held -= body.held
+
+    def _hold(self, size: int) -> None:
+        """Counts what has come of a body. Raises Refused where all of them together are too much."""
+        if self._held + size > MOST_BODIES * self.config.max_body:
+            message = "too many large requests are here at once: try again"
+            raise Refused(503, message, code="too_many_bytes", headers={"retry-after": "1", "connection": "close"})
+        self._held += size
 
     def _check(self, scope: Scope, headers: Headers) -> str:
         """Who asks: "" where no key is needed. Raises Refused."""
@@ -123,10 +136,12 @@ class Guard:
 
 
 class _Body:
-    """A request's body as it arrives: not too much of it, and not too slowly."""
+    """A request's body as it arrives: not too much of it, and not too slowly. hold: told how much more there is. held: of which it took
+    so much."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
-        self._receive, self._most, self._size, self._whole = receive, most, 0, False
+    def __init__(self, receive: Receive, most: int, hold: Callable[[int], None]) -> None:
+        self._receive, self._most, self._hold, self._whole = receive, most, hold, False
+        self.held = 0
         self._until = asyncio.get_running_loop().time() + READ_S
 
     async def receive(self) -> Message:
@@ -137,10 +152,12 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             raise Refused(408, f"body: not there after {READ_S:g} s", code="timeout", headers={"connection": "close"}) from None
-        self._size += len(message.get("body", b""))
+        size = len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
-        if self._size > self._most:
+        if self.held + size > self._most:
             raise _too_large(self._most)
+        self._hold(size)
+        self.held += size
         return message
 
 

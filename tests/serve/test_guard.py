@@ -161,6 +161,26 @@ def test_bodies_whose_length_is_not_told(locked: Running) -> None:
         assert all_of(connection).startswith(b"HTTP/1.1 413 ")
 
 
+def test_bodies_that_are_too_much_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many connections send a part of one: memory is bounded."""
+    monkeypatch.setattr(guard, "MOST_BODIES", 2)
+    with serving(config=ServerConfig(port=0, max_body=10_000)) as running:
+        held = waiting(running, *[POST.replace(b"999", b"9999") + b" " * 9000] * 2)
+        answers = list[int]()
+
+        def refused() -> bool:
+            answers.append(running.complete(user="x" * 3000, max_tokens=1).status)
+            return answers[-1] == 503
+
+        assert until(refused)
+        answer = running.complete(user="x" * 3000, max_tokens=1)
+        assert (answer.error["code"], answer.headers["retry-after"]) == ("too_many_bytes", "1")
+        assert running.complete(max_tokens=1).status == 200 and running.get("/health").status == 200  # there is room for small ones
+        for connection in held:
+            connection.close()
+        assert until(lambda: running.complete(user="x" * 3000, max_tokens=1).status == 200)
+
+
 def all_of(connection: socket.socket) -> bytes:
     found = b""
     while part := connection.recv(65536):
