@@ -146,6 +146,31 @@ def quality(record: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def hostile(record: dict[str, Any] | None) -> list[str]:
+    """What honest clients and probes see beside hostile ones."""
+    if record is None:
+        return ["Hostile clients of every kind at once: not yet measured."]
+    health, honest, left, loop = record["health"], record["honest"], record["left"], record["loop_thread"]
+    place = f"{record['device']}, {record['threads']} threads, torch {record['torch']}, {record['date']}"
+    share = loop["waited_s"] / (loop["ran_s"] + loop["waited_s"])
+    busy = f"others used the machine, too: the loop's thread had no processor for {share:.0%} of the time in which it had work"
+    rows = [
+        ("`/health`", f"{health['asked']} answers; median {health['p50_s'] * 1000:.0f} ms, 99th percentile {health['p99_s']:.2f} s"),
+        ("honest requests", f"{honest['answered']} answered, {honest['not_answered']} not; median {honest['p50_s']:.1f} s"),
+        ("then", ", ".join(f"{int(left[k])} {k.replace('_', ' ').removeprefix('sequences ').removeprefix('kv ')}" for k in left)),
+        ("resident memory", f"{record['resident_growth'] / 2**20:+.0f} MiB after the first minute"),
+        ("lines in the log", f"{record['log_lines']}"),
+    ]
+    return [
+        f"{place}; `python benchmarks/serve_hostile.py`: {record['seconds']:.0f} s of 4 MB tokenised again and again, lists of 126"
+        f" prompts one of them bad, 32 clients that go away, 300 slow connections and malformed requests at once ({busy}).",
+        "",
+        _row("beside them", "result"),
+        _row("---", "---"),
+        *(_row(*row) for row in rows),
+    ]
+
+
 TABLES = {
     "quality_smollm2": quality,
     "engine_gpu": engine_gpu,
@@ -153,6 +178,7 @@ TABLES = {
     "kernels_cpu": cpu,
     "engine_cpu": engine,
     "serve_cpu": serve,
+    "serve_hostile_cpu": hostile,
 }
 
 

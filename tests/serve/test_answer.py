@@ -187,6 +187,7 @@ def test_an_api_whose_events_have_types(monkeypatch: pytest.MonkeyPatch, limit: 
     monkeypatch.setattr(ChatShape, "end", lambda self, usage: [{"type": "ended", "tokens": usage.completion}])
     monkeypatch.setattr(ChatShape, "failed", lambda self, error: [{"type": "failed", "code": error.code}])
     with serving(config=ServerConfig(port=0, request_timeout_s=limit)) as running:
+        running.service.text.warm()  # the template's process, which takes longer to start than the limit
         answer = running.chat(stream=True, max_tokens=900 if limit < 1 else 3, ignore_eos=True)
     events = [line.splitlines() for line in answer.body.decode().split("\n\n") if line]
     assert all(json.loads(data.removeprefix("data: "))["type"] == name.removeprefix("event: ") for name, data in events)
