@@ -70,12 +70,12 @@ def _check(names: Sequence[str], choice: Choice) -> None:
     """Raises Refused."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise Refused(400, f"tools: two are called {twice!r}; expected names of their own", param="tools", code="invalid_value")
+        raise Refused(400, f"tools: two are called {twice[:80]!r}; expected names of their own", param="tools", code="invalid_value")
     if not names and (choice.mode == "required" or choice.names is not None):
         raise Refused(400, "tool_choice: without tools; expected some", param="tool_choice", code="invalid_value")
     unknown = next((name for name in sorted(choice.names or ()) if name not in names), None)
     if unknown is not None:
-        message = f"tool_choice: {unknown!r} is none of the tools; expected one of {', '.join(names)}"
+        message = f"tool_choice: {unknown[:80]!r} is none of the tools; expected one of {', '.join(names)}"
         raise Refused(400, message, param="tool_choice", code="invalid_value")
 
 
