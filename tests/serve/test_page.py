@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -668,6 +668,42 @@ def test_a_phone_shows_all_of_it(browser: Any, open_server: Server) -> None:
         assert page.evaluate(OVERFLOW) == [] and page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+# What is cut (but for names, which end in three points), and buttons whose words are broken into lines.
+CUT = """() => [...document.querySelectorAll("button, a, kbd, h1, h2, summary, label, .brand")].filter((node) => {
+    if (!node.checkVisibility() || node.clientWidth < 2 || getComputedStyle(node).textOverflow === "ellipsis") return false;
+    const words = document.createRange();
+    words.selectNodeContents(node);
+    const boxes = [...words.getClientRects()].filter((box) => box.width > 1);
+    const broken = Math.max(...boxes.map((box) => box.top)) >= Math.min(...boxes.map((box) => box.bottom));
+    return node.scrollWidth > node.clientWidth + 1 || (node.matches("button:not(:has(svg))") && broken);
+}).map((node) => node.outerHTML.slice(0, 100))"""
+
+
+@pytest.mark.parametrize("locale", ["en-US", "zh-CN"])
+def test_no_width_cuts_anything(browser: Any, open_server: Server, locale: str) -> None:
+    with visit(browser, open_server.address, locale=locale, viewport={"width": 500, "height": 740}) as page:
+        answer_with(page, stream("x " * 100, "\n\n```\n" + "y" * 300 + "\n```\n"))
+        ask(page, QUESTION)
+        assert page.evaluate("document.activeElement.id") == "prompt", "there is no keyboard on the screen to cover anything"
+        answer_with(page, refusal("no " * 100, "queue_full"), 429)
+        ask(page, QUESTION)
+        page.wait_for_selector("#notice button")
+
+        def check(*opened: str) -> None:
+            for width in (320, 360, 500, 640, 768, 1101):
+                page.set_viewport_size({"width": width, "height": 740})
+                assert page.evaluate("document.documentElement.scrollWidth") == width
+                assert page.evaluate(OVERFLOW) == page.evaluate(CUT) == [], (width, opened)
+
+        check()
+        page.click("#settings-toggle")
+        check("settings")
+        page.goto(f"{open_server.address}/docs")
+        page.wait_for_selector(".operation")
+        page.evaluate("for (const node of document.querySelectorAll('details')) node.open = true")
+        check("docs")
+
+
 def background(page: Any) -> str:
     return page.evaluate("getComputedStyle(document.body).backgroundColor")
 
@@ -756,7 +792,7 @@ def test_the_documentation_lists_every_operation(page: Any, open_server: Server)
     chat = page.locator("#post-v1-chat-completions")
     rows = [row.split("\t") for row in chat.locator("tbody > tr:visible").all_inner_texts()]
     assert ["temperature", "number or null", "0 to 2", ""] in rows
-    assert rows[0] == ["messages", "array of Message or string", "1 to 4096 items", "yes"]
+    assert rows[0] == ["messages", "array of Message or string", "1 to 4096 items", "required"]
     idle = chat.locator("details", has_text="which change nothing").last
     idle.locator("summary").click()
     assert {"audio: null", "use_beam_search: false or null"} <= set(idle.locator("p").inner_text().split(", "))
@@ -789,9 +825,97 @@ def test_the_commands_of_the_documentation_work(page: Any, open_server: Server) 
 
 
 def test_the_documentation_asks_for_the_key(browser: Any, keyed_server: Server) -> None:
-    with visit(browser, f"{keyed_server.address}/docs") as page:
+    with visit(browser, f"{keyed_server.address}/docs", accept_downloads=True) as page:
+        page.wait_for_selector("dialog #key")
+        assert page.locator("dialog h2").evaluate("node => getComputedStyle(node).marginTop") == "0px"
+        assert "this page shows its API" in page.inner_text("dialog") and not page.is_visible("#document")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("dialog", state="detached")
+        page.wait_for_selector("#intro button:focus")
+        assert page.inner_text("#intro").split("\n") == [
+            "This server tells what it offers only to those who have a key. With one, this page shows its API.", "Enter a key"
+        ]  # fmt: skip
+        page.keyboard.press("Enter")
+        page.fill("dialog #key", "not-the-key-of-this-server")
+        page.press("dialog #key", "Enter")
+        page.wait_for_selector("dialog >> text=not one of this server")
         page.fill("dialog #key", KEY)
         page.press("dialog #key", "Enter")
         page.wait_for_selector(".operation")
         assert "Bearer $QUANTFLOW_API_KEY" in page.inner_text("#post-v1-chat-completions .code")
         assert KEY not in page.content() and KEY not in stored(page)
+        with page.expect_download() as download:
+            page.click("#document")
+        assert "/v1/models" in json.loads(download.value.path().read_text())["paths"]
+
+
+# The languages
+
+# What has Latin letters and no others, but for names, what a model or the server says, and what programs are told.
+LATIN = """(names) => {
+    const programs = /QuantFlow|openapi\\.json|demo_model|OpenAI|LMDeploy|Prometheus|Anthropic|curl|Esc/g;
+    const terms = /\\btokens?\\b|API|KV|JSON|Top [pk]|[MG]iB|ms|null|false|true|"[^"]*"|[a-z]+\\/[a-z-]+|[a-z]+_[a-z_]+/g;
+    const skipped = "code, pre, kbd, option, .method, #title, #sessions, [lang='en'], [lang=''], script";
+    const found = [];
+    const look = (node, text) => {
+        const known = text?.replace(programs, "").replace(terms, "") ?? "";
+        const rest = known.replace(/[A-Za-z]+/g, (word) => (names.includes(word) ? "" : word));
+        if (/[A-Za-z]{2}/.test(rest) && !/\\p{Script=Han}/u.test(text) && !node.closest(skipped)) found.push(text);
+    };
+    look(document.body, document.title.replace(/^.* – /, ""));
+    for (const node of document.querySelectorAll("body *")) {
+        for (const name of ["aria-label", "title", "placeholder"]) look(node, node.getAttribute(name));
+        for (const child of node.childNodes) if (child.nodeType === 3) look(node, child.data);
+    }
+    return found;
+}"""
+
+
+def latin(page: Any, names: Iterable[str] = ()) -> list[str]:
+    return page.evaluate(LATIN, list(names))
+
+
+def test_chinese(browser: Any, keyed_server: Server) -> None:
+    with visit(browser, keyed_server.address, locale="zh-CN") as page:
+        page.wait_for_selector("dialog >> text=服务器需要密钥")
+        assert page.get_attribute("html", "lang") == "zh-CN" and page.title() == "新对话 – QuantFlow" and latin(page) == []
+        page.fill("dialog #key", "not-the-key-of-this-server")
+        page.press("dialog #key", "Enter")
+        page.wait_for_selector("dialog >> text=密钥不对")
+        page.keyboard.press("Escape")
+        page.click("text=输入密钥")
+        page.fill("dialog #key", KEY)
+        page.press("dialog #key", "Enter")
+        page.wait_for_selector(".welcome >> text=上下文长度为 1024 个 token。")
+        page.click("#settings-toggle")
+        assert page.get_attribute("#top_k", "placeholder") == "全部" and latin(page) == []
+        answer_with(page, stream("An answer in `English`.", "\n\n```\ncode\n```"))
+        ask(page, "你好")
+        assert page.inner_text(".stats").startswith("2 个 token · ") and page.get_attribute(".answer .body", "lang") == ""
+        answer_with(page, refusal("the queue is full", "queue_full"), 429)
+        ask(page, "你好")
+        alert(page, "等待的请求太多")
+        answer_with(page, refusal("top_p: 5; expected less", "invalid_value", "top_p"), 400)
+        press(page, "重试")
+        alert(page, "参数 top_p 不被接受：top_p: 5; expected less")
+        page.click("[aria-label='删除“你好”']")
+        assert "删除后无法恢复“你好”。" in page.inner_text("dialog") and latin(page) == []
+        page.goto(f"{keyed_server.address}/docs")
+        page.fill("dialog #key", KEY)
+        page.press("dialog #key", "Enter")
+        page.wait_for_selector(".operation")
+        asked = urllib.request.Request(f"{keyed_server.address}/openapi.json", headers={"authorization": f"Bearer {KEY}"})
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            schemas = json.load(answer)["components"]["schemas"]
+        assert latin(page, {schema.get("title", name) for name, schema in schemas.items()}) == []
+        rows = [row.split("\t") for row in page.locator("#post-v1-chat-completions tbody > tr:visible").all_inner_texts()]
+        assert rows[0] == ["messages", "由 Message 组成的数组 或 字符串", "1 到 4096 项", "必填"]
+
+
+@pytest.mark.parametrize(("languages", "lang"), [(["fr", "zh-TW", "en"], "zh-CN"), (["fr-FR", "de"], "en"), ([], "en")])
+def test_the_first_language_that_the_page_speaks(browser: Any, open_server: Server, languages: list[str], lang: str) -> None:
+    given = f"Object.defineProperty(Navigator.prototype, 'languages', {{ get: () => {json.dumps(languages)} }});"
+    with visit(browser, open_server.address, given) as page:
+        page.wait_for_selector(".welcome >> text=1024")
+        assert page.get_attribute("html", "lang") == lang and page.faults == []
+        assert page.get_attribute("#send", "aria-label") == ("Send" if lang == "en" else "发送")

@@ -1,5 +1,7 @@
 // Requests to the server that this page came from. Addresses are relative, so that a proxy may serve it all under some prefix.
 
+import { say } from "./language.js";
+
 const HEALTH_MS = 5000;
 
 /** status: HTTP's, or 0 where the server could not be reached or an answer broke off. code, param: the server's, or null. */
@@ -53,7 +55,7 @@ async function reach(promise) {
     return await promise;
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The connection to the server was lost.");
+    throw new ApiError(say("The connection to the server was lost."));
   }
 }
 
@@ -63,7 +65,7 @@ async function errorOf(response) {
     const { error } = await response.json();
     return new ApiError(error.message, { status, code: error.code, param: error.param });
   } catch {
-    return new ApiError(`The server answered ${status} ${response.statusText}`.trim(), { status });
+    return new ApiError(say("The server answered {status}", { status: `${status} ${response.statusText}`.trim() }), { status });
   }
 }
 
@@ -108,7 +110,7 @@ export async function* chat(body, signal) {
     if (event.error) throw new ApiError(event.error.message, event.error);
     yield event;
   }
-  if (!whole) throw new ApiError("The connection ended before the answer did.");
+  if (!whole) throw new ApiError(say("The connection ended before the answer did."));
 }
 
 /** The data of server-sent events, whatever pieces they arrive in. */

@@ -4,22 +4,24 @@ import { chat, health, metrics, models, onKeyNeeded } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { askForKey, confirmed } from "./dialogs.js";
 import { byId, el } from "./dom.js";
+import { reason, say, translate } from "./language.js";
 import { SessionList } from "./session_list.js";
 import { Sessions, titleOf } from "./sessions.js";
 
 const POLL_MS = 2000;
 const SAMPLING = ["temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed"];
 const SERVER = {
-  unreachable: "The server cannot be reached. This page looks for it every two seconds.",
-  stopped: "The server’s engine has stopped: somebody has to start the server again.",
-  stalled: "The server makes no progress at the moment.",
-  draining: "The server is shutting down and takes no new questions.",
+  unreachable: say("The server cannot be reached. This page looks for it every two seconds."),
+  stopped: say("The server’s engine has stopped: somebody has to start the server again."),
+  stalled: say("The server makes no progress at the moment."),
+  draining: say("The server is shutting down and takes no new questions."),
 };
 const CURRENT = "quantflow.current"; // in the tab's own storage: which session it shows
 
 const [log, prompt, parameters] = ["log", "prompt", "parameters"].map(byId);
 const drawer = matchMedia("(max-width: 760px)"); // as in style.css: the sessions cover the page
 const overlay = matchMedia("(max-width: 1100px)"); // the settings do
+const touched = matchMedia("(hover: none)");
 
 const sessions = new Sessions(storage("localStorage"));
 const conversation = new Conversation(log, byId("jump"), { regenerate, edit, retry: answerLast });
@@ -87,7 +89,7 @@ function rename(id, title) {
 
 async function remove(id) {
   const { title } = sessions.get(id);
-  if (!(await confirmed("Delete this conversation?", `“${title}” cannot be brought back.`, "Delete"))) return;
+  if (!(await confirmed(say("Delete this conversation?"), say("“{title}” cannot be brought back.", { title }), say("Delete")))) return;
   runs.get(id)?.abort();
   failures.delete(id);
   sessions.remove(id);
@@ -160,7 +162,7 @@ async function answer(asked, replaced = null) {
   save(asked);
   conversation.follow();
   show();
-  announce("Answering.");
+  announce(say("Answering."));
   let failure = null;
   try {
     for await (const event of chat(body, run.signal)) {
@@ -187,7 +189,7 @@ async function answer(asked, replaced = null) {
   const lost = document.activeElement === byId("stop"); // it goes away
   show();
   if (lost) rest();
-  const heading = message.ended === "cut" ? "The answer was cut off" : "Answer";
+  const heading = message.ended === "cut" ? say("The answer was cut off") : say("Answer");
   if (asked === session && !nothing) announce(`${heading}: ${message.content}`);
   if (failure) await explain(asked, failure);
 }
@@ -303,9 +305,9 @@ function showGauges(found) {
   const [used, all, size, running, waiting] = names.map((name) => found?.get(`quantflow_${name}`));
   const memory = found?.get("process_resident_memory_bytes");
   byId("kv-meter").value = all ? used / all : 0;
-  byId("kv-text").textContent = all ? `${used * size} of ${all * size} tokens` : "–";
+  byId("kv-text").textContent = all ? say("{used} of {all} tokens", { used: used * size, all: all * size }) : "–";
   byId("memory").textContent = memory ? bytes(memory) : "–";
-  byId("sequences").textContent = running === undefined ? "–" : `${running} running, ${waiting} waiting`;
+  byId("sequences").textContent = running === undefined ? "–" : say("{running} running, {waiting} waiting", { running, waiting });
 }
 
 function bytes(count) {
@@ -323,24 +325,27 @@ async function retry() {
 /** What is the matter, most urgent first, and what can be done about it: [text, {label: action}]. */
 function problem() {
   const dismiss = {
-    Dismiss: () => {
+    [say("Dismiss")]: () => {
       failures.delete(session.id);
       unsaved = false;
       showNotice();
       rest();
     },
   };
-  if (server !== "ok") return [SERVER[server] ?? SERVER.unreachable, { Retry: retry }];
+  if (server !== "ok") return [SERVER[server] ?? SERVER.unreachable, { [say("Retry")]: retry }];
   const failure = failures.get(session.id);
   if (failure?.code === "context_length_exceeded" && failure.param !== "max_tokens") {
-    const size = contextOf(session) ? ` of ${contextOf(session)} tokens` : "";
-    const text = `This conversation does not fit into the model’s context${size}. Shorten your message, or begin a new conversation.`;
-    return [text, { "Edit message": edit, "New conversation": openNew }];
+    const size = contextOf(session);
+    const text = size ? "This conversation does not fit into the model’s context of {size} tokens." : "This conversation does not fit into the model’s context.";
+    const advice = say("Shorten your message, or begin a new conversation.");
+    return [`${say(text, { size })} ${advice}`, { [say("Edit message")]: edit, [say("New conversation")]: openNew }];
   }
-  if (failure?.status === 401) return ["The server answers only to those who have a key.", { "Enter a key": retry }];
-  if (SAMPLING.includes(failure?.param)) return [failure.message, { Settings: () => toggleSettings(true), Retry: retry, ...dismiss }];
-  if (failure) return [failure.message, { Retry: retry, ...dismiss }];
-  if (unsaved) return ["The browser’s storage is full, or denied: what is new lasts only until this page is closed.", dismiss];
+  if (failure?.status === 401) return [say("This server answers only to those who have a key."), { [say("Enter a key")]: retry }];
+  if (SAMPLING.includes(failure?.param)) {
+    return [reason(failure), { [say("Settings")]: () => toggleSettings(true), [say("Retry")]: retry, ...dismiss }];
+  }
+  if (failure) return [reason(failure), { [say("Retry")]: retry, ...dismiss }];
+  if (unsaved) return [say("The browser’s storage is full, or denied: what is new lasts only until this page is closed."), dismiss];
   return null;
 }
 
@@ -375,7 +380,7 @@ function welcome() {
     "div",
     { class: "welcome" },
     el("h2", {}, model ? model.id : "QuantFlow"),
-    el("p", {}, model ? `Ask it something. Its context holds ${model.max_model_len} tokens.` : "Ask something."),
+    el("p", {}, model ? say("Ask it something. Its context holds {size} tokens.", { size: model.max_model_len }) : say("Ask something.")),
   );
 }
 
@@ -396,9 +401,10 @@ function toggleDrawer(opened) {
   if (opened) byId("new").focus();
 }
 
-/** Where the focus goes when what had it goes away. On a phone the keyboard would cover what there is to read. */
+/** Where the focus goes when what had it goes away. On a touch screen a keyboard would cover what there is to read. */
 function rest() {
-  (drawer.matches ? log : prompt).focus();
+  if (touched.matches) log.focus({ focusVisible: false });
+  else prompt.focus();
 }
 
 function toggleSettings(opened) {
@@ -431,6 +437,7 @@ function uncover() {
 }
 
 function start() {
+  translate();
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     send();

@@ -1,11 +1,12 @@
 // One session's messages as they are seen. Nodes of messages that are drawn already stay, and with them focus, selection and scrolling.
 
 import { copyButton, el } from "./dom.js";
+import { say } from "./language.js";
 import { draw } from "./markup.js";
 
 const BOTTOM_PX = 4; // what still counts as scrolled to the end
 
-const ENDED = { length: "ended at the token limit", stopped: "stopped", cut: "cut off" };
+const ENDED = { length: say("ended at the token limit"), stopped: say("stopped"), cut: say("cut off") };
 
 export class Conversation {
   #log;
@@ -72,22 +73,23 @@ export class Conversation {
   }
 
   #question(message) {
-    const body = el("div", { class: "body plain" });
-    const edit = el("button", { type: "button", class: "quiet only-last", onclick: () => this.#actions.edit() }, "Edit");
-    const node = el("article", { class: "question" }, el("h2", { class: "visually-hidden" }, "You"), body, edit);
+    const body = el("div", { class: "body plain", lang: "" }); // in whatever language it is
+    const edit = el("button", { type: "button", class: "quiet only-last", onclick: () => this.#actions.edit() }, say("Edit"));
+    const node = el("article", { class: "question" }, el("h2", { class: "visually-hidden" }, say("You")), body, edit);
     return { node, update: () => (body.textContent = message.content) };
   }
 
   #answer(message) {
-    const body = el("div", { class: "body" });
+    const body = el("div", { class: "body", lang: "" });
     const summary = el("p", { class: "stats" });
-    const regenerate = el("button", { type: "button", class: "quiet only-last", onclick: () => this.#actions.regenerate() }, "Regenerate");
+    const onclick = () => this.#actions.regenerate();
+    const regenerate = el("button", { type: "button", class: "quiet only-last", onclick }, say("Regenerate"));
     const foot = el("div", { class: "foot" }, summary, copyButton(() => message.content), regenerate);
-    const node = el("article", { class: "answer" }, el("h2", { class: "visually-hidden" }, "Answer"), body, foot);
+    const node = el("article", { class: "answer" }, el("h2", { class: "visually-hidden" }, say("Answer")), body, foot);
     const update = (running) => {
       node.classList.toggle("running", running);
       draw(body, message.content);
-      if (!message.content && !running) body.replaceChildren(el("p", { class: "nothing" }, "The model answered with nothing."));
+      if (!message.content && !running) body.replaceChildren(el("p", { class: "nothing" }, say("The model answered with nothing.")));
       summary.textContent = running ? "" : describe(message);
     };
     return { node, update };
@@ -97,8 +99,8 @@ export class Conversation {
     return el(
       "div",
       { class: "unanswered" },
-      el("span", {}, "This message has no answer."),
-      el("button", { type: "button", onclick: () => this.#actions.retry() }, "Retry"),
+      el("span", {}, say("This message has no answer.")),
+      el("button", { type: "button", onclick: () => this.#actions.retry() }, say("Retry")),
     );
   }
 
@@ -120,11 +122,11 @@ export class Conversation {
 export function describe({ ended, stats }) {
   const { tokens, rate, first, prompt, cached, context } = stats;
   return [
-    tokens != null && `${tokens} ${tokens === 1 ? "token" : "tokens"}`,
-    rate != null && `${rate.toFixed(1)} tokens/s`,
-    first != null && `first token after ${duration(first)}`,
-    prompt != null && `prompt of ${prompt}${cached ? `, ${cached} of them cached` : ""}`,
-    prompt != null && context != null && `${Math.round((100 * (prompt + tokens)) / context)}% of the context`,
+    tokens != null && say(tokens === 1 ? "{tokens} token" : "{tokens} tokens", { tokens }),
+    rate != null && say("{rate} tokens/s", { rate: rate.toFixed(1) }),
+    first != null && say("first token after {time}", { time: duration(first) }),
+    prompt != null && say(cached ? "prompt of {prompt}, {cached} of them cached" : "prompt of {prompt}", { prompt, cached }),
+    prompt != null && context != null && say("{share}% of the context", { share: Math.round((100 * (prompt + tokens)) / context) }),
     ENDED[ended],
   ]
     .filter(Boolean)

@@ -1,17 +1,19 @@
 // Questions that must be answered before anything else: the browser's own modal dialogs keep the focus and close on Escape.
 
 import { el } from "./dom.js";
+import { say } from "./language.js";
 
-/** The server's key, or null where the user gives none. refused: whether one has been tried. */
-export async function askForKey(refused) {
-  const input = el("input", { type: "password", id: "key", required: true, autocomplete: "off", spellcheck: "false" });
+/** The server's key, or null where the user gives none. refused: whether one has been tried. use: what it is needed for. */
+export async function askForKey(refused, use = say("This server answers only to those who have a key.")) {
+  const input = el("input", { type: "password", id: "key", required: true, autocomplete: "off", spellcheck: "false", "aria-describedby": "key-hint" });
   const answer = await ask(
-    "This server asks for a key",
-    "Use it",
-    el("p", {}, "It stays in this page's memory and is stored nowhere: a reload asks again."),
-    el("label", { for: "key" }, "API key"),
+    say("This server asks for a key"),
+    say("Use it"),
+    el("p", {}, use),
+    el("p", { class: "hint", id: "key-hint" }, say("Whoever runs the server has it. It stays in this page’s memory and is stored nowhere: a reload asks again.")),
+    el("label", { for: "key" }, say("API key")),
     input,
-    refused ? el("p", { class: "wrong", role: "alert" }, "That key is not one of this server's.") : null,
+    refused ? el("p", { class: "wrong", role: "alert" }, say("That key is not one of this server’s.")) : null,
   );
   return answer ? input.value.trim() || null : null;
 }
@@ -31,7 +33,7 @@ function ask(title, action, ...content) {
     el(
       "div",
       { class: "row end" },
-      el("button", { type: "button", onclick: () => dialog.close() }, "Cancel"),
+      el("button", { type: "button", onclick: () => dialog.close() }, say("Cancel")),
       el("button", { type: "submit", class: "primary" }, action),
     ),
   );

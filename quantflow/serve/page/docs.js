@@ -3,15 +3,18 @@
 import { keyed, onKeyNeeded, request } from "./api.js";
 import { askForKey } from "./dialogs.js";
 import { byId, copyButton, el } from "./dom.js";
+import { reason, say, speaks, translate } from "./language.js";
 
 const DEEPEST = 6; // schemas may contain themselves
 const RANGES = [
-  ["minimum", "maximum", ""],
-  ["exclusiveMinimum", "exclusiveMaximum", " (exclusive)"],
-  ["minLength", "maxLength", " characters"],
-  ["minItems", "maxItems", " items"],
-  ["minProperties", "maxProperties", " entries"],
+  ["minimum", "maximum", "{range}"],
+  ["exclusiveMinimum", "exclusiveMaximum", "{range} (exclusive)"],
+  ["minLength", "maxLength", "{range} characters"],
+  ["minItems", "maxItems", "{range} items"],
+  ["minProperties", "maxProperties", "{range} entries"],
 ];
+
+const NEEDED = say("This server tells what it offers only to those who have a key. With one, this page shows its API.");
 
 let whole;
 
@@ -38,33 +41,34 @@ function admitsNull(schema) {
 
 function typeOf(schema) {
   if (schema.const !== undefined) return JSON.stringify(schema.const);
-  if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(" or ");
-  if (schema.type === "array") return `array of ${namesOf(schema.items ?? {})}`;
-  if (schema.properties) return schema.title ?? "object";
+  if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(say(" or "));
+  if (schema.type === "array") return say("array of {what}", { what: namesOf(schema.items ?? {}) });
+  if (schema.properties) return schema.title ?? say("object");
   const values = schema.additionalProperties || Object.values(schema.patternProperties ?? {})[0];
-  return values && values !== true ? `object of ${namesOf(values)}` : (schema.type ?? "anything");
+  return values && values !== true ? say("object of {what}", { what: namesOf(values) }) : say(String(schema.type ?? "anything"));
 }
 
 function namesOf(schema) {
   const names = [...new Set(alternatives(schema).map(typeOf))];
-  return [...names, ...(admitsNull(schema) ? ["null"] : [])].join(" or ") || "anything";
+  return [...names, ...(admitsNull(schema) ? ["null"] : [])].join(say(" or ")) || say("anything");
 }
 
 /** What is demanded of a value beside its type, of an array's items too. */
 function limitsOf(schema) {
   const found = alternatives(schema).flatMap((one) => [
     ...RANGES.map(([least, most, unit]) => range(one[least], one[most], unit)),
-    one.pattern && `matches ${one.pattern}`,
-    ...(one.items ? limitsOf(one.items).map((limit) => `each ${limit}`) : []),
+    one.pattern && say("matches {pattern}", { pattern: one.pattern }),
+    ...(one.items ? limitsOf(one.items).map((limit) => say("each {limit}", { limit })) : []),
   ]);
   const preset = resolve(schema).default ?? null;
-  return [...new Set([...found, preset !== null && `default ${JSON.stringify(preset)}`])].filter(Boolean);
+  return [...new Set([...found, preset !== null && say("default {value}", { value: JSON.stringify(preset) })])].filter(Boolean);
 }
 
 function range(least, most, unit) {
   if (least === undefined && most === undefined) return null;
-  if (most === undefined) return `≥ ${number(least)}${unit}`;
-  return least === undefined ? `≤ ${number(most)}${unit}` : `${number(least)} to ${number(most)}${unit}`;
+  const bounds = { least: number(least ?? 0), most: number(most ?? 0) };
+  const found = say(most === undefined ? "≥ {least}" : least === undefined ? "≤ {most}" : "{least} to {most}", bounds);
+  return say(unit, { range: found });
 }
 
 function number(value) {
@@ -83,6 +87,11 @@ function table(headings, rows) {
   return el("div", { class: "scroll" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows)));
 }
 
+/** What the server's document says, of which there may be no translation. */
+function theirs(tag, attributes, text) {
+  return el(tag, { ...attributes, lang: speaks(text) ? null : "en" }, say(text));
+}
+
 function cells(...contents) {
   return el("tr", {}, ...contents.map((content) => el("td", {}, content)));
 }
@@ -99,11 +108,13 @@ function properties(schema, depth = 0) {
   const useful = all.filter(([, value]) => !idles(value)).sort((a, b) => required(a) - required(b));
   const idle = all.filter(([, value]) => idles(value)).map(([name, value]) => `${name}: ${namesOf(value)}`);
   const rows = useful.flatMap(([name, value]) => {
-    const words = [resolve(value).description, limitsOf(value).join(", ")].filter(Boolean).join(" · ");
+    const { description } = resolve(value);
+    const limits = limitsOf(value).join(say(", "));
+    const words = el("span", {}, description ? theirs("span", {}, description) : "", description && limits ? " · " : "", limits);
     const nested = depth < DEEPEST ? objectsIn(value) : [];
     const folded = nested.map((one) => el("details", {}, el("summary", {}, one.title ?? name), properties(one, depth + 1)));
     return [
-      cells(el("code", {}, name), namesOf(value), words, required([name]) ? "" : "yes"),
+      cells(el("code", {}, name), namesOf(value), words, required([name]) ? "" : say("required")),
       ...(folded.length ? [el("tr", {}, el("td", { colspan: "4", class: "nested" }, ...folded))] : []),
     ];
   });
@@ -111,9 +122,9 @@ function properties(schema, depth = 0) {
   return el(
     "div",
     {},
-    schema.description ? el("p", { class: "hint" }, schema.description) : null,
-    table(["Name", "Type", "Constraints", "Required"], rows),
-    idle.length ? el("details", {}, el("summary", {}, `${idle.length} more, which change nothing`), others) : null,
+    schema.description ? theirs("p", { class: "hint" }, schema.description) : null,
+    table([say("Name"), say("Type"), say("Constraints"), say("Required")], rows),
+    idle.length ? el("details", {}, el("summary", {}, say("{count} more, which change nothing", { count: idle.length })), others) : null,
   );
 }
 
@@ -149,7 +160,7 @@ function operation({ path, method, detail }) {
   const answers = Object.entries(detail.responses).map(([status, given]) => {
     const { description, content = {} } = resolve(given);
     const kinds = Object.entries(content).map(([kind, body]) => kind + (body.schema ? `: ${namesOf(body.schema)}` : ""));
-    return cells(el("code", {}, status), description ?? "", kinds.join(", "));
+    return cells(el("code", {}, status), theirs("span", {}, description ?? ""), kinds.join(say(", ")));
   });
   const statuses = Object.keys(detail.responses);
   const bodies = schema ? objectsIn(schema) : [];
@@ -157,24 +168,24 @@ function operation({ path, method, detail }) {
     "article",
     { class: "operation", id: anchor(method, path) },
     el("h3", {}, el("span", { class: "method" }, method.toUpperCase()), " ", el("code", {}, path)),
-    detail.description ? el("p", {}, detail.description) : null,
-    ...(parameters.length ? [el("h4", {}, "In the address"), parametersTable(parameters)] : []),
-    ...(bodies.length ? [el("h4", {}, "Request body"), ...bodies.map((body) => properties(body))] : []),
-    el("details", {}, el("summary", {}, `Answers: ${statuses.join(", ")}`), table(["Status", "Meaning", "Content"], answers)),
+    detail.description ? theirs("p", {}, detail.description) : null,
+    ...(parameters.length ? [el("h4", {}, say("In the address")), parametersTable(parameters)] : []),
+    ...(bodies.length ? [el("h4", {}, say("Request body")), ...bodies.map((body) => properties(body))] : []),
+    el("details", {}, el("summary", {}, say("Answers: {statuses}", { statuses: statuses.join(", ") })), table([say("Status"), say("Meaning"), say("Content")], answers)),
     el(
       "figure",
       { class: "code" },
       el("figcaption", {}, el("span", {}, "curl"), copyButton(() => command)),
-      el("pre", { tabindex: "0", "aria-label": `curl for ${path}` }, el("code", {}, command)),
+      el("pre", { tabindex: "0", "aria-label": say("curl for {path}", { path }) }, el("code", {}, command)),
     ),
   );
 }
 
 function parametersTable(parameters) {
   const rows = parameters.map(({ name, in: place, required, schema = {} }) =>
-    cells(el("code", {}, name), `${namesOf(schema)} (${place})`, limitsOf(schema).join(", "), required ? "yes" : ""),
+    cells(el("code", {}, name), `${namesOf(schema)} (${say(place)})`, limitsOf(schema).join(say(", ")), required ? say("required") : ""),
   );
-  return table(["Name", "Type", "Constraints", "Required"], rows);
+  return table([say("Name"), say("Type"), say("Constraints"), say("Required")], rows);
 }
 
 function anchor(method, path) {
@@ -189,28 +200,51 @@ function draw() {
       groups.set(tag, [...(groups.get(tag) ?? []), { path, method, detail }]);
     }
   }
-  byId("intro").textContent = `${whole.info.title} ${whole.info.version}. ${whole.info.description ?? ""}`;
+  const { title, version, description = "" } = whole.info;
+  byId("intro").replaceChildren(`${title} ${version} · `, theirs("span", {}, description));
   const links = [...groups.values()].flat().map(({ path, method }) => {
     const words = [el("span", { class: "method" }, method.toUpperCase()), " ", el("code", {}, path)];
     return el("li", {}, el("a", { href: `#${anchor(method, path)}` }, ...words));
   });
   byId("contents").replaceChildren(el("ul", {}, ...links));
   const sections = [...groups].map(([tag, found]) =>
-    el("section", {}, el("h2", {}, tag[0].toUpperCase() + tag.slice(1)), ...found.map(operation)),
+    el("section", {}, theirs("h2", {}, tag[0].toUpperCase() + tag.slice(1)), ...found.map(operation)),
   );
   byId("operations").replaceChildren(...sections);
   document.getElementById(location.hash.slice(1))?.scrollIntoView(); // what the address names was not there when the page was opened
 }
 
-async function start() {
-  onKeyNeeded(askForKey);
+/** The link to the document itself. A link carries no key: what was read with one is given from here. */
+function link(text) {
+  const node = byId("document");
+  node.hidden = false;
+  if (!keyed()) return;
+  node.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  node.download = "openapi.json";
+}
+
+/** What keeps the document from being shown, and the button that may help. */
+function explain(text, label) {
+  const button = el("button", { type: "button", onclick: read }, label);
+  byId("intro").replaceChildren(el("span", {}, text), button);
+  button.focus();
+}
+
+async function read() {
   try {
-    whole = await (await request("openapi.json")).json();
+    const text = await (await request("openapi.json")).text();
+    whole = JSON.parse(text);
     draw();
+    link(text);
   } catch (error) {
-    byId("intro").textContent = `openapi.json cannot be shown: ${error.message}`;
-    byId("intro").append(" ", el("button", { type: "button", onclick: start }, "Retry"));
+    if (error.status === 401) explain(NEEDED, say("Enter a key"));
+    else explain(say("openapi.json cannot be shown: {reason}", { reason: reason(error) }), say("Retry"));
   }
 }
 
-start();
+translate();
+onKeyNeeded((refused) => {
+  byId("intro").textContent = NEEDED;
+  return askForKey(refused, NEEDED);
+});
+read();

@@ -1,5 +1,7 @@
 // Small helpers for building the page. Text goes into text nodes and nowhere else.
 
+import { say } from "./language.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 
 export const byId = (id) => document.getElementById(id);
@@ -27,12 +29,12 @@ export function icon(name) {
 }
 
 /** A button that copies what `text()` gives, and says so for a moment. */
-export function copyButton(text, label = "Copy") {
+export function copyButton(text, label = say("Copy")) {
   const words = el("span", {}, label);
   const button = el("button", { type: "button", class: "quiet", onclick: copy }, words);
 
   async function copy() {
-    words.textContent = (await copyText(text())) ? "Copied" : "Not copied";
+    words.textContent = (await copyText(text())) ? say("Copied") : say("Not copied");
     setTimeout(() => (words.textContent = label), 1500);
   }
 

@@ -1,6 +1,7 @@
 // Model text as nodes: paragraphs, fenced code, `code` and **bold**. Everything becomes text nodes, so that no HTML in it is interpreted.
 
 import { copyButton, el } from "./dom.js";
+import { say } from "./language.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})([^`]*)$/;
 const INLINE = /`([^`\n]+)`|\*\*(\S(?:[^*\n]*\S)?)\*\*/g;
@@ -55,8 +56,8 @@ function codeNode({ language, text }) {
   return el(
     "figure",
     { class: "code" },
-    el("figcaption", {}, el("span", {}, language || "code"), copyButton(() => text, "Copy code")),
-    el("pre", { tabindex: "0", "aria-label": "Code" }, el("code", {}, text)),
+    el("figcaption", {}, el("span", {}, language || say("code")), copyButton(() => text, say("Copy code"))),
+    el("pre", { tabindex: "0", "aria-label": say("Code") }, el("code", {}, text)),
   );
 }
 

@@ -1,6 +1,7 @@
 // The list of sessions in the sidebar: choose, rename, delete.
 
 import { el, icon } from "./dom.js";
+import { say } from "./language.js";
 
 export class SessionList {
   #list;
@@ -22,14 +23,14 @@ export class SessionList {
   }
 
   #item({ id, title }, current, running) {
-    const dot = el("span", { class: "dot" }, el("span", { class: "visually-hidden" }, " (being answered)"));
+    const dot = el("span", { class: "dot" }, el("span", { class: "visually-hidden" }, ` ${say("(being answered)")}`));
     const select = { class: "title", title, "aria-current": current && "true" };
     const item = el(
       "li",
       {},
       this.#button(`select ${id}`, () => this.#actions.open(id), select, title, running ? dot : null),
-      this.#tool(`rename ${id}`, () => this.#rename(item, id, title), "pencil", `Rename “${title}”`),
-      this.#tool(`delete ${id}`, () => this.#actions.remove(id), "trash", `Delete “${title}”`),
+      this.#tool(`rename ${id}`, () => this.#rename(item, id, title), "pencil", say("Rename “{title}”", { title })),
+      this.#tool(`delete ${id}`, () => this.#actions.remove(id), "trash", say("Delete “{title}”", { title })),
     );
     return item;
   }
@@ -45,7 +46,7 @@ export class SessionList {
 
   #rename(item, id, title) {
     const list = this.#list;
-    const input = el("input", { type: "text", "aria-label": "Title", maxlength: "60", onblur: () => end(input.value), onkeydown: key });
+    const input = el("input", { type: "text", "aria-label": say("Title"), maxlength: "60", onblur: () => end(input.value), onkeydown: key });
 
     const end = (written) => {
       if (!this.#renaming) return; // drawing the list anew takes the focus away, too

@@ -4,9 +4,11 @@
 // message field. settings: what was set in the panel, as the server's parameters. A message is {role, content}, an answer has also
 // {ended, stats}. ended: "stop", "length", "stopped" by the user, or "cut" off; stats: what the page measured.
 
+import { say } from "./language.js";
+
 const PREFIX = "quantflow.session.";
 const TITLE_LETTERS = 60;
-const UNTITLED = "New conversation";
+const UNTITLED = say("New conversation");
 const ENDS = ["stop", "length", "stopped", "cut"];
 
 export class Sessions {
