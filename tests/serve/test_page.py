@@ -814,8 +814,13 @@ def test_the_commands_of_the_documentation_work(page: Any, open_server: Server) 
             assert given["-H"][0] == "authorization: Bearer $QUANTFLOW_ADMIN_KEY"
             continue
         body = json.loads(given["-d"][0]) if given["-d"] else None
-        if "prompt" in (body or ()) or "messages" in (body or ()):  # not a thousand tokens of each
-            most = {"interactive": "request_output_len", "tokenize": "model"}.get(address.rpartition("/")[2], "max_tokens")
+        if {"prompt", "messages"} & set(body or ()) or address.endswith("/responses"):  # not a thousand tokens of each
+            most = {
+                "interactive": "request_output_len",
+                "tokenize": "model",
+                "count_tokens": "model",
+                "responses": "max_output_tokens",
+            }.get(address.rpartition("/")[2], "max_tokens")
             body[most] = "demo_model" if most == "model" else 1
         request = urllib.request.Request(
             address, json.dumps(body).encode() if body else None, dict(h.split(": ") for h in given["-H"]), method=(*given["-X"], "GET")[0]

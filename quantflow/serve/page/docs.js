@@ -139,7 +139,8 @@ function example(schema, name, depth = 0) {
   if (first.type === "boolean") return true;
   if (!first.properties) return first.type === "object" ? {} : "Hello";
   // A message without content is none, though tool calls make it optional; and a request without any field says nothing.
-  const wanted = new Set([...(first.required ?? []), ...["content", "prompt"].filter((known) => known in first.properties)]);
+  const useful = ["content", "prompt"].filter((known) => known in first.properties && !idles(first.properties[known]));
+  const wanted = new Set([...(first.required ?? []), ...useful]);
   return Object.fromEntries([...wanted].map((key) => [key, example(first.properties[key], key, depth + 1)]));
 }
 
