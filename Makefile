@@ -6,7 +6,8 @@
 # make notebooks  run the notebooks and keep their outputs
 # make test   environment, install, all tests that this machine can run, in WORKERS=2 processes
 # make coverage   the same, and which lines they reach: a table, and pages in build/coverage
-# make fuzz   coverage-guided fuzzing of every parser of foreign files, FUZZ_SECONDS=600 each; TARGET=gguf for one, RECORD=FILE for the numbers
+# make fuzz   coverage-guided fuzzing of every parser of foreign files and of the server, FUZZ_SECONDS=600 each; TARGET=gguf for one, RECORD=FILE
+#                 for the numbers
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
 # make bench-gpu      the kernels' speed on the GPU at hand, then the engine's, with the interpreter that PYTHON names: nothing is installed

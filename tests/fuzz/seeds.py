@@ -442,10 +442,100 @@ def _artifact() -> list[bytes]:
     return [joined({name: _json(content)}) for name, content in files.items()] + [joined({n: _json(c) for n, c in files.items()})]
 
 
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"]}},
+}
+_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+_MOST: dict[str, Any] = {"max_tokens": 2, "temperature": 0.7, "top_p": 0.9, "seed": 7}
+_BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("v1/chat/completions", {**_MOST, "messages": [{"role": "system", "content": "Hi"}, {"role": "user", "content": "A"}]}),
+    ("v1/chat/completions", {
+        **_MOST, "model": "m", "stream": True, "stream_options": {"include_usage": True}, "n": 2, "logprobs": True, "top_logprobs": 2,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "stop": ["a", "b"], "logit_bias": {"5": -1.5},
+    }),
+    ("v1/chat/completions", {
+        **_MOST, "tools": [_TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 12,
+        "messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": None, "tool_calls": [_CALL]},
+                     {"role": "tool", "tool_call_id": "c1", "content": "7"}],
+    }),
+    ("v1/chat/completions", {
+        **_MOST, "messages": "Hi", "tools": [_TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}, "user": "u",
+        "max_completion_tokens": 2, "metadata": {"a": "b"}, "skip_special_tokens": False,
+    }),
+    ("v1/chat/completions", {
+        **_MOST, "messages": "Hi", "max_tokens": 8, "response_format": {
+            "type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": {"type": "object", "properties": {
+                "a": {"type": "integer"}, "b": {"$ref": "#/$defs/c"}}, "$defs": {"c": {"type": "string", "pattern": "a+"}}}}},
+    }),
+    ("v1/completions", {**_MOST, "prompt": "The", "echo": True, "logprobs": 2, "best_of": 2, "n": 1}),
+    ("v1/completions", {
+        **_MOST, "prompt": [[5, 6], [7]], "stream": True, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1,
+        "min_tokens": 1, "top_k": 5, "min_p": 0.01, "stop_token_ids": [9],
+    }),
+    ("v1/completions", {**_MOST, "prompt": ["a", "b"], "response_format": {"type": "json_object"}, "max_tokens": 4}),
+    ("v1/chat/interactive", {"prompt": "Hi", "session_id": 3, "interactive_mode": True, "request_output_len": 2, "stream": True}),
+    ("v1/chat/interactive", {"prompt": [{"role": "user", "content": "Hi"}], "request_output_len": 2, "cancel": False, "seed": 1}),
+    ("generate", {"prompt": "Hi", "max_tokens": 2, "return_logprob": True, "top_logprobs_num": 2}),
+    ("generate", {"input_ids": [5, 6, 7], "max_tokens": 0, "return_logprob": True, "logprob_start_len": 0}),
+    ("tokenize", {"prompt": "The table </s>", "add_special_tokens": True, "model": "m"}),
+    ("tokenize", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ("detokenize", {"tokens": [5, 6, 7]}),
+    ("v1/encode", {"input": ["a", "b"], "do_preprocess": True, "add_bos": True}),
+    ("v1/responses", {"input": "Hi", "model": "m", "max_output_tokens": 2, "instructions": "x", "stream": True}),
+    ("v1/responses", {
+        "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+                  {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+                  {"type": "function_call_output", "call_id": "c1", "output": "7"}],
+        "tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}], "max_output_tokens": 16,
+        "tool_choice": "auto", "temperature": 1, "store": False, "text": {"format": {"type": "text"}}, "metadata": {"a": "b"},
+    }),
+    ("v1/responses/input_tokens", {"input": "Hi", "model": "m"}),
+    ("v1/messages", {
+        "model": "m", "max_tokens": 12, "system": [{"type": "text", "text": "x"}], "stop_sequences": ["a"], "top_k": 3, "stream": False,
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                     {"role": "assistant", "content": [{"type": "tool_use", "id": "c1", "name": "f", "input": {"x": 1}}]},
+                     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "7"}]}],
+        "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}], "tool_choice": {"type": "auto"},
+    }),
+    ("v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "model": "m", "max_tokens": 2, "system": "x", "stream": True}),
+    ("v1/messages/count_tokens", {"messages": [{"role": "user", "content": "Hi"}], "model": "m"}),
+)  # fmt: skip
+
+
+def _request() -> list[bytes]:
+    return [joined({f"{path}.json": _json(body)}) for path, body in _BODIES]
+
+
+def _http(line: str, *fields: str, body: bytes = b"") -> bytes:
+    return "\r\n".join([line, "Host: localhost", *fields, "", ""]).encode("latin-1") + body
+
+
+def _headers() -> list[bytes]:
+    body = b'{"prompt": "Hi", "max_tokens": 2}'
+    kind, length = "Content-Type: application/json; charset=utf-8", f"Content-Length: {len(body)}"
+    tokenize = _http("POST /tokenize HTTP/1.1", kind, length, body=body)
+    return [
+        _http("GET /health HTTP/1.1", "Accept: */*", "User-Agent: x"),
+        _http("HEAD /docs HTTP/1.1"),
+        _http("GET /v1/models/m?a=b HTTP/1.0"),
+        _http("GET /metrics HTTP/1.1", "Authorization: Bearer key-of-a-user-0001", "Connection: close"),
+        tokenize,
+        tokenize + tokenize,
+        _http("GET /nothing HTTP/1.1", "Host: 127.0.0.1:80") + _http("HEAD /health HTTP/1.1") + tokenize,
+        _http("POST /v1/completions HTTP/1.1", kind, "Transfer-Encoding: chunked", body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)),
+        _http("POST /v1/completions HTTP/1.1", kind, length, "Expect: 100-continue", "Origin: http://a", body=body),
+        _http("POST /tokenize HTTP/1.1", kind, length, "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", body=body),
+        _http("POST /tokenize HTTP/1.1", kind, length, "Content-Encoding: gzip", "Accept-Encoding: gzip, br", body=body),
+        _http("OPTIONS * HTTP/1.1", "Access-Control-Request-Method: POST", "Cookie: a=b; c=d", "X-Request-Id: 7"),
+        _http("POST /admin/drain HTTP/1.1", kind, "Content-Length: 0", "Authorization: Basic eDp5"),
+    ]
+
+
 _MAKERS: dict[str, Callable[[], list[bytes]]] = {
     "safetensors": _safetensors, "directory": _directory, "gguf": _gguf, "sentencepiece": _sentencepiece, "tokenizer": _tokenizer,
     "vocabulary": _vocabulary, "config": _config, "recipe": _recipe, "calibration": _calibration, "workspace": _workspace,
-    "artifact": _artifact,
+    "artifact": _artifact, "request": _request, "headers": _headers,
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""What is fuzzed: every parser of bytes that come from somewhere else. A target reads all there is in the files of one input.
+"""What is fuzzed: every parser of bytes that come from somewhere else, and a server's requests. A
+target reads all there is in the files of one input.
 
 Only errors that name what the user can mend (`UserError`) may come out, with a message of a readable length; nothing may take long, or
 much memory. Whatever else happens is a `Finding`.
@@ -36,6 +37,7 @@ from quantflow.models.workspace_config import CONFIG, WEIGHTS, read_ini
 from quantflow.pipeline.release_comparison import compare_releases, read_release
 from quantflow.recipe import dump, load_recipe
 from quantflow.report.page import read_report
+from tests.fuzz import server
 from tests.fuzz.mutation import split
 
 LONGEST_MESSAGE = 20_000  # letters
@@ -157,6 +159,21 @@ def _release(place: Path) -> None:
 _TOKENIZER_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "config.json", "chat_template.json"
 )  # fmt: skip
+_SERVED = (
+    "app",
+    "body",
+    "protocol",
+    "answer",
+    "chat",
+    "completion",
+    "interactive",
+    "generate",
+    "tools",
+    "sampling",
+    "service",
+    "errors",
+    "wire",
+)
 _FORMATS = ("awq", "base", "bitsandbytes", "compressed_tensors", "gptq", "recognise")
 TARGETS = {
     "safetensors": Target(_safetensors, ("model.safetensors",), ("models/tensor_file.py",)),
@@ -190,6 +207,10 @@ TARGETS = {
         _artifact, ("quantflow.json", "report.json", "release.json"),
         ("artifacts/artifact.py", "pipeline/release_comparison.py"),
     ),
+    "request": Target(
+        server.request, tuple(server.FILES), (*(f"serve/{name}.py" for name in _SERVED), "serve/messages/*.py", "serve/responses/*.py")
+    ),
+    "headers": Target(server.headers, ("request.http",), ("serve/guard.py", "serve/connection.py", "serve/errors.py")),
 }  # fmt: skip
 
 

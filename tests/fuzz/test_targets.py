@@ -6,10 +6,12 @@ import json
 import warnings
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
 from quantflow.errors import ModelError, UserError
+from tests.fuzz import server
 from tests.fuzz.mutation import flip, joined, mutated, split
 from tests.fuzz.seeds import seeds
 from tests.fuzz.targets import LONGEST_MESSAGE, TARGETS, Target, judge, lay_out
@@ -40,7 +42,7 @@ def test_seeds_are_read_and_changed_ones_are_read_or_refused(name: str, tmp_path
         except UserError:
             refused += 1
     # Neither so mild that nothing is refused, nor so wild that nothing else is reached. Some targets refuse inside.
-    assert refused < CHANGES - 5 and (refused > 5 or name in ("artifact", "calibration"))
+    assert refused < CHANGES - 5 and (refused > 5 or name in ("artifact", "calibration", "request", "headers"))
 
 
 def test_what_may_not_happen_is_a_finding(tmp_path: Path) -> None:
@@ -91,6 +93,31 @@ def test_what_is_changed_keeps_its_frame(name: str) -> None:
 
 def test_flips_are_some(tmp_path: Path) -> None:
     assert len({flip(b"0123456789" * 3, Random(i)) for i in range(100)}) > 90 and isinstance(flip(b"", Random(0)), bytes)
+
+
+def test_every_route_that_takes_a_body_is_a_part_of_the_target() -> None:
+    app: Any = server.harness().app
+    taking = {
+        route.path for route in app.app.routes if "POST" in route.methods and not route.path.startswith("/admin/") and "{" not in route.path
+    }
+    assert taking == set(server.PATHS)
+
+
+def test_what_a_server_may_not_do_is_seen() -> None:
+    server.check_error(404, "application/json", b'{"error": {"message": "no", "type": "x"}}')
+    for status, kind, body in (
+        (500, "application/json", b'{"error": {"message": "no", "type": "x"}}'), (400, "text/plain", b"no"),
+        (400, "application/json", b'{"error": {"message": "", "type": "x"}}'),
+        (400, "application/json", b'{"error": {"message": "%b", "type": "x"}}' % (b"9" * 81)),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError):
+            server.check_error(status, kind, body)
+    ok, error = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", b"HTTP/1.1 404 Not\r\ncontent-type: a/b\r\ncontent-length: 1\r\n\r\nx"
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n"
+    assert server.answers(ok + chunked + error) == [(200, "", b"{}"), (200, "", b"ab"), (404, "a/b", b"x")]
+    assert server.answers(ok + error[:-1]) == [(200, "", b"{}")]
+    with pytest.raises(AssertionError):
+        server.answers(ok + b"<html>")
 
 
 def test_the_record_is_of_every_target() -> None:
