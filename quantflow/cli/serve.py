@@ -63,6 +63,9 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option("--allow-origin", help="Another site whose pages may call this server (CORS); may be repeated.")
     ] = None,
+    no_prefix_cache: Annotated[
+        bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew: nobody can tell by the time what others asked before.")
+    ] = False,
     literal_content: Annotated[
         bool, typer.Option("--literal-content", help="What a message spells out (</s>, <|im_end|>) stays text, and is no control token.")
     ] = False,
@@ -106,5 +109,6 @@ def serve(
             model, config, lambda text: errors.print(text), lambda text: console.print(text), mode=mode.value,
             kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, max_batch_size=max_batch_size,
             dialogue=dialogue, device=device.value, tp=tp, graphs=not eager,
+            prefix_cache=not no_prefix_cache,
         )  # fmt: skip
     raise typer.Exit(code)

@@ -251,3 +251,17 @@ def test_names_that_were_given_are_the_only_ones() -> None:
             found = json.loads(response.read())
             assert response.status == status
             assert found.get("model") == "a" or found["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("options", [(), ("--no-prefix-cache",)])
+def test_what_was_asked_before_is_not_known_without_a_prefix_cache(options: tuple[str, ...]) -> None:
+    prompt = "The table has one row for each client, and every row has a name. " * 4
+    body = json.dumps({"prompt": prompt, "max_tokens": 1}).encode()
+    with started(*options) as (_, port):
+        known = []
+        for _ in range(2):
+            connection = HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+            known.append(json.loads(connection.getresponse().read())["usage"]["prompt_tokens_details"]["cached_tokens"])
+            connection.close()
+    assert known[0] == 0 and (known[1] == 0 if options else known[1] > 0)
