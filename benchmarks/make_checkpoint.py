@@ -22,7 +22,7 @@ import torch
 
 from quantflow.formats import FORMATS
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {
     "internlm-7b": {"family": "internlm", "hidden": 4096, "inner": 11008, "layers": 32, "heads": 32, "kv": 32, "vocabulary": 103168},

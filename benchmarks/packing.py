@@ -27,20 +27,21 @@ import torch
 from quantflow.formats import FORMATS
 from quantflow.machine import give_back_freed_memory, peak_resident_bytes, processor, resident_bytes
 from quantflow.quant import packing
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import Scheme
 
 SHAPES = ((4096, 4096), (11008, 4096))
 CASES = (("awq", 4), *((name, bits) for name in ("gptq", "compressed-tensors") for bits in (4, 8, 3, 2)))
 GOAL = 0.25
 
 
-def linear(n: int, k: int, bits: int) -> QuantizedTensor:
+def linear(n: int, k: int, bits: int) -> IntegerTensor:
     scales = (torch.rand(n, k // 128) * 0.01 + 0.001).half()
     zeros = torch.randint(1, 2**bits, (n, k // 128), dtype=torch.uint8)
-    return QuantizedTensor(Scheme(bits, 128, False), torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), scales, zeros)
+    return IntegerTensor(Scheme(bits, 128, False), torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), scales, zeros)
 
 
-def format_calls(name: str, tensor: QuantizedTensor) -> dict[str, Callable[[], Any]]:
+def format_calls(name: str, tensor: IntegerTensor) -> dict[str, Callable[[], Any]]:
     """`encode` and `decode` of one linear."""
     form = FORMATS[name]
     config = form.quantization_config({"m": tensor.scheme}, [], tensor.scheme)
@@ -51,7 +52,7 @@ def format_calls(name: str, tensor: QuantizedTensor) -> dict[str, Callable[[], A
     }
 
 
-def function_calls(tensor: QuantizedTensor) -> dict[str, Callable[[], Any]]:
+def function_calls(tensor: IntegerTensor) -> dict[str, Callable[[], Any]]:
     """Every function of `packing` that takes these codes."""
     bits, codes, (n, k) = tensor.scheme.bits, tensor.codes, tensor.shape
     rows, columns = packing.pack_rows(codes, bits).clone(), packing.pack_columns(codes, bits)

@@ -16,8 +16,10 @@ from quantflow.formats.base import grid_problems, integer_grid
 from quantflow.formats.reader import Weights
 from quantflow.models.config import DecoderConfig
 from quantflow.models.segments import Segment
-from quantflow.models.sharding import shard_plain, shard_quantized
-from quantflow.quant.grid import QuantizedTensor
+from quantflow.models.sharding import shard_plain
+from quantflow.quant.numbers.integer import IntegerTensor
+
+COMPUTED = ("integer",)  # the kinds of numbers that kernels compute from; others are dequantised at the start
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class _Loader:
             bias = False  # it is added once
         biases = [self._part(f"{m}.bias", self.weights.tensor(f"{m}.bias")) for m in modules] if bias else []
         schemes = [self.weights.scheme_of(m) for m in modules]
-        quantised = [scheme is not None and scheme.kind == "integer" for scheme in schemes]
+        quantised = [scheme is not None and scheme.kind in COMPUTED for scheme in schemes]
         found: list[Linear]
         if not any(quantised):
             stored = (self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")) for m in modules)
@@ -121,7 +123,7 @@ class _Loader:
         elif all(quantised) and _fusable(tensors := [self._quantised(m) for m in modules]):
             first = tensors[0]
             codes, scales, zeros = (_joined([getattr(t, part) for t in tensors]) for part in ("codes", "scales", "zeros"))
-            together = QuantizedTensor(first.scheme, codes, scales, zeros, first.group_index)
+            together = IntegerTensor(first.scheme, codes, scales, zeros, first.group_index)
             found = [self.ops.prepare(together, _joined(biases) if biases else None)]
         else:
             found = [self._linears((m,), bias=bias)[0] for m in modules]
@@ -140,22 +142,21 @@ class _Loader:
             raise ModelError(Problem(name, f"shape {list(tensor.shape)}", f"a multiple of tp = {self.tp} along dimension {cut}"))
         return shard_plain(name, tensor, cut, self.rank, self.tp)
 
-    def _quantised(self, module: str) -> QuantizedTensor:
+    def _quantised(self, module: str) -> IntegerTensor:
         tensor, cut = integer_grid(module, self.weights.quantized(module)), self.weights.checkpoint.cut(f"{module}.weight")
         if self.tp == self.weights.checkpoint.tp or cut is None:
             return tensor
-        index = tensor.group_index is not None
-        problems = grid_problems(module, tensor.shape, tensor.scheme, self.tp, cut, index, kinds=("integer",))
+        problems = grid_problems(module, tensor.shape, tensor.scheme, self.tp, cut, tensor.indexed, kinds=COMPUTED)
         if problems:
             raise ModelError(problems)
-        return integer_grid(module, shard_quantized(tensor, cut, self.rank, self.tp))
+        return tensor.cut(cut, self.rank, self.tp)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _fusable(tensors: list[QuantizedTensor]) -> bool:
+def _fusable(tensors: list[IntegerTensor]) -> bool:
     first = tensors[0]
     return all(
         t.scheme == first.scheme

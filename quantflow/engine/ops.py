@@ -20,7 +20,7 @@ from torch import Tensor
 from quantflow.decoder.native import normalize
 from quantflow.engine.tensor_parallel import Ranks
 from quantflow.models.config import DecoderConfig
-from quantflow.quant.grid import QuantizedTensor
+from quantflow.quant.numbers.integer import IntegerTensor
 
 SPLIT = DEFAULT.attention.split  # keys that one program of a decode takes on a GPU that nothing was measured on
 __all__ = ["Batch", "KVCache", "Linear", "Ops"]
@@ -74,7 +74,7 @@ class Ops:
             return "triton"
         return "compiled C" if self.compiled else f"plain torch ({cpu_kernels.library()[1] or self.dtype})"
 
-    def prepare(self, tensor: QuantizedTensor, bias: Tensor | None = None) -> Linear:
+    def prepare(self, tensor: IntegerTensor, bias: Tensor | None = None) -> Linear:
         """A quantised linear in the layout that it is computed from, on the device."""
         codes, scales, zeros = (t.to(self.device) for t in (tensor.codes, tensor.scales, tensor.zeros))
         index = None if tensor.group_index is None else tensor.group_index.to(self.device)

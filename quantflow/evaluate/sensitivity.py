@@ -21,8 +21,9 @@ from quantflow.evaluate.divergence import BATCH_TOKENS, LOGIT_ELEMENTS, Head, Va
 from quantflow.formats.reader import Weights
 from quantflow.machine import give_back_freed_memory
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.quant.grid import Scheme
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers.integer import quantize_rtn
+from quantflow.quant.scheme import Scheme
 
 Granularity = Literal["fused", "module", "layer"]
 Rounding = Mapping[int, Mapping[str, Scheme]]

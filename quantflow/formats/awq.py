@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.numbers.integer import IntegerTensor
+    from quantflow.quant.scheme import Scheme
 
 
 EIGHTS = 0x88888888 - 2**32  # an int32 of eight zero points of 8
@@ -46,7 +48,7 @@ class Awq:
     container: str = "directory"
     dtype: str | None = None
     min_zero: int = 0
-    kinds: tuple[Kind, ...] = ("integer",)
+    kinds: tuple[str, ...] = ("integer",)
     kv_scales: tuple[str, ...] = ()
     parallel: bool = True
     holds_index: bool = False
@@ -89,13 +91,13 @@ class Awq:
             f"{module}.scales": ("F16", (groups, n)),
         }
 
-    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_awq
 
         tensor = integer_grid(module, tensor)
-        problems = self.check(module, tensor.shape, tensor.scheme, act_order_index=tensor.group_index is not None)
+        problems = self.check(module, tensor.shape, tensor.scheme, act_order_index=tensor.indexed)
         if problems:
             raise FormatError(problems)
         check_tensor(module, tensor)
@@ -126,11 +128,11 @@ class Awq:
         """Whether every zero point of a packed tensor is 8."""
         return bool((qzeros == EIGHTS).all())
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IntegerTensor:
         """As the protocol says. The scheme is symmetric if every zero point is 8, since `zero_point` is true in either case."""
         import torch
 
-        from quantflow.quant.grid import QuantizedTensor
+        from quantflow.quant.numbers.integer import IntegerTensor
         from quantflow.quant.packing import unpack_awq
 
         scheme = self.scheme_of(module, config)
@@ -146,7 +148,7 @@ class Awq:
         zeros = unpack_awq(qzeros)
         symmetric = bool((zeros == scheme.midpoint).all())
         scheme = read_scheme(scheme.bits, scheme.group_size, symmetric, module)
-        return QuantizedTensor(scheme, unpack_awq(qweight), scales.t().contiguous(), zeros)
+        return IntegerTensor(scheme, unpack_awq(qweight), scales.t().contiguous(), zeros)
 
     def quantization_config(
         self,

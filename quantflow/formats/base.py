@@ -6,7 +6,6 @@ channels, `K` input channels, `G` groups a row. A module is named as in the chec
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.numbers.integer import IntegerTensor
+    from quantflow.quant.scheme import Scheme
 
 Spec = tuple[str, tuple[int, ...]]  # a tensor's dtype as safetensors spells it, and its shape
 
@@ -72,8 +73,8 @@ class Format(Protocol):
         """Those suffixes of which every quantised module has one, and no other module any."""
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of grid that it holds."""
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of numbers that it holds, by their names in `NUMBERS`."""
 
     def scale_dtype(self, model_dtype: str) -> str:
         """The dtype, as torch names it, in which the scales of a model in `model_dtype` are stored; of the weights themselves where they
@@ -101,14 +102,14 @@ class Format(Protocol):
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         """The tensors that `encode` writes, in its order. scale_dtype: as `scale_dtype` says."""
 
-    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         """The tensors of one weight, which may share memory with `tensor`. Raises FormatError for what cannot be held exactly."""
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         """The scheme that a `quantization_config` gives a module, or None if it leaves it alone. Raises FormatError for what
         QuantFlow cannot read."""
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
         """The weight of a module, from (at least) its tensors and the `quantization_config`. Raises FormatError if they do not fit."""
 
     def quantization_config(
@@ -136,15 +137,16 @@ class Format(Protocol):
 
 
 def grid_problems(
-    module: str, shape: tuple[int, int], scheme: Scheme, tp: int, tp_dim: int | None, index: bool, *, kinds: tuple[Kind, ...]
+    module: str, shape: tuple[int, int], scheme: Scheme, tp: int, tp_dim: int | None, index: bool, *, kinds: tuple[str, ...]
 ) -> list[Problem]:  # fmt: skip
-    """What is wrong with `scheme` on a weight of `shape` whatever the format: bits, group size, ranks. kinds: of grids that it holds."""
+    """What is wrong with `scheme` on a weight of `shape` whatever the format: bits, group size, ranks. kinds: of numbers that it holds."""
+    from quantflow.quant.numbers import NUMBERS
+
     problems = []
     if scheme.kind not in kinds:
-        expected = " or ".join(f"a grid {_KINDS[kind]}" for kind in kinds)
-        stage = "nf4" if kinds == ("nf4",) else "rtn or gptq"
+        expected, stage = " or ".join(f"a grid {NUMBERS[kind].grid}" for kind in kinds), NUMBERS[kinds[0]].stages
         hint = f"A recipe's stage {stage} makes one; requantize: true in pack, or export --requantize, goes from one to the other"
-        problems.append(Problem(module, f"{scheme}, a grid {_KINDS[scheme.kind]}", expected, hint))
+        problems.append(Problem(module, f"{scheme}, a grid {scheme.numbers.grid}", expected, hint))
     if not 2 <= scheme.bits <= 8:
         problems.append(Problem(module, f"{scheme.bits} bits", "2 to 8"))
     if tp > 1 and tp_dim is not None and shape[tp_dim] % tp:
@@ -164,7 +166,7 @@ def grid_problems(
     group = scheme.group_of(k)
     if group < 1:
         problems.append(Problem(module, f"group_size {group}", "a positive number, or -1 for per channel"))
-    elif k % group and scheme.kind == "nf4":
+    elif k % group and scheme.numbers.fixed_groups:
         expected = f"a multiple of the blocks of {group}"
         problems.append(Problem(module, f"{k} input channels", expected, "Ignore this module: it stays in 16 bits"))
     elif k % group:
@@ -181,9 +183,6 @@ def grid_problems(
     return problems
 
 
-_KINDS = {"integer": "with integer zero points", "minimum": "with floating minimums", "nf4": "of NF4's table"}
-
-
 def rank_shape(shape: tuple[int, int], tp: int, tp_dim: int | None) -> tuple[int, int]:
     """`(N, K)` of what one rank holds."""
     if tp == 1 or tp_dim is None:
@@ -191,56 +190,12 @@ def rank_shape(shape: tuple[int, int], tp: int, tp_dim: int | None) -> tuple[int
     return (shape[0] // tp, shape[1]) if tp_dim == 0 else (shape[0], shape[1] // tp)
 
 
-def check_tensor(module: str, tensor: AnyTensor) -> None:
-    """Raises FormatError unless the tensor is what its scheme says: shapes, ranges of codes and zeros, finite scales, full groups.
-
-    An encoder that trusted its input would spill a code that is out of range into its neighbours.
-    """
-    import torch
-
-    from quantflow.quant.grid import MinimumTensor, QuantizedTensor
-
-    scheme, (n, k) = tensor.scheme, tensor.shape
-    problems = grid_problems(module, (n, k), scheme, 1, None, False, kinds=(scheme.kind,))
+def check_tensor(module: str, tensor: QuantizedTensor) -> None:
+    """Raises FormatError unless the tensor is what its scheme says: shapes, ranges of codes and zeros, finite scales, full groups."""
+    scheme = tensor.scheme
+    problems = grid_problems(module, tensor.shape, scheme, 1, None, False, kinds=(scheme.kind,)) or tensor.problems(module)
     if problems:
         raise FormatError(problems)
-    groups = scheme.groups(k)
-    integers, numbers = {"codes": tensor.codes}, {"scales": tensor.scales}
-    if isinstance(tensor, QuantizedTensor):
-        integers["zeros"] = tensor.zeros
-    elif isinstance(tensor, MinimumTensor):
-        numbers["minimums"] = tensor.minimums
-    for name, part in {**numbers, **integers}.items():
-        if name != "codes" and tuple(part.shape) != (n, groups):
-            problems.append(Problem(f"{module} {name}", f"shape {list(part.shape)}", f"[{n}, {groups}] for {scheme}"))
-    for name, part in integers.items():
-        if part.dtype != torch.uint8:
-            problems.append(Problem(f"{module} {name}", f"dtype {part.dtype}", "torch.uint8"))
-        elif part.numel() and (most := int(part.max())) > scheme.levels:
-            problems.append(Problem(f"{module} {name}", f"a value of {most}", f"at most {scheme.levels} for {scheme.bits} bits"))
-    # Extremes, here and below: torch finds them in a tenth of the time that `all` takes over truth values, and NaN is one.
-    for name, part in numbers.items():
-        if part.numel() and not all(math.isfinite(end) for end in part.aminmax()):
-            problems.append(Problem(f"{module} {name}", "NaN or infinity", "finite numbers"))
-    if isinstance(tensor, QuantizedTensor):
-        problems += _zero_and_index_problems(module, tensor, groups)
-    if problems:
-        raise FormatError(problems)
-
-
-def _zero_and_index_problems(module: str, tensor: QuantizedTensor, groups: int) -> list[Problem]:
-    import torch
-
-    scheme, k, problems = tensor.scheme, tensor.shape[1], []
-    if scheme.symmetric and tensor.zeros.numel() and any(int(end) != scheme.midpoint for end in tensor.zeros.aminmax()):
-        problems.append(Problem(f"{module} zeros", f"a symmetric scheme with a zero point other than {scheme.midpoint}"))
-    index = tensor.group_index
-    if index is not None:
-        if tuple(index.shape) != (k,) or index.dtype != torch.int32:
-            problems.append(Problem(f"{module} group index", f"{index.dtype} {list(index.shape)}", f"torch.int32 [{k}]"))
-        elif not groups_are_full(index, groups):
-            problems.append(Problem(f"{module} group index", "groups of unequal size", f"{groups} groups of {k // groups} channels"))
-    return problems
 
 
 def integer_scheme(scheme: Scheme, shape: tuple[int, int]) -> Scheme:
@@ -261,27 +216,20 @@ def usual_group(k: int, most: int) -> int:
     return size if size >= min(LEAST_GROUP, most) else -1
 
 
-def integer_grid(module: str, tensor: AnyTensor) -> QuantizedTensor:
-    """The tensor itself. Raises FormatError where its grid is of another kind."""
-    from quantflow.quant.grid import QuantizedTensor
+def integer_grid(module: str, tensor: QuantizedTensor) -> IntegerTensor:
+    """The tensor itself. Raises FormatError where its numbers are of another kind."""
+    from quantflow.quant.numbers.integer import IntegerTensor
 
-    if not isinstance(tensor, QuantizedTensor):
-        raise FormatError(Problem(module, f"{tensor.scheme}", f"a grid {_KINDS['integer']}"))
+    if not isinstance(tensor, IntegerTensor):
+        raise FormatError(Problem(module, f"{tensor.scheme}", f"a grid {IntegerTensor.grid}"))
     return tensor
-
-
-def groups_are_full(index: Tensor, groups: int) -> bool:
-    """Whether each of the groups `0..groups - 1` has the same number of channels in `index`, and no other group any."""
-    import torch
-
-    if int(index.min()) < 0 or int(index.max()) >= groups:
-        return False
-    return bool((torch.bincount(index, minlength=groups) == index.numel() // groups).all())
 
 
 def group_index(name: str, index: Tensor, groups: int) -> Tensor | None:
     """A stored group index, None where it says nothing. Raises FormatError for groups that are not full."""
     import torch
+
+    from quantflow.quant.numbers.integer import groups_are_full
 
     k = index.numel()
     if torch.equal(index, plain_index(k, k // groups).to(index.device)):
@@ -417,7 +365,7 @@ def _backtracks(pattern: str) -> bool:
 
 def read_scheme(bits: int, group_size: int, symmetric: bool, where: str) -> Scheme:
     """The scheme. Raises FormatError if its numbers are none that QuantFlow knows."""
-    from quantflow.quant.grid import BITS, PER_CHANNEL, Scheme
+    from quantflow.quant.scheme import BITS, PER_CHANNEL, Scheme
 
     if bits not in BITS:
         raise FormatError(Problem(where, f"{bits} bits", "2 to 8"))

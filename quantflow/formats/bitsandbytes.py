@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Kind, NestedScales, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.numbers.nf4 import NestedScales
+    from quantflow.quant.scheme import Scheme
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes computes
 STORAGE = ("uint8", "float16", "bfloat16", "float32")  # dtypes that the bytes of the codes may be stored as
@@ -37,7 +39,7 @@ class Bitsandbytes:
     container: str = "directory"
     dtype: str | None = None
     min_zero: int = 0
-    kinds: tuple[Kind, ...] = ("nf4",)
+    kinds: tuple[str, ...] = ("nf4",)
     kv_scales: tuple[str, ...] = ()
     parallel: bool = False
     holds_index: bool = False
@@ -85,10 +87,10 @@ class Bitsandbytes:
         specs[f"{module}{_STATE}"] = ("U8", (_STATE_BYTES,))
         return specs
 
-    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
-        from quantflow.quant.grid import NF4, Nf4Tensor
+        from quantflow.quant.numbers.nf4 import NF4, Nf4Tensor
 
         problems = self.check(module, tensor.shape, tensor.scheme, act_order_index=False)
         if problems:
@@ -111,7 +113,7 @@ class Bitsandbytes:
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         """As the protocol says; the block size is the library's usual 64 here, and `decode` refuses another."""
-        from quantflow.quant.grid import Scheme
+        from quantflow.quant.scheme import Scheme
 
         if not setting(config, "load_in_4bit", bool, default=False):
             raise FormatError(Problem("quantization_config.load_in_4bit", "false", "true: 8-bit checkpoints of bitsandbytes are not read"))
@@ -125,10 +127,10 @@ class Bitsandbytes:
             raise FormatError(Problem("quantization_config.bnb_4bit_blocksize", f"{group}", f"one of {', '.join(map(str, BLOCK_SIZES))}"))
         return Scheme(4, group, True, "nf4", setting(config, "bnb_4bit_use_double_quant", bool, default=False))
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
         import torch
 
-        from quantflow.quant.grid import NF4, NestedScales, Nf4Tensor
+        from quantflow.quant.numbers.nf4 import NF4, NestedScales, Nf4Tensor
 
         scheme = self.scheme_of(module, config)
         if scheme is None:

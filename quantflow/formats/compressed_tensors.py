@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.numbers.integer import IntegerTensor
+    from quantflow.quant.scheme import Scheme
 
 _FORMAT = "pack-quantized"
 _INDEX = Problem("group index", "compressed-tensors holds none since its version 0.19", hint="Use act_order: static, or gptq")
@@ -51,7 +53,7 @@ class CompressedTensors:
     container: str = "directory"
     dtype: str | None = None
     min_zero: int = 0
-    kinds: tuple[Kind, ...] = ("integer",)
+    kinds: tuple[str, ...] = ("integer",)
     kv_scales: tuple[str, ...] = ("fp8",)
     parallel: bool = True
     holds_index: bool = False
@@ -95,14 +97,14 @@ class CompressedTensors:
         specs[f"{module}.weight_shape"] = ("I64", (2,))
         return specs
 
-    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_columns, pack_rows
 
         tensor = integer_grid(module, tensor)
         scheme = tensor.scheme
-        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.group_index is not None)
+        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.indexed)
         if problems:
             raise FormatError(problems)
         check_tensor(module, tensor)
@@ -149,10 +151,10 @@ class CompressedTensors:
         numbers = setting(weights, "num_bits", int, where), setting(weights, "group_size", int, where)
         return read_scheme(*numbers, setting(weights, "symmetric", bool, where, default=True), where)
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IntegerTensor:
         import torch
 
-        from quantflow.quant.grid import QuantizedTensor
+        from quantflow.quant.numbers.integer import IntegerTensor
         from quantflow.quant.packing import unpack_columns, unpack_rows
 
         scheme = self.scheme_of(module, config)
@@ -182,7 +184,7 @@ class CompressedTensors:
             expect_shape(f"{module}.weight_g_idx", index, (k,))
             # -1 is how the package marked an index that was never set.
             index = None if bool((index == -1).all()) else group_index(f"{module}.weight_g_idx", index, groups)
-        return QuantizedTensor(scheme, unpack_rows(packed, bits, k), scales, zeros, index)
+        return IntegerTensor(scheme, unpack_rows(packed, bits, k), scales, zeros, index)
 
     def quantization_config(
         self,
@@ -264,7 +266,6 @@ def _words(codes: int, bits: int) -> int:
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    per_channel = scheme.group_size == -1
     return {
         "targets": targets,
         "format": _FORMAT,  # LMDeploy looks for it here, others at the top
@@ -272,8 +273,8 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
             "num_bits": scheme.bits,
             "type": "int",
             "symmetric": scheme.symmetric,
-            "strategy": "channel" if per_channel else "group",
-            "group_size": None if per_channel else scheme.group_size,
+            "strategy": scheme.strategy,
+            "group_size": scheme.group_size if scheme.strategy == "group" else None,
             "actorder": None,
             "dynamic": False,
         },

@@ -14,7 +14,7 @@ from quantflow.errors import Problem
 from quantflow.formats.base import FUSED
 
 if TYPE_CHECKING:
-    from quantflow.quant.grid import Scheme
+    from quantflow.quant.scheme import Scheme
 
 VLLM, SGLANG, LMDEPLOY, TRANSFORMERS = "vLLM 0.32", "SGLang", "LMDeploy 0.18 (TurboMind)", "transformers 5.23"
 GPTQMODEL, AUTOGPTQ, AUTOAWQ, BITSANDBYTES = "GPTQModel 7.7", "AutoGPTQ", "AutoAWQ", "bitsandbytes"

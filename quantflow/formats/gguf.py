@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Kind, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.scheme import Scheme
 
 _BYTES = dict(BLOCK_TYPES.values())  # a block
 
@@ -42,7 +43,7 @@ class Gguf:
     container: str = "gguf"
     dtype: str | None = None
     min_zero: int = 0
-    kinds: tuple[Kind, ...] = ("integer", "minimum")
+    kinds: tuple[str, ...] = ("integer", "minimum")
     kv_scales: tuple[str, ...] = ()
     parallel: bool = False
     holds_index: bool = False
@@ -56,7 +57,7 @@ class Gguf:
         self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
     ) -> list[Problem]:
         problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
-        if type_of(scheme) is None and scheme.kind != "nf4":
+        if type_of(scheme) is None and scheme.kind in self.kinds:
             problems.append(Problem(module, f"{scheme}", "W4, or W8 symmetric: what Q4_0, Q4_1 and Q8_0 hold", "Use 4 bits, or gptq"))
         if shape[1] % BLOCK:
             problems.append(Problem(module, f"{shape[1]} input channels", f"a multiple of {BLOCK}", "Ignore this module"))
@@ -68,9 +69,9 @@ class Gguf:
 
     def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
         group = scheme.group_size if scheme.group_of(shape[1]) % BLOCK == 0 else BLOCK
-        if scheme.kind == "nf4" or (scheme.bits == 4 and not scheme.symmetric):
-            return replace(scheme, bits=4, group_size=group, symmetric=False, kind="minimum", double=False)
-        return replace(scheme, bits=8 if scheme.bits > 4 else 4, group_size=group, symmetric=True)
+        if scheme.bits == 4 and (scheme.kind not in self.kinds or not scheme.symmetric):
+            return replace(scheme, group_size=group, symmetric=False, kind="minimum", double=False)
+        return replace(scheme, bits=8 if scheme.bits > 4 else 4, group_size=group, symmetric=True, kind="integer", double=False)
 
     def prefers_symmetric(self, *, experts: bool) -> bool:
         return True
@@ -83,18 +84,18 @@ class Gguf:
         assert kind is not None
         return {f"{module}.{kind}": ("U8", (shape[0], shape[1] // BLOCK * _BYTES[kind]))}
 
-    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
-        from quantflow.quant.grid import MinimumTensor, QuantizedTensor
+        from quantflow.quant.numbers.integer import IntegerTensor
+        from quantflow.quant.numbers.minimum import MinimumTensor
 
         scheme, (n, k) = tensor.scheme, tensor.shape
-        index = isinstance(tensor, QuantizedTensor) and tensor.group_index is not None
-        problems = self.check(module, (n, k), scheme, act_order_index=index)
+        problems = self.check(module, (n, k), scheme, act_order_index=tensor.indexed)
         if problems:
             raise FormatError(problems)
         check_tensor(module, tensor)
-        assert isinstance(tensor, QuantizedTensor | MinimumTensor)
+        assert isinstance(tensor, IntegerTensor | MinimumTensor)
         kind = type_of(scheme)
         repeat = scheme.group_of(k) // BLOCK
         scales = exact_scales(f"{module} scales", tensor.scales, torch.float16)
@@ -112,7 +113,7 @@ class Gguf:
         return {f"{module}.{kind}": torch.cat((head, body), -1).view(n, -1)}
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
-        from quantflow.quant.grid import Scheme
+        from quantflow.quant.scheme import Scheme
 
         types, schemes = setting(config, "types", dict, default={}), setting(config, "schemes", dict, default={})
         if module not in types:
@@ -130,10 +131,11 @@ class Gguf:
             raise wrong
         return scheme
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
         import torch
 
-        from quantflow.quant.grid import MinimumTensor, QuantizedTensor
+        from quantflow.quant.numbers.integer import IntegerTensor
+        from quantflow.quant.numbers.minimum import MinimumTensor
 
         scheme = self.scheme_of(module, config)
         if scheme is None:
@@ -153,7 +155,7 @@ class Gguf:
         scales = _once(name, numbers[..., 0], scheme.groups(k))
         codes = (body ^ 0x80 if kind == "q8_0" else torch.cat((body & 15, body >> 4), -1)).reshape(n, k)
         if kind != "q4_1":
-            return QuantizedTensor(scheme, codes, scales, torch.full(scales.shape, scheme.midpoint, dtype=torch.uint8))
+            return IntegerTensor(scheme, codes, scales, torch.full(scales.shape, scheme.midpoint, dtype=torch.uint8))
         minimums = _once(name, numbers[..., 1], scheme.groups(k))
         if not bool(minimums.isfinite().all()):
             raise FormatError(Problem(name, "minimums that are NaN or infinite", "finite minimums"))
@@ -162,7 +164,7 @@ class Gguf:
         zeros = torch.where(scales != 0, -minimums.float() / scales.float(), 0)
         if not bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= 15) & (-zeros * scales.float() == minimums.float())).all()):
             raise FormatError(Problem(name, "minimums that are no -zero * scale", "those of integer zero points, says quantflow.schemes"))
-        return QuantizedTensor(scheme, codes, scales, zeros.to(torch.uint8))
+        return IntegerTensor(scheme, codes, scales, zeros.to(torch.uint8))
 
     def quantization_config(
         self,

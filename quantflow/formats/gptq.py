@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Kind, QuantizedTensor, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.numbers.integer import IntegerTensor
+    from quantflow.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Gptq:
     version: int
     container: str = "directory"
     dtype: str | None = None
-    kinds: tuple[Kind, ...] = ("integer",)
+    kinds: tuple[str, ...] = ("integer",)
     kv_scales: tuple[str, ...] = ()
     parallel: bool = True
     holds_index: bool = True
@@ -97,14 +99,14 @@ class Gptq:
             f"{module}.g_idx": ("I32", (k,)),
         }
 
-    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_rows, pack_rows_transposed
 
         tensor = integer_grid(module, tensor)
         scheme, (_, k) = tensor.scheme, tensor.shape
-        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.group_index is not None)
+        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.indexed)
         if problems:
             raise FormatError(problems)
         check_tensor(module, tensor)
@@ -144,11 +146,11 @@ class Gptq:
             raise FormatError(Problem("quantization_config.bits", f"{merged['bits']}", "2, 3, 4 or 8"))
         return read_scheme(setting(merged, "bits", int), setting(merged, "group_size", int), setting(merged, "sym", bool), module)
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IntegerTensor:
         """As the protocol says. A zero point of 0 in version 1 is read where GPTQModel wrote it; others lose its neighbours."""
         import torch
 
-        from quantflow.quant.grid import QuantizedTensor
+        from quantflow.quant.numbers.integer import IntegerTensor
         from quantflow.quant.packing import unpack_rows
 
         scheme = self.scheme_of(module, config)
@@ -195,7 +197,7 @@ class Gptq:
             index = take(tensors, f"{module}.g_idx", torch.int32, dims=1)
             expect_shape(f"{module}.g_idx", index, (k,))
             index = group_index(f"{module}.g_idx", index, groups)
-        return QuantizedTensor(scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index)
+        return IntegerTensor(scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index)
 
     def quantization_config(
         self,

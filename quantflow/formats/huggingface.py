@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Kind, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,18 @@ class HuggingFace:
     rounded: bool = False
     container: str = "directory"
     min_zero: int = 0
-    kinds: tuple[Kind, ...] = ("integer", "minimum", "nf4")
     kv_scales: tuple[str, ...] = ()
     parallel: bool = True
     holds_index: bool = True
     suffixes: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """All that there are."""
+        from quantflow.quant.numbers import NUMBERS
+
+        return tuple(NUMBERS)
 
     def scale_dtype(self, model_dtype: str) -> str:
         return self.dtype or model_dtype
@@ -56,7 +63,7 @@ class HuggingFace:
     def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
         return {f"{module}.weight": (SAFETENSORS_DTYPE[scale_dtype], shape)}
 
-    def encode(self, module: str, tensor: AnyTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
         import torch
 
         check_tensor(module, tensor)
@@ -76,7 +83,7 @@ class HuggingFace:
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         return None
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> AnyTensor:
+    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
         raise FormatError(Problem(module, "a plain weight, which has no codes"))
 
     def quantization_config(

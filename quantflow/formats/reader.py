@@ -19,7 +19,8 @@ from quantflow.models.workspace import is_workspace
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantflow.quant.grid import AnyTensor, Scheme
+    from quantflow.quant.numbers import QuantizedTensor
+    from quantflow.quant.scheme import Scheme
 
 MANIFEST = "quantflow.json"
 REQUANTIZED = "requantized.json"  # beside a checkpoint that is no exact translation
@@ -111,7 +112,7 @@ class Weights:
         parts = (".weight", *self.format.suffixes)
         return name.endswith(KV_SUFFIXES) or any(name.removesuffix(p) in self.modules for p in parts if name.endswith(p))
 
-    def quantized(self, module: str) -> AnyTensor:
+    def quantized(self, module: str) -> QuantizedTensor:
         """The canonical tensor of a quantised module. Raises ModelError where it does not fit the model, or is not finite."""
         assert self.format is not None
         names = [f"{module}{suffix}" for suffix in self.format.suffixes]

@@ -15,7 +15,7 @@ from quantflow.formats.awq import Awq
 from quantflow.formats.base import fitting_group
 
 if TYPE_CHECKING:
-    from quantflow.quant.grid import Scheme
+    from quantflow.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)

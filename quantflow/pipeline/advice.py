@@ -21,7 +21,7 @@ from quantflow.formats.recognise import refuse_quantised
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question
 from quantflow.pipeline.plan import weights_key
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from quantflow.recipe.writer import Draft, name_of
 from quantflow.units import ROUNDING, is_number
 

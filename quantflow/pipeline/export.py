@@ -25,7 +25,8 @@ from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.directory import read_json
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
-from quantflow.quant.grid import AnyTensor, Scheme
+from quantflow.quant.numbers import QuantizedTensor
+from quantflow.quant.scheme import Scheme
 from quantflow.stages.kv_qparams import fp8_scales, largest_of_parameters, of_rank, per_rank
 from quantflow.stages.pack import Results, checkpoint_bytes, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.pack_job import PackJob, Prepared, prepare
@@ -259,7 +260,7 @@ class _Moved:
     weights: Weights
     job: PackJob
 
-    def linear(self, index: int | None, name: str, in_features: int) -> AnyTensor:
+    def linear(self, index: int | None, name: str, in_features: int) -> QuantizedTensor:
         if index is None:
             return self.weights.quantized(name)
         tensor = self.weights.quantized(f"{self.weights.checkpoint.architecture.layer_prefix(index)}.{name}")

@@ -22,7 +22,7 @@ from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import grid_problems, rank_shape
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from quantflow.recipe.overrides import matches
 
 RANKS = (1, 2, 4, 8)

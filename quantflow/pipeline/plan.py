@@ -34,7 +34,7 @@ from quantflow.models.directory import read_json
 from quantflow.models.tokenizer import has_tokenizer, tokenizer_placeholders
 from quantflow.models.weight_files import INDEX
 from quantflow.pipeline.texts import local_text, model_documents
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from quantflow.recipe import (
     AUTO,
     BUNDLED,

@@ -34,9 +34,9 @@ from quantflow.models.tokenizer import has_tokenizer, load_tokenizer
 from quantflow.pipeline.plan import activation_budget, weights_key
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.texts import model_documents
-from quantflow.quant.grid import BITS, Scheme
+from quantflow.quant.grid import GridRules
 from quantflow.quant.knapsack import Choice, Option, choose
-from quantflow.quant.rtn import GridRules
+from quantflow.quant.scheme import BITS, Scheme
 from quantflow.recipe.overrides import Widths, compact
 from quantflow.recipe.writer import Draft, name_of
 
@@ -191,7 +191,8 @@ class Job:
         code = source_digest(
             "models",
             "quant/grid.py",
-            "quant/rtn.py",
+            "quant/scheme.py",
+            "quant/numbers",
             "quant/product.py",
             "formats/reader.py",
             "evaluate/sensitivity.py",

@@ -14,7 +14,7 @@ from quantflow.formats.base import LEAST_GROUP
 from quantflow.formats.engines import LLAMA_CPP, LMDEPLOY, SGLANG, TRANSFORMERS, VLLM, loads
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.plan import GROUPS, LENGTH, SEQLEN
-from quantflow.quant.grid import BITS, PER_CHANNEL, Scheme
+from quantflow.quant.scheme import BITS, PER_CHANNEL, Scheme
 from quantflow.recipe import BUNDLED, BUNDLED_NEW
 from quantflow.recipe.writer import flow, name_of
 

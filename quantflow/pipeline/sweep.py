@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,14 @@ from quantflow.machine import give_back_freed_memory
 from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.pipeline.progress import Progress, within_step
-from quantflow.quant.grid import AnyTensor, NestedScales, Nf4Tensor, QuantizedTensor, Scheme
-from quantflow.quant.nf4 import dynamic_table
-from quantflow.quant.packing import pack_rows, unpack_rows
-from quantflow.quant.rtn import GridRules
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers import QuantizedTensor
+from quantflow.quant.scheme import Scheme
 from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
 from quantflow.stages.output_error import OutputErrors
-from quantflow.stages.quantize import Quantized, Unrounded, gptq_rounder, gptq_segment, rtn_segment
+from quantflow.stages.quantize import Quantized, Unrounded, gptq_rounder, gptq_segment, nearest_segment
 
 
 @dataclass(frozen=True)
@@ -215,13 +214,13 @@ def _quantise(
     done = _round(context, index, source, changed, streams, scales, kv, tell)
     tensors = dict(changed)
     for name, result in done.items():
-        tensors.update(_canonical(name, result.tensor))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in result.tensor.parts().items()}
     if plan.stage(KvQparams):
         tensors.update({f"kv.{name}": value for name, value in kv.result().items()})
     report = {
         "linears": {name: done[name].report for name in sorted(done)},
         "awq": scales.report,
-        "schemes": {n: list(astuple(s)) for n, s in schemes.items()},
+        "schemes": {n: s.as_list() for n, s in schemes.items()},
     }
     return {n: t.cpu().contiguous() for n, t in tensors.items()}, report
 
@@ -243,7 +242,7 @@ def _round(
         if gptq and passage:
             rounded = gptq_segment(source, names, segment.channels, partial(passage.rows, segment), gptq, context.device)
         else:
-            rounded = rtn_segment(source, names, search=bool(rtn and rtn.range_search), importance=scales.importance)
+            rounded = nearest_segment(source, names, search=bool(rtn and rtn.range_search), importance=scales.importance)
         for name, result in rounded:
             done[name] = result
             if streams:
@@ -292,20 +291,6 @@ def _search_scales(
     )  # fmt: skip
 
 
-def _canonical(name: str, tensor: AnyTensor) -> dict[str, Tensor]:
-    """The store's tensors of a linear: codes packed along the row, low bits first."""
-    found = {f"{name}.codes": pack_rows(tensor.codes, tensor.scheme.bits), f"{name}.scales": tensor.scales}
-    if isinstance(tensor, QuantizedTensor):
-        found[f"{name}.zeros"] = tensor.zeros
-        if tensor.group_index is not None:
-            found[f"{name}.group_index"] = tensor.group_index
-    elif isinstance(tensor, Nf4Tensor) and tensor.nested:
-        nested = tensor.nested
-        found |= {f"{name}.nested.codes": nested.codes, f"{name}.nested.absmax": nested.absmax}
-        found[f"{name}.nested.offset"] = torch.tensor(nested.offset, dtype=torch.float32)
-    return found
-
-
 class SweepReader:
     """The results of a finished sweep, a layer at a time."""
 
@@ -321,22 +306,12 @@ class SweepReader:
     def report(self, index: int) -> dict[str, Any]:
         return json.loads(self.file(index).metadata["report"])
 
-    def linear(self, index: int | None, name: str, in_features: int) -> AnyTensor:
+    def linear(self, index: int | None, name: str, in_features: int) -> QuantizedTensor:
         assert index is not None  # a recipe quantises the layers alone
         file = self.file(index)
         scheme = Scheme(*json.loads(file.metadata["report"])["schemes"][name])
-
-        def part(suffix: str) -> Tensor | None:
-            return file.read(f"{name}.{suffix}") if f"{name}.{suffix}" in file.tensors else None
-
-        codes, scales = unpack_rows(file.read(f"{name}.codes"), scheme.bits, in_features), file.read(f"{name}.scales")
-        if scheme.kind == "integer":
-            return QuantizedTensor(scheme, codes, scales, file.read(f"{name}.zeros"), part("group_index"))
-        nested = None
-        if (nested_codes := part("nested.codes")) is not None:
-            absmax, offset = file.read(f"{name}.nested.absmax"), float(file.read(f"{name}.nested.offset"))
-            nested = NestedScales(nested_codes, absmax, dynamic_table(), offset)
-        return Nf4Tensor(scheme, codes, scales, nested)
+        parts = {n.removeprefix(f"{name}."): file.read(n) for n in file.tensors if n.startswith(f"{name}.")}
+        return scheme.numbers.from_parts(scheme, parts, in_features)
 
     def changed(self, index: int | None, name: str) -> Tensor | None:
         """A tensor that the sweep changed without quantising it (a norm, a bias, a router), or None where it is the checkpoint's."""

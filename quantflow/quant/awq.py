@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantflow.quant.grid import Scheme
-from quantflow.quant.rtn import GridRules, decode, encode, find_grid, grouped
+from quantflow.quant.grid import GridRules, decode, encode, find_grid, grouped
+from quantflow.quant.scheme import Scheme
 
 MAX_SCALE = 1e4  # a channel scaled further than this carries no signal worth keeping
 

@@ -9,11 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from quantflow.quant.grid import AnyTensor, QuantizedTensor, Scheme
-from quantflow.quant.rtn import grouped
+from quantflow.quant.numbers import QuantizedTensor
 
 ROWS = 256  # output channels, evenly spaced, that error and clip are measured on: each is thousands of weights
 
@@ -44,28 +42,12 @@ def shown(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-def fit(weight: Tensor, tensor: AnyTensor) -> Fit:
+def fit(weight: Tensor, tensor: QuantizedTensor) -> Fit:
     """Of the weight that was rounded, and what it became."""
     low, high = weight.aminmax()
     every = slice(None, None, max(1, -(-len(weight) // ROWS)))
     part, found = weight[every].float(), tensor.rows(every)
     power, error = float(part.square().sum()), float(found.dequantize().sub_(part).square_().sum())
-    shares = _shares(part, found) if isinstance(found, QuantizedTensor) else part.new_empty(0)
-    clip = (float(shares.mean()), float(shares.min())) if len(shares) else (None, None)
+    shares = found.spanned(part)
+    clip = (float(shares.mean()), float(shares.min())) if shares is not None and len(shares) else (None, None)
     return Fit(error / power if power else error, float(low), float(high), *clip)
-
-
-def _shares(weight: Tensor, tensor: QuantizedTensor) -> Tensor:
-    """The share of each group's range that its grid spans, `[groups that have a range]`."""
-    scheme = tensor.scheme
-    if tensor.group_index is not None:
-        weight = weight[:, torch.argsort(tensor.group_index, stable=True)]
-    parts = grouped(weight, scheme)
-    reach = _reach(parts.amin(-1).clamp_(max=0), parts.amax(-1).clamp_(min=0), scheme)
-    alive = reach > 0
-    return (tensor.scales.float() * scheme.levels)[alive] / reach[alive]
-
-
-def _reach(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
-    """What a grid has to span to clip nothing."""
-    return torch.maximum(-low, high) * 2 if scheme.symmetric else high - low

@@ -13,8 +13,9 @@ import torch
 from quantflow_kernels import cpu_solver
 from torch import Tensor
 
-from quantflow.quant.grid import QuantizedTensor, Scheme
-from quantflow.quant.rtn import Grid, GridRules, assemble, find_grid, quantize_rtn
+from quantflow.quant.grid import Grid, GridRules, find_grid
+from quantflow.quant.numbers.integer import IntegerTensor, assemble, quantize_rtn
+from quantflow.quant.scheme import Scheme
 
 DAMP_LADDER = (1.0, 10.0, 100.0)
 
@@ -110,7 +111,7 @@ def in_halves(
 
 @dataclass(frozen=True)
 class GptqResult:
-    tensor: QuantizedTensor
+    tensor: IntegerTensor
     fallback: str = ""
 
 
@@ -134,12 +135,12 @@ def quantize_gptq(
     if len(parts) == 1:
         return GptqResult(parts[0], factor.fallback)
     codes, scales, zeros = (torch.cat([getattr(p, field) for p in parts]) for field in ("codes", "scales", "zeros"))
-    return GptqResult(QuantizedTensor(scheme, codes, scales, zeros, parts[0].group_index), factor.fallback)
+    return GptqResult(IntegerTensor(scheme, codes, scales, zeros, parts[0].group_index), factor.fallback)
 
 
 def _solve(
     weight: Tensor, hessian: Tensor, factor: Factor, scheme: Scheme, rules: GridRules, act_order: str, search: bool, refine: int
-) -> QuantizedTensor:
+) -> IntegerTensor:
     n, k = weight.shape
     order = factor.order
     group = scheme.group_of(k)

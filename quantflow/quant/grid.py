@@ -1,194 +1,166 @@
-"""The canonical form of a quantised weight: unsigned codes, and the grid that says which number each stands for.
+"""Affine grids: which numbers the codes of a group stand for, and the search for the best.
 
-Shapes: `N` output channels, `K` input channels, `g` group size, `G = K / g` groups a row.
+Shapes: weight `[N, K]`, grouped `[N, G, g]`; grids (scales, zeros) `[N, G]`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
+from quantflow_kernels import cpu_solver
 from torch import Tensor
 
-BITS = (2, 3, 4, 5, 6, 7, 8)
-PER_CHANNEL = -1  # a group size: one group spans the whole row
+if TYPE_CHECKING:
+    from quantflow.quant.scheme import Scheme
 
-# integer: (code - zero) * scale, zero an integer. minimum: code * scale + minimum. nf4: table[code] * scale.
-Kind: TypeAlias = Literal["integer", "minimum", "nf4"]
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a linear layer's weight is quantised.
-
-    bits: 2 to 8. group_size: input channels that share a scale, or `PER_CHANNEL`. symmetric: the zero point is the
-    middle code, `2^(bits-1)`. kind: of its grid. double: the scales of an nf4 grid are quantised themselves.
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    kind: Kind = "integer"
-    double: bool = False
-
-    @property
-    def levels(self) -> int:
-        """The largest code, `2^bits - 1`."""
-        return 2**self.bits - 1
-
-    @property
-    def midpoint(self) -> int:
-        """The zero point of a symmetric grid, `2^(bits-1)`."""
-        return 2 ** (self.bits - 1)
-
-    def group_of(self, in_features: int) -> int:
-        """Input channels in one group of a row of `in_features`."""
-        return in_features if self.group_size == PER_CHANNEL else self.group_size
-
-    def groups(self, in_features: int) -> int:
-        """Groups in a row of `in_features`; the caller has checked that the group size divides it."""
-        return in_features // self.group_of(in_features)
-
-    def stored_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a packed weight `(N, K)`: codes in whole words of 32 bits, scales (16 bits; of NF4 32, or 8 where they are quantised)
-        and, where it is asymmetric, zeros in as many bits as a code."""
-        n, k = shape
-        groups = self.groups(k)
-        scale = 2 if self.kind == "integer" else 1 if self.double else 4
-        return n * math.ceil(k * self.bits / 32) * 4 + n * groups * scale + (0 if self.symmetric else n * groups * self.bits // 8)
-
-    def __str__(self) -> str:
-        group = "channel" if self.group_size == PER_CHANNEL else f"g{self.group_size}"
-        if self.kind == "nf4":
-            return f"NF4 {group}{' double' if self.double else ''}"
-        kind = "with minimums" if self.kind == "minimum" else "symmetric" if self.symmetric else "asymmetric"
-        return f"W{self.bits} {group} {kind}"
+SHRINK_STEPS = tuple(1 - 0.05 * i for i in range(11))  # of the range, in a range search: 1.0 down to 0.5
+SEARCH_ELEMENTS = 2**19  # weights whose range is searched together: what the search makes of them stays in the cache
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
-    """Codes and integer grid of one weight: `W ≈ (codes - zeros) * scales`, each scale serving one group of input channels.
+class GridRules:
+    """What the formats that will be written ask of a grid.
 
-    codes: uint8 `[N, K]`, in `0..2^bits - 1`. scales: floating `[N, G]`, in the dtype that is stored.
-    zeros: uint8 `[N, G]`. group_index: None where channel `k` belongs to group `k // g`, else int32 `[K]` (GPTQ's `g_idx`).
+    scale_dtypes: a scale must be exact in each of these. min_zero: 1 for GPTQ v1, which cannot hold a zero point of 0.
     """
 
-    scheme: Scheme
-    codes: Tensor
+    scale_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    min_zero: int = 0
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype that scales are kept in: the first of `scale_dtypes`."""
+        return self.scale_dtypes[0]
+
+    def round_scale(self, scale: Tensor) -> Tensor:
+        """The scale, positive and exact in every dtype of the rules, as float32.
+
+        Rounding to bfloat16 first leaves 8 significant bits, which float16 keeps (or, below 2^-14, cuts to fewer): so the
+        chain ends in a number that both hold.
+        """
+        largest = _largest(self.scale_dtypes)
+        for dtype in sorted(set(self.scale_dtypes), key=lambda d: torch.finfo(d).eps, reverse=True):
+            scale = scale.clamp(min=_smallest(dtype), max=largest).to(dtype).float()
+        return scale
+
+    def clamped(self, scales: Tensor) -> int:
+        """How many scales stand at the end of what the dtypes hold: their groups reach further, or are finer."""
+        smallest = max(_smallest(dtype) for dtype in self.scale_dtypes)
+        return int(((scales <= smallest) | (scales >= _largest(self.scale_dtypes))).sum())
+
+
+def _smallest(dtype: torch.dtype) -> float:
+    # float16 scales below 2^-24 flush to zero; the others are kept to numbers whose reciprocal is finite in float32.
+    return 2.0**-24 if dtype == torch.float16 else 2.0**-120
+
+
+def _largest(dtypes: tuple[torch.dtype, ...]) -> float:
+    # The largest number that all hold: 65280 for float16 and bfloat16 together, whose own 65504 has too many bits for bfloat16.
+    exponent = min(math.frexp(torch.finfo(d).max)[1] for d in dtypes)
+    return 2.0 ** (exponent - 1) * (2 - max(torch.finfo(d).eps for d in dtypes))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scales and zeros, float32 `[N, G]`; zeros hold integers."""
+
     scales: Tensor
     zeros: Tensor
-    group_index: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(N, K)`."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    def rows(self, part: slice) -> QuantizedTensor:
-        """Some of its output channels."""
-        return QuantizedTensor(self.scheme, self.codes[part], self.scales[part], self.zeros[part], self.group_index)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[N, K]` in `dtype`, computed in float32 (float64 if that is `dtype`)."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        n, k = self.shape
-        scales, zeros = self.scales.to(compute), self.zeros.to(compute)
-        if self.group_index is not None:
-            index = self.group_index.long()
-            return ((self.codes.to(compute) - zeros[:, index]) * scales[:, index]).to(dtype)
-        grouped = self.codes.to(compute).view(n, scales.shape[1], -1)
-        return grouped.sub_(zeros[:, :, None]).mul_(scales[:, :, None]).view(n, k).to(dtype)
 
 
-@dataclass(frozen=True)
-class MinimumTensor:
-    """Codes and a grid with a floating minimum (GGUF's Q4_1): `W ≈ codes * scales + minimums`.
+def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """`[N, K]` seen as `[N, G, g]`."""
+    return weight.view(weight.shape[0], scheme.groups(weight.shape[1]), -1)
 
-    codes: uint8 `[N, K]`. scales, minimums: floating `[N, G]`, in the dtype that is stored.
+
+def grid_of_range(low: Tensor, high: Tensor, scheme: Scheme, rules: GridRules) -> Grid:
+    """The grid that spans `[low, high]` (`[N, G]`), zero included. An empty range gets scale 1 and the zero point's code."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.symmetric:
+        reach = torch.maximum(-low, high)
+        scale = reach * 2 / scheme.levels
+        zero = torch.full_like(scale, scheme.midpoint)
+    else:
+        if rules.min_zero:
+            low = torch.minimum(low, -high * rules.min_zero / (scheme.levels - rules.min_zero))
+        scale = (high - low) / scheme.levels
+        zero = None
+    scale = rules.round_scale(torch.where(scale > 0, scale, torch.ones_like(scale)))
+    if zero is None:
+        zero = (-low / scale).round_().clamp_(rules.min_zero, scheme.levels)
+    return Grid(scale, zero)
+
+
+def encode(weight: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+    """Codes `[N, G, g]` (float) of a grouped weight: nearest, ties to even, clamped."""
+    return (weight / grid.scales[:, :, None]).add_(grid.zeros[:, :, None]).round_().clamp_(0, scheme.levels)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """The values `[N, G, g]` of codes (float)."""
+    return (codes - grid.zeros[:, :, None]).mul_(grid.scales[:, :, None])
+
+
+def group_loss(error: Tensor, importance: Tensor | None) -> Tensor:
+    """The loss `[N, G]` of an error `[N, G, g]`.
+
+    importance: None for the squared error; `[G, g]` to weigh each input channel; `[G, g, g]` for the output error
+    `e Hg eᵀ` that the group alone causes, `Hg` being its block of the Hessian.
     """
-
-    scheme: Scheme
-    codes: Tensor
-    scales: Tensor
-    minimums: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(N, K)`."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    def rows(self, part: slice) -> MinimumTensor:
-        """Some of its output channels."""
-        return MinimumTensor(self.scheme, self.codes[part], self.scales[part], self.minimums[part])
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[N, K]` in `dtype`; product and sum are computed and rounded in float32 (float64 if that is `dtype`)."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        n, k = self.shape
-        scales, minimums = self.scales.to(compute), self.minimums.to(compute)
-        grouped = self.codes.to(compute).view(n, scales.shape[1], -1)
-        return grouped.mul_(scales[:, :, None]).add_(minimums[:, :, None]).view(n, k).to(dtype)
+    if importance is None:
+        return error.square().sum(-1)
+    if importance.ndim == 2:
+        return (error.square() * importance).sum(-1)
+    by_group = error.transpose(0, 1)
+    return (torch.bmm(by_group, importance) * by_group).sum(-1).T
 
 
-@dataclass(frozen=True)
-class NestedScales:
-    """Scales that are quantised themselves (QLoRA's double quantisation), in blocks of 256 along the flattened `[N, G]`:
-    `scale = table[code] * absmax + offset`.
+def rounding_loss(parts: Tensor, grid: Grid, scheme: Scheme, importance: Tensor | None) -> Tensor:
+    """`group_loss` of rounding a grouped weight to its grid."""
+    if importance is not None and importance.ndim == 3 and parts.shape[2] <= cpu_solver.WIDEST_GROUP and cpu_solver.available(parts):
+        return cpu_solver.block_losses(
+            parts.contiguous(), grid.scales.contiguous(), grid.zeros.contiguous(), scheme.levels, importance.contiguous()
+        )
+    # decode(encode(parts)) - parts, without a detour over unsigned codes.
+    scale, zero = grid.scales[:, :, None], grid.zeros[:, :, None]
+    rounded = torch.div(parts, scale).round_().clamp_(-zero, scheme.levels - zero)
+    return group_loss(rounded.mul_(scale).sub_(parts), importance)
 
-    codes: uint8 `[N * G]`. absmax: float32, one a block. table: float32 `[256]`. offset: of all of them, a float32 number.
+
+def find_grid(weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None) -> Grid:
+    """The grid of `weight` `[N, K]` (float32): that of its range or, with `search`, of the shrunken range of least loss.
+
+    The search shrinks both ends together, then each alone around the best (an outlier usually sits on one side).
     """
+    rows = max(1, SEARCH_ELEMENTS // weight.shape[1])
+    if search and len(weight) > rows:
+        found = [find_grid(part, scheme, rules, search=True, importance=importance) for part in weight.split(rows)]
+        return Grid(torch.cat([grid.scales for grid in found]), torch.cat([grid.zeros for grid in found]))
+    parts = grouped(weight, scheme)
+    low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+    best = grid_of_range(low, high, scheme, rules)
+    if not search:
+        return best
+    scales, zeros = best.scales.clone(), best.zeros.clone()
+    least = torch.full_like(scales, torch.inf)
+    shrink_low, shrink_high = torch.ones_like(low), torch.ones_like(high)
 
-    BLOCK = 256
+    def consider(by_low: Tensor | float, by_high: Tensor | float) -> None:
+        grid = grid_of_range(low * by_low, high * by_high, scheme, rules)
+        loss = rounding_loss(parts, grid, scheme, importance)
+        better = loss < least
+        for kept, new in ((least, loss), (scales, grid.scales), (zeros, grid.zeros)):
+            torch.where(better, new, kept, out=kept)
+        for kept, ratio in ((shrink_low, by_low), (shrink_high, by_high)):
+            kept.copy_(torch.where(better, torch.as_tensor(ratio, dtype=kept.dtype), kept))
 
-    codes: Tensor
-    absmax: Tensor
-    table: Tensor
-    offset: float
-
-    def scales(self) -> Tensor:
-        """float32 `[N * G]`."""
-        each = self.absmax.repeat_interleave(self.BLOCK)[: self.codes.numel()]
-        return self.table[self.codes.long()] * each + torch.tensor(self.offset, dtype=torch.float32, device=self.codes.device)
-
-
-@dataclass(frozen=True)
-class Nf4Tensor:
-    """Codes of the NF4 table (Dettmers et al. 2023, QLoRA): `W ≈ NF4[codes] * scales`.
-
-    codes: uint8 `[N, K]`, 0..15. scales: float32 `[N, G]`, the largest magnitude of each group. nested: what they were computed from,
-    where they are quantised too.
-    """
-
-    scheme: Scheme
-    codes: Tensor
-    scales: Tensor
-    nested: NestedScales | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(N, K)`."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    def rows(self, part: slice) -> Nf4Tensor:
-        """Some of its output channels, with their scales as numbers."""
-        return Nf4Tensor(self.scheme, self.codes[part], self.scales[part])
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[N, K]` in `dtype`, computed in float32 as bitsandbytes does (float64 if that is `dtype`)."""
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        n, k = self.shape
-        table = torch.tensor(NF4, dtype=torch.float32, device=self.codes.device).to(compute)
-        values = table[self.codes.view(n, self.scales.shape[1], -1).int()]
-        return values.mul_(self.scales.to(compute)[:, :, None]).view(n, k).to(dtype)
-
-
-AnyTensor: TypeAlias = QuantizedTensor | MinimumTensor | Nf4Tensor
-
-# QLoRA, appendix E: quantiles of a normal distribution, an exact 0 among them, scaled to [-1, 1].
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    for step in SHRINK_STEPS:
+        consider(step, step)
+    if not scheme.symmetric:
+        for step in (0.9, 0.95, 1.05):
+            consider(shrink_low.clone() * step, shrink_high.clone())
+            consider(shrink_low.clone(), shrink_high.clone() * step)
+    return Grid(scales, zeros)

@@ -17,8 +17,8 @@ from quantflow.calibration.statistics import BlockHessian, Hessian
 from quantflow.decoder.native import DecoderLayer
 from quantflow.models.segments import Role
 from quantflow.quant.awq import candidates, linear_loss, rounded, weight_profile
-from quantflow.quant.grid import Scheme
-from quantflow.quant.rtn import GridRules
+from quantflow.quant.grid import GridRules
+from quantflow.quant.scheme import Scheme
 from quantflow.stages.folding import Folding
 
 

@@ -23,13 +23,14 @@ from quantflow.models.gguf_file import NAME, SCHEMES_KEY
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.gguf_writer import GgufWriter
 from quantflow.models.rounding import converted
-from quantflow.models.sharding import shard_plain, shard_quantized, shard_shape
+from quantflow.models.sharding import shard_plain, shard_shape
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, dtype_name, torch_dtype
 from quantflow.models.tokenizer import export_tokenizer
 from quantflow.models.weight_files import INDEX
 from quantflow.models.workspace import TOKENIZER, WorkspaceWriter
 from quantflow.paths import write_text
-from quantflow.quant.grid import AnyTensor, Scheme
+from quantflow.quant.numbers import QuantizedTensor
+from quantflow.quant.scheme import Scheme
 from quantflow.stages.pack_job import PackJob, quantization_config
 
 
@@ -37,7 +38,7 @@ class Results(Protocol):
     """What the sweep left (see `pipeline/sweep.py`). changed: a tensor that is not the checkpoint's any more, else None; index is None
     outside the layers."""
 
-    def linear(self, index: int | None, name: str, in_features: int) -> AnyTensor: ...
+    def linear(self, index: int | None, name: str, in_features: int) -> QuantizedTensor: ...
 
     def changed(self, index: int | None, name: str) -> Tensor | None: ...
 
@@ -223,7 +224,7 @@ def _load(piece: _Piece, job: PackJob, results: Results) -> _Loaded:
     if piece.scheme is not None:
         quantised = results.linear(piece.layer, piece.relative, piece.shape[1])
         if piece.cut is not None:
-            quantised = shard_quantized(quantised, piece.cut, job.rank, job.tp)
+            quantised = quantised.cut(piece.cut, job.rank, job.tp)
         return job.format.encode(piece.name, quantised, model_dtype), {}
     changed = results.changed(piece.layer, piece.relative)
     value = job.checkpoint.tensor(piece.name) if changed is None else changed

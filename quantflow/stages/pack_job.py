@@ -19,7 +19,7 @@ from quantflow.models.gguf_writer import decoder_problems
 from quantflow.models.segments import LinearSpec
 from quantflow.models.tokenizer import has_tokenizer
 from quantflow.models.workspace import workspace_problems
-from quantflow.quant.grid import PER_CHANNEL, Scheme
+from quantflow.quant.scheme import PER_CHANNEL, Scheme
 
 Held = Mapping[int, Mapping[str, Scheme]]  # layer -> name in the layer -> scheme
 

@@ -1,4 +1,4 @@
-"""`rtn` and `gptq` on the linears of one segment: fold, quantise, report."""
+"""Rounding to nearest, and `gptq`, on the linears of one segment: fold, quantise, report."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from quantflow.calibration.statistics import Hessian
 from quantflow.quant.fit import fit, shown
 from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
-from quantflow.quant.grid import NF4, AnyTensor, QuantizedTensor, Scheme
-from quantflow.quant.nf4 import quantize_nf4
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers import QuantizedTensor
+from quantflow.quant.scheme import Scheme
 from quantflow.stages.awq import Rounder
 from quantflow.stages.folding import Folding
 
@@ -45,45 +45,32 @@ class Unrounded:
 class Quantized:
     """A linear's canonical tensor, and its line of the report."""
 
-    tensor: AnyTensor
+    tensor: QuantizedTensor
     report: dict[str, Any]
 
 
-def _line(weight: Tensor, tensor: QuantizedTensor, rules: GridRules, *, fallback: str = "", **more: Any) -> dict[str, Any]:
-    if clamped := rules.clamped(tensor.scales):
-        dtypes = " and ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in rules.scale_dtypes))
-        fallback = "; ".join(filter(None, (fallback, f"{clamped} of {tensor.scales.numel()} scales clamped to what {dtypes} hold")))
+def _line(weight: Tensor, tensor: QuantizedTensor, rules: GridRules, *, method: str, fallback: str = "", **more: Any) -> dict[str, Any]:
+    remarks = tensor.remarks(rules)
+    fallback = "; ".join(filter(None, (fallback, remarks.pop("fallback", ""))))
     said = {k: v for k, v in {**more, "fallback": fallback}.items() if v not in ("", None)}
-    return {"scheme": str(tensor.scheme), **said, **fit(weight, tensor).as_dict()}
+    return {"scheme": str(tensor.scheme), "method": method, **said, **remarks, **fit(weight, tensor).as_dict()}
 
 
-def rtn_linear(
+def nearest_linear(
     weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool, importance: Tensor | None = None, fallback: str = ""
 ) -> Quantized:
-    """One linear, rounded to nearest; with `importance` (AWQ's clip search) on the range of least output error."""
-    tensor = quantize_rtn(weight, scheme, rules, search=search or importance is not None, importance=importance)
-    return Quantized(tensor, _line(weight, tensor, rules, method="rtn", fallback=fallback))
+    """One linear, rounded to the nearest of its numbers; with `importance` (AWQ's clip search) on the range of least output error."""
+    tensor = scheme.numbers.quantize(weight, scheme, rules, search=search or importance is not None, importance=importance)
+    return Quantized(tensor, _line(weight, tensor, rules, method=tensor.method, fallback=fallback))
 
 
-def nf4_linear(weight: Tensor, scheme: Scheme) -> Quantized:
-    """One linear, in the nearest of NF4's numbers."""
-    tensor = quantize_nf4(weight, scheme)
-    empty = int(tensor.codes.view(*tensor.scales.shape, -1).eq(NF4.index(0.0)).all(-1).sum())  # a scale of 0 does not survive double
-    report = {"scheme": str(scheme), "method": "nf4", **({"zero_blocks": empty} if empty else {})}
-    return Quantized(tensor, report | fit(weight, tensor).as_dict())
-
-
-def rtn_segment(
+def nearest_segment(
     source: Unrounded, names: Sequence[str], *, search: bool, importance: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Quantized]]:
     """The linears `names` of a segment, each rounded for itself, to the nearest of its scheme's numbers. search, importance: see
-    `rtn_linear`."""
+    `nearest_linear`."""
     for n in names:
-        scheme, weight = source.schemes[n], source.plain(n)
-        if scheme.kind == "nf4":
-            yield n, nf4_linear(weight, scheme)
-        else:
-            yield n, rtn_linear(weight, scheme, source.rules, search=search, importance=importance.get(n))
+        yield n, nearest_linear(source.plain(n), source.schemes[n], source.rules, search=search, importance=importance.get(n))
 
 
 def gptq_segment(
@@ -108,7 +95,7 @@ def gptq_segment(
     else:
         for n in names:
             reason = "no calibration token: rounded to nearest"
-            yield n, rtn_linear(source.weight(n), source.schemes[n], source.rules, search=settings.range_search, fallback=reason)
+            yield n, nearest_linear(source.weight(n), source.schemes[n], source.rules, search=settings.range_search, fallback=reason)
 
 
 def _hessian(channels: int, rows: Rows, device: torch.device, *, exact: bool = False) -> Hessian:

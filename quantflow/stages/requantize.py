@@ -11,9 +11,9 @@ from torch import Tensor
 
 from quantflow.errors import FormatError
 from quantflow.models.rounding import converted
-from quantflow.quant.grid import AnyTensor
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.requantize import relative_error, requantize
-from quantflow.quant.rtn import GridRules
 from quantflow.stages.pack import Results
 from quantflow.stages.pack_job import PackJob
 
@@ -30,7 +30,7 @@ class Requantizing:
     plain: Callable[[str], Tensor] | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
-    def linear(self, index: int | None, name: str, in_features: int) -> AnyTensor:
+    def linear(self, index: int | None, name: str, in_features: int) -> QuantizedTensor:
         checkpoint, target = self.job.checkpoint, self.job.format
         if index is None:
             return self.source.linear(index, name, in_features)
@@ -50,7 +50,7 @@ class Requantizing:
             self.errors[module] = error
         return found
 
-    def _holds(self, module: str, tensor: AnyTensor) -> bool:
+    def _holds(self, module: str, tensor: QuantizedTensor) -> bool:
         try:
             self.job.format.encode(module, tensor, getattr(torch, self.job.checkpoint.config.dtype))
         except FormatError:  # some of its numbers, which no scheme tells

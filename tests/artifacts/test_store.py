@@ -198,7 +198,7 @@ def test_digest_leaves_out_the_order_of_mappings_and_nothing_else() -> None:
 
 def test_source_digest_sees_names_and_contents() -> None:
     whole, one = source_digest("quant"), source_digest("quant/kv.py")
-    assert whole == source_digest("quant") and len({whole, one, source_digest("quant/rtn.py"), source_digest("quant", "errors.py")}) == 4
+    assert whole == source_digest("quant") and len({whole, one, source_digest("quant/grid.py"), source_digest("quant", "errors.py")}) == 4
 
 
 def test_source_digest_sees_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""docs/extending.md, done as it says: its architecture is planned, quantised and run; its format is written and read back."""
+"""docs/extending.md, done as it says: its architecture is planned, quantised and run; its numbers are stored and cut,
+its format is written and read back."""
 
 from __future__ import annotations
 
@@ -14,6 +15,10 @@ from quantflow.engine.request import SamplingParams
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.models.registry import ARCHITECTURES
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers import NUMBERS
+from quantflow.quant.requantize import relative_error, requantize
+from quantflow.quant.scheme import Scheme
 from tests.helpers.pages import blocks, run_python
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
@@ -47,8 +52,23 @@ def test_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert json.loads((tmp_path / "baichuan-w4" / "config.json").read_text())["model_type"] == "llama"
 
 
+def test_its_numbers(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new kind goes through the store, ranks and a format without a word about it anywhere else."""
+    power = run_python(SNIPPETS[1])["PowerTensor"]
+    monkeypatch.setitem(NUMBERS, "power", power)
+    scheme, rules = Scheme(4, 2, True, "power"), GridRules((torch.float16,))
+    tensor = power.quantize(torch.tensor([[8.0, -1.1, 0.5, -4.0], [1.0, 0.7, 0.0, 2.0]]), scheme, rules)
+    assert tensor.dequantize().tolist() == [[8.0, -1.0, 0.5, -4.0], [1.0, 0.5, 0.015625, 2.0]] and str(scheme) == "P4 g2"
+    assert torch.equal(power.from_parts(scheme, tensor.parts(), 4).dequantize(), tensor.dequantize())
+    assert torch.equal(tensor.cut(1, 1, 2).dequantize(), tensor.dequantize()[:, 2:])
+    plain, refused = FORMATS["huggingface"], FORMATS["awq"].check("m", (8, 4), scheme, act_order_index=False)
+    assert torch.equal(plain.encode("m", tensor, torch.float32)["m.weight"], tensor.dequantize())
+    assert refused[0].found == "P4 g2, a grid of powers of two" and refused[0].expected == "a grid with integer zero points"
+    assert relative_error(requantize(tensor.dequantize(), tensor, Scheme(8, 2, False), rules), tensor.dequantize()) < 0.01
+
+
 def test_its_format(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "bytewise", run_python(SNIPPETS[1])["Bytewise"]())
+    monkeypatch.setitem(FORMATS, "bytewise", run_python(SNIPPETS[2])["Bytewise"]())
     done = invoke("export", artifact, "--format", "bytewise", "--output", tmp_path / "bytewise")
     assert done.exit_code == 0, done.stderr
     there, back = Weights(artifact), Weights(tmp_path / "bytewise")

@@ -14,8 +14,8 @@ from quantflow.evaluate import sensitivity
 from quantflow.evaluate.sensitivity import Measure, Rounding, parts
 from quantflow.formats.reader import Weights
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.quant.grid import Scheme
-from quantflow.quant.rtn import GridRules
+from quantflow.quant.grid import GridRules
+from quantflow.quant.scheme import Scheme
 from tests.helpers import zoo
 from tests.helpers.tiny import write_llama
 

@@ -11,7 +11,7 @@ import torch
 
 from quantflow.engine import ops
 from quantflow.evaluate.verify import verify
-from quantflow.quant.grid import QuantizedTensor
+from quantflow.quant.numbers.integer import IntegerTensor
 from tests.helpers.runs import invoke
 from tests.helpers.zoo import ZOO, specimen, write
 
@@ -51,11 +51,11 @@ def test_a_wrong_kernel_is_seen(artifact: Path, monkeypatch: pytest.MonkeyPatch)
     prepare = ops.Ops.prepare
     seen = []
 
-    def wrong(self: ops.Ops, tensor: QuantizedTensor, bias: torch.Tensor | None = None) -> ops.Linear:
+    def wrong(self: ops.Ops, tensor: IntegerTensor, bias: torch.Tensor | None = None) -> ops.Linear:
         seen.append(tensor)
         if len(seen) == 6:
             zeros = tensor.zeros.roll(1, 0)
-            tensor = QuantizedTensor(tensor.scheme, tensor.codes, tensor.scales, zeros, tensor.group_index)
+            tensor = IntegerTensor(tensor.scheme, tensor.codes, tensor.scales, zeros, tensor.group_index)
         return prepare(self, tensor, bias)
 
     monkeypatch.setattr(ops.Ops, "prepare", wrong)

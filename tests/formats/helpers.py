@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import Scheme
 
 
 def random_tensor(
     n: int, k: int, scheme: Scheme, *, seed: int = 0, index: bool = False, dtype: torch.dtype = torch.float16, smallest_zero: int = 0
-) -> QuantizedTensor:
+) -> IntegerTensor:
     """A tensor with codes and zeros over their whole range, and scales that `dtype` holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.groups(k)
@@ -23,10 +24,10 @@ def random_tensor(
     group_index = None
     if index:
         group_index = (torch.arange(k, dtype=torch.int32) // scheme.group_of(k))[torch.randperm(k, generator=generator)]
-    return QuantizedTensor(scheme, codes, scales, zeros, group_index)
+    return IntegerTensor(scheme, codes, scales, zeros, group_index)
 
 
-def assert_same(a: QuantizedTensor, b: QuantizedTensor) -> None:
+def assert_same(a: IntegerTensor, b: IntegerTensor) -> None:
     """Bit by bit, dtypes included."""
     assert a.scheme == b.scheme
     for x, y in ((a.codes, b.codes), (a.scales, b.scales), (a.zeros, b.zeros)):

@@ -12,7 +12,7 @@ from quantflow.errors import FormatError
 from quantflow.formats import FORMATS
 from quantflow.formats.auto_round import translated
 from quantflow.formats.reader import Weights
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from tests.formats.test_recognise import found, written
 
 CONFIG = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int", "autoround_version": "0.5.1"}

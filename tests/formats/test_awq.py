@@ -7,7 +7,7 @@ import torch
 
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 
 AWQ = FORMATS["awq"]

@@ -19,8 +19,8 @@ from quantflow.formats import FORMATS, detect
 from quantflow.formats.bitsandbytes import BLOCK_SIZES
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import Options, export
-from quantflow.quant.grid import NF4, NestedScales, Nf4Tensor, Scheme
-from quantflow.quant.nf4 import dynamic_table, quantize_nf4
+from quantflow.quant.numbers.nf4 import NF4, NestedScales, Nf4Tensor, dynamic_table, quantize_nf4
+from quantflow.quant.scheme import Scheme
 from tests.helpers.tiny import write_llama
 
 FORM = FORMATS["bitsandbytes"]

@@ -25,7 +25,8 @@ from transformers import (
 
 from quantflow.errors import FormatError
 from quantflow.formats.compressed_tensors import CompressedTensors
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import assert_same, field, random_tensor
 
 FORMAT = CompressedTensors()
@@ -89,7 +90,7 @@ def test_a_group_index_is_refused_as_the_package_refuses_it() -> None:
 def test_a_group_index_of_an_older_writer_is_read() -> None:
     scheme = Scheme(4, 32, False)
     tensor = random_tensor(32, 64, scheme, index=True)
-    plain = QuantizedTensor(scheme, tensor.codes, tensor.scales, tensor.zeros)
+    plain = IntegerTensor(scheme, tensor.codes, tensor.scales, tensor.zeros)
     config = FORMAT.quantization_config({"m": scheme}, [], scheme)
     encoded = FORMAT.encode("m", plain, torch.float16)
     assert tensor.group_index is not None
@@ -177,7 +178,7 @@ def test_names_come_before_expressions_and_those_before_classes() -> None:
 # A checkpoint in transformers
 
 
-def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
+def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> IntegerTensor:
     n, k = weight.shape
     grouped = weight.view(n, -1, scheme.group_of(k))
     if scheme.symmetric:
@@ -188,7 +189,7 @@ def round_to_nearest(weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
         scales = (high - low) / scheme.levels
         zeros = (-low / scales).round()
     codes = (grouped / scales[..., None]).round().add(zeros[..., None]).clamp(0, scheme.levels)
-    return QuantizedTensor(scheme, codes.view(n, k).to(torch.uint8), scales, zeros.to(torch.uint8))
+    return IntegerTensor(scheme, codes.view(n, k).to(torch.uint8), scales, zeros.to(torch.uint8))
 
 
 def tiny_llama() -> LlamaForCausalLM:

@@ -13,7 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from quantflow.formats import FORMATS
 from quantflow.formats.engines import HEADS, LOADS
 from quantflow.pipeline.starter import TARGETS
-from quantflow.quant.grid import BITS, Scheme
+from quantflow.quant.scheme import BITS, Scheme
 from tests.helpers.runs import invoke
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 from quantflow.errors import FormatError
 from quantflow.formats.gguf import Gguf, type_of
-from quantflow.quant.grid import AnyTensor, MinimumTensor, QuantizedTensor, Scheme
+from quantflow.quant.numbers import QuantizedTensor
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.numbers.minimum import MinimumTensor
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 
 gguf = pytest.importorskip("gguf")
@@ -27,7 +30,7 @@ SCHEMES = [Scheme(4, g, *rest) for g in (32, 64, 128, -1) for rest in ((True,), 
 SCHEMES += [Scheme(8, g, True) for g in (32, 64, 128, -1)]
 
 
-def tensor_of(scheme: Scheme, n: int, k: int, seed: int = 0) -> AnyTensor:
+def tensor_of(scheme: Scheme, n: int, k: int, seed: int = 0) -> QuantizedTensor:
     """Random codes on a grid that the format holds: scales of few digits, so that -zero * scale is an exact fp16."""
     found = random_tensor(n, k, scheme, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -36,14 +39,14 @@ def tensor_of(scheme: Scheme, n: int, k: int, seed: int = 0) -> AnyTensor:
         return MinimumTensor(scheme, found.codes, scales, torch.randn(scales.shape, generator=generator).half())
     if not scheme.symmetric:
         scales = (torch.randint(1, 128, scales.shape, generator=generator) / 4096).half()
-    return QuantizedTensor(scheme, found.codes, scales, found.zeros)
+    return IntegerTensor(scheme, found.codes, scales, found.zeros)
 
 
 def config_of(scheme: Scheme) -> dict[str, Any]:
     return FORMAT.quantization_config({MODULE: scheme}, [], scheme)
 
 
-def assert_same(a: AnyTensor, b: AnyTensor) -> None:
+def assert_same(a: QuantizedTensor, b: QuantizedTensor) -> None:
     assert type(a) is type(b) and a.scheme == b.scheme
     for part in ("codes", "scales", "minimums" if isinstance(a, MinimumTensor) else "zeros"):
         x, y = getattr(a, part), getattr(b, part)
@@ -144,7 +147,7 @@ def test_refusals() -> None:
         FORMAT.quantization_config({}, [], Scheme(4, 32, True), act_order=True)
     wide = tensor_of(Scheme(4, 32, True), 2, 64)
     for scale in (1e5, 1e-9, 0.1):
-        inexact = QuantizedTensor(wide.scheme, wide.codes, torch.full((2, 2), scale), torch.full((2, 2), 8, dtype=torch.uint8))
+        inexact = IntegerTensor(wide.scheme, wide.codes, torch.full((2, 2), scale), torch.full((2, 2), 8, dtype=torch.uint8))
         with pytest.raises(FormatError, match="4 of 4 scales are no exact float16"):
             FORMAT.encode(MODULE, inexact, torch.float16)
 

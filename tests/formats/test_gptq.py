@@ -7,7 +7,8 @@ import torch
 
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS, detect
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import field, random_tensor
 
 
@@ -56,7 +57,7 @@ def test_a_zero_point_of_0_is_read_where_its_writer_says_that_it_is_there(bits: 
     tensor.zeros[31] = 0  # the last field of its word, above which there is nothing to borrow from
     encoded["m.qzeros"] = FORMATS["gptq_v2"].encode("m", tensor, torch.float16)["m.qzeros"]
     if bits == 3:
-        minus_one = QuantizedTensor(scheme, tensor.codes, tensor.scales, (tensor.zeros - 1) & 7)
+        minus_one = IntegerTensor(scheme, tensor.codes, tensor.scales, (tensor.zeros - 1) & 7)
         encoded["m.qzeros"] = FORMATS["gptq_v2"].encode("m", minus_one, torch.float16)["m.qzeros"]
     else:
         encoded["m.qzeros"] -= sum(1 << shift for shift in range(0, 32, bits))
@@ -92,7 +93,7 @@ def test_an_index_with_uneven_groups_is_refused() -> None:
     assert tensor.group_index is not None
     index = tensor.group_index.clone()
     index[0] = 1 - index[0]
-    uneven = QuantizedTensor(tensor.scheme, tensor.codes, tensor.scales, tensor.zeros, index)
+    uneven = IntegerTensor(tensor.scheme, tensor.codes, tensor.scales, tensor.zeros, index)
     with pytest.raises(FormatError, match="m group index: groups of unequal size"):
         FORMATS["gptq"].encode("m", uneven, torch.float16)
 

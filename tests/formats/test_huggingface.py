@@ -19,8 +19,11 @@ from quantflow.formats import FORMATS
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import Options, export
-from quantflow.quant.grid import AnyTensor, MinimumTensor, Nf4Tensor, QuantizedTensor, Scheme
-from quantflow.quant.nf4 import quantize_nf4
+from quantflow.quant.numbers import QuantizedTensor
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.numbers.minimum import MinimumTensor
+from quantflow.quant.numbers.nf4 import Nf4Tensor, quantize_nf4
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, invoke, make_bench
@@ -40,7 +43,7 @@ def with_minimums(n: int, k: int, seed: int) -> MinimumTensor:
     return MinimumTensor(Scheme(4, 32, False, "minimum"), codes, scales, minimums)
 
 
-def of_every_kind(seed: int) -> list[AnyTensor]:
+def of_every_kind(seed: int) -> list[QuantizedTensor]:
     scheme = Scheme(4, 64, True, "nf4")
     integer = (random_tensor(8, 128, Scheme(bits, 32, symmetric), seed=seed) for bits in (2, 3, 4, 8) for symmetric in (False, True))
     indexed = random_tensor(8, 128, Scheme(4, 32, False), seed=seed, index=True)
@@ -48,13 +51,13 @@ def of_every_kind(seed: int) -> list[AnyTensor]:
     return [*integer, indexed, with_minimums(8, 128, seed), *nf4]
 
 
-def by_hand(tensor: AnyTensor, row: int, column: int) -> float:
+def by_hand(tensor: QuantizedTensor, row: int, column: int) -> float:
     """One weight in float64."""
     group = column // (tensor.shape[1] // tensor.scales.shape[1])
-    if isinstance(tensor, QuantizedTensor) and tensor.group_index is not None:
+    if isinstance(tensor, IntegerTensor) and tensor.group_index is not None:
         group = int(tensor.group_index[column])
     code, scale = int(tensor.codes[row, column]), float(tensor.scales[row, group])
-    if isinstance(tensor, QuantizedTensor):
+    if isinstance(tensor, IntegerTensor):
         return (code - int(tensor.zeros[row, group])) * scale
     if isinstance(tensor, MinimumTensor):
         return code * scale + float(tensor.minimums[row, group])
@@ -79,7 +82,7 @@ def test_float32_is_what_codes_stand_for(seed: int) -> None:
             assert abs(float(encoded[WEIGHT][row, column]) - exact) <= largest * 2**-22
 
 
-def powers_of_two(n: int, k: int, seed: int, *, least: int = -6) -> QuantizedTensor:
+def powers_of_two(n: int, k: int, seed: int, *, least: int = -6) -> IntegerTensor:
     """Integers of 4 bits times powers of two: they fit into 16 bits."""
     tensor = random_tensor(n, k, Scheme(4, 32, False), seed=seed)
     exponents = torch.randint(least, 3, tensor.scales.shape, generator=torch.Generator().manual_seed(seed))
@@ -119,7 +122,7 @@ def test_infinities_are_never_written(rounded: bool) -> None:
     with pytest.raises(FormatError, match=rf"{WEIGHT}: 64 of 128 weights are beyond the range of float16; .* Use --dtype float32$"):
         HuggingFace(dtype="float16", rounded=rounded).encode(MODULE, large, torch.float32)
     assert HuggingFace(dtype="bfloat16", rounded=True).encode(MODULE, large, torch.float32)[WEIGHT][1, 0] == 131072
-    huge = QuantizedTensor(
+    huge = IntegerTensor(
         Scheme(8, 4, False), torch.full((1, 4), 255, dtype=torch.uint8), torch.tensor([[3e38]]), torch.zeros(1, 1, dtype=torch.uint8)
     )
     with pytest.raises(FormatError, match=f"{WEIGHT}: 4 of 4 weights are beyond the range of float32; expected numbers that fit$"):

@@ -20,7 +20,7 @@ from torch import Tensor
 from quantflow.errors import FormatError
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import export
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 
 FOLDER = Path(__file__).parent / "made_elsewhere"
 SCHEMES = {

@@ -15,7 +15,8 @@ from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import recognise
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 from tests.helpers.tiny import write_llama
 
@@ -32,7 +33,7 @@ def written(folder: Path, name: str, scheme: Scheme, config: dict[str, Any] | No
             module = f"{checkpoint.architecture.layer_prefix(index)}.{linear}"
             tensor = random_tensor(*shape, scheme, seed=index, smallest_zero=1)
             if zero is not None:
-                tensor = QuantizedTensor(scheme, tensor.codes, tensor.scales, torch.full_like(tensor.zeros, zero))
+                tensor = IntegerTensor(scheme, tensor.codes, tensor.scales, torch.full_like(tensor.zeros, zero))
             tensors.pop(f"{module}.weight")
             tensors |= form.encode(module, tensor, torch.float16)
     for file in folder.glob("*.safetensors"):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS, detect
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import assert_same, random_tensor
 
 SAFETENSORS = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
@@ -55,7 +56,7 @@ def test_round_trip_is_exact_or_refused(
     assert sum(MODULE + mark in encoded for mark in form.marks) == 1
     config = form.quantization_config({MODULE: scheme}, ["lm_head"], scheme, act_order=index)
     if index and scheme.groups(shape[1]) == 1:  # one group: the index says nothing, and is not kept
-        tensor = QuantizedTensor(scheme, tensor.codes, tensor.scales, tensor.zeros)
+        tensor = IntegerTensor(scheme, tensor.codes, tensor.scales, tensor.zeros)
     assert_same(form.decode(MODULE, encoded, config), tensor)
 
 
@@ -123,10 +124,10 @@ def test_what_a_tensor_must_be(name: str) -> None:
     nan = good.scales.clone()
     nan[0, 0] = float("nan")
     for tensor, message in (
-        (QuantizedTensor(scheme, good.codes, good.scales, wrong), "zeros: a symmetric scheme with a zero point other than 8"),
-        (QuantizedTensor(scheme, spill, good.scales, good.zeros), "codes: a value of 16; expected at most 15"),
-        (QuantizedTensor(scheme, good.codes, nan, good.zeros), "scales: NaN"),
-        (QuantizedTensor(scheme, good.codes, good.scales[:, :1], good.zeros), r"scales: shape \[32, 1\]; expected \[32, 2\]"),
+        (IntegerTensor(scheme, good.codes, good.scales, wrong), "zeros: a symmetric scheme with a zero point other than 8"),
+        (IntegerTensor(scheme, spill, good.scales, good.zeros), "codes: a value of 16; expected at most 15"),
+        (IntegerTensor(scheme, good.codes, nan, good.zeros), "scales: NaN"),
+        (IntegerTensor(scheme, good.codes, good.scales[:, :1], good.zeros), r"scales: shape \[32, 1\]; expected \[32, 2\]"),
     ):
         with pytest.raises(FormatError, match=f"{MODULE} {message}"):
             form.encode(MODULE, tensor, torch.float16)
@@ -148,9 +149,9 @@ def test_inexact_scales_are_refused(name: str, dtype: torch.dtype, value: float,
     scales = exact.clone()
     scales[7, 1] = value
     form = FORMATS[name]
-    form.encode(MODULE, QuantizedTensor(tensor.scheme, tensor.codes, exact, tensor.zeros), model_dtype)
+    form.encode(MODULE, IntegerTensor(tensor.scheme, tensor.codes, exact, tensor.zeros), model_dtype)
     with pytest.raises(FormatError, match=rf"{MODULE}\.(weight_scale|scales): 1 of 64 scales are no exact"):
-        form.encode(MODULE, QuantizedTensor(tensor.scheme, tensor.codes, scales, tensor.zeros), model_dtype)
+        form.encode(MODULE, IntegerTensor(tensor.scheme, tensor.codes, scales, tensor.zeros), model_dtype)
 
 
 @pytest.mark.parametrize("name", INTEGER)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS
-from quantflow.quant.grid import QuantizedTensor
+from quantflow.quant.numbers.integer import IntegerTensor
 
 FOLDER = Path(__file__).parent / "vectors"
 GPTQMODEL = {"meta": {"quantizer": ["gptqmodel:7.7.0"]}}  # what it writes into every quantization_config
@@ -42,7 +42,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype == torch.float16 and torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
-def check(name: str, config: dict[str, Any], theirs: dict[str, Tensor], weight: Tensor, *, written: bool = True) -> QuantizedTensor:
+def check(name: str, config: dict[str, Any], theirs: dict[str, Tensor], weight: Tensor, *, written: bool = True) -> IntegerTensor:
     """Reads the tensors as `name`, compares the weight with theirs, and writes them again as they were."""
     form = FORMATS[name]
     tensors = {f"m.{part}": tensor for part, tensor in theirs.items()}

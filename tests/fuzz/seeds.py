@@ -27,7 +27,8 @@ from quantflow.models.expected import expected_tensors
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.segments import linears
 from quantflow.models.tokenizer import QWEN_PATTERN, byte_letters
-from quantflow.quant.grid import Nf4Tensor, Scheme
+from quantflow.quant.numbers.nf4 import Nf4Tensor
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 from tests.fuzz.mutation import joined
 from tests.helpers.tiny import SENTENCES

@@ -11,9 +11,10 @@ from quantflow_kernels import reference
 from quantflow.decoder.native import activate, normalize
 from quantflow.decoder.rope import rotary_table, rotate
 from quantflow.models.config import DecoderConfig
-from quantflow.quant.grid import Scheme
+from quantflow.quant.grid import GridRules
 from quantflow.quant.kv import kv_parameters, round_kv
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.numbers.integer import quantize_rtn
+from quantflow.quant.scheme import Scheme
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -23,7 +23,7 @@ from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.gguf_file import Gguf, to_gguf_name
 from quantflow.models.gguf_superblocks import SUPERBLOCK_TYPES, dequantize_superblocks
 from quantflow.models.gguf_writer import GgufWriter, decoder_problems
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 from tests.helpers.zoo import specimen, write
 
@@ -55,7 +55,7 @@ def with_blocks(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
         schemes[module] = scheme
         tensor: Any = random_tensor(*value.shape, scheme, seed=len(schemes))
         if scheme.kind == "minimum":
-            from quantflow.quant.grid import MinimumTensor
+            from quantflow.quant.numbers.minimum import MinimumTensor
 
             tensor = MinimumTensor(scheme, tensor.codes, tensor.scales, -tensor.scales * 3)
         found |= Blocks().encode(module, tensor, torch.float16)

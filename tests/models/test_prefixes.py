@@ -16,7 +16,7 @@ from quantflow.formats.reader import Weights
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.pipeline.export import export
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from tests.formats.test_recognise import GPTQ, written
 from tests.helpers.zoo import ZOO, Specimen, specimen, write
 

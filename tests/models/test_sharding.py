@@ -7,19 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantflow.models.sharding import shard_plain, shard_quantized, shard_shape
-from quantflow.quant.grid import PER_CHANNEL, QuantizedTensor, Scheme
+from quantflow.models.sharding import shard_plain, shard_shape
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import PER_CHANNEL, Scheme
 from tests.formats.helpers import random_tensor
 
 
 def test_by_hand() -> None:
     codes = torch.arange(16, dtype=torch.uint8).view(4, 4)
     scales, zeros = torch.arange(8.0).view(4, 2), torch.arange(8, dtype=torch.uint8).view(4, 2)
-    tensor = QuantizedTensor(Scheme(4, 2, False), codes, scales, zeros)
-    column = shard_quantized(tensor, 0, 1, 2)  # outputs 2 and 3
+    tensor = IntegerTensor(Scheme(4, 2, False), codes, scales, zeros)
+    column = tensor.cut(0, 1, 2)  # outputs 2 and 3
     assert column.codes.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
     assert column.scales.tolist() == [[4.0, 5.0], [6.0, 7.0]] and column.zeros.tolist() == [[4, 5], [6, 7]]
-    row = shard_quantized(tensor, 1, 0, 2)  # inputs 0 and 1: group 0
+    row = tensor.cut(1, 0, 2)  # inputs 0 and 1: group 0
     assert row.codes.tolist() == [[0, 1], [4, 5], [8, 9], [12, 13]]
     assert row.scales.tolist() == [[0.0], [2.0], [4.0], [6.0]] and row.zeros.tolist() == [[0], [2], [4], [6]]
 
@@ -31,7 +32,7 @@ def test_by_hand() -> None:
 )  # fmt: skip
 def test_ranks_together_are_the_whole(bits: int, group: int, symmetric: bool, dimension: int, tp: int, index: bool, seed: int) -> None:
     tensor = random_tensor(8, 16, Scheme(bits, group, symmetric), seed=seed, index=index and dimension == 0)
-    ranks = [shard_quantized(tensor, dimension, rank, tp) for rank in range(tp)]
+    ranks = [tensor.cut(dimension, rank, tp) for rank in range(tp)]
     for rank in ranks:
         assert rank.scheme == tensor.scheme and rank.codes.is_contiguous() and rank.scales.is_contiguous() and rank.zeros.is_contiguous()
         assert (rank.codes.dtype, rank.scales.dtype, rank.zeros.dtype) == (torch.uint8, tensor.scales.dtype, torch.uint8)
@@ -51,7 +52,7 @@ def test_ranks_together_are_the_whole(bits: int, group: int, symmetric: bool, di
 def test_a_rows_one_scale_is_whole_on_every_rank() -> None:
     tensor = random_tensor(4, 8, Scheme(8, PER_CHANNEL, False))
     for rank in range(2):
-        part = shard_quantized(tensor, 1, rank, 2)
+        part = tensor.cut(1, rank, 2)
         assert torch.equal(part.scales, tensor.scales) and torch.equal(part.zeros, tensor.zeros)
 
 

@@ -16,7 +16,7 @@ from quantflow.errors import UserError
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.advice import advise, cache_share, schemes
 from quantflow.pipeline.memory import Candidate, Model, Question
-from quantflow.quant.grid import Scheme
+from quantflow.quant.scheme import Scheme
 from tests.helpers import zoo
 from tests.helpers.runs import invoke, make_bench
 from tests.helpers.tiny import write_llama

@@ -22,7 +22,8 @@ from quantflow.formats.abilities import ABILITIES
 from quantflow.formats.reader import Weights
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.export import Options, export
-from quantflow.quant.grid import QuantizedTensor, Scheme
+from quantflow.quant.numbers.integer import IntegerTensor
+from quantflow.quant.scheme import Scheme
 from quantflow.recipe import Pack
 from tests.formats.helpers import random_tensor
 from tests.helpers.runs import UNLIKE, Bench, contents, invoke, make_bench
@@ -535,7 +536,7 @@ def test_any_chain_of_formats_is_exact_or_refused(
             assert inexact or form.check("m", shape, scheme, act_order_index=has_index)
             continue
         decoded = form.decode("m", encoded, form.quantization_config({"m": scheme}, [], scheme, act_order=has_index))
-        assert isinstance(decoded, QuantizedTensor)
+        assert isinstance(decoded, IntegerTensor)
         tensor = replace(decoded, scheme=scheme)  # AWQ's config does not tell symmetric from asymmetric
     assert same(
         (first.codes, first.scales, first.zeros, first.group_index), (tensor.codes, tensor.scales, tensor.zeros, tensor.group_index)

@@ -14,7 +14,8 @@ from quantflow.errors import FormatError
 from quantflow.formats.reader import Weights
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.export import Options, export
-from quantflow.quant.grid import MinimumTensor, Scheme
+from quantflow.quant.numbers.minimum import MinimumTensor
+from quantflow.quant.scheme import Scheme
 from tests.helpers.runs import UNLIKE, Bench, contents, invoke, make_bench
 from tests.helpers.zoo import decoder_logits, specimen, write
 

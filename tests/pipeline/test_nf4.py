@@ -14,8 +14,8 @@ from torch import Tensor
 from quantflow.errors import RecipeError
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import Options, export
-from quantflow.quant.grid import Scheme
-from quantflow.quant.nf4 import quantize_nf4
+from quantflow.quant.numbers.nf4 import quantize_nf4
+from quantflow.quant.scheme import Scheme
 from quantflow.recipe import load_recipe
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, invoke, make_bench

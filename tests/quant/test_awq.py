@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantflow.quant.awq import MAX_SCALE, candidates, linear_loss, rounded, weight_profile
-from quantflow.quant.grid import PER_CHANNEL, Scheme
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers.integer import quantize_rtn
+from quantflow.quant.scheme import PER_CHANNEL, Scheme
 
 RULES = GridRules((torch.float16,))
 

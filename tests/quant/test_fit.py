@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from quantflow.quant.fit import ROWS, fit, shown
-from quantflow.quant.grid import QuantizedTensor, Scheme
-from quantflow.quant.nf4 import quantize_nf4
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers.integer import IntegerTensor, quantize_rtn
+from quantflow.quant.numbers.nf4 import quantize_nf4
+from quantflow.quant.scheme import Scheme
 
 RULES = GridRules()
 
@@ -18,7 +19,7 @@ RULES = GridRules()
 def test_by_hand() -> None:
     """Two groups of two: steps of 1 from zero point 1, so that codes 0..3 say -1..2; the second reaches half of what it should."""
     weight = torch.tensor([[-1.0, 2.0, 0.0, 6.0]])
-    tensor = QuantizedTensor(
+    tensor = IntegerTensor(
         Scheme(2, 2, False),
         torch.tensor([[0, 3, 0, 3]], dtype=torch.uint8),
         torch.tensor([[1.0, 1.0]]),
@@ -44,7 +45,7 @@ def test_a_grid_over_the_whole_range_clips_nothing_and_a_searched_one_does() -> 
 def test_groups_in_another_order() -> None:
     """Channels of a group need not be neighbours (GPTQ's g_idx)."""
     weight, index = torch.tensor([[1.0, 10.0, -1.0, -10.0]]), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
-    tensor = QuantizedTensor(
+    tensor = IntegerTensor(
         Scheme(4, 2, False), torch.tensor([[15, 15, 0, 0]], dtype=torch.uint8), torch.tensor([[2 / 15, 20 / 15]]),
         torch.tensor([[8, 8]], dtype=torch.uint8), index,
     )  # fmt: skip

@@ -12,8 +12,9 @@ from quantflow_kernels import cpu_solver
 
 from quantflow.quant import gptq
 from quantflow.quant.gptq import GptqResult, factorize, output_error, quantize_gptq, refine_codes
-from quantflow.quant.grid import PER_CHANNEL, QuantizedTensor, Scheme
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers.integer import IntegerTensor, quantize_rtn
+from quantflow.quant.scheme import PER_CHANNEL, Scheme
 
 FLOAT32 = GridRules()
 HALF = GridRules((torch.float16,))
@@ -48,13 +49,13 @@ def solve(
     return quantize_gptq(weight, hessian, factor, scheme, rules, **more)  # type: ignore[arg-type]
 
 
-def trace(weight: torch.Tensor, tensor: QuantizedTensor, hessian: torch.Tensor) -> float:
+def trace(weight: torch.Tensor, tensor: IntegerTensor, hessian: torch.Tensor) -> float:
     """`tr(ΔW H ΔWᵀ)` in float64."""
     difference = weight.double() - tensor.dequantize(torch.float64)
     return float((difference @ hessian.double() * difference).sum())
 
 
-def assert_valid(tensor: QuantizedTensor, rules: GridRules) -> None:
+def assert_valid(tensor: IntegerTensor, rules: GridRules) -> None:
     assert tensor.codes.dtype == tensor.zeros.dtype == torch.uint8 and int(tensor.codes.max()) <= tensor.scheme.levels
     assert int(tensor.zeros.min()) >= rules.min_zero and int(tensor.zeros.max()) <= tensor.scheme.levels
     assert tensor.scales.dtype == rules.scale_dtype and tensor.scales.isfinite().all() and (tensor.scales > 0).all()
@@ -458,7 +459,7 @@ def test_on_a_gpu(act_order: str) -> None:
     there = solve(weight.cuda(), hessian.cuda(), scheme, act_order=act_order).tensor
     codes = there.codes.cpu()
     assert float((codes == here.codes).float().mean()) > 0.9
-    moved = QuantizedTensor(
+    moved = IntegerTensor(
         there.scheme, codes, there.scales.cpu(), there.zeros.cpu(), None if there.group_index is None else there.group_index.cpu()
     )
     assert trace(weight, moved, hessian) == pytest.approx(trace(weight, here, hessian), rel=0.02)

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantflow.formats.base import check_tensor
-from quantflow.quant.grid import PER_CHANNEL, AnyTensor, MinimumTensor, QuantizedTensor, Scheme
-from quantflow.quant.nf4 import quantize_nf4
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers import QuantizedTensor
+from quantflow.quant.numbers.integer import IntegerTensor, quantize_rtn
+from quantflow.quant.numbers.minimum import MinimumTensor
+from quantflow.quant.numbers.nf4 import quantize_nf4
 from quantflow.quant.requantize import relative_error, requantize
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.scheme import PER_CHANNEL, Scheme
 from tests.formats.helpers import random_tensor
 
 HALF, SINGLE, V1 = GridRules((torch.float16,)), GridRules(), GridRules((torch.float16,), min_zero=1)
@@ -26,13 +29,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(tensor: AnyTensor, weight: Tensor) -> float:
+def error(tensor: QuantizedTensor, weight: Tensor) -> float:
     """The relative error, in float64."""
     check_tensor("it", tensor)
     return float((tensor.dequantize().double() - weight.double()).norm() / weight.double().norm())
 
 
-def moved(source: AnyTensor, scheme: Scheme, rules: GridRules = HALF) -> tuple[AnyTensor, float]:
+def moved(source: QuantizedTensor, scheme: Scheme, rules: GridRules = HALF) -> tuple[QuantizedTensor, float]:
     found = requantize(source.dequantize(), source, scheme, rules)
     assert found.scheme == scheme
     return found, error(found, source.dequantize())
@@ -90,7 +93,7 @@ def test_minimums_that_are_zero_points_become_so_again() -> None:
     tensor = random_tensor(16, 128, Scheme(4, 32, False), seed=2)
     there, _ = moved(tensor, MINIMUM)
     back, changed = moved(there, Scheme(4, 32, False))
-    assert isinstance(back, QuantizedTensor) and changed < 2**-11
+    assert isinstance(back, IntegerTensor) and changed < 2**-11
     assert torch.equal(back.codes, tensor.codes) and torch.equal(back.zeros, tensor.zeros) and torch.equal(back.scales, tensor.scales)
 
 
@@ -108,7 +111,7 @@ def test_never_worse_than_rounding_afresh(source: Scheme, target: Scheme, seed: 
     weight = tensor.dequantize()
     found = requantize(weight, tensor, target, rules)
     afresh = quantize_rtn(weight, target, rules, search=True)
-    assert isinstance(found, QuantizedTensor) and found.group_index is None and int(found.zeros.min()) >= rules.min_zero
+    assert isinstance(found, IntegerTensor) and found.group_index is None and int(found.zeros.min()) >= rules.min_zero
     assert error(found, weight) <= error(afresh, weight) * (1 + 1e-9)
     if index and source.groups(64) > 1:
         assert torch.equal(found.dequantize(), afresh.dequantize())
@@ -118,7 +121,7 @@ def test_a_plain_weight_is_rounded_with_a_range_search() -> None:
     weight = random(8, 128)
     for scheme in (Scheme(4, 32, True), Scheme(3, 64, False)):
         found, expected = requantize(weight, None, scheme, HALF), quantize_rtn(weight, scheme, HALF, search=True)
-        assert isinstance(found, QuantizedTensor)
+        assert isinstance(found, IntegerTensor)
         assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
     found = requantize(weight, None, MINIMUM, HALF)
     assert isinstance(found, MinimumTensor) and 0.05 < error(found, weight) < 0.1

@@ -11,8 +11,9 @@ import torch
 from quantflow.decoder.native import DecoderLayer
 from quantflow.quant.awq import MAX_SCALE
 from quantflow.quant.gptq import factorize, quantize_gptq
-from quantflow.quant.grid import PER_CHANNEL, Scheme
-from quantflow.quant.rtn import GridRules, quantize_rtn
+from quantflow.quant.grid import GridRules
+from quantflow.quant.numbers.integer import quantize_rtn
+from quantflow.quant.scheme import PER_CHANNEL, Scheme
 from quantflow.recipe import Gptq
 from quantflow.stages import awq
 from quantflow.stages.awq import AwqResult, search_layer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantflow.quant.grid import Scheme
-from quantflow.quant.rtn import GridRules
-from quantflow.stages.quantize import rtn_linear
+from quantflow.quant.grid import GridRules
+from quantflow.quant.scheme import Scheme
+from quantflow.stages.quantize import nearest_linear
 
 BOTH = GridRules((torch.bfloat16, torch.float16))
 
@@ -15,10 +15,10 @@ BOTH = GridRules((torch.bfloat16, torch.float16))
 @pytest.mark.parametrize(("times", "clamped"), [(1.0, 0), (1e-9, 8), (1e8, 8)])
 def test_scales_that_the_formats_cannot_hold_are_reported(times: float, clamped: int) -> None:
     weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)) * times
-    found = rtn_linear(weight, Scheme(4, 8, False), BOTH, search=False)
+    found = nearest_linear(weight, Scheme(4, 8, False), BOTH, search=False)
     expected = f"{clamped} of 8 scales clamped to what bfloat16 and float16 hold" if clamped else None
     assert found.report.get("fallback") == expected
 
 
 def test_a_group_of_zeros_is_not_clamped() -> None:
-    assert "fallback" not in rtn_linear(torch.zeros(4, 16), Scheme(4, 8, False), BOTH, search=False).report
+    assert "fallback" not in nearest_linear(torch.zeros(4, 16), Scheme(4, 8, False), BOTH, search=False).report

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantflow.quant.grid import NF4, NestedScales, Nf4Tensor, Scheme
-from quantflow.quant.nf4 import dynamic_table, nest_scales, quantize_nf4
+from quantflow.quant.numbers.nf4 import NF4, NestedScales, Nf4Tensor, dynamic_table, nest_scales, quantize_nf4
+from quantflow.quant.scheme import Scheme
 
 PLAIN, DOUBLE = Scheme(4, 64, True, "nf4"), Scheme(4, 64, True, "nf4", double=True)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
