@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from quantflow.formats import FORMATS
+from quantflow.formats.base import ConfigRequest
 from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.quant.scheme import Scheme
 
@@ -69,7 +70,8 @@ def packed(everything: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, Any]
         else:
             found[name] = (dtype, shape)
     scheme = Scheme(4, GROUP, True)
-    return found, FORMATS["compressed-tensors"].quantization_config({"model.layers.0.mlp.up_proj": scheme}, ["lm_head"], scheme)
+    request = ConfigRequest({"model.layers.0.mlp.up_proj": scheme}, ["lm_head"], scheme)
+    return found, FORMATS["compressed-tensors"].quantization_config(request)
 
 
 def value(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:

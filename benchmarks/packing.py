@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from quantflow.formats import FORMATS
+from quantflow.formats.base import ConfigRequest
 from quantflow.machine import give_back_freed_memory, peak_resident_bytes, processor, resident_bytes
 from quantflow.quant import packing
 from quantflow.quant.numbers.integer import IntegerTensor
@@ -44,7 +45,7 @@ def linear(n: int, k: int, bits: int) -> IntegerTensor:
 def format_calls(name: str, tensor: IntegerTensor) -> dict[str, Callable[[], Any]]:
     """`encode` and `decode` of one linear."""
     form = FORMATS[name]
-    config = form.quantization_config({"m": tensor.scheme}, [], tensor.scheme)
+    config = form.quantization_config(ConfigRequest({"m": tensor.scheme}, [], tensor.scheme))
     encoded = form.encode("m", tensor, torch.float16)
     return {
         "encode": lambda: form.encode("m", tensor, torch.float16),

@@ -10,12 +10,14 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantflow.errors import ModelError, Problem
+from quantflow.models.tensor_file import read_full
 from quantflow.paths import naming
 
 
@@ -104,16 +106,12 @@ def _bytes(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_all(file: object, data: memoryview) -> None:
+def _write_all(file: FileIO, data: memoryview) -> None:
     done = 0
     while done < len(data):
-        done += file.write(data[done:])  # type: ignore[attr-defined]
+        done += file.write(data[done:])
 
 
-def _read_into(file: object, part: Tensor, path: Path) -> None:
-    view, done = _bytes(part), 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise ModelError(Problem(str(path), "the activation file ends early", hint="Run again with --fresh"))
-        done += count
+def _read_into(file: FileIO, part: Tensor, path: Path) -> None:
+    if not read_full(file, _bytes(part)):
+        raise ModelError(Problem(str(path), "the activation file ends early", hint="Run again with --fresh"))

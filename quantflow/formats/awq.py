@@ -6,12 +6,13 @@ fp16 `[G, N]`. Zero points are stored as they are; a symmetric weight has 8 ever
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import (
+    ConfigRequest,
     Spec,
     check_tensor,
     exact_scales,
@@ -150,35 +151,26 @@ class Awq:
         scheme = read_scheme(scheme.bits, scheme.group_size, symmetric, module)
         return IntegerTensor(scheme, unpack_awq(qweight), scales.t().contiguous(), zeros)
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
-        scheme = main_scheme(modules, default)
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        scheme = main_scheme(request.modules, request.default)
         # Symmetric and asymmetric modules may be mixed: they are stored alike.
         problems = [
             Problem(name, f"{own}", f"{scheme} as elsewhere, since AWQ has one width and group size")
-            for name, own in modules.items()
+            for name, own in request.modules.items()
             if (own.bits, own.group_size) != (scheme.bits, scheme.group_size)
         ]
         # Readers look for an ignored name anywhere in a module's name; SGLang for that of what it fuses, which must then be there too.
-        ignored = with_fused(ignored, complete=True)
+        ignored = with_fused(request.ignored, complete=True)
         for name in ignored:
-            problems += [Problem(name, f"ignoring it would also ignore {other}") for other in modules if name in other]
-        if act_order:
+            problems += [Problem(name, f"ignoring it would also ignore {other}") for other in request.modules if name in other]
+        if request.act_order:
             problems.append(Problem("act_order", "a group index, which AWQ cannot hold", hint="Use act_order: static, or gptq"))
-        if kv_scales:
+        if request.kv_scales:
             problems.append(Problem("kv_scales", "AWQ has no place for KV scales"))
         if problems:
             raise FormatError(problems)
         # AutoAWQ and transformers leave lm_head alone unasked, and null is what their own checkpoints say then.
-        skipped = None if set(ignored) <= {"lm_head"} else list(ignored)
+        skipped = None if set(ignored) <= {"lm_head"} else ignored
         return {
             "quant_method": "awq",
             "bits": scheme.bits,
@@ -188,9 +180,9 @@ class Awq:
             "modules_to_not_convert": skipped,
         }
 
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
-        alike = {name: replace(scheme, symmetric=False) for name, scheme in modules.items()}  # which all have zero points here
-        return [*unlike_parts(alike, ignored), *refusals(self.name, modules)]
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
+        alike = {name: replace(scheme, symmetric=False) for name, scheme in request.modules.items()}  # which all have zero points here
+        return [*unlike_parts(alike, request.ignored), *refusals(self.name, request.modules)]
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,23 @@ LEAST_GROUP = 16  # in smaller groups the scales take as much as the bits save
 _LONGEST_PATTERN, _MOST_REPEATS = 100_000, 4
 # Modules that inference engines fuse, and under whose name they then look for per-module settings.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class ConfigRequest:
+    """What a checkpoint's configuration is to say.
+
+    modules: the scheme of every quantised module. ignored: the linears that are not. default: the scheme that needs no naming. kv_scales:
+    the kind of KV scales that are written too, one of the format's own `kv_scales`. act_order: some tensor has a group index. model_dtype:
+    as torch names it.
+    """
+
+    modules: Mapping[str, Scheme]
+    ignored: list[str]
+    default: Scheme
+    kv_scales: str | None = None
+    act_order: bool = False
+    model_dtype: str = "bfloat16"
 
 
 class Format(Protocol):
@@ -112,25 +129,12 @@ class Format(Protocol):
     def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
         """The weight of a module, from (at least) its tensors and the `quantization_config`. Raises FormatError if they do not fit."""
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
-        """The `quantization_config` of config.json. Raises FormatError for what the format cannot say.
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        """The `quantization_config` of config.json. Raises FormatError for what the format cannot say."""
 
-        modules: the scheme of every quantised module. ignored: the linears that are not. kv_scales: the kind of KV scales that are
-        written too, one of the format's own `kv_scales`. act_order: some tensor has a group index. model_dtype: as torch names it.
-        """
-
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
         """What engines are known not to load, or to misread, of a checkpoint that is right: `where` is the engine, with its version.
-        The arguments are those of `quantization_config`. It keeps nothing from being written."""
+        It keeps nothing from being written."""
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Further JSON files that readers of the format expect, by name, from its `quantization_config`."""

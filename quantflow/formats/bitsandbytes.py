@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import Spec, check_tensor, expect_shape, grid_problems, setting, take, texts
+from quantflow.formats.base import ConfigRequest, Spec, check_tensor, expect_shape, grid_problems, setting, take, texts
 from quantflow.formats.engines import refusals
 
 if TYPE_CHECKING:
@@ -170,21 +170,12 @@ class Bitsandbytes:
         scales = (nested.scales() if nested else absmax).view(n, -1)
         return Nf4Tensor(scheme, codes, scales, nested)
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
-        schemes = set(modules.values()) or {default}
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        schemes = set(request.modules.values()) or {request.default}
         if len(schemes) > 1:
             raise FormatError(Problem("bitsandbytes", " and ".join(sorted(map(str, schemes))), "one scheme for all linears"))
         scheme = schemes.pop()
-        if kv_scales:
+        if request.kv_scales:
             raise FormatError(Problem("kv", "bitsandbytes has no place for KV scales"))
         size = {} if scheme.group_size == 64 else {"bnb_4bit_blocksize": scheme.group_size}  # readers go by each weight's own state
         return {
@@ -194,13 +185,13 @@ class Bitsandbytes:
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": scheme.double,
             **size,
-            "bnb_4bit_compute_dtype": model_dtype,
+            "bnb_4bit_compute_dtype": request.model_dtype,
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": list(ignored),
+            "llm_int8_skip_modules": list(request.ignored),
         }
 
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
-        return list(refusals(self.name, modules))
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
+        return list(refusals(self.name, request.modules))
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}

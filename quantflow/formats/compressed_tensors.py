@@ -10,13 +10,14 @@ group` and would read the weights in the wrong groups without it: it is read her
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import (
     SAFETENSORS_DTYPE,
+    ConfigRequest,
     Spec,
     check_tensor,
     exact_scales,
@@ -186,32 +187,23 @@ class CompressedTensors:
             index = None if bool((index == -1).all()) else group_index(f"{module}.weight_g_idx", index, groups)
         return IntegerTensor(scheme, unpack_rows(packed, bits, k), scales, zeros, index)
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
-        problems = [_INDEX] if act_order else []
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        problems = [_INDEX] if request.act_order else []
         # transformers and vLLM fuse experts and read all of them with one scheme.
-        experts = {scheme: name for name, scheme in modules.items() if _is_expert(name)}
+        experts = {scheme: name for name, scheme in request.modules.items() if _is_expert(name)}
         if len(experts) > 1:
             found = " and ".join(f"{scheme} ({name})" for scheme, name in experts.items())
             problems.append(Problem("experts", found, "one scheme for all experts", "Change weights.overrides"))
         if problems:
             raise FormatError(problems)
         # transformers takes the first group for all that is dense, and for experts the one with an expression that names them, if any.
-        dense = {name: scheme for name, scheme in modules.items() if not _is_expert(name)}
-        main = main_scheme(dense or modules, default)
+        dense = {name: scheme for name, scheme in request.modules.items() if not _is_expert(name)}
+        main = main_scheme(dense or request.modules, request.default)
         groups = [_group(main, ["Linear"])]
-        for own in dict.fromkeys(modules.values()):
+        for own in dict.fromkeys(request.modules.values()):
             if own != main:
-                chosen = [name for name in modules if modules[name] == own]
-                others = [name for name in modules if modules[name] != own] + ignored
+                chosen = [name for name in request.modules if request.modules[name] == own]
+                others = [name for name in request.modules if request.modules[name] != own] + request.ignored
                 patterns, names = name_patterns(chosen, others)
                 groups.append(_group(own, [f"re:{pattern}" for pattern in patterns] + names))
         config: dict[str, Any] = {
@@ -220,24 +212,24 @@ class CompressedTensors:
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
-            "ignore": list(ignored),
-            "kv_cache_scheme": {**_KV_SCHEME, "type": "float"} if kv_scales else None,
+            "ignore": list(request.ignored),
+            "kv_cache_scheme": {**_KV_SCHEME, "type": "float"} if request.kv_scales else None,
         }
-        if any(not scheme.symmetric for scheme in modules.values()) and len(set(dense.values())) == 1:
+        if any(not scheme.symmetric for scheme in request.modules.values()) and len(set(dense.values())) == 1:
             # With the package's 0.18 to 0.20, transformers 5.23 expects packed zero points in their unpacked shape, and refuses the
             # checkpoint unless it unpacks each weight while it reads it. It then takes the first group's scheme for all that is dense,
             # so that this helps nothing where schemes are mixed: vLLM, transformers 5.17 or the package's 0.17 read those.
             config["dequantize"] = True
         return config
 
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
-        doubts = unlike_parts(modules, ignored)
-        dense = {scheme for name, scheme in modules.items() if not _is_expert(name)}
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
+        doubts = unlike_parts(request.modules, request.ignored)
+        dense = {scheme for name, scheme in request.modules.items() if not _is_expert(name)}
         if len(dense) > 1 and not all(scheme.symmetric for scheme in dense):
             found = f"does not load zero points beside unlike schemes: {', '.join(sorted(map(str, dense)))}"
             doubts.append(Problem(TRANSFORMERS, found, "one scheme, or symmetric ones", "weights.symmetric: true"))
-        refused = list(refusals(self.name, modules, act_order=act_order))
-        if len({scheme.group_size for scheme in modules.values()}) > 1 and LMDEPLOY not in {problem.where for problem in refused}:
+        refused = list(refusals(self.name, request.modules, act_order=request.act_order))
+        if len({scheme.group_size for scheme in request.modules.values()}) > 1 and LMDEPLOY not in {problem.where for problem in refused}:
             doubts.append(Problem(LMDEPLOY, "takes all groups to be of one size, and these are not", "one group_size"))
         return doubts + refused
 

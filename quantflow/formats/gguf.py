@@ -10,12 +10,12 @@ The file itself, names and the order of rotary channels are `models/gguf_file.py
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import Spec, check_tensor, exact_scales, expect_shape, grid_problems, setting, take
+from quantflow.formats.base import ConfigRequest, Spec, check_tensor, exact_scales, expect_shape, grid_problems, setting, take
 from quantflow.models.gguf_file import BLOCK, BLOCK_TYPES
 
 if TYPE_CHECKING:
@@ -166,22 +166,13 @@ class Gguf:
             raise FormatError(Problem(name, "minimums that are no -zero * scale", "those of integer zero points, says quantflow.schemes"))
         return IntegerTensor(scheme, codes, scales, zeros.to(torch.uint8))
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
-        if act_order:
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        if request.act_order:
             raise FormatError(Problem("act_order", "a group index, which GGUF cannot hold", hint="Use act_order: static, or gptq"))
-        schemes = {name: [s.bits, s.group_size, s.symmetric, s.kind] for name, s in modules.items()}
-        return {"quant_method": "gguf", "types": {name: type_of(scheme) for name, scheme in modules.items()}, "schemes": schemes}
+        schemes = {name: [s.bits, s.group_size, s.symmetric, s.kind] for name, s in request.modules.items()}
+        return {"quant_method": "gguf", "types": {name: type_of(scheme) for name, scheme in request.modules.items()}, "schemes": schemes}
 
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
         return []
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,12 +9,13 @@ reads 16, GPTQModel borrows one from the field above and gives it back. Modules 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import (
+    ConfigRequest,
     Spec,
     check_tensor,
     exact_scales,
@@ -199,36 +200,27 @@ class Gptq:
             index = group_index(f"{module}.g_idx", index, groups)
         return IntegerTensor(scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index)
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
-        if kv_scales:
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        if request.kv_scales:
             raise FormatError(Problem("kv_scales", "GPTQ has no place for KV scales"))
-        scheme = main_scheme(modules, default)
+        scheme = main_scheme(request.modules, request.default)
         dynamic: dict[str, dict[str, Any]] = {}
-        skipped = [name for name in ignored if name != "lm_head"]
-        for pattern in _dynamic_patterns(skipped, list(modules)):
+        skipped = [name for name in request.ignored if name != "lm_head"]
+        for pattern in _dynamic_patterns(skipped, list(request.modules)):
             dynamic[f"-:{pattern}"] = {}
-        for own in dict.fromkeys(modules.values()):
+        for own in dict.fromkeys(request.modules.values()):
             if own != scheme:
-                chosen = [name for name in modules if modules[name] == own]
-                others = [name for name in modules if modules[name] != own] + ignored
+                chosen = [name for name in request.modules if request.modules[name] == own]
+                others = [name for name in request.modules if request.modules[name] != own] + request.ignored
                 for pattern in _dynamic_patterns(chosen, others):
                     dynamic[f"+:{pattern}"] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": scheme.bits,
             "group_size": scheme.group_size,
-            "desc_act": act_order,
+            "desc_act": request.act_order,
             "sym": scheme.symmetric,
-            "lm_head": "lm_head" in modules,
+            "lm_head": "lm_head" in request.modules,
             "checkpoint_format": self.name,
             "pack_dtype": "int32",
         }
@@ -236,8 +228,8 @@ class Gptq:
             config["dynamic"] = dynamic
         return config
 
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
-        return [*unlike_parts(modules, ignored), *refusals(self.name, modules, act_order=act_order)]
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
+        return [*unlike_parts(request.modules, request.ignored), *refusals(self.name, request.modules, act_order=request.act_order)]
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"quantize_config.json": dict(config)}

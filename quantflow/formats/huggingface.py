@@ -6,12 +6,12 @@ fit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import SAFETENSORS_DTYPE, Spec, check_tensor, grid_problems
+from quantflow.formats.base import SAFETENSORS_DTYPE, ConfigRequest, Spec, check_tensor, grid_problems
 
 if TYPE_CHECKING:
     import torch
@@ -86,19 +86,10 @@ class HuggingFace:
     def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
         raise FormatError(Problem(module, "a plain weight, which has no codes"))
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
         return {}
 
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
         return []
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

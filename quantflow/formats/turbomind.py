@@ -6,13 +6,12 @@ A weight is handed over in AWQ's three tensors, and read back in them; how the w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import Problem
 from quantflow.formats.awq import Awq
-from quantflow.formats.base import fitting_group
+from quantflow.formats.base import ConfigRequest, fitting_group
 
 if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
@@ -39,17 +38,8 @@ class TurboMind(Awq):
         # config.ini has one number for all, so that a whole row's scale is repeated for smaller groups.
         return replace(scheme, group_size=fitting_group(shape[1], 128)) if scheme.group_size == -1 else scheme
 
-    def doubts(self, modules: Mapping[str, Scheme], ignored: Collection[str], *, act_order: bool = False) -> list[Problem]:
+    def doubts(self, request: ConfigRequest) -> list[Problem]:
         return []
 
-    def quantization_config(
-        self,
-        modules: Mapping[str, Scheme],
-        ignored: list[str],
-        default: Scheme,
-        *,
-        kv_scales: str | None = None,
-        act_order: bool = False,
-        model_dtype: str = "bfloat16",
-    ) -> dict[str, Any]:
-        return {**super().quantization_config(modules, ignored, default, act_order=act_order), "quant_method": "turbomind"}
+    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        return {**super().quantization_config(replace(request, kv_scales=None)), "quant_method": "turbomind"}

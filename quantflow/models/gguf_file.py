@@ -22,7 +22,7 @@ from quantflow.errors import ModelError, Problem
 from quantflow.models.directory import half_letters
 from quantflow.models.gguf_superblocks import SUPERBLOCK, SUPERBLOCK_TYPES, dequantize_superblocks
 from quantflow.models.rounding import converted
-from quantflow.models.tensor_file import ITEM_BYTES, MAX_HEADER_BYTES, TensorInfo, torch_dtype
+from quantflow.models.tensor_file import ITEM_BYTES, MAX_HEADER_BYTES, TensorInfo, read_full, torch_dtype
 from quantflow.placeholder import placeholder_at
 
 if TYPE_CHECKING:
@@ -190,12 +190,8 @@ class Gguf:
         view = raw.numpy().data
         with open(self.path, "rb", buffering=0) as file:
             file.seek(info.start)
-            done = 0
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise ModelError(Problem(str(self.path), "the file ends inside a tensor", hint="Download it again"))
-                done += count
+            if not read_full(file, view):
+                raise ModelError(Problem(str(self.path), "the file ends inside a tensor", hint="Download it again"))
         return raw
 
     def _check_rotary_rows(self) -> None:

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -100,13 +101,19 @@ class TensorFile:
             view = tensor.reshape(-1).view(torch.uint8).numpy().data
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(start)
-                done = 0
-                while done < nbytes:
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise ModelError(Problem(f"{self.path} tensor {name}", "the file ends inside the tensor", hint="Download it again"))
-                    done += count
+                if not read_full(file, view):
+                    raise ModelError(Problem(f"{self.path} tensor {name}", "the file ends inside the tensor", hint="Download it again"))
         return tensor
+
+
+def read_full(file: FileIO, view: memoryview) -> bool:
+    """Reads as many bytes as `view` holds, which the system hands over in pieces; False where the file ends before."""
+    done = 0
+    while done < len(view):
+        if not (count := file.readinto(view[done:])):
+            return False
+        done += count
+    return True
 
 
 class Tensors(Protocol):

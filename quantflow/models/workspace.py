@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.models.config import DecoderConfig
 from quantflow.models.rounding import converted
-from quantflow.models.tensor_file import ITEM_BYTES, TensorInfo, dtype_name, torch_dtype
+from quantflow.models.tensor_file import ITEM_BYTES, TensorInfo, dtype_name, read_full, torch_dtype
 from quantflow.models.workspace_config import CONFIG, KV_INT8, MOST_RANKS, WEIGHTS, dimension_problems, ini_values, layout_of, read_ini
 from quantflow.models.workspace_layout import (
     Layout,
@@ -429,15 +429,11 @@ class Workspace:
             start, shape = rows.start * math.prod(shape[1:]) * ITEM_BYTES[dtype], (len(rows), *shape[1:])
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = tensor.view(-1).view(torch.uint8).numpy().data
-        done = 0
         try:
             with open(self._weights / name, "rb", buffering=0) as file:
                 file.seek(start)
-                while done < len(view):
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise ModelError(Problem(str(self._weights / name), "the file ends inside the tensor", hint="Copy it again"))
-                    done += count
+                if not read_full(file, view):
+                    raise ModelError(Problem(str(self._weights / name), "the file ends inside the tensor", hint="Copy it again"))
         except OSError as error:
             raise ModelError(Problem(str(self._weights / name), error.strerror or str(error), "a readable file")) from error
         return tensor

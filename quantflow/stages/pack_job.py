@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.formats.base import Format, fitting_group, grid_problems, rank_shape
+from quantflow.formats.base import ConfigRequest, Format, fitting_group, grid_problems, rank_shape
 from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.gguf_vocabulary import vocabulary_metadata
 from quantflow.models.gguf_writer import decoder_problems
@@ -54,11 +54,16 @@ class PackJob:
         prefixes = {index: self.checkpoint.architecture.layer_prefix(index) for index in self.schemes}
         return {f"{prefixes[i]}.{name}": scheme for i, layer in self.schemes.items() for name, scheme in layer.items()} | dict(self.outer)
 
+    @property
+    def request(self) -> ConfigRequest:
+        """What its configuration is to say."""
+        dtype = self.checkpoint.config.dtype
+        return ConfigRequest(self.modules, _ignored(self), self.default, self.kv_scales, self.has_index, dtype)
+
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What engines are known not to load of it, each in a sentence. It is right all the same, and is written."""
-        doubts = self.format.doubts(self.modules, _ignored(self), act_order=self.has_index)
-        return tuple(f"{self.format.name}, {doubt}" for doubt in doubts)
+        return tuple(f"{self.format.name}, {doubt}" for doubt in self.format.doubts(self.request))
 
 
 @dataclass(frozen=True)
@@ -211,12 +216,7 @@ def _linears(checkpoint: Checkpoint) -> dict[str, LinearSpec]:
 
 def quantization_config(job: PackJob) -> dict[str, Any]:
     """The `quantization_config`; {} where nothing is quantised. Raises FormatError for what the format cannot say."""
-    checkpoint, modules = job.checkpoint, job.modules
-    if not modules:
-        return {}
-    return job.format.quantization_config(
-        modules, _ignored(job), job.default, kv_scales=job.kv_scales, act_order=job.has_index, model_dtype=checkpoint.config.dtype
-    )
+    return job.format.quantization_config(job.request) if job.modules else {}
 
 
 def _ignored(job: PackJob) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS
+from quantflow.formats.base import ConfigRequest
 from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 
@@ -37,7 +38,7 @@ def test_symmetric_weights_have_zero_points_of_8() -> None:
 
 def test_config() -> None:
     scheme = Scheme(4, 128, True)
-    assert AWQ.quantization_config({"model.q": scheme}, ["lm_head"], scheme) == {
+    assert AWQ.quantization_config(ConfigRequest({"model.q": scheme}, ["lm_head"], scheme)) == {
         "quant_method": "awq",
         "bits": 4,
         "group_size": 128,
@@ -45,7 +46,7 @@ def test_config() -> None:
         "version": "gemm",
         "modules_to_not_convert": None,
     }
-    assert AWQ.quantization_config({"model.q": scheme}, ["lm_head", "model.gate"], scheme)["modules_to_not_convert"] == [
+    assert AWQ.quantization_config(ConfigRequest({"model.q": scheme}, ["lm_head", "model.gate"], scheme))["modules_to_not_convert"] == [
         "lm_head",
         "model.gate",
     ]

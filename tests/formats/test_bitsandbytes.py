@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantflow.errors import FormatError, ModelError
 from quantflow.formats import FORMATS, detect
+from quantflow.formats.base import ConfigRequest
 from quantflow.formats.bitsandbytes import BLOCK_SIZES
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import Options, export
@@ -55,7 +56,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def config_of(scheme: Scheme) -> dict[str, Any]:
-    return FORM.quantization_config({MODULE: scheme}, ["lm_head"], scheme)
+    return FORM.quantization_config(ConfigRequest({MODULE: scheme}, ["lm_head"], scheme))
 
 
 schemes = st.builds(lambda group, double: Scheme(4, group, True, "nf4", double), st.sampled_from(BLOCK_SIZES[:4]), st.booleans())
@@ -136,16 +137,16 @@ def test_what_bitsandbytes_writes_is_read(scheme: Scheme, storage: torch.dtype) 
 @pytest.mark.parametrize("scheme", [PLAIN, DOUBLE, Scheme(4, 128, True, "nf4")], ids=str)
 def test_the_configuration(scheme: Scheme) -> None:
     skipped = ["lm_head", "model.layers.1.mlp.down_proj"]
-    config = FORM.quantization_config({MODULE: scheme}, skipped, scheme)
+    config = FORM.quantization_config(ConfigRequest({MODULE: scheme}, skipped, scheme))
     assert detect({"quantization_config": config}) == "bitsandbytes"
     assert FORM.scheme_of(MODULE, config) == scheme
     assert [FORM.scheme_of(name, config) for name in skipped] == [None, None]
     assert FORM.scheme_of("model.layers.11.mlp.down_proj", config) == scheme
     json.dumps(config)
     with pytest.raises(FormatError, match="one scheme"):
-        FORM.quantization_config({"a": PLAIN, "b": DOUBLE}, [], PLAIN)
+        FORM.quantization_config(ConfigRequest({"a": PLAIN, "b": DOUBLE}, [], PLAIN))
     with pytest.raises(FormatError, match="KV"):
-        FORM.quantization_config({MODULE: scheme}, [], scheme, kv_scales="fp8")
+        FORM.quantization_config(ConfigRequest({MODULE: scheme}, [], scheme, kv_scales="fp8"))
 
 
 def test_the_configuration_is_transformers_own() -> None:

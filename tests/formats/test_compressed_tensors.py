@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from quantflow.errors import FormatError
+from quantflow.formats.base import ConfigRequest
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
@@ -64,7 +65,7 @@ def test_the_package_writes_and_reads_the_same(bits: int, symmetric: bool, n: in
 
     assert torch.equal(ours["weight_packed"], pack_to_int32(codes, bits))
     assert torch.equal(unpack_from_int32(ours["weight_packed"], bits, torch.Size((n, k))), codes)
-    config = FORMAT.quantization_config({"m": scheme}, [], scheme)
+    config = FORMAT.quantization_config(ConfigRequest({"m": scheme}, [], scheme))
     theirs = QuantizationConfig.model_validate(config).config_groups["group_0"]
     read = COMPRESSOR.decompress(ours, theirs)
     assert torch.equal(read["weight"], tensor.dequantize())
@@ -84,14 +85,14 @@ def test_a_group_index_is_refused_as_the_package_refuses_it() -> None:
     with pytest.raises(FormatError, match="m: a group index"):
         FORMAT.encode("m", tensor, torch.float16)
     with pytest.raises(FormatError, match="act_order: static"):
-        FORMAT.quantization_config({"m": scheme}, [], scheme, act_order=True)
+        FORMAT.quantization_config(ConfigRequest({"m": scheme}, [], scheme, act_order=True))
 
 
 def test_a_group_index_of_an_older_writer_is_read() -> None:
     scheme = Scheme(4, 32, False)
     tensor = random_tensor(32, 64, scheme, index=True)
     plain = IntegerTensor(scheme, tensor.codes, tensor.scales, tensor.zeros)
-    config = FORMAT.quantization_config({"m": scheme}, [], scheme)
+    config = FORMAT.quantization_config(ConfigRequest({"m": scheme}, [], scheme))
     encoded = FORMAT.encode("m", plain, torch.float16)
     assert tensor.group_index is not None
     assert_same(FORMAT.decode("m", encoded | {"m.weight_g_idx": tensor.group_index}, config), tensor)
@@ -107,14 +108,14 @@ def test_three_bits_in_ten_to_a_word_are_refused() -> None:
     encoded = FORMAT.encode("m", random_tensor(4, 128, scheme), torch.float16)
     encoded["m.weight_packed"] = torch.zeros(4, 13, dtype=torch.int32)
     with pytest.raises(FormatError, match=r"m\.weight_packed: shape \[4, 13\]; expected \[4, 12\]"):
-        FORMAT.decode("m", encoded, FORMAT.quantization_config({"m": scheme}, [], scheme))
+        FORMAT.decode("m", encoded, FORMAT.quantization_config(ConfigRequest({"m": scheme}, [], scheme)))
 
 
 def test_config() -> None:
     scheme = Scheme(4, 128, False)
     modules = {f"model.layers.{i}.mlp.{part}": scheme for i in range(12) for part in ("up_proj", "down_proj")}
     modules |= {f"model.layers.{i}.mlp.down_proj": Scheme(8, -1, True) for i in range(12)}
-    config = FORMAT.quantization_config(modules, ["lm_head"], scheme)
+    config = FORMAT.quantization_config(ConfigRequest(modules, ["lm_head"], scheme))
     assert config["quant_method"] == "compressed-tensors" and config["format"] == "pack-quantized"
     assert config["quantization_status"] == "compressed" and config["ignore"] == ["lm_head"] and config["kv_cache_scheme"] is None
     first, second = config["config_groups"].values()
@@ -139,12 +140,12 @@ def test_config() -> None:
 def test_uniform_asymmetric_weights_are_unpacked_as_they_are_read() -> None:
     # transformers can do that with one scheme only; see the comment in the code.
     modules = {"model.layers.0.up_proj": Scheme(4, 32, False), "model.layers.0.down_proj": Scheme(4, 32, False)}
-    assert FORMAT.quantization_config(modules, [], Scheme(4, 32, False))["dequantize"] is True
+    assert FORMAT.quantization_config(ConfigRequest(modules, [], Scheme(4, 32, False)))["dequantize"] is True
     modules["model.layers.0.mlp.experts.0.up_proj"] = Scheme(4, 64, True)
-    assert FORMAT.quantization_config(modules, [], Scheme(4, 32, False))["dequantize"] is True
+    assert FORMAT.quantization_config(ConfigRequest(modules, [], Scheme(4, 32, False)))["dequantize"] is True
     modules["model.layers.0.down_proj"] = Scheme(8, 32, False)
-    assert "dequantize" not in FORMAT.quantization_config(modules, [], Scheme(4, 32, False))
-    assert "dequantize" not in FORMAT.quantization_config({"a": Scheme(4, 32, True)}, [], Scheme(4, 32, True))
+    assert "dequantize" not in FORMAT.quantization_config(ConfigRequest(modules, [], Scheme(4, 32, False)))
+    assert "dequantize" not in FORMAT.quantization_config(ConfigRequest({"a": Scheme(4, 32, True)}, [], Scheme(4, 32, True)))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_uniform_asymmetric_weights_are_unpacked_as_they_are_read() -> None:
     ],
 )
 def test_what_is_not_read(change: dict[str, object], message: str) -> None:
-    config = FORMAT.quantization_config({}, [], Scheme(4, 32, True)) | change
+    config = FORMAT.quantization_config(ConfigRequest({}, [], Scheme(4, 32, True))) | change
     with pytest.raises(FormatError, match=message):
         FORMAT.scheme_of("m", config)
 
@@ -224,7 +225,7 @@ def write(
         stored |= {f"{attention}.k_scale": torch.tensor([k_scale]), f"{attention}.v_scale": torch.tensor([v_scale])}
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = FORMAT.quantization_config(modules, ignored, default, kv_scales="fp8" if kv else None)
+    config["quantization_config"] = FORMAT.quantization_config(ConfigRequest(modules, ignored, default, kv_scales="fp8" if kv else None))
     (directory / "config.json").write_text(json.dumps(config))
     return state
 
@@ -287,7 +288,7 @@ def test_experts_share_a_scheme() -> None:
         f"model.layers.0.mlp.experts.0.{part}": Scheme(8 if part == "down_proj" else 4, 32, True) for part in ("up_proj", "down_proj")
     }
     with pytest.raises(FormatError, match="one scheme for all experts"):
-        FORMAT.quantization_config(modules, [], Scheme(4, 32, True))
+        FORMAT.quantization_config(ConfigRequest(modules, [], Scheme(4, 32, True)))
 
 
 def test_kv_scales_round_keys_and_values_in_transformers(tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def test_kv_scales_round_keys_and_values_in_transformers(tmp_path: Path) -> None
 
 def test_which_kv_scales_a_config_says() -> None:
     scheme = Scheme(4, 32, True)
-    config = FORMAT.quantization_config({"m": scheme}, [], scheme, kv_scales="fp8")
+    config = FORMAT.quantization_config(ConfigRequest({"m": scheme}, [], scheme, kv_scales="fp8"))
     theirs = QuantizationConfig.model_validate(config).kv_cache_scheme
     assert (theirs.num_bits, theirs.type, theirs.strategy, theirs.symmetric, theirs.dynamic) == (8, "float", "tensor", True, False)
     as_llm_compressor = theirs.model_dump(mode="json")  # every field written out

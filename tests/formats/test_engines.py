@@ -11,6 +11,7 @@ import pytest
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from quantflow.formats import FORMATS
+from quantflow.formats.base import ConfigRequest
 from quantflow.formats.engines import HEADS, LOADS
 from quantflow.pipeline.starter import TARGETS
 from quantflow.quant.scheme import BITS, Scheme
@@ -35,7 +36,7 @@ def doubting(form: str, scheme: Scheme, changes: dict[str, Scheme | None] | None
     schemes = {m: next((own for end, own in (changes or {}).items() if m.endswith(end)), scheme) for m in MODULES}
     modules = {m: own for m, own in schemes.items() if own is not None}
     ignored = ["lm_head", *(m for m, own in schemes.items() if own is None)]
-    return sorted({problem.where for problem in FORMATS[form].doubts(modules, ignored, act_order=act_order)})
+    return sorted({problem.where for problem in FORMATS[form].doubts(ConfigRequest(modules, list(ignored), W4A, act_order=act_order))})
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,12 @@ class Unsearched(list[str]):
 
 def test_a_long_list_of_ignored_modules_is_not_searched_for_each() -> None:
     modules = {m: W4 for m in MODULES if "q_proj" in m}
-    assert FORMATS["gptq"].doubts(modules, Unsearched(m for m in MODULES if m not in modules))[0].where == FUSING
+    assert FORMATS["gptq"].doubts(ConfigRequest(modules, Unsearched(m for m in MODULES if m not in modules), W4A))[0].where == FUSING
 
 
 def test_widths_that_need_more_than_the_engine_are_said_with_what_they_need() -> None:
     for scheme, needed in ((Scheme(3, 128, True), "Humming"), (Scheme(8, 64, False), "Hopper"), (Scheme(4, 16, True), "Exllama")):
-        (said,) = (str(p) for p in FORMATS["compressed-tensors"].doubts({"m": scheme}, []) if p.where == VLLM)
+        (said,) = (str(p) for p in FORMATS["compressed-tensors"].doubts(ConfigRequest({"m": scheme}, [], scheme)) if p.where == VLLM)
         assert f"loads {scheme} only" in said and needed in said
         assert ("weights.symmetric: true" in said) == (not scheme.symmetric)
 
@@ -111,7 +112,7 @@ def test_no_recipe_for_an_engine_is_one_that_it_is_said_not_to_load() -> None:
         assert {scheme.bits for _, scheme in offered} == {"lmdeploy": {4}, "transformers": set(BITS)}.get(name, {4, 8})
         for way, scheme in offered:
             assert not FORMATS[way.format].check("m", (256, 256), scheme, act_order_index=False)
-            assert target.engine not in [problem.where for problem in FORMATS[way.format].doubts({"m": scheme}, [])]
+            assert target.engine not in [problem.where for problem in FORMATS[way.format].doubts(ConfigRequest({"m": scheme}, [], scheme))]
 
 
 def test_the_pages_table_and_the_commands_are_these() -> None:
@@ -135,7 +136,7 @@ def test_the_pages_table_and_the_commands_are_these() -> None:
 def test_the_sentence_of_unlike_parts() -> None:
     changes = {f"layers.{i}.self_attn.k_proj": None for i in (0, 4)}
     modules = {m: W4 for m in MODULES if not m.endswith(tuple(changes))}
-    (problem,) = FORMATS["compressed-tensors"].doubts(modules, [m for m in MODULES if m not in modules])
+    (problem,) = FORMATS["compressed-tensors"].doubts(ConfigRequest(modules, [m for m in MODULES if m not in modules], W4A))
     assert str(problem) == (
         "vLLM 0.32 and SGLang: does not load unlike parts of what it fuses: q_proj W4 g128 symmetric, k_proj in 16 bits, v_proj W4 g128 "
         "symmetric (model.layers.0.self_attn and 1 more); expected one scheme, or none, for all of them. Match all of q_proj, k_proj, "
@@ -159,7 +160,7 @@ def test_what_awq_skips_is_skipped_by_the_names_that_each_reader_looks_for() -> 
     left = ("layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj", "layers.11.mlp.down_proj")
     modules = {m: W4A for m in MODULES if not m.endswith(left)}
     ignored = ["lm_head", *(m for m in MODULES if m not in modules)]
-    skipped = FORMATS["awq"].quantization_config(modules, ignored, W4A)["modules_to_not_convert"]
+    skipped = FORMATS["awq"].quantization_config(ConfigRequest(modules, ignored, W4A))["modules_to_not_convert"]
     for module in [*MODULES, "lm_head"]:
         assert should_convert_module(module, skipped) == (module in modules), module
         assert any(name in module for name in skipped) == (module not in modules), module

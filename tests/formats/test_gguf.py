@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantflow.errors import FormatError
+from quantflow.formats.base import ConfigRequest
 from quantflow.formats.gguf import Gguf, type_of
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.numbers.integer import IntegerTensor
@@ -43,7 +44,7 @@ def tensor_of(scheme: Scheme, n: int, k: int, seed: int = 0) -> QuantizedTensor:
 
 
 def config_of(scheme: Scheme) -> dict[str, Any]:
-    return FORMAT.quantization_config({MODULE: scheme}, [], scheme)
+    return FORMAT.quantization_config(ConfigRequest({MODULE: scheme}, [], scheme))
 
 
 def assert_same(a: QuantizedTensor, b: QuantizedTensor) -> None:
@@ -144,7 +145,7 @@ def test_refusals() -> None:
     with pytest.raises(FormatError, match="group index"):
         FORMAT.encode(MODULE, indexed, torch.float16)
     with pytest.raises(FormatError, match="group index"):
-        FORMAT.quantization_config({}, [], Scheme(4, 32, True), act_order=True)
+        FORMAT.quantization_config(ConfigRequest({}, [], Scheme(4, 32, True), act_order=True))
     wide = tensor_of(Scheme(4, 32, True), 2, 64)
     for scale in (1e5, 1e-9, 0.1):
         inexact = IntegerTensor(wide.scheme, wide.codes, torch.full((2, 2), scale), torch.full((2, 2), 8, dtype=torch.uint8))

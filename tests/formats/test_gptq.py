@@ -7,6 +7,7 @@ import torch
 
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS, detect
+from quantflow.formats.base import ConfigRequest
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import field, random_tensor
@@ -53,7 +54,7 @@ def test_a_zero_point_of_0_is_read_where_its_writer_says_that_it_is_there(bits: 
     scheme = Scheme(bits, 16, False)
     tensor = random_tensor(32, 32, scheme, smallest_zero=1)
     encoded = FORMATS["gptq"].encode("m", tensor, torch.float16)
-    config = FORMATS["gptq"].quantization_config({"m": scheme}, [], scheme)
+    config = FORMATS["gptq"].quantization_config(ConfigRequest({"m": scheme}, [], scheme))
     tensor.zeros[31] = 0  # the last field of its word, above which there is nothing to borrow from
     encoded["m.qzeros"] = FORMATS["gptq_v2"].encode("m", tensor, torch.float16)["m.qzeros"]
     if bits == 3:
@@ -81,7 +82,7 @@ def test_the_newer_name_of_the_version() -> None:
 def test_a_mislabelled_version_is_noticed() -> None:
     scheme = Scheme(4, 16, True)
     encoded = FORMATS["gptq"].encode("m", random_tensor(32, 32, scheme), torch.float16)
-    config = FORMATS["gptq_v2"].quantization_config({"m": scheme}, [], scheme)
+    config = FORMATS["gptq_v2"].quantization_config(ConfigRequest({"m": scheme}, [], scheme))
     with pytest.raises(FormatError, match="the other GPTQ version"):
         FORMATS["gptq_v2"].decode("m", encoded, config)
     with pytest.raises(FormatError, match="checkpoint_format: 'gptq_v2'; expected 'gptq'"):
@@ -100,7 +101,7 @@ def test_an_index_with_uneven_groups_is_refused() -> None:
 
 def test_config_and_its_file() -> None:
     scheme = Scheme(4, 128, False)
-    config = FORMATS["gptq"].quantization_config({"model.layers.0.q": scheme}, ["lm_head"], scheme, act_order=True)
+    config = FORMATS["gptq"].quantization_config(ConfigRequest({"model.layers.0.q": scheme}, ["lm_head"], scheme, act_order=True))
     assert config == {
         "quant_method": "gptq",
         "bits": 4,
@@ -120,7 +121,7 @@ def test_dynamic_as_its_readers_apply_it() -> None:
         f"model.layers.{i}.mlp.{part}": wide if part == "down_proj" else default for i in range(12) for part in ("up_proj", "down_proj")
     }
     del modules["model.layers.1.mlp.up_proj"]
-    config = FORMATS["gptq_v2"].quantization_config(modules, ["lm_head", "model.layers.1.mlp.up_proj"], default)
+    config = FORMATS["gptq_v2"].quantization_config(ConfigRequest(modules, ["lm_head", "model.layers.1.mlp.up_proj"], default))
     assert config["dynamic"] == {
         r"-:^model\.layers\.1\.mlp\.up_proj$": {},
         r"+:^model\.layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": -1, "sym": True},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS, detect
+from quantflow.formats.base import ConfigRequest
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import assert_same, random_tensor
@@ -54,7 +55,7 @@ def test_round_trip_is_exact_or_refused(
     assert all(value.is_contiguous() for value in encoded.values())
     assert all(key.removeprefix(MODULE) in form.suffixes for key in encoded)
     assert sum(MODULE + mark in encoded for mark in form.marks) == 1
-    config = form.quantization_config({MODULE: scheme}, ["lm_head"], scheme, act_order=index)
+    config = form.quantization_config(ConfigRequest({MODULE: scheme}, ["lm_head"], scheme, act_order=index))
     if index and scheme.groups(shape[1]) == 1:  # one group: the index says nothing, and is not kept
         tensor = IntegerTensor(scheme, tensor.codes, tensor.scales, tensor.zeros)
     assert_same(form.decode(MODULE, encoded, config), tensor)
@@ -67,7 +68,7 @@ def test_scheme_of_ignored_and_detected(name: str, symmetric: bool) -> None:
     scheme = Scheme(4, 32, symmetric)
     modules = {f"model.layers.{i}.{part}": scheme for i in range(12) for part in ("self_attn.q_proj", "mlp.down_proj")}
     del modules["model.layers.1.mlp.down_proj"]
-    config = form.quantization_config(modules, ["lm_head", "model.layers.1.mlp.down_proj"], scheme)
+    config = form.quantization_config(ConfigRequest(modules, ["lm_head", "model.layers.1.mlp.down_proj"], scheme))
     assert detect({"quantization_config": config}) == name
     for module in modules:
         found = form.scheme_of(module, config)
@@ -89,7 +90,7 @@ def test_mixed_schemes(name: str) -> None:
     for i in (3, 11):  # two of a family of which the rest has another scheme
         modules[f"model.layers.{i}.mlp.up_proj"] = channel
     modules["model.layers.1.self_attn.o_proj"] = channel  # and not that of layers 10 and 11
-    config = form.quantization_config(modules, ["lm_head", "model.layers.0.mlp.gate_proj"], default)
+    config = form.quantization_config(ConfigRequest(modules, ["lm_head", "model.layers.0.mlp.gate_proj"], default))
     assert {module: form.scheme_of(module, config) for module in modules} == modules
     assert form.scheme_of("model.layers.0.mlp.gate_proj", config) is None
 
@@ -98,18 +99,18 @@ def test_gptq_names_fused_modules_for_their_readers() -> None:
     default, wide = Scheme(4, 32, True), Scheme(8, 32, True)
     modules = {f"model.layers.{i}.self_attn.{part}_proj": default for i in range(3) for part in "qkvo"}
     modules |= {f"model.layers.1.self_attn.{part}_proj": wide for part in "qkv"}
-    dynamic = FORMATS["gptq_v2"].quantization_config(modules, [], default)["dynamic"]
+    dynamic = FORMATS["gptq_v2"].quantization_config(ConfigRequest(modules, [], default))["dynamic"]
     assert set(dynamic) == {rf"+:^model\.layers\.1\.self_attn\.{part}_proj$" for part in ("q", "k", "v", "qkv")}
 
 
 def test_awq_has_one_scheme_but_mixes_symmetry() -> None:
     form = FORMATS["awq"]
     modules = {"a.q_proj": Scheme(4, 32, True), "a.k_proj": Scheme(4, 32, False)}
-    assert form.quantization_config(modules, [], Scheme(4, 32, True))["zero_point"] is True
+    assert form.quantization_config(ConfigRequest(modules, [], Scheme(4, 32, True)))["zero_point"] is True
     with pytest.raises(FormatError, match=r"a\.k_proj: W4 g64"):
-        form.quantization_config({**modules, "a.k_proj": Scheme(4, 64, True)}, [], Scheme(4, 32, True))
+        form.quantization_config(ConfigRequest({**modules, "a.k_proj": Scheme(4, 64, True)}, [], Scheme(4, 32, True)))
     with pytest.raises(FormatError, match=r"would also ignore model\.mlp\.gate_proj"):
-        form.quantization_config({"model.mlp.gate_proj": Scheme(4, 32, True)}, ["model.mlp.gate"], Scheme(4, 32, True))
+        form.quantization_config(ConfigRequest({"model.mlp.gate_proj": Scheme(4, 32, True)}, ["model.mlp.gate"], Scheme(4, 32, True)))
 
 
 @pytest.mark.parametrize("name", [*HELD, "huggingface"])
@@ -202,7 +203,7 @@ def test_broken_checkpoints_are_refused(name: str) -> None:
     form = FORMATS[name]
     scheme = Scheme(4, 32, False)
     tensor = random_tensor(32, 64, scheme, smallest_zero=1)
-    config = form.quantization_config({MODULE: scheme}, [], scheme)
+    config = form.quantization_config(ConfigRequest({MODULE: scheme}, [], scheme))
     encoded = form.encode(MODULE, tensor, torch.float16)
     for key in encoded:
         if key.endswith("g_idx"):

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from quantflow.formats import FORMATS
+from quantflow.formats.base import ConfigRequest
 from quantflow.models.expected import expected_tensors
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.segments import linears
@@ -70,7 +71,7 @@ def _packed(name: str, scheme: Scheme) -> tuple[Tensors, dict[str, Any]]:
         del tensors[f"{module}.weight"]
         tensors |= form.encode(module, tensor, torch.float16)
         modules[module] = scheme
-    return tensors, form.quantization_config(modules, ["lm_head"], scheme, model_dtype="float16")
+    return tensors, form.quantization_config(ConfigRequest(modules, ["lm_head"], scheme, model_dtype="float16"))
 
 
 SCHEMES = {
@@ -113,7 +114,7 @@ def _config() -> list[bytes]:
     for name, scheme in SCHEMES.items():
         form = FORMATS[name]
         modules = {f"model.layers.{i}.{part}": scheme for i in range(2) for part in ("self_attn.q_proj", "mlp.down_proj")}
-        said = form.quantization_config(modules, ["lm_head"], scheme, model_dtype="float16")
+        said = form.quantization_config(ConfigRequest(modules, ["lm_head"], scheme, model_dtype="float16"))
         found.append({"config.json": _json({**LLAMA, "quantization_config": said})})
         if name == "gptq":
             said = {**said, "dynamic": {r"-:.*down_proj": {}, r"+:model\.layers\.0\..*": {"bits": 8}}}

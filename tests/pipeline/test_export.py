@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from quantflow.errors import FormatError, ModelError, OutputError
 from quantflow.formats import FORMATS
 from quantflow.formats.abilities import ABILITIES
+from quantflow.formats.base import ConfigRequest
 from quantflow.formats.reader import Weights
 from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.export import Options, export
@@ -535,7 +536,7 @@ def test_any_chain_of_formats_is_exact_or_refused(
             inexact = name == "gguf" and not symmetric and bool((minimums.half().double() != minimums).any())
             assert inexact or form.check("m", shape, scheme, act_order_index=has_index)
             continue
-        decoded = form.decode("m", encoded, form.quantization_config({"m": scheme}, [], scheme, act_order=has_index))
+        decoded = form.decode("m", encoded, form.quantization_config(ConfigRequest({"m": scheme}, [], scheme, act_order=has_index)))
         assert isinstance(decoded, IntegerTensor)
         tensor = replace(decoded, scheme=scheme)  # AWQ's config does not tell symmetric from asymmetric
     assert same(
