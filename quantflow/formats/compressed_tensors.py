@@ -45,6 +45,19 @@ if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
 
 _FORMAT = "pack-quantized"
+# The package's other layouts, but `dense` -> what their weights are.
+UNREAD_LAYOUTS = {
+    "float-quantized": "FP8 weights",
+    "naive-quantized": "8-bit weights, one a byte",
+    "int-quantized": "INT8 weights, one a byte",
+    "marlin-24": "weights repacked for the Marlin-24 kernel",
+    "sparse-bitmask": "sparse weights",
+    "sparse-24-bitmask": "sparse weights (2 of 4)",
+    "nvfp4-pack-quantized": "NVFP4 weights",
+    "mxfp4-pack-quantized": "MXFP4 weights",
+    "mxfp6-pack-quantized": "MXFP6 weights",
+    "mxfp8-quantized": "MXFP8 weights",
+}
 _INDEX = Problem("group index", "compressed-tensors holds none since its version 0.19", hint="Use act_order: static, or gptq")
 
 

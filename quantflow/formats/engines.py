@@ -30,6 +30,7 @@ class Loads:
     bits: none where it loads nothing. groups: input channels that share a scale, -1 for the whole row; empty for any. asymmetric: zero
     points too. index: a group index too. only: what it takes, where that is not always there. known: `run`, a checkpoint of ours was
     loaded and its numbers held against ours; `read`, in its code; `reported`, by its documentation or its users.
+    kinds: of numbers, by their names in `NUMBERS`; empty for any.
     """
 
     engine: str
@@ -41,11 +42,13 @@ class Loads:
     known: Known = "reported"
     only: str = ""
     note: str = ""
+    kinds: tuple[str, ...] = ("integer",)
 
     def holds(self, scheme: Scheme) -> bool:
         """Whether it loads a linear in that scheme."""
         fits = not self.groups or scheme.group_size in self.groups
-        return scheme.bits in self.bits and fits and (scheme.symmetric or self.asymmetric)
+        known = not self.kinds or scheme.kind in self.kinds
+        return known and scheme.bits in self.bits and fits and (scheme.symmetric or self.asymmetric)
 
     @property
     def cells(self) -> tuple[str, str, str, str, str, str, str]:
@@ -105,11 +108,17 @@ LOADS: tuple[Loads, ...] = (
         note="does not look at checkpoint_format, and takes every zero point of version 2 for one more: wrong weights, without a word",
     ),
     Loads(GPTQMODEL, "gptq_v2", _GPTQ, asymmetric=True, index=True, known="read"),
-    Loads(BITSANDBYTES, "bitsandbytes", (4,), known="run", note="transformers too; NF4 alone"),
+    Loads(BITSANDBYTES, "bitsandbytes", (4,), known="run", note="transformers too; NF4 alone", kinds=("nf4",)),
     Loads(VLLM, "bitsandbytes", known="read", note="knows no bitsandbytes (nor does LMDeploy)"),
     Loads(OLD_LMDEPLOY, "turbomind", (4,), asymmetric=True, known="read", note="no later one"),
-    Loads(LLAMA_CPP, "gguf", (4, 8), asymmetric=True, known="run", note="and what is built on it: Ollama, LM Studio"),
-    Loads(TRANSFORMERS, "huggingface", _ALL, asymmetric=True, index=True, known="run", note="plain weights, which every engine loads"),
+    Loads(
+        LLAMA_CPP, "gguf", (4, 8), asymmetric=True, known="run",
+        note="and what is built on it: Ollama, LM Studio", kinds=("integer", "minimum"),
+    ),
+    Loads(
+        TRANSFORMERS, "huggingface", _ALL, asymmetric=True, index=True, known="run",
+        note="plain weights, which every engine loads", kinds=(),
+    ),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantflow.errors import Problem
+from quantflow.formats.compressed_tensors import UNREAD_LAYOUTS
 
 HINT = "Not read yet: use the 16-bit model that it was made from"
 
@@ -41,19 +42,6 @@ _METHODS = {
     "torchao": "weights of torchao",
     "vptq": "codes of VPTQ's codebooks",
 }
-# Layouts of the package compressed-tensors, beside `pack-quantized` and `dense`.
-_COMPRESSED = {
-    "float-quantized": "FP8 weights",
-    "naive-quantized": "8-bit weights, one a byte",
-    "int-quantized": "INT8 weights, one a byte",
-    "marlin-24": "weights repacked for the Marlin-24 kernel",
-    "sparse-bitmask": "sparse weights",
-    "sparse-24-bitmask": "sparse weights (2 of 4)",
-    "nvfp4-pack-quantized": "NVFP4 weights",
-    "mxfp4-pack-quantized": "MXFP4 weights",
-    "mxfp6-pack-quantized": "MXFP6 weights",
-    "mxfp8-quantized": "MXFP8 weights",
-}
 # How names of tensors end that no other kind of checkpoint has, where no config says what it is.
 _MARKS = {
     ".weight_scale_inv": "FP8 weights with a scale a block",
@@ -83,8 +71,8 @@ def unread_method(where: str, config: Mapping[str, Any]) -> Problem | None:
     if method == "compressed_tensors":
         groups = config.get("config_groups")
         layouts = [group.get("format") for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-        layout = next((str(layout) for layout in [*layouts, config.get("format")] if str(layout) in _COMPRESSED), "")
-        what, said = _COMPRESSED.get(layout, ""), f"compressed-tensors, format {layout!r}"
+        layout = next((str(layout) for layout in [*layouts, config.get("format")] if str(layout) in UNREAD_LAYOUTS), "")
+        what, said = UNREAD_LAYOUTS.get(layout, ""), f"compressed-tensors, format {layout!r}"
     if not what:
         return None
     return Problem(where, f"{what} ({said})", "full precision, or a format that is read", HINT)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from quantflow.formats import FORMATS
 from quantflow.formats.base import ConfigRequest
-from quantflow.formats.engines import HEADS, LOADS
+from quantflow.formats.engines import BITSANDBYTES, HEADS, LLAMA_CPP, LOADS, loads
 from quantflow.pipeline.starter import TARGETS
+from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.scheme import BITS, Scheme
 from tests.helpers.runs import invoke
 
@@ -115,6 +116,15 @@ def test_no_recipe_for_an_engine_is_one_that_it_is_said_not_to_load() -> None:
             assert target.engine not in [problem.where for problem in FORMATS[way.format].doubts(ConfigRequest({"m": scheme}, [], scheme))]
 
 
+def test_an_engine_loads_the_numbers_that_it_is_said_to() -> None:
+    """Eight bits a row of integers are not those of another kind."""
+    eight, nf4 = Scheme(8, -1, True), Scheme(4, 64, True, "nf4")
+    assert loads(VLLM, "compressed-tensors", eight) and not loads(VLLM, "compressed-tensors", replace(eight, kind="nf4"))
+    assert loads(BITSANDBYTES, "bitsandbytes", nf4) and not loads(BITSANDBYTES, "bitsandbytes", replace(nf4, kind="integer"))
+    assert loads(TRANSFORMERS, "huggingface", nf4) and loads(LLAMA_CPP, "gguf", Scheme(4, 32, False, "minimum"))
+    assert {kind for row in LOADS for kind in row.kinds} == set(NUMBERS)
+
+
 def test_the_pages_table_and_the_commands_are_these() -> None:
     """And every row is of a format and of widths that the format holds."""
     lines = [line for line in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
@@ -128,7 +138,7 @@ def test_the_pages_table_and_the_commands_are_these() -> None:
         form = FORMATS[row.format]
         for bits in row.bits:
             for group in row.groups or (64,):
-                scheme = Scheme(bits, group, True, "nf4" if form.kinds == ("nf4",) else "integer")
+                scheme = Scheme(bits, group, True, row.kinds[0] if row.kinds else "integer")
                 if row.format != "gguf":
                     assert not form.check("m", (256, 256), scheme, act_order_index=row.index and form.holds_index), row
 
