@@ -86,6 +86,15 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def device_name(device: str) -> str:
+    """Of which product it is; another may round otherwise. "" for a GPU that is not there."""
+    if device == "cpu":
+        return processor()
+    import torch
+
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
+
+
 def give_back_freed_memory() -> None:
     """Returns what is freed to the system, where glibc would keep it.
 

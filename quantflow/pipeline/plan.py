@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantflow.artifacts.artifact import RUN, foreign_files, is_export, read_manifest
-from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
+from quantflow.artifacts.fingerprint import code_digest, digest, file_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import LeftOut
 from quantflow.decoder.native import computed_by
@@ -27,7 +27,7 @@ from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import LEAST_GROUP, Format, usual_group
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.recognise import refuse_quantised
-from quantflow.machine import resolve_device
+from quantflow.machine import device_name, resolve_device
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
 from quantflow.models.directory import read_json
@@ -57,9 +57,14 @@ from quantflow.recipe.overrides import matches
 from quantflow.stages.pack_job import Prepared, prepare
 
 T = TypeVar("T")
-# What hidden states are computed, held and measured with. The rest of calibration/ reads texts: it can change nothing but tokens, which
-# are in the keys.
-MEASURING = ("decoder", "calibration/statistics.py")
+# What computes a layer's results, and reads the weights for it: whatever of ours these import is in the identities of those. What reads
+# texts can change nothing but tokens, which are in the keys themselves.
+CALIBRATES = ("quantflow.stages.calibrate", "quantflow.decoder.native", "quantflow.decoder.stream", "quantflow.models.checkpoint")
+ROUNDS = (
+    "quantflow.stages.awq", "quantflow.stages.quantize", "quantflow.stages.output_error", "quantflow.decoder.passage",
+    "quantflow.models.checkpoint",
+)  # fmt: skip
+LOOP = ("quantflow.pipeline.sweep",)  # whose own imports are a recipe's and a plan's
 SEQLEN, LENGTH = 2048, 512  # tokens of a window of calibration, and of evaluation, where the recipe says auto
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
 NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
@@ -257,8 +262,8 @@ class Plan:
 
     def calibrate_key(self, weights: str, tokens: str) -> str:
         return digest(
-            ["calibrate", weights, tokens, self.checkpoint.raw_config, self.compute_dtype, self.device,
-             computed_by(self.device), source_digest("models", "stages/calibrate.py", *MEASURING, "kernels")]
+            ["calibrate", weights, tokens, self.checkpoint.raw_config, self.compute_dtype, self.device, device_name(self.device),
+             computed_by(self.device), BATCH_TOKENS, code_digest(*CALIBRATES, alone=LOOP)]
         )  # fmt: skip
 
     def sweep_key(self, weights: str, tokens: str) -> str:
@@ -275,6 +280,7 @@ class Plan:
                 self.checkpoint.raw_config,
                 self.compute_dtype,
                 self.device,
+                device_name(self.device),
                 recipe.seed,
                 stages,
                 linears,
@@ -283,17 +289,8 @@ class Plan:
                 kv,
                 self.stream_windows,
                 computed_by(self.device),
-                source_digest(
-                    "models",
-                    "quant",
-                    "kernels",
-                    *MEASURING,
-                    "stages/awq.py",
-                    "stages/quantize.py",
-                    "stages/folding.py",
-                    "stages/output_error.py",
-                    "pipeline/sweep.py",
-                ),
+                BATCH_TOKENS,
+                code_digest(*ROUNDS, alone=LOOP),
             ]
         )
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 
 from quantflow import __version__
-from quantflow.artifacts.fingerprint import digest, source_digest
+from quantflow.artifacts.fingerprint import code_digest, digest
 from quantflow.artifacts.store import Store, store_beside, write_atomic, write_json
 from quantflow.calibration.data import Windows, cut_windows
 from quantflow.decoder.stream import Stream
@@ -27,7 +27,7 @@ from quantflow.formats.abilities import ABILITIES
 from quantflow.formats.base import grid_problems, usual_group
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import refuse_quantised
-from quantflow.machine import resolve_device
+from quantflow.machine import device_name, resolve_device
 from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.tensor_file import ITEM_BYTES
 from quantflow.models.tokenizer import has_tokenizer, load_tokenizer
@@ -188,19 +188,10 @@ class Job:
         """Identity of what a rounded part gives. Which widths are measured is not in it, nor what the parts are: entries are named by
         those."""
         s, rules = self.settings, self.rules
-        code = source_digest(
-            "models",
-            "quant/grid.py",
-            "quant/scheme.py",
-            "quant/numbers",
-            "quant/product.py",
-            "formats/reader.py",
-            "evaluate/sensitivity.py",
-            "evaluate/divergence.py",
-            "kernels",
-        )
+        code = code_digest("quantflow.evaluate.sensitivity")
         grid = [s.group_size, s.symmetric, [str(dtype) for dtype in rules.scale_dtypes], rules.min_zero]
-        return digest(["sensitivity", weights, self.windows.digest, self.checkpoint.raw_config, *grid, self.device, code])
+        device = [self.device, device_name(self.device)]
+        return digest(["sensitivity", weights, self.windows.digest, self.checkpoint.raw_config, *grid, *device, code])
 
     def layer_runs(self) -> int:
         """How often a layer is computed over all windows, the store left out."""

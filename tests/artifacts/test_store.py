@@ -19,7 +19,7 @@ from safetensors.torch import save
 import quantflow.artifacts.store as store_module
 from quantflow.artifacts import fingerprint
 from quantflow.artifacts.artifact import MANIFEST, MANIFEST_KEYS, RUN, building, file_entries, foreign_files, is_whole, read_manifest
-from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
+from quantflow.artifacts.fingerprint import closure, code_digest, digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, write_atomic, write_json
 from quantflow.errors import ModelError, OutputError
 from quantflow.formats.reader import checkpoint_folder
@@ -210,6 +210,56 @@ def test_source_digest_sees_what_is_compiled(tmp_path: Path, monkeypatch: pytest
     source = folder / "cpu_solver.c"
     source.write_text(source.read_text() + "/* changed */")
     assert source_digest("kernels") != known
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package in place of ours, and kernels in place of those."""
+    files = {
+        "quantflow/__init__.py": "", "quantflow/quant/__init__.py": "from quantflow.quant import shared", "quantflow/quant/shared.py": "",
+        "quantflow/quant/a.py": "import torch\ndef f():\n    try:\n        from quantflow.quant.b import x\n    finally:\n        pass",
+        "quantflow/quant/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from quantflow import typed\n"
+        "from quantflow_kernels import (\n    fast,\n)",
+        "quantflow/typed.py": "", "quantflow/other.py": "from quantflow.quant import a", "quantflow_kernels/__init__.py": "",
+        "quantflow_kernels/fast.py": "", "quantflow_kernels/fast.c": "", "quantflow_kernels/slow.c": "",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(fingerprint, "_PACKAGE", tmp_path / "quantflow")
+    monkeypatch.setattr(fingerprint, "_kernels", lambda: tmp_path / "quantflow_kernels")
+    return tmp_path
+
+
+def test_the_closure_of_imports_by_hand(package: Path) -> None:
+    used = ("quantflow.quant", "quantflow.quant.a", "quantflow.quant.b", "quantflow.quant.shared", "quantflow_kernels.fast")
+    assert tuple(sorted(closure("quantflow.quant.a"))) == used
+    assert closure("quantflow.quant.a")["quantflow_kernels.fast"] == package / "quantflow_kernels" / "fast.py"
+    with pytest.raises(ModuleNotFoundError, match=r"quantflow\.gone"):
+        closure("quantflow.quant.a", "quantflow.gone")
+
+
+@pytest.mark.parametrize(
+    ("file", "seen"),
+    [
+        ("quantflow/quant/b.py", True), ("quantflow/quant/__init__.py", True), ("quantflow_kernels/fast.c", True),
+        ("quantflow/typed.py", False), ("quantflow/other.py", False), ("quantflow_kernels/slow.c", False), ("quantflow/__init__.py", False),
+    ],
+)  # fmt: skip
+def test_an_identity_changes_with_what_can_change_a_result(package: Path, file: str, seen: bool) -> None:
+    before = code_digest.__wrapped__("quantflow.quant.a")
+    assert code_digest.__wrapped__("quantflow.quant.a") == before
+    assert code_digest.__wrapped__("quantflow.quant.a", alone=("quantflow.other",)) != before
+    (package / file).write_text((package / file).read_text() + "\n# changed")
+    assert (code_digest.__wrapped__("quantflow.quant.a") != before) == seen
+
+
+def test_an_identity_changes_with_the_libraries(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for installed in ({"torch": "2.13.0", "triton": "3.6"}, {"torch": "2.14.0", "triton": "3.6"}, {"torch": "2.13.0", "triton": ""}):
+        monkeypatch.setattr(fingerprint, "_version", installed.__getitem__)
+        found.add(code_digest.__wrapped__("quantflow.quant.a"))
+    assert len(found) == 3
 
 
 # The artifact's folder

@@ -126,7 +126,7 @@ def test_every_input_changes_the_key(bench: Bench, monkeypatch: pytest.MonkeyPat
         patch.setattr(sensitivity, "scale_dtypes", lambda dtype: ("float16",))
         keys.append(job.key("w"))
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity, "source_digest", lambda *parts: "other code")
+        patch.setattr(sensitivity, "code_digest", lambda *modules: "other code")
         keys.append(job.key("w"))
     assert len(set(keys)) == len(keys) == 9 and job.key("w") == keys[0]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from quantflow.artifacts.fingerprint import closure
 from quantflow.calibration import data as data_module
 from quantflow.calibration.data import Document, Windows, cut_windows
 from quantflow.engine import chat_environment
@@ -242,16 +243,15 @@ def test_tokens_do_not_depend_on_the_date(bench: Bench, monkeypatch: pytest.Monk
     assert datetime(2024, 7, 26) == OFFLINE_DATE  # docs/recipe.md
 
 
-def test_what_reads_texts_throws_no_stored_layer_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keys of layers have, of calibration/, all the code that computes, and nothing else."""
-    asked: list[str] = []
-    monkeypatch.setattr(plan_module, "source_digest", lambda *parts: asked.extend(parts) or "")
-    plan = make_plan(load_recipe(bench.recipe()), device="cpu")
-    plan.sweep_key("w", "t")
-    plan.calibrate_key("w", "t")
-    named = {part for part in asked if part.startswith("calibration")}
-    todo = [*(PACKAGE / "stages").glob("*.py"), PACKAGE / "pipeline" / "sweep.py", *(PACKAGE / part for part in named)]
-    used = {
-        name.replace(".", "/") + ".py" for path in todo for name in re.findall(r"quantflow\.(calibration\.\w+) import", path.read_text())
-    }
-    assert named == used and used
+def test_what_reads_texts_throws_no_stored_layer_away() -> None:
+    """The keys of layers have the code that computes them and reads their weights, and none that makes tokens of texts."""
+    for modules in (plan_module.CALIBRATES, plan_module.ROUNDS):
+        code = closure(*modules)
+        assert {"quantflow.quant.product", "quantflow.decoder.native", "quantflow.models.registry"} <= set(code)
+        assert not [name for name in code if "tokenizer" in name or "vocabulary" in name]
+        assert {name for name in code if name.startswith("quantflow.calibration.")} <= {"quantflow.calibration.statistics"}
+    assert {"quantflow.quant.gptq", "quantflow.quant.numbers.nf4", "quantflow_kernels.cpu_solver"} <= set(closure(*plan_module.ROUNDS))
+    # All of ours that the loop takes from stages, calibration and decoder is among them.
+    loop = (PACKAGE / "pipeline" / "sweep.py").read_text()
+    taken = set(re.findall(r"from (quantflow\.(?:stages|calibration|decoder)\.\w+) import", loop))
+    assert taken and taken <= set(closure(*plan_module.CALIBRATES, *plan_module.ROUNDS))
