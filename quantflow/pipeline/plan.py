@@ -406,10 +406,11 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
                         scheme, reason = None, f"override {override.match}"
                         continue
                     base = scheme or _scheme(weights)
-                    scheme = Scheme(
-                        override.bits or base.bits,
-                        override.group_size or base.group_size,
-                        base.symmetric if override.symmetric is None else override.symmetric,
+                    scheme = replace(
+                        base,
+                        bits=override.bits or base.bits,
+                        group_size=override.group_size or base.group_size,
+                        symmetric=base.symmetric if override.symmetric is None else override.symmetric,
                     )
                     reason = ""
             if not rounds:
