@@ -56,13 +56,18 @@ class Child:
         assert process and process.stdin and process.stdout
         given, taken = process.stdin.fileno(), process.stdout.fileno()
         view, parts = memoryview(data), list[bytes]()
+        ready = select.poll()  # not select(), which knows no descriptors from 1024 on: a server has many
+        ready.register(taken, select.POLLIN)
+        ready.register(given, select.POLLOUT)
         while True:
-            readable, writable, _ = select.select([taken], [given] if view else [], [], max(0.0, until - time.monotonic()))
-            if not readable and not writable:
+            found = dict(ready.poll(max(0.0, until - time.monotonic()) * 1000))
+            if not found:
                 raise ChildSlow
-            if writable:
+            if given in found:
                 view = view[os.write(given, view[:65536]) :]
-            if readable:
+                if not view:
+                    ready.unregister(given)
+            if taken in found:
                 part = os.read(taken, 1 << 20)
                 if not part:
                     raise ChildEnded(ending(process.wait()))
