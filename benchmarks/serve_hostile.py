@@ -190,6 +190,14 @@ async def watched(port: int, pid: int, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+async def filled(port: int) -> None:
+    """Touches every block of the KV cache, 32 contexts of 1024 tokens: what is touched first later on would look like growth."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(3, 200) for _ in range(1000)] for _ in range(40)]
+    answer = await ask(port, request("/v1/completions", {"prompt": prompts, "max_tokens": 1}))
+    assert status(answer) == "200"
+
+
 def delay(pid: int) -> dict[str, float]:
     """Seconds that the loop's thread has run, and those in which it was ready to and had no processor, which others had."""
     run, waited, _ = Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()
@@ -236,6 +244,7 @@ def measure(seconds: float) -> dict[str, Any]:
         try:
             assert process.stdout
             port = int(process.stdout.readline().split()[1].rsplit(":", 1)[1])
+            asyncio.run(filled(port))
             others = [started(role, port, time.time() + seconds) for role in ("hostile", "honest")]
             health = asyncio.run(watched(port, process.pid, seconds))
             told = [json.loads(other.communicate(timeout=HANG_S * 2)[0]) for other in others]
