@@ -97,6 +97,8 @@ def _check_parts(body: bytes) -> None:
         depth += 1 if bracket in b"[{" else -1
         if depth > MOST_DEPTH:
             raise _too_deep()
+        if depth < 0:  # no JSON, which is read up to here alone; closing brackets may be of any number
+            return
 
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))

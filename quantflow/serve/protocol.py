@@ -131,7 +131,7 @@ class Message(MessageFields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_call_id: Name | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -310,6 +310,7 @@ class Sampling(RequestFields):
     priority: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
 
 
+Document = Annotated[dict[str, str], Field(max_length=64)]
 Variables = Annotated[dict[Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,63}$")], Any], Field(max_length=64)]
 
 
@@ -322,7 +323,7 @@ class Templated(RequestFields):
     chat_template_kwargs: Variables | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     enable_thinking: bool | None = None
-    documents: Annotated[list[dict[str, str]], Field(max_length=MOST_PROMPTS)] | None = None
+    documents: Annotated[list[Document], Field(max_length=MOST_PROMPTS, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -333,7 +334,7 @@ class ChatRequest(Constrained, Templated, Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
 

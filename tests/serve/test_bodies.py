@@ -68,6 +68,19 @@ def test_what_stands_in_strings_does_not_count(text: str) -> None:
     assert read(text.encode("utf-8", "surrogatepass")) == json.loads(text.removeprefix("\ufeff"))
 
 
+@pytest.mark.parametrize("closed", [b"]", b"}"])
+def test_nothing_is_looked_at_behind_what_was_never_opened(closed: bytes) -> None:
+    """Four million closing brackets would be walked one by one."""
+    with pytest.raises(Refused) as error:
+        read(b"[]" * (MOST_DEPTH + 2) + closed * 1000 + b"[" * 2000)
+    assert error.value.code == "invalid_json"
+    body = b"[]" * (MOST_DEPTH + 2) + closed * 4_000_000
+    begun = time.thread_time()
+    with pytest.raises(Refused):
+        read(body)
+    assert time.thread_time() - begun < 0.2
+
+
 def test_strings_are_counted_where_much_else_is() -> None:
     with pytest.raises(Refused, match="strings"):
         read(b'[{"a":' * (MOST_DEPTH + 1) + b'"",' * (2 * MOST_STRINGS))

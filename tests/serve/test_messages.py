@@ -11,8 +11,9 @@ from typing import Any, Literal
 import pytest
 
 from quantflow.serve.config import ServerConfig
-from quantflow.serve.messages.dialogue import messages, tool_input
-from quantflow.serve.messages.protocol import MessagesRequest
+from quantflow.serve.errors import Refused
+from quantflow.serve.messages.dialogue import as_chat, messages, tool_input
+from quantflow.serve.messages.protocol import CountRequest, MessagesRequest
 from tests.helpers.serving import DEMO, Running, serving
 
 KEY = "key-of-a-user-0001"
@@ -70,6 +71,7 @@ def text(words: str) -> Any:
 
 USED: Any = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}}
 RESULT: Any = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "Rain"}
+REDACTED: Any = {"type": "redacted_thinking", "data": "?"}
 CALLED: Any = {"id": "toolu_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
 
 
@@ -77,7 +79,7 @@ def test_blocks_become_messages() -> None:
     assert dialogue(user("Hi"), system="Be brief.") == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert dialogue(user(text("a"), text("b")), system=[text("Be "), text("brief.")])[0]["content"] == "Be brief."
     thought = {"type": "thinking", "thinking": "Hm.", "signature": "x"}
-    said = assistant(thought, {"type": "redacted_thinking", "data": "?"}, text("Let me see."), USED, {**USED, "id": "toolu_2"})
+    said = assistant(thought, REDACTED, text("Let me see."), USED, {**USED, "id": "toolu_2"})
     answered = user(RESULT, {**RESULT, "tool_use_id": "toolu_2", "content": [text("no city")], "is_error": True}, text("And now?"))
     assert dialogue(user("Hi"), said, answered) == [
         {"role": "user", "content": "Hi"},
@@ -283,6 +285,10 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"messages": [user(USED)]}, "messages[0].content[0]: tool_use in a message of role user"),
         ({"messages": [user("x"), assistant(RESULT)]}, "messages[1].content[0]: tool_result"),
         ({"messages": []}, "messages: "),
+        ({"messages": [user(text(""))]}, "messages: nothing is said in them; expected a text, a call of a tool or its result"),
+        ({"messages": [user(text("")), assistant(REDACTED)], "system": "x"}, "messages: nothing is said in them"),
+        ({"messages": [user("x"), assistant(*[USED] * 129)]}, "messages: 129 calls in one turn; expected at most 128"),
+        ({"messages": [user("x"), *[assistant(*[USED] * 65)] * 2]}, "messages: 130 calls in one turn; expected at most 128"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: "),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]: tools of type 'web_search_20250305'"),
         ({"tools": [{**WEATHER, "defer_loading": True}]}, "tools[0].defer_loading: "),
@@ -305,6 +311,13 @@ def test_what_is_refused_by_name(locked: Running, body: Any, said: str) -> None:
     assert answer.status == 400, answer.body
     assert answer.json["type"] == "error" and answer.error["type"] == "invalid_request_error"
     assert said in answer.error["message"] and answer.json["request_id"] == answer.headers["request-id"]
+
+
+def test_more_results_than_a_dialogue_has_messages() -> None:
+    body = CountRequest.model_validate({"messages": [user("x"), *[user(*[RESULT] * 2048)] * 2]})
+    with pytest.raises(Refused, match="messages: 4097 messages; expected at most 4096") as error:
+        as_chat(body)
+    assert (error.value.status, error.value.param) == (400, "messages")
 
 
 def test_errors_of_every_kind_have_anthropics_shape(locked: Running) -> None:

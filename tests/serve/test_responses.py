@@ -380,6 +380,8 @@ def test_events_tell_what_the_whole_tells(pieces: list[str], cuts: list[int], fi
         ({"input": [{"type": "function_call_output", "call_id": "c", "output": [{"type": "input_file", "file_id": "x"}]}]},
          "input[0].output[0]", "unsupported_parameter"),
         ({"input": [{"role": "wizard", "content": "x"}]}, "input[0].role", "invalid_value"),
+        ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}] * 129}, "input", "invalid_value"),
+        ({"input": [said("x")] * 4096, "instructions": "x"}, "input", "invalid_value"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{"}]}, "input", "invalid_value"),
         ({"input": [{"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "abc"}]},
          "input[0].encrypted_content", "unsupported_parameter"),

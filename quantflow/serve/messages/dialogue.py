@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from quantflow.serve.answer import Object
+from quantflow.serve.chat import chat_request
 from quantflow.serve.errors import NO_THREAD, Refused
 from quantflow.serve.messages.protocol import (
     CountRequest,
@@ -62,7 +63,7 @@ def as_chat(body: CountRequest) -> ChatRequest:
         ]
     if body.tool_choice:
         found |= _choice(body.tool_choice)
-    return ChatRequest.model_validate({name: value for name, value in found.items() if value is not None})
+    return chat_request(found)
 
 
 def _choice(given: ToolChoice) -> Object:
@@ -76,17 +77,20 @@ def _choice(given: ToolChoice) -> Object:
 
 def messages(system: str | Sequence[TextBlock] | None, turns: Sequence[Turn]) -> list[Object]:
     """Turns of one speaker that follow each other are one. Raises Refused."""
+    said = [message for number, turn in enumerate(turns) for message in _said(turn, f"messages[{number}]")]
+    if not said:
+        nothing = "messages: nothing is said in them; expected a text, a call of a tool or its result"
+        raise Refused(400, nothing, param="messages", code="invalid_value")
     found: list[Object] = []
     given = _system(system)
     if given:
         found.append({"role": "system", "content": given})
-    for number, turn in enumerate(turns):
-        for message in _said(turn, f"messages[{number}]"):
-            last = found[-1] if found else message
-            if last is not message and message["role"] == last["role"] != "tool":
-                _join(last, message)
-            else:
-                found.append(message)
+    for message in said:
+        last = found[-1] if found else message
+        if last is not message and message["role"] == last["role"] != "tool":
+            _join(last, message)
+        else:
+            found.append(message)
     return found
 
 

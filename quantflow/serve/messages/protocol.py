@@ -14,7 +14,7 @@ from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Incoming, Name, 
 # Anthropic's own parameters that are not read, and the values of each that change nothing.
 REQUEST: dict[str, Foreign] = {
     "cache_control": ANY,  # beginnings that were seen before are found without
-    "metadata": Foreign(dict[str, Annotated[str, Field(max_length=4096)] | None], "labels"),
+    "metadata": Foreign(Annotated[dict[str, Annotated[str, Field(max_length=4096)] | None], Field(max_length=16)], "at most 16 labels"),
     **dict.fromkeys(("service_tier", "speed", "diagnostics"), ANY),
     **dict.fromkeys(("inference_geo", "user_profile_id"), LABEL),
     "container": only(hint="No code is run here"),
@@ -174,7 +174,7 @@ class CountRequest(RequestFields):
     model: Name | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     system: str | Texts | None = None
-    tools: Annotated[list[Annotated[Tool, _known("tools", "custom")]], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Annotated[Tool, _known("tools", "custom")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
     thinking: Annotated[Thinking, _known("thoughts", "disabled", "adaptive")] | None = None

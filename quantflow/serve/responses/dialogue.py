@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantflow.serve.answer import Object
+from quantflow.serve.chat import chat_request
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import ChatRequest
 from quantflow.serve.responses.protocol import (
@@ -50,7 +51,7 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
         keep = {"name", "description", "parameters", "strict"}
         found["tools"] = [{"type": "function", "function": tool.model_dump(include=keep, exclude_none=True)} for tool in body.tools]
     found["tool_choice"] = _choice(body.tool_choice)
-    return ChatRequest.model_validate({name: value for name, value in found.items() if value is not None})
+    return chat_request(found)
 
 
 def wants_logprobs(body: ResponsesRequest) -> bool:

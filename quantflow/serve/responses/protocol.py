@@ -163,7 +163,7 @@ class Tool(Function):
     type: Literal["function"]
     # No meaning here: whether the model sees a tool at once, and who else may call it.
     defer_loading: Literal[False] | None = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=16, fail_fast=True)] | None = None
     output_schema: dict[str, Any] | None = None
 
 
@@ -175,7 +175,9 @@ class NamedTool(Incoming):
 class AllowedTools(Incoming):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[Annotated[NamedTool, known_types("tools", "function")]], Field(min_length=1, max_length=MOST_TOOLS)]
+    tools: Annotated[
+        list[Annotated[NamedTool, known_types("tools", "function")]], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)
+    ]
 
 
 def _choice(value: Any) -> str:
@@ -240,9 +242,9 @@ class ResponsesRequest(RequestFields):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Probability | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: Annotated[list[Include], Field(max_length=32)] | None = None
+    include: Annotated[list[Include], Field(max_length=32, fail_fast=True)] | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[Annotated[Tool, known_types("tools", "function")]], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Annotated[Tool, known_types("tools", "function")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
