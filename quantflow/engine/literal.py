@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -28,14 +28,16 @@ class Literal:
     their sources. Raises ModelError for a tokenizer with which it does not work."""
 
     def __init__(self, tokenizer: Tokenizer, templates: Iterable[str]) -> None:
+        templates = [*templates]
         written = "\0".join(templates)
         added = tokenizer.get_added_tokens_decoder()
         control = {i: t for i, t in added.items() if t.content and (t.special or (t.content[0] in "<[" and t.content in written))}
         self._control = {i: (token, f"{OPEN}{i}{CLOSE}") for i, token in control.items()}
-        self._said = _beginnings(token.content for token in control.values())
-        self._said_by_model = _beginnings(token.content for token in control.values() if token.special)
+        self._said = _beginnings(_bare(token.content) for token in control.values())
+        self._said_by_model = _beginnings(_bare(token.content) for token in control.values() if token.special)
         self._tokenizer = tokenizer
         self._renamed = _renamed(tokenizer, {token.content: private for token, private in self._control.values()})
+        self._check_spellings([*(token.content for token in control.values() if token.normalized), *templates])
 
     def marked(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the template may see them. Tokens that are not special are left as they are in what the model said, where it wrote
@@ -58,16 +60,34 @@ class Literal:
         return list(self._renamed.encode_batch([self._spelled(text)], add_special_tokens=special)[0].ids)
 
     def _spelled(self, text: str) -> str:
-        found = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         parts, at = [], 0
-        for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
-            if token in self._control:
-                added, private = self._control[token]
-                # What a token takes of the space beside it is in its place. One that stands for what is unknown has another spelling.
-                if added.normalized or text[begin:end].strip() == added.content.strip():
-                    parts += [text[at:begin], private]
-                    at = end
+        for token, begin, end in self._found(text):
+            added, private = self._control[token]
+            # What a token takes of the space beside it is in its place. Any other spelling is somebody's own, which the normaliser makes
+            # that token of (`＜/s＞`), or a letter that a token for the unknown stands for. One of one letter has its mark behind it.
+            if _bare(text[begin:end]) == _bare(added.content) and text[end : end + 1] != MARK:
+                parts += [text[at:begin], private]
+                at = end
         return "".join([*parts, text[at:]]).replace(MARK, "")
+
+    def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """The control tokens that the tokenizer finds in a text, and where each begins and ends."""
+        found = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        return ((token, *place) for token, place in zip(found.ids, found.offsets, strict=True) if token in self._control)
+
+    def _check_spellings(self, texts: Iterable[str]) -> None:
+        """Raises ModelError where the normaliser makes a control token of another spelling in a text that nobody but the model's makers
+        wrote: it would be taken for a client's."""
+        normalizer = self._tokenizer.normalizer
+        for text in texts if normalizer else ():
+            for token, begin, end in self._found(text):
+                found, expected = _bare(text[begin:end]), _bare(self._control[token][0].content)
+                if found != expected and normalizer.normalize_str(found) == normalizer.normalize_str(expected):
+                    raise _cannot(f"its normaliser makes {expected!r} of {found[:40]!r}")
+
+
+def _bare(spelling: str) -> str:
+    return spelling.strip() or spelling
 
 
 def _beginnings(spellings: Iterable[str]) -> re.Pattern[str]:

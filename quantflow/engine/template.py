@@ -65,7 +65,7 @@ def answer(line: bytes) -> bytes:
     try:
         asked = json.loads(line)
         dated = {"strftime_now": written_on(datetime.fromisoformat(asked["date"]))} if asked["date"] else {}
-        text = "".join(compiled(asked["template"]).generate(**(asked["variables"] | dated)))
+        text = "".join(compiled(asked["template"]).generate(asked["variables"] | dated))
         found = {"text": text} if len(text) <= MOST_LETTERS else {"error": f"{len(text)} letters, expected at most {MOST_LETTERS}"}
     except MemoryError:
         found = {"error": f"it took more than {MOST_BYTES >> 20} MiB"}

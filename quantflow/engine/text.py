@@ -152,17 +152,18 @@ class Text:
         expected = "a template that writes dialogues"
         raise ModelError(Problem(template_place(self.folder), found, expected, "Download the file again, or put another template there"))
 
-    def dialogue(self, messages: Sequence[Message], **extra: Any) -> list[int]:
+    def dialogue(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises RequestError."""
-        return self.encode(self.render(messages, **extra), special=False)
+        return self.encode(self.render(messages), special=False)
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, continued: bool = False,
-        literal: bool = False, **extra: Any,
+        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True, continued: bool = False, literal: bool = False,
     ) -> str:  # fmt: skip
-        """tools: as JSON schemas. continued: the text ends where the last message's content does, so that an answer goes on from there.
-        literal: for `encode` alone, which then makes no control tokens of what was said. extra: further variables of the template
-        (documents, …). Raises RequestError."""
+        """variables: further ones of the template (documents, …), of any names but those that it is given here. tools: as JSON schemas.
+        add_generation_prompt: with what an answer begins with. continued: the text ends where the last message's content does, so that an
+        answer goes on from there. literal: for `encode` alone, which then makes no control tokens of what was said. Raises
+        RequestError."""
         problems = [
             Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
             for i, m in enumerate(messages)
@@ -179,16 +180,17 @@ class Text:
             raise RequestError(Problem("messages", found, "one called default" + (" or tool_use" if tools is not None else "")))
         given = [{k: v for k, v in message.items() if v is not None} for message in messages]
         if literal:
-            given, tools, extra = self.literal.marked(given), self.literal.marked_value(tools), self.literal.marked_value(extra)
+            given, tools = self.literal.marked(given), self.literal.marked_value(tools)
+            variables = {name: self.literal.marked_value(value) for name, value in (variables or {}).items()}
         content = given[-1].get("content") or ""
         if continued:
             given[-1]["content"] = content + CONTINUES
-        variables = {
-            **self.roles, "messages": [_with_reasoning(m) for m in given], "tools": tools, "documents": None,
-            "add_generation_prompt": not continued, **extra,
+        whole = {
+            "documents": None, **(variables or {}), **self.roles, "messages": [_with_reasoning(m) for m in given], "tools": tools,
+            "add_generation_prompt": add_generation_prompt and not continued,
         }  # fmt: skip
         try:
-            text = self._renderer.render(template, variables)
+            text = self._renderer.render(template, whole)
             return _until(text, content) if continued else text
         except (TemplateRefused, TypeError, ValueError, RecursionError) as error:  # the last three: what JSON cannot hold
             raise RequestError(Problem("messages", f"the model's chat template refused them: {error}")) from error

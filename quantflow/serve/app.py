@@ -43,7 +43,7 @@ from quantflow.serve.protocol import (
 )
 from quantflow.serve.responses.routes import add_routes as add_responses
 from quantflow.serve.service import Service
-from quantflow.serve.template import template_variables
+from quantflow.serve.template import told
 from quantflow.serve.wire import Json
 
 TYPES = {
@@ -208,8 +208,8 @@ def _text(app: FastAPI, service: Service) -> None:
         with service.entered(1):
             if body.messages is not None:
                 messages = [m.model_dump(exclude_none=True) for m in body.messages]
-                extra = template_variables(body, body.messages)
-                found = await service.prepare_aside(lambda: service.dialogue_tokens([messages], **extra))
+                how = told(body, body.messages)
+                found = await service.prepare_aside(lambda: service.dialogue_tokens([messages], how))
             else:
                 text, special = body.prompt or "", body.add_special_tokens is not False
                 found = await service.prepare_aside(lambda: service.tokens([text], special=special))

@@ -17,7 +17,7 @@ from quantflow.serve.grammars import called, constraint
 from quantflow.serve.protocol import ChatRequest
 from quantflow.serve.sampling import chat_logprobs, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
-from quantflow.serve.template import template_variables
+from quantflow.serve.template import Told, told
 from quantflow.serve.tool_use import ToolUse, choice_of, tool_use
 from quantflow.serve.tools import Call, Reading, ToolFormat, apart
 
@@ -153,14 +153,14 @@ def plan(service: Service, body: ChatRequest) -> Plan:
         params = sampling_params(body, grammar=wanted.grammar, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     if use.format:
         params = replace(params, skip_special_tokens=False)
-    prompt = service.dialogue(_messages(body), **_variables(body, use))
+    prompt = service.dialogue(_messages(body), _told(body, use))
     return Plan(prompt, params, use.format, use.most_calls, wanted.source)
 
 
 def count(service: Service, body: ChatRequest) -> int:
     """Tokens of the prompt, be they more than the context holds. Takes a while. Raises Refused, RequestError."""
     service.check_model(body.model)
-    return service.dialogue_tokens([_messages(body)], **_variables(body, _tool_use(service, body))).counts[0]
+    return service.dialogue_tokens([_messages(body)], _told(body, _tool_use(service, body))).counts[0]
 
 
 def _tool_use(service: Service, body: ChatRequest) -> ToolUse:
@@ -173,7 +173,5 @@ def _messages(body: ChatRequest) -> list[Object]:
     return [m.model_dump(exclude_none=True) for m in body.messages]
 
 
-def _variables(body: ChatRequest, use: ToolUse) -> Object:
-    """Of the chat template."""
-    found = template_variables(body, body.messages)
-    return {**found, "tools": list(use.functions)} if use.functions else found
+def _told(body: ChatRequest, use: ToolUse) -> Told:
+    return told(body, body.messages, list(use.functions))

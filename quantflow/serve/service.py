@@ -23,12 +23,14 @@ from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused
 from quantflow.serve.metrics import Metrics
 from quantflow.serve.protocol import ModelCard
+from quantflow.serve.template import Told
 from quantflow.serve.tools import ToolFormat, tool_format
 from quantflow.serve.wire import encode
 
 RETRY_AFTER_S = 1
 SENDS_PER_S = 500.0  # of all streams together: one costs a small machine about a tenth of a millisecond of both its cores
 MOST_PAUSE_S = 0.05  # a reader sees no difference
+NOTHING = Told()
 
 
 class Service:
@@ -170,27 +172,31 @@ class Service:
             self._check_letters("prompt", len(prompt))
         return self._fitting(prompts, "prompt", special=special)
 
-    def dialogue(self, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
+    def dialogue(self, messages: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""
         given = [_for_template(m) for m in messages]
         letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
-        self._check_letters("messages", letters + sum(len(text) for d in extra.get("documents", ()) for text in d.values()))
-        literal = self.config.literal_content
-        return self._fitting([self.text.render(given, literal=literal, **extra)], "messages", special=False, literal=literal)[0]
+        self._check_letters("messages", letters + sum(len(text) for d in told.variables.get("documents", ()) for text in d.values()))
+        return self._fitting([self._rendered(given, told)], "messages", special=False, literal=self.config.literal_content)[0]
 
     def tokens(self, texts: Sequence[str], *, special: bool) -> Encoded:
         """The tokens of texts of any length. Raises RequestError."""
         return self._encoded(texts, special=special)
 
-    def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]], **extra: Any) -> Encoded:
+    def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]], told: Told = NOTHING) -> Encoded:
         """The same of dialogues, each up to where its answer begins."""
-        literal = self.config.literal_content
-        texts = [self.text.render([_for_template(m) for m in messages], literal=literal, **extra) for messages in dialogues]
-        return self._encoded(texts, special=False, literal=literal)
+        texts = [self._rendered([_for_template(m) for m in messages], told) for messages in dialogues]
+        return self._encoded(texts, special=False, literal=self.config.literal_content)
 
     def decode(self, tokens: list[int]) -> bytes:
         """The text of tokens, special ones left out: a JSON string. Raises RequestError."""
         return encode(self.text.decode(tokens)) if len(tokens) <= LONG else self._long_texts.decode(tokens)
+
+    def _rendered(self, given: list[dict[str, Any]], told: Told) -> str:
+        return self.text.render(
+            given, told.variables, tools=told.tools, add_generation_prompt=told.add_generation_prompt, continued=told.continued,
+            literal=self.config.literal_content,
+        )  # fmt: skip
 
     @cached_property
     def _long_texts(self) -> LongTexts:

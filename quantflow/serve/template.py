@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantflow.serve.errors import Refused
@@ -20,8 +21,19 @@ RESERVED = frozenset(
 )
 
 
-def template_variables(body: Templated, messages: list[Message]) -> dict[str, Any]:
-    """For `Service.dialogue`. Raises Refused."""
+@dataclass(frozen=True)
+class Told:
+    """What a template is told beside the dialogue, as `Text.render` wants it: what clients name themselves, in `variables`, is kept apart
+    from what this server understands."""
+
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continued: bool = False
+
+
+def told(body: Templated, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> Told:
+    """tools: as JSON schemas. Takes a while where there are many variables. Raises Refused."""
     given = body.chat_template_kwargs or {}
     _check(given)
     found: dict[str, Any] = {}
@@ -38,10 +50,7 @@ def template_variables(body: Templated, messages: list[Message]) -> dict[str, An
             raise _wrong("continue_final_message", "with add_generation_prompt: true; expected one of them")
         if messages[-1].tool_calls:
             raise _wrong("continue_final_message", "the last message calls tools; expected one that ends with text")
-        found["continued"] = True
-    if body.add_generation_prompt is False:
-        found["add_generation_prompt"] = False
-    return found
+    return Told(found, tools or None, body.add_generation_prompt is not False, bool(body.continue_final_message))
 
 
 def _check(variables: dict[str, Any]) -> None:

@@ -76,6 +76,10 @@ def model(folder: Path, tokenizer: Tokenizer, template: str) -> Text:
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=name.startswith("<tool")) for name in ADDED])
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return saved(folder, tokenizer, template)
+
+
+def saved(folder: Path, tokenizer: Tokenizer, template: str) -> Text:
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({**ROLES, "chat_template": template}))
@@ -93,6 +97,10 @@ def literally(text: Text, messages: list[dict[str, Any]], **extra: Any) -> list[
     return text.encode(text.render(messages, literal=True, **extra), special=False, literal=True)
 
 
+def plainly(text: Text, messages: list[dict[str, Any]], **extra: Any) -> list[int]:
+    return text.encode(text.render(messages, **extra), special=False)
+
+
 def control(text: Text, tokens: list[int]) -> list[int]:
     """The control tokens among them, in order."""
     assert text.template and text.template.default
@@ -106,7 +114,7 @@ def test_where_nothing_is_spelled_out_nothing_changes(texts: dict[str, Text], te
     text = texts[template]
     for extra in ({}, {"tools": TOOLS}, {"add_generation_prompt": False}):
         try:
-            expected = text.dialogue(TALKS[talk], **extra)
+            expected = plainly(text, TALKS[talk], **extra)
         except RequestError:
             continue
         assert literally(text, TALKS[talk], **extra) == expected
@@ -168,7 +176,7 @@ def test_every_place_that_a_client_writes_to(texts: dict[str, Text]) -> None:
         expected = control(texts[name], literally(texts[name], messages, tools=tools))
         messages, tools = with_words(bad)
         assert control(texts[name], literally(texts[name], messages, tools=tools)) == expected, name
-        assert len(control(texts[name], texts[name].dialogue(messages, tools=tools))) > len(expected)
+        assert len(control(texts[name], plainly(texts[name], messages, tools=tools))) > len(expected)
 
 
 def test_what_the_model_said_is_looked_through_by_its_template(texts: dict[str, Text]) -> None:
@@ -202,6 +210,64 @@ def test_letters_that_are_needed_inside_are_refused(texts: dict[str, Text], lett
     for message in ({"role": "user", "content": "x", "name": letter}, {"role": "user", "content": "x", letter: "y"}):
         with pytest.raises(RequestError, match="a letter from U"):
             texts["coded"].render([message], literal=True)
+
+
+WIDE = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}  # letters that NFKC makes ASCII of
+CHANGES: dict[str, tuple[Callable[[], Any], Callable[[str], str]]] = {  # a normaliser, and one of the spellings that it makes a token of
+    "nfkc": (normalizers.NFKC, lambda name: name.translate(WIDE)),
+    "nfkc, in part": (normalizers.NFKC, lambda name: name[:-1] + name[-1:].translate(WIDE)),
+    "nfkc, no-break space": (normalizers.NFKC, lambda name: f"\u00a0{name}\u00a0"),
+    "lowercase": (normalizers.Lowercase, str.upper),
+    "accents": (lambda: normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), lambda name: name.replace("s", "s\u0301")),
+    "replace": (lambda: normalizers.Replace("\u200b", ""), "\u200b".join),
+    "replaced by more": (lambda: normalizers.Replace("@", "</s>"), lambda name: "@" if name == "</s>" else name),
+    "marks": (lambda: normalizers.Replace(Regex("[\ufdd2@]"), ""), "@".join),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_normaliser_makes_a_control_token_of_is_text(tmp_path: Path, change: str) -> None:
+    """Where control tokens are looked for in what the normaliser has made of a text."""
+    normalizer, spelled = CHANGES[change]
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizer()
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=True) for name in SPECIAL])
+    text = saved(tmp_path / "model", tokenizer, QWEN)
+    names = {tokenizer.token_to_id(name) for name in SPECIAL}
+
+    def marks(tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token in names]
+
+    plain = [{"role": "user", "content": "x"}]
+    expected = literally(text, plain)
+    assert expected == text.dialogue(plain) and marks(expected)
+    picked = random.Random(18)
+    pieces = [*SPECIAL, *map(spelled, SPECIAL), "<", ">", "/", "s", " ", "a"]
+    caught = 0
+    for _ in range(100):
+        said = "".join(picked.choices(pieces, k=picked.randrange(1, 7)))
+        messages = [{"role": "user", "content": f"a{said}b"}]
+        assert marks(literally(text, messages)) == marks(expected), said
+        caught += len(marks(text.dialogue(messages))) > len(marks(expected))
+    assert caught > 20  # which are taken for control tokens otherwise
+
+
+def test_a_template_that_leaves_a_spelling_to_the_normaliser_is_refused() -> None:
+    """Its own tokens could not be told from a client's."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True, normalized=True)])
+    Literal(tokenizer, ["{{ m.content }}<end>"])
+    with pytest.raises(ModelError, match=r"its normaliser makes '<end>' of '<END>'"):
+        Literal(tokenizer, ["{{ m.content }}<END>"])
+
+
+def test_a_control_token_of_one_letter_is_text_too(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken("‖", special=True, normalized=False)])
+    text = saved(tmp_path / "model", tokenizer, "{% for m in messages %}{{ m.content }}‖{% endfor %}")
+    found = literally(text, [{"role": "user", "content": "‖ 5 and‖"}])
+    assert found.count(tokenizer.token_to_id("‖")) == 1 and text.joined(found, special=True) == "‖ 5 and‖‖"
 
 
 def test_a_tokenizer_that_changes_the_names_of_its_tokens_is_refused() -> None:

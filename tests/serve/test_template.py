@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from quantflow.serve.template import DEEPEST, MOST_LETTERS
+from quantflow.engine.literal import Literal
+from quantflow.engine.long_text import LongTexts
+from quantflow.engine.template import Renderer
+from quantflow.engine.text import Text
+from quantflow.serve.service import Service
+from quantflow.serve.template import DEEPEST, MOST_LETTERS, RESERVED, Told, told
 from tests.helpers.serving import DEMO, Running, serving
 
 TEMPLATE = (
@@ -68,6 +75,39 @@ def written(running: Running, *messages: Any, **body: Any) -> str:
 )
 def test_a_template_is_told(running: Running, body: dict[str, Any], end: str) -> None:
     assert written(running, HI, **body) == "<user>Hi<end>" + end
+
+
+# What a dialogue passes on its way: a client's variable may have the name of any argument there.
+PASSED = (
+    Text.render, Text.dialogue, Text.encode, Service.dialogue, Service.dialogue_tokens, Told, told, Renderer.render, Renderer,
+    Literal.marked, Literal.marked_value, Literal.encode, LongTexts.encode, jinja2.Template.generate, jinja2.Template.render,
+)  # fmt: skip
+ARGUMENTS = sorted({name for function in PASSED for name in inspect.signature(function).parameters} | {"dialogues", "extra", "context"})
+
+
+@pytest.fixture(scope="module")
+def naming(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Whose template tells what it knows by each of those names."""
+    folder = tmp_path_factory.mktemp("naming") / "model"
+    shutil.copytree(DEMO, folder)
+    shown = "".join(f"{{% if {name} is string %}}[{name}={{{{ {name} }}}}]{{% endif %}}" for name in ARGUMENTS if name not in RESERVED)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}" + shown)
+    with serving(folder) as found:
+        yield found
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_variable_may_be_called_like_an_argument_of_ours(naming: Running, name: str) -> None:
+    variables: dict[str, Any] = {"chat_template_kwargs": {name: "mine"}}
+    tokenized = naming.post("/tokenize", {"messages": [HI], **variables})
+    chat = naming.chat(messages=[HI], max_tokens=1, **variables)
+    response = naming.post("/v1/responses", {"model": "x", "input": "Hi", "max_output_tokens": 1, **variables})
+    if name in RESERVED:
+        assert {a.error["param"] for a in (tokenized, chat, response)} == {"chat_template_kwargs"}
+        assert {a.status for a in (tokenized, chat, response)} == {400}
+        return
+    assert naming.service.text.decode(tokenized.json["tokens"]) == f"Hi[{name}=mine]"
+    assert chat.json["usage"]["prompt_tokens"] == response.json["usage"]["input_tokens"] == tokenized.json["count"]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
