@@ -6,6 +6,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 
 from quantflow.machine import ending
@@ -17,6 +18,13 @@ class ChildSlow(Exception):
 
 class ChildEnded(Exception):
     """The process has ended without an answer."""
+
+
+class ChildUnwanted(Exception):
+    """Nobody waits for the answer any longer; the process has been ended."""
+
+
+LOOK_S = 0.1  # how often it is looked whether an answer is still wanted
 
 
 class Child:
@@ -40,18 +48,18 @@ class Child:
         os.set_blocking(self._process.stdin.fileno(), False)
         return self.ask(first, timeout_s) if first is not None else b""
 
-    def ask(self, line: bytes, timeout_s: float) -> bytes:
-        """The answer to a line. Raises ChildSlow, ChildEnded; then, or where anything else is raised, the process is gone: an answer that
-        nobody waited for would be the next question's."""
+    def ask(self, line: bytes, timeout_s: float, unwanted: threading.Event | None = None) -> bytes:
+        """The answer to a line. unwanted: set by another thread once nobody waits for it. Raises ChildSlow, ChildEnded, ChildUnwanted;
+        then, or where anything else is raised, the process is gone: an answer that nobody waited for would be the next question's."""
         try:
-            return self._exchange(line + b"\n", time.monotonic() + timeout_s)
+            return self._exchange(line + b"\n", time.monotonic() + timeout_s, unwanted or threading.Event())
         except BaseException as error:
             self.end()
             if isinstance(error, OSError):
                 raise ChildEnded(str(error)) from error
             raise
 
-    def _exchange(self, data: bytes, until: float) -> bytes:
+    def _exchange(self, data: bytes, until: float, unwanted: threading.Event) -> bytes:
         process = self._process
         assert process and process.stdin and process.stdout
         given, taken = process.stdin.fileno(), process.stdout.fileno()
@@ -60,8 +68,11 @@ class Child:
         ready.register(taken, select.POLLIN)
         ready.register(given, select.POLLOUT)
         while True:
-            found = dict(ready.poll(max(0.0, until - time.monotonic()) * 1000))
-            if not found:
+            if unwanted.is_set():
+                raise ChildUnwanted
+            left = until - time.monotonic()
+            found = dict(ready.poll(max(0.0, min(left, LOOK_S)) * 1000))
+            if not found and left <= LOOK_S:
                 raise ChildSlow
             if given in found:
                 view = view[os.write(given, view[:65536]) :]

@@ -11,8 +11,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -30,6 +32,8 @@ MOST_BYTES = 2 * 2**30  # of memory, beside the tokenizers
 MOST_KEPT = 2**20  # bytes of a question: after more, a process would keep hundreds of MiB that nobody needs
 MOST_ANSWER = 2**26  # bytes of an answer
 
+UNWANTED: ContextVar[threading.Event | None] = ContextVar("unwanted", default=None)  # set once nobody waits for what a thread asks
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -46,7 +50,8 @@ class Encoded:
 
 class LongTexts:
     """templates: where what was said in a dialogue may be literal (see `literal`). For several threads; each waits for a process of its
-    own, of which there are as many as were needed at once. Methods raise RequestError for what takes too much."""
+    own, of which there are as many as were needed at once. Methods raise RequestError for what takes too much, and ChildUnwanted where
+    nobody waits for it any longer: see `UNWANTED`."""
 
     def __init__(self, tokenizer: Tokenizer, templates: Sequence[str] | None = None) -> None:
         self._tokenizer, self._templates = tokenizer, templates
@@ -75,7 +80,7 @@ class LongTexts:
                 if not child.running:
                     given = {"tokenizer": self._tokenizer.to_str(), "templates": self._templates, "seconds": MOST_SECONDS}
                     child.start(json.dumps(given, ensure_ascii=False).encode(), START_S)
-                answer = child.ask(line, WAIT_S).rstrip(b"\n")
+                answer = child.ask(line, WAIT_S, UNWANTED.get()).rstrip(b"\n")
             except (ChildSlow, ChildEnded) as error:
                 how = f" (its process: {error})" if isinstance(error, ChildEnded) else ""
                 found = f"{what}, which take the tokenizer more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB{how}"

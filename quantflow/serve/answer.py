@@ -1,7 +1,7 @@
 """One HTTP request's way to the engine and back: as one JSON object, or as server-sent events while the text grows.
 
-A `Job` says what to generate, a `Shape` what the answer looks like. `Answer` is the response: it enters the house, submits, sends, and
-leaves, in one coroutine, so that whatever happens (a client that goes away, a timeout, an error) all it holds is given back.
+A `Job` says what to generate, a `Shape` what the answer looks like. `Answer` is the response, which gives back all it holds however it
+ends: see `Watched`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, ClassVar, Protocol
 
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quantflow.engine.async_llm import Stream
 from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
-from quantflow.errors import RequestError, ResourceError
+from quantflow.errors import RequestError
 from quantflow.serve.errors import Refused, engine_stopped, refused
 from quantflow.serve.service import Service
+from quantflow.serve.watched import Begun, Watched
 from quantflow.serve.wire import DONE, KEEP_ALIVE, Json, event
 
 Object = dict[str, Any]
@@ -91,13 +89,7 @@ class Job:
     priority: int = 0
 
 
-class Begun(Enum):
-    """What of an answer is on its way."""
-
-    nothing, object, events = range(3)
-
-
-class Answer(Response):
+class Answer(Watched):
     """sequences: how many texts will be generated. prepare: makes the job, once there is room for it, and cleans up after it. renamed: what
     the client calls the engine's arguments."""
 
@@ -105,44 +97,9 @@ class Answer(Response):
         self, service: Service, sequences: int, prepare: Callable[[], AbstractAsyncContextManager[Job]],
         renamed: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
-        self.service, self.sequences, self.prepare, self.renamed = service, sequences, prepare, renamed
-        self.status_code, self.background = 200, None
-        self._begun = Begun.nothing
+        super().__init__(service, sequences, renamed)
+        self.prepare = prepare
         self._shape: Shape | None = None  # once there is a job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work, gone = asyncio.create_task(self._answer(scope, receive, send)), asyncio.create_task(_gone(receive))
-        expired = asyncio.create_task(self.service.expired.wait())
-        tasks = (work, gone, expired)
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-            elif not gone.done():
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
-                await self._fail(send, Refused(503, "the server ended this request", code="aborted"))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limit = self.service.config.request_timeout_s
-        try:
-            async with asyncio.timeout(limit):
-                with self.service.entered(self.sequences):
-                    await self._run(scope, receive, send)
-        except TimeoutError:
-            await self._fail(send, Refused(504, f"the answer took more than {limit:g} s", code="timeout"))
-        except (ClientDisconnect, ConnectionError):
-            return
-        except Refused as error:
-            await self._fail(send, error)
-        except RequestError as error:
-            await self._fail(send, refused(error.problems, self.renamed))
-        except ResourceError:
-            await self._fail(send, engine_stopped())
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.prepare() as job:
@@ -160,10 +117,8 @@ class Answer(Response):
 
     async def _fail(self, send: Send, error: Refused) -> None:
         """As an event, where those have begun."""
-        if self._begun == Begun.nothing or self._shape is None:
-            raise error
-        if self._begun == Begun.object:  # it can only be cut short
-            return
+        if self._begun != Begun.events or self._shape is None:
+            return await super()._fail(send, error)
         with contextlib.suppress(TimeoutError):  # who reads too slowly for that sees the connection end
             async with asyncio.timeout(LAST_WORDS_S):
                 await send({"type": "http.response.body", "body": _written(self._shape, self._shape.failed(error)), "more_body": False})
@@ -231,11 +186,6 @@ class Answer(Response):
 
 def _written(shape: Shape, events: Iterable[Object]) -> bytes:
     return b"".join(event(content, content["type"] if shape.typed else "") for content in events)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ from quantflow.serve.protocol import (
 from quantflow.serve.responses.routes import add_routes as add_responses
 from quantflow.serve.service import Service
 from quantflow.serve.template import told
+from quantflow.serve.watched import Worked
 from quantflow.serve.wire import Json
 
 TYPES = {
@@ -199,24 +200,24 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
 
 
 def _text(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse, refusals=(400, 404, 408, 413, 415, 429)))
+    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse, refusals=GENERATES))
     async def tokenize(body: TokenizeRequest) -> Any:
         """The tokens of a text, or of a dialogue up to where the answer begins."""
         service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise Refused(400, "prompt: expected it or messages, one of the two", param="prompt", code="invalid_value")
-        with service.entered(1):
+
+        def work() -> bytes:
             if body.messages is not None:
                 messages = [m.model_dump(exclude_none=True) for m in body.messages]
-                how = told(body, body.messages)
-                found = await service.prepare_aside(lambda: service.dialogue_tokens([messages], how))
+                found = service.dialogue_tokens([messages], told(body, body.messages))
             else:
-                text, special = body.prompt or "", body.add_special_tokens is not False
-                found = await service.prepare_aside(lambda: service.tokens([text], special=special))
-        content = b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (found.json[1:-1], found.counts[0], service.context)
-        return Response(content, media_type=Json.media_type)
+                found = service.tokens([body.prompt or ""], special=body.add_special_tokens is not False)
+            return b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (found.json[1:-1], found.counts[0], service.context)
 
-    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=(400, 404, 408, 413, 415, 429)))
+        return Worked(service, work)
+
+    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=GENERATES))
     async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of tokens, special ones left out."""
         service.check_model(body.model)
@@ -224,15 +225,12 @@ def _text(app: FastAPI, service: Service) -> None:
         if (largest := max(body.tokens, default=0)) >= vocabulary:
             message = f"tokens: {largest}; expected ids from 0 to {vocabulary - 1}"
             raise Refused(400, message, param="tokens", code="invalid_value")
-        with service.entered(1):
-            text = await service.prepare_aside(lambda: service.decode(body.tokens))
-        return Response(b'{"prompt":%b}' % text, media_type=Json.media_type)
+        return Worked(service, lambda: b'{"prompt":%b}' % service.decode(body.tokens))
 
-    @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse, refusals=(400, 404, 408, 413, 415, 429)))
+    @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse, refusals=GENERATES))
     async def encode(body: EncodeRequest) -> Any:
         """The tokens of a text, or of each of several, in LMDeploy's words."""
-        with service.entered(1):
-            return Response(await service.prepare_aside(lambda: encoded(service, body)), media_type=Json.media_type)
+        return Worked(service, lambda: encoded(service, body))
 
 
 def _operation(app: FastAPI, service: Service) -> None:

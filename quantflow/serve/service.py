@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import cached_property, partial
 from typing import Any
 
 from quantflow.engine.async_llm import AsyncLLM, Stream
 from quantflow.engine.engine import SHORTEN, TOO_LONG, Engine
 from quantflow.engine.grammar import Grammar
-from quantflow.engine.long_text import LONG, Encoded, LongTexts
+from quantflow.engine.long_text import LONG, UNWANTED, Encoded, LongTexts
 from quantflow.engine.request import Request, SamplingParams, Token
 from quantflow.engine.text import Text
 from quantflow.errors import Problem, contained
@@ -142,8 +144,8 @@ class Service:
         return hear
 
     async def prepare(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives, done beside the loop: tokenising takes a while. Where nobody waits any longer, it is not begun. That of large
-        requests waits in a line of its own, so that it keeps nobody else waiting."""
+        """What `work` gives, done beside the loop: tokenising takes a while. Where nobody waits any longer, it is not begun, or its long
+        text is given up. That of large requests waits in a line of its own, so that it keeps nobody else waiting."""
         return await self._beside(self._texts, work)
 
     async def prepare_aside(self, work: Callable[[], Any]) -> Any:
@@ -152,13 +154,13 @@ class Service:
 
     async def _beside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         pool = self._larges if body.size.get() > body.LARGE else pool
-        return await asyncio.get_running_loop().run_in_executor(pool, contained, work)
+        return await _done(pool, work)
 
     async def compile(self, grammar: Grammar | None) -> None:
         """Makes a grammar ready. Raises RequestError where it is none, or too much."""
         grammars = self.llm.engine.grammars
         if grammar is not None and grammars is not None:
-            await asyncio.get_running_loop().run_in_executor(self._compilations, contained, partial(grammars.matcher, grammar))
+            await _done(self._compilations, partial(grammars.matcher, grammar))
 
     def close(self) -> None:
         """What has not begun never will."""
@@ -223,6 +225,19 @@ class Service:
     def _too_long(self, param: str, what: str) -> Refused:
         problem = Problem(param, what, f"fewer than {self.context} tokens, the model's context", SHORTEN)
         return Refused(400, str(problem), param=param, code=TOO_LONG)
+
+
+async def _done(pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+    """What `work` gives, done by the pool. Who is cancelled leaves nothing in its queue but a place: what waits there may be large."""
+    held, unwanted, context = [work], threading.Event(), copy_context()
+    del work
+    context.run(UNWANTED.set, unwanted)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, context.run, lambda: contained(held.pop()))
+    except asyncio.CancelledError:
+        unwanted.set()
+        held.clear()
+        raise
 
 
 REASONING = ("reasoning_content", "reasoning", "thinking")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from quantflow.engine import long_text
+from quantflow.engine.child import ChildUnwanted
 from quantflow.engine.long_text import LongTexts
 from quantflow.engine.text import Text
 from quantflow.errors import RequestError
@@ -70,6 +73,27 @@ def test_what_takes_too_long_is_ended_and_the_next_is_served(monkeypatch: pytest
     texts = LongTexts(hungry())
     with pytest.raises(RequestError, match=r"1000000 letters, which take the tokenizer more than 0.5 s or .* MiB"):
         texts.encode(["\ufdfa" * 1_000_000], special=True)
+    assert texts.encode(["a b"], special=True).ids == [hungry().encode("a b").ids]
+
+
+def test_what_nobody_waits_for_is_ended() -> None:
+    texts, unwanted = LongTexts(hungry()), threading.Event()
+    assert texts.encode(["a b"], special=True).ids
+    child = texts._idle.get()
+    texts._idle.put(child)
+
+    def ask() -> None:
+        long_text.UNWANTED.set(unwanted)
+        texts.encode(["\ufdfa" * 1_000_000], special=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        time.sleep(0.3)
+        assert not asked.done()
+        unwanted.set()
+        with pytest.raises(ChildUnwanted):
+            asked.result(5)
+    assert not child.running
     assert texts.encode(["a b"], special=True).ids == [hungry().encode("a b").ids]
 
 

@@ -13,7 +13,8 @@ from quantflow.serve.messages.dialogue import RENAMED
 from quantflow.serve.messages.job import input_tokens, messages_job
 from quantflow.serve.messages.protocol import Count, CountRequest, ErrorResponse, MessageResponse, MessagesRequest
 from quantflow.serve.service import Service
-from quantflow.serve.wire import Json
+from quantflow.serve.watched import Worked
+from quantflow.serve.wire import encode
 
 
 def add_routes(app: FastAPI, service: Service, answers: Callable[..., dict[str, Any]]) -> None:
@@ -34,5 +35,4 @@ def add_routes(app: FastAPI, service: Service, answers: Callable[..., dict[str, 
     @app.post("/v1/messages/count_tokens", tags=["text"], **answers(Count, refusals=refusals, error=ErrorResponse))
     async def count(body: CountRequest) -> Any:
         """How many tokens the same request would begin with."""
-        with service.entered(1):
-            return Json({"input_tokens": await service.prepare_aside(lambda: input_tokens(service, body))})
+        return Worked(service, lambda: encode({"input_tokens": input_tokens(service, body)}))

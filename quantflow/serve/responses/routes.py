@@ -14,7 +14,8 @@ from quantflow.serve.responses.dialogue import RENAMED
 from quantflow.serve.responses.job import input_tokens, responses_job
 from quantflow.serve.responses.protocol import InputTokens, Response, ResponsesRequest
 from quantflow.serve.service import Service
-from quantflow.serve.wire import Json
+from quantflow.serve.watched import Worked
+from quantflow.serve.wire import encode
 
 STORED = (("/{id}", ["GET", "DELETE"]), ("/{id}/cancel", ["POST"]), ("/{id}/input_items", ["GET"]))
 
@@ -32,13 +33,10 @@ def add_routes(app: FastAPI, service: Service, answers: Callable[..., dict[str, 
 
         return Answer(service, 1, job, RENAMED)
 
-    @app.post("/v1/responses/input_tokens", tags=["text"], **answers(InputTokens, refusals=(400, 404, 408, 413, 415, 429)))
+    @app.post("/v1/responses/input_tokens", tags=["text"], **answers(InputTokens, refusals=(400, 404, 408, 413, 415, 429, 504)))
     async def count(body: ResponsesRequest) -> Any:
         """How many tokens the same request would begin with."""
-        with service.entered(1):
-            return Json(
-                {"object": "response.input_tokens", "input_tokens": await service.prepare_aside(lambda: input_tokens(service, body))}
-            )
+        return Worked(service, lambda: encode({"object": "response.input_tokens", "input_tokens": input_tokens(service, body)}))
 
     async def stored(id: str) -> Any:
         message = f"id: {id[:100]!r}: no response is stored here; send the whole dialogue as input"
