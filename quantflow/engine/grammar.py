@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,9 +66,13 @@ class Grammar:
     def __post_init__(self) -> None:
         if self.kind not in tuple(GrammarKind):
             raise RequestError(Problem("grammar", repr(self.kind)[:80], "one of " + ", ".join(GrammarKind)))
-        if not isinstance(self.text, str) or not self.text or len(self.text) + len(self.around) > MOST_LETTERS:
-            found = f"{len(self.text) + len(self.around)} letters" if isinstance(self.text, str) else type(self.text).__name__
+        wrong = next((part for part in (self.text, self.around) if not isinstance(part, str)), None)
+        if wrong is not None or not self.text or len(self.text) + len(self.around) > MOST_LETTERS:
+            found = f"{len(self.text) + len(self.around)} letters" if wrong is None else type(wrong).__name__
             raise RequestError(Problem("grammar", f"{self.kind} of {found}", f"text of 1 to {MOST_LETTERS} letters"))
+
+
+FIELDS = {field.name for field in fields(Grammar)}
 
 
 class Grammars:
@@ -216,8 +220,8 @@ def grammar_of(value: Any) -> Grammar | None:
     """A grammar, or the same as a dictionary. Raises RequestError."""
     if value is None or isinstance(value, Grammar):
         return value
-    if isinstance(value, dict) and set(value) == {"kind", "text"} and value["kind"] in tuple(GrammarKind):
-        return Grammar(GrammarKind(value["kind"]), value["text"])
+    if isinstance(value, dict) and {"kind", "text"} <= set(value) <= FIELDS and value["kind"] in tuple(GrammarKind):
+        return Grammar(**{**value, "kind": GrammarKind(value["kind"])})
     raise RequestError(Problem("grammar", repr(value)[:80], "a Grammar"))
 
 
@@ -245,7 +249,7 @@ def main() -> None:
             return
         found = json.loads(line)
         try:
-            grammar = Grammar(GrammarKind(found["kind"]), found["text"], found["around"])
+            grammar = Grammar(**{**found, "kind": GrammarKind(found["kind"])})
             text = _read(grammar)
             _check_beginning(_compile(tokenizer, grammar, text), grammar)
             answer = {"text": text}

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,18 @@ def test_a_grammar_inside_another(llm: LLM, inner: Grammar) -> None:
     grammar = Grammar(inner.kind, inner.text, 'start: "<" @inner ">" | "no"')
     params = [SamplingParams(max_tokens=9, temperature=5, seed=i, grammar=grammar) for i in range(12)]
     assert {output.text for output in llm.generate(["x"] * 12, params)} == {'<"yes">', "no"}
+
+
+@pytest.mark.parametrize("around", ["", 'start: "<" @inner ">"'])
+def test_a_grammar_arrives_as_it_was_sent(around: str) -> None:
+    params = SamplingParams(grammar=Grammar(GrammarKind.regex, "a", around))
+    assert SamplingParams(**json.loads(json.dumps(asdict(params)))) == params
+
+
+@pytest.mark.parametrize("more", [{"arround": ""}, {"around": 5}, {"text": None}, {"kind": "prolog"}])
+def test_what_is_no_grammar_is_refused(more: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="grammar"):
+        SamplingParams(grammar={"kind": "regex", "text": "a", **more})  # type: ignore[arg-type]
 
 
 def test_the_same_beside_others_and_after_preemption(llm: LLM) -> None:

@@ -72,11 +72,13 @@ def test_grammars_and_all_parameters_reach_every_rank(tiny: Path) -> None:
     params = [
         SamplingParams(max_tokens=12, temperature=1, seed=3, n=2, grammar=grammar),
         SamplingParams(max_tokens=12, temperature=1, seed=3, logit_bias={5: 3.0}, stop=("e",), skip_special_tokens=False, min_p=0.01),
+        SamplingParams(max_tokens=12, temperature=1, seed=4, grammar=Grammar(GrammarKind.regex, "[a-z]{2}", 'start: "<" @inner ">"')),
     ]
-    expected = [o.completions for o in LLM(tiny, device="cpu").generate(PROMPTS[:2], params)]
+    expected = [o.completions for o in LLM(tiny, device="cpu").generate(PROMPTS, params)]
     with llm(tiny, 2) as model:
-        assert [o.completions for o in model.generate(PROMPTS[:2], params)] == expected
+        assert [o.completions for o in model.generate(PROMPTS, params)] == expected
         assert all(re.fullmatch("[a-z ]{3,9}", c.text) for c in expected[0])
+        assert re.fullmatch("<[a-z]{2}>", expected[2][0].text)
 
 
 def test_a_rank_that_dies_is_said_within_seconds(tiny: Path) -> None:
