@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# What stands between quotes or brackets, a comment, an alternative that begins a line: in this order, at each place of a grammar.
-PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\r\n]*|\s*[\r\n]\s*\|')
+# What stands between quotes or brackets, a comment, space with the alternative after it: in this order, at each place of a grammar.
+# None is given back once it has begun, so that a text takes the time of its length.
+PARTS = re.compile(r'"(?:\\.|[^"\\])*+"?|\[(?:\\.|[^\]\\])*+\]?|#[^\r\n]*+|\s++\|?')
 ESCAPES = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
@@ -26,7 +27,9 @@ def _plain(found: re.Match[str]) -> str:
     part = found.group()
     if part.startswith("#"):
         return ""
-    return ESCAPES.sub(_letter, part) if part[0] in '"[' else " |"
+    if part[0] in '"[':
+        return ESCAPES.sub(_letter, part)
+    return " |" if part[-1] == "|" and ("\n" in part or "\r" in part) else part
 
 
 def _letter(found: re.Match[str]) -> str:

@@ -13,10 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from quantflow.engine.grammar import Grammar, GrammarKind
+from quantflow.engine.grammar import MOST_LETTERS, Grammar, GrammarKind
 from quantflow.errors import RequestError
+from quantflow.serve.body import read_text
 from quantflow.serve.errors import Refused, refused
 from quantflow.serve.protocol import Constrained, JsonSchema, ResponseFormat, StructuredOutputs
+
+GBNF_RULE = re.compile(r"^[ \t]*+[\w.-]++\s*+::=", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,8 @@ def compact(schema: Any, param: str) -> str:
 def _schema(given: Any, name: str) -> Constraint:
     """An object, or one as text."""
     if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError):
-            message = f"{name}: a text that is no JSON; expected a JSON schema"
-            raise Refused(400, message, param=name, code="invalid_value") from None
+        _check_length(len(given), name)
+        given = read_text(given, name)
     return _constraint(GrammarKind.json_schema, compact(given, name), name)
 
 
@@ -75,13 +75,21 @@ def _regex(given: str, name: str) -> Constraint:
 
 
 def _choice(given: list[str], name: str) -> Constraint:
+    _check_length(sum(map(len, given)) + len(given), name)
     return _constraint(GrammarKind.lark, "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in given), name)
 
 
 def _grammar(given: str, name: str) -> Constraint:
     """GBNF's rules have a sign of their own."""
-    bare = re.sub(r'"(?:\\.|[^"\\\n])*"', "", given)
-    return _constraint(GrammarKind.gbnf if "::=" in bare else GrammarKind.lark, given, name)
+    _check_length(len(given), name)
+    return _constraint(GrammarKind.gbnf if GBNF_RULE.search(given) else GrammarKind.lark, given, name)
+
+
+def _check_length(letters: int, name: str) -> None:
+    """Raises Refused, before anything takes the time of so many."""
+    if letters > MOST_LETTERS:
+        message = f"{name}: {letters} letters; expected at most {MOST_LETTERS}"
+        raise Refused(400, message, param=name, code="invalid_value")
 
 
 def _constraint(kind: GrammarKind, text: str, name: str) -> Constraint:

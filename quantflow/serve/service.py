@@ -176,7 +176,7 @@ class Service:
 
     def dialogue(self, messages: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""
-        given = [_for_template(m) for m in messages]
+        given = _for_templates(messages)
         letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
         self._check_letters("messages", letters + sum(len(text) for d in told.variables.get("documents", ()) for text in d.values()))
         return self._fitting([self._rendered(given, told)], "messages", special=False, literal=self.config.literal_content)[0]
@@ -187,7 +187,7 @@ class Service:
 
     def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]], told: Told = NOTHING) -> Encoded:
         """The same of dialogues, each up to where its answer begins."""
-        texts = [self._rendered([_for_template(m) for m in messages], told) for messages in dialogues]
+        texts = [self._rendered(_for_templates(messages), told) for messages in dialogues]
         return self._encoded(texts, special=False, literal=self.config.literal_content)
 
     def decode(self, tokens: list[int]) -> bytes:
@@ -241,6 +241,13 @@ async def _done(pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
 
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def _for_templates(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Raises Refused."""
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    body.check_texts((call["function"]["arguments"] for call in calls), "messages")
+    return [_for_template(message) for message in messages]
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from typing import Any
 
 import jsonschema
 import pytest
 
 from quantflow.engine import grammar
+from quantflow.engine.gbnf import PARTS
+from quantflow.engine.grammar import MOST_LETTERS, GrammarKind
+from quantflow.serve.grammars import constraint
+from quantflow.serve.protocol import CompletionRequest
 from tests.helpers.serving import Running
 
 SCHEMA = {
@@ -138,6 +143,52 @@ def test_schemas_with_references(server: Running) -> None:
     assert texts and all(valid(TREE)(text) for text in texts)
 
 
+@pytest.mark.parametrize(
+    "name", ["guided_grammar", "ebnf", "grammar", "guided_json", "json_schema", "response_format", "structured_outputs"]
+)
+def test_what_is_too_long_is_refused_at_once(server: Running, name: str) -> None:
+    """A text of 4 MB whose quotes, read by an expression that gives back what it took, hold everybody up for minutes."""
+    text = '"' + '\\"' * 1_000_000
+    given = {"response_format": {"type": "grammar", "grammar": text}, "structured_outputs": {"grammar": text}}.get(name, text)
+    began = time.monotonic()
+    answer = server.complete(**{name: given})
+    assert answer.status == 400 and answer.error["param"].startswith(name) and str(MOST_LETTERS) in answer.error["message"]
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("part", ['"', '\\"', "\n", " ", "a", "a ", "a\n", "\n ", "[", "[\\]", "#"])
+def test_a_grammars_dialect_is_told_in_the_time_of_its_length(part: str) -> None:
+    text = '"' * ("\\" in part) + part * (65_000 // len(part))
+    began = time.monotonic()
+    found = constraint(CompletionRequest(prompt="x", grammar=text)).grammar
+    PARTS.sub("", text)
+    assert time.monotonic() - began < 0.3
+    assert found and found.kind == GrammarKind.lark
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (GBNF, "gbnf"), ("# first\n\n  root-1\t::= [a]", "gbnf"), ('root ::= ["] "::="', "gbnf"), (LARK, "lark"),
+        ('// as root ::= x\nstart: "a::=b"\n', "lark"), ('start: "\\" ::= "', "lark"), ("start: /a::=b/", "lark"),
+    ],
+)  # fmt: skip
+def test_the_dialect_is_told_by_how_its_rules_begin(text: str, kind: str) -> None:
+    found = constraint(CompletionRequest(prompt="x", guided_grammar=text)).grammar
+    assert found and found.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [('{"type": "object", "type": "array"}', "duplicate_key"), ("[" * 200 + "]" * 200, "json_too_deep"), ('{"a": ', "invalid_json")],
+)
+def test_a_schema_as_text_is_read_as_a_body_is(server: Running, text: str, code: str) -> None:
+    for given, param in (({"guided_json": text}, "guided_json"), ({"structured_outputs": {"json": text}}, "structured_outputs.json")):
+        answer = server.chat(**given)
+        assert (answer.status, answer.error["param"], answer.error["code"]) == (400, param, code)
+        assert answer.error["message"].startswith(f"{param}: ")
+
+
 HOSTILE: list[dict[str, Any]] = [
     {"guided_regex": "(((a{0,300}){0,300}){0,300}b{0,300}){0,300}"},
     {"guided_regex": "(a|b)*a(a|b){4000}"},
@@ -177,5 +228,5 @@ def test_what_is_no_text_is_refused_by_name(server: Running, part: Any, words: s
 
 def test_a_grammar_takes_no_longer_than_it_may(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "MOST_SECONDS", 0.0)
-    answer = server.chat(guided_regex="only this once")
-    assert (answer.status, answer.error["param"]) == (400, "guided_regex") and "to compile" in answer.error["message"]
+    answer = server.chat(grammar="root ::= " + '"a" ' * 5000)
+    assert (answer.status, answer.error["param"]) == (400, "grammar") and "to compile" in answer.error["message"]

@@ -281,6 +281,19 @@ def test_a_dialogue_with_calls_goes_on(running: Running) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["[" + "[]," * 40_000 + "0]"] * 2, "lists and objects"), (["[" + "0," * 600_000 + "0]"] * 2, "values"),
+        (["[" * 200 + "]" * 200], "deep"), (["{}", "[1"], "expected JSON"),
+    ],
+)  # fmt: skip
+def test_the_arguments_of_calls_have_no_more_parts_than_a_body(running: Running, arguments: list[str], words: str) -> None:
+    calls = [{"id": f"c{n}", "type": "function", "function": {"name": "f", "arguments": text}} for n, text in enumerate(arguments)]
+    answer = running.chat(messages=[{"role": "user", "content": "x"}, *({"role": "assistant", "tool_calls": [c]} for c in calls)])
+    assert answer.status == 400 and answer.error["param"] == "messages" and words in answer.error["message"], answer.error
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({"tool_choice": {"type": "function", "function": {"name": "nothing"}}}, "tool_choice"),
