@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from starlette.types import Receive, Scope, Send
@@ -19,16 +21,21 @@ from quantflow.engine.async_llm import Stream
 from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
-from quantflow.errors import RequestError
+from quantflow.errors import Problem, RequestError
 from quantflow.serve.errors import Refused, engine_stopped, refused
 from quantflow.serve.service import Service
 from quantflow.serve.watched import Begun, Watched
-from quantflow.serve.wire import DONE, KEEP_ALIVE, Json, event
+from quantflow.serve.wire import DONE, KEEP_ALIVE, encode, encode_large, event
 
 Object = dict[str, Any]
+Write = Callable[[Any], bytes]
 
+SMALL = 4096  # tokens and scores that take the loop about ten milliseconds
+MOST_SCORES = 2**19  # log-probabilities of one answer: about 150 MiB of JSON
 LAST_WORDS_S = 5.0  # for an error to reach a client that reads slowly
 EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Answer(Watched):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.prepare() as job:
             self._shape = job.shape
+            check_scores(job, self.service.context)
             try:
                 await self.service.compile(job.params.grammar)
             except RequestError as error:
@@ -111,9 +119,7 @@ class Answer(Watched):
             if job.stream:
                 await self._events(job, send)
             else:
-                content = await self._whole(job)
-                self._begun = Begun.object
-                await Json(content)(scope, receive, send)
+                await self._send(await self._whole(job), scope, receive, send)
 
     async def _fail(self, send: Send, error: Refused) -> None:
         """As an event, where those have begun."""
@@ -137,7 +143,11 @@ class Answer(Watched):
             stack.callback(_leave, job, collector)
         return streams, collectors
 
-    async def _whole(self, job: Job) -> Object:
+    async def _made(self, size: int, make: Callable[[Write], bytes]) -> bytes:
+        """What is made of so many tokens and scores: of many beside the loop, so that nobody waits for it."""
+        return make(encode) if size <= SMALL else bytes(await self.service.put_together(partial(make, encode_large)))
+
+    async def _whole(self, job: Job) -> bytes:
         async with AsyncExitStack() as stack:
             streams, collectors = await self._open(job, stack)
             for stream, collector in zip(streams, collectors, strict=True):
@@ -145,7 +155,9 @@ class Answer(Watched):
                     _check(token, self.service)
                     collector.add(token)
         outputs = [collector.output() for collector in collectors]
-        return job.shape.whole(outputs, _usage(outputs))
+        usage = _usage(outputs)
+        size = usage.prompt + usage.completion + sum(map(told, outputs))
+        return await self._made(size, lambda write: write(job.shape.whole(outputs, usage)))
 
     async def _events(self, job: Job, send: Send) -> None:
         arrived = asyncio.Event()
@@ -156,12 +168,16 @@ class Answer(Watched):
             self._begun = Begun.events
             await send({"type": "http.response.body", "body": _written(job.shape, job.shape.start()), "more_body": True})
             loop, silence_s = asyncio.get_running_loop(), self.service.config.keep_alive_s
-            said = loop.time()
+            said, scores = loop.time(), 0
             while not all(stream.done for stream in streams):
                 await arrived.wait()
                 arrived.clear()
                 came = [stream.take() for stream in streams]
-                data = b"".join(self._new(job, at, tokens, collectors[at]) for at, tokens in enumerate(came))
+                size = _size(came)
+                scores += size
+                if any(token.finish for tokens in came for token in tokens):  # then some shapes tell all of a text again
+                    size = scores
+                data = await self._made(size, partial(self._new, job, came, collectors))
                 if not data and loop.time() - said >= silence_s * 0.9:  # nothing came, or nothing that can be shown yet
                     data = KEEP_ALIVE
                 if data:
@@ -170,22 +186,61 @@ class Answer(Watched):
                 if len(streams) == 1:
                     await streams[0].rest(self.service.pause_s)
             usage = _usage([collector.output() for collector in collectors])
-            last = _written(job.shape, job.shape.end(usage)) + (b"" if job.shape.typed else DONE)
+            last = await self._made(scores, lambda write: _written(job.shape, job.shape.end(usage), write))
+            last += b"" if job.shape.typed else DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _new(self, job: Job, prompt: int, tokens: list[Token], collector: Collector) -> bytes:
-        """The events of a prompt's new tokens."""
-        texts: dict[int, list[Token]] = {}
+    def _new(self, job: Job, came: list[list[Token]], collectors: list[Collector], write: Write) -> bytes:
+        """The events of each prompt's new tokens."""
+        found = list[bytes]()
+        for prompt, (tokens, collector) in enumerate(zip(came, collectors, strict=True)):
+            texts: dict[int, list[Token]] = {}
+            for token in tokens:
+                _check(token, self.service)
+                collector.add(token)
+                texts.setdefault(token.index, []).append(token)
+            first = prompt * job.params.n
+            found += (_written(job.shape, job.shape.more(first + index, new), write) for index, new in texts.items())
+        return b"".join(found)
+
+
+def _written(shape: Shape, events: Iterable[Object], write: Write = encode) -> bytes:
+    return b"".join(event(content, content["type"] if shape.typed else "", write) for content in events)
+
+
+def check_scores(job: Job, room: int) -> None:
+    """room: tokens of a prompt and what follows it. Raises RequestError for more scores than one answer may tell: all are held, and
+    written, at once."""
+    params, lengths = job.params, [len(prompt) for prompt in job.prompts]
+    found = []
+    if params.prompt_logprobs is not None:
+        tokens = params.n * sum(max(0, length - params.prompt_logprobs_from) for length in lengths)
+        found.append(("prompt_logprobs", tokens, params.prompt_logprobs))
+    if params.logprobs is not None:
+        rooms = [max(0, room - length) for length in lengths]
+        tokens = params.n * sum(left if params.max_tokens is None else min(left, params.max_tokens) for left in rooms)
+        found.append(("logprobs", tokens, params.logprobs))
+    scores = sum(tokens * (1 + top) for _, tokens, top in found)
+    if scores > MOST_SCORES:
+        name, tokens, top = max(found, key=lambda one: one[1] * (1 + one[2]))
+        what = f"{tokens} tokens, each with {top} alternatives: {scores} scores in all"
+        raise RequestError(Problem(name, what, f"at most {MOST_SCORES}", "fewer tokens, texts or alternatives"))
+
+
+def told(output: Output) -> int:
+    """How many scores there are."""
+    scored = (score for c in output.completions for score in c.logprobs)
+    return sum(1 + len(score.top) for score in (*scored, *output.prompt_logprobs) if score)
+
+
+def _size(came: list[list[Token]]) -> int:
+    """Tokens and scores."""
+    found = 0
+    for tokens in came:
         for token in tokens:
-            _check(token, self.service)
-            collector.add(token)
-            texts.setdefault(token.index, []).append(token)
-        first = prompt * job.params.n
-        return b"".join(_written(job.shape, job.shape.more(first + index, new)) for index, new in texts.items())
-
-
-def _written(shape: Shape, events: Iterable[Object]) -> bytes:
-    return b"".join(event(content, content["type"] if shape.typed else "") for content in events)
+            found += 1 + (len(token.logprob.top) if token.logprob else 0)
+            found += sum(1 + len(score.top) for score in token.prompt_logprobs if score)
+    return found
 
 
 @contextlib.contextmanager
@@ -208,10 +263,9 @@ def _check(token: Token, service: Service) -> None:
     """Raises Refused for a text that could not be finished."""
     if token.finish == Finish.error and not service.llm.alive:
         raise engine_stopped()
-    if token.finish == Finish.error:
-        raise Refused(
-            500, f"the text could not be finished: {token.reason.splitlines()[0][:200] if token.reason else 'error'}", code="failed"
-        )
+    if token.finish == Finish.error:  # the reason may tell of the inside, such as where the model is
+        logger.error("a text could not be finished: %s", token.reason)
+        raise Refused(500, "the text could not be finished; the server's log says why, under this request's id", code="failed")
     if token.finish == Finish.abort:
         raise Refused(503, "the server ended this request", code="aborted")
 

@@ -50,8 +50,8 @@ class Service:
         self.draining = False
         self.expired = asyncio.Event()
         # A pool for each kind of work, so that one cannot keep the others waiting.
-        pools = (ThreadPoolExecutor(n, thread_name_prefix="quantflow") for n in (4, 1, 2, 1))
-        self._texts, self._asides, self._larges, self._compilations = pools
+        pools = (ThreadPoolExecutor(n, thread_name_prefix="quantflow") for n in (4, 1, 2, 1, 1))
+        self._texts, self._asides, self._larges, self._compilations, self._answers = self._pools = tuple(pools)
 
     @property
     def name(self) -> str:
@@ -152,6 +152,10 @@ class Service:
         """The same for what generates nothing, so that generation does not wait for it."""
         return await self._beside(self._asides, work)
 
+    async def put_together(self, work: Callable[[], Any]) -> Any:
+        """The same for an answer that is large."""
+        return await _done(self._answers, work)
+
     async def _beside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         pool = self._larges if body.size.get() > body.LARGE else pool
         return await _done(pool, work)
@@ -164,7 +168,7 @@ class Service:
 
     def close(self) -> None:
         """What has not begun never will."""
-        for pool in (self._texts, self._asides, self._larges, self._compilations):
+        for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def encode(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:

@@ -15,6 +15,7 @@ from quantflow.engine.model import Model
 from quantflow.serve.chat import ChatShape
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.connection import Connection
+from quantflow.serve.errors import Refused
 from tests.helpers.serving import Running, serving
 
 LONG: dict[str, Any] = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
@@ -85,7 +86,10 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 
 
 def test_an_answer_that_takes_too_long() -> None:
-    with serving(config=ServerConfig(port=0, request_timeout_s=0.3)) as running:
+    with serving(config=ServerConfig(port=0, request_timeout_s=1.5)) as running:
+        engine = running.service.llm.engine
+        step = engine.step
+        engine.step = lambda: [time.sleep(0.05), step()][1]  # type: ignore[method-assign, func-returns-value]
         answer = running.complete(**LONG)
         assert (answer.status, answer.error["code"]) == (504, "timeout")
         events = running.complete(**LONG, stream=True).events
@@ -178,21 +182,27 @@ def test_a_stream_that_has_nothing_to_show_is_kept_alive(monkeypatch: pytest.Mon
         assert body.count(b": keep-alive\n\n") >= 3
 
 
-@pytest.mark.parametrize("limit", [60.0, 0.3])
-def test_an_api_whose_events_have_types(monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_api_whose_events_have_types(monkeypatch: pytest.MonkeyPatch, server: Running, fails: bool) -> None:
     """Each type stands in a line of its own, nothing follows the last event, and an error in the middle is an event of that API."""
+    told = list[str]()
+
+    def more(self: ChatShape, text: int, tokens: Any) -> Any:
+        if fails and told:
+            raise Refused(504, "too slow", code="timeout")
+        told.append("more")
+        return [{"type": "more"}]
+
     monkeypatch.setattr(ChatShape, "typed", True)
     monkeypatch.setattr(ChatShape, "start", lambda self: [{"type": "begun"}])
-    monkeypatch.setattr(ChatShape, "more", lambda self, text, tokens: [{"type": "more"}])
+    monkeypatch.setattr(ChatShape, "more", more)
     monkeypatch.setattr(ChatShape, "end", lambda self, usage: [{"type": "ended", "tokens": usage.completion}])
     monkeypatch.setattr(ChatShape, "failed", lambda self, error: [{"type": "failed", "code": error.code}])
-    with serving(config=ServerConfig(port=0, request_timeout_s=limit)) as running:
-        running.service.text.warm()  # the template's process, which takes longer to start than the limit
-        answer = running.chat(stream=True, max_tokens=900 if limit < 1 else 3, ignore_eos=True)
+    answer = server.chat(stream=True, max_tokens=300 if fails else 3, ignore_eos=True)
     events = [line.splitlines() for line in answer.body.decode().split("\n\n") if line]
     assert all(json.loads(data.removeprefix("data: "))["type"] == name.removeprefix("event: ") for name, data in events)
     assert answer.events[0] == {"type": "begun"} and {"type": "more"} in answer.events
-    assert answer.events[-1] == ({"type": "failed", "code": "timeout"} if limit < 1 else {"type": "ended", "tokens": 3})
+    assert answer.events[-1] == ({"type": "failed", "code": "timeout"} if fails else {"type": "ended", "tokens": 3})
 
 
 def test_prompts_of_one_request_begin_together(server: Running) -> None:
@@ -273,7 +283,9 @@ def test_a_long_step_is_no_stall(monkeypatch: pytest.MonkeyPatch) -> None:
             assert answer.result().status == 200
 
 
-def test_the_engine_out_of_memory_is_said(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_a_text_could_not_be_finished_is_in_the_log_alone(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     runner = server.service.llm.engine.runner
     run, failed = runner.run, list[int]()
 
@@ -285,5 +297,6 @@ def test_the_engine_out_of_memory_is_said(server: Running, monkeypatch: pytest.M
 
     monkeypatch.setattr(runner, "run", once)
     answer = server.complete()
-    assert answer.status == 500 and "out of memory" in answer.error["message"]
+    assert (answer.status, answer.error["code"]) == (500, "failed") and "memory" not in answer.error["message"]
+    assert [r.levelname for r in caplog.records if "out of memory" in r.getMessage() and r.name.endswith("answer")] == ["ERROR"]
     assert server.complete().status == 200 and until(lambda: idle(server))
