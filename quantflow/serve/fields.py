@@ -144,6 +144,25 @@ REQUEST: dict[str, Foreign] = {
     "think": only(hint=_TEMPLATE),
 }
 
+_CHAT = "/v1/chat/completions has it"
+
+# What chat completions read themselves, for the APIs beside them: clients send it there, too.
+CHAT: dict[str, Foreign] = {
+    **_each("min_tokens min_new_tokens min_p priority top_logprobs frequency_penalty presence_penalty", only(0, hint=_CHAT)),
+    **_each("n repetition_penalty", only(1, hint=_CHAT)),
+    **_each("messages max_tokens max_completion_tokens seed top_k prompt_logprobs", only(hint=_CHAT)),
+    **_each("stop stop_token_ids tools", only([], hint=_CHAT)),
+    "logit_bias": only({}, hint=_CHAT),
+    **_each("ignore_eos include_stop_str_in_output return_token_ids logprobs", only(False, hint=_CHAT)),
+    "skip_special_tokens": only(True, hint=_CHAT),
+    "do_sample": only(True, hint="Use temperature: 0"),
+    "stream_options": only({}, {"include_usage": True}),  # it is told anyway
+    "tool_choice": only("none", "auto", hint=_CHAT),
+    "parallel_tool_calls": SWITCH,
+    "response_format": only({"type": "text"}, hint=_CHAT),
+    **_each("structured_outputs guided_json guided_regex guided_choice guided_grammar", only(hint=_CHAT)),
+}
+
 # What the messages of answers carry, and their clients put back into a history.
 MESSAGE: dict[str, Foreign] = {
     **_each("annotations citations parsed reasoning_details thinking_blocks provider_specific_fields cache_control", ANY),

@@ -122,6 +122,7 @@ class TurnShape(Shape):
 
 def turn_job(service: Service, body: InteractiveRequest, session: Conversation) -> Job:
     """Takes a while: tokenises. The session has been entered. Raises Refused, RequestError."""
+    service.check_model(body.model)
     new = [message.model_dump(exclude_none=True) for message in body.prompt]
     dialogue = [*session.messages, *new]
     tokens = service.dialogue(dialogue)

@@ -38,18 +38,25 @@ class Incoming(BaseModel):
         return {name: value for name, value in data.items() if value is not None or name in known}
 
 
+INTERACTIVE: dict[str, fields.Foreign] = {
+    "messages": fields.only(hint="Use prompt"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), fields.only(hint="Use request_output_len")),
+}
+
 if TYPE_CHECKING:  # the fields of others are made of a table
     RequestFields = Incoming
     MessageFields = Incoming
     PartFields = Incoming
     CallFields = Incoming
     StructuredFields = Incoming
+    InteractiveFields = Incoming
 else:
     RequestFields = fields.extended(Incoming, fields.REQUEST)
     MessageFields = fields.extended(Incoming, fields.MESSAGE)
     PartFields = fields.extended(Incoming, fields.PART)
     CallFields = fields.extended(Incoming, fields.CALL)
     StructuredFields = fields.extended(Incoming, fields.STRUCTURED)
+    InteractiveFields = fields.extended(Incoming, {**fields.REQUEST, **fields.CHAT, **INTERACTIVE})
 
 
 class Outgoing(BaseModel):
@@ -364,11 +371,12 @@ class CompletionRequest(Constrained, Sampling):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
-class InteractiveRequest(RequestFields):
+class InteractiveRequest(InteractiveFields):
     """A turn of a session, in LMDeploy's words. interactive_mode: the session stays for another turn; else it ends with this one.
     cancel: ends the session, and the turn that runs. request_output_len: the most tokens to generate; 0 with interactive_mode false ends
     the session without a turn, as LMDeploy's client asks for it."""
 
+    model: Name | None = None
     prompt: Messages
     session_id: Annotated[int, Field(ge=-1, le=2**53)] = -1
     interactive_mode: bool = False

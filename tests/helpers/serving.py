@@ -25,7 +25,13 @@ LMDEPLOY_BODY = {
     "stream": False, "presence_penalty": 0, "frequency_penalty": 0, "user": "string", "repetition_penalty": 1, "renew_session": False,
     "ignore_eos": False,
 }  # fmt: skip
-
+NEUTRAL_IN_CHAT = {  # as those send it who give every parameter of chat completions its default
+    "priority": 0, "min_tokens": 0, "min_new_tokens": 0, "stop_token_ids": [], "logit_bias": {}, "skip_special_tokens": True,
+    "include_stop_str_in_output": False, "return_token_ids": False, "prompt_logprobs": None, "do_sample": True, "presence_penalty": 0,
+    "frequency_penalty": 0.0, "repetition_penalty": 1.0, "n": 1, "stop": [], "ignore_eos": False, "min_p": 0, "logprobs": False,
+    "top_logprobs": 0, "response_format": {"type": "text"}, "parallel_tool_calls": True, "guided_json": None, "best_of": 1,
+    "stream_options": {"include_usage": True},
+}  # fmt: skip
 
 TOOL_TEMPLATE = (
     "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}Answer in <tool_call></tool_call>{% endif %}"

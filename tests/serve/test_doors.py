@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,3 +177,8 @@ def test_what_lmdeploys_clients_send_and_changes_nothing(server: Running, neutra
 def test_what_generate_refuses_by_name(server: Running, body: Any, param: str) -> None:
     answer = server.post("/generate", {"prompt": "The table", "max_tokens": 8, **body})
     assert (answer.status, answer.error["param"]) == (400, param), answer.body
+
+
+def test_the_handbook_names_every_door(server: Running) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert [path for path in server.get("/openapi.json").json["paths"] if f"`{path}`" not in text] == []

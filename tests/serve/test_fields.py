@@ -10,8 +10,10 @@ from openai import OpenAI
 from pydantic import BaseModel
 
 from quantflow.serve.fields import ANY, CALL, MESSAGE, REQUEST
-from quantflow.serve.protocol import Constrained, Sampling, Templated
-from tests.helpers.serving import Running
+from quantflow.serve.messages.protocol import MessagesRequest
+from quantflow.serve.protocol import ChatRequest, Constrained, InteractiveRequest, Sampling, Templated
+from quantflow.serve.responses.protocol import ResponsesRequest
+from tests.helpers.serving import NEUTRAL_IN_CHAT, Running
 
 HI = {"role": "user", "content": "What is a table?"}
 ROUTES: dict[str, dict[str, Any]] = {
@@ -65,6 +67,7 @@ OPENAI = {
         (CHAT, VLLM), (COMPLETIONS, VLLM), (CHAT, SGLANG), (COMPLETIONS, SGLANG),
         (CHAT, LLAMA_CPP), (COMPLETIONS, LLAMA_CPP), (CHAT, OPENAI), (CHAT, {"echo": False, "best_of": 1, "store": False}),
         (COMPLETIONS, {"echo": False, "best_of": 1, "suffix": ""}), ("/v1/chat/interactive", {"image_url": None, "adapter_name": None}),
+        (CHAT, NEUTRAL_IN_CHAT), ("/v1/chat/interactive", NEUTRAL_IN_CHAT),
         (CHAT, {"of_tomorrow": None}), (COMPLETIONS, {"of_tomorrow": None}), ("/v1/chat/interactive", {"of_tomorrow": None}),
     ],
 )  # fmt: skip
@@ -77,6 +80,11 @@ def test_a_clients_defaults_change_nothing(server: Running, path: str, body: dic
 def test_what_is_shared_stands_in_the_table_no_more() -> None:
     """Of a name that both bases of ChatRequest know, the one in the table would hold."""
     assert not set(Sampling.__annotations__) & set(REQUEST)
+
+
+@pytest.mark.parametrize("model", [MessagesRequest, ResponsesRequest, InteractiveRequest])
+def test_every_api_of_dialogues_knows_what_chat_completions_read(model: type[BaseModel]) -> None:
+    assert set(ChatRequest.model_fields) <= set(model.model_fields)
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -14,7 +14,7 @@ from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused
 from quantflow.serve.messages.dialogue import as_chat, messages, tool_input
 from quantflow.serve.messages.protocol import CountRequest, MessagesRequest
-from tests.helpers.serving import DEMO, Running, serving
+from tests.helpers.serving import DEMO, NEUTRAL_IN_CHAT, Running, serving
 
 KEY = "key-of-a-user-0001"
 HI: list[Any] = [{"role": "user", "content": "What is a table?"}]
@@ -262,7 +262,7 @@ NEUTRAL: list[Any] = [
     CACHED, {"container": None, "mcp_servers": []}, {"tools": [], "tool_choice": {"type": "none"}}, {"stop_sequences": []},
     {"speed": "fast", "inference_geo": "eu", "user_profile_id": "x", "diagnostics": {"previous_message_id": None}},
     {"system": None, "top_p": None, "top_k": None, "stream": None, "output_config": {}}, {"system": []}, {"model": None},
-    {"top_p": 1, "top_k": 0},
+    {"top_p": 1, "top_k": 0}, NEUTRAL_IN_CHAT,
 ]  # fmt: skip
 
 
@@ -303,7 +303,11 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"max_tokens": 0}, "max_tokens: "),
         ({"max_tokens": None}, "max_tokens: "),
         ({"stop_sequences": [""]}, "stop_sequences[0]: "),
-        ({"frequency_penalty": 1}, "frequency_penalty: unknown parameter"),
+        ({"frequency_penalty": 1}, "frequency_penalty: this value is not supported here; expected 0"),
+        ({"stop": ["a"]}, "stop: this value is not supported here; expected []. Use stop_sequences"),
+        ({"enable_thinking": False}, "enable_thinking: this value is not supported here; expected none. Use thinking"),
+        ({"min_tokens": 4}, "min_tokens: this value is not supported here; expected 0. /v1/chat/completions has it"),
+        ({"of_tomorrow": 1}, "of_tomorrow: unknown parameter"),
     ],
 )
 def test_what_is_refused_by_name(locked: Running, body: Any, said: str) -> None:

@@ -11,8 +11,21 @@ from quantflow.serve import fields
 from quantflow.serve.fields import ANY, LABEL, REFUSED, SWITCH, Foreign, only
 from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Incoming, Name, Outgoing, Probability, StopStrings, ToolName
 
-# Anthropic's own parameters that are not read, and the values of each that change nothing.
+_THOUGHTS = only(hint="Use thinking, or output_config.effort")
+
+# Parameters that are not read, Anthropic's and those of others who serve this API, and the values of each that change nothing.
 REQUEST: dict[str, Foreign] = {
+    **fields.REQUEST,
+    **fields.CHAT,
+    "max_completion_tokens": only(hint="Use max_tokens"),
+    "stop": only([], hint="Use stop_sequences"),
+    "parallel_tool_calls": only(True, hint="Use tool_choice"),
+    **dict.fromkeys(("grammar", "regex", "ebnf", "json_schema"), only("", hint="Use output_config.format")),
+    "response_format": only({"type": "text"}, hint="Use output_config.format"),
+    **dict.fromkeys(("reasoning_effort", "enable_thinking"), _THOUGHTS),
+    "chat_template_kwargs": only({}, hint=_THOUGHTS.hint),
+    "continue_final_message": only(hint="An answer goes on where the last message is the assistant's"),
+    # Anthropic's own
     "cache_control": ANY,  # beginnings that were seen before are found without
     "metadata": Foreign(Annotated[dict[str, Annotated[str, Field(max_length=4096)] | None], Field(max_length=16)], "at most 16 labels"),
     **dict.fromkeys(("service_tier", "speed", "diagnostics"), ANY),

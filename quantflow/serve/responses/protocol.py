@@ -16,6 +16,7 @@ _STORED = "Nothing is stored here: send the whole dialogue as input"
 # Parameters that are not read, OpenAI's and those of others who serve this API, and the values of each that change nothing.
 REQUEST: dict[str, Foreign] = {
     **fields.REQUEST,
+    **fields.CHAT,
     "background": only(False, hint="Nothing is stored here: wait for the answer, or stream it"),
     "background_options": only({}),
     "previous_response_id": only(hint=_STORED),
@@ -30,11 +31,8 @@ REQUEST: dict[str, Foreign] = {
     "messages": only(hint="Use input"),
     **dict.fromkeys(("max_tokens", "max_completion_tokens"), only(hint="Use max_output_tokens")),
     "response_format": only({"type": "text"}, hint="Use text.format"),
-    "reasoning_effort": only(hint="Use reasoning.effort"),
+    **dict.fromkeys(("reasoning_effort", "enable_thinking"), only(hint="Use reasoning.effort")),
     "logprobs": only(False, hint="Use top_logprobs"),
-    "n": only(1),
-    "stop": only([]),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), only(0)),
 }
 ITEM: dict[str, Foreign] = {
     **dict.fromkeys(("id", "status", "phase"), LABEL),
@@ -220,6 +218,7 @@ class Reasoning(Incoming):
 
 
 class StreamOptions(Incoming):
+    include_usage: Literal[True] | None = None  # it is told anyway
     include_obfuscation: Literal[False] | None = None
 
 

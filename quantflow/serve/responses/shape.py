@@ -122,15 +122,15 @@ class ResponsesShape(Shape):
 
     def _response(self, usage: Usage | None = None) -> Object:
         """usage: where it is over."""
-        found = {
+        return {
             **self._head,
             "completed_at": int(time.time()) if self._status == "completed" else None,
             "status": self._status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if self._status == "incomplete" else None,
             "output": self._output,
+            "usage": _usage(usage) if usage else None,
         }
-        return {**found, "usage": _usage(usage)} if usage else found
 
 
 def _usage(usage: Usage) -> Object:
