@@ -23,12 +23,13 @@ class _Parts:
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._places, self._missing = list[str](), list[int]()  # of each part; how many of its needs are not yet met
+        self._within = list[tuple[int | None, str]]()  # of each part: in which other it stands, and where
+        self._missing = list[int]()  # how many of its needs are not yet met
         self._needed_by = list[list[int]]()
         self._known = dict[int, int]()  # by the identity of what it was made of
         self._targets = dict[str, int | None]()
-        self._unread = list[tuple[int, dict[str, Any], str]]()  # and not a recursion: references make long ways
-        self._of(root, "#")
+        self._unread = list[tuple[int, dict[str, Any]]]()  # and not a recursion: references make long ways
+        self._of(root, None, "#")
         while self._unread:
             self._read(*self._unread.pop())
 
@@ -39,49 +40,58 @@ class _Parts:
                 self._missing[other] -= 1
                 if self._missing[other] == 0:
                     ended.append(other)
-        return next((self._places[part] for part, missing in enumerate(self._missing) if missing > 0), None)
+        return next((self._place(part) for part, missing in enumerate(self._missing) if missing > 0), None)
 
-    def _of(self, schema: Any, place: str) -> int:
-        """The part's number."""
+    def _place(self, part: int | None) -> str:
+        """Written out for the one that is told: all of them would take the square of the schema's size."""
+        steps, at = list[str](), part
+        while at is not None:
+            at, step = self._within[at]
+            steps.append(step)
+        return "/".join(step for step in reversed(steps) if step)
+
+    def _of(self, schema: Any, within: int | None, step: str) -> int:
+        """The part's number. within: of the one in which it stands; step: the way to it from there."""
         if id(schema) in self._known:
             return self._known[id(schema)]
-        part = self._new(place)
+        part = self._new(within, step)
         if isinstance(schema, dict):
             self._known[id(schema)] = part
-            self._unread.append((part, schema, place))
+            self._unread.append((part, schema))
         return part
 
-    def _read(self, part: int, schema: dict[str, Any], place: str) -> None:
+    def _read(self, part: int, schema: dict[str, Any]) -> None:
         target = self._target(schema.get("$ref"))
         needs = [target] if target is not None else []
         for word, how in BRANCHES.items():
-            branches = [self._of(branch, f"{place}/{word}/{at}") for at, branch in enumerate(_list(schema.get(word)))]
+            branches = [self._of(branch, part, f"{word}/{at}") for at, branch in enumerate(_list(schema.get(word)))]
             if how == ALL:
                 needs += branches
             elif branches:
-                needs.append(self._new(f"{place}/{word}", branches, enough=1))
-        kinds = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
-        inside = {"object": self._members(schema, place), "array": self._items(schema, place)}
-        of_kinds = [inside.get(kind, []) if isinstance(kind, str) else [] for kind in kinds]
+                needs.append(self._new(part, word, branches, enough=1))
+        given = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+        kinds = {kind if isinstance(kind, str) else "" for kind in given}
+        inside = {"object": self._members(part, schema), "array": self._items(part, schema)}
+        of_kinds = [inside.get(kind, []) for kind in kinds]
         if of_kinds and all(of_kinds) and "const" not in schema and "enum" not in schema:
-            needs.append(self._new(place, [self._new(place, parts) for parts in of_kinds], enough=1))
+            needs.append(self._new(part, "", [self._new(part, "", parts) for parts in of_kinds], enough=1))
         self._need(part, needs, len(needs))
 
-    def _members(self, schema: dict[str, Any], place: str) -> list[int]:
+    def _members(self, part: int, schema: dict[str, Any]) -> list[int]:
         """Those that an object must have; the others are looked at, too."""
         properties = _dict(schema.get("properties"))
-        parts = {name: self._of(value, f"{place}/properties/{name}") for name, value in properties.items()}
+        parts = {name: self._of(value, part, f"properties/{name}") for name, value in properties.items()}
         for name, value in _dict(schema.get("patternProperties")).items():
-            self._of(value, f"{place}/patternProperties/{name}")
-        self._of(schema.get("additionalProperties"), f"{place}/additionalProperties")
+            self._of(value, part, f"patternProperties/{name}")
+        self._of(schema.get("additionalProperties"), part, "additionalProperties")
         return [parts[name] for name in _list(schema.get("required")) if isinstance(name, str) and name in parts]
 
-    def _items(self, schema: dict[str, Any], place: str) -> list[int]:
+    def _items(self, part: int, schema: dict[str, Any]) -> list[int]:
         """The same of an array's."""
         given = schema.get("minItems")
         least = given if isinstance(given, int) else 0
-        first = [self._of(item, f"{place}/prefixItems/{at}") for at, item in enumerate(_list(schema.get("prefixItems")))]
-        rest = self._of(schema.get("items"), f"{place}/items")
+        first = [self._of(item, part, f"prefixItems/{at}") for at, item in enumerate(_list(schema.get("prefixItems")))]
+        rest = self._of(schema.get("items"), part, "items")
         return first[: max(0, least)] + ([rest] if least > len(first) else [])
 
     def _target(self, reference: Any) -> int | None:
@@ -98,14 +108,14 @@ class _Parts:
                 else:
                     found = None
                     break
-            self._targets[reference] = self._of(found, reference) if found is not None else None
+            self._targets[reference] = self._of(found, None, reference) if found is not None else None
         return self._targets[reference]
 
-    def _new(self, place: str, needs: list[int] | None = None, enough: int | None = None) -> int:
-        self._places.append(place)
+    def _new(self, within: int | None, step: str, needs: list[int] | None = None, enough: int | None = None) -> int:
+        self._within.append((within, step))
         self._missing.append(0)
         self._needed_by.append([])
-        part = len(self._places) - 1
+        part = len(self._within) - 1
         self._need(part, needs or [], len(needs or []) if enough is None else enough)
         return part
 

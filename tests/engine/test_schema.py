@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+import tracemalloc
 from typing import Any, Literal
 
 import pytest
@@ -93,6 +95,9 @@ def test_what_may_end_is_not(schema: Any) -> None:
 
 def test_the_place() -> None:
     assert endless({"type": "object", "properties": {"x": {"$ref": "#/properties/x"}}}) == "#/properties/x"
+    end = "#/patternProperties/^a/prefixItems/1/oneOf/0/items/additionalProperties"
+    inner = {"items": {"additionalProperties": {"allOf": [{}, {"$ref": end}]}}}
+    assert endless({"patternProperties": {"^a": {"prefixItems": [{}, {"oneOf": [inner]}]}}}) == end
 
 
 def test_large_ones_take_no_longer_than_they_are() -> None:
@@ -102,6 +107,27 @@ def test_large_ones_take_no_longer_than_they_are() -> None:
     assert endless({"$ref": "#/$defs/a0", "$defs": {**links, "a20000": {"type": "null"}}}) is None
     assert endless({"$ref": "#/$defs/a0", "$defs": knot})
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"k" * 30_000: {"anyOf": [True] * 6_000}}},
+        {"properties": {"k" * 30_000: {"properties": {str(n): {} for n in range(3_000)}}}},
+        {"type": ["object"] * 3_000, "properties": {"a": {}}, "required": ["a"] * 7_000},
+        {"type": ["array", "object"] * 1_500, "minItems": 5_000, "prefixItems": [0] * 8_000, "items": {}},
+        functools.reduce(lambda inner, _: {"items": inner}, range(5_000), {}),
+    ],
+    ids=["branches", "siblings", "kinds", "items", "depth"],
+)  # fmt: skip
+def test_a_short_one_takes_little_memory(schema: Any) -> None:
+    """Of 64 KiB at most, the length that a grammar may have."""
+    tracemalloc.start()
+    try:
+        assert endless(schema) is None
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
 
 
 def test_they_are_refused_before_anything_is_generated() -> None:
