@@ -229,6 +229,8 @@ def _schema(format: ToolFormat, callees: Sequence[Callee], most: int) -> dict[st
 
 
 DATA = ("const", "enum", "default", "examples")  # not schemas
+# Schemas by names, which are no words of a schema, whatever they look like.
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -237,7 +239,12 @@ def _moved(schema: Any, place: str) -> Any:
         return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {key: value if key in DATA else _moved(value, place) for key, value in schema.items()}
+    found = {}
+    for key, value in schema.items():
+        if key in BY_NAME and isinstance(value, dict):
+            found[key] = {name: _moved(part, place) for name, part in value.items()}
+        else:
+            found[key] = value if key in DATA else _moved(value, place)
     reference = found.get("$ref")
     if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
         found["$ref"] = place + reference[1:]

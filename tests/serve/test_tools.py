@@ -401,6 +401,19 @@ def test_data_in_a_schema_is_no_reference(follows: Callable[[str, str], bool]) -
     assert follows(grammar, json.dumps({"name": "f", "parameters": {"x": data}}))
 
 
+@pytest.mark.parametrize("name", ["default", "const", "enum", "examples", "properties", "$defs", "$ref", "x"])
+@pytest.mark.parametrize("table", ["$defs", "definitions"])
+def test_names_in_a_schema_are_no_words_of_it(table: str, name: str, follows: Callable[[str, str], bool]) -> None:
+    """A property called `default` is a property, and a definition called so is one."""
+    parameters = {
+        "type": "object", "properties": {name: {"$ref": f"#/{table}/{name}"}}, "required": [name], "additionalProperties": False,
+        table: {name: {"$ref": f"#/{table}/other"}, "other": {"const": "C"}},
+    }  # fmt: skip
+    grammar = lark(FORMATS[2], [Callee("f", parameters)], None, Opening.calls, most=1)
+    assert follows(grammar, json.dumps({"name": "f", "parameters": {name: "C"}}))
+    assert not follows(grammar, json.dumps({"name": "f", "parameters": {name: "D"}}))
+
+
 def test_a_schema_that_refers_to_itself(running: Running) -> None:
     """Its root is the function's, wherever it stands in the grammar."""
     tree = {
