@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,6 +22,7 @@ from quantflow.errors import ModelError, Problem, RequestError
 # Noncharacters, which Unicode keeps for the inside of programs.
 OPEN, CLOSE, MARK = "\ufdd0", "\ufdd1", "\ufdd2"
 SAID = ("content", "reasoning_content", "reasoning", "thinking")
+PIECE = 2**14  # letters
 _RESERVED = re.compile(f"[{OPEN}{CLOSE}{MARK}]")
 
 
@@ -33,8 +36,8 @@ class Literal:
         added = tokenizer.get_added_tokens_decoder()
         control = {i: t for i, t in added.items() if t.content and (t.special or (t.content[0] in "<[" and t.content in written))}
         self._control = {i: (token, f"{OPEN}{i}{CLOSE}") for i, token in control.items()}
-        self._said = _beginnings(_bare(token.content) for token in control.values())
-        self._said_by_model = _beginnings(_bare(token.content) for token in control.values() if token.special)
+        self._said = _spellings(_bare(token.content) for token in control.values())
+        self._said_by_model = _spellings(_bare(token.content) for token in control.values() if token.special)
         self._tokenizer = tokenizer
         self._renamed = _renamed(tokenizer, {token.content: private for token, private in self._control.values()})
         self._check_spellings([*(token.content for token in control.values() if token.normalized), *templates])
@@ -90,16 +93,50 @@ def _bare(spelling: str) -> str:
     return spelling.strip() or spelling
 
 
-def _beginnings(spellings: Iterable[str]) -> re.Pattern[str]:
-    """The first letter of each, also where one begins within another."""
-    parts = sorted(map(re.escape, spellings), key=len, reverse=True)
-    return re.compile(f"(?=(?:{'|'.join(parts)}))(.)" if parts else r"(?!)()", re.DOTALL)
+@dataclass(frozen=True)
+class _Spellings:
+    """Of control tokens. longest: letters of one."""
+
+    pattern: re.Pattern[str]
+    longest: int
+
+    def mark(self, text: str) -> str:
+        """With a mark behind the first letter of each, also where one begins within another. Piece by piece: a search holds the interpreter
+        lock for as long as it runs."""
+        parts, at = [], 0
+        for begin in range(0, len(text), PIECE):
+            piece = text[begin : begin + PIECE + self.longest - 1]  # up to where the last that begins in it may end
+            for found in self.pattern.finditer(piece):
+                if found.start() < PIECE:
+                    end = begin + found.start() + 1
+                    parts += [text[at:end], MARK]
+                    at = end
+        return "".join([*parts, text[at:]])
 
 
-def _marked(value: Any, said: re.Pattern[str]) -> Any:
+def _spellings(names: Iterable[str]) -> _Spellings:
+    found = [*dict.fromkeys(names)]
+    return _Spellings(re.compile(f"(?={_beginning(found)})" if found else r"(?!)"), max(map(len, found), default=1))
+
+
+def _beginning(names: Sequence[str]) -> str:
+    """A pattern for a text that begins with any of them: letter by letter, since hundreds of alternatives would each be tried."""
+    if "" in names:
+        return ""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name[0], []).append(name)
+    parts = []
+    for group in groups.values():
+        shared = commonprefix(group)  # noqa: RUF071 - letters are what is compared
+        parts.append(re.escape(shared) + _beginning([name[len(shared) :] for name in group]))
+    return f"(?:{'|'.join(parts)})"
+
+
+def _marked(value: Any, said: _Spellings) -> Any:
     if isinstance(value, str):
         _check(value)
-        return said.sub(rf"\1{MARK}", value)
+        return said.mark(value)
     if isinstance(value, Mapping):
         return {_marked(key, said): _marked(part, said) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

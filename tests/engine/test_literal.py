@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from quantflow.engine.literal import Literal
+from quantflow.engine.literal import MARK, PIECE, Literal, _spellings
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError, RequestError
 from quantflow.models.tokenizer import byte_letters
@@ -276,3 +278,34 @@ def test_a_tokenizer_that_changes_the_names_of_its_tokens_is_refused() -> None:
     tokenizer.add_special_tokens([AddedToken("<s>", special=True, normalized=True)])
     with pytest.raises(ModelError, match="cannot be told from their spelling"):
         Literal(tokenizer, [])
+
+
+def test_marks_are_the_same_however_a_text_is_cut() -> None:
+    """Against a search at every letter; where tokens begin with each other, lie in each other, and across the pieces of a long text."""
+    picked = random.Random(19)
+    names = ["</s>", "<|a|>", "<|ab|>", "<|a", "[x]", "[x][y]", "§", "<<", "*+?"]
+    spellings = _spellings(names)
+    for _ in range(30):
+        text = "".join(picked.choices([*names, "<", "|", "a", "x", "\n", "word "], k=picked.randrange(12)))
+        text = "-" * picked.choice([0, PIECE - 3, PIECE - 1, 2 * PIECE - 2]) + text + text
+        expected = "".join(c + MARK if text.startswith(tuple(names), at) else c for at, c in enumerate(text))
+        assert spellings.mark(text) == expected
+    assert _spellings([]).mark("</s>") == "</s>"
+
+
+def test_marking_leaves_others_their_turn() -> None:
+    """Four million letters of which each may begin one of hundreds of tokens: 11 s where each alternative was tried."""
+    spellings = _spellings([*(f"<|reserved_special_token_{i}|>" for i in range(250)), "</s>"])
+    turns, done = 0, threading.Event()
+
+    def work() -> None:
+        spellings.mark("<|" * 2_000_000)
+        done.set()
+
+    began = time.process_time()
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert time.process_time() - began < 3 and turns > 3
