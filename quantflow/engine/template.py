@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
 from collections.abc import Mapping
 from datetime import datetime
+from queue import LifoQueue
 from typing import Any
 
 from quantflow.engine.child import Child, ChildEnded, ChildSlow
@@ -19,6 +19,7 @@ from quantflow.engine.child import Child, ChildEnded, ChildSlow
 MOST_LETTERS = 4_000_000
 MOST_BYTES = 2**30  # of memory
 MOST_SECONDS = 10.0
+PROCESSES = 2
 
 
 class TemplateRefused(ValueError):
@@ -26,36 +27,41 @@ class TemplateRefused(ValueError):
 
 
 class Renderer:
-    """For several threads, one at a time. date: what templates see for today; by default, what today is."""
+    """For several threads: as many at a time as there are processes, so that one that takes long does not keep all others waiting. date:
+    what templates see for today; by default, what today is."""
 
     def __init__(self, date: datetime | None = None) -> None:
         self._date = date.isoformat() if date else None
-        self._child = Child("quantflow.engine.template")
-        self._lock = threading.Lock()
+        self._idle: LifoQueue[Child] = LifoQueue()  # the last one first: the other is started only where it is needed
+        for _ in range(PROCESSES):
+            self._idle.put(Child("quantflow.engine.template"))
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """Raises TemplateRefused."""
         line = json.dumps({"template": template, "variables": dict(variables), "date": self._date}).encode()
-        with self._lock:
-            try:
-                answer = self._ask(line)
-            except ChildSlow as error:
-                raise TemplateRefused(f"it took more than {MOST_SECONDS:g} s") from error
-            except ChildEnded as error:
-                raise TemplateRefused(f"it took more than {MOST_BYTES >> 20} MiB, or its process was ended ({error})") from error
+        child = self._idle.get()
+        try:
+            answer = _ask(child, line)
+        except ChildSlow as error:
+            raise TemplateRefused(f"it took more than {MOST_SECONDS:g} s") from error
+        except ChildEnded as error:
+            raise TemplateRefused(f"it took more than {MOST_BYTES >> 20} MiB, or its process was ended ({error})") from error
+        finally:
+            self._idle.put(child)
         found = json.loads(answer)
         if "error" in found:
             raise TemplateRefused(found["error"])
         return str(found["text"])
 
-    def _ask(self, line: bytes) -> bytes:
-        if not self._child.running:
-            self._child.start()
-        try:
-            return self._child.ask(line, MOST_SECONDS)
-        except ChildEnded:  # somebody may have ended it, which is not the template's fault
-            self._child.start()
-            return self._child.ask(line, MOST_SECONDS)
+
+def _ask(child: Child, line: bytes) -> bytes:
+    if not child.running:
+        child.start()
+    try:
+        return child.ask(line, MOST_SECONDS)
+    except ChildEnded:  # somebody may have ended it, which is not the template's fault
+        child.start()
+        return child.ask(line, MOST_SECONDS)
 
 
 def answer(line: bytes) -> bytes:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from quantflow.engine import template
+from quantflow.engine.template import Renderer
 from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import RequestError
 from quantflow.models.dialogue import ChatTemplate
@@ -215,15 +218,29 @@ def test_bytes_that_never_become_a_letter_are_shown_in_the_end() -> None:
 def test_a_templates_process_that_somebody_ended_is_started_again(tiny: Path) -> None:
     text = Text(tiny, "chatml")
     expected = text.render(TALK)
-    process = text._renderer._child._process
+    process = text._renderer._idle.queue[-1]._process
     assert process is not None
     process.kill()
     process.wait()
     assert text.render(TALK) == expected
-    process = text._renderer._child._process
+    process = text._renderer._idle.queue[-1]._process
     assert process is not None
     process.kill()  # not yet noticed, perhaps
     assert text.render(TALK) == expected
+
+
+def test_a_template_that_takes_long_does_not_keep_all_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "MOST_SECONDS", 60.0)
+    renderer = Renderer()
+    renderer.render("x", {})
+    slow = "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}slow"
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(renderer.render(slow, {})))
+    thread.start()
+    for _ in range(3):
+        found.append(renderer.render("quick", {}))
+    thread.join()
+    assert found == ["quick"] * 3 + ["slow"]
 
 
 def test_what_json_cannot_hold_is_refused(tiny: Path) -> None:
