@@ -43,7 +43,7 @@ from quantflow.serve.protocol import (
 )
 from quantflow.serve.responses.routes import add_routes as add_responses
 from quantflow.serve.service import Service
-from quantflow.serve.template import told
+from quantflow.serve.tokenize import tokenized
 from quantflow.serve.watched import Worked
 from quantflow.serve.wire import Json
 
@@ -203,19 +203,7 @@ def _text(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse, refusals=GENERATES))
     async def tokenize(body: TokenizeRequest) -> Any:
         """The tokens of a text, or of a dialogue up to where the answer begins."""
-        service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise Refused(400, "prompt: expected it or messages, one of the two", param="prompt", code="invalid_value")
-
-        def work() -> bytes:
-            if body.messages is not None:
-                messages = [m.model_dump(exclude_none=True) for m in body.messages]
-                found = service.dialogue_tokens([messages], told(body, body.messages))
-            else:
-                found = service.tokens([body.prompt or ""], special=body.add_special_tokens is not False)
-            return b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (found.json[1:-1], found.counts[0], service.context)
-
-        return Worked(service, work)
+        return Worked(service, lambda: tokenized(service, body))
 
     @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=GENERATES))
     async def detokenize(body: DetokenizeRequest) -> Any:
@@ -343,13 +331,15 @@ def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | 
 
 BRANCHES = ("str", "text", "texts", "tokens", "lists", "named", "allowed")  # what pydantic calls those of unions
 NAME = re.compile(r"[a-z][a-z_]*$")
+MOST_NAME = 100  # letters of a client's own word in a message
 
 
 def unreadable(error: RequestValidationError) -> Refused:
     """What pydantic found, in OpenAI's words."""
     found = []
     for problem in _telling(error.errors())[:5]:
-        place = [part for at, part in enumerate(problem["loc"]) if at and _is_name(part, at)]
+        last = len(problem["loc"]) - 1 if problem["type"] == "extra_forbidden" else 0  # whatever it is called, it is a name
+        place = [_shown(part) for at, part in enumerate(problem["loc"]) if at and (at == last or _is_name(part, at))]
         param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or "body"
         if problem["type"] == "extra_forbidden":
             found.append((param, f"{param}: unknown parameter; expected one of the API's", "unknown_parameter"))
@@ -360,6 +350,10 @@ def unreadable(error: RequestValidationError) -> Refused:
             found.append((param, f"{param}: {message}", "missing" if problem["type"] == "missing" else "invalid_value"))
     param, _, code = found[0]
     return Refused(400, "; ".join(dict.fromkeys(message for _, message, _ in found)), param=param[:200], code=code)
+
+
+def _shown(part: int | str) -> int | str:
+    return part[:MOST_NAME] if isinstance(part, str) else part
 
 
 def _is_name(part: int | str, at: int) -> bool:

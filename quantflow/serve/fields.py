@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, StringConstraints, ValidationError, WithJsonSchema, WrapValidator, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    WrapValidator,
+    create_model,
+)
 from pydantic_core import PydanticCustomError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -197,6 +207,19 @@ def extended(base: type[Model], fields: Mapping[str, Foreign]) -> type[Model]:
     return create_model(f"{base.__name__}Extended", __base__=base, __module__=base.__module__, **own)
 
 
+def wrong(field: Foreign, value: Any) -> str | None:
+    """What is wrong with a value, where it would change something."""
+    try:
+        TypeAdapter(field.accepts | None).validate_python(value, strict=True)
+    except ValidationError:
+        return _words(field)
+    return None
+
+
+def _words(field: Foreign) -> str:
+    return f"this value is not supported here; expected {field.expected}" + (f". {field.hint}" if field.hint else "")
+
+
 def _refusing(field: Foreign) -> Callable[[Any, Callable[[Any], Any]], Any]:
     def check(value: Any, inner: Callable[[Any], Any]) -> Any:
         if value is None:
@@ -204,7 +227,6 @@ def _refusing(field: Foreign) -> Callable[[Any, Callable[[Any], Any]], Any]:
         try:
             return inner(value)
         except ValidationError:
-            words = f"this value is not supported here; expected {field.expected}" + (f". {field.hint}" if field.hint else "")
-            raise PydanticCustomError(REFUSED, "{words}", {"words": words}) from None
+            raise PydanticCustomError(REFUSED, "{words}", {"words": _words(field)}) from None
 
     return check

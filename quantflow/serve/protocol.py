@@ -21,7 +21,13 @@ MOST_NAME = 256  # letters
 
 
 def _null_or_nothing(schema: dict[str, Any]) -> None:
+    """Also where there is a default, which null stands for."""
     schema["additionalProperties"] = {"type": "null"}
+    properties = schema.get("properties", {})
+    for name, given in properties.items():
+        if given.get("default") is not None:
+            about = {key: given[key] for key in ("default", "title", "description") if key in given}
+            properties[name] = {"anyOf": [{k: v for k, v in given.items() if k not in about}, {"type": "null"}], **about}
 
 
 class Incoming(BaseModel):
@@ -34,8 +40,8 @@ class Incoming(BaseModel):
     def _without_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict) or None not in data.values():
             return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        return {name: value for name, value in data.items() if value is not None or name in known}
+        required = {field.alias or name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name in required}
 
 
 INTERACTIVE: dict[str, fields.Foreign] = {

@@ -174,16 +174,17 @@ class Service:
     def encode(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Tokens of prompts. special: see `Text.encode`. Raises Refused for one that is too long, before it is tokenised where that is
         certain, and RequestError."""
-        for prompt in prompts:
-            self._check_letters("prompt", len(prompt))
-        return self._fitting(prompts, "prompt", special=special)
+        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]  # as the engine calls them
+        for name, prompt in zip(names, prompts, strict=True):
+            self._check_letters(name, len(prompt))
+        return self._fitting(prompts, names, special=special)
 
     def dialogue(self, messages: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""
         given = _for_templates(messages)
         letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
         self._check_letters("messages", letters + sum(len(text) for d in told.variables.get("documents", ()) for text in d.values()))
-        return self._fitting([self._rendered(given, told)], "messages", special=False, literal=self.config.literal_content)[0]
+        return self._fitting([self._rendered(given, told)], ["messages"], special=False, literal=self.config.literal_content)[0]
 
     def tokens(self, texts: Sequence[str], *, special: bool) -> Encoded:
         """The tokens of texts of any length. Raises RequestError."""
@@ -208,10 +209,12 @@ class Service:
     def _long_texts(self) -> LongTexts:
         return LongTexts(self.text.tokenizer, self.text.templates if self.config.literal_content else None)
 
-    def _fitting(self, texts: Sequence[str], param: str, *, special: bool, literal: bool = False) -> list[list[int]]:
+    def _fitting(self, texts: Sequence[str], names: Sequence[str], *, special: bool, literal: bool = False) -> list[list[int]]:
+        """names: what a client calls each."""
         found = self._encoded(texts, special=special, literal=literal, most=self.context)
-        if (most := max(found.counts, default=0)) > self.context:
-            raise self._too_long(param, f"{most} tokens")
+        for name, count in zip(names, found.counts, strict=True):
+            if count > self.context:
+                raise self._too_long(name, f"{count} tokens")
         return found.ids
 
     def _encoded(self, texts: Sequence[str], *, special: bool, literal: bool = False, most: int | None = None) -> Encoded:
@@ -227,7 +230,7 @@ class Service:
             raise self._too_long(param, f"{letters} letters")
 
     def _too_long(self, param: str, what: str) -> Refused:
-        problem = Problem(param, what, f"fewer than {self.context} tokens, the model's context", SHORTEN)
+        problem = Problem(param, what, f"fewer than {self.context} tokens, {self.llm.engine.room_is}", SHORTEN)
         return Refused(400, str(problem), param=param, code=TOO_LONG)
 
 

@@ -374,3 +374,65 @@ def test_unknown_paths_and_methods(server: Running) -> None:
     missing, wrong = server.get("/v1/engines"), server.get("/v1/completions")
     assert (missing.status, missing.error["type"]) == (404, "not_found_error")
     assert (wrong.status, wrong.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("name", ["maxTokens", "MAX", "top-p", "x2", "a b", "类", "text", "allowed", "$schema", "[key]", "0"])
+def test_an_unknown_parameter_is_named_whatever_it_is_called(server: Running, name: str) -> None:
+    message = {"role": "user", "content": "Hi"}
+    for answer, where in (
+        (server.chat(**{name: 1}), name),
+        (server.chat(messages=[{**message, name: 1}]), f"messages[0].{name}"),
+        (server.chat(messages=[{**message, "content": [{"type": "text", "text": "Hi", name: 1}]}]), f"messages[0].content[0].{name}"),
+        (server.chat(tool_choice={"type": "function", "function": {"name": "f", name: 1}}), f"tool_choice.function.{name}"),
+    ):
+        found = (answer.status, answer.error["param"], answer.error["code"])
+        if name == "text" and where == f"messages[0].content[0].{name}":
+            continue  # which is none of the unknown
+        assert found == (400, where, "unknown_parameter")
+        assert answer.error["message"] == f"{where}: unknown parameter; expected one of the API's"
+
+
+def test_a_name_of_a_million_letters_is_shortened(server: Running) -> None:
+    answer = server.chat(**{"x" * 1_000_000: 1})
+    assert answer.status == 400 and len(answer.body) < 1000
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/chat/interactive", "/generate", "/tokenize", "/v1/encode"]
+)
+def test_null_is_as_if_it_were_not_there(server: Running, path: str) -> None:
+    """By every name that a request may have, and as the document says."""
+    document = server.get("/openapi.json").json
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schema = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    given: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": "Hi", "max_tokens": 1}, "/generate": {"prompt": "x", "max_tokens": 1},
+        "/v1/chat/interactive": {"prompt": "Hi", "request_output_len": 1}, "/v1/encode": {"input": "x"},
+    }  # fmt: skip
+    body = given.get(path, {"prompt": "x", "max_tokens": 1} if path == "/v1/completions" else {"prompt": "x"})
+    optional = [name for name in schema["properties"] if name not in schema.get("required", ()) and name not in body]
+    answer = server.post(path, {**body, **dict.fromkeys(optional), "no such thing": None})
+    assert answer.status == 200, answer.body
+    for name in optional:
+        kinds = schema["properties"][name].get("anyOf", [schema["properties"][name]])
+        assert any(kind.get("type") == "null" or not {"type", "$ref", "enum", "const"} & kind.keys() for kind in kinds), name
+
+
+def test_a_default_holds_where_a_limit_is_null(server: Running) -> None:
+    body = {"prompt": "x", "temperature": 0, "ignore_eos": True}
+    assert server.post("/generate", {**body, "max_tokens": None}).json["meta_info"]["completion_tokens"] == 128
+
+
+def test_which_of_several_prompts_is_too_long(server: Running) -> None:
+    for long in ("word " * 3000, "x" * 4_000_000):
+        answer = server.complete(prompt=["a", "b", "c", long])
+        assert (answer.status, answer.error["param"], answer.error["code"]) == (400, "prompt[3]", "context_length_exceeded")
+        assert server.complete(prompt=[long]).error["param"] == server.complete(prompt=long).error["param"] == "prompt"
+
+
+def test_what_a_prompt_is_too_long_for(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the engine says it: the model's context, or a smaller cache."""
+    assert "the model's context" in server.chat(messages="word " * 3000).error["message"]
+    monkeypatch.setattr(type(server.service.llm.engine), "room_is", "what the KV cache holds")
+    for answer in (server.chat(messages="word " * 3000), server.complete(prompt="x" * 4_000_000)):
+        assert "tokens, what the KV cache holds" in answer.error["message"]

@@ -1,0 +1,32 @@
+"""vLLM's door for tokens: /tokenize, those of a text, or of a dialogue up to where its answer begins."""
+
+from __future__ import annotations
+
+from quantflow.serve import fields
+from quantflow.serve.errors import Refused
+from quantflow.serve.protocol import Templated, TokenizeRequest
+from quantflow.serve.service import Service
+from quantflow.serve.template import told
+
+OF_DIALOGUES = tuple(Templated.__annotations__)
+OF_TEXTS = ("add_special_tokens",)
+
+
+def tokenized(service: Service, body: TokenizeRequest) -> bytes:
+    """What is answered, as JSON. Takes a while. Raises Refused, RequestError."""
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise Refused(400, "prompt: expected it or messages, one of the two", param="prompt", code="invalid_value")
+    _check_neutral(body)
+    if body.messages is not None:
+        found = service.dialogue_tokens([[m.model_dump(exclude_none=True) for m in body.messages]], told(body, body.messages))
+    else:
+        found = service.tokens([body.prompt or ""], special=body.add_special_tokens is not False)
+    return b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (found.json[1:-1], found.counts[0], service.context)
+
+
+def _check_neutral(body: TokenizeRequest) -> None:
+    """Raises Refused for what only counts with the other of the two: /v1/completions and /v1/chat/completions refuse the same."""
+    for name in OF_TEXTS if body.prompt is None else OF_DIALOGUES:
+        if wrong := fields.wrong(fields.REQUEST[name], getattr(body, name)):
+            raise Refused(400, f"{name}: {wrong}", param=name, code=fields.REFUSED)
