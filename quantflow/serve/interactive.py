@@ -8,27 +8,34 @@ that opened it: the same number under another key is another session.
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from quantflow.engine.engine import Engine
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
 from quantflow.serve.answer import Job, Object, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import InteractiveRequest
-from quantflow.serve.service import Service
+from quantflow.serve.service import Service, for_templates
 
 MOST_SESSIONS = 1024
+# Bytes of a session's messages, for each token of the model's context and beside them. What a template shows fits the context; what it
+# leaves out, an old turn's thoughts, say, does not count there.
+MOST_PER_TOKEN, MOST_BESIDE = 32, 65536
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
 class Conversation:
-    """number: of the engine's session. messages: as templates want them. used: when it was, on the monotonic clock. tokens: of the dialogue
-    so far. ended: by its owner or an administrator, so that a turn that is prepared must not begin."""
+    """number: of the engine's session. messages: a list, as templates want them, in JSON; nothing else of them is kept. used: when it was,
+    on the monotonic clock. tokens: of the dialogue so far. ended: by its owner or an administrator, so that a turn that is prepared must
+    not begin."""
 
     number: int
-    messages: list[Object] = field(default_factory=list)
+    messages: bytes = b""
     busy: bool = False
     used: float = 0.0
     tokens: int = 0
@@ -123,9 +130,12 @@ class TurnShape(Shape):
 def turn_job(service: Service, body: InteractiveRequest, session: Conversation) -> Job:
     """Takes a while: tokenises. The session has been entered. Raises Refused, RequestError."""
     service.check_model(body.model)
-    new = [message.model_dump(exclude_none=True) for message in body.prompt]
-    dialogue = [*session.messages, *new]
-    tokens = service.dialogue(dialogue)
+    new = for_templates([message.model_dump(exclude_none=True) for message in body.prompt])
+    kept, most = _more(session.messages, new), service.context * MOST_PER_TOKEN + MOST_BESIDE
+    if len(kept) > most:
+        message = f"prompt: {len(kept)} bytes in all that session {body.session_id} would keep; expected at most {most}"
+        raise Refused(400, message, param="prompt", code="session_too_long")
+    tokens = service.prompt_of(json.loads(kept))
     params = SamplingParams(
         max_tokens=body.request_output_len, temperature=body.temperature, top_p=body.top_p, top_k=max(0, body.top_k), min_p=body.min_p,
         repetition_penalty=body.repetition_penalty, ignore_eos=body.ignore_eos, stop=tuple(body.stop or ()), seed=body.seed,
@@ -147,7 +157,19 @@ def turn_job(service: Service, body: InteractiveRequest, session: Conversation) 
         """What was said counts, even where the client went away in the middle; a turn that came to nothing does not."""
         completion = output.completions[0]
         if completion.text or completion.finish in (Finish.stop, Finish.length):
-            session.messages = [*dialogue, {"role": "assistant", "content": completion.text}]
+            session.messages = _more(kept, [{"role": "assistant", "content": completion.text}])
             session.tokens = len(tokens) + len(completion.token_ids)
 
     return Job([tokens], params, TurnShape(len(tokens) - history, history), body.stream, submit=submit, leave=leave)
+
+
+def _more(kept: bytes, messages: list[Object]) -> bytes:
+    """JSON of both."""
+    new = ",".join(_json(message) for message in messages).encode()
+    return b"%b,%b]" % (kept[:-1], new) if kept else b"[%b]" % new
+
+
+def _json(message: Object) -> str:
+    """As short as it can be; with escapes where it holds what is no text, half a surrogate pair."""
+    found = json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(message) if SURROGATE.search(found) else found

@@ -181,7 +181,10 @@ class Service:
 
     def dialogue(self, messages: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""
-        given = _for_templates(messages)
+        return self.prompt_of(for_templates(messages), told)
+
+    def prompt_of(self, given: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
+        """The same of messages in the words of templates: see `for_templates`."""
         letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
         self._check_letters("messages", letters + sum(len(text) for d in told.variables.get("documents", ()) for text in d.values()))
         return self._fitting([self._rendered(given, told)], ["messages"], special=False, literal=self.config.literal_content)[0]
@@ -192,7 +195,7 @@ class Service:
 
     def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]], told: Told = NOTHING) -> Encoded:
         """The same of dialogues, each up to where its answer begins."""
-        texts = [self._rendered(_for_templates(messages), told) for messages in dialogues]
+        texts = [self._rendered(for_templates(messages), told) for messages in dialogues]
         return self._encoded(texts, special=False, literal=self.config.literal_content)
 
     def decode(self, tokens: list[int]) -> bytes:
@@ -250,8 +253,8 @@ async def _done(pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _for_templates(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Raises Refused."""
+def for_templates(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in the words that templates know. Raises Refused."""
     calls = (call for message in messages for call in message.get("tool_calls") or ())
     body.check_texts((call["function"]["arguments"] for call in calls), "messages")
     return [_for_template(message) for message in messages]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -160,3 +161,49 @@ def test_ones_own_sessions_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
         assert turn(running, SECOND, session_id=9, prompt="word " * 3000).status == 400  # nor does one that was refused take a place
         assert turn(running, FIRST, session_id=0).json["history_tokens"] > 0
         assert turn(running, SECOND, session_id=0).json["history_tokens"] == 0
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[interactive.Conversation]:
+    """The sessions that were left, in their order."""
+    found, leave = list[interactive.Conversation](), interactive.Sessions.leave
+
+    def noting(self: Any, owner: str, id: int, session: interactive.Conversation, *, keep: bool) -> None:
+        found.append(session)
+        leave(self, owner, id, session, keep=keep)
+
+    monkeypatch.setattr(interactive.Sessions, "leave", noting)
+    return found
+
+
+def test_a_session_keeps_what_a_template_gets_and_nothing_else(running: Running, left: list[interactive.Conversation]) -> None:
+    said = [{"role": "user", "content": [{"type": "text", "text": "What?"}], "refusal": None}]
+    answer = turn(running, session_id=901, prompt=said)
+    expected = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer.json["text"]}]
+    assert json.loads(left[-1].messages) == expected
+    turn(running, session_id=901, cancel=True)
+
+
+def test_a_session_is_bounded_whatever_a_template_leaves_out(running: Running, left: list[interactive.Conversation]) -> None:
+    """This one shows no calls and no thoughts: the context alone would bound nothing."""
+    most = running.service.context * interactive.MOST_PER_TOKEN + interactive.MOST_BESIDE
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": ["y" * 500] * 40})}}
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}, {"role": "user", "content": "c"}]
+    statuses = list[int]()
+    for _ in range(most // 20_000 + 2):
+        answer = turn(running, session_id=903, prompt=said, request_output_len=1)
+        statuses.append(answer.status)
+        if answer.status != 200:
+            break
+    assert statuses[:2] == [200, 200] and statuses[-1] == 400, answer.body
+    assert (answer.error["param"], answer.error["code"]) == ("prompt", "session_too_long") and str(most) in answer.error["message"]
+    assert len(left[-1].messages) <= most
+    assert turn(running, session_id=903, prompt="Go on.", request_output_len=1).status == 200  # as it was
+    turn(running, session_id=903, cancel=True)
+
+
+@pytest.mark.parametrize("text", ["ä 🦊 \u2028", 'a"\\b', "x\ud800y"])
+def test_messages_come_back_as_they_were(text: str) -> None:
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "tool_calls": [{"arguments": {"x": [1.5, None, True, 10**40]}}]}]
+    once = interactive._more(b"", messages)
+    assert json.loads(once) == messages and json.loads(interactive._more(once, messages)) == messages * 2
