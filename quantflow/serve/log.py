@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 MOST_ALIKE, ALIKE_S = 5, 10.0  # lines of a kind in so many seconds; the others are counted
 MOST_KINDS = 256
 MOST_LETTERS = 2000  # of a message, which may hold what a client sent
+MOST_TRACE = 16_000  # letters of a traceback: of a longer one its beginning, and its end, which says what happened
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 OTHERS = {"info": logging.WARNING, "debug": logging.INFO}  # of uvicorn, which says at `info` what nobody asked
 SAID_BETTER = "Invalid HTTP request received."  # by uvicorn, of what `connection` refuses, with an id
@@ -50,7 +51,7 @@ class Line(logging.Formatter):
         message = record.getMessage().strip()[:MOST_LETTERS].translate(HARMLESS)
         line = f"{at}.{int(record.msecs):03d}Z {record.levelname.lower()} {request} {client} {message}"
         if record.exc_info:
-            trace = self.formatException(record.exc_info)
+            trace = _shortened(self.formatException(record.exc_info))
             line += "".join(f"\n  {part.translate(HARMLESS)}" for part in trace.splitlines())
         return line
 
@@ -80,13 +81,13 @@ class Log(logging.StreamHandler[Any]):
             alike = self._kinds.setdefault(_kind(record), _Alike(self._clock()))
             alike.count += 1
             if alike.count > MOST_ALIKE:
-                alike.first = alike.first or record.getMessage().strip()
+                alike.first = alike.first or record.getMessage().strip()[:MOST_LETTERS]
                 return
         super().emit(record)
 
     def tell_rest(self, *, at_once: bool = False) -> None:
         """How many lines were left out, of the kinds whose time is over. at_once: of all."""
-        with self.lock or _nothing():
+        with self.lock or nullcontext():
             self._tell_rest(at_once)
 
     def _tell_rest(self, at_once: bool = False) -> None:
@@ -100,9 +101,10 @@ class Log(logging.StreamHandler[Any]):
                     super().emit(logging.LogRecord(__name__, logging.WARNING, __file__, 0, said, None, None))
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _shortened(trace: str) -> str:
+    half = MOST_TRACE // 2
+    left_out = len(trace) - 2 * half
+    return trace if left_out <= 0 else f"{trace[:half]}\n… {left_out} letters …\n{trace[-half:]}"
 
 
 def _kind(record: logging.LogRecord) -> object:

@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """ready: called with the server's address once it answers. log: of the process."""
+    """ready: called with the server's address once it answers. said: the process's log."""
 
-    def __init__(self, service: Service, ready: Callable[[str], None], log: log.Log | None = None) -> None:
+    def __init__(self, service: Service, ready: Callable[[str], None], said: log.Log | None = None) -> None:
         config = service.config
         super().__init__(
             uvicorn.Config(
@@ -48,7 +48,8 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(config.drain_timeout_s + LAST_S),
             )
         )  # fmt: skip
-        self.service, self.log, self.exit_code = service, log, 0
+        self.service, self.exit_code = service, 0
+        self._said = said
         self._ready = ready
         self._watch: asyncio.Task[None] | None = None
 
@@ -67,8 +68,8 @@ class Server(uvicorn.Server):
         loop, until = asyncio.get_running_loop(), None
         while True:
             await asyncio.sleep(WATCH_S)
-            if self.log:
-                self.log.tell_rest()
+            if self._said:
+                self._said.tell_rest()
             if self.service.llm.failure is not None and not self.exit_code:
                 logger.error("the engine has died", exc_info=self.service.llm.failure)
                 self.exit_code = 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quantflow.serve.log import Log, about
+from quantflow.serve.log import MOST_TRACE, Log, about
 from tests.helpers.serving import Running
 from tests.serve.test_answer import until
 from tests.serve.test_lifecycle import connect, started
@@ -55,6 +55,17 @@ def test_a_traceback_cannot_be_taken_for_lines_of_the_log(logged: Any) -> None:
     first, *others = said.getvalue().splitlines()
     assert LINE.fullmatch(first) and others and all(line.startswith("  ") for line in others)
     assert "\x1b" not in said.getvalue()
+
+
+def test_a_long_traceback_has_its_beginning_and_its_end(logged: Any) -> None:
+    logger, stream = logged[:2]
+    try:
+        raise ValueError("x" * 1_000_000 + " at last")
+    except ValueError:
+        logger.exception("it failed")
+    found = stream.getvalue()
+    assert MOST_TRACE < len(found) < MOST_TRACE + 300
+    assert "Traceback (most recent call last)" in found and found.rstrip().endswith("x at last") and " letters …" in found
 
 
 def test_lines_that_are_alike_are_counted(logged: Any) -> None:
