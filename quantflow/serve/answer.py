@@ -22,7 +22,7 @@ from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
 from quantflow.errors import Problem, RequestError
-from quantflow.serve.errors import Refused, engine_stopped, refused
+from quantflow.serve.errors import Refused, engine_stopped
 from quantflow.serve.service import Service
 from quantflow.serve.watched import Begun, Watched
 from quantflow.serve.wire import DONE, KEEP_ALIVE, encode, encode_large, event
@@ -110,12 +110,9 @@ class Answer(Watched):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.prepare() as job:
-            self._shape = job.shape
+            self._shape, self.renamed = job.shape, {**(self.renamed or {}), "grammar": job.grammar_from}
             check_scores(job, self.service.context)
-            try:
-                await self.service.compile(job.params.grammar)
-            except RequestError as error:
-                raise refused(error.problems, {"grammar": job.grammar_from}) from error
+            await self.service.compile(job.params.grammar)
             if job.stream:
                 await self._events(job, send)
             else:

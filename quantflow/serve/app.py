@@ -54,10 +54,9 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 PAGES = {"/": "index.html", "/docs": "docs.html"}  # beside each file of the page under its own name
-RENAMED = {"grammar": "response_format"}  # what clients call the engine's arguments
 MODEL_PATH = "/v1/models/{model}"
 HELPER = "x-stainless-helper-method"  # how the openai client says that it adds up a stream's deltas, roles included
-CHAT_RENAMED = {**RENAMED, "prompt": "messages"}
+CHAT_RENAMED = {"prompt": "messages"}  # what clients call the engine's arguments
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -162,7 +161,7 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
         async def job() -> AsyncIterator[Job]:
             yield await service.prepare(lambda: completion_job(service, body))
 
-        return Answer(service, sequences(body), job, RENAMED)
+        return Answer(service, sequences(body), job)
 
     @app.post("/generate", tags=["generation"], **_answers(protocol.GenerateResponse, events=True, refusals=GENERATES))
     async def generate(body: GenerateRequest) -> Any:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from quantflow.engine.request import Finish, Output, SamplingParams, Token
 from quantflow.serve.answer import Job, Object, Shape, Usage
-from quantflow.serve.errors import Refused
-from quantflow.serve.grammars import called, constraint
+from quantflow.serve.errors import Refused, renaming
+from quantflow.serve.grammars import constraint
 from quantflow.serve.protocol import ChatRequest
 from quantflow.serve.sampling import chat_logprobs, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
@@ -149,7 +149,7 @@ def plan(service: Service, body: ChatRequest) -> Plan:
         raise Refused(400, "top_logprobs: without logprobs; expected logprobs: true", param="top_logprobs", code="invalid_value")
     use = _tool_use(service, body)
     wanted = use.constraint
-    with called(wanted.source):
+    with renaming({"grammar": wanted.source}):
         params = sampling_params(body, grammar=wanted.grammar, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     if use.format:
         params = replace(params, skip_special_tokens=False)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from quantflow.engine.request import Completion, Logprob, Output, Token
 from quantflow.engine.text import Detokenizer
 from quantflow.serve.answer import Job, Object, Shape, Usage
-from quantflow.serve.errors import Refused
-from quantflow.serve.grammars import called, constraint
+from quantflow.serve.errors import Refused, renaming
+from quantflow.serve.grammars import constraint
 from quantflow.serve.protocol import CompletionRequest
 from quantflow.serve.sampling import finite, most_tokens, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
@@ -170,7 +170,7 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     asked = [n for n in (body.logprobs if body.echo else None, body.prompt_logprobs) if n is not None]
     scores = nothing and made == 1 and bool(asked) and all(len(prompt.tokens) > 1 for prompt in prompts)
     wanted = constraint(body)
-    with called(wanted.source):
+    with renaming({"grammar": wanted.source}):
         params = sampling_params(
             body,
             n=made,

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from quantflow.engine.grammar import MOST_LETTERS, Grammar, GrammarKind
-from quantflow.errors import RequestError
 from quantflow.serve.body import read_text
-from quantflow.serve.errors import Refused, refused
+from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.protocol import Constrained, JsonSchema, ResponseFormat, StructuredOutputs
 
 GBNF_RULE = re.compile(r"^[ \t]*+[\w.-]++\s*+::=", re.MULTILINE)
@@ -38,15 +36,6 @@ def constraint(body: Constrained) -> Constraint:
         names = " and ".join(c.source for c in found)
         raise Refused(400, f"{found[1].source}: {names}; expected one of them", param=found[1].source, code="invalid_value")
     return found[0] if found else Constraint()
-
-
-@contextmanager
-def called(name: str) -> Iterator[None]:
-    """Has the engine's errors call its grammar what the client calls it: raises Refused in place of RequestError."""
-    try:
-        yield
-    except RequestError as error:
-        raise refused(error.problems, {"grammar": name}) from error
 
 
 def compact(schema: Any, param: str) -> str:
@@ -93,7 +82,7 @@ def _check_length(letters: int, name: str) -> None:
 
 
 def _constraint(kind: GrammarKind, text: str, name: str) -> Constraint:
-    with called(name):
+    with renaming({"grammar": name}):
         return Constraint(Grammar(kind, text), name)
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from quantflow.engine.grammar import Grammar, GrammarKind
 from quantflow.engine.schema import endless
-from quantflow.serve.errors import Refused
-from quantflow.serve.grammars import Constraint, called
+from quantflow.serve.errors import Refused, renaming
+from quantflow.serve.grammars import Constraint
 from quantflow.serve.protocol import AllowedToolsChoice, Function, ToolChoice
 from quantflow.serve.service import Service
 from quantflow.serve.tools import MOST_CALLS, Callee, Opening, ToolFormat, lark
@@ -93,7 +93,7 @@ def _constraint(
         raise Refused(400, "tools: a schema that is nested too deep", param="tools", code="invalid_value") from error
     by_schema = any(c.parameters for c in callees)
     source = "tools" if by_schema or opening != Opening.answer else answer.source
-    with called(source):
+    with renaming({"grammar": source}):
         inner = answer.grammar if opening == Opening.answer else None
         grammar = replace(inner, around=text) if inner else Grammar(GrammarKind.lark, text)
     for c in callees:  # of those that are short enough for a grammar

@@ -149,7 +149,9 @@ def test_schemas_with_references(server: Running) -> None:
 def test_what_is_too_long_is_refused_at_once(server: Running, name: str) -> None:
     """A text of 4 MB whose quotes, read by an expression that gives back what it took, hold everybody up for minutes."""
     text = '"' + '\\"' * 1_000_000
-    given = {"response_format": {"type": "grammar", "grammar": text}, "structured_outputs": {"grammar": text}}.get(name, text)
+    given = {"response_format": {"type": "grammar", "grammar": text}, "structured_outputs": {"grammar": text}, "guided_choice": [text]}.get(
+        name, text
+    )
     began = time.monotonic()
     answer = server.complete(**{name: given})
     assert answer.status == 400 and answer.error["param"].startswith(name) and str(MOST_LETTERS) in answer.error["message"]

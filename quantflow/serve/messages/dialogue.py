@@ -23,7 +23,7 @@ from quantflow.serve.messages.protocol import (
 from quantflow.serve.protocol import ChatRequest
 
 RENAMED = {
-    "prompt": "messages", "stop": "stop_sequences", "grammar": "output_config.format", "response_format": "output_config.format",
+    "prompt": "messages", "stop": "stop_sequences", "response_format": "output_config.format",
     "parallel_tool_calls": "tool_choice", "continue_final_message": "messages",
 }  # fmt: skip
 """What this API calls the parameters of chat completions and the engine's arguments."""

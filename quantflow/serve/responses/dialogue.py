@@ -23,7 +23,7 @@ from quantflow.serve.responses.protocol import (
 )
 
 RENAMED = {
-    "messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "grammar": "text.format", "response_format": "text.format",
+    "messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
 }  # fmt: skip
 """What this API calls the parameters of chat completions and the engine's arguments."""
