@@ -7,6 +7,11 @@ lists       126 prompts in a request, one of them bad
 leave       32 clients that go away at a random moment
 slow        300 connections: headers that drip, bodies that drip, streams that are hardly read
 malformed   fuzzed bodies and headers, and what is no HTTP
+grammars    a grammar of 60 KB whose string is not closed
+brackets    bodies of closing brackets
+scores      128 prompts with the log-probabilities of 20 tokens at each place: as many as are answered, and more
+counted     count_tokens and its like for 4 MB, sent and left
+items       lists of a hundred thousand wrong items
 honest      requests that want nothing but an answer, and ask again where the queue is full
 
 Hostile and honest clients have a process each, and so has who asks /health, fifty times a second. It passes where the 99th percentile of
@@ -39,6 +44,8 @@ from serve import HANG_S, MODEL, ROOT, TEXT, ask, fuzzed, get, metrics, request,
 
 BIG = 4 * 2**20 - 2048
 HONEST, LEAVE, SLOW, TOKENISE, LISTS, MALFORMED = 4, 32, 300, 2, 2, 4
+GRAMMARS, BRACKETS, SCORES, COUNTED, ITEMS = 1, 1, 1, 4, 1
+WRONG = 100_000  # items of a list
 EVERY_S = 0.02
 GOAL_S = 0.2
 MOST_GROWTH = 64 * 2**20  # bytes, from the end of the first minute, when every kind has been met, to the end
@@ -105,9 +112,65 @@ async def malformed(port: int, draw: random.Random, count: Counter[str]) -> None
     await asyncio.sleep(0.02)
 
 
+async def grammars(port: int, draw: random.Random, count: Counter[str]) -> None:
+    kind, opening = draw.choice((("grammar", 'start: "'), ("guided_grammar", 'root ::= "'), ("regex", "[")))
+    text = opening + draw.choice(("a", "\\\\", "\\n", "/")) * 60_000
+    if kind == "regex":
+        extra: dict[str, Any] = {"response_format": {"type": "regex_schema", "regex_schema": text[:60_000]}}
+    else:
+        extra = {kind: text[:60_000]}
+    count[status(await ask(port, request("/v1/completions", {"prompt": "x", "max_tokens": 4, **extra})))] += 1
+
+
+async def brackets(port: int, draw: random.Random, count: Counter[str]) -> None:
+    data = draw.choice((b"]", b"}", b"]}", b'"]', b"[]", b"[")) * BIG
+    count[status(await ask(port, request(draw.choice(("/v1/completions", "/tokenize")), data[:BIG])))] += 1
+
+
+async def scores(port: int, draw: random.Random, count: Counter[str]) -> None:
+    prompts = [[draw.randrange(3, 200) for _ in range(draw.choice((60, 250, 1000)))] for _ in range(draw.choice((20, 100, 128)))]
+    body = {"prompt": prompts, "max_tokens": 0, "echo": True, "prompt_logprobs": 20}
+    leave_s = draw.choice((None, 1.0))
+    count[status(await ask(port, request("/v1/completions", body), leave_s)) + (", left" if leave_s else "")] += 1
+
+
+async def counted(port: int, draw: random.Random, count: Counter[str]) -> None:
+    """One in ten stays for the answer: there must be one."""
+    text = draw.choice((" ", "a", "x y ")) * BIG
+    said = [{"role": "user", "content": text[: BIG - 200]}]
+    path, body = draw.choice(
+        (
+            ("/v1/messages/count_tokens", {"model": "demo_model", "messages": said}),
+            ("/v1/responses/input_tokens", {"model": "demo_model", "input": text[: BIG - 200]}),
+            ("/v1/encode", {"input": text[: BIG - 200]}),
+            ("/detokenize", {"tokens": [5] * (BIG // 4)}),
+        )
+    )
+    leave_s = None if draw.random() < 0.1 else draw.uniform(0.1, 1.0)
+    count[status(await ask(port, request(path, body), leave_s)) + ("" if leave_s is None else ", left")] += 1
+
+
+async def items(port: int, draw: random.Random, count: Counter[str]) -> None:
+    wrong = [draw.choice(("x", {}, [], None, -1, 1.5, True))] * WRONG
+    said = [{"role": "user", "content": "x"}]
+    path, body = draw.choice(
+        (
+            ("/v1/completions", {"prompt": wrong}),
+            ("/v1/completions", {"prompt": "x", "stop": wrong}),
+            ("/v1/chat/completions", {"messages": wrong}),
+            ("/v1/chat/completions", {"messages": said, "tools": wrong}),
+            ("/v1/messages", {"model": "demo_model", "max_tokens": 4, "messages": wrong}),
+            ("/v1/responses", {"model": "demo_model", "input": wrong}),
+            ("/detokenize", {"tokens": wrong}),
+        )
+    )
+    count[status(await ask(port, request(path, body)))] += 1
+
+
 HOSTILE: dict[str, tuple[int, Client]] = {
     "tokenise": (TOKENISE, tokenise), "lists": (LISTS, lists), "leave": (LEAVE, leave), "slow": (SLOW, slow),
-    "malformed": (MALFORMED, malformed),
+    "malformed": (MALFORMED, malformed), "grammars": (GRAMMARS, grammars), "brackets": (BRACKETS, brackets), "scores": (SCORES, scores),
+    "counted": (COUNTED, counted), "items": (ITEMS, items),
 }  # fmt: skip
 
 

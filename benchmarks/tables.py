@@ -161,9 +161,9 @@ def hostile(record: dict[str, Any] | None) -> list[str]:
         ("resident memory", f"{record['resident_growth'] / 2**20:+.0f} MiB after the first minute"),
         ("lines in the log", f"{record['log_lines']}"),
     ]
+    *most, last = (what for kind, what in ATTACKS.items() if kind in record["hostile"])
     return [
-        f"{place}; `python benchmarks/serve_hostile.py`: {record['seconds']:.0f} s of 4 MB tokenised again and again, lists of 126"
-        f" prompts one of them bad, 32 clients that go away, 300 slow connections and malformed requests at once ({busy}).",
+        f"{place}; `python benchmarks/serve_hostile.py`: {record['seconds']:.0f} s of {', '.join(most)} and {last} at once ({busy}).",
         "",
         _row("beside them", "result"),
         _row("---", "---"),
@@ -171,6 +171,18 @@ def hostile(record: dict[str, Any] | None) -> list[str]:
     ]
 
 
+ATTACKS = {  # of serve_hostile
+    "tokenise": "4 MB tokenised again and again",
+    "lists": "lists of 126 prompts one of them bad",
+    "leave": "32 clients that go away",
+    "slow": "300 slow connections",
+    "malformed": "malformed requests",
+    "grammars": "grammars of 60 KB with a string that is not closed",
+    "brackets": "4 MB of brackets",
+    "scores": "log-probabilities of 128 prompts",
+    "counted": "4 MB counted for clients that go away",
+    "items": "lists of a hundred thousand wrong items",
+}
 TABLES = {
     "quality_smollm2": quality,
     "engine_gpu": engine_gpu,
