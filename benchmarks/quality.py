@@ -2,8 +2,9 @@
 
     python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--llmcompressor PYTHON] [--output benchmarks/results/NAME.json]
 
-Every result is loaded and measured by transformers with the compressed-tensors package, in float32. PYTHON is an interpreter that has
-llm-compressor, which wants another version of transformers. Seconds are of quantisation, in a process of its own with what that imports.
+Every result is loaded and measured by transformers with the compressed-tensors package, in float32; llm-compressor's by its own versions
+of them, which PYTHON has: newer ones do not load what it writes with zero points. Seconds are of quantisation, in a process of its own
+with what that imports.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from quantflow.calibration.data import cut_windows, documents
 from quantflow.models.tokenizer import load_tokenizer
@@ -38,8 +40,9 @@ import json, sys, torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, windows, group, output = json.loads(sys.argv[1])
+model, windows, judged, group, output = json.loads(sys.argv[1])
 ids = json.load(open(windows))
 data = Dataset.from_list([{"input_ids": each, "attention_mask": [1] * len(each)} for each in ids])
 weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": False}
@@ -48,6 +51,11 @@ net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 oneshot(model=net, processor=AutoTokenizer.from_pretrained(model), dataset=data, recipe=modifier, num_calibration_samples=len(ids),
         max_seq_length=len(ids[0]), shuffle_calibration_samples=False)
 net.save_pretrained(output, save_compressed=True)
+del net
+net = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+with torch.inference_mode():
+    found = [net(torch.tensor([each])).logits[0].float().log_softmax(-1) for each in json.load(open(judged))]
+save_file({str(n): each for n, each in enumerate(found)}, output + "/log_probabilities.safetensors")
 """
 
 
@@ -81,6 +89,12 @@ def log_probabilities(folder: Path, windows: list[list[int]]) -> list[torch.Tens
     """float32 `[L, V]` of each window."""
     net = load(folder)
     return [net(torch.tensor([window])).logits[0].float().log_softmax(-1) for window in windows]
+
+
+def told(folder: Path, windows: int) -> list[torch.Tensor]:
+    """The same, as whoever made the model has measured it."""
+    found = load_file(folder / "log_probabilities.safetensors")
+    return [found[str(number)] for number in range(windows)]
 
 
 def compare(reference: list[torch.Tensor], found: list[torch.Tensor], windows: list[list[int]]) -> dict[str, float]:
@@ -117,7 +131,9 @@ def main() -> None:
     reference = log_probabilities(args.model, windows)
     rows: dict[str, dict[str, float]] = {"full precision": {"perplexity": perplexity(reference, windows)}}
     with tempfile.TemporaryDirectory(dir=os.environ.get("QUANTFLOW_BENCH_DIR")) as scratch:
-        (Path(scratch) / "windows.json").write_text(json.dumps(calibration))
+        places = [Path(scratch) / name for name in ("windows.json", "judged.json")]
+        for place, each in zip(places, (calibration, windows), strict=True):
+            place.write_text(json.dumps(each))
         ways: list[tuple[str, Any]] = list(WAYS.items())
         if args.llmcompressor:
             ways.append((THEIRS, None))
@@ -128,11 +144,17 @@ def main() -> None:
             if way:
                 quantise(args.model, args.calibration, args.samples, args.length, args.group, *way, output)
             else:
-                given = json.dumps([str(args.model), str(Path(scratch) / "windows.json"), args.group, str(output)])
+                given = json.dumps([str(args.model), *map(str, places), args.group, str(output)])
                 run([args.llmcompressor, "-c", LLM_COMPRESSOR, given], PYTHONPATH="")
             seconds = time.perf_counter() - began
-            rows[name] = {"seconds": round(seconds, 1), **compare(reference, log_probabilities(output, windows), windows)}
+            found = log_probabilities(output, windows) if way else told(output, len(windows))
+            rows[name] = {"seconds": round(seconds, 1), **compare(reference, found, windows)}
             print(name, rows[name], flush=True)
+            keep(args, rows)
+
+
+def keep(args: argparse.Namespace, rows: dict[str, dict[str, float]]) -> None:
+    """What there is so far."""
     if args.output:
         record = {
             "date": time.strftime("%Y-%m-%d"), "cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__,
