@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,9 +25,8 @@ from quantflow.errors import Problem, RequestError
 from quantflow.serve.errors import Refused, engine_stopped
 from quantflow.serve.service import Service
 from quantflow.serve.watched import Begun, Watched
-from quantflow.serve.wire import DONE, KEEP_ALIVE, encode, encode_large, event
+from quantflow.serve.wire import DONE, KEEP_ALIVE, Object, encode, encode_large, event
 
-Object = dict[str, Any]
 Write = Callable[[Any], bytes]
 
 SMALL = 4096  # tokens and scores that take the loop about ten milliseconds
@@ -94,6 +93,16 @@ class Job:
     leave: Callable[[Output], None] = lambda output: None
     grammar_from: str = "response_format"
     priority: int = 0
+
+
+def prepared(service: Service, make: Callable[[], Job]) -> Callable[[], AbstractAsyncContextManager[Job]]:
+    """How an answer comes to a job that takes a while to make, and holds nothing that must be given back."""
+
+    @contextlib.asynccontextmanager
+    async def job() -> AsyncIterator[Job]:
+        yield await service.prepare(make)
+
+    return job
 
 
 class Answer(Watched):

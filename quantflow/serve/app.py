@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from quantflow import __version__
 from quantflow.errors import RequestError, ResourceError
 from quantflow.serve import protocol
-from quantflow.serve.answer import Answer, Job
+from quantflow.serve.answer import Answer, Job, prepared
 from quantflow.serve.body import JsonRoute
 from quantflow.serve.chat import chat_job
 from quantflow.serve.completion import completion_job, sequences
@@ -54,6 +54,9 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 PAGES = {"/": "index.html", "/docs": "docs.html"}  # beside each file of the page under its own name
+READS = (400,)
+GENERATES = (400, 404, 408, 413, 415, 429, 504)
+CLOSE_S = 5.0  # for the engine's thread to end its step
 MODEL_PATH = "/v1/models/{model}"
 HELPER = "x-stainless-helper-method"  # how the openai client says that it adds up a stream's deltas, roles included
 CHAT_RENAMED = {"prompt": "messages"}  # what clients call the engine's arguments
@@ -106,7 +109,7 @@ def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
 
 
 def _answers(
-    model: Any, *, events: bool = False, refusals: tuple[int, ...] = (400, 413, 415, 429), error: Any = protocol.ErrorResponse
+    model: Any, *, events: bool = False, refusals: tuple[int, ...] = GENERATES, error: Any = protocol.ErrorResponse
 ) -> dict[str, Any]:
     """The part of the OpenAPI document that says what a route may answer."""
     whole: dict[str, Any] = {"model": model} if model else {}
@@ -117,11 +120,6 @@ def _answers(
         "response_model": model,
         "responses": {200: whole, **dict.fromkeys(sorted({*refusals, 401, 403, 421, 500, 503}), refusal)},
     }
-
-
-CLOSE_S = 5.0  # for the engine's thread to end its step
-READS = (400,)
-GENERATES = (400, 404, 408, 413, 415, 429, 504)
 
 
 def _models(app: FastAPI, service: Service) -> None:
@@ -142,36 +140,22 @@ def _models(app: FastAPI, service: Service) -> None:
 
 
 def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
-    @app.post("/v1/chat/completions", tags=["generation"], **_answers(protocol.ChatCompletion, events=True, refusals=GENERATES))
+    @app.post("/v1/chat/completions", tags=["generation"], **_answers(protocol.ChatCompletion, events=True))
     async def chat(body: ChatRequest, request: Request) -> Any:
         """A dialogue in, the assistant's message out."""
         roles = HELPER not in request.headers
+        return Answer(service, body.n or 1, prepared(service, lambda: chat_job(service, body, roles=roles)), CHAT_RENAMED)
 
-        @asynccontextmanager
-        async def job() -> AsyncIterator[Job]:
-            yield await service.prepare(lambda: chat_job(service, body, roles=roles))
-
-        return Answer(service, body.n or 1, job, CHAT_RENAMED)
-
-    @app.post("/v1/completions", tags=["generation"], **_answers(protocol.Completion, events=True, refusals=GENERATES))
+    @app.post("/v1/completions", tags=["generation"], **_answers(protocol.Completion, events=True))
     async def completions(body: CompletionRequest) -> Any:
         """A text in, what follows it out."""
+        return Answer(service, sequences(body), prepared(service, lambda: completion_job(service, body)))
 
-        @asynccontextmanager
-        async def job() -> AsyncIterator[Job]:
-            yield await service.prepare(lambda: completion_job(service, body))
-
-        return Answer(service, sequences(body), job)
-
-    @app.post("/generate", tags=["generation"], **_answers(protocol.GenerateResponse, events=True, refusals=GENERATES))
+    @app.post("/generate", tags=["generation"], **_answers(protocol.GenerateResponse, events=True))
     async def generate(body: GenerateRequest) -> Any:
         """A text or tokens in, what follows them out, in LMDeploy's words."""
-
-        @asynccontextmanager
-        async def job() -> AsyncIterator[Job]:
-            yield await service.prepare(lambda: generate_job(service, body))
-
-        return Answer(service, 1, job, GENERATE_RENAMED if body.input_ids is None else {**GENERATE_RENAMED, "prompt": "input_ids"})
+        renamed = GENERATE_RENAMED if body.input_ids is None else {**GENERATE_RENAMED, "prompt": "input_ids"}
+        return Answer(service, 1, prepared(service, lambda: generate_job(service, body)), renamed)
 
     @app.post(
         "/v1/chat/interactive", tags=["generation"], **_answers(protocol.InteractiveResponse, events=True, refusals=(*GENERATES, 409))
@@ -199,12 +183,12 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
 
 
 def _text(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse, refusals=GENERATES))
+    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse))
     async def tokenize(body: TokenizeRequest) -> Any:
         """The tokens of a text, or of a dialogue up to where the answer begins."""
         return Worked(service, lambda: tokenized(service, body))
 
-    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse, refusals=GENERATES))
+    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse))
     async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of tokens, special ones left out."""
         service.check_model(body.model)
@@ -214,7 +198,7 @@ def _text(app: FastAPI, service: Service) -> None:
             raise Refused(400, message, param="tokens", code="invalid_value")
         return Worked(service, lambda: b'{"prompt":%b}' % service.decode(body.tokens))
 
-    @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse, refusals=GENERATES))
+    @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse))
     async def encode(body: EncodeRequest) -> Any:
         """The tokens of a text, or of each of several, in LMDeploy's words."""
         return Worked(service, lambda: encoded(service, body))

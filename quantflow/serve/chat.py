@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
-
-from pydantic import ValidationError
 
 from quantflow.engine.request import Finish, Output, SamplingParams, Token
-from quantflow.serve.answer import Job, Object, Shape, Usage
+from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.grammars import constraint
 from quantflow.serve.protocol import ChatRequest
@@ -20,6 +17,7 @@ from quantflow.serve.service import Service
 from quantflow.serve.template import Told, told
 from quantflow.serve.tool_use import ToolUse, choice_of, tool_use
 from quantflow.serve.tools import Call, Reading, ToolFormat, apart
+from quantflow.serve.wire import Object
 
 
 class ChatShape(Shape):
@@ -123,23 +121,6 @@ def chat_job(service: Service, body: ChatRequest, *, roles: bool = True) -> Job:
         scores=body.prompt_logprobs,
     )  # fmt: skip
     return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from, priority=body.priority or 0)
-
-
-COUNTED = {"messages": "messages", "tool_calls": "calls in one turn"}
-
-
-def chat_request(found: Mapping[str, Any]) -> ChatRequest:
-    """What another API's request is in the words of chat completions, which has bounds of its own. Raises Refused, which names the
-    parameter of chat completions that is wrong."""
-    try:
-        return ChatRequest.model_validate({name: value for name, value in found.items() if value is not None})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        names, bounds = [str(part) for part in problem["loc"] if isinstance(part, str)], problem.get("ctx", {})
-        said = problem["msg"][:1].lower() + problem["msg"][1:]
-        if problem["type"] == "too_long" and names[-1] in COUNTED:
-            said = f"{bounds['actual_length']} {COUNTED[names[-1]]}; expected at most {bounds['max_length']}"
-        raise Refused(400, f"{names[0]}: {said}", param=names[0], code="invalid_value") from error
 
 
 def plan(service: Service, body: ChatRequest) -> Plan:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from quantflow.engine.request import Completion, Logprob, Output, Token
 from quantflow.engine.text import Detokenizer
-from quantflow.serve.answer import Job, Object, Shape, Usage
+from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.grammars import constraint
 from quantflow.serve.protocol import CompletionRequest
 from quantflow.serve.sampling import finite, most_tokens, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
+from quantflow.serve.wire import Object
 
 DEFAULT_TOKENS = 16  # OpenAI's
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     StringConstraints,
     TypeAdapter,
@@ -26,6 +27,8 @@ from pydantic_core import PydanticCustomError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# By words in the type of a part: image_url, input_image, image_data; input_audio, audio_url, ...
+MEDIA = {"image": "images are", "audio": "audio is", "video": "video is", "file": "files are", "document": "documents are"}
 NEUTRAL = "x-changes-nothing"  # how the document at /openapi.json marks such a field
 REFUSED = "unsupported_parameter"  # the code of a value that is none of these, and pydantic's type of the error
 
@@ -218,6 +221,21 @@ def wrong(field: Foreign, value: Any) -> str | None:
 
 def _words(field: Foreign) -> str:
     return f"this value is not supported here; expected {field.expected}" + (f". {field.hint}" if field.hint else "")
+
+
+def known_types(what: str, *types: str, media: bool = False) -> BeforeValidator:
+    """For an object whose `type` is one of these, the first where it tells none; another is refused by its name. what: such objects.
+    media: whether they are of a content, in which images and the like are called so."""
+
+    def check(value: Any) -> Any:
+        found = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(found, str) or found in types:
+            return value
+        name = next((name for word, name in MEDIA.items() if media and word in found), None)
+        words = f"{name or f'{what} of type {found[:80]!r} are'} not supported here; expected {'text' if name else ' or '.join(types)}"
+        raise PydanticCustomError(REFUSED, "{words}", {"words": words})
+
+    return BeforeValidator(check)
 
 
 def _refusing(field: Foreign) -> Callable[[Any, Callable[[Any], Any]], Any]:

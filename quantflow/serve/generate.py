@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from quantflow.engine.request import Finish, Logprob, Output, SamplingParams, Token
-from quantflow.serve.answer import Job, Object, Shape, Usage
+from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import EncodeRequest, GenerateRequest
 from quantflow.serve.sampling import LEAST_TOP_P, default, finite, temperature
 from quantflow.serve.service import Service
-from quantflow.serve.wire import encode
+from quantflow.serve.wire import Object, encode
 
 GENERATE_RENAMED = {
     "logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num", "prompt_logprobs_from": "logprob_start_len"

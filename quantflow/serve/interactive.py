@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 from quantflow.engine.engine import Engine
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
-from quantflow.serve.answer import Job, Object, Shape, Usage
+from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import InteractiveRequest
 from quantflow.serve.service import Service, for_templates
+from quantflow.serve.wire import Object
 
 MOST_SESSIONS = 1024
 # Bytes of a session's messages, for each token of the model's context and beside them. What a template shows fits the context; what it

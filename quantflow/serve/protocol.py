@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 from quantflow.serve import fields
+from quantflow.serve.fields import known_types
 
 MOST_TOOLS = 128
 MOST_MESSAGES = 4096
@@ -105,25 +106,13 @@ def _unsupported(words: str) -> PydanticCustomError:
     return PydanticCustomError(fields.REFUSED, "{words}", {"words": words})
 
 
-# By words in the type of a part: image_url, input_image, image_data; input_audio, audio_url, ...
-MEDIA = {"image": "images are", "audio": "audio is", "video": "video is", "file": "files are", "document": "documents are"}
-
-
 class TextPart(PartFields):
     type: Literal["text"]
     text: str
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_media(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, dict) else None
-        found = next((name for word, name in MEDIA.items() if isinstance(kind, str) and word in kind), None)
-        if found:
-            raise _unsupported(f"{found} not supported here; expected text")
-        return data
 
-
-Content = str | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+Part = Annotated[TextPart, known_types("parts", "text", media=True)]
+Content = str | Annotated[list[Part], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class CalledFunction(CallFields):
@@ -177,14 +166,6 @@ class Function(Incoming):
 class Tool(Incoming):
     type: Literal["function"]
     function: Function
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_other_type(cls, data: Any) -> Any:
-        kind = data.get("type") if isinstance(data, dict) else None
-        if isinstance(kind, str) and kind != "function":
-            raise _unsupported(f"tools of type {kind[:40]!r} are not supported here; expected type 'function'")
-        return data
 
 
 class FunctionName(Incoming):
@@ -347,7 +328,7 @@ class ChatRequest(Constrained, Templated, Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[Annotated[Tool, known_types("tools", "function")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
 

@@ -1,4 +1,5 @@
-"""From a request's words to the engine's: sampling parameters, grammars, and log-probabilities in both of OpenAI's forms."""
+"""From a request's words to the engine's: sampling parameters; and back: log-probabilities as chat completions tell
+them, and a prompt's as vLLM does."""
 
 from __future__ import annotations
 
@@ -9,8 +10,7 @@ from quantflow.engine.request import LEAST_TEMPERATURE, Logprob, SamplingParams
 from quantflow.engine.text import Text
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import Sampling, StreamOptions
-
-Object = dict[str, Any]
+from quantflow.serve.wire import Object
 
 LEAST_TOP_P = 1e-9  # the likeliest token alone, as 0 is
 

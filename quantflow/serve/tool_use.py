@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from quantflow.engine.grammar import Grammar, GrammarKind
 from quantflow.engine.schema import endless
@@ -15,8 +15,7 @@ from quantflow.serve.grammars import Constraint
 from quantflow.serve.protocol import AllowedToolsChoice, Function, ToolChoice
 from quantflow.serve.service import Service
 from quantflow.serve.tools import MOST_CALLS, Callee, Opening, ToolFormat, lark
-
-Object = dict[str, Any]
+from quantflow.serve.wire import Object
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 from pydantic_core import PydanticSerializationError, to_json
 from starlette.responses import Response
 
+Object = dict[str, Any]  # as JSON has it
+
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 PIECE = 64  # values of a list that are written at once

@@ -87,6 +87,26 @@ def test_every_api_of_dialogues_knows_what_chat_completions_read(model: type[Bas
     assert set(ChatRequest.model_fields) <= set(model.model_fields)
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("input_image", "images are not supported here; expected text"),
+        ("input_audio", "audio is not supported here; expected text"),
+        ("file", "files are not supported here; expected text"),
+        ("wizard", "of type 'wizard' are not supported here; expected "),
+    ],
+)
+def test_what_is_no_text_is_refused_in_the_same_words_everywhere(server: Running, kind: str, words: str) -> None:
+    said = [{"role": "user", "content": [{"type": kind, "text": "x"}]}]
+    for path, body in (
+        (CHAT, {"messages": said}),
+        ("/v1/messages", {"messages": said, "max_tokens": 1}),
+        ("/v1/responses", {"input": said}),
+    ):
+        answer = server.post(path, body)
+        assert answer.status == 400 and words in answer.error["message"], answer.body
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_every_other_value_is_refused_by_name(server: Running, path: str) -> None:
     formats = set(Constrained.__annotations__)

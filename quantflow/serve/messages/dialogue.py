@@ -6,8 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from quantflow.serve.answer import Object
-from quantflow.serve.chat import chat_request
+from quantflow.serve.dialect import chat_request
 from quantflow.serve.errors import NO_THREAD, Refused
 from quantflow.serve.messages.protocol import (
     CountRequest,
@@ -21,6 +20,7 @@ from quantflow.serve.messages.protocol import (
     Turn,
 )
 from quantflow.serve.protocol import ChatRequest
+from quantflow.serve.wire import Object
 
 RENAMED = {
     "prompt": "messages", "stop": "stop_sequences", "response_format": "output_config.format",

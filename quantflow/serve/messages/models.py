@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from quantflow.serve.answer import Object
 from quantflow.serve.protocol import ModelCard
+from quantflow.serve.wire import Object
 
 
 def model_info(card: ModelCard) -> Object:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
 from quantflow.serve import fields
-from quantflow.serve.fields import ANY, LABEL, REFUSED, SWITCH, Foreign, only
+from quantflow.serve.fields import ANY, LABEL, SWITCH, Foreign, known_types, only
 from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Incoming, Name, Outgoing, Probability, StopStrings, ToolName
 
 _THOUGHTS = only(hint="Use thinking, or output_config.effort")
@@ -57,21 +56,6 @@ else:
 # --- requests
 
 
-def _known(what: str, *types: str) -> BeforeValidator:
-    """For an object whose `type` is one of these; another is refused by its name."""
-
-    def check(value: Any) -> Any:
-        found = value.get("type") or types[0] if isinstance(value, dict) else types[0]
-        if found in ("image", "document"):
-            raise PydanticCustomError(REFUSED, "{type}s are not supported here; expected text", {"type": found})
-        if found not in types:
-            words = {"what": what, "type": str(found)[:80], "types": ", ".join(types)}
-            raise PydanticCustomError(REFUSED, "{what} of type '{type}' are not supported here; expected {types}", words)
-        return value
-
-    return BeforeValidator(check)
-
-
 class TextBlock(BlockFields):
     type: Literal["text"]
     text: str
@@ -87,7 +71,7 @@ class ToolUseBlock(BlockFields):
 
 
 Texts = Annotated[
-    list[Annotated[TextBlock, _known("blocks", "text")]],
+    list[Annotated[TextBlock, known_types("blocks", "text", media=True)]],
     Field(max_length=MOST_MESSAGES, fail_fast=True),
 ]
 
@@ -132,7 +116,7 @@ Block = Annotated[
     | Annotated[ThinkingBlock, Tag("Thinking")]
     | Annotated[RedactedThinkingBlock, Tag("Redacted")],
     Discriminator(_block),
-    _known("blocks", *BLOCKS),
+    known_types("blocks", *BLOCKS, media=True),
 ]
 
 
@@ -187,10 +171,10 @@ class CountRequest(RequestFields):
     model: Name | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     system: str | Texts | None = None
-    tools: Annotated[list[Annotated[Tool, _known("tools", "custom")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[Annotated[Tool, known_types("tools", "custom")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
-    thinking: Annotated[Thinking, _known("thoughts", "disabled", "adaptive")] | None = None
+    thinking: Annotated[Thinking, known_types("thoughts", "disabled", "adaptive")] | None = None
     thread: Any = None
 
 

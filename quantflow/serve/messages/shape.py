@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from quantflow.engine.request import Finish, Output, Token
-from quantflow.serve.answer import Object, Shape, Usage
+from quantflow.serve.answer import Shape, Usage
 from quantflow.serve.errors import Refused, anthropic_body
 from quantflow.serve.messages.dialogue import tool_input
 from quantflow.serve.tools import Call, Reading
-from quantflow.serve.wire import encode
+from quantflow.serve.wire import Object, encode
 
 
 class MessageShape(Shape):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from quantflow.serve.answer import Object
-from quantflow.serve.chat import chat_request
+from quantflow.serve.dialect import chat_request
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import ChatRequest
 from quantflow.serve.responses.protocol import (
@@ -21,6 +20,7 @@ from quantflow.serve.responses.protocol import (
     ResponsesRequest,
     TextPart,
 )
+from quantflow.serve.wire import Object
 
 RENAMED = {
     "messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",

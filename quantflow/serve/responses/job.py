@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from quantflow.serve.answer import Job, Object
-from quantflow.serve.chat import Plan, count, plan
-from quantflow.serve.errors import Refused, renaming
+from quantflow.serve.answer import Job
+from quantflow.serve.dialect import Dialect
+from quantflow.serve.errors import Refused
 from quantflow.serve.responses.dialogue import RENAMED, as_chat, wants_logprobs
 from quantflow.serve.responses.protocol import ResponsesRequest
 from quantflow.serve.responses.shape import ResponsesShape
 from quantflow.serve.service import Service
 from quantflow.serve.tools import Reading
+from quantflow.serve.wire import Object
+
+RESPONSES: Dialect[ResponsesRequest] = Dialect(as_chat, RENAMED)
 
 
 def responses_job(service: Service, body: ResponsesRequest) -> Job:
     """Takes a while: tokenises. Raises Refused, RequestError."""
-    asked, logprobs = _plan(service, body), wants_logprobs(body)
+    asked, logprobs = RESPONSES.plan(service, body), wants_logprobs(body)
     if asked.tools and logprobs:
         message = "top_logprobs: with tools, whose calls have no place for them; expected one of them, or tool_choice: none"
         raise Refused(400, message, param="top_logprobs", code="unsupported_value")
     shape = ResponsesShape(service, _told(service, body), Reading(asked.tools, asked.most_calls), logprobs=logprobs)
-    return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=RENAMED.get(asked.grammar_from, asked.grammar_from))
-
-
-def input_tokens(service: Service, body: ResponsesRequest) -> int:
-    """Takes a while: tokenises. Raises Refused, RequestError."""
-    with renaming(RENAMED):
-        return count(service, as_chat(body))
-
-
-def _plan(service: Service, body: ResponsesRequest) -> Plan:
-    with renaming(RENAMED):
-        return plan(service, as_chat(body))
+    return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from)
 
 
 def _told(service: Service, body: ResponsesRequest) -> Object:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
 
 from quantflow.serve import fields
-from quantflow.serve.fields import ANY, LABEL, NUMBER, REFUSED, Foreign, only
+from quantflow.serve.fields import ANY, LABEL, NUMBER, Foreign, known_types, only
 from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Function, Incoming, Name, Outgoing, Probability, TokenLogprob, Variables
 
 _STORED = "Nothing is stored here: send the whole dialogue as input"
@@ -53,22 +52,6 @@ else:
 # --- requests
 
 
-KINDS = {"input_image": "images", "image_url": "images", "input_file": "files", "input_audio": "audio"}
-
-
-def known_types(what: str, *types: str) -> BeforeValidator:
-    """For an object whose `type` is one of these; another is refused by its name. what: such objects."""
-
-    def check(value: Any) -> Any:
-        found = value.get("type", types[0]) if isinstance(value, dict) else types[0]
-        if found not in types:
-            words = {"found": KINDS.get(str(found), f"{what} of type {str(found)[:80]!r}"), "types": " or ".join(types)}
-            raise PydanticCustomError(REFUSED, "{found} are not supported here; expected {types}", words)
-        return value
-
-    return BeforeValidator(check)
-
-
 class TextPart(PartFields):
     type: Literal["input_text", "output_text", "text"] = "input_text"
     text: str
@@ -92,7 +75,7 @@ def _part(value: Any) -> str:
 Part = Annotated[
     Annotated[TextPart, Tag("Text")] | Annotated[RefusalPart, Tag("Refusal")],
     Discriminator(_part),
-    known_types("parts", "input_text", "output_text", "text", "refusal"),
+    known_types("parts", "input_text", "output_text", "text", "refusal", media=True),
 ]
 Parts = Annotated[list[Part], Field(max_length=MOST_MESSAGES, fail_fast=True)]
 

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from quantflow.engine.request import Finish, Logprob, Output, Token
-from quantflow.serve.answer import Object, Shape, Usage
+from quantflow.serve.answer import Shape, Usage
 from quantflow.serve.errors import Refused
 from quantflow.serve.sampling import chat_logprobs
 from quantflow.serve.service import Service
 from quantflow.serve.tools import Call, Reading
+from quantflow.serve.wire import Object
 
 
 class ResponsesShape(Shape):
