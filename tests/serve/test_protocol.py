@@ -240,7 +240,7 @@ def test_answers_follow_a_schema(server: Running) -> None:
         ({"temperature": float("nan")}, "temperature", "invalid_value"),
         ({"temperature": float("inf")}, "temperature", "invalid_value"),
         ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format", "invalid_value"),
-        ({"messages": [CALLED]}, "messages", "invalid_value"),
+        ({"messages": [CALLED]}, "messages", "json_too_deep"),
         ({"top_p": 1.1}, "top_p", "invalid_value"),
         ({"stop": ["x"] * 17}, "stop", "invalid_value"),
         ({"stop": ["x" * 513]}, "stop[0]", "invalid_value"),
