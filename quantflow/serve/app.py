@@ -57,7 +57,7 @@ PAGES = {"/": "index.html", "/docs": "docs.html"}  # beside each file of the pag
 READS = (400,)
 GENERATES = (400, 404, 408, 413, 415, 429, 504)
 CLOSE_S = 5.0  # for the engine's thread to end its step
-MODEL_PATH = "/v1/models/{model}"
+MODEL_PATH = "/v1/models/{model}"  # as it is written where it is counted
 HELPER = "x-stainless-helper-method"  # how the openai client says that it adds up a stream's deltas, roles included
 CHAT_RENAMED = {"prompt": "messages"}  # what clients call the engine's arguments
 
@@ -130,9 +130,12 @@ def _models(app: FastAPI, service: Service) -> None:
             return Json(model_page(service.cards()))
         return protocol.ModelList(data=service.cards())
 
-    @app.get(MODEL_PATH, tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
+    # path: names of models have slashes, which are the same to a server whether they are escaped or not
+    @app.get(MODEL_PATH.replace("}", ":path}"), tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
     async def model(model: str, request: Request) -> Any:
         """What is known of one of them."""
+        if not model:
+            raise HTTPException(404)
         for card in service.cards():
             if card.id == model:
                 return Json(model_info(card)) if asks_anthropic(request.scope) else card

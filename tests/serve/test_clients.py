@@ -41,6 +41,25 @@ def test_models(client: OpenAI) -> None:
     assert client.models.retrieve("demo").owned_by == "quantflow"
 
 
+def test_a_model_whose_name_has_slashes() -> None:
+    """As a hub has it. The openai client escapes the slash, curl does not, and both ask for the same."""
+    name = "org/team/model"
+    with serving(config=ServerConfig(port=0, names=(name,)), check=True) as running:
+        client = OpenAI(base_url=f"{running.address}/v1", api_key="none", max_retries=0)
+        assert client.models.retrieve(name).id == client.models.list().data[0].id == name
+        assert running.get(f"/v1/models/{name}").json["id"] == name
+        anthropic = running.get("/v1/models/org%2Fteam%2Fmodel", anthropic_version="2023-06-01").json
+        assert (anthropic["id"], anthropic["type"]) == (name, "model")
+        for other in ("org", "org/team", "org/team/model/", "/org/team/model"):
+            answer = running.get(f"/v1/models/{other}")
+            assert (answer.status, answer.error["code"], answer.error["param"]) == (404, "model_not_found", "model")
+        nothing = running.get("/v1/models/")
+        assert nothing.error["code"] == "unknown_url" and "Is /v1/models meant?" in nothing.error["message"]
+        assert "/v1/models/{model}" in running.get("/openapi.json").json["paths"]
+        assert 'path="/v1/models/{model}",status="200"' in running.get("/metrics").body.decode()
+        assert "org/team" not in running.get("/metrics").body.decode(), "a path that a client chose is no label"
+
+
 def test_chat_and_its_stream(client: OpenAI) -> None:
     arguments: Any = {"model": "demo", "messages": HI, "max_tokens": 12, "n": 2, "seed": 3, "logprobs": True, "top_logprobs": 2}
     whole = client.chat.completions.create(**arguments)

@@ -38,7 +38,7 @@ def locked() -> Iterator[Running]:
 
 def routes(running: Running) -> list[tuple[str, str]]:
     guarded: Any = create_app(running.service)
-    return [(method, route.path.replace("{model}", "x")) for route in guarded.app.routes for method in route.methods]
+    return [(method, route.path.replace("{model:path}", "x")) for route in guarded.app.routes for method in route.methods]
 
 
 def test_every_route_but_the_page_and_health_needs_a_key(locked: Running) -> None:
