@@ -149,8 +149,8 @@ class Chat:
     _question: str = ""  # the last one, answered or not
     _answered: bool = False
 
-    def turn(self, text: str) -> None:
-        """A command, or something that is said to the model. What is wrong with it is shown, and changes nothing."""
+    def turn(self, text: str) -> int:
+        """A command, or something that is said to the model. What is wrong with it is shown, and changes nothing; its exit code, or 0."""
         try:
             if COMMAND.fullmatch(text):
                 self.command(text)
@@ -158,6 +158,8 @@ class Chat:
                 self.say(text)
         except QuantFlowError as error:
             show(error.problems)
+            return error.exit_code
+        return 0
 
     def say(self, text: str) -> None:
         """One question and its answer. Without one, neither is a part of the dialogue; an answer that the user stopped is. Raises
@@ -346,7 +348,9 @@ def chat(
             }  # fmt: skip
             partner = Local(target, parameters, options)
         with closing(partner):
-            talk(Chat(partner, _write, system, parameters))
+            code = talk(Chat(partner, _write, system, parameters))
+        if code:
+            sys.exit(code)
 
 
 def is_address(target: str) -> bool:
@@ -354,18 +358,18 @@ def is_address(target: str) -> bool:
     return "://" in target or (bool(re.fullmatch(r"[\w.-]+:\d+(/.*)?", target)) and not Path(target).exists())
 
 
-def talk(chat: Chat) -> None:
-    """Takes turns until the user leaves."""
+def talk(chat: Chat) -> int:
+    """Takes turns until the user leaves. The exit code: a user at a terminal has seen what failed, a script hears of the first here."""
     if not sys.stdin.isatty():
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")
-        for turn in piped(sys.stdin):
-            chat.turn(turn)
-        return
+        codes = [chat.turn(turn) for turn in piped(sys.stdin)]
+        return next(filter(None, codes), 0)
     errors.print(f"{chat.partner.name.translate(HARMLESS)}. Enter sends, /help says more, Ctrl-D leaves.")
     for turn in typed():
         with suppress(KeyboardInterrupt):  # a second Ctrl-C, when the answer has stopped already
             chat.turn(turn)
+    return 0
 
 
 def _write(text: str) -> None:

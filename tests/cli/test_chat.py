@@ -11,15 +11,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from quantflow.cli.chat import COMMANDS, Chat, Message, Parameters, Remote, is_address
+from quantflow.cli.chat import COMMANDS, Chat, Message, Parameters, Remote, is_address, talk
 from quantflow.cli.console import show
 from quantflow.engine.request import SamplingParams
-from quantflow.errors import OutputError, Problem, RequestError
+from quantflow.errors import OutputError, Problem, RequestError, ServerError
 from quantflow.serve.config import ServerConfig
 from tests.helpers.serving import DEMO, Running, serving
 
@@ -182,8 +183,9 @@ def test_what_is_wrong_is_said(server: Running, tmp_path: Path) -> None:
         done = run(target, "x\n\n")
         assert ("no answer from the server" in done.stderr) == (code == 4) and "not enough" not in done.stderr
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
-    long = run(server.address, "word " * 2000 + "\n\nshort\n\n", QUANTFLOW_API_KEY=KEY)
-    assert long.returncode == 0 and "fewer than 1024" in long.stderr and len(long.stdout) > 10
+    for target in (server.address, str(DEMO)):
+        long = run(target, "word " * 2000 + "\n\nshort\n\n", QUANTFLOW_API_KEY=KEY)
+        assert long.returncode == 2 and "fewer than 1024" in long.stderr and len(long.stdout) > 10, "the rest are answered"
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -237,11 +239,25 @@ def test_a_server_that_talks_nonsense_does_not_end_the_dialogue(event: str) -> N
         thread.start()
         said: list[str] = []
         chat = Chat(Remote(f"http://127.0.0.1:{fake.server_port}", None), said.append)
-        chat.turn("x")
-        chat.turn("y")
+        codes = [chat.turn("x"), chat.turn("y")]
         fake.shutdown()
         thread.join()
-    assert "\x1b" not in "".join(said)
+    assert codes == [4, 4] and "\x1b" not in "".join(said)
+
+
+def test_out_of_a_pipe_the_first_failure_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for text, code, answered in (("a\n\nb", 0, 2), ("a\n\n/nothing\nb", 2, 2), ("down\n\na?\n\nb", 4, 3), ("a?\n\ndown", 2, 2), ("", 0, 0)):
+        chat, echo, _ = made()
+        say = echo.stream
+
+        def stream(messages: Sequence[Message], parameters: Parameters, say: Any = say) -> Iterator[str]:
+            yield from say(messages, parameters)
+            if messages[-1]["content"] == "down":
+                raise ServerError(Problem("server", "gone"))
+
+        echo.stream = stream  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", StringIO(text))
+        assert (talk(chat), len(echo.heard)) == (code, answered), text
 
 
 def test_a_file_with_no_name_for_it() -> None:
