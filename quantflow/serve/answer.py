@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -120,7 +120,7 @@ class Answer(Watched):
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.prepare() as job:
             self._shape, self.renamed = job.shape, {**(self.renamed or {}), "grammar": job.grammar_from}
-            check_scores(job, self.service.context)
+            job = bounded(job, self.service.context)
             await self.service.compile(job.params.grammar)
             if job.stream:
                 await self._events(job, send)
@@ -214,23 +214,31 @@ def _written(shape: Shape, events: Iterable[Object], write: Write = encode) -> b
     return b"".join(event(content, content["type"] if shape.typed else "", write) for content in events)
 
 
-def check_scores(job: Job, room: int) -> None:
-    """room: tokens of a prompt and what follows it. Raises RequestError for more scores than one answer may tell: all are held, and
-    written, at once."""
+def bounded(job: Job, room: int) -> Job:
+    """The job, whose answer tells no more scores than one may: all are held, and written, at once.
+
+    room: tokens of a prompt and what follows it. Where the client names no `max_tokens`, so many are generated as may be told. Raises
+    RequestError for more than may be.
+    """
     params, lengths = job.params, [len(prompt) for prompt in job.prompts]
-    found = []
+    wanted = []
     if params.prompt_logprobs is not None:
         tokens = params.n * sum(max(0, length - params.prompt_logprobs_from) for length in lengths)
-        found.append(("prompt_logprobs", tokens, params.prompt_logprobs))
+        wanted.append(("prompt_logprobs", tokens, params.prompt_logprobs))
     if params.logprobs is not None:
-        rooms = [max(0, room - length) for length in lengths]
-        tokens = params.n * sum(left if params.max_tokens is None else min(left, params.max_tokens) for left in rooms)
-        found.append(("logprobs", tokens, params.logprobs))
-    scores = sum(tokens * (1 + top) for _, tokens, top in found)
+        left = MOST_SCORES - sum(tokens * (1 + top) for _, tokens, top in wanted)
+        texts = params.n * len(lengths)
+        most = max(1, left // (texts * (1 + params.logprobs))) if params.max_tokens is None else params.max_tokens
+        tokens = params.n * sum(min(max(0, room - length), most) for length in lengths)
+        wanted.append(("logprobs", tokens, params.logprobs))
+        if params.max_tokens is None and most < room - min(lengths):
+            job = replace(job, params=replace(params, max_tokens=most))
+    scores = sum(tokens * (1 + top) for _, tokens, top in wanted)
     if scores > MOST_SCORES:
-        name, tokens, top = max(found, key=lambda one: one[1] * (1 + one[2]))
+        name, tokens, top = max(wanted, key=lambda one: one[1] * (1 + one[2]))
         what = f"{tokens} tokens, each with {top} alternatives: {scores} scores in all"
         raise RequestError(Problem(name, what, f"at most {MOST_SCORES}", "fewer tokens, texts or alternatives"))
+    return job
 
 
 def told(output: Output) -> int:

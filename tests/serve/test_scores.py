@@ -11,7 +11,7 @@ import pytest
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import RequestError
 from quantflow.serve import answer
-from quantflow.serve.answer import MOST_SCORES, Job, check_scores
+from quantflow.serve.answer import MOST_SCORES, Job, bounded
 from quantflow.serve.chat import ChatShape
 from quantflow.serve.completion import TextShape
 from quantflow.serve.wire import PIECE, encode, encode_large
@@ -49,16 +49,23 @@ def job(lengths: list[int], **params: Any) -> Job:
         ([4096] * 128, {"prompt_logprobs": 20, "prompt_logprobs_from": 4090}, None),
         ([10] * 64, {"logprobs": 20, "max_tokens": 4096}, "logprobs: 262144 tokens"),
         ([10], {"logprobs": 20, "max_tokens": 4096, "n": 8}, "logprobs: 32768 tokens"),
-        ([10], {"logprobs": 20, "max_tokens": None, "n": 8}, "logprobs: 65456 tokens"),  # 8 times what is left of 8192
         ([8192], {"logprobs": 20, "max_tokens": None, "n": 64}, None),
     ],
 )  # fmt: skip
 def test_so_many_scores_are_told_and_no_more(lengths: list[int], params: dict[str, Any], named: str | None) -> None:
     if named is None:
-        return check_scores(job(lengths, **params), 8192)
+        bounded(job(lengths, **params), 8192)
+        return
     with pytest.raises(RequestError) as refused:
-        check_scores(job(lengths, **params), 8192)
+        bounded(job(lengths, **params), 8192)
     assert named in str(refused.value) and str(MOST_SCORES) in str(refused.value)
+
+
+def test_who_names_no_length_gets_as_much_as_may_be_told() -> None:
+    wide = bounded(job([10], logprobs=20, max_tokens=None, n=8), 8192).params.max_tokens
+    assert wide == MOST_SCORES // (8 * 21)  # the rest of the context, 8182, were too many
+    assert bounded(job([10], logprobs=20, max_tokens=None), 8192).params.max_tokens is None
+    assert bounded(job([10], max_tokens=None, n=64), 10**6).params.max_tokens is None
 
 
 def test_a_client_is_told_by_its_own_names(server: Running) -> None:
