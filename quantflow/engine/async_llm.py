@@ -186,7 +186,7 @@ class AsyncLLM:
             collector = Collector(stream.request)
             async for token in stream:
                 collector.add(token)
-                if token.finish in (Finish.error, Finish.abort):
+                if token.finish and (token.finish.failed or token.finish == Finish.abort):
                     raise ResourceError(Problem(token.request, token.reason or "aborted"))
         return collector.output()
 

@@ -546,7 +546,7 @@ class Engine:
                 self.scheduler.fork(d.parent, d.sequence)
                 self._requests[d.sequence.request.id].append(d.sequence)
         return [
-            self._finish(d.sequence, Finish.error, str(d.token)) if isinstance(d.token, NotANumber)
+            self._finish(d.sequence, _fault(d.sequence), str(d.token)) if isinstance(d.token, NotANumber)
             else self._append(d.sequence, d.token, d.logprob)
             for d in drawn
         ]  # fmt: skip
@@ -581,7 +581,7 @@ class Engine:
             sequence.matcher.add(token)
             reason = sequence.matcher.problem
             if reason or sequence.matcher.ended:
-                finish = Finish.error if reason else Finish.stop
+                finish = Finish.grammar if reason else Finish.stop
         if finish is None and sequence.generated >= sequence.request.most_tokens:
             finish = Finish.length
         prompt_logprobs = tuple(self._prompt_logprobs.get(sequence.request.id, ())) if first and not sequence.index else ()
@@ -698,6 +698,11 @@ def _wrong_kinds(prompt: object, id: object, priority: object, session: object) 
         if (value is not None or name == "priority") and (not isinstance(value, int) or isinstance(value, bool)):
             found.append(Problem(name, repr(value)[:80], "an integer"))
     return found
+
+
+def _fault(sequence: Sequence) -> Finish:
+    """Of a sequence for which no token is possible."""
+    return Finish.grammar if sequence.matcher and sequence.matcher.problem else Finish.error
 
 
 def _why_eager(config: EngineConfig, model: Model) -> str:

@@ -39,6 +39,7 @@ MOST_LETTERS = 65536  # of a grammar
 KEPT = 64  # compiled grammars
 START_S = 30.0
 MOST_SECONDS, MOST_BYTES = 3.0, 2**30  # to compile one
+MOST_TRIED = 32  # first tokens, when a grammar is compiled
 
 
 class GrammarKind(StrEnum):
@@ -66,9 +67,9 @@ class Grammar:
     def __post_init__(self) -> None:
         if self.kind not in tuple(GrammarKind):
             raise RequestError(Problem("grammar", repr(self.kind)[:80], "one of " + ", ".join(GrammarKind)))
-        wrong = next((part for part in (self.text, self.around) if not isinstance(part, str)), None)
-        if wrong is not None or not self.text or len(self.text) + len(self.around) > MOST_LETTERS:
-            found = f"{len(self.text) + len(self.around)} letters" if wrong is None else type(wrong).__name__
+        wrong = [type(part).__name__ for part in (self.text, self.around) if not isinstance(part, str)]
+        if wrong or not self.text or len(self.text) + len(self.around) > MOST_LETTERS:
+            found = wrong[0] if wrong else f"{len(self.text) + len(self.around)} letters"
             raise RequestError(Problem("grammar", f"{self.kind} of {found}", f"text of 1 to {MOST_LETTERS} letters"))
 
 
@@ -167,11 +168,22 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar, text: str) -> LLMatcher:
 
 
 def _check_beginning(matcher: LLMatcher, grammar: Grammar) -> None:
-    """Raises RequestError where no text can begin."""
+    """Raises RequestError where no text can begin, or none can go on after its first token: `start: "a" start` never ends, and llguidance
+    writes all that must follow at once."""
     begun = matcher.deep_copy()
-    begun.compute_bitmask()
-    if begun.is_error():
-        raise RequestError(Problem("grammar", f"{grammar.kind}: no text follows it ({_first_line(begun.get_error())})"))
+    mask = begun.compute_bitmask()
+    error = begun.get_error() if begun.is_error() else ""
+    if not error:
+        first = np.flatnonzero(np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little"))
+        for token in map(int, first[:MOST_TRIED]):  # one that can be followed is enough; it is nearly always the first
+            step = begun.deep_copy()
+            step.consume_token(token)
+            if not step.is_error():
+                return
+            error = error or step.get_error()
+        if len(first) > MOST_TRIED:
+            return
+    raise RequestError(Problem("grammar", f"{grammar.kind}: no text follows it to its end ({_first_line(error)})", "one that can end"))
 
 
 class Matcher:
@@ -213,7 +225,7 @@ class Matcher:
     @property
     def problem(self) -> str:
         """Why the text cannot go on; "" where it can."""
-        return self._failure or (str(self._matcher.get_error()) if self._matcher.is_error() else "")
+        return self._failure or (_first_line(str(self._matcher.get_error())) if self._matcher.is_error() else "")
 
 
 def grammar_of(value: Any) -> Grammar | None:

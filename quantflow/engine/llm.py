@@ -103,7 +103,7 @@ class LLM:
             while open_texts:
                 token = self._next(request.id)
                 open_texts -= token.finish is not None
-                if token.finish == Finish.error:
+                if token.finish and token.finish.failed:
                     raise ResourceError(Problem(request.id, token.reason))
                 yield token
         finally:
@@ -140,7 +140,7 @@ class LLM:
 
 
 def _checked(output: Output) -> Output:
-    failed = [c for c in output.completions if c.finish == Finish.error]
+    failed = [c for c in output.completions if c.finish.failed]
     if failed:
         raise ResourceError([Problem(f"{output.id} text {c.index}", c.reason) for c in failed])
     return output

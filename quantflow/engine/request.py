@@ -141,6 +141,11 @@ class Finish(StrEnum):
     length = "length"  # max_tokens, or the context is full
     abort = "abort"  # whoever asked has gone
     error = "error"
+    grammar = "grammar"  # an error, too: the text came to where its grammar cannot be followed
+
+    @property
+    def failed(self) -> bool:
+        return self in (Finish.error, Finish.grammar)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
-from quantflow.engine.request import Finish, Output, SamplingParams
+from quantflow.engine.request import Output, SamplingParams
 from quantflow.errors import DataError, ModelError, Problem, ResourceError
 
 
@@ -172,6 +172,6 @@ def generate(engine: Engine, prompts: Iterable[Prompt], batch: int) -> Iterator[
 
 def _checked(output: Output, where: str) -> Output:
     for completion in output.completions:
-        if completion.finish == Finish.error:
+        if completion.finish.failed:
             raise ResourceError(Problem(where or output.id, completion.reason))
     return output

@@ -274,12 +274,15 @@ def _nudged(event: asyncio.Event, every_s: float) -> Iterator[None]:
 
 
 def _check(token: Token, service: Service) -> None:
-    """Raises Refused for a text that could not be finished."""
+    """Raises Refused, or RequestError where that is the grammar's fault, for a text that could not be finished."""
     if token.finish == Finish.error and not service.llm.alive:
         raise engine_stopped()
     if token.finish == Finish.error:  # the reason may tell of the inside, such as where the model is
         logger.error("a text could not be finished: %s", token.reason)
         raise Refused(500, "the text could not be finished; the server's log says why, under this request's id", code="failed")
+    if token.finish == Finish.grammar:  # another try would come there, too
+        found = f"the text came to where it cannot be followed ({token.reason})"
+        raise RequestError(Problem("grammar", found, "a simpler one, or one that can end", code="grammar_not_followed"))
     if token.finish == Finish.abort:
         raise Refused(503, "the server ended this request", code="aborted")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantflow.engine.async_llm import AsyncLLM
 from quantflow.engine.engine import Engine
-from quantflow.engine.request import Finish, SamplingParams
+from quantflow.engine.request import SamplingParams
 from quantflow.errors import Problem, ResourceError, UserError
 from quantflow.serve.app import CLOSE_S
 from quantflow.serve.config import ServerConfig
@@ -52,7 +52,7 @@ def _warm(llm: AsyncLLM) -> None:
     def generate(engine: Engine) -> None:
         engine.submit([0], SamplingParams(max_tokens=1))
         for token in engine.tokens():
-            if token.finish == Finish.error:
+            if token.finish and token.finish.failed:
                 raise ResourceError(Problem("the first token", token.reason))
         if engine.text:
             engine.text.warm()

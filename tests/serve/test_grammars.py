@@ -232,3 +232,29 @@ def test_a_grammar_takes_no_longer_than_it_may(server: Running, monkeypatch: pyt
     monkeypatch.setattr(grammar, "MOST_SECONDS", 0.0)
     answer = server.chat(grammar="root ::= " + '"a" ' * 5000)
     assert (answer.status, answer.error["param"]) == (400, "grammar") and "to compile" in answer.error["message"]
+
+
+ENDLESS = ('start: "a" start', 'root ::= "a" root', "start: A start\nA: /a/")
+LATER = 'start: "x" /[a-z]/ rest\nrest: "a" rest'  # its beginning can be followed
+
+
+@pytest.mark.parametrize("given", [*ENDLESS, LATER])
+@pytest.mark.parametrize("name", ["grammar", "guided_grammar"])
+def test_a_grammar_without_an_end_is_the_clients_error(server: Running, name: str, given: str) -> None:
+    """Not the server's, after which clients try again."""
+    answer = server.chat(**{name: given}, max_tokens=20)
+    assert (answer.status, answer.error["type"], answer.error["param"]) == (400, "invalid_request_error", name)
+    assert answer.error["code"] == ("grammar_not_followed" if given == LATER else "invalid_value")
+    assert server.chat(max_tokens=2).status == 200
+
+
+def test_a_grammar_that_fails_late_is_the_clients_error_in_a_stream(server: Running) -> None:
+    answer = server.chat(grammar=LATER, max_tokens=20, stream=True)
+    error = answer.events[-1]["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "grammar_not_followed", "grammar")
+
+
+def test_endless_grammars_that_may_go_on_are_followed(server: Running) -> None:
+    """Some of their texts end, or all that is asked of them can be written."""
+    for given in ('start: "a" start | "b"', 'root ::= ("a" | "b") root'):
+        assert server.chat(grammar=given, max_tokens=5).status == 200
