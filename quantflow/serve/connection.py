@@ -25,6 +25,7 @@ SEND_S, SEND_LEAST = 60.0, 65536  # of an answer that is written, so many bytes 
 LINGER_S, MOST_LINGER = 5.0, 16 * 2**20  # how long, and how much, a client that is refused may go on sending before it reads its answer
 SPARE_FILES = 64  # descriptors that are not connections
 RESERVE = 8  # connections in which nothing but /health is answered once all others are being answered
+CHUNK_BYTES = 12  # of a chunk that are not body: eight digits and two line ends
 UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class Connection(HttpToolsProtocol):
         self._late: asyncio.TimerHandle | None = None
         self._slow: asyncio.TimerHandle | None = None
         self._unread = 0  # bytes of a request that has not begun; of one that parts, those that nobody reads
+        self._beside = 0  # bytes of the request at hand since its headers that are not its body: trailers, and what is said of chunks
         self._running: RequestResponseCycle | None = None  # the cycle whose turn it is, of those that came at once
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -122,11 +124,13 @@ class Connection(HttpToolsProtocol):
         self._all.remove(self)
         self._arrived()
         self._unwatch()
-        # uvicorn tells the last request of those that came at once alone.
+        self._tell_gone()  # uvicorn tells the last request of those that came at once alone
+        super().connection_lost(exc)
+
+    def _tell_gone(self) -> None:
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
-        super().connection_lost(exc)
 
     def drop(self) -> None:
         """Ends it now; what was not sent never is."""
@@ -142,10 +146,14 @@ class Connection(HttpToolsProtocol):
             return
         before = self.cycle
         between = before is None or not before.more_body  # a body has come to its end
+        self._beside += len(data)
         with log.about("-", log.address(self.client)):
             super().data_received(_without_upgrade(data) if between else data)
+        self._beside = 0 if between or self.cycle is not before else max(self._beside, 0)
         if self.cycle is not before:
             self._arrived()
+        elif not between and self.cycle.more_body and self._beside > MOST_HEADER_BYTES:
+            self._refuse(headers_too_large())
         elif between and not self.parting:  # a part of the next request's first lines
             self._unread += len(data)
             if self._unread > MOST_HEADER_BYTES:
@@ -158,6 +166,22 @@ class Connection(HttpToolsProtocol):
         if self._all.crowded:
             self.scope["state"][CROWDED] = True
         super().on_headers_complete()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Of a trailer nothing is kept: it is no header, whatever it is called, and there may be no end of them."""
+        if self.cycle is None or not self.cycle.more_body:
+            super().on_header(name, value)
+
+    def on_chunk_header(self) -> None:
+        self._beside -= CHUNK_BYTES
+
+    def on_body(self, body: bytes) -> None:
+        self._beside -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self.cycle.more_body = False  # which uvicorn leaves as it was where the answer came first
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
@@ -231,9 +255,11 @@ class Connection(HttpToolsProtocol):
         id = f"req-{secrets.token_hex(12)}"
         with log.about(id, log.address(self.client)):
             logger.warning("refused with %d: %s", error.status, error.message)
-        if self.cycle is not None and not self.cycle.response_complete:  # in the middle of another answer there is nothing to say
-            self.drop()
-            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.cycle is not self._running or self.cycle.response_started or not self.cycle.more_body:
+                self.drop()  # in the middle of another answer there is nothing to say
+                return
+            self._tell_gone()
         answer = response(error)
         lines = [STATUS_LINE[error.status], *(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)]
         self._raw.write(b"".join([*lines, f"x-request-id: {id}\r\nconnection: close\r\n\r\n".encode(), bytes(answer.body)]))

@@ -216,6 +216,80 @@ def test_headers_behind_a_running_answer_are_limited_too(server: Running) -> Non
                 time.sleep(0.005)
 
 
+CHUNKED = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "more", "status"),
+    [
+        (b"GET /health" + CHUNKED + b"0\r\n", b"X:\r\n", b"200"),
+        (b"GET /health" + CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n", b"200"),
+        (b"POST /tokenize" + CHUNKED + b"0\r\n", b"X:\r\n", b"401"),
+        (b"POST /tokenize" + CHUNKED.replace(b"\r\n", b"\r\nx-api-key: %s\r\n" % KEY.encode(), 1) + b"0\r\n", b"X:\r\n", b"431"),
+        (b"POST /tokenize" + CHUNKED.replace(b"\r\n", b"\r\nx-api-key: %s\r\n" % KEY.encode(), 1) + b"1;", b"extension", b"431"),
+        (b"POST /tokenize" + CHUNKED + b"0;", b"extension", b"401"),
+    ],
+)
+def test_trailers_without_end_are_neither_kept_nor_read(
+    locked: Running, monkeypatch: pytest.MonkeyPatch, lines: bytes, more: bytes, status: bytes
+) -> None:
+    monkeypatch.setattr(connections, "LINGER_S", 0.5)
+    seen, made = list[Connection](), Connection.connection_made
+
+    def noted(protocol: Connection, transport: Any) -> None:
+        seen.append(protocol)
+        made(protocol, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", noted)
+    with locked.socket() as connection:
+        connection.sendall(lines)
+        time.sleep(0.1)  # the answer to some is there before the trailers are
+        with suppress(OSError):  # it may be closed before all is sent
+            for _ in range(20):
+                connection.sendall(more * (2**20 // len(more) // 16))
+        assert until(lambda: seen[0].parting)
+        answer = all_of(connection)
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    assert len(seen) == 1 and len(seen[0].headers) <= 4
+    assert locked.get("/health").status == 200
+
+
+def test_a_trailer_is_no_header(locked: Running) -> None:
+    given = b'POST /tokenize%s10\r\n{"prompt":"a b"}\r\n0\r\n' % CHUNKED
+    with locked.socket() as connection:
+        connection.sendall(given + b"x-api-key: %s\r\n\r\n" % KEY.encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")  # and it is kept
+        assert b"HTTP/1.1 200 " in all_of(connection)
+
+
+def test_a_body_in_very_small_chunks_is_a_body(locked: Running) -> None:
+    lines = CHUNKED.replace(b"\r\n", b"\r\nconnection: close\r\nx-api-key: %s\r\n" % KEY.encode(), 1)
+    body = json.dumps({"prompt": "a " * 10_000}).encode()
+    with locked.socket() as connection:  # of chunks of one byte a sixth is body
+        connection.sendall(b"POST /tokenize" + lines)
+        for start in range(0, len(body), 1000):
+            connection.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body[start : start + 1000]))
+        connection.sendall(b"0\r\nx-checksum: 5\r\n\r\n")
+        assert all_of(connection).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("length", [1, 70_000])
+def test_headers_after_a_refused_body_are_limited(locked: Running, length: int) -> None:
+    """The body has come to its end after the answer: what follows is another request's."""
+    with locked.socket() as connection:
+        lines = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        connection.sendall(lines + b"content-length: %d\r\n\r\n" % length)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
+        connection.sendall(b"x" * length)
+        time.sleep(0.1)
+        with suppress(OSError):
+            for _ in range(5):
+                connection.sendall(b"GET / HTTP/1.1\r\n" + b"x: " + b"y" * 10_000)
+                time.sleep(0.02)
+        assert b"HTTP/1.1 431 " in all_of(connection)
+
+
 @pytest.mark.parametrize(
     "data",
     [
