@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import os
+import select
 import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,6 +29,9 @@ class _Words(Console):
             objects = tuple(self._wrapped(each) if isinstance(each, str) else each for each in objects)
         super().print(*objects, **options)
 
+    def on_broken_pipe(self) -> None:
+        raise  # what rich is handling: it is for `reporting`, as it is where others write
+
     def _wrapped(self, text: str) -> str:
         return "\n".join(line if len(line) <= self.width else self._filled(line) for line in text.split("\n"))
 
@@ -42,6 +47,7 @@ console = _Words(highlight=False, soft_wrap=True, markup=False)
 errors = _Words(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
+UNREAD = 141  # as a shell has it of a program that was ended so, by SIGPIPE
 # What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures.
 HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
 ANOTHER_PLACE = "Choose another place with --output."
@@ -250,6 +256,27 @@ def show_notes(notes: Iterable[str]) -> None:
         errors.print(f"note: {note}".translate(HARMLESS))
 
 
+def flush() -> bool:
+    """Writes what was printed, while an error of it can still be said. Whether there was somebody to read it. Raises OSError."""
+    read = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would try, and complain, again
+            if not isinstance(error, BrokenPipeError):
+                raise
+            read = False
+    return read
+
+
+def _unread(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is closed."""
+    watch = select.poll()
+    watch.register(stream.fileno(), 0)  # errors are told, whatever is asked for
+    return bool(watch.poll(0))
+
+
 @contextmanager
 def reporting(debug: bool, hints: Hints = QUANTISING) -> Iterator[None]:
     """Turns exceptions into one clear message and an exit code; `debug` lets the traceback through first."""
@@ -258,6 +285,8 @@ def reporting(debug: bool, hints: Hints = QUANTISING) -> Iterator[None]:
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:
+        if isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr)):
+            sys.exit(UNREAD)  # who reads no more, as `head` does when it has enough, wants no word of it either
         if debug:
             errors.print_exception()
         code, title, problems = translate(error, hints)

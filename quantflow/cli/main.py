@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from io import TextIOWrapper
@@ -14,7 +13,7 @@ from typer.core import TyperGroup
 from quantflow import __version__
 from quantflow.cli import bench, chat, export, generate, init, inspect, plan, release, report, run, schema, sensitivity, serve, verify
 from quantflow.cli import eval as eval_command
-from quantflow.cli.console import reporting
+from quantflow.cli.console import UNREAD, flush, reporting
 
 # Every verb, in the order that one comes to use them. What it is for is the first sentence of its docstring.
 VERBS: dict[str, dict[str, Callable[..., None]]] = {
@@ -96,20 +95,15 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × or … shows ? rather than ending the command
     with reporting(debug=False):
+        stdout, code = sys.stdout, None
         try:
             app()
-        finally:
-            _flush()
-
-
-def _flush() -> None:
-    """What was printed, while an error of it can still be said. Raises OSError."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try, and complain, again
-        if not isinstance(error, BrokenPipeError):  # who reads no more wants no word of it either
-            raise
+        except SystemExit as ended:
+            code = ended.code
+        read = flush()
+        if sys.stdout is not stdout or not (read or code):  # typer puts another there when nobody reads its help
+            code = UNREAD
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -35,6 +36,28 @@ def test_a_full_disk_behind_standard_output(arguments: list[str]) -> None:
     assert done.returncode == 4
     assert done.stderr.startswith("quantflow: disk full\n  standard output: No space left on device. Free some space")
     assert done.stderr.count("\n") == 2  # and Python has nothing to add
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered", "code"),
+    [
+        (["schema"], "", 141), (["schema"], "1", 141), (["--help"], "", 141), (["formats"], "", 141),
+        (["chat", str(DEMO), "--max-tokens", "4"], "", 141), (["schema", "--nothing"], "", 2),
+    ],
+)  # fmt: skip
+def test_a_reader_that_is_gone(arguments: list[str], unbuffered: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `| head`, which ends when it has enough: nothing is said, and what was cut short is no success."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = python("-m", "quantflow.cli.main", *arguments, stdout=writer, input="What is a table?\n")
+    finally:
+        os.close(writer)
+    said = [line for line in done.stderr.splitlines() if not re.match("mode: |Usage: |Try |Error: |$", line)]
+    assert (done.returncode, said) == (code, []), done.stderr
+    if code == 2:
+        assert "--nothing" in done.stderr
 
 
 WRITERS = """
