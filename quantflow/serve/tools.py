@@ -62,6 +62,40 @@ def tool_format(template: ChatTemplate | None) -> ToolFormat | None:
     return next((f for f in FORMATS if f.sign in text and not any(other in text for other in f.others)), None)
 
 
+# Of JSON: what may stand outside of its strings, and inside one.
+OUTSIDE = re.compile(r"[\sA-Za-z0-9{}\[\],:+.-]*+")
+INSIDE = re.compile(r'(?:[^"\\\x00-\x1f]|\\.)*+')
+
+
+class _End:
+    """Looks for the mark that ends a call in a text that grows: one in a string of its JSON is part of that string. Where the text is no
+    JSON, it is the first, wherever that stands."""
+
+    def __init__(self, mark: str) -> None:
+        self._mark, self._at, self._string, self._json = mark, 0, False, True
+
+    def give_up(self) -> None:
+        """The text is no JSON: a string in it has no end, say."""
+        self._json, self._at = False, 0
+
+    def find(self, text: str) -> int:
+        """Where the mark stands; -1: not yet known. Every letter is looked at twice at most, however the text comes."""
+        while self._json:
+            self._at = (INSIDE if self._string else OUTSIDE).match(text, self._at).end()  # type: ignore[union-attr]
+            rest = text[self._at : self._at + len(self._mark)]
+            if rest[:1] == '"':
+                self._at, self._string = self._at + 1, not self._string
+            elif rest in ("\\" if self._string else self._mark, ""):
+                return self._at if rest == self._mark else -1
+            elif self._string or not self._mark.startswith(rest):
+                self.give_up()
+            else:
+                return -1
+        found = text.find(self._mark, self._at)
+        self._at = max(self._at, len(text) - len(self._mark) + 1)
+        return found
+
+
 class ToolReader:
     """Splits a text, as it comes, into what is shown and the calls in it. What may be the beginning of a call is held back; what looks
     like one and is none is shown as it is."""
@@ -70,6 +104,7 @@ class ToolReader:
         self.format = format
         self._held = ""
         self._inside = False
+        self._end = _End(format.end)  # of the call that has begun
         self._any = False  # call so far
         self._said = False  # anything else
 
@@ -85,23 +120,37 @@ class ToolReader:
                 self._held, self._inside = after if begin else before[len(before) - keep :], bool(begin)
                 if not begin:
                     break
-            inner, end, after = self._held.partition(self.format.end) if self.format.end else (self._held, "", "")
-            if not end:
+                self._end = _End(self.format.end)
+            end = self._end.find(self._held) if self.format.end else -1
+            if end < 0:
                 break
+            inner, after = self._held[:end], self._held[end + len(self.format.end) :]
             found = self._calls(inner)
-            parts += found or [self.format.begin + inner + end]
+            if not found and self.format.end in inner:
+                self._end.give_up()
+                continue
+            parts += found or [self.format.begin + inner + self.format.end]
             self._held, self._inside, self._any = after, False, self._any or bool(found)
         self._said |= any(isinstance(part, str) and part.strip() for part in parts)
         return parts
 
     def finish(self) -> list[Part]:
-        """What is left once the text is complete."""
-        calls = self._calls(self._held) if self._inside or self._bare else []
+        """What is left once the text is complete. A call is one without its end, too."""
+        parts = list[Part]()
+        while self._inside and not self._calls(self._unended) and self.format.end and self.format.end in self._held:
+            self._end.give_up()
+            parts += self.add("")
+        calls = self._calls(self._unended) if self._inside or self._bare else []
         if not self._inside and not {call.name for call in calls} <= self.format.functions:
             calls = []  # an object that happens to have a name
         shown = self.format.begin + self._held if self._inside else self._between(self._held)
         self._held = ""
-        return [*calls] or [shown]
+        return [*parts, *calls] if calls else [*parts, shown]
+
+    @property
+    def _unended(self) -> str:
+        """What is held, without the beginning of the mark that would have ended it."""
+        return self._held[: len(self._held) - _may_begin(self._held, self.format.end)]
 
     @property
     def _bare(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,8 @@ def read(format: Any, *pieces: str) -> tuple[str, list[Call]]:
 
 CALL = '{"name": "f", "arguments": {"x": [1, "}"]}}'
 F = Call("f", '{"x": [1, "}"]}')
+MARKS = Call("f", json.dumps({"x": '</tool_call>\\"\\</tool_call>[TOOL_CALLS]<|python_tag|>\n</tool_call><tool_call>\\'}))
+MARKED = f'{{"name": "f", "arguments": {MARKS.arguments}}}'
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,18 @@ F = Call("f", '{"x": [1, "}"]}')
         (HERMES, "<tool_call>no json</tool_call> then", "<tool_call>no json</tool_call> then", []),
         (HERMES, '<tool_call>{"x": 1}</tool_call>', '<tool_call>{"x": 1}</tool_call>', []),
         (HERMES, f"<tool_call>{CALL}", "", [F]),  # it stopped before the end
+        (HERMES, f"<tool_call>\n{CALL}\n</to", "", [F]),
+        (HERMES, '<tool_call>{"x": 1}</to', '<tool_call>{"x": 1}</to', []),
+        (HERMES, f"<tool_call>\n{MARKED}\n</tool_call>\n<tool_call>{CALL}</tool_call>.", ".", [MARKS, F]),
+        (HERMES, f"<tool_call>{MARKED}", "", [MARKS]),
+        (HERMES, f"<tool_call>{MARKED[:-9]}", f"<tool_call>{MARKED[:-9]}", []),
+        # No JSON: the first end is the end, and what follows is read.
+        (HERMES, f'<tool_call>{{"a</tool_call> " <tool_call>{CALL}</tool_call>', '<tool_call>{"a</tool_call> " ', [F]),
+        (HERMES, f'<tool_call>{{"a</tool_call>\n<tool_call>{CALL}</tool_call>', '<tool_call>{"a</tool_call>\n', [F]),
+        (HERMES, '<tool_call>{"a</tool_call> b', '<tool_call>{"a</tool_call> b', []),
+        (HERMES, '<tool_call>{"</tool_call>" 1}</tool_call> b', '<tool_call>{"</tool_call>" 1}</tool_call> b', []),
+        (MISTRAL, f"[TOOL_CALLS][{MARKED}]", "", [MARKS]),
+        (LLAMA3, MARKED, "", [MARKS]),
         (HERMES, '<tool_call>{"name": "f", "argu', '<tool_call>{"name": "f", "argu', []),
         (HERMES, '<tool_call>{"name": "f"}</tool_call>', "", [Call("f", "{}")]),
         (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]", "", [F, F]),
@@ -96,6 +111,22 @@ def test_calls_are_read_however_the_text_is_cut(format: Any, text: str, shown: s
 def test_what_is_no_call_is_shown_as_soon_as_that_is_sure() -> None:
     reader = ToolReader(HERMES)
     assert [apart(reader.add(piece))[0] for piece in ("a <to", "ol", " b")] == ["a ", "", "<tool b"]
+
+
+@pytest.mark.parametrize(
+    "piece", ['<tool_call>{"</tool_call>', '<tool_call>{"</tool_call> " ', "</tool_call><tool_call>{", '\\"</tool_call>']
+)
+def test_reading_takes_the_time_of_the_texts_length(piece: str) -> None:
+    """Four times as much takes about four times as long."""
+
+    def seconds(times: int) -> float:
+        reader, began = ToolReader(HERMES), time.process_time()
+        text = '<tool_call>{"' + piece * times
+        parts = [part for at in range(0, len(text), 5) for part in reader.add(text[at : at + 5])] + reader.finish()
+        assert "".join(part for part in parts if isinstance(part, str)) == text
+        return time.process_time() - began
+
+    assert seconds(8000) < 10 * max(min(seconds(2000) for _ in range(3)), 0.01)
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -412,6 +443,15 @@ def test_names_in_a_schema_are_no_words_of_it(table: str, name: str, follows: Ca
     grammar = lark(FORMATS[2], [Callee("f", parameters)], None, Opening.calls, most=1)
     assert follows(grammar, json.dumps({"name": "f", "parameters": {name: "C"}}))
     assert not follows(grammar, json.dumps({"name": "f", "parameters": {name: "D"}}))
+
+
+def test_marks_of_calls_in_arguments_are_text(running: Running) -> None:
+    marks = "</tool_call>[TOOL_CALLS]<|python_tag|>"
+    parameters = {"type": "object", "properties": {"x": {"enum": [marks]}}, "required": ["x"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        found = ask(running, tools=[tool], tool_choice=choice, parallel_tool_calls=False, max_tokens=200).json["choices"][0]
+        assert json.loads(found["message"]["tool_calls"][0]["function"]["arguments"]) == {"x": marks}
 
 
 def test_a_schema_that_refers_to_itself(running: Running) -> None:
