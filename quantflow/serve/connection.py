@@ -17,7 +17,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from quantflow.serve import log
-from quantflow.serve.errors import Refused, response
+from quantflow.serve.errors import Refused, response, shutting_down
 from quantflow.serve.guard import CROWDED, MOST_HEADER_BYTES, headers_too_large
 
 HEADERS_S = 20.0  # for a request's first lines to arrive
@@ -69,6 +69,15 @@ class Connections:
         self.waiting.pop(one, None)
         if for_what is not None:
             self.waiting[one] = for_what
+
+    def dismiss(self) -> None:
+        """Those that wait when the server is told to stop."""
+        for one in list(self.waiting):
+            one.dismiss()
+
+    def drop(self) -> None:
+        for one in list(self.open):
+            one.drop()
 
     def remove(self, one: Connection) -> None:
         self.open.discard(one)
@@ -197,7 +206,8 @@ class Connection(HttpToolsProtocol):
         if self.parting or self.cycle is None or self.cycle.response_complete:
             self._all.waits(self, "a request")
         else:
-            self._all.waits(self, "its body" if self.cycle.more_body else None)
+            # Behind an answer that runs, a second request may have begun.
+            self._all.waits(self, "its body" if self.cycle is self._running and self.cycle.more_body else None)
 
     # --- what must be there in time
 
@@ -264,6 +274,17 @@ class Connection(HttpToolsProtocol):
         lines = [STATUS_LINE[error.status], *(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)]
         self._raw.write(b"".join([*lines, f"x-request-id: {id}\r\nconnection: close\r\n\r\n".encode(), bytes(answer.body)]))
         self.part(unread=True)
+
+    def shutdown(self) -> None:
+        if not self._unread:  # who has sent a part of a request's first lines is given a moment for the others
+            super().shutdown()
+
+    def dismiss(self) -> None:
+        """Ends it where no answer is on its way: who has sent half a request is told, who has been told is listened to no longer."""
+        if not self.parting and (self._unread or (self.cycle is not None and self.cycle.more_body)):
+            self._refuse(shutting_down())
+        if not self._raw.get_write_buffer_size():
+            self._close() if self.parting else self.drop()
 
     def part(self, *, unread: bool = False) -> None:
         """Ends it, once what was said is sent. unread: the client may still be sending, and a connection closed over what nobody read is

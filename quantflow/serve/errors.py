@@ -69,6 +69,10 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
         raise Refused(error.status, message, param=name, code=error.code, headers=error.headers) from error
 
 
+def shutting_down() -> Refused:
+    return Refused(503, "the server is shutting down", code="shutting_down", headers={"connection": "close", "retry-after": "10"})
+
+
 def engine_stopped() -> Refused:
     """Whatever it died of, which is in the server's log."""
     return Refused(503, "the engine has stopped", code="engine_stopped")

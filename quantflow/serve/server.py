@@ -25,6 +25,8 @@ from quantflow.serve.app import create_app
 from quantflow.serve.connection import Connection, Connections, accepts
 from quantflow.serve.service import Service
 
+WHOLE_S = 1.0  # for a request that is on its way to be whole, when the server is told to stop
+END_S = 1.0  # for errors to be read by the clients of requests that were ended
 LAST_S = 5.0  # for errors to reach the clients of requests that were ended
 WATCH_S = 0.2
 # How long a thread may keep the interpreter while others want it. The loop wants it back after every read and write: at Python's 5 ms, a
@@ -40,9 +42,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, ready: Callable[[str], None], said: log.Log | None = None) -> None:
         config = service.config
+        self._connections = Connections()
         super().__init__(
             uvicorn.Config(
-                create_app(service), host=config.host, port=config.port, http=partial(Connection, Connections()),  # type: ignore[arg-type]
+                create_app(service), host=config.host, port=config.port, http=partial(Connection, self._connections),  # type: ignore[arg-type]
                 ws="none", lifespan="on", loop="asyncio", log_config=None, access_log=False, proxy_headers=False, server_header=False,
                 backlog=accepts(),
                 timeout_graceful_shutdown=int(config.drain_timeout_s + LAST_S),
@@ -65,7 +68,7 @@ class Server(uvicorn.Server):
 
     async def _look_after(self) -> None:
         """Ends the process when its engine has died and somebody outside will start another; ends what runs too long when draining."""
-        loop, until = asyncio.get_running_loop(), None
+        loop, told = asyncio.get_running_loop(), 0.0
         while True:
             await asyncio.sleep(WATCH_S)
             if self._said:
@@ -75,9 +78,14 @@ class Server(uvicorn.Server):
                 self.exit_code = 1
                 self.should_exit |= self.service.config.supervised
             if self.should_exit:
-                until = until or loop.time() + self.service.config.drain_timeout_s
-                if loop.time() >= until:
+                told = told or loop.time()
+                ends = told + self.service.config.drain_timeout_s
+                if loop.time() >= min(told + WHOLE_S, ends):
+                    self._connections.dismiss()
+                if loop.time() >= ends:
                     self.service.expired.set()
+                if loop.time() >= ends + END_S:
+                    self._connections.drop()
 
     async def shutdown(self, sockets: Any = None) -> None:
         self.service.draining = True

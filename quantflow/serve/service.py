@@ -22,7 +22,7 @@ from quantflow.engine.text import Text
 from quantflow.errors import Problem, contained
 from quantflow.serve import body
 from quantflow.serve.config import ServerConfig
-from quantflow.serve.errors import Refused
+from quantflow.serve.errors import Refused, shutting_down
 from quantflow.serve.metrics import Metrics
 from quantflow.serve.protocol import ModelCard
 from quantflow.serve.template import Told
@@ -98,7 +98,7 @@ class Service:
         """For as long as a request is in the house. Raises Refused where there is no room, or the house is closing."""
         most = self.most_sequences + self.config.max_queue
         if self.draining:
-            raise Refused(503, "the server is shutting down", code="shutting_down", headers={"connection": "close", "retry-after": "10"})
+            raise shutting_down()
         if sequences > most:
             raise Refused(400, f"n: {sequences} texts in all; expected at most {most}", param="n", code="invalid_value")
         if self.inside + sequences > most:

@@ -123,6 +123,48 @@ def test_an_idle_server_stops_at_once() -> None:
         assert process.wait(10) == 0 and time.monotonic() - began < 3
 
 
+HALF = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
+
+
+def test_half_a_request_does_not_keep_the_process() -> None:
+    with started() as (process, port):
+        response = begin(port, max_tokens=400)
+        held = []
+        for sent in (b"", HALF[:9], HALF, HALF.replace(b"content-type: application/json", b"content-type: text/plain")):
+            held.append(socket.create_connection(("127.0.0.1", port), 20))
+            held[-1].sendall(sent)
+        whole = json.dumps({**BODY, "max_tokens": 300, "n": 1}).encode()  # and half of another request behind one that runs
+        piped = socket.create_connection(("127.0.0.1", port), 60)
+        OPENED.extend([*held, piped])
+        piped.sendall(HALF[:-1].replace(b"50", b"%d" % len(whole)) + whole + HALF)
+        time.sleep(0.3)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        answers = [b"".join(iter(lambda one=one: one.recv(65536), b"")) for one in held]
+        assert answers[0] == b"" and b" 503 " in answers[1] and b" 503 " in answers[2] and b"shutting_down" in answers[2]
+        assert answers[3].startswith(b"HTTP/1.1 415 ") and b" 503 " not in answers[3]
+        seconds = time.monotonic() - began
+        assert seconds < 4, seconds
+        assert response.read().endswith(b"data: [DONE]\n\n")
+        assert b"data: [DONE]\n\n" in b"".join(iter(lambda: piped.recv(65536), b""))
+        ended = time.monotonic()
+        assert process.wait(20) == 0 and time.monotonic() - ended < 4
+        assert process.stderr and "Traceback" not in process.stderr.read()
+
+
+def test_an_answer_that_nobody_reads_does_not_keep_the_process() -> None:
+    with started("--drain-timeout", "0.5") as (process, port), socket.socket() as asleep:
+        asleep.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asleep.connect(("127.0.0.1", port))
+        body = json.dumps({"prompt": "x y " * 700_000}).encode()
+        asleep.sendall(HALF[:-1].replace(b"/v1/completions", b"/tokenize").replace(b"50", b"%d" % len(body)) + body)
+        assert asleep.recv(9) == b"HTTP/1.1 "
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert process.wait(20) == 0 and time.monotonic() - began < 4
+
+
 DIES = """
 import sys, threading, time
 from quantflow.engine.engine import Engine
