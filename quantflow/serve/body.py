@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,7 +60,14 @@ def read(body: bytes) -> Any:
         raise Refused(400, message, code="invalid_utf8") from None
     _check_parts(body)
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+        if _ESCAPED_SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        message = f"body: {half} alone is half a letter, which no UTF-8 can hold; expected the other half beside it"
+        raise Refused(400, message, code="invalid_utf8") from None
     except json.JSONDecodeError as error:
         message = f"body: no valid JSON ({error.msg}, line {error.lineno} column {error.colno})"
         raise Refused(400, message, code="invalid_json") from None
@@ -87,6 +95,14 @@ def _within(param: str) -> Iterator[None]:
         yield
     except Refused as error:
         raise Refused(400, param + error.message.removeprefix("body"), param=param, code=error.code) from None
+
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair, or half of one
+
+
+def _no_number(name: str) -> Any:
+    """NaN, Infinity and -Infinity, which Python reads and writes, and JSON does not know."""
+    raise Refused(400, f"body: no valid JSON ({name}); expected a number or null", code="invalid_json")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

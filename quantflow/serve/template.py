@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,8 @@ def _check(variables: dict[str, Any]) -> None:
     letters = 0
     for values, (depth, value) in enumerate(_walk(variables)):
         letters += len(value) if isinstance(value, str) else 0
+        if isinstance(value, float) and not math.isfinite(value):  # 1e999
+            raise _wrong("chat_template_kwargs", f"{value}; expected numbers that a double can hold")
         if depth > DEEPEST or values > MOST_VALUES or letters > MOST_LETTERS:
             expected = f"at most {DEEPEST} levels, {MOST_VALUES} values and {MOST_LETTERS} letters"
             raise _wrong("chat_template_kwargs", f"too deep, or too much; expected {expected}")

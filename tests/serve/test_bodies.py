@@ -59,7 +59,7 @@ def test_what_is_wrong_with_a_body_has_a_code(server: Running, body: bytes, code
     [
         nested(MOST_DEPTH), "0", '""', '{"a": {"a": 1}, "b": {"a": 2}}', json.dumps("[{:," * 200_000),
         json.dumps('\\"' * 300_000 + "[" * 1000),
-        json.dumps(["\\", '"[', '\\"]', "{" * 200]), "\ufeff[1]", "9" * 4300, '"\\ud800"',
+        json.dumps(["\\", '"[', '\\"]', "{" * 200]), "\ufeff[1]", "9" * 4300, '"\\ud83e\\udd8a \\\\ud800 NaN"',
         json.dumps({str(i): i for i in range(MOST_KEYS)}),
         json.dumps([0] * 2**20),
     ],
@@ -186,3 +186,36 @@ def test_a_tokenizer_that_cannot_say_what_a_token_says_ends_one_text(server: Run
     assert server.complete(prompt=[7]).status == 500
     monkeypatch.undo()
     assert server.complete().status == 200 and emptied(server)
+
+
+LONE = ["\\ud800", "\\udc00", "\\uDFFF\\uD800", "\\ud83e\\ud83e\\udd8a"]
+
+
+@pytest.mark.parametrize("place", ["user", "chat_template_kwargs", "metadata", "tools", "messages"])
+def test_what_is_no_letter_or_no_number_is_refused_wherever_it_stands(server: Running, place: str) -> None:
+    """As a key and as a value, whether the parameter would be read or not. RFC 8259 has no NaN; UTF-8 has no halves of pairs."""
+    body = b'{"messages": "x", "max_tokens": 1, "%b": %b}' if place != "messages" else b'{"%b": %b}'
+    cases = [(f'{{"x": {name}}}', "invalid_json") for name in ("NaN", "Infinity", "-Infinity")]
+    cases += [(template % text, "invalid_utf8") for text in LONE for template in ('"a%s"', '{"x": "%s"}', '{"%s": "x"}', '[["%sb"]]')]
+    for value, code in cases:
+        answer = server.post("/v1/chat/completions", body % (place.encode(), value.encode()))
+        assert (answer.status, answer.error["code"]) == (400, code), value
+        assert answer.error["message"].startswith("body: ")
+
+
+def test_pairs_are_letters(server: Running) -> None:
+    body = b'{"messages": "\\ud83e\\udd8a", "user": "\\uD83E\\uDD8A", "chat_template_kwargs": {"x": "\\\\ud800 NaN"}, "max_tokens": 1}'
+    assert server.post("/v1/chat/completions", body).status == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "1e999"), ("temperature", "-1e999"), ("chat_template_kwargs", '{"x": [0.5, 1e999]}'),
+        ("response_format", '{"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 1e999}}}'),
+    ],
+)  # fmt: skip
+def test_a_number_beyond_all_doubles_is_refused_by_the_name_of_its_parameter(server: Running, name: str, value: str) -> None:
+    """It is JSON, and would be infinite."""
+    answer = server.post("/v1/chat/completions", f'{{"messages": "x", "max_tokens": 1, "{name}": {value}}}'.encode())
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (400, name, "invalid_value")

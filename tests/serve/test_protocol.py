@@ -237,8 +237,6 @@ def test_answers_follow_a_schema(server: Running) -> None:
         ({"n": 9}, "n", "invalid_value"),
         ({"n": 10**9}, "n", "invalid_value"),
         ({"temperature": -0.1}, "temperature", "invalid_value"),
-        ({"temperature": float("nan")}, "temperature", "invalid_value"),
-        ({"temperature": float("inf")}, "temperature", "invalid_value"),
         ({"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format", "invalid_value"),
         ({"messages": [CALLED]}, "messages", "json_too_deep"),
         ({"top_p": 1.1}, "top_p", "invalid_value"),
@@ -258,8 +256,6 @@ def test_answers_follow_a_schema(server: Running) -> None:
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://example.com/s"}}}},
          "response_format", "invalid_value"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"description": "y" * 70000}}}},
-         "response_format", "invalid_value"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": float("nan")}}}},
          "response_format", "invalid_value"),
         ({"chat_template": "{{ 1 }}"}, "chat_template", "unsupported_parameter"),
     ],
@@ -351,7 +347,7 @@ def test_schemas_that_would_take_the_machine_are_refused(server: Running, schema
     assert server.metric("process_resident_memory_bytes") - before < 2**29
 
 
-def test_half_a_surrogate_pair_is_refused_or_carried(server: Running) -> None:
+def test_half_a_surrogate_pair_is_refused(server: Running) -> None:
     for body in (
         {"messages": "\ud800"},
         {"messages": "x", "stop": "\ud800"},
@@ -359,8 +355,7 @@ def test_half_a_surrogate_pair_is_refused_or_carried(server: Running) -> None:
         {"messages": "x", "\ud800": 1},
     ):
         answer = server.chat(**body)
-        assert answer.status in (200, 400), answer
-        assert answer.json
+        assert (answer.status, answer.error["code"]) == (400, "invalid_utf8"), answer
 
 
 def test_models(server: Running) -> None:
