@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from quantflow.errors import GateError, QuantFlowError, ResourceError, ServerError, UserError, panicked
+from quantflow.errors import TURNING, GateError, QuantFlowError, ResourceError, ServerError, UserError, panicked
 from quantflow.machine import is_out_of_memory, resident_bytes
 
 
@@ -48,8 +48,9 @@ errors = _Words(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 UNREAD = 141  # as a shell has it of a program that was ended so, by SIGPIPE
-# What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures.
-HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160)) if n not in (9, 10)}
+# What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures,
+# and so are those that turn the order of letters.
+HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160), *TURNING) if n not in (9, 10)}
 ANOTHER_PLACE = "Choose another place with --output."
 FULL = (4, "disk full", "Free some space and run the same command: a recipe goes on where it stopped.")
 FILES = (4, "too many open files", "Raise the limit (ulimit -n) and run the same command.")

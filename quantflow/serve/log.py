@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from quantflow.errors import TURNING
+
 MOST_ALIKE, ALIKE_S = 5, 10.0  # lines of a kind in so many seconds; the others are counted
 MOST_KINDS = 256
 MOST_LETTERS = 2000  # of a message, which may hold what a client sent
@@ -18,8 +20,8 @@ MOST_TRACE = 16_000  # letters of a traceback: of a longer one its beginning, an
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 OTHERS = {"info": logging.WARNING, "debug": logging.INFO}  # of uvicorn, which says at `info` what nobody asked
 SAID_BETTER = "Invalid HTTP request received."  # by uvicorn, of what `connection` refuses, with an id
-# A client's text must neither begin a line nor work a terminal.
-HARMLESS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160))} | {n: f"\\u{n:04x}" for n in (0x2028, 0x2029)}
+# A client's text must neither begin a line, nor work a terminal, nor turn what is around it.
+HARMLESS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160))} | {n: f"\\u{n:04x}" for n in (0x2028, 0x2029, *TURNING)}
 
 _about: ContextVar[tuple[str, str]] = ContextVar("about", default=("-", "-"))
 

@@ -133,11 +133,15 @@ def test_the_terminal_is_not_worked_by_what_is_said() -> None:
     chat, _, said = made()
     chat.say("\x1b[2Ja\tb\x07\x9b")
     assert "".join(said) == "␛[2Ja\tb␇\ufffd\n\n"
+    said.clear()
+    chat.say("שלום, مرحبا \u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c")
+    assert "".join(said) == "שלום, مرحبا " + 12 * "\ufffd" + "\n\n"
 
 
 def test_nor_by_what_a_server_says(capfd: pytest.CaptureFixture[str]) -> None:
-    show([Problem("http://x", "bad\x1b[2J\x1b]52;c;AAAA")])
-    assert "\x1b" not in capfd.readouterr().err
+    show([Problem("http://x", "bad\x1b[2J\x1b]52;c;AAAA\u202etxt.exe")])
+    shown = capfd.readouterr().err
+    assert "\x1b" not in shown and "\ufffdtxt.exe" in shown
 
 
 def test_a_dialogue_is_saved(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 import socket
+import unicodedata
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from tests.helpers.serving import Running
 from tests.serve.test_answer import until
 from tests.serve.test_lifecycle import connect, started
 
+TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+MARKS = ("-RIGHT MARK", "-LEFT MARK", "ARABIC LETTER MARK")
+TURNING = "".join(c for c in map(chr, range(0x110000)) if unicodedata.bidirectional(c) in TURNS or unicodedata.name(c, "").endswith(MARKS))
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (error|warning|info|debug) (-|req-[0-9a-f]{24}) (-|127\.0\.0\.1:\d+) \S.*")
 
 
@@ -44,6 +48,18 @@ def test_a_line_says_when_what_and_of_whom(logged: Any) -> None:
     assert LINE.fullmatch(first) and LINE.fullmatch(second)
     assert first.endswith(r"warning req-000000000000000000000000 127.0.0.1:80 refused with 400: no\x0d\x0avalid\x1b[31m HT\u2028TP")
     assert second.endswith(" error - - the engine has died")
+
+
+def test_a_line_cannot_be_turned(logged: Any) -> None:
+    """By none of the letters that Unicode's own table says to set, to isolate or to mark a direction."""
+    logger, said, *_ = logged
+    logger.warning("refused: %s", TURNING)
+    assert said.getvalue().isascii() and r"\u202e" in said.getvalue() and r"\u061c" in said.getvalue()
+    try:
+        raise ValueError(TURNING)
+    except ValueError:
+        logger.exception("it failed")
+    assert not set(TURNING) & set(said.getvalue())
 
 
 def test_a_traceback_cannot_be_taken_for_lines_of_the_log(logged: Any) -> None:
