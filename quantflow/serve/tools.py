@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urldefrag, urljoin
 
 from quantflow.engine.grammar import INNER
 from quantflow.models.dialogue import ChatTemplate
@@ -271,7 +272,7 @@ def _schema(format: ToolFormat, callees: Sequence[Callee], most: int) -> dict[st
     schema: dict[str, Any] = {"anyOf": schemas}
     if format.many:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": most}
-    schema["$defs"] = {f.name: _moved(f.parameters or {"type": "object"}, f"#/$defs/{f.name}") for f in callees}
+    schema["$defs"] = {f.name: _placed(f.parameters or {"type": "object"}, f"#/$defs/{f.name}") for f in callees}
     # As models were taught to write it, with or without spaces: patterns, both.
     schema["x-guidance"] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
     return schema
@@ -282,19 +283,66 @@ DATA = ("const", "enum", "default", "examples")  # not schemas
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependencies")
 
 
-def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references, which begin at its own root, begin at another's, where it stands at `place`."""
+def _placed(schema: dict[str, Any], place: str) -> Any:
+    """A schema as part of another, at `place`. Its own name (`$id`; in drafts before the sixth, `id`) is left out: the same may be that of
+    another function's."""
+    word = "id" if re.search(r"draft-0[34]", str(schema.get("$schema"))) else "$id"
+    name = schema.get(word)
+    if not isinstance(name, str):
+        return _moved(schema, place, "")
+    return _moved({key: value for key, value in schema.items() if key != word}, place, urldefrag(name)[0])
+
+
+def _moved(schema: Any, place: str, base: str) -> Any:
+    """A schema whose references, which begin at its own root, begin at another's, where it stands at `place`. base: what its root was
+    called; "": nothing."""
     if isinstance(schema, list):
-        return [_moved(item, place) for item in schema]
+        return [_moved(item, place, base) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {}
+    name = schema.get("$id")
+    if isinstance(name, str) and not name.startswith("#"):  # a root of its own, at which its references begin
+        return {**schema, "$id": _own(place, _resolved(base, name))}
+    found: dict[str, Any] = {}
     for key, value in schema.items():
         if key in BY_NAME and isinstance(value, dict):
-            found[key] = {name: _moved(part, place) for name, part in value.items()}
+            found[key] = {word: _moved(part, place, base) for word, part in value.items()}
         else:
-            found[key] = value if key in DATA else _moved(value, place)
+            found[key] = value if key in DATA else _moved(value, place, base)
     reference = found.get("$ref")
-    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
-        found["$ref"] = place + reference[1:]
+    if isinstance(reference, str):
+        whole = _resolved(base, reference)
+        if base and (whole == base or whole.startswith(base + "#")):
+            whole = "#" + whole[len(base) + 1 :]
+        if whole == "#" or whole.startswith("#/"):
+            whole = place + whole[1:]
+        elif whole.startswith("#"):
+            whole = "#" + _anchor(place, whole[1:])
+        else:
+            whole = _own(place, whole)
+        found["$ref"] = whole
+    anchor = found.get("$anchor")
+    if isinstance(anchor, str):
+        found["$anchor"] = _anchor(place, anchor)
+    if isinstance(name, str):  # an anchor, before draft 2019-09
+        found["$anchor"] = _anchor(place, name[1:])
+        del found["$id"]
     return found
+
+
+def _own(place: str, name: str) -> str:
+    """What a part is called within one function's schema; relative references in it stay what they are."""
+    return f"tool:/{place.rpartition('/')[2]}/{name}"
+
+
+def _anchor(place: str, name: str) -> str:
+    """One of two functions may have the name of another's."""
+    return f"_{place.rpartition('/')[2]}.{name}"
+
+
+def _resolved(base: str, reference: str) -> str:
+    """An absolute reference, or one within the schema (`#...`)."""
+    try:
+        return reference if reference.startswith("#") else urljoin(base, reference)
+    except ValueError:  # no address; whoever compiles it says so
+        return reference

@@ -445,6 +445,34 @@ def test_names_in_a_schema_are_no_words_of_it(table: str, name: str, follows: Ca
     assert not follows(grammar, json.dumps({"name": "f", "parameters": {name: "D"}}))
 
 
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        *itertools.product(({}, {"$id": "http://a.example/s.json"}, {"$id": "urn:a:s"}, {"$id": "s.json"}), ("#/$defs/Y", "#y")),
+        *((({"$id": "http://a.example/s.json"}), r) for r in ("http://a.example/s.json#/$defs/Y", "s.json#/$defs/Y", "/s.json#y")),
+        ({"$id": "http://a.example/s.json#"}, "http://a.example/s.json#/$defs/Y"),
+        ({"$id": "urn:a:s"}, "urn:a:s#/$defs/Y"),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", "id": "http://a.example/s"}, "#/$defs/Y"),
+        ({"$id": "http://a.example/s.json"}, "in.json"),  # what has a name of its own
+        ({}, "#/$defs/in"),
+    ],
+)  # fmt: skip
+def test_references_of_functions_do_not_mix(name: Any, reference: str, follows: Callable[[str, str], bool]) -> None:
+    """Each function's schema is a document of its own, also where both are called the same."""
+
+    def schema(word: str) -> Any:
+        inner = {"$id": "in.json", "$ref": "#/$defs/Z", "$defs": {"Z": {"enum": [word]}}}
+        return {
+            **name, "type": "object", "properties": {"x": {"$ref": reference}}, "required": ["x"], "additionalProperties": False,
+            "$defs": {"Y": {"$anchor": "y", "enum": [word]}, **({"in": inner} if "in" in reference else {}), "f": {"const": "no"}},
+        }  # fmt: skip
+
+    callees = [Callee("f", schema("F")), Callee("g", schema("G"))]
+    grammar = lark(FORMATS[2], callees, None, Opening.calls, most=1)
+    for called, word in itertools.product((c.name for c in callees), "FG"):
+        assert follows(grammar, json.dumps({"name": called, "parameters": {"x": word}})) == (word == called.upper())
+
+
 def test_marks_of_calls_in_arguments_are_text(running: Running) -> None:
     marks = "</tool_call>[TOOL_CALLS]<|python_tag|>"
     parameters = {"type": "object", "properties": {"x": {"enum": [marks]}}, "required": ["x"], "additionalProperties": False}
