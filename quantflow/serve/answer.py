@@ -22,7 +22,7 @@ from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
 from quantflow.errors import Problem, RequestError
-from quantflow.serve.errors import Refused, engine_stopped
+from quantflow.serve.errors import Refused, aborted, engine_stopped
 from quantflow.serve.service import Service
 from quantflow.serve.watched import Begun, Watched
 from quantflow.serve.wire import DONE, KEEP_ALIVE, Object, encode, encode_large, event
@@ -83,7 +83,8 @@ class Shape(Protocol):
 @dataclass(frozen=True)
 class Job:
     """submit: in place of the engine's own `submit`, for the one prompt there is. leave: called with what was generated, whole or not, once
-    it is over. grammar_from: the parameter that the grammar was made of. priority: of two that wait the lower goes first."""
+    it is over. ended: what to say where it was given up for another reason than the server's end. grammar_from: the parameter that the
+    grammar was made of. priority: of two that wait the lower goes first."""
 
     prompts: list[list[int]]
     params: SamplingParams
@@ -91,6 +92,7 @@ class Job:
     stream: bool
     submit: Callable[[Engine], Request] | None = None
     leave: Callable[[Output], None] = lambda output: None
+    ended: Callable[[], Refused | None] = lambda: None
     grammar_from: str = "response_format"
     priority: int = 0
 
@@ -158,7 +160,7 @@ class Answer(Watched):
             streams, collectors = await self._open(job, stack)
             for stream, collector in zip(streams, collectors, strict=True):
                 async for token in stream:
-                    _check(token, self.service)
+                    _check(token, self.service, job)
                     collector.add(token)
         outputs = [collector.output() for collector in collectors]
         usage = _usage(outputs)
@@ -202,7 +204,7 @@ class Answer(Watched):
         for prompt, (tokens, collector) in enumerate(zip(came, collectors, strict=True)):
             texts: dict[int, list[Token]] = {}
             for token in tokens:
-                _check(token, self.service)
+                _check(token, self.service, job)
                 collector.add(token)
                 texts.setdefault(token.index, []).append(token)
             first = prompt * job.params.n
@@ -273,7 +275,7 @@ def _nudged(event: asyncio.Event, every_s: float) -> Iterator[None]:
         timers[0].cancel()
 
 
-def _check(token: Token, service: Service) -> None:
+def _check(token: Token, service: Service, job: Job) -> None:
     """Raises Refused, or RequestError where that is the grammar's fault, for a text that could not be finished."""
     if token.finish == Finish.error and not service.llm.alive:
         raise engine_stopped()
@@ -284,7 +286,7 @@ def _check(token: Token, service: Service) -> None:
         found = f"the text came to where it cannot be followed ({token.reason})"
         raise RequestError(Problem("grammar", found, "a simpler one, or one that can end", code="grammar_not_followed"))
     if token.finish == Finish.abort:
-        raise Refused(503, "the server ended this request", code="aborted")
+        raise job.ended() or aborted()
 
 
 def _usage(outputs: list[Output]) -> Usage:

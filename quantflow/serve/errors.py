@@ -78,6 +78,11 @@ def engine_stopped() -> Refused:
     return Refused(503, "the engine has stopped", code="engine_stopped")
 
 
+def aborted() -> Refused:
+    """The server's end, or an administrator's word."""
+    return Refused(503, "the server ended this request", code="aborted")
+
+
 def response(error: Refused, scope: Scope | None = None) -> Json:
     """scope: of the request, where there is one to speak of."""
     body = anthropic_body(error, scope["state"]["request_id"]) if scope and asks_anthropic(scope) else error.body

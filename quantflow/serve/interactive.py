@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from quantflow.engine.engine import Engine
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
 from quantflow.serve.answer import Job, Shape, Usage
-from quantflow.serve.errors import Refused
+from quantflow.serve.errors import Refused, aborted
 from quantflow.serve.protocol import InteractiveRequest
 from quantflow.serve.service import Service, for_templates
 from quantflow.serve.wire import Object
@@ -32,15 +32,15 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 @dataclass
 class Conversation:
     """number: of the engine's session. messages: a list, as templates want them, in JSON; nothing else of them is kept. used: when it was,
-    on the monotonic clock. tokens: of the dialogue so far. ended: by its owner or an administrator, so that a turn that is prepared must
-    not begin."""
+    on the monotonic clock. tokens: of the dialogue so far. ended: what the turn that runs hears, and one that is prepared, which must
+    not begin, where its owner or an administrator ended it."""
 
     number: int
     messages: bytes = b""
     busy: bool = False
     used: float = 0.0
     tokens: int = 0
-    ended: bool = False
+    ended: Refused | None = None
 
 
 class Sessions:
@@ -75,18 +75,19 @@ class Sessions:
         if self._found.get((owner, id)) is session and not (keep and session.messages):
             self.end(owner, id)
 
-    def end(self, owner: str, id: int) -> None:
-        """Ends a session, and the turn that runs in it. Nothing happens where there is none."""
+    def end(self, owner: str, id: int, why: Refused | None = None) -> None:
+        """Ends a session, and the turn that runs in it, which hears why: by default, that its client wanted it. Nothing happens where there
+        is none."""
         session = self._found.pop((owner, id), None)
         if session is not None:
-            session.ended = True
+            session.ended = why or _cancelled(id)
             self._service.llm.end_session(session.number)
 
     def clear(self) -> int:
         """Ends all; how many there were."""
         count = len(self._found)
         for place in list(self._found):
-            self.end(*place)
+            self.end(*place, aborted())
         return count
 
     def _forget_old(self) -> None:
@@ -146,7 +147,7 @@ def turn_job(service: Service, body: InteractiveRequest, session: Conversation) 
 
     def submit(engine: Engine) -> Request:
         if session.ended:
-            raise Refused(503, "the server ended this request", code="aborted")
+            raise session.ended
         held = engine.sessions[session.number].tokens if session.number in engine.sessions else []
         common = next((i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), min(len(held), len(tokens)))
         common = min(common, len(tokens) - 1)
@@ -161,7 +162,14 @@ def turn_job(service: Service, body: InteractiveRequest, session: Conversation) 
             session.messages = _more(kept, [{"role": "assistant", "content": completion.text}])
             session.tokens = len(tokens) + len(completion.token_ids)
 
-    return Job([tokens], params, TurnShape(len(tokens) - history, history), body.stream, submit=submit, leave=leave)
+    return Job(
+        [tokens], params, TurnShape(len(tokens) - history, history), body.stream, submit=submit, leave=leave, ended=lambda: session.ended
+    )
+
+
+def _cancelled(id: int) -> Refused:
+    message = f"session_id: the client ended session {id} while this turn ran"
+    return Refused(409, message, param="session_id", code="cancelled")
 
 
 def _more(kept: bytes, messages: list[Object]) -> bytes:

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quantflow.errors import RequestError, ResourceError
-from quantflow.serve.errors import Refused, engine_stopped, refused
+from quantflow.serve.errors import Refused, aborted, engine_stopped, refused
 from quantflow.serve.service import Service
 from quantflow.serve.wire import Json
 
@@ -43,7 +43,7 @@ class Watched(Response):
             elif not gone.done():
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
-                await self._fail(send, Refused(503, "the server ended this request", code="aborted"))
+                await self._fail(send, aborted())
         finally:
             for task in tasks:
                 task.cancel()

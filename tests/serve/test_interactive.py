@@ -78,8 +78,24 @@ def test_cancel_ends_the_session_and_its_turn(running: Running) -> None:
         assert (busy.status, busy.error["code"]) == (409, "session_busy")
         assert turn(running, session_id=5, cancel=True).json["text"] == ""
         answer = waiting.result()
-        assert (answer.status, answer.error["code"]) == (503, "aborted")
+        assert answer.error["type"] != "server_error" and "the client ended session 5" in answer.error["message"]
+        assert (answer.status, answer.error["code"]) == (409, "cancelled")
     assert turn(running, session_id=5).json["history_tokens"] == 0
+
+
+@pytest.mark.parametrize(("end", "code"), [("cancel", "cancelled"), ("clear", "aborted")])
+def test_a_stream_says_who_ended_it(running: Running, monkeypatch: pytest.MonkeyPatch, end: str, code: str) -> None:
+    found: list[Any] = []
+    made = interactive.Sessions.enter
+    monkeypatch.setattr(interactive.Sessions, "enter", lambda self, *place: found.append(self) or made(self, *place))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(turn, running, session_id=21, request_output_len=900, ignore_eos=True, stream=True)
+        assert until(lambda: running.service.llm.engine.occupancy().running == 1)
+        if end == "cancel":
+            turn(running, session_id=21, cancel=True)
+        else:  # as /admin/sessions/end does
+            found[0].clear()
+        assert waiting.result().events[-1]["error"]["code"] == code
 
 
 def test_cancel_while_a_turn_is_prepared(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +112,7 @@ def test_cancel_while_a_turn_is_prepared(running: Running, monkeypatch: pytest.M
         assert until(lambda: running.service.inside == 1)
         assert turn(running, session_id=11, cancel=True).status == 200
         prepared.set()
-        assert (waiting.result().status, waiting.result().error["code"]) == (503, "aborted")
+        assert (waiting.result().status, waiting.result().error["code"]) == (409, "cancelled")
     assert until(lambda: sessions(running) == before)
     assert turn(running, session_id=11, interactive_mode=False).json["history_tokens"] == 0
 
