@@ -581,7 +581,7 @@ class Engine:
             sequence.matcher.add(token)
             reason = sequence.matcher.problem
             if reason or sequence.matcher.ended:
-                finish = Finish.grammar if reason else Finish.stop
+                finish = _fault(sequence) if reason else Finish.stop
         if finish is None and sequence.generated >= sequence.request.most_tokens:
             finish = Finish.length
         prompt_logprobs = tuple(self._prompt_logprobs.get(sequence.request.id, ())) if first and not sequence.index else ()
@@ -702,7 +702,8 @@ def _wrong_kinds(prompt: object, id: object, priority: object, session: object) 
 
 def _fault(sequence: Sequence) -> Finish:
     """Of a sequence for which no token is possible."""
-    return Finish.grammar if sequence.matcher and sequence.matcher.problem else Finish.error
+    matcher = sequence.matcher
+    return Finish.grammar if matcher and matcher.problem and not matcher.panicked else Finish.error
 
 
 def _why_eager(config: EngineConfig, model: Model) -> str:

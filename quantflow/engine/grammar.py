@@ -191,7 +191,7 @@ class Matcher:
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._failure = ""
+        self._panic = ""
 
     def copy(self) -> Matcher:
         return Matcher(self._matcher.deep_copy(), self._vocabulary)
@@ -214,7 +214,7 @@ class Matcher:
         try:
             return contained(call)
         except RuntimeError as error:
-            self._failure = _first_line(str(error))
+            self._panic = _first_line(str(error))
             return otherwise
 
     @property
@@ -223,9 +223,14 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     @property
+    def panicked(self) -> bool:
+        """Whether that is the library's fault, and not the grammar's."""
+        return bool(self._panic)
+
+    @property
     def problem(self) -> str:
         """Why the text cannot go on; "" where it can."""
-        return self._failure or (_first_line(str(self._matcher.get_error())) if self._matcher.is_error() else "")
+        return self._panic or (_first_line(str(self._matcher.get_error())) if self._matcher.is_error() else "")
 
 
 def grammar_of(value: Any) -> Grammar | None:
