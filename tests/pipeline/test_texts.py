@@ -16,7 +16,6 @@ from quantflow.calibration import data as data_module
 from quantflow.calibration.data import Document, Windows, cut_windows
 from quantflow.engine import chat_environment
 from quantflow.engine import template as template_module
-from quantflow.engine.template import Renderer
 from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.errors import ModelError
 from quantflow.models.tokenizer import load_tokenizer
@@ -226,7 +225,8 @@ def test_tokens_do_not_depend_on_the_date(bench: Bench, monkeypatch: pytest.Monk
     """Llama 3.1's template writes the day into every dialogue. A server's says today."""
     template = bench.model / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
-    monkeypatch.setattr(Renderer, "_ask", lambda self, line: template_module.answer(line))  # in this process, whose clock is the test's
+    # In this process, whose clock is the test's.
+    monkeypatch.setattr(template_module, "_ask", lambda child, line: template_module.answer(line))
     found: list[tuple[Any, str]] = []
     try:
         for day in (date(2026, 3, 1), date(2031, 12, 24)):
