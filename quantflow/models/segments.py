@@ -114,8 +114,3 @@ def _mlp_segments(architecture: Architecture, config: DecoderConfig, layer: int)
         passes = Fold(linear=up) if gate or config.activation == "relu" else None
         yield Segment(Role.mlp_in, experts if mixture else fused, readers, norm, expert)
         yield Segment(Role.mlp_out, experts if mixture else down, (last,), passes, expert)
-
-
-def linears(architecture: Architecture, config: DecoderConfig, layer: int) -> dict[str, LinearSpec]:
-    """Relative name -> every linear of a decoder layer but the router, in execution order."""
-    return {spec.name: spec for segment in segments(architecture, config, layer) for spec in segment.linears}

@@ -29,8 +29,8 @@ from quantflow.serve.wire import DONE, KEEP_ALIVE, Object, encode, encode_large,
 
 Write = Callable[[Any], bytes]
 
-SMALL = 4096  # tokens and scores that take the loop about ten milliseconds
-MOST_SCORES = 2**19  # log-probabilities of one answer: about 150 MiB of JSON
+SMALL = 4096  # tokens and scores that are put together in the loop itself; more go to a thread
+MOST_SCORES = 2**19  # log-probabilities of one answer, which is held whole: 4096 tokens with 20 alternatives are a sixth of it
 LAST_WORDS_S = 5.0  # for an error to reach a client that reads slowly
 EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
 

@@ -26,7 +26,7 @@ from quantflow.formats import FORMATS
 from quantflow.formats.base import ConfigRequest
 from quantflow.models.expected import expected_tensors
 from quantflow.models.registry import ARCHITECTURES
-from quantflow.models.segments import linears
+from quantflow.models.segments import segments
 from quantflow.models.tokenizer import QWEN_PATTERN, byte_letters
 from quantflow.quant.numbers.nf4 import Nf4Tensor
 from quantflow.quant.scheme import Scheme
@@ -63,7 +63,8 @@ def _packed(name: str, scheme: Scheme) -> tuple[Tensors, dict[str, Any]]:
     """LLAMA with its linears in a format, and the `quantization_config`."""
     tensors, form, architecture = _plain(), FORMATS[name], ARCHITECTURES["llama"]
     modules = {}
-    for linear, (n, k) in ((s.name, s.shape) for s in linears(architecture, architecture.read_config(LLAMA), 0).values()):
+    specs = [spec for segment in segments(architecture, architecture.read_config(LLAMA), 0) for spec in segment.linears]
+    for linear, (n, k) in ((spec.name, spec.shape) for spec in specs):
         module = f"model.layers.0.{linear}"
         tensor: Any = random_tensor(n, k, scheme, smallest_zero=1) if scheme.kind == "integer" else None
         if tensor is None:

@@ -29,7 +29,7 @@ from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.formats.recognise import recognise
 from quantflow.models import gguf_tokenizer  # noqa: F401  (imported late by others: here it is instrumented)
 from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.segments import linears
+from quantflow.models.segments import segments
 from quantflow.models.tensor_file import TensorFile
 from quantflow.models.tokenizer import byte_letters, chat_template, export_tokenizer
 from quantflow.models.workspace import Workspace
@@ -103,7 +103,7 @@ def _config(place: Path) -> None:
     architecture.native_config(checkpoint.raw_config)
     found = recognise(checkpoint)
     for layer in range(min(config.layers, 3)):
-        for name in islice(linears(architecture, config, layer), 20):
+        for name in islice((n for segment in segments(architecture, config, layer) for n in segment.names), 20):
             module = f"{architecture.layer_prefix(layer)}.{name}"
             if found:
                 FORMATS[found[0]].scheme_of(module, found[1])
