@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,3 +133,23 @@ def serving(model: Path = DEMO, config: ServerConfig | None = None, **options: A
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+def request(body: Any, path: str = "/v1/completions") -> bytes:
+    data = json.dumps(body).encode()
+    lines = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    return lines.encode() + data
+
+
+def until(condition: Any, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def idle(running: Running) -> bool:
+    now = running.service.llm.engine.occupancy()
+    return (now.running, now.waiting, now.used_blocks, running.service.inside) == (0, 0, 0, 0)

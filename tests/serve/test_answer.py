@@ -16,29 +16,9 @@ from quantflow.serve.chat import ChatShape
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.connection import Connection
 from quantflow.serve.errors import Refused
-from tests.helpers.serving import Running, serving
+from tests.helpers.serving import Running, idle, request, serving, until
 
 LONG: dict[str, Any] = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
-
-
-def request(body: Any, path: str = "/v1/completions") -> bytes:
-    data = json.dumps(body).encode()
-    lines = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-    return lines.encode() + data
-
-
-def until(condition: Any, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def idle(running: Running) -> bool:
-    now = running.service.llm.engine.occupancy()
-    return (now.running, now.waiting, now.used_blocks, running.service.inside) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -22,8 +22,7 @@ from quantflow.serve.app import create_app
 from quantflow.serve.config import ServerConfig, keys
 from quantflow.serve.connection import Connection
 from quantflow.serve.guard import MOST_HEADER_BYTES
-from tests.helpers.serving import Running, serving
-from tests.serve.test_answer import idle, until
+from tests.helpers.serving import Running, idle, serving, until
 from tests.serve.test_lifecycle import begin, connect, started
 
 KEY, OTHER, ADMIN = "key-of-a-user-0001", "key-of-a-user-0002", "key-of-an-admin-01"

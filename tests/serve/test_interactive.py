@@ -13,8 +13,7 @@ import pytest
 
 from quantflow.serve import interactive
 from quantflow.serve.config import ServerConfig
-from tests.helpers.serving import Answer, Running, serving
-from tests.serve.test_answer import idle, request, until
+from tests.helpers.serving import Answer, Running, idle, request, serving, until
 
 FIRST, SECOND = "key-of-a-user-0001", "key-of-a-user-0002"
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from quantflow.serve.log import MOST_TRACE, Log, about
-from tests.helpers.serving import Running
-from tests.serve.test_answer import until
+from tests.helpers.serving import Running, until
 from tests.serve.test_lifecycle import connect, started
 
 TURNS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}

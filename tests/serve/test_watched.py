@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,7 @@ import pytest
 from quantflow.engine.long_text import UNWANTED
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.service import Service, _done
-from tests.helpers.serving import Running, serving
+from tests.helpers.serving import Running, request, serving, until
 
 SAID = [{"role": "user", "content": "What is a table?"}]
 DOORS: dict[str, Any] = {
@@ -27,21 +25,6 @@ DOORS: dict[str, Any] = {
     "/v1/messages/count_tokens": {"model": "demo_model", "messages": SAID},
     "/v1/responses/input_tokens": {"model": "demo_model", "input": "The table"},
 }
-
-
-def request(path: str) -> bytes:
-    data = json.dumps(DOORS[path]).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
-    return head.encode() + data
-
-
-def until(condition: Any, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 class Slow:
@@ -76,10 +59,10 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
 @pytest.mark.parametrize("path", DOORS)
 def test_who_goes_away_leaves_nothing_behind(running: Running, slow: Slow, path: str) -> None:
     with running.socket() as first:
-        first.sendall(request(path))
+        first.sendall(request(DOORS[path], path))
         assert until(lambda: slow.begun == 1)
         with running.socket() as second:  # it waits in line for the one thread that there is
-            second.sendall(request(path))
+            second.sendall(request(DOORS[path], path))
             assert until(lambda: running.service.inside == 2)
         assert until(lambda: running.service.inside == 1)
     assert until(lambda: running.service.inside == 0 and slow.given_up == 1)
