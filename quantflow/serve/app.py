@@ -43,7 +43,7 @@ from quantflow.serve.protocol import (
 )
 from quantflow.serve.responses.routes import add_routes as add_responses
 from quantflow.serve.service import Service
-from quantflow.serve.tokenize import tokenized
+from quantflow.serve.tokenize import detokenized, tokenized
 from quantflow.serve.watched import Worked
 from quantflow.serve.wire import Json
 
@@ -194,12 +194,7 @@ def _text(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse))
     async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of tokens, special ones left out."""
-        service.check_model(body.model)
-        vocabulary = service.llm.engine.model_config.vocabulary
-        if (largest := max(body.tokens, default=0)) >= vocabulary:
-            message = f"tokens: {largest}; expected ids from 0 to {vocabulary - 1}"
-            raise Refused(400, message, param="tokens", code="invalid_value")
-        return Worked(service, lambda: b'{"prompt":%b}' % service.decode(body.tokens))
+        return Worked(service, lambda: detokenized(service, body))
 
     @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse))
     async def encode(body: EncodeRequest) -> Any:

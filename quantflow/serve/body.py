@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,6 +22,7 @@ MOST_DEPTH = 128  # of lists and objects in each other
 MOST_VALUES, MOST_STRINGS, MOST_MEMBERS, MOST_CONTAINERS = 2**20 + 2**16, 2**18, 2**17, 2**16
 MOST_KEYS = 4096  # of one object
 LARGE = 2**16  # bytes
+_LARGE_READER = ThreadPoolExecutor(1, "large-body")  # beside the loop, which goes on, and one after the other
 size: ContextVar[int] = ContextVar("size", default=0)  # of the body of the request at hand
 
 
@@ -33,10 +35,9 @@ class JsonRequest(Request):
             raise Refused(415, message, code="unsupported_encoding", headers={"accept-encoding": "identity"})
         body = await self.body()
         size.set(len(body))
-        value = read(body)
-        if len(body) > LARGE:
-            await asyncio.sleep(0)  # others first, before it is looked at closely
-        return value
+        if len(body) <= LARGE:
+            return read(body)
+        return await asyncio.get_running_loop().run_in_executor(_LARGE_READER, read, body)
 
 
 class JsonRoute(APIRoute):

@@ -1,10 +1,10 @@
-"""vLLM's door for tokens: /tokenize, those of a text, or of a dialogue up to where its answer begins."""
+"""vLLM's doors for tokens: /tokenize, those of a text, or of a dialogue up to where its answer begins, and /detokenize."""
 
 from __future__ import annotations
 
 from quantflow.serve import fields
 from quantflow.serve.errors import Refused
-from quantflow.serve.protocol import Templated, TokenizeRequest
+from quantflow.serve.protocol import DetokenizeRequest, Templated, TokenizeRequest
 from quantflow.serve.service import Service
 from quantflow.serve.template import told
 
@@ -23,6 +23,16 @@ def tokenized(service: Service, body: TokenizeRequest) -> bytes:
     else:
         found = service.tokens([body.prompt or ""], special=body.add_special_tokens is not False)
     return b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (found.json[1:-1], found.counts[0], service.context)
+
+
+def detokenized(service: Service, body: DetokenizeRequest) -> bytes:
+    """The same of /detokenize."""
+    service.check_model(body.model)
+    vocabulary = service.llm.engine.model_config.vocabulary
+    if (largest := max(body.tokens, default=0)) >= vocabulary:
+        message = f"tokens: {largest}; expected ids from 0 to {vocabulary - 1}"
+        raise Refused(400, message, param="tokens", code="invalid_value")
+    return b'{"prompt":%b}' % service.decode(body.tokens)
 
 
 def _check_neutral(body: TokenizeRequest) -> None:
