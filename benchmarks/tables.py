@@ -162,9 +162,10 @@ def hostile(record: dict[str, Any] | None) -> list[str]:
         ("lines in the log", f"{record['log_lines']}"),
     ]
     *most, last = (what for kind, what in ATTACKS.items() if kind in record["hostile"])
-    kinds = "".join(f" --only {kind}" for kind in record["hostile"]) if len(record["hostile"]) < len(ATTACKS) else ""
+    only = "".join(f" --only {kind}" for kind in record["hostile"])
+    command = f"python benchmarks/serve_hostile.py{only if len(record['hostile']) < len(ATTACKS) else ''}"
     return [
-        f"{place}; `python benchmarks/serve_hostile.py{kinds}`: {record['seconds']:.0f} s of {', '.join(most)} and {last} at once ({busy}).",
+        f"{place}; `{command}`: {record['seconds']:.0f} s of {', '.join(most)} and {last} at once ({busy}).",
         "",
         _row("beside them", "result"),
         _row("---", "---"),
