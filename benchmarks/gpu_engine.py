@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import DATASHEET_GB_S, stream_copy_gb_s
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import QuantFlowError
 from quantflow.evaluate.throughput import Case, measure
-from quantflow.models.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

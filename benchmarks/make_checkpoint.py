@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
+from quantflow.checkpoints.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.formats import FORMATS
 from quantflow.formats.base import ConfigRequest
-from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter
 from quantflow.quant.scheme import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {

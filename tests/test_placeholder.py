@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import UserError
 from quantflow.evaluate.tasks import Settings, read_tasks
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.tokenizer import export_tokenizer, load_tokenizer, tokenizer_placeholders
 from quantflow.pipeline.export import export
 from quantflow.placeholder import placeholder
 from quantflow.recipe import load_recipe
+from quantflow.tokenizers.tokenizer import export_tokenizer, load_tokenizer, tokenizer_placeholders
 from tests.helpers.tiny import write_llama
 
 # As git-lfs' own specification spells it.

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
+from quantflow.checkpoints.directory import is_place, read_json
 from quantflow.errors import ModelError, OutputError, Problem
-from quantflow.models.directory import is_place, read_json
 
 MANIFEST = "quantflow.json"
 KV_FILE = "kv_qparams.safetensors"

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.artifacts.fingerprint import file_digest
+from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.errors import ModelError, Problem, UserError
-from quantflow.models.tensor_file import TensorFile
 from quantflow.paths import naming
 
 

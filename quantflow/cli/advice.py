@@ -17,7 +17,7 @@ from quantflow.cli.recipes import find
 from quantflow.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from quantflow.models.checkpoint import Checkpoint
+    from quantflow.checkpoints.checkpoint import Checkpoint
     from quantflow.pipeline.advice import Advice, Fitted, Measured
     from quantflow.pipeline.memory import Model, Need, Term
     from quantflow.recipe import Recipe
@@ -30,7 +30,7 @@ def show_advice(
     tp: int | None, sensitivity: Path | None, *, config_only: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Prints the proposal; ends with exit code 2 where nothing fits. Raises UserError."""
-    from quantflow.models.checkpoint import Checkpoint, resolve_model
+    from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
     from quantflow.pipeline.advice import advise, measured
     from quantflow.pipeline.memory import RANKS, Model, Question
     from quantflow.recipe import load_recipe

@@ -53,10 +53,10 @@ def bench(
     """Measure speed and memory, beside other engines. Prefill, decode, time to the first token and memory: 16 bits, quantised weights,
     int8 KV, both, transformers, llama.cpp."""
     with reporting(debug, RUNNING):
+        from quantflow.checkpoints.checkpoint import resolve_model
         from quantflow.evaluate.throughput import Case, measure, memory_table
         from quantflow.formats.reader import Weights
         from quantflow.machine import resolve_device
-        from quantflow.models.checkpoint import resolve_model
 
         where = resolve_device(device.value)
         quantised = str(resolve_model(model))

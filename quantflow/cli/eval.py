@@ -98,6 +98,7 @@ def _evaluate_text(
     device: Device, as_json: bool,
 ) -> None:  # fmt: skip
     from quantflow.calibration.data import cut_windows
+    from quantflow.checkpoints.checkpoint import resolve_model
     from quantflow.cli.run import quality_table
     from quantflow.engine.engine import Engine, EngineConfig
     from quantflow.engine.kv_cache import KVPrecision
@@ -106,10 +107,9 @@ def _evaluate_text(
     from quantflow.evaluate.running import Running
     from quantflow.formats.reader import Weights
     from quantflow.machine import resolve_device
-    from quantflow.models.checkpoint import resolve_model
-    from quantflow.models.tokenizer import load_tokenizer
     from quantflow.pipeline.texts import model_documents
     from quantflow.pipeline.windows import left_out_notes
+    from quantflow.tokenizers.tokenizer import load_tokenizer
 
     original, found = (
         Weights(resolve_model(reference)),

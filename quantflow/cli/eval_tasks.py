@@ -100,10 +100,10 @@ def evaluate_tasks(
 def _check_models(models: list[str]) -> None:
     """Raises UserError with what is wrong with any of the models, as far as headers and tokenizers say: the second is loaded only when the
     first has answered everything."""
+    from quantflow.checkpoints.checkpoint import resolve_model
     from quantflow.engine.text import Text
     from quantflow.formats.reader import Weights
-    from quantflow.models.checkpoint import resolve_model
-    from quantflow.models.tokenizer import has_tokenizer
+    from quantflow.tokenizers.tokenizer import has_tokenizer
 
     problems: list[Problem] = []
     for model in models:
@@ -145,8 +145,8 @@ def _answers(
 def _digests(model: str) -> dict[str, str]:
     """sha256 of what a model computes with: its config and the files of its weights, by name."""
     from quantflow.artifacts.fingerprint import file_digest
+    from quantflow.checkpoints.checkpoint import resolve_model
     from quantflow.formats.reader import Weights
-    from quantflow.models.checkpoint import resolve_model
 
     checkpoint = Weights(resolve_model(model)).checkpoint
     config = checkpoint.path / "config.json"

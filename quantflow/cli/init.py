@@ -41,8 +41,8 @@ def init(
 ) -> None:
     """Write a recipe for a model and an engine. Nothing is computed, and no file is replaced without --force."""
     with reporting(debug):
+        from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
         from quantflow.errors import OutputError, Problem, UserError
-        from quantflow.models.checkpoint import Checkpoint, resolve_model
         from quantflow.paths import write_text
         from quantflow.pipeline.plan import make_plan
         from quantflow.pipeline.starter import starter

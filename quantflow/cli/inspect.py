@@ -21,10 +21,10 @@ def inspect(
 ) -> None:
     """Show what is in a checkpoint. Architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers."""
     with reporting(debug):
+        from quantflow.checkpoints.checkpoint import resolve_model
+        from quantflow.checkpoints.gguf.file import gguf_file
+        from quantflow.checkpoints.hub_cache import snapshot
         from quantflow.errors import ModelError, Problem
-        from quantflow.models.checkpoint import resolve_model
-        from quantflow.models.gguf_file import gguf_file
-        from quantflow.models.hub_cache import snapshot
 
         directory = snapshot(directory.expanduser())
         if directory.is_file():

@@ -26,9 +26,9 @@ def verify(
     """Check files, every layer, and text. It loads, compares every layer with the dequantised weights, and generates. Exit
     code 3 if anything is off."""
     with reporting(debug, RUNNING):
+        from quantflow.checkpoints.checkpoint import resolve_model
         from quantflow.errors import GateError, Problem
         from quantflow.evaluate.verify import verify as run
-        from quantflow.models.checkpoint import resolve_model
 
         with progress() as watcher:
             folder = resolve_model(str(directory))

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantflow.checkpoints.tensor_file import read_full
 from quantflow.errors import ModelError, Problem
-from quantflow.models.tensor_file import read_full
 from quantflow.paths import naming
 
 

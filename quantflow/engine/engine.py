@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
 from quantflow.engine.block_manager import BlockManager
 from quantflow.engine.grammar import Grammars, Matcher
 from quantflow.engine.graphs import CudaRecorder, obstacle
@@ -34,9 +35,8 @@ from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import ModelError, Problem, RequestError, ResourceError, UserError
 from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.machine import free_bytes, is_out_of_memory, resolve_device
-from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
-from quantflow.models.tokenizer import has_tokenizer
+from quantflow.tokenizers.tokenizer import has_tokenizer
 
 
 class Mode(StrEnum):

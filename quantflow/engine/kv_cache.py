@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from quantflow.artifacts.artifact import kv_file, read_manifest
+from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.engine.ops import KVCache
 from quantflow.errors import ModelError, Problem
 from quantflow.models.config import DecoderConfig
-from quantflow.models.tensor_file import TensorFile
 
 PARAMETERS = ("k_scale", "k_zero_point", "v_scale", "v_zero_point")
 

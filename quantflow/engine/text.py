@@ -13,12 +13,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from quantflow.checkpoints.directory import read_json
 from quantflow.engine.literal import Literal
 from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import ModelError, Problem, RequestError
-from quantflow.models.dialogue import DIALOGUES, ChatTemplate
-from quantflow.models.directory import read_json
-from quantflow.models.tokenizer import (
+from quantflow.tokenizers.dialogue import DIALOGUES, ChatTemplate
+from quantflow.tokenizers.tokenizer import (
     SPACE,
     SPLITS,
     byte_letters,

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.decoder.native import DecoderLayer, sequences
 from quantflow.decoder.stream import Stream
 from quantflow.evaluate.divergence import BATCH_TOKENS, LOGIT_ELEMENTS, Head, Variant, embedded_parts
 from quantflow.formats.reader import Weights
 from quantflow.machine import give_back_freed_memory
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers.integer import quantize_rtn
 from quantflow.quant.scheme import Scheme

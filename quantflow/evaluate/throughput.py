@@ -91,8 +91,8 @@ def memory_table(model: str | Path, batches: list[int], contexts: list[int]) -> 
     Weights: the sum of the checkpoint's tensors, as stored. KV, in the model's dtype and in int8 with static scales:
     2 · layers · kv_heads · head_dim · bytes, a token.
     """
+    from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
     from quantflow.formats.reader import checkpoint_folder
-    from quantflow.models.checkpoint import Checkpoint, resolve_model
 
     checkpoint = Checkpoint(checkpoint_folder(resolve_model(str(model))))
     config = checkpoint.config
@@ -121,11 +121,11 @@ def _prompts(case: Case, vocabulary: int) -> list[list[int]]:
 def _run_engine(case: Case) -> dict[str, Any]:
     import torch
 
+    from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
     from quantflow.engine.engine import Engine, EngineConfig, Mode
     from quantflow.engine.kv_cache import KVPrecision, block_bytes
     from quantflow.engine.request import SamplingParams
     from quantflow.formats.reader import checkpoint_folder
-    from quantflow.models.checkpoint import Checkpoint, resolve_model
 
     imports = _imported()
     length, block = case.prompt + case.new, 64

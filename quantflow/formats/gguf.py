@@ -5,7 +5,7 @@
 `d` and 32 signed bytes, `w = code * d`. A group of more than 32 repeats its scale; `quantflow.schemes` in the metadata remembers it, and a
 reader checks it. An integer zero point becomes the minimum `-zero * scale`, where fp16 holds that exactly.
 
-The file itself, names and the order of rotary channels are `models/gguf_file.py`'s.
+The file itself, names and the order of rotary channels are `checkpoints/gguf/file.py`'s.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from quantflow.checkpoints.gguf.file import BLOCK, BLOCK_TYPES
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.base import ConfigRequest, Spec, check_tensor, exact_scales, expect_shape, grid_problems, setting, take
-from quantflow.models.gguf_file import BLOCK, BLOCK_TYPES
 
 if TYPE_CHECKING:
     import torch

@@ -6,15 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.directory import is_place, read_json
+from quantflow.checkpoints.gguf.file import gguf_file
+from quantflow.checkpoints.turbomind.workspace import is_workspace
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import Format
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.formats.recognise import recognise
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.directory import is_place, read_json
-from quantflow.models.gguf_file import gguf_file
-from quantflow.models.workspace import is_workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.directory import read_json
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.formats import auto_round, detect
 from quantflow.formats.unread import unread_tensors
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.directory import read_json
 
 # Files that AutoGPTQ, AutoAWQ and ModelOpt wrote before config.json took their contents.
 _OLDER = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")

@@ -1,7 +1,7 @@
 """TurboMind's workspace, of LMDeploy v0.1: what AWQ holds, in other files and another order of nibbles.
 
 A weight is handed over in AWQ's three tensors, and read back in them; how the workspace arranges those, and the rest of the model, is
-`models/workspace.py`'s.
+`checkpoints/turbomind/workspace.py`'s.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from typing import Any
 
 from quantflow.artifacts.fingerprint import digest
 from quantflow.artifacts.store import store_beside
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.engine.engine import SHARE
 from quantflow.errors import Problem, UserError
 from quantflow.formats.recognise import refuse_quantised
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question
 from quantflow.pipeline.plan import weights_key
 from quantflow.quant.scheme import Scheme

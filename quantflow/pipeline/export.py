@@ -15,15 +15,15 @@ from quantflow import __version__
 from quantflow.artifacts.artifact import EXPORT, KV_FILE, MANIFEST, REPORT, building, file_entries, kv_file, read_manifest
 from quantflow.artifacts.fingerprint import digest
 from quantflow.artifacts.store import write_json
+from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
+from quantflow.checkpoints.directory import read_json
+from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.awq import Awq
 from quantflow.formats.base import Format, usual_group
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import KV_SUFFIXES, REQUANTIZED, Weights
-from quantflow.models.checkpoint import Checkpoint, resolve_model
-from quantflow.models.directory import read_json
-from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme

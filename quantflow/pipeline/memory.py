@@ -14,6 +14,7 @@ from functools import cached_property
 
 import torch
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.engine.engine import EngineConfig, default_step_tokens
 from quantflow.engine.kv_cache import KVFormat, block_bytes
 from quantflow.engine.load import rank_config
@@ -21,7 +22,6 @@ from quantflow.engine.ops import SPLIT
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import grid_problems, rank_shape
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.quant.scheme import Scheme
 from quantflow.recipe.overrides import matches
 

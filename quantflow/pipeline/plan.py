@@ -21,6 +21,9 @@ from quantflow.artifacts.artifact import RUN, foreign_files, is_export, read_man
 from quantflow.artifacts.fingerprint import code_digest, digest, file_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import LeftOut
+from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
+from quantflow.checkpoints.directory import read_json
+from quantflow.checkpoints.weight_files import INDEX
 from quantflow.decoder.native import computed_by
 from quantflow.errors import OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
@@ -28,11 +31,7 @@ from quantflow.formats.base import LEAST_GROUP, Format, usual_group
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import device_name, resolve_device
-from quantflow.models.checkpoint import Checkpoint, resolve_model
 from quantflow.models.config import DecoderConfig
-from quantflow.models.directory import read_json
-from quantflow.models.tokenizer import has_tokenizer, tokenizer_placeholders
-from quantflow.models.weight_files import INDEX
 from quantflow.pipeline.texts import local_text, model_documents
 from quantflow.quant.scheme import Scheme
 from quantflow.recipe import (
@@ -55,14 +54,15 @@ from quantflow.recipe import (
 )
 from quantflow.recipe.overrides import matches
 from quantflow.stages.pack_job import Prepared, prepare
+from quantflow.tokenizers.tokenizer import has_tokenizer, tokenizer_placeholders
 
 T = TypeVar("T")
 # What computes a layer's results, and reads the weights for it: whatever of ours these import is in the identities of those. What reads
 # texts can change nothing but tokens, which are in the keys themselves.
-CALIBRATES = ("quantflow.stages.calibrate", "quantflow.decoder.native", "quantflow.decoder.stream", "quantflow.models.checkpoint")
+CALIBRATES = ("quantflow.stages.calibrate", "quantflow.decoder.native", "quantflow.decoder.stream", "quantflow.checkpoints.checkpoint")
 ROUNDS = (
     "quantflow.stages.awq", "quantflow.stages.quantize", "quantflow.stages.output_error", "quantflow.decoder.passage",
-    "quantflow.models.checkpoint",
+    "quantflow.checkpoints.checkpoint",
 )  # fmt: skip
 LOOP = ("quantflow.pipeline.sweep",)  # whose own imports are a recipe's and a plan's
 SEQLEN, LENGTH = 2048, 512  # tokens of a window of calibration, and of evaluation, where the recipe says auto

@@ -25,11 +25,10 @@ from quantflow.artifacts.fingerprint import file_digest
 from quantflow.artifacts.provenance import SUFFIX, SUMS, Invocation, checksums, is_uri, own_source, resource, statement
 from quantflow.artifacts.store import write_atomic, write_json
 from quantflow.calibration.data import HUB
+from quantflow.checkpoints.directory import read_json
+from quantflow.checkpoints.weight_files import INDEX
 from quantflow.errors import ModelError, OutputError, Problem, UserError
 from quantflow.evaluate.variants import deployed
-from quantflow.models.directory import read_json
-from quantflow.models.tokenizer import tokenizer_files
-from quantflow.models.weight_files import INDEX
 from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.release_comparison import INDEX_FILE, compare_releases, read_release, table, worse
@@ -39,6 +38,7 @@ from quantflow.recipe import Calibration, Evaluate, load_recipe
 from quantflow.report.comparison import comparison_page, make_comparison
 from quantflow.report.measurement import measured_on
 from quantflow.report.page import write_page
+from quantflow.tokenizers.tokenizer import tokenizer_files
 
 COMPARISON, SUMMARY = "comparison.json", "release.md"
 PAGE_SUFFIX = ".comparison.html"

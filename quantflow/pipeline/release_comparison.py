@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantflow.checkpoints.directory import read_json
 from quantflow.errors import Problem, UserError
-from quantflow.models.directory import read_json
 from quantflow.paths import absent
 from quantflow.units import ROUNDING, is_number
 

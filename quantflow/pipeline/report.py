@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from quantflow.calibration.data import Windows
+from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.engine.kv_cache import KVFormat, block_bytes
 from quantflow.evaluate.gates import Verdict
-from quantflow.models.tensor_file import TensorFile
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.sweep import SweepReader
 from quantflow.pipeline.windows import left_out_notes

@@ -17,13 +17,12 @@ from quantflow.artifacts.artifact import KV_FILE, MANIFEST, PAGE, REPORT, RUN, S
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
+from quantflow.checkpoints.directory import read_json
+from quantflow.checkpoints.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
 from quantflow.errors import DataError, ModelError, Problem
 from quantflow.evaluate.gates import judge
 from quantflow.formats.reader import REQUANTIZED
 from quantflow.machine import peak_resident_bytes
-from quantflow.models.directory import read_json
-from quantflow.models.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
-from quantflow.models.tokenizer import load_tokenizer, tokenizer_files
 from quantflow.pipeline.measure import measure
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
@@ -36,6 +35,7 @@ from quantflow.report.page import report_page, write_page
 from quantflow.stages.kv_qparams import fp8_scales, largest_of_extremes, layer_parameters, parameter_tensors, per_rank
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing, record
+from quantflow.tokenizers.tokenizer import load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,12 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
     evaluate = digest(
         ["evaluate", sweep_key, calibrate if kv else "", held_out.digest if held_out else "", settings, first, plan.device,
          plan.measures_engine,
-         source_digest("evaluate", "engine", "models", "formats", "quant", "stages", "kernels", "pipeline/measure.py")]
+         source_digest("evaluate", "engine", "checkpoints", "tokenizers", "models", "formats", "quant", "stages", "kernels",
+                       "pipeline/measure.py")]
     )  # fmt: skip
     artifact = digest(
         ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, evaluate if held_out else "", portable(plan),
-         source_digest("stages", "formats", "pipeline", "artifacts", "models", "quant", "kernels")]
+         source_digest("stages", "formats", "pipeline", "artifacts", "checkpoints", "tokenizers", "models", "quant", "kernels")]
     )  # fmt: skip
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 

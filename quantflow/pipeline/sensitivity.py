@@ -19,6 +19,8 @@ from quantflow import __version__
 from quantflow.artifacts.fingerprint import code_digest, digest
 from quantflow.artifacts.store import Store, store_beside, write_atomic, write_json
 from quantflow.calibration.data import Windows, cut_windows
+from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
+from quantflow.checkpoints.tensor_file import ITEM_BYTES
 from quantflow.decoder.stream import Stream
 from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
@@ -28,9 +30,6 @@ from quantflow.formats.base import grid_problems, usual_group
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import device_name, resolve_device
-from quantflow.models.checkpoint import Checkpoint, resolve_model
-from quantflow.models.tensor_file import ITEM_BYTES
-from quantflow.models.tokenizer import has_tokenizer, load_tokenizer
 from quantflow.pipeline.plan import activation_budget, weights_key
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.texts import model_documents
@@ -39,6 +38,7 @@ from quantflow.quant.knapsack import Choice, Option, choose
 from quantflow.quant.scheme import BITS, Scheme
 from quantflow.recipe.overrides import Widths, compact
 from quantflow.recipe.writer import Draft, name_of
+from quantflow.tokenizers.tokenizer import has_tokenizer, load_tokenizer
 
 FILE = "sensitivity.json"
 RATE = {"cpu": 6e10, "cuda": 3e13}  # float32 operations a second, an order of magnitude

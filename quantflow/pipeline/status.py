@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from quantflow.calibration.data import Windows
-from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.texts import local_text
 from quantflow.pipeline.windows import recipe_windows
+from quantflow.tokenizers.tokenizer import load_tokenizer
 
 
 def stored_layers(plan: Plan) -> int | None:

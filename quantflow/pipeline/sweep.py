@@ -20,12 +20,12 @@ from torch import Tensor
 
 from quantflow.artifacts.store import Store
 from quantflow.calibration.statistics import KVStatistics
+from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.decoder.native import DecoderLayer, Sequences, embed, sequences
 from quantflow.decoder.passage import Passage, Streams
 from quantflow.decoder.stream import Stream
 from quantflow.errors import Problem, QuantFlowError
 from quantflow.machine import give_back_freed_memory
-from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.pipeline.progress import Progress, within_step
 from quantflow.quant.grid import GridRules

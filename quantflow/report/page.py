@@ -12,9 +12,9 @@ import yaml
 
 from quantflow.artifacts.artifact import PAGE, REPORT
 from quantflow.artifacts.store import write_atomic
+from quantflow.checkpoints.directory import read_json
 from quantflow.errors import ModelError, OutputError, Problem
 from quantflow.evaluate.variants import VARIANTS, deployed
-from quantflow.models.directory import read_json
 from quantflow.paths import absent
 from quantflow.report.pictures import largest, pictures
 from quantflow.units import size

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urldefrag, urljoin
 
 from quantflow.engine.grammar import INNER
-from quantflow.models.dialogue import ChatTemplate
+from quantflow.tokenizers.dialogue import ChatTemplate
 
 MOST_CALLS = 16  # that must be made at once
 

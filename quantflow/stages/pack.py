@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from quantflow.artifacts.store import write_json
+from quantflow.checkpoints.gguf.file import NAME, SCHEMES_KEY
+from quantflow.checkpoints.gguf.writer import GgufWriter
+from quantflow.checkpoints.rounding import converted
+from quantflow.checkpoints.tensor_file import ITEM_BYTES, TensorWriter, dtype_name, torch_dtype
+from quantflow.checkpoints.turbomind.workspace import TOKENIZER, WorkspaceWriter
+from quantflow.checkpoints.weight_files import INDEX
 from quantflow.formats.base import SAFETENSORS_DTYPE, Spec
-from quantflow.models.gguf_file import NAME, SCHEMES_KEY
-from quantflow.models.gguf_vocabulary import vocabulary_metadata
-from quantflow.models.gguf_writer import GgufWriter
-from quantflow.models.rounding import converted
 from quantflow.models.sharding import shard_plain, shard_shape
-from quantflow.models.tensor_file import ITEM_BYTES, TensorWriter, dtype_name, torch_dtype
-from quantflow.models.tokenizer import export_tokenizer
-from quantflow.models.weight_files import INDEX
-from quantflow.models.workspace import TOKENIZER, WorkspaceWriter
 from quantflow.paths import write_text
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.pack_job import PackJob, quantization_config
+from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
+from quantflow.tokenizers.tokenizer import export_tokenizer
 
 
 class Results(Protocol):

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.gguf.writer import decoder_problems
+from quantflow.checkpoints.turbomind.workspace import workspace_problems
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.formats.base import ConfigRequest, Format, fitting_group, grid_problems, rank_shape
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.gguf_vocabulary import vocabulary_metadata
-from quantflow.models.gguf_writer import decoder_problems
 from quantflow.models.segments import LinearSpec
-from quantflow.models.tokenizer import has_tokenizer
-from quantflow.models.workspace import workspace_problems
 from quantflow.quant.scheme import PER_CHANNEL, Scheme
+from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
+from quantflow.tokenizers.tokenizer import has_tokenizer
 
 Held = Mapping[int, Mapping[str, Scheme]]  # layer -> name in the layer -> scheme
 

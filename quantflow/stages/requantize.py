@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from quantflow.checkpoints.rounding import converted
 from quantflow.errors import FormatError
-from quantflow.models.rounding import converted
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.requantize import relative_error, requantize

@@ -21,9 +21,9 @@ from quantflow.artifacts import fingerprint
 from quantflow.artifacts.artifact import MANIFEST, MANIFEST_KEYS, RUN, building, file_entries, foreign_files, is_whole, read_manifest
 from quantflow.artifacts.fingerprint import closure, code_digest, digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, write_atomic, write_json
+from quantflow.checkpoints.directory import Directory
 from quantflow.errors import ModelError, OutputError
 from quantflow.formats.reader import checkpoint_folder
-from quantflow.models.directory import Directory
 
 KEY = "0123456789abcdef0123456789abcdef"
 LAYER = save({"x": torch.arange(3)})

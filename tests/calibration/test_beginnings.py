@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from quantflow import bundled
 from quantflow.calibration import beginnings
 from quantflow.calibration.beginnings import Beginnings
-from quantflow.models.tokenizer import QWEN_PATTERN, load_tokenizer
+from quantflow.tokenizers.tokenizer import QWEN_PATTERN, load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 DEMO = bundled.folder() / "calib_data" / "demo_model"

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError, RequestError
-from quantflow.models.tokenizer import chat_template, export_tokenizer, tokenizer_files
+from quantflow.tokenizers.tokenizer import chat_template, export_tokenizer, tokenizer_files
 
 PARAMETERS = {
     "type": "object", "required": ["city"],

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from quantflow.engine.literal import MARK, PIECE, Literal, _spellings
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError, RequestError
-from quantflow.models.tokenizer import byte_letters
+from quantflow.tokenizers.tokenizer import byte_letters
 from tests.engine.test_chat_templates import CALL, HERMES, LLAMA3, MISTRAL, QWEN, TALKS, TOOLS
 
 ROLES = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -16,7 +16,7 @@ from quantflow.engine.child import ChildUnwanted
 from quantflow.engine.long_text import LongTexts
 from quantflow.engine.text import Text
 from quantflow.errors import RequestError
-from quantflow.models.tokenizer import byte_letters
+from quantflow.tokenizers.tokenizer import byte_letters
 
 DEMO = Path(__file__).parents[2] / "calib_data" / "demo_model"
 TEXTS = ["The table", "", "诗 and 🦊\n\t</s>", " " * 3000, "x" * 20_000]

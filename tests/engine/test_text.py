@@ -16,7 +16,7 @@ from quantflow.engine import template
 from quantflow.engine.template import Renderer
 from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import RequestError
-from quantflow.models.dialogue import ChatTemplate
+from quantflow.tokenizers.dialogue import ChatTemplate
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *TALK]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from quantflow.calibration.statistics import evenly
+from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.decoder.native import ObserveKV
 from quantflow.evaluate import divergence
 from quantflow.evaluate.divergence import Divergence, Variant, compare, hidden_states
 from quantflow.formats.reader import Weights
-from quantflow.models.tensor_file import TensorFile, save_tensors
 from quantflow.quant.kv import kv_parameters
 from quantflow.stages.kv_qparams import rounding
 from tests.helpers.tiny import write_llama

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.engine.llm import LLM
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import DataError, ModelError
 from quantflow.evaluate.scoring import Encoder, Pair, Prompt, Score, generate, loglikelihoods
-from quantflow.models.tensor_file import TensorFile, save_tensors
 from tests.helpers.tiny import SENTENCES
 
 CASES = [

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.decoder.stream import Stream
 from quantflow.evaluate import sensitivity
 from quantflow.evaluate.sensitivity import Measure, Rounding, parts
 from quantflow.formats.reader import Weights
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
 from tests.helpers import zoo

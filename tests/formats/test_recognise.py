@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import FormatError, UserError
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import recognise
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor

@@ -13,12 +13,12 @@ from compressed_tensors import CompressionFormat
 from safetensors.torch import load_file, save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.formats.unread import HINT, unread_method
-from quantflow.models.checkpoint import Checkpoint
 from tests.helpers.tiny import write_llama
 
 Q = "model.layers.0.self_attn.q_proj"

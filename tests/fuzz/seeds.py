@@ -27,9 +27,9 @@ from quantflow.formats.base import ConfigRequest
 from quantflow.models.expected import expected_tensors
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.segments import segments
-from quantflow.models.tokenizer import QWEN_PATTERN, byte_letters
 from quantflow.quant.numbers.nf4 import Nf4Tensor
 from quantflow.quant.scheme import Scheme
+from quantflow.tokenizers.tokenizer import QWEN_PATTERN, byte_letters
 from tests.formats.helpers import random_tensor
 from tests.fuzz.mutation import joined
 from tests.helpers.tiny import SENTENCES
@@ -309,7 +309,7 @@ def _superblocks() -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
 def _gguf() -> list[bytes]:
     import gguf
 
-    from quantflow.models.gguf_file import to_gguf_name
+    from quantflow.checkpoints.gguf.file import to_gguf_name
 
     plain = _plain()
     kinds = gguf.GGMLQuantizationType

@@ -21,22 +21,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from quantflow.artifacts.artifact import foreign_files, is_whole, read_manifest
 from quantflow.calibration.data import cut_windows, documents
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.tensor_file import TensorFile
+from quantflow.checkpoints.turbomind.config import CONFIG, WEIGHTS, read_ini
+from quantflow.checkpoints.turbomind.workspace import Workspace
 from quantflow.decoder.rope import rotary_table
 from quantflow.engine.text import Text
 from quantflow.errors import UserError
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.formats.recognise import recognise
-from quantflow.models import gguf_tokenizer  # noqa: F401  (imported late by others: here it is instrumented)
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.segments import segments
-from quantflow.models.tensor_file import TensorFile
-from quantflow.models.tokenizer import byte_letters, chat_template, export_tokenizer
-from quantflow.models.workspace import Workspace
-from quantflow.models.workspace_config import CONFIG, WEIGHTS, read_ini
 from quantflow.pipeline.release_comparison import compare_releases, read_release
 from quantflow.recipe import dump, load_recipe
 from quantflow.report.page import read_report
+from quantflow.tokenizers import gguf  # noqa: F401  (imported late by others: here it is instrumented)
+from quantflow.tokenizers.tokenizer import byte_letters, chat_template, export_tokenizer
 from tests.fuzz import server
 from tests.fuzz.mutation import split
 
@@ -176,19 +176,19 @@ _SERVED = (
 )
 _FORMATS = ("awq", "base", "bitsandbytes", "compressed_tensors", "gptq", "recognise")
 TARGETS = {
-    "safetensors": Target(_safetensors, ("model.safetensors",), ("models/tensor_file.py",)),
+    "safetensors": Target(_safetensors, ("model.safetensors",), ("checkpoints/tensor_file.py",)),
     "directory": Target(
         _read_all,
         ("model.safetensors.index.json", "config.json", "a.safetensors", "b.safetensors", "quantize_config.json", "tensor_parallel.json"),
-        ("models/directory.py", "models/checkpoint.py", "formats/reader.py", *(f"formats/{name}.py" for name in _FORMATS)),
+        ("checkpoints/directory.py", "checkpoints/checkpoint.py", "formats/reader.py", *(f"formats/{name}.py" for name in _FORMATS)),
     ),
     "gguf": Target(
-        _gguf, ("model.gguf",), ("models/gguf_file.py", "models/gguf_tokenizer.py", "models/gguf_superblocks.py", "formats/gguf.py")
+        _gguf, ("model.gguf",), ("checkpoints/gguf/file.py", "tokenizers/gguf.py", "checkpoints/gguf/superblocks.py", "formats/gguf.py")
     ),
-    "sentencepiece": Target(_use_tokenizer, ("tokenizer.model",), ("models/sentencepiece_model.py",)),
-    "tokenizer": Target(_tokenizer, ("tokenizer.json", *_TOKENIZER_FILES), ("models/tokenizer.py", "engine/text.py")),
+    "sentencepiece": Target(_use_tokenizer, ("tokenizer.model",), ("tokenizers/sentencepiece_model.py",)),
+    "tokenizer": Target(_tokenizer, ("tokenizer.json", *_TOKENIZER_FILES), ("tokenizers/tokenizer.py", "engine/text.py")),
     "vocabulary": Target(
-        _tokenizer, ("vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", *_TOKENIZER_FILES), ("models/tokenizer.py",)
+        _tokenizer, ("vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", *_TOKENIZER_FILES), ("tokenizers/tokenizer.py",)
     ),
     "config": Target(
         _config,
@@ -202,7 +202,7 @@ TARGETS = {
         tuple(f"text.{end}" for end in ("jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow", "jsonl.gz", "jsonl.zst", "jsonl.xz")),
         ("calibration/data.py", "calibration/rows.py", "calibration/shapes.py", "calibration/beginnings.py"),
     ),
-    "workspace": Target(_workspace, (f"{WEIGHTS / CONFIG}",), ("models/workspace_config.py", "models/workspace.py")),
+    "workspace": Target(_workspace, (f"{WEIGHTS / CONFIG}",), ("checkpoints/turbomind/config.py", "checkpoints/turbomind/workspace.py")),
     "artifact": Target(
         _artifact, ("quantflow.json", "report.json", "release.json"),
         ("artifacts/artifact.py", "pipeline/release_comparison.py"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-FILE = Path(__file__).parents[1] / "models" / "vectors" / "llama_tokens.json"
+FILE = Path(__file__).parents[1] / "tokenizers" / "vectors" / "llama_tokens.json"
 MISSING = [0x00, 0x04, 0x1D, 0x7F, 0xC0, 0xF5]  # bytes without a token; 0x7F stands in many texts, and within words
 
 TEXTS = [
@@ -67,7 +67,7 @@ def random_texts(count: int = 24, seed: int = 16) -> list[str]:
 
 def vocabulary() -> tuple[list[str], list[str]]:
     """Tokens and merges of a byte-level vocabulary, the same each time."""
-    from quantflow.models.tokenizer import byte_letters
+    from quantflow.tokenizers.tokenizer import byte_letters
 
     letters = byte_letters()
     missing = {letters[byte] for byte in MISSING}
@@ -115,7 +115,7 @@ def llama_ids(name: str, tokens: Sequence[str], merges: Sequence[str], texts: Se
 def main() -> None:
     import llama_cpp
 
-    from quantflow.models.gguf_splitters import SPLITTERS
+    from quantflow.tokenizers.gguf_splitters import SPLITTERS
 
     tokens, merges = vocabulary()
     texts = [*TEXTS, *random_texts()]

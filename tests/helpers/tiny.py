@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from quantflow.models.tensor_file import save_tensors
+from quantflow.checkpoints.tensor_file import save_tensors
 
 SENTENCES = [
     f"The {adjective} {animal} {verb} over the {place} number {n}."

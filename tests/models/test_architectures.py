@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.registry import ARCHITECTURES
 from tests.helpers.references import REMOTE, reference
 from tests.helpers.zoo import (

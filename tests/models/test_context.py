@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.gguf.file import CONFIG_KEY, Gguf, read_metadata
 from quantflow.decoder.rope import inverse_frequencies
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.errors import UserError
 from quantflow.formats.reader import Weights
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.gguf_file import CONFIG_KEY, Gguf, read_metadata
 from quantflow.models.llama import read_llama_like
 from quantflow.pipeline.advice import advise
 from quantflow.pipeline.export import Options, export

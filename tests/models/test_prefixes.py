@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.pipeline.export import export
 from quantflow.quant.scheme import Scheme

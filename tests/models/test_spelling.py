@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.decoder.rope import inverse_frequencies
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.models.config import ConfigProblem
 from quantflow.models.llama import read_llama_like
 from quantflow.models.registry import ARCHITECTURES

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.engine.engine import Engine, EngineConfig
 from quantflow.errors import UserError
-from quantflow.models.checkpoint import Checkpoint
 from quantflow.pipeline.advice import advise, cache_share, schemes
 from quantflow.pipeline.memory import Candidate, Model, Question
 from quantflow.quant.scheme import Scheme

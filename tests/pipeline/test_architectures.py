@@ -24,11 +24,11 @@ from quantflow.calibration.data import cut_windows, documents
 from quantflow.errors import UserError
 from quantflow.formats.reader import Weights
 from quantflow.models.registry import ARCHITECTURES
-from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import RunResult, run
 from quantflow.recipe import load_recipe
+from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.tiny import write_text
 from tests.helpers.zoo import EXPERTS, LAYERS, Specimen, decoder_logits, random_tokens, specimen, write
 

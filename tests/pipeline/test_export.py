@@ -21,11 +21,11 @@ from quantflow.formats import FORMATS
 from quantflow.formats.abilities import ABILITIES
 from quantflow.formats.base import ConfigRequest
 from quantflow.formats.reader import Weights
-from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
 from quantflow.recipe import Pack
+from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.formats.helpers import random_tensor
 from tests.helpers.runs import UNLIKE, Bench, contents, invoke, make_bench
 

@@ -14,9 +14,9 @@ import torch
 import yaml
 
 import quantflow.artifacts.store as store_module
-from quantflow.models.checkpoint import Checkpoint
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.tensor_file import ITEM_BYTES, TensorFile
 from quantflow.models.expected import expected_tensors
-from quantflow.models.tensor_file import ITEM_BYTES, TensorFile
 from quantflow.report.page import report_page
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 from tests.helpers.tiny import write_tokenizer

@@ -14,16 +14,16 @@ import pytest
 import yaml
 
 from quantflow.calibration.data import Windows, documents
+from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.errors import UserError
 from quantflow.evaluate.sensitivity import Measure
 from quantflow.formats.reader import Weights
-from quantflow.models.tensor_file import TensorFile, save_tensors
-from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline import sensitivity
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.pipeline.texts import model_documents
 from quantflow.recipe import load_recipe
+from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, Strike, invoke, make_bench, start
 from tests.helpers.tiny import write_text

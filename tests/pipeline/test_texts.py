@@ -18,13 +18,13 @@ from quantflow.engine import chat_environment
 from quantflow.engine import template as template_module
 from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.errors import ModelError
-from quantflow.models.tokenizer import load_tokenizer
 from quantflow.pipeline import plan as plan_module
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.pipeline.texts import model_documents
 from quantflow.pipeline.windows import recipe_windows
 from quantflow.recipe import Evaluate, load_recipe
+from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 
 PACKAGE = Path(plan_module.__file__).parents[1]

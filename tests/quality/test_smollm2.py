@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from quantflow.models.gguf_file import read_metadata
-from quantflow.models.gguf_tokenizer import tokenizer_from_metadata
-from quantflow.models.gguf_vocabulary import vocabulary_metadata
+from quantflow.checkpoints.gguf.file import read_metadata
+from quantflow.tokenizers.gguf import tokenizer_from_metadata
+from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
 from tests.helpers.llama_tokens import TEXTS, random_texts
 from tests.helpers.runs import invoke
 

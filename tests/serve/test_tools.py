@@ -18,8 +18,8 @@ from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
-from quantflow.models.dialogue import ChatTemplate
 from quantflow.serve.tools import FORMATS, Call, Callee, Opening, Reading, ToolFormat, ToolReader, apart, lark, tool_format
+from quantflow.tokenizers.dialogue import ChatTemplate
 from tests.helpers.serving import DEMO, Running, serving
 
 HERMES, MISTRAL, LLAMA3 = (replace(format, functions=frozenset({"f"})) for format in FORMATS)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
+from quantflow.checkpoints.directory import Directory
 from quantflow.errors import ModelError
-from quantflow.models.checkpoint import Checkpoint, resolve_model
-from quantflow.models.directory import Directory
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantflow.models.directory import Directory
-from quantflow.models.gguf_file import Gguf, gguf_file
-from quantflow.models.tensor_file import TensorInfo
-from quantflow.models.workspace import Workspace, is_workspace
+from quantflow.checkpoints.directory import Directory
+from quantflow.checkpoints.gguf.file import Gguf, gguf_file
+from quantflow.checkpoints.tensor_file import TensorInfo
+from quantflow.checkpoints.turbomind.workspace import Workspace, is_workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.gguf.file import Gguf, to_gguf_name
+from quantflow.checkpoints.gguf.superblocks import SUPERBLOCK_TYPES, dequantize_superblocks
+from quantflow.checkpoints.gguf.writer import GgufWriter, decoder_problems
 from quantflow.errors import FormatError, ModelError
 from quantflow.formats.gguf import Gguf as Blocks
 from quantflow.formats.reader import Weights
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.gguf_file import Gguf, to_gguf_name
-from quantflow.models.gguf_superblocks import SUPERBLOCK_TYPES, dequantize_superblocks
-from quantflow.models.gguf_writer import GgufWriter, decoder_problems
 from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import random_tensor
 from tests.helpers.zoo import specimen, write

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from quantflow.errors import ModelError, Problem
-from quantflow.models.gguf_splitters import EXPECTED, REFUSED, SPLITTERS, word_splitter
-from quantflow.models.sentencepiece_model import (
+from quantflow.tokenizers.gguf_splitters import EXPECTED, REFUSED, SPLITTERS, word_splitter
+from quantflow.tokenizers.sentencepiece_model import (
     BPE,
     BYTE,
     CONTROL,
@@ -23,7 +23,7 @@ from quantflow.models.sentencepiece_model import (
     SentencePieceModel,
     check_sentencepiece,
 )
-from quantflow.models.tokenizer import Declared, Loaded, add_template, check_bytes, guarded, sentencepiece_tokenizer
+from quantflow.tokenizers.tokenizer import Declared, Loaded, add_template, check_bytes, guarded, sentencepiece_tokenizer
 
 _ROLES = {
     "bos": "bos",

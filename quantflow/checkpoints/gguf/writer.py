@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantflow.errors import FormatError, Problem
-from quantflow.models.config import DecoderConfig
-from quantflow.models.gguf_file import (
+from quantflow.checkpoints.gguf.file import (
     ALIGNMENT,
     ARCHITECTURES,
     BLOCK,
@@ -26,7 +24,9 @@ from quantflow.models.gguf_file import (
     to_gguf_name,
     to_rotary_pairs,
 )
-from quantflow.models.tensor_file import ITEM_BYTES, AnnouncedWriter
+from quantflow.checkpoints.tensor_file import ITEM_BYTES, AnnouncedWriter
+from quantflow.errors import FormatError, Problem
+from quantflow.models.config import DecoderConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

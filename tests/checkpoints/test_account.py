@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantflow.checkpoints import checkpoint as checkpoint_module
+from quantflow.checkpoints import tensor_file
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.engine.llm import LLM
 from quantflow.formats.reader import Weights
-from quantflow.models import checkpoint as checkpoint_module
-from quantflow.models import tensor_file
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.tensor_file import TensorFile
 from quantflow.pipeline.export import Options, export
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantflow.checkpoints.turbomind.layout import Layout
 from quantflow.errors import ModelError, Problem
 from quantflow.models.config import MOST_LAYERS, DecoderConfig
-from quantflow.models.workspace_layout import Layout
 from quantflow.placeholder import HEAD_BYTES, placeholder
 
 WEIGHTS = Path("triton_models", "weights")

@@ -12,10 +12,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
 from quantflow.errors import FormatError, ModelError
-from quantflow.models.gguf_splitters import REFUSED, SPLITTERS
-from quantflow.models.gguf_tokenizer import tokenizer_from_metadata
-from quantflow.models.gguf_vocabulary import vocabulary_metadata
-from quantflow.models.tokenizer import byte_letters, export_tokenizer, load_tokenizer
+from quantflow.tokenizers.gguf import tokenizer_from_metadata
+from quantflow.tokenizers.gguf_splitters import REFUSED, SPLITTERS
+from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
+from quantflow.tokenizers.tokenizer import byte_letters, export_tokenizer, load_tokenizer
 from tests.helpers.llama_tokens import FILE, MISSING, TEXTS, llama_ids, metadata, random_texts
 
 KNOWN = json.loads(FILE.read_text())

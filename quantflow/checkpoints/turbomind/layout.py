@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantflow.models.tensor_file import ITEM_BYTES
+from quantflow.checkpoints.tensor_file import ITEM_BYTES
 
 if TYPE_CHECKING:
     from torch import Tensor

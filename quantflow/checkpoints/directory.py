@@ -11,9 +11,9 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantflow.checkpoints.tensor_file import TensorFile, TensorInfo, same_tensor
+from quantflow.checkpoints.weight_files import INDEX, WEIGHTS, weight_files
 from quantflow.errors import ModelError, Problem
-from quantflow.models.tensor_file import TensorFile, TensorInfo, same_tensor
-from quantflow.models.weight_files import INDEX, WEIGHTS, weight_files
 from quantflow.placeholder import HEAD_BYTES, placeholder
 
 if TYPE_CHECKING:

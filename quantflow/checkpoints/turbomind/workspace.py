@@ -17,12 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.models.config import DecoderConfig
-from quantflow.models.rounding import converted
-from quantflow.models.tensor_file import ITEM_BYTES, TensorInfo, dtype_name, read_full, torch_dtype
-from quantflow.models.workspace_config import CONFIG, KV_INT8, MOST_RANKS, WEIGHTS, dimension_problems, ini_values, layout_of, read_ini
-from quantflow.models.workspace_layout import (
+from quantflow.checkpoints.rounding import converted
+from quantflow.checkpoints.tensor_file import ITEM_BYTES, TensorInfo, dtype_name, read_full, torch_dtype
+from quantflow.checkpoints.turbomind.config import CONFIG, KV_INT8, MOST_RANKS, WEIGHTS, dimension_problems, ini_values, layout_of, read_ini
+from quantflow.checkpoints.turbomind.layout import (
     Layout,
     Spec,
     Stored,
@@ -34,6 +32,8 @@ from quantflow.models.workspace_layout import (
     stored_outer,
     stored_tensors,
 )
+from quantflow.errors import FormatError, ModelError, Problem
+from quantflow.models.config import DecoderConfig
 from quantflow.paths import naming
 from quantflow.placeholder import placeholder_at
 

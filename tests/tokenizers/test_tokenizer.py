@@ -23,7 +23,7 @@ from quantflow.calibration.beginnings import Beginnings
 from quantflow.calibration.data import cut_windows
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError
-from quantflow.models.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, _merges, byte_letters, export_tokenizer, load_tokenizer
+from quantflow.tokenizers.tokenizer import QWEN_PATTERN, QWEN_SPECIALS, _merges, byte_letters, export_tokenizer, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 

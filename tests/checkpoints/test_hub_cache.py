@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import scan_cache_dir
 
+from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
 from quantflow.errors import ModelError
-from quantflow.models.checkpoint import Checkpoint, resolve_model
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
 

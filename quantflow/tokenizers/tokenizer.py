@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from quantflow.checkpoints.directory import read_file, read_json
+from quantflow.checkpoints.gguf.file import read_metadata
 from quantflow.errors import ModelError, Problem, panicked
-from quantflow.models.dialogue import OF_FAMILY, ChatTemplate, Dialogue
-from quantflow.models.directory import read_file, read_json
-from quantflow.models.gguf_file import read_metadata
-from quantflow.models.sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel, read_sentencepiece
 from quantflow.paths import naming, write_text
 from quantflow.placeholder import placeholder_at
+from quantflow.tokenizers.dialogue import OF_FAMILY, ChatTemplate, Dialogue
+from quantflow.tokenizers.sentencepiece_model import BPE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel, read_sentencepiece
 
 Json = dict[str, Any]
 _Token = TypeVar("_Token", str, bytes)
@@ -203,7 +203,7 @@ def _load(path: Path) -> Loaded:
             break
     else:
         if path.is_file():
-            from quantflow.models.gguf_tokenizer import tokenizer_from_metadata  # which is made of parts of this file
+            from quantflow.tokenizers.gguf import tokenizer_from_metadata  # which is made of parts of this file
 
             return tokenizer_from_metadata(read_metadata(path), path)
         expected = ", ".join(_READERS) + " with merges.txt"

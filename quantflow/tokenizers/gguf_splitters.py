@@ -1,6 +1,6 @@
 r"""How llama.cpp cuts a text into words before byte-level BPE: its names of `tokenizer.ggml.pre`, and what each of them does.
 
-The facts are those of llama.cpp as it lies in llama-cpp-python 0.3.36; tests/models/test_gguf_splitters.py holds every name against its
+The facts are those of llama.cpp as it lies in llama-cpp-python 0.3.36; tests/tokenizers/test_gguf_splitters.py holds every name against its
 tokens. What stands here is what llama.cpp *does*, since that is what a file's user sees, also where it departs from the tokenizer.json
 of the models that the name was made for:
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, pre_tokenizers
 
-from quantflow.models.tokenizer import byte_letters
+from quantflow.tokenizers.tokenizer import byte_letters
 
 
 @dataclass(frozen=True)

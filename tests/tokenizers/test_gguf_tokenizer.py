@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-from quantflow.errors import FormatError, ModelError
-from quantflow.models.gguf_file import read_metadata
-from quantflow.models.gguf_splitters import SPLITTERS, word_splitter
-from quantflow.models.gguf_tokenizer import tokenizer_from_metadata
-from quantflow.models.gguf_vocabulary import vocabulary_metadata
-from quantflow.models.tokenizer import chat_template, export_tokenizer, load_tokenizer, special_tokens
-from tests.helpers.zoo import specimen, write
 from tests.models.test_gguf_file import foreign
 from tests.models.test_tokenizer import AWKWARD, TEXT, directory, random_texts, train_sentencepiece
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from quantflow.checkpoints.gguf.file import read_metadata
+from quantflow.errors import FormatError, ModelError
+from quantflow.tokenizers.gguf import tokenizer_from_metadata
+from quantflow.tokenizers.gguf_splitters import SPLITTERS, word_splitter
+from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
+from quantflow.tokenizers.tokenizer import chat_template, export_tokenizer, load_tokenizer, special_tokens
+from tests.helpers.zoo import specimen, write
 
 gguf = pytest.importorskip("gguf")
 

@@ -18,14 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantflow.errors import FormatError, ModelError
-from quantflow.models import workspace_layout
-from quantflow.models.checkpoint import Checkpoint
-from quantflow.models.config import DecoderConfig, Rope
-from quantflow.models.registry import ARCHITECTURES
-from quantflow.models.tensor_file import dtype_name
-from quantflow.models.workspace import Workspace, WorkspaceWriter, is_workspace, workspace_problems
-from quantflow.models.workspace_layout import (
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.tensor_file import dtype_name
+from quantflow.checkpoints.turbomind import layout as workspace_layout
+from quantflow.checkpoints.turbomind.layout import (
     cut_tiles,
     from_interleaved,
     from_interleaved_words,
@@ -37,6 +33,10 @@ from quantflow.models.workspace_layout import (
     to_interleaved_words,
     to_tiles,
 )
+from quantflow.checkpoints.turbomind.workspace import Workspace, WorkspaceWriter, is_workspace, workspace_problems
+from quantflow.errors import FormatError, ModelError
+from quantflow.models.config import DecoderConfig, Rope
+from quantflow.models.registry import ARCHITECTURES
 from quantflow.quant.packing import pack_awq, unpack_awq
 
 Tensors = dict[str, torch.Tensor]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import load_file, save_file
 
+from quantflow.checkpoints.tensor_file import ITEM_BITS, ITEM_BYTES, TensorFile, TensorWriter, dtype_name, save_tensors, torch_dtype
 from quantflow.errors import ModelError
-from quantflow.models.tensor_file import ITEM_BITS, ITEM_BYTES, TensorFile, TensorWriter, dtype_name, save_tensors, torch_dtype
 
 DTYPES = [torch_dtype(name) for name in ITEM_BYTES]
 

@@ -16,9 +16,9 @@ from typing import Any
 from tokenizers import models
 
 from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.models.gguf_splitters import EXPECTED, SPLITTERS, missing_bytes, splitter_names
-from quantflow.models.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
-from quantflow.models.tokenizer import SPACE, chat_template, load_tokenizer, special_tokens
+from quantflow.tokenizers.gguf_splitters import EXPECTED, SPLITTERS, missing_bytes, splitter_names
+from quantflow.tokenizers.sentencepiece_model import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from quantflow.tokenizers.tokenizer import SPACE, chat_template, load_tokenizer, special_tokens
 
 
 def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _splitter(tokenizer: Mapping[str, Any]) -> str:
     expressions = [_expression(step) for step in steps]
     names = splitter_names(tuple(each for each in expressions if each)) if None not in expressions else []
     if not names or [step.get("type") for step in steps].index("ByteLevel") != len(steps) - 1:
-        hint = "llama.cpp would split another way: add its name to quantflow/models/gguf_splitters.py if it has the expression"
+        hint = "llama.cpp would split another way: add its name to quantflow/tokenizers/gguf_splitters.py if it has the expression"
         raise FormatError(Problem("tokenizer", "a pre-tokenizer that llama.cpp has no known name for", f"that of {EXPECTED}", hint))
     whole = bool(tokenizer["model"].get("ignore_merges"))
     fitting = [name for name in names if SPLITTERS[name].whole_words == whole]

@@ -10,20 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantflow.checkpoints.container import open_container
+from quantflow.checkpoints.directory import Directory
+from quantflow.checkpoints.gguf.file import gguf_file
+from quantflow.checkpoints.hub_cache import snapshot
+from quantflow.checkpoints.tensor_file import same_tensor
 from quantflow.errors import ModelError, Problem
 from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source
 from quantflow.models.config import ConfigProblem, DecoderConfig
-from quantflow.models.container import open_container
-from quantflow.models.directory import Directory
 from quantflow.models.expected import expected_tensors
-from quantflow.models.gguf_file import gguf_file
-from quantflow.models.hub_cache import snapshot
 from quantflow.models.prefixes import foreign, own_names
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.segments import LinearSpec, Segment, segments
 from quantflow.models.sharding import shard_shape
 from quantflow.models.spelling import settled
-from quantflow.models.tensor_file import same_tensor
 from quantflow.paths import absent
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from quantflow.checkpoints.directory import half_letters
+from quantflow.checkpoints.gguf.superblocks import SUPERBLOCK, SUPERBLOCK_TYPES, dequantize_superblocks
+from quantflow.checkpoints.rounding import converted
+from quantflow.checkpoints.tensor_file import ITEM_BYTES, MAX_HEADER_BYTES, TensorInfo, read_full, torch_dtype
 from quantflow.errors import ModelError, Problem
-from quantflow.models.directory import half_letters
-from quantflow.models.gguf_superblocks import SUPERBLOCK, SUPERBLOCK_TYPES, dequantize_superblocks
-from quantflow.models.rounding import converted
-from quantflow.models.tensor_file import ITEM_BYTES, MAX_HEADER_BYTES, TensorInfo, read_full, torch_dtype
 from quantflow.placeholder import placeholder_at
 
 if TYPE_CHECKING:
