@@ -1,10 +1,12 @@
-"""What pyproject.toml cannot say: two folders of the repository travel inside the package, where quantflow/bundled.py finds them."""
+"""What pyproject.toml cannot say: two folders of the repository travel inside the package, where
+quantflow/bundled.py finds them."""
 
 from setuptools import find_packages, setup
 
 SHARED = {"quantflow.share.recipes": "recipes", "quantflow.share.calib_data": "calib_data"}
 
-# kernels/ has no __init__.py, so that its package is quantflow_kernels and nothing is called `kernels`.
+# kernels/ has no __init__.py, so that its package is quantflow_kernels and nothing is called
+# `kernels`.
 setup(
     packages=[*find_packages(include=["quantflow*"]), *find_packages("kernels"), *SHARED],
     package_dir={"quantflow_kernels": "kernels/quantflow_kernels", **SHARED},

@@ -1,4 +1,5 @@
-"""Kernels on a CPU: the time of a 4-bit product, its ratio to bf16's, and what it reads against the machine's read bandwidth.
+"""Kernels on a CPU: the time of a 4-bit product, its ratio to bf16's, and what it reads against the
+machine's read bandwidth.
 
 PYTHONPATH=.:kernels python benchmarks/cpu.py [--output benchmarks/results/kernels_cpu.json]
 """
@@ -48,7 +49,9 @@ def read_gb_s() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -60,7 +63,11 @@ def main() -> None:
         scales = (torch.rand(n, k // 128) * 0.01 + 0.001).bfloat16()
         zeros = torch.randint(0, 16, (n, k // 128), dtype=torch.uint8)
         weight = linear.prepare(codes, scales, zeros, 128, 4, torch.bfloat16)
-        dense = ((codes.float().view(n, -1, 128) - zeros[..., None]) * scales.float()[..., None]).view(n, k).bfloat16()
+        dense = (
+            ((codes.float().view(n, -1, 128) - zeros[..., None]) * scales.float()[..., None])
+            .view(n, k)
+            .bfloat16()
+        )
         way = linear.way(weight)
         print(f"{n}×{k} g128, {way}")
         for m in TOKENS:
@@ -70,19 +77,39 @@ def main() -> None:
                 lambda x=x, weight=weight: linear.linear(x, weight, exact=False),
                 lambda x=x, weight=weight: linear.linear(x, weight, exact=True),
             )
-            row = {"n": n, "k": k, "m": m, "bf16_ms": bf16, "fast_ms": fast, "exact_ms": exact, "speedup": bf16 / fast}
+            row = {
+                "n": n,
+                "k": k,
+                "m": m,
+                "bf16_ms": bf16,
+                "fast_ms": fast,
+                "exact_ms": exact,
+                "speedup": bf16 / fast,
+            }
             share = ""
-            if isinstance(weight, cpu_matmul.Int4Weight | cpu.CpuWeight) and m <= 4:  # beyond, arithmetic is the limit
+            # beyond, arithmetic is the limit
+            if isinstance(weight, cpu_matmul.Int4Weight | cpu.CpuWeight) and m <= 4:
                 row["of_read"] = weight.nbytes / 1e6 / fast / peak
                 share = f" {row['of_read']:.0%} of the read bandwidth"
             rows.append(row)
-            print(f"  M={m:<4} bf16 {bf16:8.2f} ms  fast {fast:8.2f} ms ({bf16 / fast:4.2f}×)  exact {exact:8.2f} ms{share}", flush=True)
+            print(
+                f"  M={m:<4} bf16 {bf16:8.2f} ms  fast {fast:8.2f} ms ({bf16 / fast:4.2f}×)  exact"
+                f" {exact:8.2f} ms{share}",
+                flush=True,
+            )
     if args.output:
         record = {
-            "cpu": processor(), "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "way": way, "read_gb_s": peak, "torch": torch.__version__,
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d"), "rows": rows,
-        }  # fmt: skip
+            "cpu": processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "way": way,
+            "read_gb_s": peak,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d"),
+            "rows": rows,
+        }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,11 +1,14 @@
-"""Kernels on a GPU: time, bandwidth, share of the limit, and the ratio to bf16, each checked for correctness first.
+"""Kernels on a GPU: time, bandwidth, share of the limit, and the ratio to bf16, each checked for
+correctness first.
 
-    PYTHONPATH=.:kernels python benchmarks/gpu.py [--quick] [--output benchmarks/results/kernels_gpu.json]
+    PYTHONPATH=.:kernels python benchmarks/gpu.py [--quick] [--output
+    benchmarks/results/kernels_gpu.json]
 
-What is compared is captured in CUDA graphs that go through copies of the operands, more of them than the L2 cache holds, so that every
-call reads from memory; the graphs are replayed in turn, and the median of a call is told. The comparison is cuBLAS on a bf16 weight, for
-attention our own kernel on a bf16 cache. `exact` and `fast` are the engine's two modes; `triton` and `dense` are the two ways that fast
-chooses from by the number of tokens.
+What is compared is captured in CUDA graphs that go through copies of the operands, more of them
+than the L2 cache holds, so that every call reads from memory; the graphs are replayed in turn, and
+the median of a call is told. The comparison is cuBLAS on a bf16 weight, for attention our own
+kernel on a bf16 cache. `exact` and `fast` are the engine's two modes; `triton` and `dense` are the
+two ways that fast chooses from by the number of tokens.
 """
 
 from __future__ import annotations
@@ -99,7 +102,9 @@ def stream_copy_gb_s() -> float:
     return 2 * source.nbytes / 1e3 / timed(copy=[lambda: target.copy_(source)])["copy"]
 
 
-def random_weight(n: int, k: int, group: int = 128) -> tuple[PackedWeight, torch.Tensor, torch.Tensor, torch.Tensor]:
+def random_weight(
+    n: int, k: int, group: int = 128
+) -> tuple[PackedWeight, torch.Tensor, torch.Tensor, torch.Tensor]:
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
     scales = (torch.rand(n, k // group, device="cuda") * 0.01 + 0.001).bfloat16()
     zeros = torch.randint(0, 16, (n, k // group), dtype=torch.uint8, device="cuda")
@@ -108,7 +113,12 @@ def random_weight(n: int, k: int, group: int = 128) -> tuple[PackedWeight, torch
 
 def copies_of(weight: PackedWeight) -> list[PackedWeight]:
     return [
-        replace(weight, words=weight.words.clone(), scales=weight.scales.clone(), zeros=weight.zeros.clone())
+        replace(
+            weight,
+            words=weight.words.clone(),
+            scales=weight.scales.clone(),
+            zeros=weight.zeros.clone(),
+        )
         for _ in range(int(COPIES_BYTES / weight.nbytes) + 1)
     ]
 
@@ -122,9 +132,15 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def matmul_rows(shapes: dict[str, list[tuple[int, int]]], tokens: tuple[int, ...], peak: float) -> Iterator[dict[str, Any]]:
+def matmul_rows(
+    shapes: dict[str, list[tuple[int, int]]], tokens: tuple[int, ...], peak: float
+) -> Iterator[dict[str, Any]]:
     found = configs.tuned(torch.cuda.get_device_name())
-    models = {size: [m for m, sizes in shapes.items() if size in sizes] for sizes in shapes.values() for size in sizes}
+    models = {
+        size: [m for m, sizes in shapes.items() if size in sizes]
+        for sizes in shapes.values()
+        for size in sizes
+    }
     for (n, k), names in models.items():
         weight, codes, scales, zeros = random_weight(n, k)
         dense = reference.dequantize(codes, scales.float(), zeros, 128)
@@ -151,22 +167,44 @@ def matmul_rows(shapes: dict[str, list[tuple[int, int]]], tokens: tuple[int, ...
             for name in ways:
                 us = times[name]
                 gb_s = bytes_moved(weight, m) / 1e3 / us
-                yield {"kernel": "matmul", "models": names, "n": n, "k": k, "m": m, "mode": name, "us": us, "gb_s": gb_s,
-                       "of_copy": gb_s / peak, "tflop_s": operations(weight, m) / 1e6 / us, "bf16_us": times["bf16"],
-                       "speedup": times["bf16"] / us, "error": errors[name], "right": errors[name] < 5e-3}  # fmt: skip
+                yield {
+                    "kernel": "matmul",
+                    "models": names,
+                    "n": n,
+                    "k": k,
+                    "m": m,
+                    "mode": name,
+                    "us": us,
+                    "gb_s": gb_s,
+                    "of_copy": gb_s / peak,
+                    "tflop_s": operations(weight, m) / 1e6 / us,
+                    "bf16_us": times["bf16"],
+                    "speedup": times["bf16"] / us,
+                    "error": errors[name],
+                    "right": errors[name] < 5e-3,
+                }
         del dense, packed, plain, weight
         torch.cuda.empty_cache()
 
 
-def attention_rows(cases: list[tuple[int, int]], peak: float, heads: int = 32, kv_heads: int = 8, d: int = 128) -> Iterator[dict[str, Any]]:
+def attention_rows(
+    cases: list[tuple[int, int]], peak: float, heads: int = 32, kv_heads: int = 8, d: int = 128
+) -> Iterator[dict[str, Any]]:
     """Decode: one query a sequence."""
     config, page = configs.tuned(torch.cuda.get_device_name()).attention, 16
     for batch_size, context in cases:
         pages = -(-context // page)
         bytes_int8 = 2 * batch_size * pages * page * kv_heads * d
         copies = int(COPIES_BYTES / bytes_int8) + 1
-        table = torch.randperm(batch_size * pages * copies, device="cuda").int().view(copies, batch_size, pages)
-        batches = [make_batch([1] * batch_size, [context] * batch_size, t, heads, kv_heads, config) for t in table]
+        table = (
+            torch.randperm(batch_size * pages * copies, device="cuda")
+            .int()
+            .view(copies, batch_size, pages)
+        )
+        batches = [
+            make_batch([1] * batch_size, [context] * batch_size, t, heads, kv_heads, config)
+            for t in table
+        ]
         q = torch.randn(batch_size, heads, d, device="cuda", dtype=torch.bfloat16)
         shape = (table.numel(), kv_heads, page, d)
         k, v = (torch.randint(-128, 128, shape, device="cuda", dtype=torch.int8) for _ in range(2))
@@ -178,16 +216,35 @@ def attention_rows(cases: list[tuple[int, int]], peak: float, heads: int = 32, k
             ends = [reference.pages(t, table[0, s], context).float() * 0.02 for t in (k, v)]
             expected = reference.attention(q[s : s + 1].float(), *ends, at, d**-0.5)
             for name, cache in (("bf16", plain), ("int8", quantised)):
-                errors[name] = max(errors[name], relative(paged_attention(q, cache, batches[0], d**-0.5, config)[s : s + 1], expected))
+                errors[name] = max(
+                    errors[name],
+                    relative(
+                        paged_attention(q, cache, batches[0], d**-0.5, config)[s : s + 1], expected
+                    ),
+                )
         times = timed(
             bf16=[partial(paged_attention, q, plain, b, d**-0.5, config) for b in batches],
             int8=[partial(paged_attention, q, quantised, b, d**-0.5, config) for b in batches],
         )
         for name, cache in (("bf16", plain), ("int8", quantised)):
-            gb_s = attention.bytes_moved(cache, [context] * batch_size, heads, batch_size) / 1e3 / times[name]
-            yield {"kernel": "attention", "batch": batch_size, "context": context, "cache": name, "mode": "exact", "us": times[name],
-                   "gb_s": gb_s, "of_copy": gb_s / peak, "speedup": times["bf16"] / times[name], "error": errors[name],
-                   "right": errors[name] < 2e-2}  # fmt: skip
+            gb_s = (
+                attention.bytes_moved(cache, [context] * batch_size, heads, batch_size)
+                / 1e3
+                / times[name]
+            )
+            yield {
+                "kernel": "attention",
+                "batch": batch_size,
+                "context": context,
+                "cache": name,
+                "mode": "exact",
+                "us": times[name],
+                "gb_s": gb_s,
+                "of_copy": gb_s / peak,
+                "speedup": times["bf16"] / times[name],
+                "error": errors[name],
+                "right": errors[name] < 2e-2,
+            }
         del k, v, quantised, plain
         torch.cuda.empty_cache()
 
@@ -198,11 +255,16 @@ def shown(row: dict[str, Any]) -> str:
     else:
         what = f"matmul {row['n']:6}×{row['k']:<6} M={row['m']:<5} {row['mode']:6}"
     wrong = "" if row["right"] else f"  WRONG: relative error {row['error']:.3g}"
-    return f"{what} {row['us']:9.1f} µs {row['gb_s']:6.0f} GB/s {row['of_copy']:5.0%} of copy {row['speedup']:5.2f}× bf16{wrong}"
+    return (
+        f"{what} {row['us']:9.1f} µs {row['gb_s']:6.0f} GB/s {row['of_copy']:5.0%} of copy"
+        f" {row['speedup']:5.2f}× bf16{wrong}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few shapes")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -216,12 +278,21 @@ def main() -> None:
     tokens = (1, 16, 64, 256) if args.quick else TOKENS
     every = [(b, c) for b in (1, 8, 32, 128) for c in (128, 1024, 8192, 32768) if b * c <= 2**19]
     cases = [(1, 512), (1, 32768), (32, 8192)] if args.quick else every
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     record: dict[str, Any] = {
-        "device": device, "copy_gb_s": peak, "datasheet_gb_s": DATASHEET_GB_S.get(device), "torch": torch.__version__,
-        "triton": triton.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"), "commit": commit, "rows": [],
-    }  # fmt: skip
+        "device": device,
+        "copy_gb_s": peak,
+        "datasheet_gb_s": DATASHEET_GB_S.get(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit,
+        "rows": [],
+    }
     for row in chain(attention_rows(cases, peak), matmul_rows(shapes, tokens, peak)):
         record["rows"].append(row)
         print(shown(row), flush=True)

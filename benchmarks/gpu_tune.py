@@ -1,11 +1,14 @@
-"""Finds the tiles that are fastest on the GPU at hand, and prints them as an entry for `quantflow_kernels/configs.py`.
+"""Finds the tiles that are fastest on the GPU at hand, and prints them as an entry for
+`quantflow_kernels/configs.py`.
 
-    PYTHONPATH=.:kernels python benchmarks/gpu_tune.py [--minutes 6] [--output benchmarks/results/tuned_gpu.json]
+    PYTHONPATH=.:kernels python benchmarks/gpu_tune.py [--minutes 6] [--output
+    benchmarks/results/tuned_gpu.json]
 
-Each regime is searched in two rounds over the linears of Llama-3-8B and 8192²: tiles, warps and stages first, then for the best of them how
-far K is split. A candidate's score is the geometric mean of its times over the shapes; one that is wrong, or needs more than the GPU has,
-is left out, and said. What is compiled is compiled by all cores beforehand. The regime of exact mode is the best one for a single token: it
-serves every number of them.
+Each regime is searched in two rounds over the linears of Llama-3-8B and 8192²: tiles, warps and
+stages first, then for the best of them how far K is split. A candidate's score is the geometric
+mean of its times over the shapes; one that is wrong, or needs more than the GPU has, is left out,
+and said. What is compiled is compiled by all cores beforehand. The regime of exact mode is the best
+one for a single token: it serves every number of them.
 """
 
 from __future__ import annotations
@@ -31,12 +34,21 @@ from quantflow_kernels.configs import AttentionConfig, MatmulConfig, Tuned
 from quantflow_kernels.matmul import matmul
 from quantflow_kernels.paging import KVCache, make_batch
 
-from benchmarks.gpu import COPIES_BYTES, SHAPES, copies_of, random_weight, relative, through_dense, timed
+from benchmarks.gpu import (
+    COPIES_BYTES,
+    SHAPES,
+    copies_of,
+    random_weight,
+    relative,
+    through_dense,
+    timed,
+)
 
 SIZES = [*SHAPES["Llama-3-8B"], (8192, 8192)]
 BEST = 4  # of a first round that go into the second
 CONTEXTS = ((1, 512), (1, 16384), (32, 1024), (32, 8192))
-REGIMES = ((1, 16), (16, 16), (32, 32), (64, 64), (256, 128))  # tokens that a regime is measured with, and its tile's
+# tokens that a regime is measured with, and its tile's
+REGIMES = ((1, 16), (16, 16), (32, 32), (64, 64), (256, 128))
 
 C = TypeVar("C")
 
@@ -46,8 +58,11 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(map(math.log, found)) / len(found))
 
 
-def best(candidates: Iterable[C], score: Callable[[C], float], until: float) -> list[tuple[float, C]]:
-    """Candidates by their score, the least first; those that fail are left out, and after `until` nothing new is begun."""
+def best(
+    candidates: Iterable[C], score: Callable[[C], float], until: float
+) -> list[tuple[float, C]]:
+    """Candidates by their score, the least first; those that fail are left out, and after `until`
+    nothing new is begun."""
     found = []
     for candidate in candidates:
         if time.monotonic() > until:
@@ -64,7 +79,13 @@ def tiles(block_m: int) -> list[MatmulConfig]:
     """The first round's candidates."""
     return [
         # Small tiles keep a GPU busy without splits, and save their sum.
-        MatmulConfig(block_n=n, block_m=block_m, warps=warps, stages=stages, programs=264 if n >= 64 and block_m <= 32 else 0)
+        MatmulConfig(
+            block_n=n,
+            block_m=block_m,
+            warps=warps,
+            stages=stages,
+            programs=264 if n >= 64 and block_m <= 32 else 0,
+        )
         for n, warps, stages in itertools.product((16, 32, 64, 128), (1, 2, 4, 8), (2, 3, 4, 6))
         if n >= 16 * warps // 2
     ]
@@ -111,7 +132,9 @@ class Products:
         times = []
         for (_, k), weights in self.packed.items():
             x = self.activations(tokens, k)
-            error = relative(matmul(x, weights[0], None, config), through_dense(x, weights[0]).float())
+            error = relative(
+                matmul(x, weights[0], None, config), through_dense(x, weights[0]).float()
+            )
             if not error < 1e-2:
                 raise ArithmeticError(f"relative error {error:.2g}")
             times.append(timed(it=[partial(matmul, x, w, None, config) for w in weights])["it"])
@@ -124,7 +147,8 @@ class Products:
             for (_, k), weights in self.packed.items():
                 x = self.activations(tokens, k)
                 found = timed(
-                    ours=[partial(matmul, x, w, None, config) for w in weights], dense=[partial(through_dense, x, w) for w in weights]
+                    ours=[partial(matmul, x, w, None, config) for w in weights],
+                    dense=[partial(through_dense, x, w) for w in weights],
                 )
                 pairs.append(found["ours"] / found["dense"])
             if geometric_mean(pairs) > 1:
@@ -132,19 +156,37 @@ class Products:
         return 2048
 
 
-def attention_score(config: AttentionConfig, heads: int = 32, kv_heads: int = 8, d: int = 128, page: int = 64) -> float:
+def attention_score(
+    config: AttentionConfig, heads: int = 32, kv_heads: int = 8, d: int = 128, page: int = 64
+) -> float:
     times = []
     for batch_size, context in CONTEXTS:
         pages = -(-context // page)
-        copies = int(COPIES_BYTES / (2 * batch_size * pages * page * kv_heads * d)) + 1  # more than the L2 cache holds
-        table = torch.randperm(copies * batch_size * pages, device="cuda").int().view(copies, batch_size, pages)
-        batches = [make_batch([1] * batch_size, [context] * batch_size, t, heads, kv_heads, config) for t in table]
+        # more than the L2 cache holds
+        copies = int(COPIES_BYTES / (2 * batch_size * pages * page * kv_heads * d)) + 1
+        table = (
+            torch.randperm(copies * batch_size * pages, device="cuda")
+            .int()
+            .view(copies, batch_size, pages)
+        )
+        batches = [
+            make_batch([1] * batch_size, [context] * batch_size, t, heads, kv_heads, config)
+            for t in table
+        ]
         q = torch.randn(batch_size, heads, d, device="cuda", dtype=torch.bfloat16)
-        k, v = (torch.randint(-128, 128, (table.numel(), kv_heads, page, d), device="cuda", dtype=torch.int8) for _ in range(2))
+        k, v = (
+            torch.randint(
+                -128, 128, (table.numel(), kv_heads, page, d), device="cuda", dtype=torch.int8
+            )
+            for _ in range(2)
+        )
         scale = torch.full((kv_heads, d), 0.02, device="cuda")
         int8 = KVCache(k, v, scale[:, 0].contiguous(), scale, None, torch.zeros_like(scale))
         plain = KVCache((k * 0.02).bfloat16(), (v * 0.02).bfloat16())
-        found = [paged_attention(q, cache, batches[0], d**-0.5, config).float() for cache in (int8, plain)]
+        found = [
+            paged_attention(q, cache, batches[0], d**-0.5, config).float()
+            for cache in (int8, plain)
+        ]
         if not relative(*found) < 2e-2:
             raise ArithmeticError(f"the caches' results differ by {relative(*found):.2g}")
         ways = {
@@ -156,7 +198,9 @@ def attention_score(config: AttentionConfig, heads: int = 32, kv_heads: int = 8,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=6.0, help="to spend, once all is compiled")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -164,7 +208,15 @@ def main() -> None:
         raise SystemExit("quantflow: tuning needs a CUDA device, and torch finds none")
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
-    found, record = configs.tuned(device), {"device": device, "triton": triton.__version__, "date": time.strftime("%Y-%m-%d"), "rounds": {}}
+    found, record = (
+        configs.tuned(device),
+        {
+            "device": device,
+            "triton": triton.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+            "rounds": {},
+        },
+    )
     compile_all([(config, tokens) for tokens, block_m in REGIMES for config in tiles(block_m)])
     products, regimes = Products(), []
     until = time.monotonic() + 60 * args.minutes  # what was compiled is for the next time too
@@ -182,19 +234,30 @@ def main() -> None:
         stop = time.monotonic() + share
         first = best(tiles(block_m), partial(products.score, tokens), stop)
         note(f"{tokens} tokens", first)
-        second = best([c for _, config in first[:BEST] for c in splits(config)], partial(products.score, tokens), stop + share / 4)
+        second = best(
+            [c for _, config in first[:BEST] for c in splits(config)],
+            partial(products.score, tokens),
+            stop + share / 4,
+        )
         note(f"{tokens} tokens, splits", second)
-        regimes.append((second or first)[0][1] if first else configs.matmul_config(found, tokens, exact=False))
+        regimes.append(
+            (second or first)[0][1] if first else configs.matmul_config(found, tokens, exact=False)
+        )
     candidates = [
         AttentionConfig(tile=tile, split=split, warps=warps, stages=stages)
-        for tile, split, warps, stages in itertools.product((32, 64, 128), (128, 256, 512), (2, 4, 8), (3, 5, 7))
+        for tile, split, warps, stages in itertools.product(
+            (32, 64, 128), (128, 256, 512), (2, 4, 8), (3, 5, 7)
+        )
     ]
     attention = best(candidates, attention_score, time.monotonic() + share)
     note("attention", attention)
     one, *more = regimes
     fast = ((1, one), (16, more[0]), (32, more[1]), (64, more[2]), (2**31, more[3]))
     tuned = Tuned(
-        exact=one, fast=fast, dense_from=products.dense_from(more[3]), attention=attention[0][1] if attention else found.attention
+        exact=one,
+        fast=fast,
+        dense_from=products.dense_from(more[3]),
+        attention=attention[0][1] if attention else found.attention,
     )
     record["tuned"] = asdict(tuned)
     if args.output:

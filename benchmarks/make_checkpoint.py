@@ -1,4 +1,5 @@
-"""Write a random checkpoint of a real model's shape, under its original tensor names, for benchmarks of time and memory.
+"""Write a random checkpoint of a real model's shape, under its original tensor names, for
+benchmarks of time and memory.
 
     python benchmarks/make_checkpoint.py --shape internlm-7b --output build/internlm-7b
     python benchmarks/make_checkpoint.py --shape llama-4g --output build/llama-4g [--single-file]
@@ -6,7 +7,8 @@
 
 --packed: linears of random 4-bit codes in groups of 128, as compressed-tensors packs them, for benchmarks of the engine.
 
-Tensors are written one at a time, so a 15 GB checkpoint needs little memory. The tokenizer is the demo model's.
+Tensors are written one at a time, so a 15 GB checkpoint needs little memory. The tokenizer is the
+demo model's.
 """
 
 from __future__ import annotations
@@ -26,13 +28,53 @@ from quantflow.formats.base import ConfigRequest
 from quantflow.quant.scheme import Scheme
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "internlm-7b": {"family": "internlm", "hidden": 4096, "inner": 11008, "layers": 32, "heads": 32, "kv": 32, "vocabulary": 103168},
-    "llama-8b": {"family": "llama", "hidden": 4096, "inner": 14336, "layers": 32, "heads": 32, "kv": 8, "vocabulary": 128256},
+    "internlm-7b": {
+        "family": "internlm",
+        "hidden": 4096,
+        "inner": 11008,
+        "layers": 32,
+        "heads": 32,
+        "kv": 32,
+        "vocabulary": 103168,
+    },
+    "llama-8b": {
+        "family": "llama",
+        "hidden": 4096,
+        "inner": 14336,
+        "layers": 32,
+        "heads": 32,
+        "kv": 8,
+        "vocabulary": 128256,
+    },
     # Many small layers: what must stay flat is memory against depth.
-    "llama-4g": {"family": "llama", "hidden": 2048, "inner": 5632, "layers": 43, "heads": 16, "kv": 8, "vocabulary": 32000},
+    "llama-4g": {
+        "family": "llama",
+        "hidden": 2048,
+        "inner": 5632,
+        "layers": 43,
+        "heads": 16,
+        "kv": 8,
+        "vocabulary": 32000,
+    },
     # As small as the model can be for its own arrays, and not the interpreter's, to make the peak.
-    "llama-small": {"family": "llama", "hidden": 1536, "inner": 4096, "layers": 3, "heads": 12, "kv": 4, "vocabulary": 16384},
-    "llama-1b": {"family": "llama", "hidden": 2048, "inner": 5632, "layers": 22, "heads": 32, "kv": 4, "vocabulary": 32000},
+    "llama-small": {
+        "family": "llama",
+        "hidden": 1536,
+        "inner": 4096,
+        "layers": 3,
+        "heads": 12,
+        "kv": 4,
+        "vocabulary": 16384,
+    },
+    "llama-1b": {
+        "family": "llama",
+        "hidden": 2048,
+        "inner": 5632,
+        "layers": 22,
+        "heads": 32,
+        "kv": 4,
+        "vocabulary": 32000,
+    },
 }
 DEMO = Path(__file__).resolve().parents[1] / "calib_data" / "demo_model"
 
@@ -44,7 +86,12 @@ def tensors(shape: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     for i in range(shape["layers"]):
         p = f"model.layers.{i}"
         yield f"{p}.input_layernorm.weight", (hidden,)
-        for name, rows in (("q", hidden), ("k", shape["kv"] * size), ("v", shape["kv"] * size), ("o", hidden)):
+        for name, rows in (
+            ("q", hidden),
+            ("k", shape["kv"] * size),
+            ("v", shape["kv"] * size),
+            ("o", hidden),
+        ):
             yield f"{p}.self_attn.{name}_proj.weight", (rows, hidden)
             if bias:
                 yield f"{p}.self_attn.{name}_proj.bias", (rows,)
@@ -61,12 +108,17 @@ Spec = tuple[str, tuple[int, ...]]  # dtype and shape, as a safetensors header h
 
 
 def packed(everything: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, Any]]:
-    """The tensors of the same model with its layers' linears packed, and the quantization_config."""
+    """The tensors of the same model with its layers' linears packed, and the
+    quantization_config."""
     found: dict[str, Spec] = {}
     for name, (dtype, shape) in everything.items():
         if "_proj.weight" in name:
             n, k = shape
-            found |= {f"{name}_packed": ("I32", (n, k // 8)), f"{name}_scale": (dtype, (n, k // GROUP)), f"{name}_shape": ("I64", (2,))}
+            found |= {
+                f"{name}_packed": ("I32", (n, k // 8)),
+                f"{name}_scale": (dtype, (n, k // GROUP)),
+                f"{name}_shape": ("I64", (2,)),
+            }
         else:
             found[name] = (dtype, shape)
     scheme = Scheme(4, GROUP, True)
@@ -74,21 +126,33 @@ def packed(everything: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, Any]
     return found, FORMATS["compressed-tensors"].quantization_config(request)
 
 
-def value(name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator, device: str) -> torch.Tensor:
-    """A tensor of random weights, packed codes or their scales, with products of about the size of their inputs."""
+def value(
+    name: str, dtype: str, shape: tuple[int, ...], generator: torch.Generator, device: str
+) -> torch.Tensor:
+    """A tensor of random weights, packed codes or their scales, with products of about the size of
+    their inputs."""
     if dtype == "I32":
-        return torch.randint(-(2**31), 2**31, shape, generator=generator, dtype=torch.int32, device=device)
+        return torch.randint(
+            -(2**31), 2**31, shape, generator=generator, dtype=torch.int32, device=device
+        )
     if name.endswith("weight_scale"):
-        return torch.full(shape, (shape[1] * GROUP) ** -0.5 / 4.6)  # codes of -8 to 7 have a mean square of 21.5
+        # codes of -8 to 7 have a mean square of 21.5
+        return torch.full(shape, (shape[1] * GROUP) ** -0.5 / 4.6)
     if len(shape) == 1:
         return torch.ones(shape) if "norm" in name else torch.zeros(shape)
-    # One block of random rows, repeated: filling 15 GB from a generator would take longer than quantising it.
-    block = torch.randn(min(shape[0], 512), shape[1], generator=generator, device=device) * shape[1] ** -0.5
+    # One block of random rows, repeated: filling 15 GB from a generator would take longer than
+    # quantising it.
+    block = (
+        torch.randn(min(shape[0], 512), shape[1], generator=generator, device=device)
+        * shape[1] ** -0.5
+    )
     return block.to(torch.bfloat16).repeat(-(-shape[0] // len(block)), 1)[: shape[0]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--layers", type=int, help="fewer layers than the real model")
@@ -134,7 +198,9 @@ def main() -> None:
         used += size
         total += size
     names = (
-        [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+        [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) > 1
+        else ["model.safetensors"]
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
@@ -145,9 +211,14 @@ def main() -> None:
                     writer.write(name, torch.tensor(linears[name.removesuffix("_shape")]))
                 else:
                     found = value(name, dtype, dims, generator, device)
-                    writer.write(name, (found if dtype == "I32" else found.to(torch.bfloat16)).cpu())
+                    writer.write(
+                        name, (found if dtype == "I32" else found.to(torch.bfloat16)).cpu()
+                    )
     if len(shards) > 1:
-        index = {"metadata": {}, "weight_map": {n: f for f, shard in zip(names, shards, strict=True) for n in shard}}
+        index = {
+            "metadata": {},
+            "weight_map": {n: f for f, shard in zip(names, shards, strict=True) for n in shard},
+        }
         (args.output / "model.safetensors.index.json").write_text(json.dumps(index))
     print(f"{args.output}: {total / 1e9:.1f} GB in {len(shards)} file(s)")
 

@@ -1,9 +1,11 @@
-"""Time, memory and quality of pipeline runs: prints a row a run, and writes them with device, versions and date.
+"""Time, memory and quality of pipeline runs: prints a row a run, and writes them with device,
+versions and date.
 
-    python benchmarks/pipeline.py RECIPE… [--set dotted.path=value]… [--output benchmarks/results/NAME.json]
+    python benchmarks/pipeline.py RECIPE… [--set dotted.path=value]… [--output
+    benchmarks/results/NAME.json]
 
-Every run starts from an empty store, in a process of its own. `memory above imports` is the peak resident size of that process
-(mapped pages included) less its size once everything is imported.
+Every run starts from an empty store, in a process of its own. `memory above imports` is the peak
+resident size of that process (mapped pages included) less its size once everything is imported.
 """
 
 from __future__ import annotations
@@ -46,14 +48,20 @@ def measure(recipe: str, sets: list[str]) -> dict[str, Any]:
     """One run in a fresh process and a fresh store."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("QUANTFLOW_BENCH_DIR")) as folder:
         argument = json.dumps([recipe, str(Path(folder) / "out"), sets])
-        done = subprocess.run([sys.executable, "-c", CHILD, argument], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, argument], capture_output=True, text=True, check=False
+        )
     if done.returncode:
-        raise SystemExit(f"{recipe}: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+        raise SystemExit(
+            f"{recipe}: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--output", type=Path)
@@ -65,17 +73,29 @@ def main() -> None:
         stages = ", ".join(f"{k} {v:.1f} s" for k, v in row["seconds"].items() if v >= 0.05)
         above = row["peak_bytes"] - row["imports_bytes"]
         rate = row["weight_bytes"] / 1e6 / row["total"]
-        print(f"{row['recipe']}: {row['total']:.1f} s ({stages}); {rate:.0f} MB/s of weights; memory above imports "
-              f"{above / 2**20:.0f} MiB, planned {row['estimate_bytes'] / 2**20:.0f} MiB", flush=True)  # fmt: skip
+        print(
+            f"{row['recipe']}: {row['total']:.1f} s ({stages}); {rate:.0f} MB/s of weights; memory"
+            f" above imports {above / 2**20:.0f} MiB, planned"
+            f" {row['estimate_bytes'] / 2**20:.0f} MiB",
+            flush=True,
+        )
         for name, quality in row["quality"].items():
-            print(f"    {name}: ppl {quality['perplexity']:.4f} KL {quality['kl_mean']:.5f} top-1 {quality['top1']:.4f}")
+            print(
+                f"    {name}: ppl {quality['perplexity']:.4f} KL {quality['kl_mean']:.5f} top-1"
+                f" {quality['top1']:.4f}"
+            )
     if args.output:
         import torch
 
         record = {
-            "date": time.strftime("%Y-%m-%d"), "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-            "torch": torch.__version__, "python": platform.python_version(), "sets": args.sets, "rows": rows,
-        }  # fmt: skip
+            "date": time.strftime("%Y-%m-%d"),
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "sets": args.sets,
+            "rows": rows,
+        }
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,10 +1,12 @@
 """What 4 bits cost a model, by QuantFlow's ways and by llm-compressor's, on the same windows.
 
-    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--llmcompressor PYTHON] [--output benchmarks/results/NAME.json]
+    python benchmarks/quality.py MODEL --calibration TEXT --text TEXT [--llmcompressor PYTHON]
+    [--output benchmarks/results/NAME.json]
 
-Every result is loaded and measured by transformers with the compressed-tensors package, in float32; llm-compressor's by its own versions
-of them, which PYTHON has: newer ones do not load what it writes with zero points. Seconds are of quantisation, in a process of its own
-with what that imports.
+Every result is loaded and measured by transformers with the compressed-tensors package, in float32;
+llm-compressor's by its own versions of them, which PYTHON has: newer ones do not load what it
+writes with zero points. Seconds are of quantisation, in a process of its own with what that
+imports.
 """
 
 from __future__ import annotations
@@ -60,20 +62,34 @@ save_file({str(n): each for n, each in enumerate(found)}, output + "/log_probabi
 
 
 def quantise(
-    model: Path, calibration: str, samples: int, length: int, group: int, stages: list[str], symmetric: bool, output: Path
+    model: Path,
+    calibration: str,
+    samples: int,
+    length: int,
+    group: int,
+    stages: list[str],
+    symmetric: bool,
+    output: Path,
 ) -> None:
     recipe = output.with_suffix(".yaml")
     recipe.write_text(
-        f"name: quality\nmodel: {model}\ncalibration: {{data: {calibration}, samples: {samples}, seqlen: {length}}}\n"
-        f"weights: {{bits: 4, group_size: {group}, symmetric: {str(symmetric).lower()}, ignore: [lm_head]}}\n"
-        "stages:\n" + "".join(f"  - {stage}\n" for stage in stages) + "  - pack: {format: compressed-tensors}\n"
+        f"name: quality\nmodel: {model}\ncalibration: {{data: {calibration}, samples: {samples},"
+        f" seqlen: {length}}}\nweights: {{bits: 4, group_size: {group}, symmetric:"
+        f" {str(symmetric).lower()}, ignore: [lm_head]}}\nstages:\n"
+        + "".join(f"  - {stage}\n" for stage in stages)
+        + "  - pack: {format: compressed-tensors}\n"
     )
     quantflow = [sys.executable, "-c", "from quantflow.cli.main import main; main()"]
-    run([*quantflow, "run", recipe, "--output", output], QUANTFLOW_STORE=str(output.with_suffix(".store")))
+    run(
+        [*quantflow, "run", recipe, "--output", output],
+        QUANTFLOW_STORE=str(output.with_suffix(".store")),
+    )
 
 
 def run(command: list[Any], **more: str) -> None:
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=os.environ | more)
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, env=os.environ | more
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
 
@@ -97,7 +113,9 @@ def told(folder: Path, windows: int) -> list[torch.Tensor]:
     return [found[str(number)] for number in range(windows)]
 
 
-def compare(reference: list[torch.Tensor], found: list[torch.Tensor], windows: list[list[int]]) -> dict[str, float]:
+def compare(
+    reference: list[torch.Tensor], found: list[torch.Tensor], windows: list[list[int]]
+) -> dict[str, float]:
     divergence = [(a.exp() * (a - b)).sum(-1) for a, b in zip(reference, found, strict=True)]
     same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, found, strict=True)]
     return {
@@ -108,12 +126,16 @@ def compare(reference: list[torch.Tensor], found: list[torch.Tensor], windows: l
 
 
 def perplexity(found: list[torch.Tensor], windows: list[list[int]]) -> float:
-    surprise = [-b[:-1].gather(1, torch.tensor(w)[1:, None]) for b, w in zip(found, windows, strict=True)]
+    surprise = [
+        -b[:-1].gather(1, torch.tensor(w)[1:, None]) for b, w in zip(found, windows, strict=True)
+    ]
     return math.exp(float(torch.cat(surprise).double().mean()))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", type=int, default=32)
@@ -122,14 +144,22 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--llmcompressor", metavar="PYTHON")
-    parser.add_argument("--only", action="append", choices=[*WAYS, THEIRS], help="one of the ways; may be repeated")
+    parser.add_argument(
+        "--only", action="append", choices=[*WAYS, THEIRS], help="one of the ways; may be repeated"
+    )
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
-    calibration = cut_windows(tokenizer, documents(args.calibration), count=args.samples, length=args.length).tokens
-    windows = cut_windows(tokenizer, documents(args.text), count=args.windows, length=args.length).tokens
+    calibration = cut_windows(
+        tokenizer, documents(args.calibration), count=args.samples, length=args.length
+    ).tokens
+    windows = cut_windows(
+        tokenizer, documents(args.text), count=args.windows, length=args.length
+    ).tokens
     reference = log_probabilities(args.model, windows)
-    rows: dict[str, dict[str, float]] = {"full precision": {"perplexity": perplexity(reference, windows)}}
+    rows: dict[str, dict[str, float]] = {
+        "full precision": {"perplexity": perplexity(reference, windows)}
+    }
     with tempfile.TemporaryDirectory(dir=os.environ.get("QUANTFLOW_BENCH_DIR")) as scratch:
         places = [Path(scratch) / name for name in ("windows.json", "judged.json")]
         for place, each in zip(places, (calibration, windows), strict=True):
@@ -142,7 +172,15 @@ def main() -> None:
                 continue
             output, began = Path(scratch) / str(number), time.perf_counter()
             if way:
-                quantise(args.model, args.calibration, args.samples, args.length, args.group, *way, output)
+                quantise(
+                    args.model,
+                    args.calibration,
+                    args.samples,
+                    args.length,
+                    args.group,
+                    *way,
+                    output,
+                )
             else:
                 given = json.dumps([str(args.model), *map(str, places), args.group, str(output)])
                 run([args.llmcompressor, "-c", LLM_COMPRESSOR, given], PYTHONPATH="")
@@ -157,17 +195,27 @@ def keep(args: argparse.Namespace, rows: dict[str, dict[str, float]]) -> None:
     """What there is so far."""
     if args.output:
         record = {
-            "date": time.strftime("%Y-%m-%d"), "cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__,
-            "python": platform.python_version(), "model": args.model.name, "bits": 4, "group_size": args.group,
+            "date": time.strftime("%Y-%m-%d"),
+            "cpu": processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "model": args.model.name,
+            "bits": 4,
+            "group_size": args.group,
             "calibration": [Path(args.calibration).name, args.samples, args.length],
-            "text": [Path(args.text).name, args.windows, args.length], "rows": rows,
-        }  # fmt: skip
+            "text": [Path(args.text).name, args.windows, args.length],
+            "rows": rows,
+        }
         args.output.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 if __name__ == "__main__":

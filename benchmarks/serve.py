@@ -1,6 +1,7 @@
 """The server under load and under faults, on the demo model, over loopback.
 
-    PYTHONPATH=.:kernels python benchmarks/serve.py [--output benchmarks/results/serve_cpu.json] [--only load,fuzz] [--scale 0.1]
+    PYTHONPATH=.:kernels python benchmarks/serve.py [--output benchmarks/results/serve_cpu.json]
+    [--only load,fuzz] [--scale 0.1]
 
 load        32 clients, each request as one answer and as a stream, against `LLM.generate` on the same requests
 disconnect  10,000 requests, a third of which go away at a random moment: nothing runs, no block leaks, memory stays flat
@@ -57,13 +58,26 @@ main()
 
 
 @contextmanager
-def server(*options: str, model: Path = MODEL, code: str | None = None, **environment: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def server(
+    *options: str, model: Path = MODEL, code: str | None = None, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process and its port."""
-    command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(model), "--port", "0"]
+    command = [
+        sys.executable,
+        *(["-c", code] if code else ["-m", "quantflow.cli.main"]),
+        "serve",
+        str(model),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
-        [*command, "--max-batch-size", "32", *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        [*command, "--max-batch-size", "32", *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
     try:
         assert process.stdout
         line = process.stdout.readline()
@@ -77,8 +91,19 @@ def server(*options: str, model: Path = MODEL, code: str | None = None, **enviro
 
 def request(path: str, body: Any, *headers: str) -> bytes:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", "connection: close", *headers]
-    return "\r\n".join([*lines, f"content-length: {len(data)}", "", ""]).encode("utf-8", "surrogateescape") + data
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "host: localhost",
+        "content-type: application/json",
+        "connection: close",
+        *headers,
+    ]
+    return (
+        "\r\n".join([*lines, f"content-length: {len(data)}", "", ""]).encode(
+            "utf-8", "surrogateescape"
+        )
+        + data
+    )
 
 
 async def ask(port: int, data: bytes, leave_s: float | None = None) -> bytes:
@@ -101,12 +126,18 @@ async def ask(port: int, data: bytes, leave_s: float | None = None) -> bytes:
 
 
 async def get(port: int, path: str) -> bytes:
-    return await ask(port, f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+    return await ask(
+        port, f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+    )
 
 
 async def metrics(port: int) -> dict[str, float]:
     lines = (await get(port, "/metrics")).split(b"\r\n\r\n", 1)[1].decode().splitlines()
-    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] not in "#" and " " in line}
+    return {
+        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1])
+        for line in lines
+        if line and line[0] not in "#" and " " in line
+    }
 
 
 async def crowd(count: int, clients: int, work: Callable[[int], Awaitable[None]]) -> float:
@@ -134,7 +165,14 @@ def bodies(count: int) -> list[dict[str, Any]]:
     text = TEXT.read_text(encoding="utf-8")
     starts = [i * LETTERS % (len(text) - LETTERS) for i in range(count)]
     return [
-        {"prompt": text[s : s + LETTERS], "max_tokens": NEW, "temperature": 1, "seed": i, "ignore_eos": True} for i, s in enumerate(starts)
+        {
+            "prompt": text[s : s + LETTERS],
+            "max_tokens": NEW,
+            "temperature": 1,
+            "seed": i,
+            "ignore_eos": True,
+        }
+        for i, s in enumerate(starts)
     ]
 
 
@@ -152,7 +190,16 @@ outputs = llm.generate([b["prompt"] for b in bodies], params)
 print(sum(len(o.completions[0].token_ids) for o in outputs) / (time.perf_counter() - began))
 """
     given = json.dumps(bodies(count))
-    return float(subprocess.run([sys.executable, "-c", code], input=given, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=given,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
 
 
 def load(scale: float) -> dict[str, Any]:
@@ -163,7 +210,11 @@ def load(scale: float) -> dict[str, Any]:
 
         async def one(number: int) -> None:
             nonlocal tokens
-            body = {**asked[number], "stream": stream, **({"stream_options": {"include_usage": True}} if stream else {})}
+            body = {
+                **asked[number],
+                "stream": stream,
+                **({"stream_options": {"include_usage": True}} if stream else {}),
+            }
             answer = await ask(port, request("/v1/completions", body))
             at = answer.rindex(b'"completion_tokens":') + 20
             tokens += int(answer[at : answer.index(b",", at)])
@@ -183,14 +234,30 @@ def load(scale: float) -> dict[str, Any]:
             found["stream"].append(asyncio.run(online(port, True)))
             said = asyncio.run(metrics(port))
     medians = {name: statistics.median(rates) for name, rates in found.items()}
-    ratios = {name: statistics.median(r / o for r, o in zip(found[name], found["offline"], strict=True)) for name in ("whole", "stream")}
-    first = said["quantflow_time_to_first_token_seconds_sum"] / said["quantflow_time_to_first_token_seconds_count"]
-    between = said["quantflow_inter_token_seconds_sum"] / said["quantflow_inter_token_seconds_count"]
+    ratios = {
+        name: statistics.median(r / o for r, o in zip(found[name], found["offline"], strict=True))
+        for name in ("whole", "stream")
+    }
+    first = (
+        said["quantflow_time_to_first_token_seconds_sum"]
+        / said["quantflow_time_to_first_token_seconds_count"]
+    )
+    between = (
+        said["quantflow_inter_token_seconds_sum"] / said["quantflow_inter_token_seconds_count"]
+    )
     return {
-        "clients": CLIENTS, "requests": count, "new_tokens": NEW, "rounds": rounds, "tokens_per_s": medians, "of_offline": ratios,
-        "all_tokens_per_s": found, "mean_first_token_s": first, "mean_inter_token_s": between, "goal_of_offline": 0.8,
+        "clients": CLIENTS,
+        "requests": count,
+        "new_tokens": NEW,
+        "rounds": rounds,
+        "tokens_per_s": medians,
+        "of_offline": ratios,
+        "all_tokens_per_s": found,
+        "mean_first_token_s": first,
+        "mean_inter_token_s": between,
+        "goal_of_offline": 0.8,
         "passed": min(ratios.values()) >= 0.8,
-    }  # fmt: skip
+    }
 
 
 # --- disconnect
@@ -207,9 +274,12 @@ def disconnect(scale: float) -> dict[str, Any]:
         async def one(number: int) -> None:
             start = draw.randrange(len(text) - 2000)
             body: dict[str, Any] = {
-                "max_tokens": draw.choice((1, 4, 16, 64)), "temperature": 1, "n": draw.choice((1, 1, 1, 2, 4)), "ignore_eos": True,
+                "max_tokens": draw.choice((1, 4, 16, 64)),
+                "temperature": 1,
+                "n": draw.choice((1, 1, 1, 2, 4)),
+                "ignore_eos": True,
                 "stream": draw.random() < 0.6,
-            }  # fmt: skip
+            }
             path, prompt = (
                 draw.choice(("/v1/completions", "/v1/chat/completions", "/v1/chat/interactive")),
                 text[start : start + draw.randrange(20, 800)],
@@ -225,7 +295,10 @@ def disconnect(scale: float) -> dict[str, Any]:
             leaves = draw.random() < 1 / 3
             answer = await ask(port, request(path, body), draw.expovariate(10) if leaves else None)
             if not leaves:
-                answered[answer.startswith(b"HTTP/1.1 200 ") and (not body.get("stream") or b"[DONE]" in answer)] += 1
+                answered[
+                    answer.startswith(b"HTTP/1.1 200 ")
+                    and (not body.get("stream") or b"[DONE]" in answer)
+                ] += 1
             if number % max(1, count // 20) == 0:
                 sizes.append(resident(process.pid))
 
@@ -243,48 +316,121 @@ def disconnect(scale: float) -> dict[str, Any]:
     with server("--max-queue", "1000", QUANTFLOW_ADMIN_KEY=ADMIN_KEY) as (process, port):
         seconds, said = asyncio.run(run(process, port))
         grown = max(sizes[-3:]) - max(sizes[len(sizes) // 2 : len(sizes) // 2 + 3])
-    left = {name: said[f"quantflow_{name}"] for name in ("sequences_running", "sequences_waiting", "kv_blocks_used", "sessions")}
-    refused = sum(v for k, v in said.items() if k.startswith("quantflow_http_responses_total") and 'status="409"' in k)
+    left = {
+        name: said[f"quantflow_{name}"]
+        for name in ("sequences_running", "sequences_waiting", "kv_blocks_used", "sessions")
+    }
+    refused = sum(
+        v
+        for k, v in said.items()
+        if k.startswith("quantflow_http_responses_total") and 'status="409"' in k
+    )
     return {
-        "requests": count, "seconds": seconds, "answered": answered[1], "not_answered_whole": answered[0], "session_busy_409": refused,
-        "left": left, "resident_mib": [size >> 20 for size in sizes], "grown_in_the_second_half_mib": grown / 2**20,
+        "requests": count,
+        "seconds": seconds,
+        "answered": answered[1],
+        "not_answered_whole": answered[0],
+        "session_busy_409": refused,
+        "left": left,
+        "resident_mib": [size >> 20 for size in sizes],
+        "grown_in_the_second_half_mib": grown / 2**20,
         "passed": not any(left.values()) and grown < 16 * 2**20 and answered[0] <= refused,
-    }  # fmt: skip
+    }
 
 
 # --- fuzz
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 SEEDS: list[tuple[str, Any]] = [
-    ("/v1/chat/completions", {
-        "model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "temperature": 0.7, "n": 1, "stop": ["a"],
-        "stream": True, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1}, "seed": 1, "response_format": {"type": "json_object"},
-    }),
+    (
+        "/v1/chat/completions",
+        {
+            "model": "m",
+            "messages": [{"role": "user", "content": "x"}],
+            "max_tokens": 2,
+            "temperature": 0.7,
+            "n": 1,
+            "stop": ["a"],
+            "stream": True,
+            "logprobs": True,
+            "top_logprobs": 2,
+            "logit_bias": {"5": 1},
+            "seed": 1,
+            "response_format": {"type": "json_object"},
+        },
+    ),
     ("/v1/chat/completions", {"messages": "x", "max_tokens": 2, "stop": False}),
-    ("/v1/chat/completions", {
-        "messages": "x", "max_tokens": 2, "tool_choice": "required", "parallel_tool_calls": False,
-        "tools": [{"type": "function", "function": {"name": "f", "parameters": {**SCHEMA, "$defs": {"u": {"enum": [1]}}}}}],
-    }),
-    ("/v1/chat/completions", {
-        "messages": [{"role": "assistant", "content": [{"type": "text", "text": "x"}]}], "max_tokens": 1,
-        "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}},
-    }),
-    ("/v1/completions", {
-        "prompt": ["x", "y"], "max_tokens": 2, "echo": True, "logprobs": 1, "best_of": 2, "n": 1, "min_p": 0.1, "top_k": 3,
-    }),
-    ("/v1/completions", {
-        "prompt": [1, 2, 3], "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True,
-    }),
-    ("/v1/chat/interactive", {
-        "prompt": "x", "session_id": 1, "interactive_mode": True, "request_output_len": 1, "stop": ["a"], "cancel": False,
-    }),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": "x",
+            "max_tokens": 2,
+            "tool_choice": "required",
+            "parallel_tool_calls": False,
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "f",
+                        "parameters": {**SCHEMA, "$defs": {"u": {"enum": [1]}}},
+                    },
+                }
+            ],
+        },
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "assistant", "content": [{"type": "text", "text": "x"}]}],
+            "max_tokens": 1,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "s", "schema": SCHEMA},
+            },
+        },
+    ),
+    (
+        "/v1/completions",
+        {
+            "prompt": ["x", "y"],
+            "max_tokens": 2,
+            "echo": True,
+            "logprobs": 1,
+            "best_of": 2,
+            "n": 1,
+            "min_p": 0.1,
+            "top_k": 3,
+        },
+    ),
+    (
+        "/v1/completions",
+        {
+            "prompt": [1, 2, 3],
+            "max_tokens": 1,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+        },
+    ),
+    (
+        "/v1/chat/interactive",
+        {
+            "prompt": "x",
+            "session_id": 1,
+            "interactive_mode": True,
+            "request_output_len": 1,
+            "stop": ["a"],
+            "cancel": False,
+        },
+    ),
     ("/tokenize", {"prompt": "x", "add_special_tokens": True}),
     ("/detokenize", {"tokens": [1, 2, 3]}),
-]  # fmt: skip
+]
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 1e308, -1e-308, "", "x", "\x00", "\ud800", "é" * 300,
-    "x" * 5000, [], {}, [[]], [None], {"": None}, [1] * 2000, {"a": {"b": {"c": []}}}, "http://127.0.0.1:1/x", "{{ 7*7 }}", "<|im_end|>",
-    "</s>", ["a", 1], "NaN", "1", [-1], [10**9],
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 1e308, -1e-308, "",
+    "x", "\x00", "\ud800", "é" * 300, "x" * 5000, [], {}, [[]], [None], {"": None}, [1] * 2000,
+    {"a": {"b": {"c": []}}}, "http://127.0.0.1:1/x", "{{ 7*7 }}", "<|im_end|>", "</s>", ["a", 1],
+    "NaN", "1", [-1], [10**9],
 ]  # fmt: skip
 
 
@@ -299,7 +445,11 @@ def mutate(draw: random.Random, value: Any, depth: int = 0) -> Any:
         if kind < 0.3:
             found.pop(key)
         elif kind < 0.4:
-            found[draw.choice(("foo", "\ud800", "", "n", "stream", "stop", "prompt", "messages", "__proto__"))] = draw.choice(ODD)
+            found[
+                draw.choice(
+                    ("foo", "\ud800", "", "n", "stream", "stop", "prompt", "messages", "__proto__")
+                )
+            ] = draw.choice(ODD)
         else:
             found[key] = mutate(draw, found[key], depth + 1)
         return found
@@ -327,7 +477,17 @@ def fuzzed(draw: random.Random) -> bytes:
     if draw.random() < 0.03:
         data = draw.choice((b"[", b'{"a":', b'{"messages":[')) * draw.choice((100, 1000, 20000))
     if draw.random() < 0.1:
-        path = draw.choice((path + "?x=%ff", path + "/", "/" + "a" * 3000, "/%00", "/admin/drain", "//", "/v1/models/%2e%2e"))
+        path = draw.choice(
+            (
+                path + "?x=%ff",
+                path + "/",
+                "/" + "a" * 3000,
+                "/%00",
+                "/admin/drain",
+                "//",
+                "/v1/models/%2e%2e",
+            )
+        )
     headers = []
     for _ in range(draw.choice((0, 0, 0, 1, 3))):
         name = draw.choice(
@@ -385,7 +545,11 @@ def fuzz(scale: float) -> dict[str, Any]:
                 hangs.append(repr(data[:200]))
                 return
             answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
-            status = answer[9:12].decode("ascii", "replace") if answer.startswith(b"HTTP/1.1 ") else "none"
+            status = (
+                answer[9:12].decode("ascii", "replace")
+                if answer.startswith(b"HTTP/1.1 ")
+                else "none"
+            )
             statuses[status] = statuses.get(status, 0) + 1
             if status.startswith("5"):
                 odd.append(repr(data[:400]))
@@ -404,10 +568,15 @@ def fuzz(scale: float) -> dict[str, Any]:
         alive = process.poll() is None and health.startswith(b"HTTP/1.1 200 ")
         said = asyncio.run(metrics(port))
     return {
-        "requests": count, "seconds": seconds, "statuses": dict(sorted(statuses.items())), "server_errors": odd[:20], "hangs": hangs[:20],
-        "alive_and_well_after": alive, "running_after": said["quantflow_sequences_running"],
+        "requests": count,
+        "seconds": seconds,
+        "statuses": dict(sorted(statuses.items())),
+        "server_errors": odd[:20],
+        "hangs": hangs[:20],
+        "alive_and_well_after": alive,
+        "running_after": said["quantflow_sequences_running"],
         "passed": alive and not hangs and not odd and not said["quantflow_sequences_running"],
-    }  # fmt: skip
+    }
 
 
 # --- slow
@@ -432,13 +601,22 @@ def slow(scale: float) -> dict[str, Any]:
         without, beside = [], []
         for _ in range(3):
             without.append(await times(port))
-            body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True, "logprobs": 5, "n": 8}
+            body = {
+                "prompt": "x",
+                "max_tokens": 900,
+                "ignore_eos": True,
+                "stream": True,
+                "logprobs": 5,
+                "n": 8,
+            }
             readers = []
             for _ in range(8):
                 reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
                 writer.write(request("/v1/completions", body))
                 readers.append((reader, writer))
-            while (await metrics(port))["quantflow_generated_tokens_total"] % 1 or (await metrics(port))["quantflow_sequences_running"]:
+            while (await metrics(port))["quantflow_generated_tokens_total"] % 1 or (
+                await metrics(port)
+            )["quantflow_sequences_running"]:
                 for reader, _ in readers:
                     await asyncio.wait_for(reader.read(64), 30)
                 await asyncio.sleep(0.2)
@@ -452,8 +630,12 @@ def slow(scale: float) -> dict[str, Any]:
         without, beside = asyncio.run(run(port))
     ratio = statistics.median(b / w for w, b in zip(without, beside, strict=True))
     return {
-        "readers": 8, "median_s_alone": without, "median_s_beside_slow_readers": beside, "ratio": ratio, "passed": ratio < 1.25,
-    }  # fmt: skip
+        "readers": 8,
+        "median_s_alone": without,
+        "median_s_beside_slow_readers": beside,
+        "ratio": ratio,
+        "passed": ratio < 1.25,
+    }
 
 
 # --- death
@@ -462,7 +644,12 @@ def slow(scale: float) -> dict[str, Any]:
 def death(scale: float) -> dict[str, Any]:
     async def run(port: int) -> tuple[list[bytes], float, bytes]:
         body = {"prompt": "x", "max_tokens": 900, "ignore_eos": True}
-        answers = asyncio.gather(*(ask(port, request("/v1/completions", {**body, "stream": i % 2 == 0})) for i in range(8)))
+        answers = asyncio.gather(
+            *(
+                ask(port, request("/v1/completions", {**body, "stream": i % 2 == 0}))
+                for i in range(8)
+            )
+        )
         found = await answers
         began, health = time.monotonic(), b""
         try:
@@ -484,10 +671,15 @@ def death(scale: float) -> dict[str, Any]:
         process.wait(20)
     told = sum(b"engine_stopped" in answer for answer in answers)
     return {
-        "clients": len(answers), "clients_told": told, "red_after_s": seconds, "exit_code_supervised": code,
+        "clients": len(answers),
+        "clients_told": told,
+        "red_after_s": seconds,
+        "exit_code_supervised": code,
         "stays_without_the_flag": stays,
-        "passed": told == len(answers) and b" 503 " in health[:20] and seconds < 5 and code == 1 and stays,
-    }  # fmt: skip
+        "passed": (
+            told == len(answers) and b" 503 " in health[:20] and seconds < 5 and code == 1 and stays
+        ),
+    }
 
 
 PARTS: dict[str, Callable[[float], dict[str, Any]]] = {
@@ -502,7 +694,9 @@ def main() -> int:
 
     from quantflow.machine import processor
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path)
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--scale", type=float, default=1.0)
@@ -510,9 +704,15 @@ def main() -> int:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65536, files[1]), files[1]))
     record: dict[str, Any] = {
-        "device": processor(), "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-        "fastapi": fastapi.__version__, "uvicorn": uvicorn.__version__, "date": str(date.today()), "scale": args.scale,
-    }  # fmt: skip
+        "device": processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastapi": fastapi.__version__,
+        "uvicorn": uvicorn.__version__,
+        "date": str(date.today()),
+        "scale": args.scale,
+    }
     if args.output and args.output.exists():
         record = {**json.loads(args.output.read_text()), **record}
     for name in args.only.split(","):

@@ -1,4 +1,5 @@
-"""QuantFlow: offline quantisation and conversion of large language models, and an engine that runs them.
+"""QuantFlow: offline quantisation and conversion of large language models, and an engine that runs
+them.
 
 from quantflow import LLM, SamplingParams
 
@@ -22,7 +23,8 @@ _PLACES = {"LLM": "llm", "AsyncLLM": "async_llm", "SamplingParams": "request"}
 
 
 def __getattr__(name: str) -> Any:
-    """The engine's names, imported when they are first used: it needs torch, and most of QuantFlow's commands begin without."""
+    """The engine's names, imported when they are first used: it needs torch, and most of
+    QuantFlow's commands begin without."""
     if name not in _PLACES:
         raise AttributeError(f"module 'quantflow' has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,5 @@
-"""What comes with QuantFlow: recipes, two texts, and a small model. In a source tree they lie beside the package, and installed in it."""
+"""What comes with QuantFlow: recipes, two texts, and a small model. In a source tree they lie
+beside the package, and installed in it."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ def recipes() -> list[str]:
 
 
 def recipe(name: str | Path) -> Path | None:
-    """The bundled recipe that `w4`, `w4.yaml` or `recipes/w4.yaml` names; None for any other name."""
+    """The bundled recipe that `w4`, `w4.yaml` or `recipes/w4.yaml` names; None for any other
+    name."""
     path = Path(name)
-    known = path.parent in (Path(), Path("recipes")) and path.suffix in ("", ".yaml") and path.stem in recipes()
+    known = (
+        path.parent in (Path(), Path("recipes"))
+        and path.suffix in ("", ".yaml")
+        and path.stem in recipes()
+    )
     return folder() / "recipes" / f"{path.stem}.yaml" if known else None

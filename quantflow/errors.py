@@ -21,13 +21,15 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Letters that are not seen and turn the order of those that are: a line with them shows what it does not say.
+# Letters that are not seen and turn the order of those that are: a line with them shows what it
+# does not say.
 TURNING = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, what was found, what was expected, what to do. code: a name for programs, where one may ask."""
+    """One thing that is wrong: where, what was found, what was expected, what to do. code: a name
+    for programs, where one may ask."""
 
     where: str
     found: str
@@ -45,13 +47,18 @@ class Problem:
 
 
 class QuantFlowError(Exception):
-    """Base of all errors that QuantFlow raises on purpose. `problems` holds every problem found, not the first alone."""
+    """Base of all errors that QuantFlow raises on purpose. `problems` holds every problem found,
+    not the first alone."""
 
     exit_code = 1
 
     def __init__(self, problems: str | Problem | Sequence[Problem]) -> None:
         if isinstance(problems, str):
-            problems = [Problem(*problems.split(": ", 1))] if ": " in problems else [Problem("quantflow", problems)]
+            problems = (
+                [Problem(*problems.split(": ", 1))]
+                if ": " in problems
+                else [Problem("quantflow", problems)]
+            )
         elif isinstance(problems, Problem):
             problems = [problems]
         self.problems: tuple[Problem, ...] = tuple(problems)
@@ -99,8 +106,8 @@ class ServerError(ResourceError):
 
 
 def panicked(error: BaseException) -> bool:
-    """Whether a library written in Rust has failed in a way that it did not foresee. Its panic is no Exception, and gets past whoever
-    handles those."""
+    """Whether a library written in Rust has failed in a way that it did not foresee. Its panic is
+    no Exception, and gets past whoever handles those."""
     return type(error).__name__ == "PanicException"
 
 

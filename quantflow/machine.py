@@ -1,4 +1,5 @@
-"""The machine at hand: which device to compute on, how much memory there is, and giving back what was freed."""
+"""The machine at hand: which device to compute on, how much memory there is, and giving back what
+was freed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def resolve_device(device: str) -> str:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError(Problem("--device cuda", "torch sees no GPU", "a CUDA device", "Use --device cpu"))
+        raise UserError(
+            Problem("--device cuda", "torch sees no GPU", "a CUDA device", "Use --device cpu")
+        )
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -31,7 +34,8 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident size so far. Not `ru_maxrss`, which begins with what the parent had at the fork."""
+    """The largest resident size so far. Not `ru_maxrss`, which begins with what the parent had at
+    the fork."""
     return _status("VmHWM")
 
 
@@ -44,7 +48,8 @@ def _status(field: str) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is left: the GPU's, or this machine's, within the limit of a control group where there is one."""
+    """Memory that is left: the GPU's, or this machine's, within the limit of a control group where
+    there is one."""
     if device.type == "cuda":
         import torch
 
@@ -53,7 +58,10 @@ def free_bytes(device: torch.device) -> int:
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        limit, used = (
+            (group / name).read_text(encoding="ascii").strip()
+            for name in ("memory.max", "memory.current")
+        )
     except OSError:
         return free
     return min(free, int(limit) - int(used)) if limit.isdecimal() else free
@@ -62,12 +70,17 @@ def free_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, a GPU's or this machine's, did not suffice: torch says so in several ways."""
     text = str(error)
-    said = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "not enough memory" in text
+    said = (
+        type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    )
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
 
 
 def ending(code: int) -> str:
-    """How a process ended, by what `subprocess` says of it: `ended with exit code 3`, `killed by SIGILL (illegal instruction)`."""
+    """How a process ended, by what `subprocess` says of it: `ended with exit code 3`, `killed by
+    SIGILL (illegal instruction)`."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:
@@ -98,8 +111,9 @@ def device_name(device: str) -> str:
 def give_back_freed_memory() -> None:
     """Returns what is freed to the system, where glibc would keep it.
 
-    Blocks below 32 MiB are cut from its heap, which shrinks at its end only: over the layers of a model, holes of many sizes add
-    up to hundreds of megabytes. Elsewhere than on glibc it does nothing.
+    Blocks below 32 MiB are cut from its heap, which shrinks at its end only: over the layers of a
+    model, holes of many sizes add up to hundreds of megabytes. Elsewhere than on glibc it does
+    nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """An OSError that names no file, as that of a write to an open one, leaves this block with `path`'s name."""
+    """An OSError that names no file, as that of a write to an open one, leaves this block with
+    `path`'s name."""
     try:
         yield
     except OSError as error:
@@ -26,7 +27,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def absent(path: Path, what: str) -> str:
-    """What is in the place of something that cannot be found: `no such WHAT`, or a link that leads nowhere, or in a circle."""
+    """What is in the place of something that cannot be found: `no such WHAT`, or a link that leads
+    nowhere, or in a circle."""
     try:
         for place in (path, *path.parents):
             if place.is_symlink() and not place.exists():
@@ -35,9 +37,17 @@ def absent(path: Path, what: str) -> str:
                 try:
                     place.stat()
                 except FileNotFoundError:
-                    return f"under{named} a link to {target}, which is not there" if named else f"a link to {target}, which is not there"
+                    return (
+                        f"under{named} a link to {target}, which is not there"
+                        if named
+                        else f"a link to {target}, which is not there"
+                    )
                 except OSError:
-                    return f"under{named} a link that leads back to itself" if named else "a link that leads back to itself"
+                    return (
+                        f"under{named} a link that leads back to itself"
+                        if named
+                        else "a link that leads back to itself"
+                    )
     except (OSError, ValueError):  # too long a name, a NUL, a folder that may not be searched
         pass
     return f"no such {what}"

@@ -18,4 +18,9 @@ def size(count: float) -> str:
 
 def is_number(value: Any, least: float = -sys.float_info.max) -> bool:
     """Whether a value of JSON is a finite number, of at least so much; a truth value is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= sys.float_info.max  # NaN is nowhere
+    # NaN is nowhere
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and least <= value <= sys.float_info.max
+    )

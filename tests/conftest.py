@@ -1,4 +1,5 @@
-"""The environment of all tests, set before anything that reads it is imported, and models that several of them share."""
+"""The environment of all tests, set before anything that reads it is imported, and models that
+several of them share."""
 
 from __future__ import annotations
 
@@ -18,22 +19,36 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes run tests: one thread each, and in what they start.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-for name in ("COLUMNS", "LINES"):  # set in processes that share the work, and a console would keep them for good
+# set in processes that share the work, and a console would keep them for good
+for name in ("COLUMNS", "LINES"):
     os.environ.pop(name, None)
-# Where the tests are started in the background, Ctrl-C is ignored, and so it would be in the processes that they interrupt.
+# Where the tests are started in the background, Ctrl-C is ignored, and so it would be in the
+# processes that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST = ("tests/quality", "tests/notebooks", "tests/pipeline/test_memory", "tests/serve/test_page", "tests/docs")
+LONGEST = (
+    "tests/quality",
+    "tests/notebooks",
+    "tests/pipeline/test_memory",
+    "tests/serve/test_page",
+    "tests/docs",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes go first: where several processes share the work, none of them begins one when the others are done."""
-    items.sort(key=lambda item: next((n for n, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST)))
+    """Files that take minutes go first: where several processes share the work, none of them begins
+    one when the others are done."""
+    items.sort(
+        key=lambda item: next(
+            (n for n, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST)
+        )
+    )
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
-    """Bytes are named by their length: packed ones hold the time, which two processes that collect the same tests see differently."""
+    """Bytes are named by their length: packed ones hold the time, which two processes that collect
+    the same tests see differently."""
     return f"{len(val)} bytes" if isinstance(val, bytes) else None
 
 

@@ -13,24 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the top. A package imports from lower lines, and from its own line as long as that makes no circle.
+# From the top. A package imports from lower lines, and from its own line as long as that makes no
+# circle.
 LAYERS = (
-    ("cli",),
-    ("serve",),
-    ("pipeline",),
-    ("evaluate", "stages", "report"),
-    ("engine",),
-    ("decoder",),
-    ("calibration", "formats", "artifacts"),
-    ("tokenizers",),
-    ("checkpoints",),
-    ("models",),
-    ("recipe",),
-    ("quant",),
-    ("machine",),
-    ("placeholder",),
+    ("cli",), ("serve",), ("pipeline",), ("evaluate", "stages", "report"), ("engine",),
+    ("decoder",), ("calibration", "formats", "artifacts"), ("tokenizers",), ("checkpoints",),
+    ("models",), ("recipe",), ("quant",), ("machine",), ("placeholder",),
     ("bundled", "errors", "paths", "units"),
-)
+)  # fmt: skip
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}
 
 
@@ -44,7 +34,8 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 
 def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """The modules that the code imports, anywhere in it; `from a import b` gives both `a` and `a.b`, since b may be a module."""
+    """The modules that the code imports, anywhere in it; `from a import b` gives both `a` and
+    `a.b`, since b may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -59,7 +50,13 @@ def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
 
 
 def imports_of(path: Path, root: Path = ROOT) -> set[str]:
-    return set(imports(ast.parse(path.read_text(encoding="utf-8")), module_name(path, root), path.name == "__init__.py"))
+    return set(
+        imports(
+            ast.parse(path.read_text(encoding="utf-8")),
+            module_name(path, root),
+            path.name == "__init__.py",
+        )
+    )
 
 
 def package_of(module: str) -> str | None:
@@ -73,7 +70,11 @@ def upward(module: str, imported: set[str]) -> set[str]:
     here = package_of(module)
     if here is None:
         return set()
-    return {name for name in imported if (there := package_of(name)) in HEIGHT and there != here and HEIGHT[there] > HEIGHT[here]}
+    return {
+        name
+        for name in imported
+        if (there := package_of(name)) in HEIGHT and there != here and HEIGHT[there] > HEIGHT[here]
+    }
 
 
 def test_every_package_has_its_layer() -> None:
@@ -83,7 +84,11 @@ def test_every_package_has_its_layer() -> None:
 
 
 def test_imports_point_down() -> None:
-    wrong = {module_name(path): up for path in files(ROOT / "quantflow") if (up := upward(module_name(path), imports_of(path)))}
+    wrong = {
+        module_name(path): up
+        for path in files(ROOT / "quantflow")
+        if (up := upward(module_name(path), imports_of(path)))
+    }
     assert wrong == {}
 
 
@@ -91,7 +96,11 @@ def test_packages_import_each_other_in_no_circle() -> None:
     graph: dict[str, set[str]] = {}
     for path in files(ROOT / "quantflow"):
         if (here := package_of(module_name(path))) is not None:
-            used = {there for name in imports_of(path) if (there := package_of(name)) in HEIGHT and there != here}
+            used = {
+                there
+                for name in imports_of(path)
+                if (there := package_of(name)) in HEIGHT and there != here
+            }
             graph.setdefault(here, set()).update(used)
     try:
         list(TopologicalSorter(graph).static_order())
@@ -101,11 +110,17 @@ def test_packages_import_each_other_in_no_circle() -> None:
 
 def test_the_product_imports_no_tests_and_no_benchmarks() -> None:
     for path in [*files(ROOT / "quantflow"), *files(ROOT / "kernels")]:
-        assert not {name.split(".")[0] for name in imports_of(path)} & {"tests", "benchmarks", "pytest", "hypothesis"}, path
+        assert not {name.split(".")[0] for name in imports_of(path)} & {
+            "tests",
+            "benchmarks",
+            "pytest",
+            "hypothesis",
+        }, path
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
-    assert not (ROOT / "kernels" / "__init__.py").exists()  # `kernels` would be taken for the Hugging Face package
+    # `kernels` would be taken for the Hugging Face package
+    assert not (ROOT / "kernels" / "__init__.py").exists()
     allowed = {"torch", "triton", "quantflow_kernels", *sys.stdlib_module_names}
     for path in files(ROOT / "kernels"):
         used = {name.split(".")[0] for name in imports_of(path, ROOT / "kernels")}
@@ -113,26 +128,46 @@ def test_kernels_import_torch_and_triton_only() -> None:
 
 
 def test_who_imports_the_kernels() -> None:
-    """Of the engine, its ops alone; the mathematics and the decoder take what is compiled for solving and calibration."""
-    compiled = {f"quantflow_kernels.{name}" for name in ("cpu_causal", "cpu_kernels", "cpu_library", "cpu_solver", "solver")}
+    """Of the engine, its ops alone; the mathematics and the decoder take what is compiled for
+    solving and calibration."""
+    compiled = {
+        f"quantflow_kernels.{name}"
+        for name in ("cpu_causal", "cpu_kernels", "cpu_library", "cpu_solver", "solver")
+    }
     for path in files(ROOT / "quantflow"):
         module = module_name(path)
         used = {name for name in imports_of(path) if name.partition(".")[0] == "quantflow_kernels"}
         if not used or module == "quantflow.engine.ops":
             continue
-        of_modules = {name for name in used if name != "quantflow_kernels"}  # `from quantflow_kernels import a` gives both
+        # `from quantflow_kernels import a` gives both
+        of_modules = {name for name in used if name != "quantflow_kernels"}
         assert package_of(module) in ("quant", "decoder") and of_modules, module
-        assert all(any(name == own or name.startswith(f"{own}.") for own in compiled) for name in of_modules), module
+        assert all(
+            any(name == own or name.startswith(f"{own}.") for own in compiled)
+            for name in of_modules
+        ), module
 
 
 @pytest.mark.parametrize(
     ("module", "source", "wrong"),
     [
-        ("quantflow.quant.awq", "from quantflow.stages import awq", {"quantflow.stages", "quantflow.stages.awq"}),
+        (
+            "quantflow.quant.awq",
+            "from quantflow.stages import awq",
+            {"quantflow.stages", "quantflow.stages.awq"},
+        ),
         ("quantflow.quant.awq", "def f():\n    import quantflow.cli.main", {"quantflow.cli.main"}),
-        ("quantflow.quant.awq", "from ..recipe.schema import Awq", {"quantflow.recipe.schema", "quantflow.recipe.schema.Awq"}),
+        (
+            "quantflow.quant.awq",
+            "from ..recipe.schema import Awq",
+            {"quantflow.recipe.schema", "quantflow.recipe.schema.Awq"},
+        ),
         ("quantflow.quant.awq", "from quantflow import pipeline", {"quantflow.pipeline"}),
-        ("quantflow.quant.awq", "from .grid import Scheme\nfrom quantflow.errors import UserError\nimport torch", set()),
+        (
+            "quantflow.quant.awq",
+            "from .grid import Scheme\nfrom quantflow.errors import UserError\nimport torch",
+            set(),
+        ),
         ("quantflow.cli.main", "from quantflow.pipeline.run import run", set()),
         ("quantflow.formats.awq", "from quantflow.models import registry", set()),
     ],
@@ -147,7 +182,9 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors", "nump
 @pytest.mark.parametrize("module", ["quantflow", "quantflow.errors", "quantflow.recipe"])
 def test_importing_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
@@ -157,5 +194,9 @@ def test_errors_need_nothing_but_the_standard_library() -> None:
 
 
 def test_only_the_recipe_needs_pydantic() -> None:
-    users = {package_of(module_name(path)) for path in files(ROOT / "quantflow") if any(n.startswith("pydantic") for n in imports_of(path))}
+    users = {
+        package_of(module_name(path))
+        for path in files(ROOT / "quantflow")
+        if any(n.startswith("pydantic") for n in imports_of(path))
+    }
     assert users <= {"recipe", "serve"}

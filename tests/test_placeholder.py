@@ -1,4 +1,5 @@
-"""What a clone or a download leaves in a file's place is told apart by every reader, and by no word taken for the file."""
+"""What a clone or a download leaves in a file's place is told apart by every reader, and by no word
+taken for the file."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ from tests.helpers.tiny import write_llama
 # As git-lfs' own specification spells it.
 DIGEST = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393"
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{DIGEST}\nsize 4976698672\n"
-POINTED = r"{}: a Git LFS pointer, not the file; expected the file itself \(of 4976698672 bytes\)\. Run `git lfs pull`"
+POINTED = (
+    r"{}: a Git LFS pointer, not the file; expected the file itself \(of 4976698672 bytes\)\. Run"
+    r" `git lfs pull`"
+)
 
 
 def as_tokenizer(name: str) -> Callable[[Path], object]:
@@ -30,7 +34,9 @@ def as_tokenizer(name: str) -> Callable[[Path], object]:
         if name not in ("tokenizer.json", "tokenizer_config.json"):
             (folder / "tokenizer.json").unlink()
         if name == "merges.txt":
-            (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(ByteLevel.alphabet())}))
+            (folder / "vocab.json").write_text(
+                json.dumps({token: i for i, token in enumerate(ByteLevel.alphabet())})
+            )
         return load_tokenizer(folder)
 
     return read
@@ -39,14 +45,29 @@ def as_tokenizer(name: str) -> Callable[[Path], object]:
 READERS: dict[str, Callable[[Path], object]] = {
     "config.json": Checkpoint,
     "model.safetensors": Checkpoint,
-    "model.safetensors.index.json": lambda folder: ((folder / "model.safetensors").unlink(), Checkpoint(folder)),
+    "model.safetensors.index.json": lambda folder: (
+        (folder / "model.safetensors").unlink(),
+        Checkpoint(folder),
+    ),
     **{
         name: as_tokenizer(name)
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "qwen.tiktoken")
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "tokenizer.model",
+            "vocab.json",
+            "merges.txt",
+            "qwen.tiktoken",
+        )
     },
     **{
         name: lambda folder: export_tokenizer(folder, folder / "out")
-        for name in ("chat_template.jinja", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
+        for name in (
+            "chat_template.jinja",
+            "generation_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        )
     },
     "model.gguf": lambda folder: Checkpoint(folder / "model.gguf"),
     "recipe.yaml": lambda folder: load_recipe(folder / "recipe.yaml"),
@@ -76,7 +97,10 @@ def test_in_a_workspace(tmp_path: Path) -> None:
     [
         (b"", "an empty file (0 bytes)"),
         (LFS.encode(), "a Git LFS pointer"),
-        (b"version https://hawser.github.com/spec/v1\noid sha256:00\nsize 5\n", "a Git LFS pointer"),
+        (
+            b"version https://hawser.github.com/spec/v1\noid sha256:00\nsize 5\n",
+            "a Git LFS pointer",
+        ),
         (b"# xet version 0\nfilesize = 5\nhash = '00'\n", "a Xet pointer"),
         (b"../../.git/annex/objects/Xk/2J/SHA256E-s5--00/SHA256E-s5--00", "a git-annex pointer"),
         (b"/annex/objects/SHA256E-s5--00\n", "a git-annex pointer"),
@@ -98,7 +122,20 @@ def test_what_a_weight_file_is_instead(tmp_path: Path, content: bytes, said: str
         assert f"{name}: {said}" in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"a": 1}', "plain", "version 2", "<s>", "# a recipe\nmodel: x", "size 5", "{{ bos_token }}", "0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        '{"a": 1}',
+        "plain",
+        "version 2",
+        "<s>",
+        "# a recipe\nmodel: x",
+        "size 5",
+        "{{ bos_token }}",
+        "0",
+    ],
+)
 def test_what_is_a_file(text: str) -> None:
     assert placeholder(Path("a"), text.encode()) is None
 
@@ -107,18 +144,28 @@ def test_what_is_a_file(text: str) -> None:
 def test_an_empty_config_and_a_page(tmp_path: Path, content: bytes) -> None:
     folder = write_llama(tmp_path)
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json: a(n empty file| Git LFS pointer| web page)"):
+    with pytest.raises(
+        UserError, match=r"config\.json: a(n empty file| Git LFS pointer| web page)"
+    ):
         Checkpoint(folder)
 
 
 def test_a_plan_looks_at_the_tokenizer_too(tmp_path: Path) -> None:
     folder = write_llama(tmp_path)
     assert tokenizer_placeholders(folder) == []
-    names = ["tokenizer.json", "chat_template.jinja", "generation_config.json", "additional_chat_templates/tool_use.jinja"]
+    names = [
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "additional_chat_templates/tool_use.jinja",
+    ]
     (folder / "additional_chat_templates").mkdir()
     for name in names:
         (folder / name).write_text(LFS)
-    assert [Path(problem.where).relative_to(folder).as_posix() for problem in tokenizer_placeholders(folder)] == names
+    assert [
+        Path(problem.where).relative_to(folder).as_posix()
+        for problem in tokenizer_placeholders(folder)
+    ] == names
 
 
 def test_a_file_of_questions(tmp_path: Path) -> None:

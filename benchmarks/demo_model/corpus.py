@@ -3,8 +3,9 @@
     apt-get install python3.11-doc postgresql-doc-15 sqlite3-doc
     python benchmarks/demo_model/corpus.py --docs /usr/share/doc --output build/corpus
 
-Writes `train.txt`, `calib.txt` and `eval.txt`: documents separated by `<|endoftext|>`. A document belongs to one of the
-three by the hash of its name, so the split does not depend on the order of the files and the three are disjoint.
+Writes `train.txt`, `calib.txt` and `eval.txt`: documents separated by `<|endoftext|>`. A document
+belongs to one of the three by the hash of its name, so the split does not depend on the order of
+the files and the three are disjoint.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 SEPARATOR = "\n<|endoftext|>\n"
-SOURCES = {
-    "python": "python3.11/html",
-    "postgresql": "postgresql-doc-15/html",
-    "sqlite": "sqlite3",
-}
+SOURCES = {"python": "python3.11/html", "postgresql": "postgresql-doc-15/html", "sqlite": "sqlite3"}
 SKIPPED_TAGS = {"script", "style", "head", "nav", "footer", "svg", "form"}
-SKIPPED_CLASSES = ("sphinxsidebar", "related", "navheader", "navfooter", "headerlink", "toc", "fancy-toc", "nosearch", "footer")
-BLOCK_TAGS = {"p", "div", "li", "dt", "dd", "tr", "h1", "h2", "h3", "h4", "h5", "pre", "table", "ul", "ol", "dl", "br", "blockquote"}
+SKIPPED_CLASSES = (
+    "sphinxsidebar", "related", "navheader", "navfooter", "headerlink", "toc", "fancy-toc",
+    "nosearch", "footer",
+)  # fmt: skip
+BLOCK_TAGS = {
+    "p", "div", "li", "dt", "dd", "tr", "h1", "h2", "h3", "h4", "h5", "pre", "table", "ul", "ol",
+    "dl", "br", "blockquote",
+}  # fmt: skip
 VOID_TAGS = {"br", "img", "hr", "meta", "link", "input", "col", "wbr", "area", "base"}
 # Indexes, change logs and machine-made tables teach a small model nothing but themselves.
 SKIPPED_FILES = re.compile(
@@ -32,7 +35,8 @@ SKIPPED_FILES = re.compile(
 
 
 class _Text(HTMLParser):
-    """Text of an HTML page: block structure as line breaks, `<pre>` kept as it is, navigation left out."""
+    """Text of an HTML page: block structure as line breaks, `<pre>` kept as it is, navigation left
+    out."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -46,7 +50,11 @@ class _Text(HTMLParser):
         if tag in VOID_TAGS:
             return
         classes = (dict(attrs).get("class") or "").split()
-        skipped = bool(self.stack and self.stack[-1]) or tag in SKIPPED_TAGS or any(c in SKIPPED_CLASSES for c in classes)
+        skipped = (
+            bool(self.stack and self.stack[-1])
+            or tag in SKIPPED_TAGS
+            or any(c in SKIPPED_CLASSES for c in classes)
+        )
         self.stack.append(skipped)
         self.pre += tag == "pre"
 
@@ -67,7 +75,8 @@ class _Text(HTMLParser):
 
 def page_text(html: str) -> str:
     parser = _Text()
-    # Only <p>, <li>, … may be left open in these pages; a page whose tags do not balance still yields its text.
+    # Only <p>, <li>, … may be left open in these pages; a page whose tags do not balance still
+    # yields its text.
     parser.feed(re.sub(r"</?(p|li|dt|dd|tr|td|th)\b", lambda m: m[0], html))
     text = "".join(parser.parts).replace("¶", "").replace("\r", "")
     lines = [line.rstrip() for line in text.split("\n")]
@@ -80,7 +89,9 @@ def split_of(name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--docs", type=Path, default=Path("/usr/share/doc"))
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

@@ -15,7 +15,8 @@ def silu_mul_kernel(gate_up, out, K, stride, BLOCK: tl.constexpr):
     known = channel < K
     gate = tl.load(gate_up + row * stride + channel, mask=known, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + K + channel, mask=known, other=0.0).to(tl.float32)
-    # sigmoid(g) = 1 / (1 + exp(-g)): exp overflows to infinity for very negative g, and the quotient is 0, as it should be.
+    # sigmoid(g) = 1 / (1 + exp(-g)): exp overflows to infinity for very negative g, and the
+    # quotient is 0, as it should be.
     result = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + row * K + channel, result.to(out.dtype.element_ty), mask=known)
 
@@ -26,7 +27,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty(tokens, k, dtype=gate_up.dtype, device=gate_up.device)
     if tokens:
         block = min(1024, triton.next_power_of_2(k))
-        silu_mul_kernel[(tokens, triton.cdiv(k, block))](gate_up, out, k, gate_up.stride(0), BLOCK=block)
+        silu_mul_kernel[(tokens, triton.cdiv(k, block))](
+            gate_up, out, k, gate_up.stride(0), BLOCK=block
+        )
     return out
 
 

@@ -1,15 +1,19 @@
-"""Attention of new queries over a paged KV cache in 16 bits or int8, prefill and decode by one kernel.
+"""Attention of new queries over a paged KV cache in 16 bits or int8, prefill and decode by one
+kernel.
 
-Shapes: `T` queries of `S` sequences one after the other, `H` heads, `G` KV heads, `D` head_dim, `B` tokens a cache block.
+Shapes: `T` queries of `S` sequences one after the other, `H` heads, `G` KV heads, `D` head_dim, `B`
+tokens a cache block.
 
-int8 codes are cast to the dtype of the queries, which holds them exactly, just before each product; they are never dequantised one
-by one. A K scale of the head acts on its scores, one a channel is folded into q, one a token on that token's scores; a static zero
-point of K adds the same to all scores of a query and cancels in the softmax. A static scale and zero point of V act once, after the
+int8 codes are cast to the dtype of the queries, which holds them exactly, just before each product;
+they are never dequantised one by one. A K scale of the head acts on its scores, one a channel is
+folded into q, one a token on that token's scores; a static zero point of K adds the same to all
+scores of a query and cancels in the softmax. A static scale and zero point of V act once, after the
 sum; a scale a token on that token's probabilities.
 
-Batch invariance: keys are taken in tiles, and tiles in splits, that begin at absolute positions; a split's result does not depend on
-what else is in the batch, a tile that a query may not see changes none of its bits, and splits are merged in their order by the same
-operations, whether one program does all of them (prefill) or a second kernel (decode).
+Batch invariance: keys are taken in tiles, and tiles in splits, that begin at absolute positions; a
+split's result does not depend on what else is in the batch, a tile that a query may not see changes
+none of its bits, and splits are merged in their order by the same operations, whether one program
+does all of them (prefill) or a second kernel (decode).
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ from quantflow_kernels.paging import DYNAMIC, Batch, KVCache, power_of_two, quer
 
 LOG2E = 1.4426950408889634
 NO_SCORE = tl.constexpr(-1e30)  # finite: differences of it are numbers
-# Probabilities times a token's scale may be smaller than float16 holds; the interpreter computes bfloat16 wrongly.
+# Probabilities times a token's scale may be smaller than float16 holds; the interpreter computes
+# bfloat16 wrongly.
 SCALED = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
 
 
@@ -37,7 +42,9 @@ def _merge(m, total, acc, other_m, other_l, other_acc):
 
 
 @triton.jit
-def _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE: tl.constexpr, V_ZERO: tl.constexpr):
+def _finish(
+    total, acc, v_scale, v_zero, kv_head, channels, D, MODE: tl.constexpr, V_ZERO: tl.constexpr
+):
     """What attention puts out, from the merged sums."""
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     if MODE < 2:
@@ -50,18 +57,54 @@ def _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE: tl.constexp
 
 @triton.jit(
     do_not_specialize=["window", "queries", "max_blocks"],
-    do_not_specialize_on_alignment=["block_table", "tile_sequence", "tile_start", "query_start", "contexts"],
+    do_not_specialize_on_alignment=[
+        "block_table",
+        "tile_sequence",
+        "tile_start",
+        "query_start",
+        "contexts",
+    ],
 )
 def attention_kernel(
-    q, k_cache, v_cache, out, part_out, part_ml, block_table, tile_sequence, tile_start, query_start, contexts,
-    k_scale, v_scale, v_zero, sm_scale, window, queries, max_blocks, q_stride,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, MODE: tl.constexpr,
-    V_ZERO: tl.constexpr, WINDOW: tl.constexpr, SPLIT_PARTS: tl.constexpr, BLOCK_Q: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Program (i, h, s): query tile i with the heads that read KV head h, over split s, or over all where not SPLIT_PARTS.
+    q,
+    k_cache,
+    v_cache,
+    out,
+    part_out,
+    part_ml,
+    block_table,
+    tile_sequence,
+    tile_start,
+    query_start,
+    contexts,
+    k_scale,
+    v_scale,
+    v_zero,
+    sm_scale,
+    window,
+    queries,
+    max_blocks,
+    q_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    MODE: tl.constexpr,
+    V_ZERO: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLIT_PARTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    SHARED: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Program (i, h, s): query tile i with the heads that read KV head h, over split s, or over all
+    where not SPLIT_PARTS.
 
-    SHARED: query heads a KV head, padded to a power of two. part_out `[splits, T, H, D]`, part_ml `[splits, 2, T, H]`.
+    SHARED: query heads a KV head, padded to a power of two. part_out `[splits, T, H, D]`, part_ml
+    `[splits, 2, T, H]`.
     """
     pid, kv_head = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(tile_sequence + pid)
@@ -78,7 +121,9 @@ def attention_kernel(
     channels = tl.arange(0, BLOCK_D)
     known = channels < D
     source = q + (begin + index).to(tl.int64) * q_stride + head * D
-    queries_here = tl.load(source[:, None] + channels[None, :], mask=real[:, None] & known[None, :], other=0.0)
+    queries_here = tl.load(
+        source[:, None] + channels[None, :], mask=real[:, None] & known[None, :], other=0.0
+    )
     factor = sm_scale
     if MODE == 0:
         factor = sm_scale * tl.load(k_scale + kv_head)
@@ -108,9 +153,15 @@ def attention_kernel(
             present = key <= last_at
             if WINDOW:  # what lies before may have been freed
                 present = present & (key > first_at - window)
-            page = tl.load(block_table + sequence * max_blocks + key // PAGE, mask=present, other=0).to(tl.int64)
+            page = tl.load(
+                block_table + sequence * max_blocks + key // PAGE, mask=present, other=0
+            ).to(tl.int64)
             slot = (page * KV_HEADS + kv_head) * PAGE + key % PAGE
-            k = tl.load(k_cache + slot[None, :] * D + channels[:, None], mask=present[None, :] & known[:, None], other=0)
+            k = tl.load(
+                k_cache + slot[None, :] * D + channels[:, None],
+                mask=present[None, :] & known[:, None],
+                other=0,
+            )
             scores = tl.dot(queries_here, k.to(queries_here.dtype), input_precision="ieee") * factor
             if MODE == 2:
                 scores *= tl.load(k_scale + slot, mask=present, other=0.0)[None, :]
@@ -123,9 +174,15 @@ def attention_kernel(
             split_l = tl.fma(split_l, shrink, tl.sum(weight, 1))
             if MODE == 2:
                 weight *= tl.load(v_scale + slot, mask=present, other=0.0)[None, :]
-            v = tl.load(v_cache + slot[:, None] * D + channels[None, :], mask=present[:, None] & known[None, :], other=0)
+            v = tl.load(
+                v_cache + slot[:, None] * D + channels[None, :],
+                mask=present[:, None] & known[None, :],
+                other=0,
+            )
             kind: tl.constexpr = SCALED if MODE == 2 else q.dtype.element_ty
-            split_acc = tl.dot(weight.to(kind), v.to(kind), split_acc * shrink[:, None], input_precision="ieee")
+            split_acc = tl.dot(
+                weight.to(kind), v.to(kind), split_acc * shrink[:, None], input_precision="ieee"
+            )
             split_m = top
         if SPLIT_PARTS:
             m, total, acc = split_m, split_l, split_acc
@@ -134,21 +191,41 @@ def attention_kernel(
     stored = real[:, None] & known[None, :]
     if SPLIT_PARTS:
         part = tl.program_id(2).to(tl.int64)
-        tl.store(part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :], acc, mask=stored)
+        tl.store(
+            part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :],
+            acc,
+            mask=stored,
+        )
         tl.store(part_ml + 2 * part * queries * HEADS + place, m, mask=real)
         tl.store(part_ml + (2 * part + 1) * queries * HEADS + place, total, mask=real)
     else:
         result = _finish(total, acc, v_scale, v_zero, kv_head, channels, D, MODE, V_ZERO)
-        tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=stored)
+        tl.store(
+            out + place[:, None] * D + channels[None, :],
+            result.to(out.dtype.element_ty),
+            mask=stored,
+        )
 
 
 @triton.jit(do_not_specialize=["queries"], do_not_specialize_on_alignment=["query_last"])
 def merge_splits_kernel(
-    part_out, part_ml, out, v_scale, v_zero, query_last, queries,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MODE: tl.constexpr,
-    V_ZERO: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Program (t, h): the splits of query t and head h, in their order. query_last: each query's position."""
+    part_out,
+    part_ml,
+    out,
+    v_scale,
+    v_zero,
+    query_last,
+    queries,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MODE: tl.constexpr,
+    V_ZERO: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Program (t, h): the splits of query t and head h, in their order. query_last: each query's
+    position."""
     token, head = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, BLOCK_D)
     known = channels < D
@@ -159,45 +236,119 @@ def merge_splits_kernel(
     acc = tl.zeros((1, BLOCK_D), tl.float32)
     for split in tl.range(0, splits, num_stages=4):
         part = tl.cast(split, tl.int64)
-        other = tl.load(part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :], mask=known[None, :], other=0.0)
+        other = tl.load(
+            part_out + (part * queries * HEADS + place)[:, None] * D + channels[None, :],
+            mask=known[None, :],
+            other=0.0,
+        )
         other_m = tl.load(part_ml + 2 * part * queries * HEADS + place)
         other_l = tl.load(part_ml + (2 * part + 1) * queries * HEADS + place)
         m, total, acc = _merge(m, total, acc, other_m, other_l, other)
-    result = _finish(total, acc, v_scale, v_zero, head // (HEADS // KV_HEADS), channels, D, MODE, V_ZERO)
-    tl.store(out + place[:, None] * D + channels[None, :], result.to(out.dtype.element_ty), mask=known[None, :])
+    result = _finish(
+        total, acc, v_scale, v_zero, head // (HEADS // KV_HEADS), channels, D, MODE, V_ZERO
+    )
+    tl.store(
+        out + place[:, None] * D + channels[None, :],
+        result.to(out.dtype.element_ty),
+        mask=known[None, :],
+    )
 
 
 def paged_attention(
-    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, config: AttentionConfig, *, window: int = 0, parts: bool | None = None
+    q: Tensor,
+    cache: KVCache,
+    batch: Batch,
+    sm_scale: float,
+    config: AttentionConfig,
+    *,
+    window: int = 0,
+    parts: bool | None = None,
 ) -> Tensor:
-    """Attention of `q` `[T, H, D]`, each query over its sequence's keys up to itself, at most `window` of them (0: all).
+    """Attention of `q` `[T, H, D]`, each query over its sequence's keys up to itself, at most
+    `window` of them (0: all).
 
-    Keys and values of the queries themselves are in the cache already; `batch` was made for these heads and this `config`. parts:
-    whether splits run in programs of their own, the default in a decode over more than one; the result's bits are the same.
+    Keys and values of the queries themselves are in the cache already; `batch` was made for these
+    heads and this `config`. parts: whether splits run in programs of their own, the default in a
+    decode over more than one; the result's bits are the same.
     """
     tokens, heads, d = q.shape
     kv_heads, page = cache.k.shape[1], cache.k.shape[2]
     block_q, shared = queries_a_tile(heads, kv_heads, config)
     parts = batch.decode and batch.splits > 1 if parts is None else parts
-    if q.stride(2) != 1 or q.stride(1) != d or not (cache.k.is_contiguous() and cache.v.is_contiguous()):
-        raise ValueError(f"q {list(q.shape)} with strides {q.stride()}, or a cache, whose last dimensions are not contiguous")
+    if (
+        q.stride(2) != 1
+        or q.stride(1) != d
+        or not (cache.k.is_contiguous() and cache.v.is_contiguous())
+    ):
+        raise ValueError(
+            f"q {list(q.shape)} with strides {q.stride()}, or a cache, whose last dimensions are"
+            " not contiguous"
+        )
     out = torch.empty(tokens, heads, d, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
     splits = batch.splits if parts else 1
-    part_out = torch.empty(splits if parts else 0, tokens, heads, d, dtype=torch.float32, device=q.device)
-    part_ml = torch.empty(splits if parts else 0, 2, tokens, heads, dtype=torch.float32, device=q.device)
-    k_scale, v_scale, v_zero = (part_ml if t is None else t for t in (cache.k_scale, cache.v_scale, cache.v_zero))  # None: not read
-    constants = {"HEADS": heads, "KV_HEADS": kv_heads, "D": d, "BLOCK_D": max(16, power_of_two(d)), "MODE": cache.mode,
-                 "V_ZERO": cache.v_zero is not None, "SPLIT": config.split}  # fmt: skip
+    part_out = torch.empty(
+        splits if parts else 0, tokens, heads, d, dtype=torch.float32, device=q.device
+    )
+    part_ml = torch.empty(
+        splits if parts else 0, 2, tokens, heads, dtype=torch.float32, device=q.device
+    )
+    # None: not read
+    k_scale, v_scale, v_zero = (
+        part_ml if t is None else t for t in (cache.k_scale, cache.v_scale, cache.v_zero)
+    )
+    constants = {
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "D": d,
+        "BLOCK_D": max(16, power_of_two(d)),
+        "MODE": cache.mode,
+        "V_ZERO": cache.v_zero is not None,
+        "SPLIT": config.split,
+    }
     attention_kernel[(len(batch.tile_start), kv_heads, splits)](
-        q, cache.k, cache.v, out, part_out, part_ml, batch.block_table, batch.tile_sequence, batch.tile_start, batch.query_start,
-        batch.contexts, k_scale, v_scale, v_zero, sm_scale * LOG2E, window, tokens, batch.block_table.shape[1], q.stride(0),
-        PAGE=page, WINDOW=window > 0, SPLIT_PARTS=parts, BLOCK_Q=block_q, SHARED=shared, TILE=config.tile, STAGES=config.stages,
-        num_warps=config.warps, **constants,
-    )  # fmt: skip
+        q,
+        cache.k,
+        cache.v,
+        out,
+        part_out,
+        part_ml,
+        batch.block_table,
+        batch.tile_sequence,
+        batch.tile_start,
+        batch.query_start,
+        batch.contexts,
+        k_scale,
+        v_scale,
+        v_zero,
+        sm_scale * LOG2E,
+        window,
+        tokens,
+        batch.block_table.shape[1],
+        q.stride(0),
+        PAGE=page,
+        WINDOW=window > 0,
+        SPLIT_PARTS=parts,
+        BLOCK_Q=block_q,
+        SHARED=shared,
+        TILE=config.tile,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        **constants,
+    )
     if parts:
-        merge_splits_kernel[(tokens, heads)](part_out, part_ml, out, v_scale, v_zero, batch.query_last, tokens, **constants, num_warps=1)
+        merge_splits_kernel[(tokens, heads)](
+            part_out,
+            part_ml,
+            out,
+            v_scale,
+            v_zero,
+            batch.query_last,
+            tokens,
+            **constants,
+            num_warps=1,
+        )
     return out
 
 

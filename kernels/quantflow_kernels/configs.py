@@ -1,7 +1,8 @@
-"""Which tiles the GPU kernels run with, by device: measured where a device has an entry, safe everywhere else.
+"""Which tiles the GPU kernels run with, by device: measured where a device has an entry, safe
+everywhere else.
 
-`exact`: one regime whatever M is, so that a row's bits never depend on the batch. `fast`: the first regime that holds M tokens; the
-last one holds any number.
+`exact`: one regime whatever M is, so that a row's bits never depend on the batch. `fast`: the first
+regime that holds M tokens; the last one holds any number.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from quantflow_kernels.layout import lane_bits
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """Tiles of one regime. block_n: rows of the weight a program; block_m: tokens (at least 16); stages: blocks of weights on their way
-    from memory at a time. split: parts that K is summed in, at least; programs: K is split until there are as many for one tile of
-    tokens, so that a weight of few rows keeps the whole GPU busy. ahead: scales and zero points are loaded a block before they are needed,
-    which takes registers."""
+    """Tiles of one regime. block_n: rows of the weight a program; block_m: tokens (at least 16);
+    stages: blocks of weights on their way from memory at a time. split: parts that K is summed in,
+    at least; programs: K is split until there are as many for one tile of tokens, so that a weight
+    of few rows keeps the whole GPU busy. ahead: scales and zero points are loaded a block before
+    they are needed, which takes registers."""
 
     block_n: int
     block_m: int
@@ -27,23 +29,27 @@ class MatmulConfig:
     ahead: bool = False
 
     def blocks_a_split(self, out_features: int, blocks: int) -> int:
-        """Blocks of K in each part of the sum. It depends on the weight alone: so the order of a sum does not depend on the batch."""
+        """Blocks of K in each part of the sum. It depends on the weight alone: so the order of a
+        sum does not depend on the batch."""
         tiles = -(-out_features // self.block_n)
         return -(-blocks // max(1, self.split, -(-self.programs // tiles)))
 
     def for_bits(self, bits: int) -> MatmulConfig:
-        """The same for codes of `bits` bits: blocks of narrow ones span more input channels, so that activations fill shared memory and
-        registers with fewer of them at a time."""
+        """The same for codes of `bits` bits: blocks of narrow ones span more input channels, so
+        that activations fill shared memory and registers with fewer of them at a time."""
         if lane_bits(bits) >= 4:
             return self
-        return replace(self, block_m=min(32, self.block_m), stages=max(2, self.stages // 2), ahead=False)
+        return replace(
+            self, block_m=min(32, self.block_m), stages=max(2, self.stages // 2), ahead=False
+        )
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """block_q: rows (queries × the heads that share a KV head) a program, at least 16. tile: keys at a time. split: keys that one
-    program of a decode takes, a multiple of `tile`. stages: looking up a tile's page takes up some: with 3 or 4 a tile is waited for, from
-    5 on the next one comes meanwhile."""
+    """block_q: rows (queries × the heads that share a KV head) a program, at least 16. tile: keys
+    at a time. split: keys that one program of a decode takes, a multiple of `tile`. stages: looking
+    up a tile's page takes up some: with 3 or 4 a tile is waited for, from 5 on the next one comes
+    meanwhile."""
 
     block_q: int = 16
     tile: int = 64
@@ -54,8 +60,9 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class Tuned:
-    """exact: the one regime of the exact mode. fast: (most tokens, regime), by rising number. dense_from: tokens from which on the fast
-    mode unpacks the weight and calls cuBLAS. attention: its tiles."""
+    """exact: the one regime of the exact mode. fast: (most tokens, regime), by rising number.
+    dense_from: tokens from which on the fast mode unpacks the weight and calls cuBLAS. attention:
+    its tiles."""
 
     exact: MatmulConfig
     fast: tuple[tuple[int, MatmulConfig], ...]
@@ -75,14 +82,19 @@ DEFAULT = Tuned(
 )
 
 _HOPPER = replace(DEFAULT.exact, ahead=True)
-HOPPER = replace(DEFAULT, exact=_HOPPER, fast=((16, _HOPPER), (32, replace(_HOPPER, block_m=32)), DEFAULT.fast[-1]))
+HOPPER = replace(
+    DEFAULT,
+    exact=_HOPPER,
+    fast=((16, _HOPPER), (32, replace(_HOPPER, block_m=32)), DEFAULT.fast[-1]),
+)
 """Read off the compiled code, not measured: on sm_90 the registers suffice."""
 
 DEVICES: dict[str, tuple[int, Tuned]] = {
     "NVIDIA H100 80GB HBM3": (90, HOPPER),
     "NVIDIA H200": (90, HOPPER),
 }
-"""Name, as `torch.cuda.get_device_name` gives it, -> its compute capability, and what is best there. `make tune-gpu` measures that."""
+"""Name, as `torch.cuda.get_device_name` gives it, -> its compute capability, and what is best
+there. `make tune-gpu` measures that."""
 
 
 def tuned(device: str) -> Tuned:

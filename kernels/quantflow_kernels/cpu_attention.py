@@ -1,8 +1,10 @@
-"""Attention over a paged KV cache on a CPU, in float32, by plain torch operations; the cache and the batch are `paging`'s.
+"""Attention over a paged KV cache on a CPU, in float32, by plain torch operations; the cache and
+the batch are `paging`'s.
 
-exact: rows (queries × the heads that share a KV head) and keys are taken in tiles of fixed size, the last ones padded, and keys at
-absolute positions, so that every product has the same shape whatever the batch, and a query's bits do not depend on it. Otherwise each
-sequence is one product with its keys.
+exact: rows (queries × the heads that share a KV head) and keys are taken in tiles of fixed size,
+the last ones padded, and keys at absolute positions, so that every product has the same shape
+whatever the batch, and a query's bits do not depend on it. Otherwise each sequence is one product
+with its keys.
 """
 
 from __future__ import annotations
@@ -18,18 +20,30 @@ ROWS = 16  # at least; a power of two
 KEYS = 256
 
 
-def paged_attention(q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, *, exact: bool, window: int = 0) -> Tensor:
+def paged_attention(
+    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, *, exact: bool, window: int = 0
+) -> Tensor:
     """What `attention.paged_attention` computes, for `q` `[T, H, D]` on a CPU."""
     out = torch.empty_like(q)
     starts, contexts = batch.query_start.tolist(), batch.contexts.tolist()
     for s, context in enumerate(contexts):
         part = slice(starts[s], starts[s + 1])
         if part.stop > part.start:
-            out[part] = _sequence(q[part], cache, batch.block_table[s], context, sm_scale, window, exact)
+            out[part] = _sequence(
+                q[part], cache, batch.block_table[s], context, sm_scale, window, exact
+            )
     return out
 
 
-def _sequence(q: Tensor, cache: KVCache, table: Tensor, context: int, sm_scale: float, window: int, exact: bool) -> Tensor:
+def _sequence(
+    q: Tensor,
+    cache: KVCache,
+    table: Tensor,
+    context: int,
+    sm_scale: float,
+    window: int,
+    exact: bool,
+) -> Tensor:
     length, heads, d = q.shape
     kv_heads = cache.k.shape[1]
     shared = heads // kv_heads
@@ -42,14 +56,19 @@ def _sequence(q: Tensor, cache: KVCache, table: Tensor, context: int, sm_scale: 
     first = context - length
     if exact:
         per_tile = max(1, ROWS // shared)
-        found = [_tile(rows[:, i : i + per_tile], per_tile, first + i, cache, table, window) for i in range(0, length, per_tile)]
+        found = [
+            _tile(rows[:, i : i + per_tile], per_tile, first + i, cache, table, window)
+            for i in range(0, length, per_tile)
+        ]
         result = torch.cat(found, dim=1)
     else:
         low = max(0, first - window + 1) if window else 0
         keys = torch.arange(low, context)
         at = torch.arange(first, context)
         scores, v = _scores(rows.flatten(1, 2), cache, table, keys)
-        scores = scores.view(kv_heads, length, shared, -1).masked_fill(~_visible(at, keys, window)[:, None], -torch.inf)
+        scores = scores.view(kv_heads, length, shared, -1).masked_fill(
+            ~_visible(at, keys, window)[:, None], -torch.inf
+        )
         weights = _weighted(scores.softmax(-1), cache, table, keys)
         result = (weights.flatten(1, 2) @ v).view(kv_heads, length, shared, d)
     if cache.mode < DYNAMIC and cache.v_scale is not None:
@@ -59,10 +78,14 @@ def _sequence(q: Tensor, cache: KVCache, table: Tensor, context: int, sm_scale: 
     return result.transpose(0, 1).reshape(length, heads, d).to(q.dtype)
 
 
-def _tile(rows: Tensor, per_tile: int, first: int, cache: KVCache, table: Tensor, window: int) -> Tensor:
-    """`[G, n, shared, D]` for the n queries from position `first` on, padded to `per_tile`, over tiles of `KEYS` keys."""
+def _tile(
+    rows: Tensor, per_tile: int, first: int, cache: KVCache, table: Tensor, window: int
+) -> Tensor:
+    """`[G, n, shared, D]` for the n queries from position `first` on, padded to `per_tile`, over
+    tiles of `KEYS` keys."""
     kv_heads, count, shared, d = rows.shape
-    padded = F.pad(rows, (0, 0, 0, 0, 0, per_tile - count)).flatten(1, 2)  # [G, per_tile * shared, D]
+    # [G, per_tile * shared, D]
+    padded = F.pad(rows, (0, 0, 0, 0, 0, per_tile - count)).flatten(1, 2)
     at = torch.arange(first, first + per_tile).repeat_interleave(shared)
     last = first + count - 1
     peak = torch.full((*padded.shape[:2], 1), -1e30)  # finite: differences of it are numbers
@@ -108,14 +131,25 @@ def _visible(at: Tensor, keys: Tensor, window: int) -> Tensor:
     return (behind >= 0) & (behind < window) if window else behind >= 0
 
 
-def kv_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, cache: KVCache) -> None:
+def kv_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slots: Tensor,
+    cache: KVCache,
+) -> None:
     """What `kv_store.kv_store` does, on a CPU."""
     if cos is not None and sin is not None:
         q.copy_(reference.rotary(q, cos, sin))
         k = reference.rotary(k, cos, sin)
     real = slots >= 0
     block, offset = slots[real] // cache.k.shape[2], slots[real] % cache.k.shape[2]
-    for value, target, scale, zero in ((k[real], cache.k, cache.k_scale, cache.k_zero), (v[real], cache.v, cache.v_scale, cache.v_zero)):
+    for value, target, scale, zero in (
+        (k[real], cache.k, cache.k_scale, cache.k_zero),
+        (v[real], cache.v, cache.v_scale, cache.v_zero),
+    ):
         if cache.mode == DYNAMIC and scale is not None:
             codes, scales = reference.quantize_kv_dynamic(value)
             target[block, :, offset], scale[block, :, offset] = codes, scales[..., 0]

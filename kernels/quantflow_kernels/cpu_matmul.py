@@ -1,8 +1,10 @@
-"""Products on a CPU with bfloat16 arithmetic (AVX-512 BF16): weights of 2 to 4 bits, and dense ones, by `cpu_kernels.c`.
+"""Products on a CPU with bfloat16 arithmetic (AVX-512 BF16): weights of 2 to 4 bits, and dense
+ones, by `cpu_kernels.c`.
 
-Codes less their zero points are small integers, which bfloat16 holds exactly; each group's sum is taken in float32 and multiplied by the
-group's scale, so that nothing of the weight is rounded. One regime serves one token and a thousand: a row's bits never depend on the
-batch. The floor is the weight's bytes for few tokens, the processor's bfloat16 rate for many.
+Codes less their zero points are small integers, which bfloat16 holds exactly; each group's sum is
+taken in float32 and multiplied by the group's scale, so that nothing of the weight is rounded. One
+regime serves one token and a thousand: a row's bits never depend on the batch. The floor is the
+weight's bytes for few tokens, the processor's bfloat16 rate for many.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ MOST_ZERO = 16
 class Int4Weight:
     """A weight `[N, K]` of at most 4 bits.
 
-    codes: int16 `[N / 16, K / 8, 32]`, N padded: the four halves of lane 2n + p, low bits first, are channel n's codes for inputs p,
-    2 + p, 4 + p and 6 + p of the word. scales: bfloat16 or float32 `[G, N]`. zeros: uint8 `[G, N]`. order: int64 `[K]`, the inputs by
-    their groups, where they do not stand in that order (GPTQ's `g_idx`).
+    codes: int16 `[N / 16, K / 8, 32]`, N padded: the four halves of lane 2n + p, low bits first,
+    are channel n's codes for inputs p, 2 + p, 4 + p and 6 + p of the word. scales: bfloat16 or
+    float32 `[G, N]`. zeros: uint8 `[G, N]`. order: int64 `[K]`, the inputs by their groups, where
+    they do not stand in that order (GPTQ's `g_idx`).
     """
 
     codes: Tensor
@@ -59,32 +62,52 @@ def unsupported(bits: int, group_size: int, in_features: int, dtype: torch.dtype
     """Why these products cannot take such a weight; "" where they can."""
     group = in_features if group_size == PER_CHANNEL else group_size
     if bits > 4 or dtype != torch.bfloat16:
-        return f"{bits} bits and {str(dtype).removeprefix('torch.')}; the compiled int4 product takes up to 4 and bfloat16"
+        return (
+            f"{bits} bits and {str(dtype).removeprefix('torch.')}; the compiled int4 product takes"
+            " up to 4 and bfloat16"
+        )
     if group % STEP or in_features % group:
-        return f"groups of {group} in {in_features} input channels; the compiled int4 product takes multiples of {STEP} that fill them"
-    return "" if available() else f"no compiled products here ({cpu_kernels.library()[1] or 'no AVX-512 BF16'})"
+        return (
+            f"groups of {group} in {in_features} input channels; the compiled int4 product takes"
+            f" multiples of {STEP} that fill them"
+        )
+    return (
+        ""
+        if available()
+        else f"no compiled products here ({cpu_kernels.library()[1] or 'no AVX-512 BF16'})"
+    )
 
 
 def fits(zeros: Tensor, group_index: Tensor | None) -> bool:
-    """Whether zero points `[N, G]` and the groups of the input channels are such as the packed layout holds."""
+    """Whether zero points `[N, G]` and the groups of the input channels are such as the packed
+    layout holds."""
     if zeros.numel() and int(zeros.max()) > MOST_ZERO:
         return False
     if group_index is None:
         return True
     groups = zeros.shape[1]
     inside = int(group_index.min()) >= 0 and int(group_index.max()) < groups
-    return inside and bool((torch.bincount(group_index, minlength=groups) == len(group_index) // groups).all())
+    return inside and bool(
+        (torch.bincount(group_index, minlength=groups) == len(group_index) // groups).all()
+    )
 
 
-def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | None = None) -> Int4Weight:
-    """A canonical weight (codes uint8 `[N, K]`, scales and zeros `[N, G]`) for these products. `unsupported` has been asked.
+def pack(
+    codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | None = None
+) -> Int4Weight:
+    """A canonical weight (codes uint8 `[N, K]`, scales and zeros `[N, G]`) for these products.
+    `unsupported` has been asked.
 
-    group_index: int32 `[K]`, the group of each input channel. Raises ValueError for groups that are not full, or a zero point over 16.
+    group_index: int32 `[K]`, the group of each input channel. Raises ValueError for groups that are
+    not full, or a zero point over 16.
     """
     (n, k), groups = codes.shape, scales.shape[1]
     order = None
     if not fits(zeros, group_index):
-        raise ValueError(f"groups of unequal size, or a zero point of {int(zeros.max())}: expected full groups, and at most {MOST_ZERO}")
+        raise ValueError(
+            f"groups of unequal size, or a zero point of {int(zeros.max())}: expected full groups,"
+            f" and at most {MOST_ZERO}"
+        )
     if group_index is not None:
         order = group_index.long().argsort(stable=True)
         codes = codes[:, order]
@@ -97,12 +120,16 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_index: Tensor | Non
         words = pairs[..., 0, :] | pairs[..., 1, :] << 8  # [blocks, 16, K / 8, 2]
         packed[start // BLOCK : start // BLOCK + len(part)] = words.transpose(1, 2).flatten(2)
     kind = torch.bfloat16 if scales.bfloat16().to(scales.dtype).equal(scales) else torch.float32
-    grid, points = (F.pad(t.T.to(dtype), (0, -n % BLOCK)).contiguous() for t, dtype in ((scales, kind), (zeros, torch.uint8)))
+    grid, points = (
+        F.pad(t.T.to(dtype), (0, -n % BLOCK)).contiguous()
+        for t, dtype in ((scales, kind), (zeros, torch.uint8))
+    )
     return Int4Weight(packed, grid, points, n, k // groups, order)
 
 
 def linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + bias` `[..., N]` for bfloat16 `x` `[..., K]`. bias: floating `[N]`. Raises ValueError for another `x`."""
+    """`x Wᵀ + bias` `[..., N]` for bfloat16 `x` `[..., K]`. bias: floating `[N]`. Raises ValueError
+    for another `x`."""
     flat = _rows(x, weight.shape[1])
     if weight.order is not None:
         flat = flat.index_select(1, weight.order)
@@ -110,27 +137,49 @@ def linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     out = torch.empty(len(flat), n, dtype=x.dtype)
     added = None if bias is None else F.pad(bias.float(), (0, blocks * BLOCK - n))
     cpu_kernels.loaded().int4_matmul(
-        flat.data_ptr(), flat.stride(0), len(flat), weight.codes.data_ptr(), weight.scales.data_ptr(),
-        cpu_kernels.KINDS[weight.scales.dtype], weight.zeros.data_ptr(), cpu_kernels.at(added), n, k, weight.group_size, out.data_ptr(),
-    )  # fmt: skip
+        flat.data_ptr(),
+        flat.stride(0),
+        len(flat),
+        weight.codes.data_ptr(),
+        weight.scales.data_ptr(),
+        cpu_kernels.KINDS[weight.scales.dtype],
+        weight.zeros.data_ptr(),
+        cpu_kernels.at(added),
+        n,
+        k,
+        weight.group_size,
+        out.data_ptr(),
+    )
     return out.view(*x.shape[:-1], n)
 
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + bias` `[..., N]` for bfloat16 `x` `[..., K]` and a contiguous bfloat16 weight `[N, K]`."""
+    """`x Wᵀ + bias` `[..., N]` for bfloat16 `x` `[..., K]` and a contiguous bfloat16 weight `[N,
+    K]`."""
     flat, (n, k) = _rows(x, weight.shape[1]), weight.shape
     if weight.dtype != torch.bfloat16 or not weight.is_contiguous():
-        raise ValueError(f"weight {weight.dtype} with strides {weight.stride()}: expected bfloat16, contiguous")
+        raise ValueError(
+            f"weight {weight.dtype} with strides {weight.stride()}: expected bfloat16, contiguous"
+        )
     out = torch.empty(len(flat), n, dtype=x.dtype)
     added = None if bias is None else bias.float()
     cpu_kernels.loaded().dense_matmul(
-        flat.data_ptr(), flat.stride(0), len(flat), weight.data_ptr(), cpu_kernels.at(added), n, k, out.data_ptr()
-    )  # fmt: skip
+        flat.data_ptr(),
+        flat.stride(0),
+        len(flat),
+        weight.data_ptr(),
+        cpu_kernels.at(added),
+        n,
+        k,
+        out.data_ptr(),
+    )
     return out.view(*x.shape[:-1], n)
 
 
 def _rows(x: Tensor, k: int) -> Tensor:
     if x.dtype != torch.bfloat16 or x.shape[-1] != k or x.device.type != "cpu":
-        raise ValueError(f"x {x.dtype} {list(x.shape)} on {x.device}: expected bfloat16 [..., {k}] on the CPU")
+        raise ValueError(
+            f"x {x.dtype} {list(x.shape)} on {x.device}: expected bfloat16 [..., {k}] on the CPU"
+        )
     flat = x.reshape(-1, k)
     return flat if flat.stride(1) == 1 else flat.contiguous()

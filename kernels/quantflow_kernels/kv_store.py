@@ -1,8 +1,11 @@
-"""Rotary embedding of new queries and keys, and new keys and values into their slots of the cache, quantised where that is int8.
+"""Rotary embedding of new queries and keys, and new keys and values into their slots of the cache,
+quantised where that is int8.
 
-Shapes as in `attention`: `T` tokens, `H` heads, `G` KV heads, `D` head_dim, `B` tokens a cache block.
+Shapes as in `attention`: `T` tokens, `H` heads, `G` KV heads, `D` head_dim, `B` tokens a cache
+block.
 
-Keys are rotated in float32 and rounded to the dtype of the activations before they are quantised, as they would be in two steps.
+Keys are rotated in float32 and rounded to the dtype of the activations before they are quantised,
+as they would be in two steps.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ from torch import Tensor
 
 from quantflow_kernels.paging import DYNAMIC, KVCache
 
-ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: a float32 of less than 2²² that is added to it is rounded to an integer, halves to even
+# 1.5 · 2²³: a float32 of less than 2²² that is added to it is rounded to an integer, halves to even
+ROUND = tl.constexpr(12582912.0)
 
 
 @triton.jit
 def _code(value, zero, scale, lowest):
-    """int8 codes; clamping before rounding is the same as after it, for bounds that are integers."""
+    """int8 codes; clamping before rounding is the same as after it, for bounds that are
+    integers."""
     code = tl.minimum(tl.maximum(tl.div_rn(value - zero, scale), lowest), 127.0)
     return ((code + ROUND) - ROUND).to(tl.int8)
 
@@ -30,11 +35,33 @@ def _absmax(first, second):
 
 @triton.jit
 def kv_store_kernel(
-    q, k, v, cos, sin, slots, k_cache, v_cache, k_scale, v_scale, k_zero, v_zero, q_stride, k_stride, v_stride,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, MODE: tl.constexpr,
-    ROTATE: tl.constexpr, K_ZERO: tl.constexpr, V_ZERO: tl.constexpr,
-):  # fmt: skip
-    """Program (t, i): head i of token t: a query's, then a key's, then a value's. q is rotated in place. HALF: D / 2, padded."""
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    slots,
+    k_cache,
+    v_cache,
+    k_scale,
+    v_scale,
+    k_zero,
+    v_zero,
+    q_stride,
+    k_stride,
+    v_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+    MODE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    K_ZERO: tl.constexpr,
+    V_ZERO: tl.constexpr,
+):
+    """Program (t, i): head i of token t: a query's, then a key's, then a value's. q is rotated in
+    place. HALF: D / 2, padded."""
     token, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     is_query, is_value = i < HEADS, i >= HEADS + KV_HEADS
     head = tl.where(is_query, i, tl.where(is_value, i - HEADS - KV_HEADS, i - HEADS))
@@ -93,30 +120,66 @@ def kv_store_kernel(
             tl.store(target + D // 2 + lane, _code(second, zero, scale, -128.0), mask=known)
 
 
-def kv_store(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, cache: KVCache) -> None:
-    """Rotates q `[T, H, D]` in place, and stores k and v `[T, G, D]`, k rotated, at `slots` (integers `[T]`: block · B + offset; less
-    than 0: nowhere).
+def kv_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slots: Tensor,
+    cache: KVCache,
+) -> None:
+    """Rotates q `[T, H, D]` in place, and stores k and v `[T, G, D]`, k rotated, at `slots`
+    (integers `[T]`: block · B + offset; less than 0: nowhere).
 
-    cos, sin: float32 `[T, D / 2]`, of each token's position; None: no rotary embedding. The last two dimensions of q, k and v are
-    contiguous. Raises ValueError for an odd head_dim.
+    cos, sin: float32 `[T, D / 2]`, of each token's position; None: no rotary embedding. The last
+    two dimensions of q, k and v are contiguous. Raises ValueError for an odd head_dim.
     """
     tokens, heads, d = q.shape
     if d % 2:
         raise ValueError(f"head_dim {d} is odd: its halves cannot be paired")
     if not tokens:
         return
-    kv_heads, nothing = k.shape[1], q if cache.k_scale is None else cache.k_scale  # what is None is not read
-    k_scale, v_scale, k_zero, v_zero = (nothing if t is None else t for t in (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero))
+    # what is None is not read
+    kv_heads, nothing = k.shape[1], q if cache.k_scale is None else cache.k_scale
+    k_scale, v_scale, k_zero, v_zero = (
+        nothing if t is None else t
+        for t in (cache.k_scale, cache.v_scale, cache.k_zero, cache.v_zero)
+    )
     kv_store_kernel[(tokens, heads + 2 * kv_heads)](
-        q, k, v, nothing if cos is None else cos, nothing if sin is None else sin, slots, cache.k, cache.v,
-        k_scale, v_scale, k_zero, v_zero, q.stride(0), k.stride(0), v.stride(0),
-        HEADS=heads, KV_HEADS=kv_heads, D=d, HALF=triton.next_power_of_2(d // 2), PAGE=cache.k.shape[2], MODE=cache.mode,
-        ROTATE=cos is not None, K_ZERO=cache.k_zero is not None, V_ZERO=cache.v_zero is not None, num_warps=1,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        nothing if cos is None else cos,
+        nothing if sin is None else sin,
+        slots,
+        cache.k,
+        cache.v,
+        k_scale,
+        v_scale,
+        k_zero,
+        v_zero,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        D=d,
+        HALF=triton.next_power_of_2(d // 2),
+        PAGE=cache.k.shape[2],
+        MODE=cache.mode,
+        ROTATE=cos is not None,
+        K_ZERO=cache.k_zero is not None,
+        V_ZERO=cache.v_zero is not None,
+        num_warps=1,
+    )
 
 
 def bytes_moved(cache: KVCache, tokens: int, heads: int, item: int = 2) -> int:
-    """What one call moves: q read and written, k and v read, their codes and dynamic scales written. item: bytes of an activation."""
+    """What one call moves: q read and written, k and v read, their codes and dynamic scales
+    written. item: bytes of an activation."""
     kv_heads, d = cache.k.shape[1], cache.k.shape[3]
     scales = 8 if cache.mode == DYNAMIC else 0
-    return tokens * (2 * heads * d * item + kv_heads * (2 * d * (item + cache.k.element_size()) + scales))
+    return tokens * (
+        2 * heads * d * item + kv_heads * (2 * d * (item + cache.k.element_size()) + scales)
+    )

@@ -1,10 +1,12 @@
 """How a quantised weight lies in memory for the kernels: made once at load, from canonical codes.
 
-Shapes: `N` output channels, `K` input channels, `G` groups a row. A row is taken in blocks, a block in slices of 64 input channels
-(32 where groups are that short). Word `i` of a row's block holds channel `i` of every slice, the first slice in its lowest bits:
-shifting a tile of words by one code gives the next slice, its channels side by side, so that a kernel never has to interleave. No
-slice lies in two groups. Blocks come first, then rows, then words: a tile of rows is one contiguous piece of memory, whatever its
-height. Words have 16 bits: two neighbours in a register turn into two 16-bit floats with one shift and one logical operation.
+Shapes: `N` output channels, `K` input channels, `G` groups a row. A row is taken in blocks, a block
+in slices of 64 input channels (32 where groups are that short). Word `i` of a row's block holds
+channel `i` of every slice, the first slice in its lowest bits: shifting a tile of words by one code
+gives the next slice, its channels side by side, so that a kernel never has to interleave. No slice
+lies in two groups. Blocks come first, then rows, then words: a tile of rows is one contiguous piece
+of memory, whatever its height. Words have 16 bits: two neighbours in a register turn into two
+16-bit floats with one shift and one logical operation.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ PER_CHANNEL = -1  # a group size: one group spans the whole row
 class PackedWeight:
     """A weight `[N, K]` in the kernels' layout.
 
-    words: int16 `[blocks, N, slice]`; for 3 bits, the lower two of each code. high: int16 `[blocks, N, slice / 2]`, the third bits;
-    None for other widths. scales: `[G, N]` in the dtype given. zeros: uint8 `[G, N]`. group_size: input channels a group.
+    words: int16 `[blocks, N, slice]`; for 3 bits, the lower two of each code. high: int16 `[blocks,
+    N, slice / 2]`, the third bits; None for other widths. scales: `[G, N]` in the dtype given.
+    zeros: uint8 `[G, N]`. group_size: input channels a group.
     """
 
     words: Tensor
@@ -72,9 +75,11 @@ def unsupported(bits: int, group_size: int, in_features: int) -> str:
 
 
 def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bits: int) -> PackedWeight:
-    """The kernels' layout of a canonical weight: codes uint8 `[N, K]`, scales `[N, G]`, zeros uint8 `[N, G]`.
+    """The kernels' layout of a canonical weight: codes uint8 `[N, K]`, scales `[N, G]`, zeros uint8
+    `[N, G]`.
 
-    Raises ValueError where the kernels have no place for it (see `unsupported`), or where shapes do not fit one another.
+    Raises ValueError where the kernels have no place for it (see `unsupported`), or where shapes do
+    not fit one another.
     """
     n, k = codes.shape
     group = k if group_size == PER_CHANNEL else group_size
@@ -92,7 +97,8 @@ def pack(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bits: in
         words |= (blocks[:, :, j] & (2**lane - 1)).to(torch.int16) << (lane * j)
     high = None
     if bits == 3:
-        # Word i holds the third bits of channels i and size / 2 + i of slice j at bits 2j and 2j + 1.
+        # Word i holds the third bits of channels i and size / 2 + i of slice j at bits 2j and 2j +
+        # 1.
         high = torch.zeros(blocks.shape[0], n, size // 2, dtype=torch.int16, device=codes.device)
         for j in range(slices):
             lower, upper = (blocks[:, :, j] >> 2).to(torch.int16).chunk(2, dim=-1)
@@ -107,8 +113,13 @@ def unpack_codes(weight: PackedWeight) -> Tensor:
     for j in range(WORD // lane):
         codes = (words >> (lane * j)) & (2**lane - 1)
         if weight.high is not None:
-            third = torch.cat((weight.high.int() >> (2 * j), weight.high.int() >> (2 * j + 1)), dim=-1) & 1
+            third = (
+                torch.cat((weight.high.int() >> (2 * j), weight.high.int() >> (2 * j + 1)), dim=-1)
+                & 1
+            )
             codes = codes | third << 2
         slices.append(codes.to(torch.uint8))
     found = torch.stack(slices, dim=2)  # [blocks, N, slices, slice]
-    return found.transpose(0, 1).reshape(weight.out_features, -1)[:, : weight.in_features].contiguous()
+    return (
+        found.transpose(0, 1).reshape(weight.out_features, -1)[:, : weight.in_features].contiguous()
+    )

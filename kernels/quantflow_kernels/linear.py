@@ -1,8 +1,9 @@
 """One interface for quantised linears wherever they run: `prepare` at load, `linear` in the model.
 
-A GPU takes the Triton product, above a measured number of tokens the dense weight and cuBLAS. A CPU with bfloat16 arithmetic takes the
-compiled product, another one torch's int4 product. What none has a place for (odd groups, other floats than bfloat16 on a CPU) is
-unpacked by plain torch operations; how a weight will be computed is what `way` says, so that a slow way is never taken in silence.
+A GPU takes the Triton product, above a measured number of tokens the dense weight and cuBLAS. A CPU
+with bfloat16 arithmetic takes the compiled product, another one torch's int4 product. What none has
+a place for (odd groups, other floats than bfloat16 on a CPU) is unpacked by plain torch operations;
+how a weight will be computed is what `way` says, so that a slow way is never taken in silence.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from quantflow_kernels.configs import Tuned, matmul_config, tuned
 
 @dataclass(frozen=True)
 class PlainWeight:
-    """Canonical codes, packed two in a byte where they have 4 bits or fewer: the lower half of a row's byte j is channel 2j.
+    """Canonical codes, packed two in a byte where they have 4 bits or fewer: the lower half of a
+    row's byte j is channel 2j.
 
-    packed: uint8 `[N, ceil(K / 2)]` or `[N, K]`. scales, zeros: `[N, G]`. index: which group a channel belongs to, int64 `[K]`.
+    packed: uint8 `[N, ceil(K / 2)]` or `[N, K]`. scales, zeros: `[N, G]`. index: which group a
+    channel belongs to, int64 `[K]`.
     """
 
     packed: Tensor
@@ -32,23 +35,42 @@ class PlainWeight:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         k = len(self.index)
-        codes = self.packed if self.bits == 8 else torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)[:, :k]
+        codes = (
+            self.packed
+            if self.bits == 8
+            else torch.stack((self.packed & 15, self.packed >> 4), -1).flatten(1)[:, :k]
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return ((codes.to(wide) - self.zeros.to(wide)[:, self.index]) * self.scales.to(wide)[:, self.index]).to(dtype)
+        return (
+            (codes.to(wide) - self.zeros.to(wide)[:, self.index])
+            * self.scales.to(wide)[:, self.index]
+        ).to(dtype)
 
 
 QuantWeight = layout.PackedWeight | cpu_matmul.Int4Weight | cpu.CpuWeight | PlainWeight
 
 
 def prepare(
-    codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bits: int, dtype: torch.dtype, group_index: Tensor | None = None
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+    group_index: Tensor | None = None,
 ) -> QuantWeight:
-    """A canonical weight (codes uint8 `[N, K]`, scales and zeros `[N, G]`, on their device) in the layout it will be computed from.
+    """A canonical weight (codes uint8 `[N, K]`, scales and zeros `[N, G]`, on their device) in the
+    layout it will be computed from.
 
-    dtype: of the activations. group_index: int32 `[K]` where channels do not belong to the groups they stand in (GPTQ's `g_idx`).
+    dtype: of the activations. group_index: int32 `[K]` where channels do not belong to the groups
+    they stand in (GPTQ's `g_idx`).
     """
     n, k = codes.shape
-    if codes.device.type == "cpu" and not cpu_matmul.unsupported(bits, group_size, k, dtype) and cpu_matmul.fits(zeros, group_index):
+    if (
+        codes.device.type == "cpu"
+        and not cpu_matmul.unsupported(bits, group_size, k, dtype)
+        and cpu_matmul.fits(zeros, group_index)
+    ):
         return cpu_matmul.pack(codes, scales, zeros, group_index)
     if group_index is None:
         if codes.device.type == "cuda":
@@ -56,7 +78,11 @@ def prepare(
                 return layout.pack(codes, scales, zeros, group_size, bits)
         elif not cpu.unsupported(bits, group_size, n, k, dtype) and scales.to(dtype).equal(scales):
             return cpu.pack(codes, scales, zeros, group_size)
-    index = torch.arange(k, device=codes.device) // (k // scales.shape[1]) if group_index is None else group_index.long()
+    index = (
+        torch.arange(k, device=codes.device) // (k // scales.shape[1])
+        if group_index is None
+        else group_index.long()
+    )
     packed = codes
     if bits < 8:
         padded = F.pad(codes, (0, k % 2))
@@ -75,12 +101,14 @@ def way(weight: QuantWeight) -> str:
     return "plain torch"
 
 
-TILES = {"cpu": 16, "cuda": 64}  # rows of a dense product in exact mode: on a GPU, few of them cost as much as many
+# rows of a dense product in exact mode: on a GPU, few of them cost as much as many
+TILES = {"cpu": 16, "cuda": 64}
 FEW = 16  # rows up to which the compiled dense product is the faster one on a CPU
 
 
 def in_fixed_tiles(x: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, always on as many rows: libraries choose another way of summing for another number of them."""
+    """`F.linear`, always on as many rows: libraries choose another way of summing for another
+    number of them."""
     flat = x.reshape(-1, x.shape[-1])
     rows = TILES.get(x.device.type, TILES["cpu"])
     tiles = F.pad(flat, (0, 0, 0, -len(flat) % rows)).split(rows)
@@ -91,14 +119,27 @@ def in_fixed_tiles(x: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tens
 
 def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, exact: bool) -> Tensor:
     """`x Wᵀ + bias` `[..., N]` for a weight `[N, K]` in the dtype of `x`."""
-    compiled = x.device.type == "cpu" and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous() and cpu_matmul.available()
+    compiled = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+        and cpu_matmul.available()
+    )
     if compiled and (exact or x.numel() // x.shape[-1] <= FEW):
         return cpu_matmul.dense(x, weight, bias)
     return in_fixed_tiles(x, weight, bias) if exact else F.linear(x, weight, bias)
 
 
-def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, *, exact: bool, found: Tuned | None = None) -> Tensor:
-    """`x Wᵀ + bias` `[..., N]` in the dtype of `x`. exact: a row's bits do not depend on what else is in the batch.
+def linear(
+    x: Tensor,
+    weight: QuantWeight,
+    bias: Tensor | None = None,
+    *,
+    exact: bool,
+    found: Tuned | None = None,
+) -> Tensor:
+    """`x Wᵀ + bias` `[..., N]` in the dtype of `x`. exact: a row's bits do not depend on what else
+    is in the batch.
 
     found: the tiles to run with on a GPU; by default those of the device at hand.
     """

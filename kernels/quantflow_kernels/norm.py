@@ -1,4 +1,5 @@
-"""RMSNorm, with the residual addition that comes before it: `r = x + residual`, `y = r / sqrt(mean(r²) + eps) · weight`."""
+"""RMSNorm, with the residual addition that comes before it: `r = x + residual`, `y = r /
+sqrt(mean(r²) + eps) · weight`."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ from torch import Tensor
 
 
 @triton.jit
-def rms_norm_kernel(x, residual, weight, out, K, eps, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """Program t: one row, which fits in a block. ADD: `residual` becomes the sum, rounded to its dtype before it is normalised."""
+def rms_norm_kernel(
+    x, residual, weight, out, K, eps, x_stride, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Program t: one row, which fits in a block. ADD: `residual` becomes the sum, rounded to its
+    dtype before it is normalised."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     known = channel < K
@@ -33,9 +37,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if tokens:
         block = triton.next_power_of_2(k)
         rms_norm_kernel[(tokens,)](
-            x, x if residual is None else residual, weight, out, k, eps, x.stride(0),
-            ADD=residual is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
-        )  # fmt: skip
+            x,
+            x if residual is None else residual,
+            weight,
+            out,
+            k,
+            eps,
+            x.stride(0),
+            ADD=residual is not None,
+            BLOCK=block,
+            num_warps=min(16, max(1, block // 512)),
+        )
     return out
 
 

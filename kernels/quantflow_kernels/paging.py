@@ -1,6 +1,8 @@
-"""A paged KV cache, and the layout of one step's queries over it: what attention on a GPU and on a CPU share.
+"""A paged KV cache, and the layout of one step's queries over it: what attention on a GPU and on a
+CPU share.
 
-Shapes: `T` queries of `S` sequences one after the other, `H` heads, `G` KV heads, `D` head_dim, `B` tokens a cache block.
+Shapes: `T` queries of `S` sequences one after the other, `H` heads, `G` KV heads, `D` head_dim, `B`
+tokens a cache block.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ PLAIN = 3  # a 16-bit cache
 class KVCache:
     """One layer's cache.
 
-    k, v: `[blocks, G, B, D]`, int8 or the queries' dtype. Static scales, float32: k_scale `[G]` or `[G, D]`; v_scale, v_zero
-    `[G, D]`; k_zero `[G]` or `[G, D]` (needed by the store alone). Dynamic ones: k_scale, v_scale `[blocks, G, B]`, no zero points.
+    k, v: `[blocks, G, B, D]`, int8 or the queries' dtype. Static scales, float32: k_scale `[G]` or
+    `[G, D]`; v_scale, v_zero `[G, D]`; k_zero `[G]` or `[G, D]` (needed by the store alone).
+    Dynamic ones: k_scale, v_scale `[blocks, G, B]`, no zero points.
     """
 
     k: Tensor
@@ -53,11 +56,14 @@ def power_of_two(n: int) -> int:
 
 @dataclass(frozen=True)
 class Batch:
-    """Which queries belong to which sequence and where their keys lie, on the device; one serves all layers of a step.
+    """Which queries belong to which sequence and where their keys lie, on the device; one serves
+    all layers of a step.
 
-    block_table: int32 `[S, most]`. query_start: int32 `[S + 1]`. contexts: int32 `[S]`, keys up to and with a sequence's last query.
-    query_last: int32 `[T]`, each query's position. tile_sequence, tile_start: int32 a tile of queries: its sequence, and its first
-    query therein. splits: of the longest context. decode: every sequence has one query.
+    block_table: int32 `[S, most]`. query_start: int32 `[S + 1]`. contexts: int32 `[S]`, keys up to
+    and with a sequence's last query.
+    query_last: int32 `[T]`, each query's position. tile_sequence, tile_start: int32 a tile of
+    queries: its sequence, and its first query therein. splits: of the longest context. decode:
+    every sequence has one query.
     """
 
     block_table: Tensor
@@ -71,25 +77,53 @@ class Batch:
 
 
 def queries_a_tile(heads: int, kv_heads: int, config: AttentionConfig) -> tuple[int, int]:
-    """Rows of a tile, and the rows of one query: the heads that share a KV head, padded to a power of two."""
+    """Rows of a tile, and the rows of one query: the heads that share a KV head, padded to a power
+    of two."""
     shared = power_of_two(heads // kv_heads)
     return max(config.block_q, shared), shared
 
 
 def make_batch(
-    lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, heads: int, kv_heads: int, config: AttentionConfig
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    block_table: Tensor,
+    heads: int,
+    kv_heads: int,
+    config: AttentionConfig,
 ) -> Batch:
-    """The batch of sequences with `lengths` new queries each, whose contexts, those included, are `contexts` long."""
+    """The batch of sequences with `lengths` new queries each, whose contexts, those included, are
+    `contexts` long."""
     block_q, shared = queries_a_tile(heads, kv_heads, config)
-    tiles = [(s, first) for s, length in enumerate(lengths) for first in range(0, length, block_q // shared)]
+    tiles = [
+        (s, first)
+        for s, length in enumerate(lengths)
+        for first in range(0, length, block_q // shared)
+    ]
     starts = list(accumulate(lengths, initial=0))
-    last = [context - length + i for length, context in zip(lengths, contexts, strict=True) for i in range(length)]
+    last = [
+        context - length + i
+        for length, context in zip(lengths, contexts, strict=True)
+        for i in range(length)
+    ]
     # One transfer for all of them.
     parts = [starts, list(contexts), last, [s for s, _ in tiles], [first for _, first in tiles]]
-    together = torch.tensor([v for part in parts for v in part], dtype=torch.int32).to(block_table.device)
-    query_start, on_device, query_last, sequence, start = together.split([len(part) for part in parts])
+    together = torch.tensor([v for part in parts for v in part], dtype=torch.int32).to(
+        block_table.device
+    )
+    query_start, on_device, query_last, sequence, start = together.split(
+        [len(part) for part in parts]
+    )
     splits = splits_of(max(contexts, default=0), config)
-    return Batch(block_table, query_start, on_device, query_last, sequence, start, splits, max(lengths, default=0) == 1)
+    return Batch(
+        block_table,
+        query_start,
+        on_device,
+        query_last,
+        sequence,
+        start,
+        splits,
+        max(lengths, default=0) == 1,
+    )
 
 
 def splits_of(context: int, config: AttentionConfig) -> int:
@@ -98,8 +132,18 @@ def splits_of(context: int, config: AttentionConfig) -> int:
 
 
 def decode_batch(block_table: Tensor, contexts: Tensor, splits: int) -> Batch:
-    """The batch of sequences with one new query each, out of what is on the device already. block_table: int32 `[S, most]`; contexts:
-    int32 `[S]`; splits: at least those of the longest. Each query is a tile."""
+    """The batch of sequences with one new query each, out of what is on the device already.
+    block_table: int32 `[S, most]`; contexts: int32 `[S]`; splits: at least those of the longest.
+    Each query is a tile."""
     sequence = torch.arange(len(contexts), dtype=torch.int32, device=contexts.device)
     starts = torch.arange(len(contexts) + 1, dtype=torch.int32, device=contexts.device)
-    return Batch(block_table, starts, contexts, contexts - 1, sequence, torch.zeros_like(sequence), splits, decode=True)
+    return Batch(
+        block_table,
+        starts,
+        contexts,
+        contexts - 1,
+        sequence,
+        torch.zeros_like(sequence),
+        splits,
+        decode=True,
+    )

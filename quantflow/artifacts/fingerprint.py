@@ -17,28 +17,40 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 def digest(value: Any) -> str:
     """sha256 of a JSON-able value, the order of mappings left out."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
 
 
 def source_digest(*parts: str) -> str:
-    """sha256 of the package's source files below `parts` (files or folders, such as "quant" or "stages/awq.py"; "kernels": the kernels',
-    in Python and C)."""
+    """sha256 of the package's source files below `parts` (files or folders, such as "quant" or
+    "stages/awq.py"; "kernels": the kernels', in Python and C)."""
     hasher = hashlib.sha256()
     for part in parts:
-        top, path = (_kernels().parent, _kernels()) if part == "kernels" else (_PACKAGE, _PACKAGE / part)
-        for file in sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c")) if path.is_dir() else [path]:
+        top, path = (
+            (_kernels().parent, _kernels()) if part == "kernels" else (_PACKAGE, _PACKAGE / part)
+        )
+        for file in (
+            sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c"))
+            if path.is_dir()
+            else [path]
+        ):
             hasher.update(str(file.relative_to(top)).encode() + b"\0" + file.read_bytes() + b"\0")
     return hasher.hexdigest()
 
 
 @lru_cache
 def code_digest(*modules: str, alone: tuple[str, ...] = ()) -> str:
-    """sha256 of the code that can change what `modules` compute: their source, and that of all of ours that they import, in Python and C;
-    of the modules `alone` their own source; and the versions of torch and triton. Nothing is imported for it."""
+    """sha256 of the code that can change what `modules` compute: their source, and that of all of
+    ours that they import, in Python and C; of the modules `alone` their own source; and the
+    versions of torch and triton. Nothing is imported for it."""
     hasher = hashlib.sha256()
-    for name, path in sorted((closure(*modules) | {name: _file_of(name) for name in alone}).items()):
+    for name, path in sorted(
+        (closure(*modules) | {name: _file_of(name) for name in alone}).items()
+    ):
         assert path is not None, name
-        for file in (path, path.with_suffix(".c")):  # a module of compiled kernels lies beside its C
+        # a module of compiled kernels lies beside its C
+        for file in (path, path.with_suffix(".c")):
             if file.is_file():
                 hasher.update(f"{name}{file.suffix}".encode() + b"\0" + file.read_bytes() + b"\0")
     for library in ("torch", "triton"):
@@ -47,8 +59,9 @@ def code_digest(*modules: str, alone: tuple[str, ...] = ()) -> str:
 
 
 def closure(*modules: str) -> dict[str, Path]:
-    """Module -> file: `modules`, and all of this package and of the kernels that they import, directly or through others. Raises
-    ModuleNotFoundError for one of `modules` that is none of ours."""
+    """Module -> file: `modules`, and all of this package and of the kernels that they import,
+    directly or through others. Raises ModuleNotFoundError for one of `modules` that is none of
+    ours."""
     found: dict[str, Path] = {}
     todo = list(modules)
     while todo:
@@ -56,7 +69,8 @@ def closure(*modules: str) -> dict[str, Path]:
         path = None if name in found else _file_of(name)
         if path is not None:
             found[name] = path
-            package = name.rpartition(".")[0]  # whose __init__ runs too; the topmost has but the version and what users import
+            # whose __init__ runs too; the topmost has but the version and what users import
+            package = name.rpartition(".")[0]
             todo += [*_imports(path), *([package] if "." in package else [])]
     if missing := [name for name in modules if name not in found]:
         raise ModuleNotFoundError(", ".join(missing))
@@ -65,7 +79,8 @@ def closure(*modules: str) -> dict[str, Path]:
 
 @cache
 def _imports(path: Path) -> tuple[str, ...]:
-    """What a file imports, anywhere in it but for types alone. Of `from a import b` both `a` and `a.b`, which may be a module."""
+    """What a file imports, anywhere in it but for types alone. Of `from a import b` both `a` and
+    `a.b`, which may be a module."""
 
     def walk(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
@@ -73,14 +88,22 @@ def _imports(path: Path) -> tuple[str, ...]:
         elif isinstance(node, ast.ImportFrom):
             yield str(node.module)
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        elif (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Name)
+            and node.test.id == "TYPE_CHECKING"
+        ):
             for other in node.orelse:
                 yield from walk(other)
-        elif isinstance(node, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case):  # no expression holds an import
+        elif isinstance(
+            node, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case
+        ):  # no expression holds an import
             for child in ast.iter_child_nodes(node):
                 yield from walk(child)
 
-    return tuple(dict.fromkeys(name for name in walk(ast.parse(path.read_bytes())) if name.startswith(_OURS)))
+    return tuple(
+        dict.fromkeys(name for name in walk(ast.parse(path.read_bytes())) if name.startswith(_OURS))
+    )
 
 
 _OURS = ("quantflow.", "quantflow_kernels.")
@@ -92,7 +115,9 @@ def _file_of(module: str) -> Path | None:
     if f"{top}." not in _OURS:
         return None
     path = (_PACKAGE if top == "quantflow" else _kernels()).joinpath(*parts)
-    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+    return next(
+        (file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None
+    )
 
 
 def _version(library: str) -> str:
@@ -103,7 +128,8 @@ def _version(library: str) -> str:
 
 
 def _kernels() -> Path:
-    """The folder of the kernels' package, which lies beside ours or where it was installed. It is not imported."""
+    """The folder of the kernels' package, which lies beside ours or where it was installed. It is
+    not imported."""
     found = importlib.util.find_spec("quantflow_kernels")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("quantflow_kernels")

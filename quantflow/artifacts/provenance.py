@@ -1,7 +1,9 @@
-"""Where an artifact comes from, as an in-toto Statement v1 with SLSA's provenance predicate v1, ready to be signed; and SHA256SUMS.
+"""Where an artifact comes from, as an in-toto Statement v1 with SLSA's provenance predicate v1,
+ready to be signed; and SHA256SUMS.
 
-Statement: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md. Predicate: https://slsa.dev/spec/v1.0/provenance.
-Everything in it is determined by the build but `runDetails`, who built, with which versions, when; and the address of the source's remote.
+Statement: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md. Predicate:
+https://slsa.dev/spec/v1.0/provenance. Everything in it is determined by the build but `runDetails`,
+who built, with which versions, when; and the address of the source's remote.
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Invocation:
-    """Who builds, and in which run. Both are stated by whoever builds, and as trustworthy as the signature that is put on them."""
+    """Who builds, and in which run. Both are stated by whoever builds, and as trustworthy as the
+    signature that is put on them."""
 
     builder_id: str
     invocation_id: str
 
 
 def is_uri(text: str) -> bool:
-    """Whether `text` is a URI with a scheme in lower case, which is all that in-toto's TypeURI asks for."""
+    """Whether `text` is a URI with a scheme in lower case, which is all that in-toto's TypeURI asks
+    for."""
     return _URI.fullmatch(text) is not None
 
 
@@ -46,13 +50,17 @@ def statement(
     invocation: Invocation,
     record: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The statement. subjects: name -> sha256. external, internal: the build's parameters, those that its user set and the others.
+    """The statement. subjects: name -> sha256. external, internal: the build's parameters, those
+    that its user set and the others.
     dependencies: `resource`s. record: the artifact's run.json, which has the times and versions."""
     finished = datetime.strptime(record["finished"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     started = finished - timedelta(seconds=round(sum(record["seconds"].values())))
     return {
         "_type": STATEMENT_TYPE,
-        "subject": [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in sorted(subjects.items())],
+        "subject": [
+            {"name": name, "digest": {"sha256": sha256}}
+            for name, sha256 in sorted(subjects.items())
+        ],
         "predicateType": PREDICATE_TYPE,
         "predicate": {
             "buildDefinition": {
@@ -62,7 +70,10 @@ def statement(
                 "resolvedDependencies": [dict(dependency) for dependency in dependencies],
             },
             "runDetails": {
-                "builder": {"id": invocation.builder_id, "version": {name: record[name] for name in ("python", "torch")}},
+                "builder": {
+                    "id": invocation.builder_id,
+                    "version": {name: record[name] for name in ("python", "torch")},
+                },
                 "metadata": {
                     "invocationId": invocation.invocation_id,
                     "startedOn": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -73,26 +84,43 @@ def statement(
     }
 
 
-def resource(name: str, role: str, *, uri: str | None = None, sha256: str | None = None, **notes: Any) -> dict[str, Any]:
-    """A ResourceDescriptor: something that the build has read. role: what for. notes: annotations, empty ones left out."""
+def resource(
+    name: str, role: str, *, uri: str | None = None, sha256: str | None = None, **notes: Any
+) -> dict[str, Any]:
+    """A ResourceDescriptor: something that the build has read. role: what for. notes: annotations,
+    empty ones left out."""
     found: dict[str, Any] = {"name": name}
     if uri:
         found["uri"] = uri
     if sha256:
         found["digest"] = {"sha256": sha256}
-    return {**found, "annotations": {"role": role, **{key: value for key, value in notes.items() if value is not None}}}
+    return {
+        **found,
+        "annotations": {
+            "role": role,
+            **{key: value for key, value in notes.items() if value is not None},
+        },
+    }
 
 
 def own_source(package: Path = _PACKAGE) -> dict[str, Any] | None:
-    """The git commit that this program's source is of, as a resource; None where it is not in a git checkout, or there is no git.
+    """The git commit that this program's source is of, as a resource; None where it is not in a git
+    checkout, or there is no git.
 
-    The address of the remote is left out where it is a place on this machine; a name or password in it always is, but for ssh's `git`.
+    The address of the remote is left out where it is a place on this machine; a name or password in
+    it always is, but for ssh's `git`.
     `modified`: a tracked file of the package, or of the kernels beside it, is not the commit's.
     """
-    # An environment inside somebody's checkout is no part of it: the package's own file must be tracked.
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None or (commit := _git(package, "rev-parse", "HEAD")) is None:
+    # An environment inside somebody's checkout is no part of it: the package's own file must be
+    # tracked.
+    if (
+        _git(package, "ls-files", "--error-unmatch", "__init__.py") is None
+        or (commit := _git(package, "rev-parse", "HEAD")) is None
+    ):
         return None
-    found = resource("quantflow", "source", uri=_public(_git(package, "remote", "get-url", "origin")))
+    found = resource(
+        "quantflow", "source", uri=_public(_git(package, "remote", "get-url", "origin"))
+    )
     found["digest"] = {"gitCommit": commit}
     if _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".", "../kernels"):
         found["annotations"]["modified"] = True
@@ -101,7 +129,13 @@ def own_source(package: Path = _PACKAGE) -> dict[str, Any] | None:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
@@ -118,7 +152,8 @@ def _public(remote: str | None) -> str | None:
 
 
 def checksums(digests: Mapping[str, str]) -> str:
-    """The text of SHA256SUMS for name -> sha256, as `sha256sum -c` reads it. Raises ValueError for a name that would need escapes."""
+    """The text of SHA256SUMS for name -> sha256, as `sha256sum -c` reads it. Raises ValueError for
+    a name that would need escapes."""
     if odd := [name for name in digests if re.search(r"[\\\n\r]", name)]:
         raise ValueError(f"{odd[0]!r} cannot be listed in {SUMS}")
     return "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(digests.items()))

@@ -1,4 +1,5 @@
-"""The store: results per layer and per stage under the hash of everything that affects them, each written at once or not at all.
+"""The store: results per layer and per stage under the hash of everything that affects them, each
+written at once or not at all.
 
 <root>/hashes.json                 content hashes of weight files, by (path, size, mtime, header)
 <root>/<key>/layer-00012.safetensors   a layer's result
@@ -41,7 +42,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, the order of keys kept: the first of an artifact's formats is the one that was evaluated."""
+    """Writes JSON, the order of keys kept: the first of an artifact's formats is the one that was
+    evaluated."""
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -55,13 +57,16 @@ class Store:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the store: two runs at once would write into the same scratch files. Raises UserError where another one has it."""
+        """Holds the store: two runs at once would write into the same scratch files. Raises
+        UserError where another one has it."""
         with open(self.root / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 hint = "Wait for it, or set QUANTFLOW_STORE"
-                raise UserError(Problem(str(self.root), "another run is using this store", hint=hint)) from error
+                raise UserError(
+                    Problem(str(self.root), "another run is using this store", hint=hint)
+                ) from error
             yield
 
     def folder(self, key: str) -> Path:
@@ -103,19 +108,29 @@ class Store:
                 path.unlink(missing_ok=True)
 
     def drop_torn(self) -> None:
-        """Removes what killed runs left half-written or as scratch, under whatever key. The caller holds the store alone."""
+        """Removes what killed runs left half-written or as scratch, under whatever key. The caller
+        holds the store alone."""
         folders = [self.root, *(f for f in self.root.iterdir() if KEY_FOLDER.fullmatch(f.name))]
-        for path in (path for folder in folders for path in [*folder.glob(".*.tmp"), *folder.glob(".work-*")]):
+        for path in (
+            path for folder in folders for path in [*folder.glob(".*.tmp"), *folder.glob(".work-*")]
+        ):
             path.unlink(missing_ok=True)
 
     def cached_digests(self, files: Iterable[Path]) -> dict[Path, str] | None:
         """Content hashes of `files` where all are cached; None otherwise. Reads no weight."""
         cache = self._cache()
         found = {file: cache.get(_identity(file)) for file in files}
-        return None if any(v is None for v in found.values()) else {k: v for k, v in found.items() if v is not None}
+        return (
+            None
+            if any(v is None for v in found.values())
+            else {k: v for k, v in found.items() if v is not None}
+        )
 
-    def digests(self, files: Iterable[Path], step: Callable[[str], None] = lambda name: None) -> dict[Path, str]:
-        """Content hashes of `files`, computed where the cache has none. step: is told the name of each that has been computed."""
+    def digests(
+        self, files: Iterable[Path], step: Callable[[str], None] = lambda name: None
+    ) -> dict[Path, str]:
+        """Content hashes of `files`, computed where the cache has none. step: is told the name of
+        each that has been computed."""
         cache = self._cache()
         identities = {file: _identity(file) for file in files}
         unknown = [file for file, identity in identities.items() if identity not in cache]
@@ -128,7 +143,8 @@ class Store:
         return {file: cache[identity] for file, identity in identities.items()}
 
     def remember(self, folder: Path, place: Path, digests: Mapping[str, str]) -> None:
-        """Puts content hashes that are known into the cache: of the files in `folder`, by name, which is about to become `place`."""
+        """Puts content hashes that are known into the cache: of the files in `folder`, by name,
+        which is about to become `place`."""
         known = {_identity(folder / name, place / name): found for name, found in digests.items()}
         write_json(self.root / "hashes.json", self._cache() | known)
 

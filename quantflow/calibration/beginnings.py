@@ -12,25 +12,31 @@ from quantflow.tokenizers.tokenizer import SPLITS, guarded
 
 LETTERS = 6  # of a text for a token that is wanted: more than a token has in most languages
 SHORTEST = 2**15  # letters that are always encoded together
-MARGIN, RUNS = 1024, 8  # letters, and runs of letters of one kind, that lie behind a token which nothing further on can change
+# letters, and runs of letters of one kind, that lie behind a token which nothing further on can
+# change
+MARGIN, RUNS = 1024, 8
 _RUN = re.compile(r"\s+|\d+|[^\W\d]+|[^\w\s]+")
 
 
 class Beginnings:
     """Encodes beginnings of texts, with the very tokens that the whole texts have there.
 
-    A tokenizer splits a text from left to right: by what is added to its vocabulary, then into words. What it sees of the text behind a
-    place is the rest of a run of spaces, digits or letters, so that a cut well behind the place does not move it. Within a word, its
-    merges (BPE) or its best path (Unigram) may change however far before the cut; they do not reach across two letters that no token has
-    beside each other.
+    A tokenizer splits a text from left to right: by what is added to its vocabulary, then into
+    words. What it sees of the text behind a place is the rest of a run of spaces, digits or
+    letters, so that a cut well behind the place does not move it. Within a word, its merges (BPE)
+    or its best path (Unigram) may change however far before the cut; they do not reach across two
+    letters that no token has beside each other.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
-    def encode(self, texts: Sequence[str], least: int, *, special: Sequence[bool]) -> list[list[int]]:
-        """The tokens of each text, or at least the first `least` of them. special: with the tokens that the tokenizer adds to a text.
-        Raises TypeError for what is no Unicode text, ModelError where the tokenizer fails."""
+    def encode(
+        self, texts: Sequence[str], least: int, *, special: Sequence[bool]
+    ) -> list[list[int]]:
+        """The tokens of each text, or at least the first `least` of them. special: with the tokens
+        that the tokenizer adds to a text. Raises TypeError for what is no Unicode text, ModelError
+        where the tokenizer fails."""
         found: list[list[int]] = [[] for _ in texts]
         size, todo = max(SHORTEST, LETTERS * least), list(range(len(texts)))
         while todo:
@@ -50,33 +56,59 @@ class Beginnings:
 
     def _encoded(self, texts: list[str], special: bool) -> Any:
         # encode_batch, for one text too: encode holds the interpreter lock.
-        return guarded("tokenizer", SPLITS, lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special), passing=TypeError)
+        return guarded(
+            "tokenizer",
+            SPLITS,
+            lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special),
+            passing=TypeError,
+        )
 
     def _settled(self, encoding: Any, text: str, least: int) -> int:
-        """How many of the tokens stay as they are, whatever comes behind the text; less than `least` where so many do not."""
+        """How many of the tokens stay as they are, whatever comes behind the text; less than
+        `least` where so many do not."""
         tail = text[-4 * self._margin :]
         runs = [match.start() for match in _RUN.finditer(tail)]
         if len(runs) < RUNS:
             return 0
         limit = len(text) - len(tail) + min(runs[-RUNS], len(tail) - self._margin)
         offsets, words = encoding.offsets, encoding.word_ids
-        last = next((i for i in range(len(offsets) - 1, 0, -1) if words[i] is not None and offsets[i][0] <= limit), 0)
+        last = next(
+            (
+                i
+                for i in range(len(offsets) - 1, 0, -1)
+                if words[i] is not None and offsets[i][0] <= limit
+            ),
+            0,
+        )
         found = next((i for i in range(last, 0, -1) if words[i] != words[i - 1]), 0)
         if found < least and self._pairs is not None:
             tokens = encoding.tokens
-            found = next((i for i in range(last, found, -1) if (tokens[i - 1][-1:], tokens[i][:1]) not in self._pairs), found)
+            found = next(
+                (
+                    i
+                    for i in range(last, found, -1)
+                    if (tokens[i - 1][-1:], tokens[i][:1]) not in self._pairs
+                ),
+                found,
+            )
         return found
 
     @cached_property
     def _margin(self) -> int:
         """Letters: more than any added token has."""
-        return MARGIN + max((len(token.content) for token in self._tokenizer.get_added_tokens_decoder().values()), default=0)
+        return MARGIN + max(
+            (len(token.content) for token in self._tokenizer.get_added_tokens_decoder().values()),
+            default=0,
+        )
 
     @cached_property
     def _pairs(self) -> frozenset[tuple[str, str]] | None:
-        """Letters that stand beside each other in a token; None where that does not say where tokens begin."""
+        """Letters that stand beside each other in a token; None where that does not say where
+        tokens begin."""
         model = self._tokenizer.model
-        plain = not getattr(model, "continuing_subword_prefix", None) and not getattr(model, "end_of_word_suffix", None)
+        plain = not getattr(model, "continuing_subword_prefix", None) and not getattr(
+            model, "end_of_word_suffix", None
+        )
         if type(model).__name__ not in ("BPE", "Unigram") or not plain:
             return None
         return frozenset(pair for token in self._tokenizer.get_vocab() for pair in pairwise(token))

@@ -1,4 +1,5 @@
-"""Calibration and evaluation text: by a name users know, or from a local file; cut into windows of tokens."""
+"""Calibration and evaluation text: by a name users know, or from a local file; cut into windows of
+tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ HUB: dict[str, tuple[str, str | None, str, str | None, str]] = {
 
 @dataclass(frozen=True)
 class Document:
-    """special: whether a tokenizer adds the special tokens of a text to it (BOS); in a model's own dialogue format they stand already."""
+    """special: whether a tokenizer adds the special tokens of a text to it (BOS); in a model's own
+    dialogue format they stand already."""
 
     text: str
     special: bool = True
@@ -41,15 +43,16 @@ class Document:
 
 @dataclass
 class LeftOut:
-    """What of a data set cannot be used, as far as it was read. rows: how many were read; count: how many of them were left out; first:
-    why the first was."""
+    """What of a data set cannot be used, as far as it was read. rows: how many were read; count:
+    how many of them were left out; first: why the first was."""
 
     rows: int = 0
     count: int = 0
     first: Problem | None = None
 
     def sift(self, found: Iterable[Document | Problem | str]) -> Iterator[Document]:
-        """The documents among what `read_documents` found. Raises DataError where the first ENOUGH rows show that most cannot be used."""
+        """The documents among what `read_documents` found. Raises DataError where the first ENOUGH
+        rows show that most cannot be used."""
         for item in found:
             self.rows += 1
             if isinstance(item, Problem):
@@ -62,7 +65,10 @@ class LeftOut:
     def check(self) -> None:
         """Raises DataError where more than half of the rows were left out."""
         if self.first and 2 * self.count > self.rows:
-            reason = f"{self.first.found} (so, or for a like reason, {self.count} of the first {self.rows} rows)"
+            reason = (
+                f"{self.first.found} (so, or for a like reason, {self.count} of the first"
+                f" {self.rows} rows)"
+            )
             raise DataError(replace(self.first, found=reason))
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,32 +77,48 @@ class LeftOut:
     @property
     def note(self) -> str:
         """In a sentence; "" where nothing was left out."""
-        of = f"{self.count} of the first {self.rows} rows {'was' if self.count == 1 else 'were'} left out"
+        of = (
+            f"{self.count} of the first {self.rows} rows {'was' if self.count == 1 else 'were'}"
+            " left out"
+        )
         return f"{of}; the first: {self.first}" if self.first else ""
 
 
 def joined(conversation: Conversation) -> str:
     """What was said, for a model without a dialogue format."""
-    return "\n".join(message["content"] for message in conversation.messages if message["content"].strip())
+    return "\n".join(
+        message["content"] for message in conversation.messages if message["content"].strip()
+    )
 
 
 def documents(data: str, file: str | None = None, *, field: str | None = None) -> Iterator[str]:
-    """The texts of a data set, of conversations what was said. Raises DataError, as `read_documents` and `LeftOut` do."""
+    """The texts of a data set, of conversations what was said. Raises DataError, as
+    `read_documents` and `LeftOut` do."""
     left_out = LeftOut()
-    yield from (document.text for document in left_out.sift(read_documents(data, file, field=field)))
+    yield from (
+        document.text for document in left_out.sift(read_documents(data, file, field=field))
+    )
     left_out.check()
 
 
 def read_documents(
-    data: str, file: str | None = None, *, field: str | None = None, option: str = "--data FILE",
-    render: Callable[[Conversation], Document] = lambda conversation: Document(joined(conversation)),
-) -> Iterator[Document | Problem]:  # fmt: skip
-    """The documents of a data set, in order; those that are blank are passed over, and in the place of a conversation that cannot be used
-    comes what is wrong with it, wherever its file lies. `data` is a known name or a path; `file` is read in its place.
+    data: str,
+    file: str | None = None,
+    *,
+    field: str | None = None,
+    option: str = "--data FILE",
+    render: Callable[[Conversation], Document] = lambda conversation: Document(
+        joined(conversation)
+    ),
+) -> Iterator[Document | Problem]:
+    """The documents of a data set, in order; those that are blank are passed over, and in the place
+    of a conversation that cannot be used comes what is wrong with it, wherever its file lies.
+    `data` is a known name or a path; `file` is read in its place.
 
-    The kinds of files are those of `rows`, the shapes of a row those of `read_row`. field: where a row's text stands. option: how the
-    command line would name a local file, for the message where the hub cannot be reached. render: makes a text of a conversation; it may
-    raise RequestError. Raises DataError, also where no row has a text.
+    The kinds of files are those of `rows`, the shapes of a row those of `read_row`. field: where a
+    row's text stands. option: how the command line would name a local file, for the message where
+    the hub cannot be reached. render: makes a text of a conversation; it may raise RequestError.
+    Raises DataError, also where no row has a text.
     """
     path = Path(file or data).expanduser()
     if file is None:
@@ -109,14 +131,29 @@ def read_documents(
     else:
         what, way_out = no_file(path)
         expected = "a file of text, JSON lines, JSON, CSV or Parquet"
-        raise DataError(Problem(str(path), what, expected, way_out or f"Known names: {', '.join([*HUB, *bundled.TEXTS])}"))
+        raise DataError(
+            Problem(
+                str(path),
+                what,
+                expected,
+                way_out or f"Known names: {', '.join([*HUB, *bundled.TEXTS])}",
+            )
+        )
     blank, empty = None, True  # the first row without a text; whether all are
     for where, row in found:
         try:
             said = read_row(row, where, field)
-            document = Document(said.strip()) if isinstance(said, str) else render(said) if joined(said) else Document("")
+            document = (
+                Document(said.strip())
+                if isinstance(said, str)
+                else render(said)
+                if joined(said)
+                else Document("")
+            )
         except OddTurn as error:
-            yield replace(error.problems[0], where=error.problems[0].where.removeprefix(f"{path.parent}/"))
+            yield replace(
+                error.problems[0], where=error.problems[0].where.removeprefix(f"{path.parent}/")
+            )
         except RequestError as error:
             yield replace(error.problems[0], where=where.removeprefix(f"{path.parent}/"))
         else:
@@ -137,11 +174,22 @@ def _from_hub(name: str, option: str) -> Iterator[Row]:
         kwargs: dict[str, Any] = {"data_files": {split: files}} if files else {}
         table = load_dataset(repository, configuration, split=split, **kwargs)
     except ImportError as error:
-        raise DataError(Problem(name, "the package `datasets` is not installed", hint=_offline(name, option))) from error
-    except Exception as error:  # whatever the hub's client raises (a dozen kinds): the user's way out is the same
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
         raise DataError(
-            Problem(f"data set {name}", f"the hub could not give {repository} ({reason})", hint=_offline(name, option))
+            Problem(name, "the package `datasets` is not installed", hint=_offline(name, option))
+        ) from error
+    except (
+        Exception
+    ) as error:  # whatever the hub's client raises (a dozen kinds): the user's way out is the same
+        reason = (
+            f"{type(error).__name__}:"
+            f" {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+        )
+        raise DataError(
+            Problem(
+                f"data set {name}",
+                f"the hub could not give {repository} ({reason})",
+                hint=_offline(name, option),
+            )
         ) from error
     for number, row in enumerate(table, 1):
         yield f"data set {name} row {number}", row
@@ -149,13 +197,16 @@ def _from_hub(name: str, option: str) -> Iterator[Row]:
 
 def _offline(name: str, option: str) -> str:
     option = option.replace("FILE", f"./{name}.jsonl")
-    return f'Use a local copy: {option} (a JSON object with "text" a line, or .txt with {SEPARATOR} between)'
+    return (
+        f'Use a local copy: {option} (a JSON object with "text" a line, or .txt with {SEPARATOR}'
+        " between)"
+    )
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows `[W][L]`, the digests of the documents they touch, and where they come from. left_out: what of that could not be used,
-    None where all could."""
+    """Token windows `[W][L]`, the digests of the documents they touch, and where they come from.
+    left_out: what of that could not be used, None where all could."""
 
     tokens: list[list[int]]
     documents: frozenset[str]
@@ -169,7 +220,8 @@ class Windows:
 
 
 def _chunk(found: Iterator[Document], tokens: int) -> Iterator[Document]:
-    """Some texts that are worth reading and encoding together: no more than may be needed for so many tokens."""
+    """Some texts that are worth reading and encoding together: no more than may be needed for so
+    many tokens."""
     letters = 0
     for document in islice(found, CHUNK):
         yield document
@@ -179,12 +231,19 @@ def _chunk(found: Iterator[Document], tokens: int) -> Iterator[Document]:
 
 
 def cut_windows(
-    tokenizer: Any, found: Iterable[Document | Problem | str], *, count: int, length: int, skip: int = 0, source: str = "",
+    tokenizer: Any,
+    found: Iterable[Document | Problem | str],
+    *,
+    count: int,
+    length: int,
+    skip: int = 0,
+    source: str = "",
     least: int | None = None,
-) -> Windows:  # fmt: skip
-    """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated, cut. found: what `read_documents`
-    finds, or texts. Raises DataError if there are fewer than `least` (by default, than `count`), or if more than half of the rows cannot be
-    used. Of a long document no more is encoded than is needed, and so much gives the tokens of the whole."""
+) -> Windows:
+    """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated,
+    cut. found: what `read_documents` finds, or texts. Raises DataError if there are fewer than
+    `least` (by default, than `count`), or if more than half of the rows cannot be used. Of a long
+    document no more is encoded than is needed, and so much gives the tokens of the whole."""
     least = count if least is None else least
     ids: list[int] = []
     windows: list[list[int]] = []
@@ -198,10 +257,20 @@ def cut_windows(
         if not (chunk := list(_chunk(remaining, missing))):
             break
         try:
-            encoded = beginnings.encode([document.text for document in chunk], missing, special=[document.special for document in chunk])
+            encoded = beginnings.encode(
+                [document.text for document in chunk],
+                missing,
+                special=[document.special for document in chunk],
+            )
         except TypeError as error:  # half a surrogate pair, which JSON can spell and UTF-8 cannot
-            bad = next((d.text for d in chunk if any("\ud800" <= c <= "\udfff" for c in d.text)), "")
-            raise DataError(Problem(source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold")) from error
+            bad = next(
+                (d.text for d in chunk if any("\ud800" <= c <= "\udfff" for c in d.text)), ""
+            )
+            raise DataError(
+                Problem(
+                    source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold"
+                )
+            ) from error
         for document, tokens in zip(chunk, encoded, strict=True):
             if len(windows) >= count:
                 break
@@ -217,7 +286,8 @@ def cut_windows(
         raise DataError(
             Problem(
                 source,
-                f"{seen} documents with {total} tokens (after skipping {skip}): {len(windows)} windows",
+                f"{seen} documents with {total} tokens (after skipping {skip}): {len(windows)}"
+                " windows",
                 f"{least} windows of {length} tokens",
                 "Give more text, or lower the number or length of the windows",
             )

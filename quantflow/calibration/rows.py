@@ -22,7 +22,8 @@ from quantflow.placeholder import placeholder_at
 SEPARATOR = "<|endoftext|>"
 READ = 2**20  # letters of a text that are read at once
 BATCH = 256  # rows of a table
-# Letters: 20 KB of zstd can be a line of a gigabyte. A text of one document may be all of a Wikipedia, and a list a whole data set.
+# Letters: 20 KB of zstd can be a line of a gigabyte. A text of one document may be all of a
+# Wikipedia, and a list a whole data set.
 LONGEST_LINE, LONGEST_TEXT, LONGEST_LIST = 2**27, 2**30, 2**31
 _MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
 _JSON = re.compile(r'\s*(\[\s*)?\{\s*"')  # how objects begin, and lists of them
@@ -31,30 +32,46 @@ Row = tuple[str, Any]  # where it stands, and what is there
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """The rows of a file: a text's documents, the values of JSON lines or of a JSON list, a table's rows as objects. Its name says what it
-    is, in any case; one without an ending is a text. Nothing but a JSON list and a document is read whole. Raises DataError."""
+    """The rows of a file: a text's documents, the values of JSON lines or of a JSON list, a table's
+    rows as objects. Its name says what it is, in any case; one without an ending is a text. Nothing
+    but a JSON list and a document is read whole. Raises DataError."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
     kind = suffixes[-1] if suffixes else ""
     reader, table = _READERS.get(kind), _TABLES.get(kind)
     if reader is None and (table is None or packed):
-        names = f"{', '.join(filter(None, _READERS))} (also packed: {', '.join(filter(None, _OPENERS))}), {', '.join(_TABLES)}"
-        raise DataError(Problem(str(path), f"a name that ends with {kind}{packed}", names, "Rename the file if it is one of these"))
-    if problem := placeholder_at(path, binary=table is not None, page=reader is not _texts):  # a text may be HTML
+        names = (
+            f"{', '.join(filter(None, _READERS))} (also packed:"
+            f" {', '.join(filter(None, _OPENERS))}), {', '.join(_TABLES)}"
+        )
+        raise DataError(
+            Problem(
+                str(path),
+                f"a name that ends with {kind}{packed}",
+                names,
+                "Rename the file if it is one of these",
+            )
+        )
+    # a text may be HTML
+    if problem := placeholder_at(path, binary=table is not None, page=reader is not _texts):
         raise DataError(problem)
     try:
         if table:
             yield from table(path)
         elif reader:
             # -sig: Windows puts a byte order mark first, which JSON does not allow.
-            with io.TextIOWrapper(_OPENERS[packed](path), encoding="utf-8-sig", newline=_NEWLINES.get(kind)) as stream:
+            with io.TextIOWrapper(
+                _OPENERS[packed](path), encoding="utf-8-sig", newline=_NEWLINES.get(kind)
+            ) as stream:
                 yield from reader(stream, path)
     except UnicodeDecodeError as error:
         with _OPENERS[packed](path) as stream:
             mark = stream.read(4)
         raise DataError(_not_utf8(path, mark, error)) from error
     except csv.Error as error:
-        raise DataError(Problem(str(path), f"no table ({error})", "a table with a name above each column")) from error
+        raise DataError(
+            Problem(str(path), f"no table ({error})", "a table with a name above each column")
+        ) from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(Problem(str(path), str(error), "a readable file")) from error
 
@@ -62,24 +79,45 @@ def rows(path: Path) -> Iterator[Row]:
 def _not_utf8(path: Path, mark: bytes, error: UnicodeDecodeError) -> Problem:
     """mark: the first bytes, which say what a text of Windows' is."""
     encoding = next((name for name, begins in _MARKS.items() if mark.startswith(begins)), "")
-    found = f"{encoding}, by its byte order mark" if encoding else f"not UTF-8 text ({error.reason} at byte {error.start})"
+    found = (
+        f"{encoding}, by its byte order mark"
+        if encoding
+        else f"not UTF-8 text ({error.reason} at byte {error.start})"
+    )
     convert = f"`iconv -f {encoding or 'ENCODING'} -t UTF-8 OLD > NEW` writes it so"
-    return Problem(str(path), found, "UTF-8", convert if encoding else f"{convert}; ENCODING is LATIN1 or WINDOWS-1252, often")
+    return Problem(
+        str(path),
+        found,
+        "UTF-8",
+        convert if encoding else f"{convert}; ENCODING is LATIN1 or WINDOWS-1252, often",
+    )
 
 
 def _texts(stream: IO[str], path: Path) -> Iterator[Row]:
-    """Documents with the separator between them. Raises DataError for JSON, which would be taken for a text of braces."""
+    """Documents with the separator between them. Raises DataError for JSON, which would be taken
+    for a text of braces."""
     held: list[str] = []  # of the document that is being read
     letters, tail, number = 0, "", 1
     while part := stream.read(READ):
         if number == 1 and not held and _JSON.match(part) and SEPARATOR not in part:
-            hint = f"Call it .jsonl, or .json; or put {SEPARATOR} behind it, if the braces are what the model is to read"
-            raise DataError(Problem(str(path), "JSON in a file whose name does not say so", "a text", hint))
+            hint = (
+                f"Call it .jsonl, or .json; or put {SEPARATOR} behind it, if the braces are what"
+                " the model is to read"
+            )
+            raise DataError(
+                Problem(str(path), "JSON in a file whose name does not say so", "a text", hint)
+            )
         *ended, rest = (tail + part).split(SEPARATOR)
         letters = len(rest) if ended else letters + len(part)
         if letters > LONGEST_TEXT:
             found = f"a document of more than {LONGEST_TEXT} letters"
-            raise DataError(Problem(f"{path} document {number + len(ended)}", found, f"documents with {SEPARATOR} between them"))
+            raise DataError(
+                Problem(
+                    f"{path} document {number + len(ended)}",
+                    found,
+                    f"documents with {SEPARATOR} between them",
+                )
+            )
         for text in ended:
             yield f"{path} document {number}", "".join([*held, text])
             held, number = [], number + 1
@@ -89,7 +127,8 @@ def _texts(stream: IO[str], path: Path) -> Iterator[Row]:
 
 
 def _numbered(stream: IO[str], path: Path) -> Iterator[tuple[int, str]]:
-    """The lines, from 1 on. One that is longer than LONGEST_LINE ends them with a part of it, as long as that."""
+    """The lines, from 1 on. One that is longer than LONGEST_LINE ends them with a part of it, as
+    long as that."""
     number, line = 0, ""
     while len(line) < LONGEST_LINE and (line := stream.readline(LONGEST_LINE)):
         number += 1
@@ -100,7 +139,13 @@ def _whole(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[int, 
     """Raises DataError for a line that is too long."""
     for number, line in lines:
         if len(line) >= LONGEST_LINE:
-            raise DataError(Problem(f"{path}:{number}", f"a line of {LONGEST_LINE} letters or more", "a document a line"))
+            raise DataError(
+                Problem(
+                    f"{path}:{number}",
+                    f"a line of {LONGEST_LINE} letters or more",
+                    "a document a line",
+                )
+            )
         yield number, line
 
 
@@ -117,23 +162,40 @@ def _json(stream: IO[str], path: Path) -> Iterator[Row]:
     if first.lstrip().startswith("["):  # a whole list is one line, often
         rest = stream.read(LONGEST_LIST)
         if len(first) + len(rest) > LONGEST_LIST:
-            raise DataError(Problem(str(path), f"a list of more than {LONGEST_LIST} letters", "JSON lines"))
+            raise DataError(
+                Problem(str(path), f"a list of more than {LONGEST_LIST} letters", "JSON lines")
+            )
         values = _parsed(first + rest, str(path), "a JSON list")
         yield from ((f"{path} item {n}", value) for n, value in enumerate(values, 1))
     elif first:
         where = f"{path}:{number}"
-        if first.strip() == "{" or (first.endswith("\n") and first.rstrip().endswith((",", "[", "{"))):
+        if first.strip() == "{" or (
+            first.endswith("\n") and first.rstrip().endswith((",", "[", "{"))
+        ):
             found = "a JSON object over several lines"
-            raise DataError(Problem(where, found, "a list of objects, or one object a line", "`jq -c .` writes an object in one line"))
+            raise DataError(
+                Problem(
+                    where,
+                    found,
+                    "a list of objects, or one object a line",
+                    "`jq -c .` writes an object in one line",
+                )
+            )
         for n, line in _whole(chain([(number, first)], lines), path):
             if line.strip():
-                yield f"{path}:{n}", _parsed(line, f"{path}:{n}", "one JSON object a line, or a list")
+                yield (
+                    f"{path}:{n}",
+                    _parsed(line, f"{path}:{n}", "one JSON object a line, or a list"),
+                )
 
 
 def _parsed(text: str, where: str, expected: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: bad JSON, or a number of thousands of digits
         raise DataError(Problem(where, f"not JSON ({error})", expected)) from error
 
 
@@ -148,10 +210,16 @@ def _csv(stream: IO[str], path: Path, separator: str = ",") -> Iterator[Row]:
         ended = True
 
     def whole(cells: list[str]) -> list[str]:
-        """A row for which the reader asked for a line behind the last one has a quote that nothing ends."""
+        """A row for which the reader asked for a line behind the last one has a quote that nothing
+        ends."""
         if ended and cells:
-            begins = number - len(re.findall(r"\r\n|\r|\n", re.sub(r"(\r\n|\r|\n)\Z", "", cells[-1])))
-            found, expected = 'a cell whose quote (") does not end', "a \" behind the cell's text, and two for one within it"
+            begins = number - len(
+                re.findall(r"\r\n|\r|\n", re.sub(r"(\r\n|\r|\n)\Z", "", cells[-1]))
+            )
+            found, expected = (
+                'a cell whose quote (") does not end',
+                "a \" behind the cell's text, and two for one within it",
+            )
             raise DataError(Problem(f"{path}:{begins}", found, expected))
         return cells
 
@@ -166,7 +234,11 @@ def _csv(stream: IO[str], path: Path, separator: str = ",") -> Iterator[Row]:
             continue
         where = f"{path}:{number}"
         if len(cells) > len(names):
-            raise DataError(Problem(where, f"more cells than the {len(names)} columns", "a cell for each column"))
+            raise DataError(
+                Problem(
+                    where, f"more cells than the {len(names)} columns", "a cell for each column"
+                )
+            )
         yield where, dict(zip_longest(names, cells))
 
 
@@ -182,7 +254,9 @@ def _parquet(path: Path) -> Iterator[Row]:
         with ParquetFile(path) as file:
             yield from _batches(file.iter_batches(BATCH), path)
     except ArrowException as error:
-        raise DataError(Problem(str(path), f"not Parquet ({error})", hint="Is the download complete?")) from error
+        raise DataError(
+            Problem(str(path), f"not Parquet ({error})", hint="Is the download complete?")
+        ) from error
 
 
 def _arrow(path: Path) -> Iterator[Row]:
@@ -198,20 +272,31 @@ def _arrow(path: Path) -> Iterator[Row]:
                 batches = iter(ipc.open_stream(source))
             yield from _batches(batches, path)
     except ArrowException as error:
-        raise DataError(Problem(str(path), f"not Arrow ({error})", hint="Is the download complete?")) from error
+        raise DataError(
+            Problem(str(path), f"not Arrow ({error})", hint="Is the download complete?")
+        ) from error
 
 
 def _check_names(names: Iterable[str], path: Path) -> None:
-    """Raises DataError where two columns have one name: a row by names would have the last of them."""
+    """Raises DataError where two columns have one name: a row by names would have the last of
+    them."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(Problem(str(path), f"more than one column {', '.join(twice)}", "a name of its own for each column"))
+        raise DataError(
+            Problem(
+                str(path),
+                f"more than one column {', '.join(twice)}",
+                "a name of its own for each column",
+            )
+        )
 
 
 def _batches(batches: Iterator[Any], path: Path) -> Iterator[Row]:
     number = 0
     for batch in batches:
         _check_names(batch.schema.names, path)
-        batch.validate(full=True)  # Arrow believes the offsets that stand in a file, and would read what lies behind it in memory
+        # Arrow believes the offsets that stand in a file, and would read what lies behind it in
+        # memory
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, BATCH):
             for row in batch.slice(start, BATCH).to_pylist():
                 number += 1
@@ -233,5 +318,6 @@ _READERS: dict[str, Callable[[IO[str], Path], Iterator[Row]]] = {
     ".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".csv": _csv, ".tsv": _tsv,
 }  # fmt: skip
 _TABLES: dict[str, Callable[[Path], Iterator[Row]]] = {".parquet": _parquet, ".arrow": _arrow}
-# JSON's lines end at \n alone: U+2028 may stand in a string. A table's cells may hold any line break.
+# JSON's lines end at \n alone: U+2028 may stand in a string. A table's cells may hold any line
+# break.
 _NEWLINES = {".jsonl": "\n", ".ndjson": "\n", ".json": "\n", ".csv": "", ".tsv": ""}

@@ -1,4 +1,5 @@
-"""What a row of a data set says: a text, or a conversation. The shapes are those that public data sets have."""
+"""What a row of a data set says: a text, or a conversation. The shapes are those that public data
+sets have."""
 
 from __future__ import annotations
 
@@ -14,26 +15,32 @@ Message = dict[str, Any]  # role and content, as chat templates want them
 
 TEXTS = ("text", "content", "sentence", "document")
 CONVERSATIONS = ("messages", "conversations", "conversation")
-QUESTIONS = ("prompt", "instruction", "question", "query", "input")  # in this order: the first that is there
-GIVEN = ("question", "query", "input", "context", "passage", "content", "document", "sentence")  # what a question is about
+# in this order: the first that is there
+QUESTIONS = ("prompt", "instruction", "question", "query", "input")
+# what a question is about
+GIVEN = ("question", "query", "input", "context", "passage", "content", "document", "sentence")
 ANSWERS = ("response", "answer", "completion", "output", "chosen")
 SYSTEMS = ("system", "system_prompt", "system_message")
 EXPECTED = (
-    f"a string, or {' or '.join(TEXTS)}; {' or '.join(CONVERSATIONS[:2])}; prompt and response; instruction and output; chosen"
-)  # fmt: skip
+    f"a string, or {' or '.join(TEXTS)}; {' or '.join(CONVERSATIONS[:2])}; prompt and response;"
+    " instruction and output; chosen"
+)
 
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant", "function_call": "assistant", "tool": "tool", "function": "tool",
     "observation": "tool", "function_response": "tool", "ipython": "tool",
 }  # fmt: skip
 _CELLS = {*CONVERSATIONS, "prompt", "completion", "chosen"}  # which may hold messages as JSON
 _NAMES = {*TEXTS, *CONVERSATIONS, *QUESTIONS, *GIVEN, *ANSWERS, *SYSTEMS, "history", "tools"}
-_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")  # of a message, beside role and content
+# of a message, beside role and content
+_KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 
 
 class OddTurn(DataError):
-    """A conversation with a turn that cannot be used: a part that is no text, a role that nobody knows."""
+    """A conversation with a turn that cannot be used: a part that is no text, a role that nobody
+    knows."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +52,20 @@ class Conversation:
 
 
 def read_row(row: Any, where: str, field: str | None = None) -> str | Conversation:
-    """The text or the conversation of a row, "" where the fields that would hold it are null or blank. field: where it stands, in place
-    of what is usual. A field's name may be in any case. Raises OddTurn, and DataError for a row of another shape, which names the fields
-    that are there."""
+    """The text or the conversation of a row, "" where the fields that would hold it are null or
+    blank. field: where it stands, in place of what is usual. A field's name may be in any case.
+    Raises OddTurn, and DataError for a row of another shape, which names the fields that are
+    there."""
     if isinstance(row, str) and field is None:
         return row
     if not isinstance(row, dict):
         raise _refused(row, where, field)
     said, row = row, _plainly_named(row, {field} if field is not None else _NAMES)
-    given = {key: value for key, value in row.items() if value is not None and not (isinstance(value, str) and not value.strip())}
+    given = {
+        key: value
+        for key, value in row.items()
+        if value is not None and not (isinstance(value, str) and not value.strip())
+    }
     blank = row.keys() - given.keys()
     found = _usual(given, where, blank) if field is None else _of(given, field, where)
     if found is None and not blank & ({field} if field is not None else _holders(given)):
@@ -62,11 +74,19 @@ def read_row(row: Any, where: str, field: str | None = None) -> str | Conversati
 
 
 def _plainly_named(row: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
-    """A row whose fields have those of the names that they have but for case and blanks around them, wherever one field alone has it."""
+    """A row whose fields have those of the names that they have but for case and blanks around
+    them, wherever one field alone has it."""
     if len(row) == len(names & row.keys()):
         return dict(row)
     plain = {name.strip().lower(): name for name in names}
-    meant = {key: plain.get(key.strip().lower(), key) if isinstance(key, str) and key not in names else key for key in row}
+    meant = {
+        key: (
+            plain.get(key.strip().lower(), key)
+            if isinstance(key, str) and key not in names
+            else key
+        )
+        for key in row
+    }
     twice = {name for name, count in Counter(meant.values()).items() if count > 1}
     return {key if meant[key] in twice else meant[key]: value for key, value in row.items()}
 
@@ -75,23 +95,43 @@ def _usual(row: dict[str, Any], where: str, blank: Set[str]) -> str | Conversati
     """What stands in the fields of public data sets. blank: the names of those without a value."""
     if isinstance(row.get("text"), str):
         return str(row["text"])
-    row = {key: _turns(value) if key in _CELLS or isinstance(value, dict) else value for key, value in row.items()}
+    row = {
+        key: _turns(value) if key in _CELLS or isinstance(value, dict) else value
+        for key, value in row.items()
+    }
     for name in CONVERSATIONS:
         if isinstance(row.get(name), list):
             return _answered(_messages(row[name], f"{where} {name}"), row, where)
     if (pair := _pair(row, where)) is not None:
         return pair
-    for name in CONVERSATIONS:  # a text: before the weaker names, one of which may be an id beside it
+    # a text: before the weaker names, one of which may be an id beside it
+    for name in CONVERSATIONS:
         if isinstance(row.get(name), str):
             if row[name].strip() == "[]":
                 return ""
-            hint = "Python's own spelling of a list is no JSON: write the column with json.dumps" if row[name].startswith("[{'") else ""
-            found, expected = f"a text ({row[name][:60]!r})", "a list of messages, as such or as JSON"
-            raise DataError(Problem(f"{where} {name}", found, expected, hint or "The setting `field: NAME` takes it as a text"))
+            hint = (
+                "Python's own spelling of a list is no JSON: write the column with json.dumps"
+                if row[name].startswith("[{'")
+                else ""
+            )
+            found, expected = (
+                f"a text ({row[name][:60]!r})",
+                "a list of messages, as such or as JSON",
+            )
+            raise DataError(
+                Problem(
+                    f"{where} {name}",
+                    found,
+                    expected,
+                    hint or "The setting `field: NAME` takes it as a text",
+                )
+            )
     for name in TEXTS:  # after the pair: what it is about may have one of the weaker names
         if isinstance(row.get(name), str):
             return str(row[name])
-    alone = [name for name, value in row.items() if isinstance(value, str)] == ["prompt"] and not (blank | row.keys()) & set(ANSWERS)
+    alone = [name for name, value in row.items() if isinstance(value, str)] == ["prompt"] and not (
+        blank | row.keys()
+    ) & set(ANSWERS)
     return str(row["prompt"]) if alone else None
 
 
@@ -103,7 +143,8 @@ def _of(row: dict[str, Any], name: str, where: str) -> str | Conversation | None
 
 
 def _turns(value: Any) -> Any:
-    """A message by itself, or a text that is JSON of messages, as a table's cell holds them, as a list; anything else as it is."""
+    """A message by itself, or a text that is JSON of messages, as a table's cell holds them, as a
+    list; anything else as it is."""
     found = value
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -115,7 +156,9 @@ def _turns(value: Any) -> Any:
 
 
 def _is_turn(value: Any) -> bool:
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+    return isinstance(value, dict) and (
+        {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
+    )
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:
@@ -124,7 +167,8 @@ def _answer(row: Mapping[str, Any]) -> str | None:
 
 
 def _answered(messages: list[Message], row: Mapping[str, Any], where: str) -> Conversation:
-    """A dialogue, and behind it, where it ends with a question, the answer that the row holds apart from it."""
+    """A dialogue, and behind it, where it ends with a question, the answer that the row holds apart
+    from it."""
     name = _answer(row)
     if name is not None and messages and messages[-1]["role"] != "assistant":
         said = _said(row[name], "assistant", f"{where} {name}")
@@ -133,8 +177,8 @@ def _answered(messages: list[Message], row: Mapping[str, Any], where: str) -> Co
 
 
 def _holders(row: Mapping[str, Any]) -> set[str]:
-    """The names of fields that hold a row's text, and without a value say that there is none: a question's only beside an answer, since
-    an instruction's input is often blank."""
+    """The names of fields that hold a row's text, and without a value say that there is none: a
+    question's only beside an answer, since an instruction's input is often blank."""
     answered = any(name in row for name in ANSWERS)
     return {*TEXTS, *CONVERSATIONS, *ANSWERS, "prompt", *(QUESTIONS if answered else ())}
 
@@ -142,7 +186,9 @@ def _holders(row: Mapping[str, Any]) -> set[str]:
 def no_text(row: Any, where: str, field: str | None) -> DataError:
     """What is wrong with a data set all of whose rows are blank, of which this is one."""
     problems = _refused(row, where, field).problems
-    return DataError([replace(problem, found=f"{problem.found}, and no row with a text") for problem in problems])
+    return DataError(
+        [replace(problem, found=f"{problem.found}, and no row with a text") for problem in problems]
+    )
 
 
 def _pair(row: dict[str, Any], where: str) -> str | Conversation | None:
@@ -163,7 +209,10 @@ def _pair(row: dict[str, Any], where: str) -> str | Conversation | None:
     for text in about:
         said_before = asked[-1]["content"]
         if text not in said_before:  # a prompt may have been made of it
-            asked[-1] = {**asked[-1], "content": f"{said_before}\n\n{text}" if said_before.strip() else text}
+            asked[-1] = {
+                **asked[-1],
+                "content": f"{said_before}\n\n{text}" if said_before.strip() else text,
+            }
     opening = [message for message in asked[:1] if message["role"] == "system"]
     before = _history(row.get("history"), f"{where} history")
     return _conversation([*opening, *before, *asked[len(opening) :], *said], row)
@@ -177,8 +226,15 @@ def _history(value: Any, where: str) -> list[Message]:
         raise OddTurn(Problem(where, repr(value)[:80], "a list of [question, answer]"))
     turns: list[Message] = []
     for i, turn in enumerate(value):
-        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
-            turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+        if (
+            isinstance(turn, list)
+            and len(turn) == 2
+            and all(isinstance(text, str) for text in turn)
+        ):
+            turns += [
+                {"role": "user", "content": turn[0]},
+                {"role": "assistant", "content": turn[1]},
+            ]
         else:
             turns.append(_message(turn, f"{where}[{i}]"))
     return turns
@@ -202,10 +258,14 @@ def _messages(turns: list[Any], where: str) -> list[Message]:
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise OddTurn(Problem(where, repr(turn)[:80], "an object with role and content, or from and value"))
+        raise OddTurn(
+            Problem(where, repr(turn)[:80], "an object with role and content, or from and value")
+        )
     who, what = ("role", "content") if turn.get("role") is not None else ("from", "value")
     if not isinstance(turn.get(who), str) or (what not in turn and "tool_calls" not in turn):
-        raise OddTurn(Problem(where, f"an object with {_fields(turn)}", "role and content, or from and value"))
+        raise OddTurn(
+            Problem(where, f"an object with {_fields(turn)}", "role and content, or from and value")
+        )
     role = ROLES.get(turn[who].lower())
     if role is None:
         raise OddTurn(Problem(f"{where} {who}", repr(turn[who])[:80], f"one of {', '.join(ROLES)}"))
@@ -222,9 +282,17 @@ def _content(value: Any, where: str) -> str:
         return ""
     texts: list[str] = []
     for part in value if isinstance(value, list) else [value]:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        text = (
+            part.get("text")
+            if isinstance(part, dict) and part.get("type", "text") == "text"
+            else part
+        )
         if not isinstance(text, str):
-            found = f"a part of type {part['type']}" if isinstance(part, dict) and "type" in part else repr(part)[:80]
+            found = (
+                f"a part of type {part['type']}"
+                if isinstance(part, dict) and "type" in part
+                else repr(part)[:80]
+            )
             raise OddTurn(Problem(where, found, "text, or a list of parts of type text"))
         texts.append(text)
     return "".join(texts)
@@ -236,7 +304,10 @@ def _call(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+        return {
+            **call,
+            "function": {**function, "arguments": json.loads(function["arguments"] or "{}")},
+        }
     except (ValueError, RecursionError):
         return call
 
@@ -248,14 +319,26 @@ def _tools(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None
-    return value if isinstance(value, list) and value and all(isinstance(tool, dict) for tool in value) else None
+    return (
+        value
+        if isinstance(value, list) and value and all(isinstance(tool, dict) for tool in value)
+        else None
+    )
 
 
 def _refused(row: Any, where: str, field: str | None) -> DataError:
-    found = f"an object with {_fields(row)}" if isinstance(row, dict) else f"{_kind(row)} ({str(row)[:60]!r})"
+    found = (
+        f"an object with {_fields(row)}"
+        if isinstance(row, dict)
+        else f"{_kind(row)} ({str(row)[:60]!r})"
+    )
     if field is not None:
         return DataError(Problem(where, found, f"text, or a dialogue, in the field {field}"))
-    hint = "The setting `field: NAME` takes the text from another field" if isinstance(row, dict) and row else ""
+    hint = (
+        "The setting `field: NAME` takes the text from another field"
+        if isinstance(row, dict) and row
+        else ""
+    )
     return DataError(Problem(where, found, EXPECTED, hint))
 
 
@@ -265,5 +348,13 @@ def _fields(row: Mapping[Any, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds = {str: "text", bool: "yes or no", int: "number", float: "number", list: "list", dict: "object", type(None): "null"}
+    kinds = {
+        str: "text",
+        bool: "yes or no",
+        int: "number",
+        float: "number",
+        list: "list",
+        dict: "object",
+        type(None): "null",
+    }
     return kinds.get(type(value), type(value).__name__)

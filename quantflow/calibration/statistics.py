@@ -1,6 +1,7 @@
 """Statistics of activations, gathered as they stream by.
 
-Shapes: activations `[..., K]`; one statistic a channel, `[K]`. K and V of attention: `[B, kv_heads, L, D]`.
+Shapes: activations `[..., K]`; one statistic a channel, `[K]`. K and V of attention: `[B, kv_heads,
+L, D]`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ HESSIAN_BLOCK = 256  # rows of the symmetric sum that are computed together, fro
 
 
 def evenly(rows: Tensor, most: int) -> Tensor:
-    """At most `most` of `[R, K]`, from the first to the last. A whole step would meet the same places of every window again."""
-    picked = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device, dtype=torch.float64)
+    """At most `most` of `[R, K]`, from the first to the last. A whole step would meet the same
+    places of every window again."""
+    picked = torch.linspace(
+        0, len(rows) - 1, min(most, len(rows)), device=rows.device, dtype=torch.float64
+    )
     return rows[picked.round().long()]
 
 
 class ChannelStatistics:
-    """max, min, mean, absmax and absmean of every channel, as LMDeploy's `lite calibrate` records them."""
+    """max, min, mean, absmax and absmean of every channel, as LMDeploy's `lite calibrate` records
+    them."""
 
     def __init__(self) -> None:
         self._values: dict[str, Tensor] = {}
@@ -33,7 +38,12 @@ class ChannelStatistics:
         high, low = rows.amax(0).float(), rows.amin(0).float()
         total, absolute = rows.sum(0, dtype=torch.float32), rows.abs().sum(0, dtype=torch.float32)
         if not self._rows:
-            self._values = {"max": high, "min": low, "sum": total.double(), "abssum": absolute.double()}
+            self._values = {
+                "max": high,
+                "min": low,
+                "sum": total.double(),
+                "abssum": absolute.double(),
+            }
         else:
             v = self._values
             torch.maximum(v["max"], high, out=v["max"])
@@ -77,24 +87,31 @@ class KVStatistics:
         out = dict(self._values)
         for name in ("key", "value"):
             if f"{name}.max" in out:
-                out[f"{name}.absmax"] = torch.maximum(out[f"{name}.max"].abs(), out[f"{name}.min"].abs())
+                out[f"{name}.absmax"] = torch.maximum(
+                    out[f"{name}.max"].abs(), out[f"{name}.min"].abs()
+                )
         return out
 
 
 class Hessian:
     """`Xᵀ X` `[K, K]` in float32, over all rows seen.
 
-    Many bfloat16 rows are multiplied as they are, `HESSIAN_ROWS` at a time, and summed in float32: on a CPU with bf16
-    arithmetic that is two to five times as fast, and the rounding of many partial products averages out. Few rows (an expert's)
-    have nothing to average over, and a float16 product overflows: both are multiplied in float32, and so are all if `exact`.
-    Only blocks on and above the diagonal are computed.
+    Many bfloat16 rows are multiplied as they are, `HESSIAN_ROWS` at a time, and summed in float32:
+    on a CPU with bf16 arithmetic that is two to five times as fast, and the rounding of many
+    partial products averages out. Few rows (an expert's) have nothing to average over, and a
+    float16 product overflows: both are multiplied in float32, and so are all if `exact`. Only
+    blocks on and above the diagonal are computed.
     rounded: whether some product was not exact.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu", *, exact: bool = False) -> None:
+    def __init__(
+        self, channels: int, device: torch.device | str = "cpu", *, exact: bool = False
+    ) -> None:
         self._exact, self.rounded = exact, False
         self._sum = torch.zeros(channels, channels, device=device)
-        self._blocks = [slice(a, min(a + HESSIAN_BLOCK, channels)) for a in range(0, channels, HESSIAN_BLOCK)]
+        self._blocks = [
+            slice(a, min(a + HESSIAN_BLOCK, channels)) for a in range(0, channels, HESSIAN_BLOCK)
+        ]
         self.rows = 0
 
     @property
@@ -111,7 +128,11 @@ class Hessian:
         for part in flat.split(HESSIAN_ROWS):
             rows = part.float() if exact else part
             for block in self._blocks:
-                left, right, total = rows[:, block].T, rows[:, block.start :], self._sum[block, block.start :]
+                left, right, total = (
+                    rows[:, block].T,
+                    rows[:, block.start :],
+                    self._sum[block, block.start :],
+                )
                 if exact:
                     total.addmm_(left, right)
                 else:

@@ -1,4 +1,5 @@
-"""A lazy reader of a model directory: its config, tokenizer files and tensors, one at a time. Nothing in it is executed."""
+"""A lazy reader of a model directory: its config, tokenizer files and tensors, one at a time.
+Nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 def resolve_model(model: str) -> Path:
-    """The directory of a model: a local one, one in the hub's cache, or a hub id downloaded (weights and tokenizer only, no code).
+    """The directory of a model: a local one, one in the hub's cache, or a hub id downloaded
+    (weights and tokenizer only, no code).
 
     Raises ModelError, which says how to go on without the hub.
     """
@@ -47,37 +49,68 @@ def resolve_model(model: str) -> Path:
         hint = f"Give the directory that it is in: {path.parent}" if inside else ""
         raise ModelError(Problem(model, "a file", "a model directory, or a .gguf file", hint))
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise ModelError(Problem(model, absent(path, "directory"), "a model directory or a hub id such as internlm/internlm-chat-7b"))
+        raise ModelError(
+            Problem(
+                model,
+                absent(path, "directory"),
+                "a model directory or a hub id such as internlm/internlm-chat-7b",
+            )
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                model,
+                allow_patterns=[
+                    "*.json",
+                    "*.safetensors",
+                    "*.model",
+                    "*.txt",
+                    "*.tiktoken",
+                    "*.jinja",
+                ],
+            )
+        )
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise ModelError(
-            Problem(model, f"no such directory, and the hub could not give it ({reason})", hint="Download it and pass --model DIR")
+            Problem(
+                model,
+                f"no such directory, and the hub could not give it ({reason})",
+                hint="Download it and pass --model DIR",
+            )
         ) from error
 
 
 def _stretched(config: DecoderConfig) -> Iterator[str]:
     """What a user should know of a context that is longer than config.json's number."""
     if config.context > config.max_positions:
-        how = f"max_position_embeddings is {config.max_positions}, and {config.rope.kind} rope scaling stretches what was trained"
-        yield f"texts may have {config.context} tokens: {how} {config.rope.parameters['factor']:g} times"
+        how = (
+            f"max_position_embeddings is {config.max_positions}, and {config.rope.kind} rope"
+            " scaling stretches what was trained"
+        )
+        yield (
+            f"texts may have {config.context} tokens: {how} {config.rope.parameters['factor']:g}"
+            " times"
+        )
 
 
 class Checkpoint:
-    """A model directory. The constructor reads config.json and the safetensors headers, and no weight but two that may be one: the
-    embedding and the head, where they are said to be tied and both are there, and a tensor that stands in two files. Such are compared
-    up to where they differ, and those that do not once in a process.
+    """A model directory. The constructor reads config.json and the safetensors headers, and no
+    weight but two that may be one: the embedding and the head, where they are said to be tied and
+    both are there, and a tensor that stands in two files. Such are compared up to where they
+    differ, and those that do not once in a process.
 
-    config_only: the weight files need not be there; `shape_of` then answers from the config. tp: the files hold one of that many
-    tensor-parallel ranks. Raises ModelError for a config that cannot be followed; `problems` says what is wrong with the tensors.
+    config_only: the weight files need not be there; `shape_of` then answers from the config. tp:
+    the files hold one of that many tensor-parallel ranks. Raises ModelError for a config that
+    cannot be followed; `problems` says what is wrong with the tensors.
 
-    config, raw_config: as the tensors bear them out: not tied where the head is another than the embedding. Every tensor of the source
-    is either in `sources` (native name -> where it lies) or in `left_out` (source name -> why). remarks: what is odd about this one, and
-    what was made of it.
+    config, raw_config: as the tensors bear them out: not tied where the head is another than the
+    embedding. Every tensor of the source is either in `sources` (native name -> where it lies) or
+    in `left_out` (source name -> why). remarks: what is odd about this one, and what was made of
+    it.
     """
 
     def __init__(self, path: Path, *, config_only: bool = False, tp: int = 1) -> None:
@@ -90,7 +123,8 @@ class Checkpoint:
                     f"{path}/config.json model_type",
                     repr(model_type),
                     f"one of {', '.join(sorted(ARCHITECTURES))}",
-                    "What is missing for another family is a table in quantflow/models: its tensor names and what its decoder computes",
+                    "What is missing for another family is a table in quantflow/models: its tensor"
+                    " names and what its decoder computes",
                 )
             )
         self.architecture: Architecture = ARCHITECTURES[model_type]
@@ -100,7 +134,9 @@ class Checkpoint:
         except ConfigProblem as error:
             raise ModelError(Problem(f"{path}/config.json", str(error))) from error
         if isinstance(self.container, Directory):
-            self.container = self.container.renamed(own_names(self.container.tensors, self.architecture, path))
+            self.container = self.container.renamed(
+                own_names(self.container.tensors, self.architecture, path)
+            )
         self.config_only = config_only
         overruled += tuple(_stretched(self.config))
         self.remarks: tuple[str, ...] = self.container.notes + overruled
@@ -108,11 +144,18 @@ class Checkpoint:
         self.left_out: dict[str, str] = {}
         self._segments: dict[bool, tuple[Segment, ...]] = {}
         self._linears: dict[bool, dict[str, LinearSpec]] = {}
-        self._twice: list[tuple[str, str, str]] = []  # a native tensor that two source tensors hold, and these
+        # a native tensor that two source tensors hold, and these
+        self._twice: list[tuple[str, str, str]] = []
         self._account()
         self.quantization: dict[str, Any] | None = self.raw_config.get("quantization_config")
         if self.quantization is not None and not isinstance(self.quantization, dict):
-            raise ModelError(Problem(f"{path}/config.json quantization_config", repr(self.quantization)[:80], "a JSON object"))
+            raise ModelError(
+                Problem(
+                    f"{path}/config.json quantization_config",
+                    repr(self.quantization)[:80],
+                    "a JSON object",
+                )
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -144,31 +187,51 @@ class Checkpoint:
             if COMPUTED_TENSORS.search(name):
                 self.left_out[name] = "a buffer that is computed"
                 continue
-            natives = self.architecture.sources(name, info.shape, self.config) or {name: Source(name)}
+            natives = self.architecture.sources(name, info.shape, self.config) or {
+                name: Source(name)
+            }
             layer = self.architecture.layer_of(next(iter(natives)))
             if layer is not None and layer >= self.config.layers:
                 self.left_out[name] = f"in a layer beyond num_hidden_layers = {self.config.layers}"
                 beyond.add(layer)
                 continue
-            self._twice += [(native, self.sources[native].name, name) for native in natives if native in self.sources]
+            self._twice += [
+                (native, self.sources[native].name, name)
+                for native in natives
+                if native in self.sources
+            ]
             self.sources |= natives
         if beyond:
-            few = ", ".join(map(str, sorted(beyond))) if len(beyond) < 4 else f"{min(beyond)} to {max(beyond)}"
-            said = f"layer{'s' if len(beyond) > 1 else ''} {few} left out, as transformers does: num_hidden_layers is {self.config.layers}"
+            few = (
+                ", ".join(map(str, sorted(beyond)))
+                if len(beyond) < 4
+                else f"{min(beyond)} to {max(beyond)}"
+            )
+            said = (
+                f"layer{'s' if len(beyond) > 1 else ''} {few} left out, as transformers does:"
+                f" num_hidden_layers is {self.config.layers}"
+            )
             self.remarks += (said,)
         if self.config.tied:
             self._account_for_head()
 
     def _account_for_head(self) -> None:
         """Of a model whose head is said to be the embedding: what the file's own head is."""
-        head, embedding = f"{self.architecture.head}.weight", f"{self.architecture.embedding}.weight"
+        head, embedding = (
+            f"{self.architecture.head}.weight",
+            f"{self.architecture.embedding}.weight",
+        )
         heads = [name for name in self.sources if name.startswith(f"{self.architecture.head}.")]
         if not heads:
             return
-        if heads == [head] and not any(name.startswith(f"{self.architecture.embedding}.") for name in self.sources):
+        if heads == [head] and not any(
+            name.startswith(f"{self.architecture.embedding}.") for name in self.sources
+        ):
             self.sources[embedding] = self.sources.pop(head)
         elif heads == [head] and embedding in self.sources and self._same(head, embedding):
-            self.left_out[self.sources.pop(head).name] = f"a second copy of {self.sources[embedding].name}, which it is tied to"
+            self.left_out[self.sources.pop(head).name] = (
+                f"a second copy of {self.sources[embedding].name}, which it is tied to"
+            )
         else:
             self.config = replace(self.config, tied=False)
             self.raw_config = {**self.raw_config, "tie_word_embeddings": False}
@@ -178,23 +241,31 @@ class Checkpoint:
 
     def _same(self, one: str, other: str) -> bool:
         """Whether two native tensors lie there as the same numbers."""
-        return same_tensor(self.container, self.sources[one].name, self.container, self.sources[other].name)
+        return same_tensor(
+            self.container, self.sources[one].name, self.container, self.sources[other].name
+        )
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Native name -> shape of every tensor the config asks for."""
-        return {n: self.rank_shape(n, shape) for n, shape in expected_tensors(self.architecture, self.config)}
+        return {
+            n: self.rank_shape(n, shape)
+            for n, shape in expected_tensors(self.architecture, self.config)
+        }
 
     def rank_shape(self, native: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """What a tensor-parallel rank holds of a tensor of `shape`."""
         return shape if self.tp == 1 else shard_shape(native, shape, self.cut(native), self.tp)
 
     def cut(self, native: str) -> int | None:
-        """Along which dimension tensor parallelism cuts a tensor; None where every rank holds all of it."""
+        """Along which dimension tensor parallelism cuts a tensor; None where every rank holds all
+        of it."""
         layer = self.architecture.layer_of(native)
         if layer is None:
             return None
-        linear, _, part = native.removeprefix(f"{self.architecture.layer_prefix(layer)}.").rpartition(".")
+        linear, _, part = native.removeprefix(
+            f"{self.architecture.layer_prefix(layer)}."
+        ).rpartition(".")
         spec = self.linears(layer).get(linear)
         return None if spec is None or (part == "bias" and spec.cut == 1) else spec.cut
 
@@ -203,7 +274,9 @@ class Checkpoint:
         kind = self.config.is_moe(layer)  # layers of a kind are alike
         if kind not in self._segments:
             self._segments[kind] = segments(self.architecture, self.config, layer)
-            self._linears[kind] = {spec.name: spec for segment in self._segments[kind] for spec in segment.linears}
+            self._linears[kind] = {
+                spec.name: spec for segment in self._segments[kind] for spec in segment.linears
+            }
         return self._segments[kind]
 
     def linears(self, layer: int) -> Mapping[str, LinearSpec]:
@@ -212,8 +285,9 @@ class Checkpoint:
         return self._linears[self.config.is_moe(layer)]
 
     def problems(self, packed: Callable[[str], bool] = lambda name: False) -> list[Problem]:
-        """What keeps this checkpoint from being read: missing, misshapen and unknown tensors. packed: whether a name is that of a
-        quantised weight or of a tensor that it is packed into, which are for others to check."""
+        """What keeps this checkpoint from being read: missing, misshapen and unknown tensors.
+        packed: whether a name is that of a quantised weight or of a tensor that it is packed into,
+        which are for others to check."""
         if self.config_only:
             return []
         if problem := foreign(self.container.tensors, self.architecture, self.path):
@@ -230,25 +304,53 @@ class Checkpoint:
             try:
                 found = source.shape_of(info.shape)
             except ValueError as error:
-                problems.append(Problem(f"{self.path} tensor {source.name}", str(error), hint="config.json and weights disagree"))
+                problems.append(
+                    Problem(
+                        f"{self.path} tensor {source.name}",
+                        str(error),
+                        hint="config.json and weights disagree",
+                    )
+                )
                 continue
             if found != shape:
                 where = f"{self.path} tensor {source.name}"
-                problems.append(Problem(where, f"shape {list(found)}", f"{list(shape)} by config.json", "config.json and weights disagree"))
+                problems.append(
+                    Problem(
+                        where,
+                        f"shape {list(found)}",
+                        f"{list(shape)} by config.json",
+                        "config.json and weights disagree",
+                    )
+                )
             if info.dtype not in _FLOATS:
-                problems.append(Problem(f"{self.path} tensor {source.name}", f"dtype {info.dtype}", ", ".join(_FLOATS)))
+                problems.append(
+                    Problem(
+                        f"{self.path} tensor {source.name}",
+                        f"dtype {info.dtype}",
+                        ", ".join(_FLOATS),
+                    )
+                )
         if missing:
-            names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            names = ", ".join(missing[:4]) + (
+                f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            )
             hint = "Is a shard missing, or config.json another model's?"
             if missing == [f"{self.architecture.head}.weight"]:
-                hint = "Save the class with a head, such as AutoModelForCausalLM's; or is it tied, and tie_word_embeddings should say so?"
+                hint = (
+                    "Save the class with a head, such as AutoModelForCausalLM's; or is it tied, and"
+                    " tie_word_embeddings should say so?"
+                )
             problems.append(Problem(str(self.path), f"missing tensors: {names}", hint=hint))
         for twice, first, second in self._twice:
             what = f"both {first} and {second}, for {twice}"
-            problems.append(Problem(str(self.path), what, "one of them", "Which is meant? Remove the other"))
+            problems.append(
+                Problem(str(self.path), what, "one of them", "Which is meant? Remove the other")
+            )
         unknown = [n for n in self.sources if n not in self.expected and not packed(n)]
         if unknown:
-            names = ", ".join(unknown[:4]) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else "")
+            names = ", ".join(unknown[:4]) + (
+                f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
+            )
             problems.append(
                 Problem(
                     str(self.path),
@@ -256,19 +358,24 @@ class Checkpoint:
                     hint="They would be lost; is model_type right?",
                 )
             )
-        return list(dict.fromkeys(problems))  # a fused tensor that is wrong is so for each of its parts
+        # a fused tensor that is wrong is so for each of its parts
+        return list(dict.fromkeys(problems))
 
     def shape_of(self, native: str) -> tuple[int, ...]:
         return self.expected[native]
 
     def dtype_of(self, native: str) -> str:
-        """The safetensors dtype of a native tensor (from config.json where the weights are not there)."""
+        """The safetensors dtype of a native tensor (from config.json where the weights are not
+        there)."""
         if self.config_only:
-            return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(self.config.dtype, "BF16")
+            return {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}.get(
+                self.config.dtype, "BF16"
+            )
         return self.container.tensors[self.sources[native].name].dtype
 
     def tensor(self, native: str) -> Tensor:
-        """A native tensor as the checkpoint stores it; raises ModelError where it holds NaN or infinity."""
+        """A native tensor as the checkpoint stores it; raises ModelError where it holds NaN or
+        infinity."""
         import torch
 
         source = self.sources[native]
@@ -283,13 +390,22 @@ class Checkpoint:
             part = read(source.name).view(source.view)[source.index]
             value = part.reshape(-1) if source.vector else part.reshape(-1, source.view[-1])
             value = value.contiguous()
-        # The extremes of numbers that are all finite are finite, and NaN is its own extreme: one fast pass.
-        if value.is_floating_point() and value.numel() and not all(math.isfinite(float(end)) for end in torch.aminmax(value)):
+        # The extremes of numbers that are all finite are finite, and NaN is its own extreme: one
+        # fast pass.
+        if (
+            value.is_floating_point()
+            and value.numel()
+            and not all(math.isfinite(float(end)) for end in torch.aminmax(value))
+        ):
             bad = int((~value.isfinite()).sum())
             raise ModelError(
-                Problem(f"{self.path} tensor {source.name}", f"{bad} of {value.numel()} values are NaN or infinite", "finite weights",
-                        "The checkpoint is damaged")
-            )  # fmt: skip
+                Problem(
+                    f"{self.path} tensor {source.name}",
+                    f"{bad} of {value.numel()} values are NaN or infinite",
+                    "finite weights",
+                    "The checkpoint is damaged",
+                )
+            )
         return value
 
     def layer(self, i: int) -> dict[str, Tensor]:
@@ -308,8 +424,13 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all tensors that are not left out, from headers or, without weights, from the config."""
+        """Bytes of all tensors that are not left out, from headers or, without weights, from the
+        config."""
         if not self.config_only:
-            return sum(info.nbytes for name, info in self.container.tensors.items() if name not in self.left_out)
+            return sum(
+                info.nbytes
+                for name, info in self.container.tensors.items()
+                if name not in self.left_out
+            )
         item = 4 if self.config.dtype == "float32" else 2
         return sum(math.prod(shape) * item for shape in self.expected.values())

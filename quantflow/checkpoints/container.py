@@ -1,4 +1,5 @@
-"""Where a checkpoint's config and tensors lie: a Hugging Face directory, a GGUF file, a TurboMind workspace."""
+"""Where a checkpoint's config and tensors lie: a Hugging Face directory, a GGUF file, a TurboMind
+workspace."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Container(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The tensors under the names that a Hugging Face checkpoint has; where a packed layout is read in parts, the parts."""
+        """The tensors under the names that a Hugging Face checkpoint has; where a packed layout is
+        read in parts, the parts."""
 
     @property
     def files(self) -> list[Path]:
@@ -39,14 +41,17 @@ class Container(Protocol):
         """What a user should know of how the tensors are stored."""
 
     def read(self, name: str, index: int | slice | None = None) -> Tensor:
-        """The tensor `name`, or one or some of its slices along the first dimension, freshly allocated on the CPU. Raises ModelError."""
+        """The tensor `name`, or one or some of its slices along the first dimension, freshly
+        allocated on the CPU. Raises ModelError."""
 
     def kv_parameters(self) -> dict[str, Tensor]:
-        """Scales and zero points of the KV cache that the container itself holds, named as in `kv_qparams.safetensors`."""
+        """Scales and zero points of the KV cache that the container itself holds, named as in
+        `kv_qparams.safetensors`."""
 
 
 def open_container(path: Path, *, config_only: bool = False) -> Container:
-    """The container at `path`, a file or a directory. config_only: the weight files need not be there. Raises ModelError."""
+    """The container at `path`, a file or a directory. config_only: the weight files need not be
+    there. Raises ModelError."""
     if not (path / "config.json").is_file():
         if is_workspace(path):
             return Workspace(path)

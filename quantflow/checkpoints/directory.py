@@ -1,4 +1,5 @@
-"""A checkpoint as Hugging Face lays it out: `config.json`, and safetensors files with or without an index."""
+"""A checkpoint as Hugging Face lays it out: `config.json`, and safetensors files with or without an
+index."""
 
 from __future__ import annotations
 
@@ -25,42 +26,60 @@ _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # of a pair, or half of 
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file of a model directory, the weights apart. Raises ModelError for what cannot be read, is larger than any such file,
-    is no regular file, is a link that leads out of the directory, or has a `placeholder` in its place."""
+    """The bytes of a file of a model directory, the weights apart. Raises ModelError for what
+    cannot be read, is larger than any such file, is no regular file, is a link that leads out of
+    the directory, or has a `placeholder` in its place."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ModelError(Problem(str(path), "no regular file", "a file of the model"))
         if status.st_size > _MOST_BYTES:
-            raise ModelError(Problem(str(path), f"{status.st_size} bytes", f"at most {_MOST_BYTES}"))
+            raise ModelError(
+                Problem(str(path), f"{status.st_size} bytes", f"at most {_MOST_BYTES}")
+            )
         if _leads_out(path):
             raise ModelError(_stranger(path))
         data = path.read_bytes()
     except OSError as error:
-        raise ModelError(Problem(str(path), error.strerror or str(error), "a readable file")) from error
-    if data and (problem := placeholder(path, data[:HEAD_BYTES])):  # an empty file may be meant: those who need more say so
+        raise ModelError(
+            Problem(str(path), error.strerror or str(error), "a readable file")
+        ) from error
+    # an empty file may be meant: those who need more say so
+    if data and (problem := placeholder(path, data[:HEAD_BYTES])):
         raise ModelError(problem)
     return data
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a model directory. Raises ModelError, for half a surrogate pair too."""
+    """The JSON object in a file of a model directory. Raises ModelError, for half a surrogate pair
+    too."""
     data = read_file(path)
     if not data and (problem := placeholder(path, data)):
         raise ModelError(problem)
     try:
         value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: bad UTF-8 or JSON, or a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: bad UTF-8 or JSON, or a number of thousands of digits
         raise ModelError(Problem(str(path), f"not JSON ({error})", "a JSON object")) from error
     if not isinstance(value, dict):
-        raise ModelError(Problem(str(path), f"JSON of type {type(value).__name__}", "a JSON object"))
+        raise ModelError(
+            Problem(str(path), f"JSON of type {type(value).__name__}", "a JSON object")
+        )
     if _ESCAPED_SURROGATE.search(data) and (halves := list(half_letters(value))):
-        raise ModelError([Problem(f"{path}{place}", json.dumps(text)[:80], "text that UTF-8 can hold") for place, text in halves[:20]])
+        raise ModelError(
+            [
+                Problem(f"{path}{place}", json.dumps(text)[:80], "text that UTF-8 can hold")
+                for place, text in halves[:20]
+            ]
+        )
     return value
 
 
 def half_letters(value: Any) -> Iterator[tuple[str, str]]:
-    """Place and text of what in a JSON value has half a surrogate pair in it, which JSON can spell and no file or screen can hold."""
+    """Place and text of what in a JSON value has half a surrogate pair in it, which JSON can spell
+    and no file or screen can hold."""
     left = [("", value)]
     while left:
         place, value = left.pop()
@@ -68,24 +87,38 @@ def half_letters(value: Any) -> Iterator[tuple[str, str]]:
             yield place, value
         elif isinstance(value, dict):
             left += [(place, key) for key in value]
-            left += [(f"{place} {key}".encode("utf-8", "backslashreplace").decode()[:200], own) for key, own in value.items()]
+            left += [
+                (f"{place} {key}".encode("utf-8", "backslashreplace").decode()[:200], own)
+                for key, own in value.items()
+            ]
         elif isinstance(value, list):
             left += [(place, own) for own in value]
 
 
 def is_place(name: Any) -> bool:
-    """Whether a text that stood in a file can name a place in the same directory: a relative path that the system takes and that stays."""
-    if not isinstance(name, str) or "\0" in name or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_PLACE:
+    """Whether a text that stood in a file can name a place in the same directory: a relative path
+    that the system takes and that stays."""
+    if (
+        not isinstance(name, str)
+        or "\0" in name
+        or len(name.encode("utf-8", "surrogatepass")) > _LONGEST_PLACE
+    ):
         return False
     parts = Path(name).parts
-    return not Path(name).is_absolute() and all(part != ".." and len(part.encode("utf-8", "surrogatepass")) < 256 for part in parts)
+    return not Path(name).is_absolute() and all(
+        part != ".." and len(part.encode("utf-8", "surrogatepass")) < 256 for part in parts
+    )
 
 
 def _leads_out(path: Path) -> bool:
-    """Whether a file is a link to another place: a model that somebody sent may not name files of the reader's. The hub's cache is such
-    a place on purpose, where a snapshot's files are links to `blobs` beside it."""
+    """Whether a file is a link to another place: a model that somebody sent may not name files of
+    the reader's. The hub's cache is such a place on purpose, where a snapshot's files are links to
+    `blobs` beside it."""
     inside = path.parent.resolve()
-    return path.is_symlink() and path.resolve().parent not in (inside, inside.parent.parent / "blobs")
+    return path.is_symlink() and path.resolve().parent not in (
+        inside,
+        inside.parent.parent / "blobs",
+    )
 
 
 def _stranger(path: Path) -> Problem:
@@ -94,7 +127,8 @@ def _stranger(path: Path) -> Problem:
 
 
 class Directory:
-    """A model directory. The constructor reads config.json and, unless `config_only`, the headers of the weight files.
+    """A model directory. The constructor reads config.json and, unless `config_only`, the headers
+    of the weight files.
 
     left_out_files: each file of weights that is not read -> why."""
 
@@ -105,12 +139,16 @@ class Directory:
         self.tokenizer = path
         self._places, self.left_out_files = ({}, {}) if config_only else _locate(path)
         self.notes = tuple(_said(self.left_out_files))
-        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._places.items()}
-        self._names = {name: name for name in self._places}  # as called here -> as called in the file
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: file.tensors[name] for name, file in self._places.items()
+        }
+        # as called here -> as called in the file
+        self._names = {name: name for name in self._places}
         self.files = sorted({file.path for file in self._places.values()})
 
     def renamed(self, names: Mapping[str, str]) -> Directory:
-        """The same with other names for its tensors. names: of every tensor, the name it has -> the one it gets."""
+        """The same with other names for its tensors. names: of every tensor, the name it has -> the
+        one it gets."""
         if all(name == other for name, other in names.items()):
             return self
         other = copy(self)
@@ -132,28 +170,45 @@ def _no_config(path: Path) -> Problem:
     below = sorted(name for name in there if (path / name / "config.json").is_file())
     hint = "Is the download complete?"
     if "adapter_config.json" in there:
-        hint = "It is an adapter: merge it into its model, with merge_and_unload() of PEFT, and save that"
+        hint = (
+            "It is an adapter: merge it into its model, with merge_and_unload() of PEFT, and save"
+            " that"
+        )
     elif "params.json" in there:
-        hint = "It is the layout of the model's maker (params.json): download, or convert to, that of transformers"
+        hint = (
+            "It is the layout of the model's maker (params.json): download, or convert to, that of"
+            " transformers"
+        )
     elif below:
         hint = f"Give the directory inside: {path / below[0]}"
-    return Problem(str(path / "config.json"), "No such file or directory", "a model directory", hint)
+    return Problem(
+        str(path / "config.json"), "No such file or directory", "a model directory", hint
+    )
 
 
 def _said(left_out: Mapping[str, str]) -> Iterator[str]:
     """A line for each reason why files are not read."""
     for why in dict.fromkeys(left_out.values()):
         names = [name for name in left_out if left_out[name] == why]
-        yield f"not read: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} ({why})"
+        yield (
+            "not read:"
+            f" {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            f" ({why})"
+        )
 
 
 def _locate(path: Path) -> tuple[dict[str, TensorFile], Mapping[str, str]]:
-    """The file of every tensor; and every other file of weights, with why it is not read. Raises ModelError."""
+    """The file of every tensor; and every other file of weights, with why it is not read. Raises
+    ModelError."""
     chosen = weight_files(path, _read_index(path / INDEX) if (path / INDEX).is_file() else {})
     if strangers := [path / name for name in chosen.names if _leads_out(path / name)]:
         raise ModelError([_stranger(stranger) for stranger in strangers])
     files = {name: TensorFile(path / name) for name in chosen.names}
-    places = {tensor: files[name] for tensor, name in chosen.weight_map.items() if tensor in files[name].tensors}
+    places = {
+        tensor: files[name]
+        for tensor, name in chosen.weight_map.items()
+        if tensor in files[name].tensors
+    }
     problems = [
         Problem(str(path / name), f"tensor {tensor} is missing", hint=f"{INDEX} says it is there")
         for tensor, name in chosen.weight_map.items()
@@ -161,7 +216,8 @@ def _locate(path: Path) -> tuple[dict[str, TensorFile], Mapping[str, str]]:
     ]
     for name, file in files.items():
         for tensor in file.tensors:
-            other = places.setdefault(tensor, file)  # a shard may hold what the index forgot: every loader reads it
+            # a shard may hold what the index forgot: every loader reads it
+            other = places.setdefault(tensor, file)
             if other is file or (chosen.weight_map and _copied(tensor, file, other)):
                 continue
             found = f"tensor {tensor} stands in two files, also in {other.path.name}"
@@ -177,22 +233,41 @@ def _locate(path: Path) -> tuple[dict[str, TensorFile], Mapping[str, str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ModelError(Problem(str(index), "no weight_map from tensor names to files", "a safetensors index"))
-    unsafe = sorted({v for v in weight_map.values() if os.path.basename(v) != v or not v.endswith(".safetensors") or not is_place(v)})
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise ModelError(
+            Problem(str(index), "no weight_map from tensor names to files", "a safetensors index")
+        )
+    unsafe = sorted(
+        {
+            v
+            for v in weight_map.values()
+            if os.path.basename(v) != v or not v.endswith(".safetensors") or not is_place(v)
+        }
+    )
     if unsafe:
         expected = "the name of a .safetensors file in the same directory"
-        raise ModelError([Problem(str(index), f"weight file {v!r}"[:200], expected) for v in unsafe[:20]])
+        raise ModelError(
+            [Problem(str(index), f"weight file {v!r}"[:200], expected) for v in unsafe[:20]]
+        )
     return weight_map
 
 
 def _copied(name: str, one: TensorFile, other: TensorFile) -> bool:
     """Whether two files hold the same tensor under a name, in one dtype."""
-    return one.tensors[name].dtype == other.tensors[name].dtype and same_tensor(one, name, other, name)
+    return one.tensors[name].dtype == other.tensors[name].dtype and same_tensor(
+        one, name, other, name
+    )
 
 
-def _contradictions(path: Path, copies: Sequence[str], places: Mapping[str, TensorFile]) -> list[Problem]:
-    """A problem where shards that are not read hold another model than `places`: some loaders would take the one, some the other."""
+def _contradictions(
+    path: Path, copies: Sequence[str], places: Mapping[str, TensorFile]
+) -> list[Problem]:
+    """A problem where shards that are not read hold another model than `places`: some loaders would
+    take the one, some the other."""
     for name in copies:
         if _leads_out(path / name):
             continue
@@ -200,9 +275,19 @@ def _contradictions(path: Path, copies: Sequence[str], places: Mapping[str, Tens
             file = TensorFile(path / name)
         except ModelError:  # what is left of a download is no model of its own
             continue
-        wrong = next((tensor for tensor in file.tensors if tensor not in places or not _copied(tensor, file, places[tensor])), None)
+        wrong = next(
+            (
+                tensor
+                for tensor in file.tensors
+                if tensor not in places or not _copied(tensor, file, places[tensor])
+            ),
+            None,
+        )
         if wrong is not None:
             found = f"{WEIGHTS} and shards such as {name}, which differ in {wrong}"
-            hint = f"transformers opens {WEIGHTS}, and others the shards: move away those that are not meant"
+            hint = (
+                f"transformers opens {WEIGHTS}, and others the shards: move away those that are not"
+                " meant"
+            )
             return [Problem(str(path), found, "one model", hint)]
     return []

@@ -11,13 +11,19 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_ELEMENTS = 2**22  # compared at a time: an embedding is the largest tensor of a model, and float64 makes it four times as large
+# compared at a time: an embedding is the largest tensor of a model, and float64 makes it four times
+# as large
+_ELEMENTS = 2**22
 
 
-def converted(name: str, tensor: Tensor, dtype: torch.dtype, *, rounded: bool) -> tuple[Tensor, float]:
-    """`tensor` in `dtype`, and the relative error of that in the Frobenius norm, 0 where every number stayed what it was.
+def converted(
+    name: str, tensor: Tensor, dtype: torch.dtype, *, rounded: bool
+) -> tuple[Tensor, float]:
+    """`tensor` in `dtype`, and the relative error of that in the Frobenius norm, 0 where every
+    number stayed what it was.
 
-    Raises FormatError, naming the tensor, where a number changes and `rounded` is not set, or one leaves the dtype's range.
+    Raises FormatError, naming the tensor, where a number changes and `rounded` is not set, or one
+    leaves the dtype's range.
     """
     import torch
 
@@ -29,12 +35,21 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype, *, rounded: bool) -
     for source, target in zip(tensor.split(rows), result.split(rows), strict=True):
         target.copy_(source)
         if bool((target.isfinite() != source.isfinite()).any()) or bool(source.isnan().any()):
-            raise FormatError(Problem(name, f"values beyond the range of {kind}", "numbers that it holds"))
+            raise FormatError(
+                Problem(name, f"values beyond the range of {kind}", "numbers that it holds")
+            )
         off = target.double() - source.double()
         count += int(off.count_nonzero())
         error += float(off.square().sum())
         size += float(source.double().square().sum())
     if count and not rounded:
         hint = "Ask for them to be rounded: export --requantize, or requantize: true in pack"
-        raise FormatError(Problem(name, f"{count} of {tensor.numel()} values are not exact in {kind}", "exact ones", hint))
+        raise FormatError(
+            Problem(
+                name,
+                f"{count} of {tensor.numel()} values are not exact in {kind}",
+                "exact ones",
+                hint,
+            )
+        )
     return result, math.sqrt(error / size) if count else 0.0

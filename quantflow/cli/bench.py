@@ -1,4 +1,5 @@
-"""`quantflow bench`: an artifact beside the model it came from, in full precision, with int8 KV, in transformers and in llama.cpp."""
+"""`quantflow bench`: an artifact beside the model it came from, in full precision, with int8 KV, in
+transformers and in llama.cpp."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from quantflow.cli.console import RUNNING, console, errors, reporting
-from quantflow.cli.options import Debug, Device, DeviceOption, Json, Mode, ModelDirectory, ModeOption
+from quantflow.cli.options import (
+    Debug,
+    Device,
+    DeviceOption,
+    Json,
+    Mode,
+    ModelDirectory,
+    ModeOption,
+)
 from quantflow.errors import Problem, UserError
 from quantflow.paths import write_text
 
@@ -33,25 +42,42 @@ def _numbers(option: str, text: str) -> list[int]:
 def bench(
     model: ModelDirectory,
     reference: Annotated[
-        str | None, typer.Option("--reference", metavar="MODEL", help="The unquantised model, for the other rows of the comparison.")
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="The unquantised model, for the other rows of the comparison.",
+        ),
     ] = None,
     batch: Annotated[str, typer.Option("--batch", metavar="N,…", help="Batch sizes.")] = "1,8",
-    prompt: Annotated[str, typer.Option("--prompt", metavar="N,…", help="Tokens a prompt.")] = "8,512",
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="N,…", help="Tokens a prompt.")
+    ] = "8,512",
     new: Annotated[int, typer.Option("--new", min=2, help="Tokens to generate.")] = 32,
-    transformers: Annotated[bool, typer.Option("--transformers/--no-transformers", help="Measure transformers too.")] = True,
+    transformers: Annotated[
+        bool, typer.Option("--transformers/--no-transformers", help="Measure transformers too.")
+    ] = True,
     gguf: Annotated[
-        Path | None, typer.Option("--gguf", metavar="FILE", help="A GGUF file for a row by llama.cpp, where llama-cpp-python is installed.")
+        Path | None,
+        typer.Option(
+            "--gguf",
+            metavar="FILE",
+            help="A GGUF file for a row by llama.cpp, where llama-cpp-python is installed.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write the rows as JSON, with device and versions.")
+        Path | None,
+        typer.Option(
+            "--output", metavar="FILE", help="Write the rows as JSON, with device and versions."
+        ),
     ] = None,
     mode: ModeOption = Mode.exact,
     device: DeviceOption = Device.auto,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure speed and memory, beside other engines. Prefill, decode, time to the first token and memory: 16 bits, quantised weights,
-    int8 KV, both, transformers, llama.cpp."""
+    """Measure speed and memory, beside other engines. Prefill, decode, time to the first token and
+    memory: 16 bits, quantised weights, int8 KV, both, transformers, llama.cpp."""
     with reporting(debug, RUNNING):
         from quantflow.checkpoints.checkpoint import resolve_model
         from quantflow.evaluate.throughput import Case, measure, memory_table
@@ -60,38 +86,66 @@ def bench(
 
         where = resolve_device(device.value)
         quantised = str(resolve_model(model))
-        if reference is not None and resolve_model(reference).resolve() == Path(quantised).resolve():
-            raise UserError(Problem("--reference", reference, "another model than the one that is measured"))
+        if (
+            reference is not None
+            and resolve_model(reference).resolve() == Path(quantised).resolve()
+        ):
+            raise UserError(
+                Problem("--reference", reference, "another model than the one that is measured")
+            )
         original = str(resolve_model(reference)) if reference else None
         batches, prompts = _numbers("--batch", batch), _numbers("--prompt", prompt)
         for path in filter(None, (quantised, original)):
-            config = Weights(Path(path)).checkpoint.config  # what is wrong with a model is said before anything is measured
+            # what is wrong with a model is said before anything is measured
+            config = Weights(Path(path)).checkpoint.config
             if max(prompts) + new > config.context and not config.stretches:
                 found = f"{max(prompts)} tokens and {new} new ones"
-                raise UserError(Problem("--prompt, --new", found, f"at most the {config.context} positions of {path}"))
-        kinds = [("weights", "quantflow", quantised, "full"), ("weights + KV int8", "quantflow", quantised, "int8")]
+                raise UserError(
+                    Problem(
+                        "--prompt, --new",
+                        found,
+                        f"at most the {config.context} positions of {path}",
+                    )
+                )
+        kinds = [
+            ("weights", "quantflow", quantised, "full"),
+            ("weights + KV int8", "quantflow", quantised, "int8"),
+        ]
         if original:
-            full = [("full precision", "quantflow", original, "full"), ("KV int8", "quantflow", original, "int8")]
-            kinds = [*full, *kinds, *([("transformers", "transformers", original, "full")] if transformers else [])]
+            full = [
+                ("full precision", "quantflow", original, "full"),
+                ("KV int8", "quantflow", original, "int8"),
+            ]
+            kinds = [
+                *full,
+                *kinds,
+                *([("transformers", "transformers", original, "full")] if transformers else []),
+            ]
         if gguf:
             _check_gguf(gguf, Path(quantised))
             kinds.append(("llama.cpp", "llama.cpp", str(gguf), "full"))
         cases = [
-            Case(name, engine, path, kv, mode.value, where, b, p, new) for b in batches for p in prompts for name, engine, path, kv in kinds
+            Case(name, engine, path, kv, mode.value, where, b, p, new)
+            for b in batches
+            for p in prompts
+            for name, engine, path, kv in kinds
         ]
         memory = memory_table(original or quantised, batches, [1024, 2048, 4096])
         record = {**_machine(where), "mode": mode.value, "rows": [], "memory": memory}
         names = ", ".join(name for name, *_ in kinds)
         errors.print(
-            f"{len(cases)} rows: {names}; batch {batch}, prompt {prompt}, {new} new tokens, {mode.value} mode, {where}. Each is measured "
-            "in a process of its own."
+            f"{len(cases)} rows: {names}; batch {batch}, prompt {prompt}, {new} new tokens,"
+            f" {mode.value} mode, {where}. Each is measured in a process of its own."
         )
         if not as_json:
             _line(*COLUMNS)
         for number, case in enumerate(cases, 1):
             _write(output, record)  # what has been measured is not lost to what follows
             if as_json or not console.is_terminal:
-                errors.print(f"{number} of {len(cases)}: {case.name}, batch {case.batch}, prompt {case.prompt}")
+                errors.print(
+                    f"{number} of {len(cases)}: {case.name}, batch {case.batch}, prompt"
+                    f" {case.prompt}"
+                )
             row = measure(case)
             record["rows"].append(row.as_dict())
             if not as_json:
@@ -100,7 +154,10 @@ def bench(
         if as_json:
             print(json.dumps(record))
             return
-        console.print("first: seconds to the first token; prefill, decode: tokens a second; step: ms; peak, weights, KV: MiB\n")
+        console.print(
+            "first: seconds to the first token; prefill, decode: tokens a second; step: ms; peak,"
+            " weights, KV: MiB\n"
+        )
         console.print(_memory(memory, original or quantised))
 
 
@@ -109,17 +166,28 @@ WIDTHS = (17, 5, 6, 6, 7, 6, 6, 6, 7, 5)
 
 
 def _line(name: str, *cells: str) -> None:
-    """A line of the table, shown when it is measured: nobody waits for the last to see the first."""
-    print(f"{name:<{WIDTHS[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS[1:], strict=True)), flush=True)
+    """A line of the table, shown when it is measured: nobody waits for the last to see the
+    first."""
+    print(
+        f"{name:<{WIDTHS[0]}}",
+        *(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS[1:], strict=True)),
+        flush=True,
+    )
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     case = row.case
     return (
-        case.name, str(case.batch), str(case.prompt), f"{row.first_token_s:.3f}", f"{row.prefill_tokens_s:.0f}",
-        f"{row.decode_tokens_s:.1f}", f"{row.step_ms:.1f}", *(f"{b / 2**20:.0f}" for b in (row.peak_bytes, row.weight_bytes)),
+        case.name,
+        str(case.batch),
+        str(case.prompt),
+        f"{row.first_token_s:.3f}",
+        f"{row.prefill_tokens_s:.0f}",
+        f"{row.decode_tokens_s:.1f}",
+        f"{row.step_ms:.1f}",
+        *(f"{b / 2**20:.0f}" for b in (row.peak_bytes, row.weight_bytes)),
         f"{row.cache_bytes / 2**20:.0f}" if row.cache_bytes else "-",
-    )  # fmt: skip
+    )
 
 
 def _check_gguf(gguf: Path, model: Path) -> None:
@@ -127,12 +195,21 @@ def _check_gguf(gguf: Path, model: Path) -> None:
     from quantflow.formats.reader import Weights
 
     if not gguf.is_file():
-        raise UserError(Problem("--gguf", f"{gguf}, which is no file", "a GGUF file", "quantflow export DIR --format gguf makes one"))
+        raise UserError(
+            Problem(
+                "--gguf",
+                f"{gguf}, which is no file",
+                "a GGUF file",
+                "quantflow export DIR --format gguf makes one",
+            )
+        )
     if importlib.util.find_spec("llama_cpp") is None:
         hint = "pip install llama-cpp-python, which compiles llama.cpp for this machine"
         raise UserError(Problem("--gguf", "llama-cpp-python is not installed", hint=hint))
     theirs, ours = Weights(gguf).checkpoint.config, Weights(model).checkpoint.config
-    shapes = [f"{c.layers} layers, hidden {c.hidden}, vocabulary {c.vocabulary}" for c in (theirs, ours)]
+    shapes = [
+        f"{c.layers} layers, hidden {c.hidden}, vocabulary {c.vocabulary}" for c in (theirs, ours)
+    ]
     if shapes[0] != shapes[1]:
         raise UserError(Problem(f"--gguf {gguf}", shapes[0], f"{model}'s {shapes[1]}"))
 
@@ -144,7 +221,15 @@ def _write(output: Path | None, record: dict[str, Any]) -> None:
 
 
 def _memory(memory: list[dict[str, int]], model: str) -> Table:
-    table = Table("batch", "context", "weights MiB", "16-bit KV MiB", "int8 KV MiB", box=SIMPLE_HEAD, title=f"Computed: {model}")
+    table = Table(
+        "batch",
+        "context",
+        "weights MiB",
+        "16-bit KV MiB",
+        "int8 KV MiB",
+        box=SIMPLE_HEAD,
+        title=f"Computed: {model}",
+    )
     for column in table.columns:
         column.justify = "right"
     for m in memory:
@@ -159,5 +244,9 @@ def _machine(device: str) -> dict[str, Any]:
     from quantflow.machine import processor
 
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    versions = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     return {"device": name, "threads": torch.get_num_threads(), **versions}

@@ -45,11 +45,13 @@ class Partner(Protocol):
     tokens: tuple[int, int]
 
     def check(self, parameters: Parameters) -> None:
-        """Raises RequestError for sampling parameters that this partner would refuse, as far as it is known here."""
+        """Raises RequestError for sampling parameters that this partner would refuse, as far as it
+        is known here."""
         ...
 
     def stream(self, messages: Sequence[Message], parameters: Parameters) -> Iterator[str]:
-        """The pieces of an answer. Raises QuantFlowError, and KeyboardInterrupt at a moment when that harms nothing."""
+        """The pieces of an answer. Raises QuantFlowError, and KeyboardInterrupt at a moment when
+        that harms nothing."""
         ...
 
     def close(self) -> None:
@@ -68,7 +70,9 @@ class Local:
         self._llm.get_prompt("")  # says at once if the model has no dialogue format
         self.name = self._llm.engine.path.resolve().name
         self.tokens = (0, 0)
-        errors.print(", ".join(f"{name}: {value}" for name, value in self._llm.engine.describe().items()))
+        errors.print(
+            ", ".join(f"{name}: {value}" for name, value in self._llm.engine.describe().items())
+        )
         show_notes(self._llm.engine.notes)
 
     def check(self, parameters: Parameters) -> None:
@@ -94,7 +98,8 @@ class Local:
 
 @contextmanager
 def _flagged() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted rather than raised in the middle of a step of the engine. The second one is raised."""
+    """Ctrl-C is noted rather than raised in the middle of a step of the engine. The second one is
+    raised."""
     noted: list[int] = []
     before = signal.getsignal(signal.SIGINT)
 
@@ -138,7 +143,8 @@ class Remote:
 
 @dataclass
 class Chat:
-    """One dialogue. write: where what is said goes. parameters: how the partner is to choose tokens, by OpenAI's names."""
+    """One dialogue. write: where what is said goes. parameters: how the partner is to choose
+    tokens, by OpenAI's names."""
 
     partner: Partner
     write: Callable[[str], None]
@@ -150,7 +156,8 @@ class Chat:
     _answered: bool = False
 
     def turn(self, text: str) -> int:
-        """A command, or something that is said to the model. What is wrong with it is shown, and changes nothing; its exit code, or 0."""
+        """A command, or something that is said to the model. What is wrong with it is shown, and
+        changes nothing; its exit code, or 0."""
         try:
             if COMMAND.fullmatch(text):
                 self.command(text)
@@ -162,8 +169,8 @@ class Chat:
         return 0
 
     def say(self, text: str) -> None:
-        """One question and its answer. Without one, neither is a part of the dialogue; an answer that the user stopped is. Raises
-        QuantFlowError where there is no answer, or half of one."""
+        """One question and its answer. Without one, neither is a part of the dialogue; an answer
+        that the user stopped is. Raises QuantFlowError where there is no answer, or half of one."""
         self._question, self._answered = text, False
         asked = [*self._beforehand(), *self.messages, {"role": "user", "content": text}]
         began, first, pieces, stopped = time.monotonic(), 0.0, list[str](), False
@@ -180,13 +187,23 @@ class Chat:
             raise
         self.write(" [stopped]\n\n" if stopped else "\n\n")
         self._answered = True
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(pieces)}]
+        self.messages += [
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": "".join(pieces)},
+        ]
         self._measure(time.monotonic() - began, first)
 
     def _measure(self, seconds: float, first: float) -> None:
         prompt, generated = self.partner.tokens
-        speed = f", {(generated - 1) / (seconds - first):.1f} tokens/s" if generated > 1 and seconds > first else ""
-        self.stats = f"prompt {prompt} tokens, answer {generated} tokens, first after {first:.2f} s, {seconds:.2f} s in all{speed}"
+        speed = (
+            f", {(generated - 1) / (seconds - first):.1f} tokens/s"
+            if generated > 1 and seconds > first
+            else ""
+        )
+        self.stats = (
+            f"prompt {prompt} tokens, answer {generated} tokens, first after {first:.2f} s,"
+            f" {seconds:.2f} s in all{speed}"
+        )
 
     def _beforehand(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
@@ -205,7 +222,8 @@ class Chat:
         self.write(f"{self.system or 'no system prompt'}\n")
 
     def set_parameter(self, text: str) -> None:
-        """`temperature 0.2`; ollama's `parameter temperature 0.2` and `system TEXT` too. Nothing: shows what is set."""
+        """`temperature 0.2`; ollama's `parameter temperature 0.2` and `system TEXT` too. Nothing:
+        shows what is set."""
         name, _, value = text.removeprefix("parameter ").strip().partition(" ")
         if name == "system":
             self.set_system(value.strip().strip('"'))
@@ -217,7 +235,11 @@ class Chat:
             self.partner.check(changed)
             self.parameters = changed
         shown = {name: self.parameters.get(name) for name in ([name] if name else KINDS)}
-        self.write("".join(f"{name} {'none' if value is None else value}\n" for name, value in shown.items()))
+        self.write(
+            "".join(
+                f"{name} {'none' if value is None else value}\n" for name, value in shown.items()
+            )
+        )
 
     def clear(self, text: str) -> None:
         self.messages, self._question, self._answered = [], "", False
@@ -245,14 +267,18 @@ class Chat:
         try:
             file.write_text(text, encoding="utf-8")
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-            raise OutputError(Problem(str(file), str(error), "a place that can be written to")) from error
+            raise OutputError(
+                Problem(str(file), str(error), "a place that can be written to")
+            ) from error
         self.write(f"{len(messages)} messages in {file}\n")
 
     def tell_stats(self, text: str) -> None:
         self.write(f"{self.stats}\n")
 
     def help(self, text: str) -> None:
-        rows = [(command.usage, command.words) for command in COMMANDS.values()] + [("/bye", "leaves, as Ctrl-D does")]
+        rows = [(command.usage, command.words) for command in COMMANDS.values()] + [
+            ("/bye", "leaves, as Ctrl-D does")
+        ]
         self.write("".join(f"  {usage:<18} {words}\n" for usage, words in rows) + KEYS)
 
 
@@ -266,11 +292,23 @@ class Command:
 COMMANDS = {
     command.usage.split()[0]: command
     for command in (
-        Command("/set NAME VALUE", "how tokens are chosen; without NAME: what can be set, and is", Chat.set_parameter),
-        Command("/system TEXT", "what the model is told beforehand; without TEXT: shows it", Chat.set_system),
+        Command(
+            "/set NAME VALUE",
+            "how tokens are chosen; without NAME: what can be set, and is",
+            Chat.set_parameter,
+        ),
+        Command(
+            "/system TEXT",
+            "what the model is told beforehand; without TEXT: shows it",
+            Chat.set_system,
+        ),
         Command("/clear", "begins a new dialogue", Chat.clear),
         Command("/regen", "answers the last question anew", Chat.regenerate),
-        Command("/save FILE", "writes the dialogue: JSON where the name ends in .json, else text", Chat.save),
+        Command(
+            "/save FILE",
+            "writes the dialogue: JSON where the name ends in .json, else text",
+            Chat.save,
+        ),
         Command("/stats", "tokens and speed of the last answer", Chat.tell_stats),
         Command("/help", "this", Chat.help),
     )
@@ -281,7 +319,14 @@ KEYS = f"""
   Enter sends. Alt+Enter, Ctrl-J or a \\ before Enter begins a line; or write {QUOTES} before and after several lines.
   A paste is not sent before you press Enter. Ctrl-C stops an answer, or forgets what you wrote.
 """
-KINDS = {"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "repetition_penalty": float, "seed": int}
+KINDS = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "max_tokens": int,
+    "repetition_penalty": float,
+    "seed": int,
+}
 
 
 def _number(name: str, text: str) -> float | int | None:
@@ -295,18 +340,44 @@ def _number(name: str, text: str) -> float | int | None:
 
 
 def chat(
-    target: Annotated[str, typer.Argument(metavar="DIR_OR_URL", help="Artifact, checkpoint or hub id; or http://HOST:PORT of a server.")],
-    system: Annotated[str, typer.Option("--system", help="What the model is told beforehand.")] = "",
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR_OR_URL",
+            help="Artifact, checkpoint or hub id; or http://HOST:PORT of a server.",
+        ),
+    ],
+    system: Annotated[
+        str, typer.Option("--system", help="What the model is told beforehand.")
+    ] = "",
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Tokens of an answer; by default what the context holds.")
+        int | None,
+        typer.Option(
+            "--max-tokens", min=1, help="Tokens of an answer; by default what the context holds."
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that together have this probability.")] = 0.95,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0: the likeliest token each time.")
+    ] = 0.8,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", help="Draw from the likeliest tokens that together have this probability."
+        ),
+    ] = 0.95,
     top_k: Annotated[int, typer.Option("--top-k", help="Draw from this many tokens; 0: all.")] = 40,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answers.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="The same seed gives the same answers.")
+    ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="The server's key, its first line; else the environment's QUANTFLOW_API_KEY.")
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="The server's key, its first line; else the environment's QUANTFLOW_API_KEY.",
+        ),
     ] = None,
     mode: ModeOption = Mode.exact,
     kv: KVOption = KV.auto,
@@ -320,14 +391,18 @@ def chat(
 ) -> None:
     """Chat in the terminal. With a model here, or one behind a server.
 
-    Enter sends; Alt+Enter, Ctrl-J, or a text between triple quotes is for several lines; /help says more. Out of a pipe, lines up to
-    an empty one, or the end, are a question.
+    Enter sends; Alt+Enter, Ctrl-J, or a text between triple quotes is for several lines; /help says
+    more. Out of a pipe, lines up to an empty one, or the end, are a question.
     """
     with reporting(debug, RUNNING):
         parameters = {
-            "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "repetition_penalty": repetition_penalty,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "repetition_penalty": repetition_penalty,
             "seed": seed,
-        }  # fmt: skip
+        }
         partner: Partner
         if is_address(target):
             from quantflow.serve.config import KEY_VARIABLE, keys
@@ -343,8 +418,9 @@ def chat(
                 follow(resolve_device(device.value))
                 return
             options = {
-                "mode": mode.value, "kv": kv.value, "session_len": session_len, "cache_max_entry_count": cache_max_entry_count, "tp": tp,
-                "dialogue": dialogue, "device": device.value, "graphs": not eager, "max_batch_size": 1,
+                "mode": mode.value, "kv": kv.value, "session_len": session_len,
+                "cache_max_entry_count": cache_max_entry_count, "tp": tp, "dialogue": dialogue,
+                "device": device.value, "graphs": not eager, "max_batch_size": 1,
             }  # fmt: skip
             partner = Local(target, parameters, options)
         with closing(partner):
@@ -355,17 +431,22 @@ def chat(
 
 def is_address(target: str) -> bool:
     """Whether that is a server's, and no directory's or hub id."""
-    return "://" in target or (bool(re.fullmatch(r"[\w.-]+:\d+(/.*)?", target)) and not Path(target).exists())
+    return "://" in target or (
+        bool(re.fullmatch(r"[\w.-]+:\d+(/.*)?", target)) and not Path(target).exists()
+    )
 
 
 def talk(chat: Chat) -> int:
-    """Takes turns until the user leaves. The exit code: a user at a terminal has seen what failed, a script hears of the first here."""
+    """Takes turns until the user leaves. The exit code: a user at a terminal has seen what failed,
+    a script hears of the first here."""
     if not sys.stdin.isatty():
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")
         codes = [chat.turn(turn) for turn in piped(sys.stdin)]
         return next(filter(None, codes), 0)
-    errors.print(f"{chat.partner.name.translate(HARMLESS)}. Enter sends, /help says more, Ctrl-D leaves.")
+    errors.print(
+        f"{chat.partner.name.translate(HARMLESS)}. Enter sends, /help says more, Ctrl-D leaves."
+    )
     for turn in typed():
         with suppress(KeyboardInterrupt):  # a second Ctrl-C, when the answer has stopped already
             chat.turn(turn)

@@ -14,32 +14,57 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
-from quantflow.errors import TURNING, GateError, QuantFlowError, ResourceError, ServerError, UserError, panicked
+from quantflow.errors import (
+    TURNING,
+    GateError,
+    QuantFlowError,
+    ResourceError,
+    ServerError,
+    UserError,
+    panicked,
+)
 from quantflow.machine import is_out_of_memory, resident_bytes
 
 
 class _Words(Console):
-    """On a terminal, lines break between words, and never within one: a path stays whole. Elsewhere a line is a line."""
+    """On a terminal, lines break between words, and never within one: a path stays whole. Elsewhere
+    a line is a line."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         if self.is_terminal:
-            objects = tuple(self._wrapped(each) if isinstance(each, str) else each for each in objects)
+            objects = tuple(
+                self._wrapped(each) if isinstance(each, str) else each for each in objects
+            )
         super().print(*objects, **options)
 
     def on_broken_pipe(self) -> None:
         raise  # what rich is handling: it is for `reporting`, as it is where others write
 
     def _wrapped(self, text: str) -> str:
-        return "\n".join(line if len(line) <= self.width else self._filled(line) for line in text.split("\n"))
+        return "\n".join(
+            line if len(line) <= self.width else self._filled(line) for line in text.split("\n")
+        )
 
     def _filled(self, line: str) -> str:
         indent = " " * (len(line) - len(line.lstrip(" ")))
         return textwrap.fill(
-            line, self.width, subsequent_indent=f"{indent}  " if indent else "", break_long_words=False, break_on_hyphens=False
-        )  # fmt: skip
+            line,
+            self.width,
+            subsequent_indent=f"{indent}  " if indent else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
 
 
 # No markup: brackets in a path or a model's name are what they are.
@@ -48,18 +73,31 @@ errors = _Words(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 INTERRUPTED = 130
 UNREAD = 141  # as a shell has it of a program that was ended so, by SIGPIPE
-# What a model or a server says must not work the terminal: control characters but tab and line feed are shown as pictures,
-# and so are those that turn the order of letters.
-HARMLESS = {n: chr(0x2400 + n) if n < 32 else "\ufffd" for n in (*range(32), *range(127, 160), *TURNING) if n not in (9, 10)}
+# What a model or a server says must not work the terminal: control characters but tab and line feed
+# are shown as pictures, and so are those that turn the order of letters.
+HARMLESS = {
+    n: chr(0x2400 + n) if n < 32 else "\ufffd"
+    for n in (*range(32), *range(127, 160), *TURNING)
+    if n not in (9, 10)
+}
 ANOTHER_PLACE = "Choose another place with --output."
-FULL = (4, "disk full", "Free some space and run the same command: a recipe goes on where it stopped.")
+FULL = (
+    4,
+    "disk full",
+    "Free some space and run the same command: a recipe goes on where it stopped.",
+)
 FILES = (4, "too many open files", "Raise the limit (ulimit -n) and run the same command.")
 # What the system refuses: exit code, title, what to do.
 SYSTEM: dict[int, tuple[int, str, str]] = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
     errno.EFBIG: (
-        4, "file too large", "Raise the limit (ulimit -f), or choose a file system that takes larger files, and run the same command."
+        4,
+        "file too large",
+        (
+            "Raise the limit (ulimit -f), or choose a file system that takes larger files, and run"
+            " the same command."
+        ),
     ),
     errno.EMFILE: FILES,
     errno.ENFILE: FILES,
@@ -70,14 +108,15 @@ SYSTEM: dict[int, tuple[int, str, str]] = {
     errno.ENAMETOOLONG: (2, "a name that is too long", "Choose a shorter one."),
     errno.ENOTDIR: (2, "a file in the place of a directory", "Choose another place."),
     errno.EISDIR: (2, "a directory in the place of a file", "Choose another place."),
-}  # fmt: skip
+}
 
 
 QUIET_S = 10.0  # after so long without a line, a log hears how far the step at hand is
 
 
 class Plain:
-    """Progress as plain lines, for pipes and logs: a line when a phase begins, at every tenth of it, and now and then within a step."""
+    """Progress as plain lines, for pipes and logs: a line when a phase begins, at every tenth of
+    it, and now and then within a step."""
 
     def __init__(self) -> None:
         self.phase("", 0)
@@ -128,7 +167,8 @@ class _Table(Progress):
 
 
 class Bars:
-    """Progress as rich bars: what is done of the phase, time, memory, and what is being worked on."""
+    """Progress as rich bars: what is done of the phase, time, memory, and what is being worked
+    on."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -137,7 +177,9 @@ class Bars:
 
     def phase(self, name: str, total: int, unit: str = "steps") -> None:
         self._steps, self._unit = 0, unit
-        self._task = self._progress.add_task(name, total=total, whole=f"0/{total} {unit}", detail="", memory="")
+        self._task = self._progress.add_task(
+            name, total=total, whole=f"0/{total} {unit}", detail="", memory=""
+        )
 
     def advance(self, share: float, detail: str = "") -> None:
         if self._task is not None:
@@ -155,11 +197,14 @@ class Bars:
         if self._task is not None:
             whole = f"{int(done + 1e-6)}/{self._progress.tasks[self._task].total:.0f} {self._unit}"
             memory = f"{resident_bytes() // 2**20} MiB"
-            self._progress.update(self._task, completed=done, whole=whole, detail=detail, memory=memory)
+            self._progress.update(
+                self._task, completed=done, whole=whole, detail=detail, memory=memory
+            )
 
 
 def facts(title: str) -> Table:
-    """A table of names and what they are. What is longer than its column, a path, goes on in the next line: cut, it would be another."""
+    """A table of names and what they are. What is longer than its column, a path, goes on in the
+    next line: cut, it would be another."""
     table = Table(show_header=False, title=title)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -168,20 +213,26 @@ def facts(title: str) -> Table:
 
 @contextmanager
 def progress() -> Iterator[Plain | Bars]:
-    """Bars on a terminal, plain lines elsewhere; on stderr, so that stdout stays what was asked for."""
+    """Bars on a terminal, plain lines elsewhere; on stderr, so that stdout stays what was asked
+    for."""
     if not errors.is_terminal:
         yield Plain()
         return
 
     def column(name: str, field: str, **options: Any) -> TextColumn:
-        return TextColumn(f"{{{field}}}", markup=False, table_column=Column(name, no_wrap=True, **options))
+        return TextColumn(
+            f"{{{field}}}", markup=False, table_column=Column(name, no_wrap=True, **options)
+        )
 
     columns = (
-        column("phase", "task.description"), BarColumn(bar_width=20 if errors.width >= 80 else 8), column("done", "task.fields[whole]"),
-        TimeElapsedColumn(table_column=Column("time", no_wrap=True)), TimeRemainingColumn(table_column=Column("left", no_wrap=True)),
+        column("phase", "task.description"),
+        BarColumn(bar_width=20 if errors.width >= 80 else 8),
+        column("done", "task.fields[whole]"),
+        TimeElapsedColumn(table_column=Column("time", no_wrap=True)),
+        TimeRemainingColumn(table_column=Column("left", no_wrap=True)),
         *([column("memory", "task.fields[memory]")] if errors.width >= 72 else []),
         column("at", "task.fields[detail]", overflow="ellipsis"),
-    )  # fmt: skip
+    )
     with _Table(*columns, console=errors, redirect_stdout=False) as bars:
         yield Bars(bars)
 
@@ -196,9 +247,12 @@ class Hints:
 
 QUANTISING = Hints(
     "Finished layers are in the store: run the same command to go on.",
-    "Lower calibration.samples or seqlen (`quantflow plan` estimates the peak), or free memory; run again to go on.",
+    "Lower calibration.samples or seqlen (`quantflow plan` estimates the peak), or free memory; run"
+    " again to go on.",
 )
-RUNNING = Hints("", "Lower --session-len, --cache-max-entry-count or the batch, use --kv int8, or free memory.")
+RUNNING = Hints(
+    "", "Lower --session-len, --cache-max-entry-count or the batch, use --kv int8, or free memory."
+)
 
 
 def show(problems: Iterable[Any]) -> None:
@@ -208,7 +262,8 @@ def show(problems: Iterable[Any]) -> None:
 
 
 def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str, tuple[Any, ...]]:
-    """The exit code of an exception, a title, and its problems. The one table from exceptions to messages."""
+    """The exit code of an exception, a title, and its problems. The one table from exceptions to
+    messages."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted", (hints.interrupted,) if hints.interrupted else ()
     if isinstance(error, GateError):
@@ -218,7 +273,11 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
     if isinstance(error, ResourceError):
         return error.exit_code, "this machine could not do it", error.problems
     if isinstance(error, UserError):
-        return error.exit_code, f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}", error.problems
+        return (
+            error.exit_code,
+            f"{len(error.problems)} problem{'s' if len(error.problems) > 1 else ''}",
+            error.problems,
+        )
     if isinstance(error, QuantFlowError):
         return error.exit_code, "internal error", error.problems
     if isinstance(error, OSError) and error.errno in SYSTEM:
@@ -226,29 +285,51 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
         return code, title, (f"{_said(error)}. {advice}",)
     if panicked(error):
         said = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        return 4, "a library failed", (f"{said}. Run with --debug to see where; a damaged file is the likeliest cause.",)
+        return (
+            4,
+            "a library failed",
+            (f"{said}. Run with --debug to see where; a damaged file is the likeliest cause.",),
+        )
     if is_out_of_memory(error):
         return 4, "out of memory", (hints.memory,)
     if isinstance(error, OSError):
         return 4, "the system refused", (_said(error),)
-    return 1, "internal error", (f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug for the traceback.",)
+    return (
+        1,
+        "internal error",
+        (
+            (
+                f"{type(error).__name__}: {error}. This is a bug of QuantFlow's: run with --debug"
+                " for the traceback."
+            ),
+        ),
+    )
 
 
 def _said(error: OSError) -> str:
-    """Files are named where they are written: a write that names none is of what the command prints."""
+    """Files are named where they are written: a write that names none is of what the command
+    prints."""
     said = error.strerror or str(error)
     if error.filename is not None:
         return f"{error.filename}: {said}"
-    return f"standard output: {said}" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else said
+    return (
+        f"standard output: {said}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        else said
+    )
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> Iterator[str]:
-    """A line for each reason why tensors of a checkpoint are left out, with the names of the first."""
+    """A line for each reason why tensors of a checkpoint are left out, with the names of the
+    first."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         by_reason.setdefault(reason, []).append(name)
     for reason, names in by_reason.items():
-        yield f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}: {reason}"
+        yield (
+            f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}:"
+            f" {reason}"
+        )
 
 
 def show_notes(notes: Iterable[str]) -> None:
@@ -258,13 +339,15 @@ def show_notes(notes: Iterable[str]) -> None:
 
 
 def flush() -> bool:
-    """Writes what was printed, while an error of it can still be said. Whether there was somebody to read it. Raises OSError."""
+    """Writes what was printed, while an error of it can still be said. Whether there was somebody
+    to read it. Raises OSError."""
     read = True
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would try, and complain, again
+            # or Python would try, and complain, again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if not isinstance(error, BrokenPipeError):
                 raise
             read = False
@@ -280,14 +363,16 @@ def _unread(stream: TextIO) -> bool:
 
 @contextmanager
 def reporting(debug: bool, hints: Hints = QUANTISING) -> Iterator[None]:
-    """Turns exceptions into one clear message and an exit code; `debug` lets the traceback through first."""
+    """Turns exceptions into one clear message and an exit code; `debug` lets the traceback through
+    first."""
     try:
         yield
     except (SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr)):
-            sys.exit(UNREAD)  # who reads no more, as `head` does when it has enough, wants no word of it either
+            # who reads no more, as `head` does when it has enough, wants no word of it either
+            sys.exit(UNREAD)
         if debug:
             errors.print_exception()
         code, title, problems = translate(error, hints)

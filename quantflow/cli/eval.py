@@ -1,4 +1,5 @@
-"""`quantflow eval`: a checkpoint against its reference, on text; or on questions with right answers."""
+"""`quantflow eval`: a checkpoint against its reference, on text; or on questions with right
+answers."""
 
 from __future__ import annotations
 
@@ -10,7 +11,17 @@ import typer
 
 from quantflow.cli.console import RUNNING, console, progress, reporting, show_notes
 from quantflow.cli.eval_tasks import evaluate_tasks, settings_of
-from quantflow.cli.options import KV, Debug, Device, DeviceOption, FieldOption, Json, KVOption, Mode, ModeOption
+from quantflow.cli.options import (
+    KV,
+    Debug,
+    Device,
+    DeviceOption,
+    FieldOption,
+    Json,
+    KVOption,
+    Mode,
+    ModeOption,
+)
 from quantflow.errors import Problem, UserError
 
 # Options that mean something in one of the two forms alone.
@@ -20,69 +31,149 @@ OF_TASKS = ("delimiter", "few_shot", "limit", "batch", "stop", "max_tokens", "mo
 
 def evaluate(
     context: typer.Context,
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Artifact or checkpoint, quantised or not.")],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="Artifact or checkpoint, quantised or not.")
+    ],
     reference: Annotated[
         str | None,
-        typer.Option("--reference", metavar="MODEL", help="The full-precision model. With --tasks: any second model, for the paired test."),
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="The full-precision model. With --tasks: any second model, for the paired test.",
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Text (<|endoftext|> between documents), JSON lines, JSON, CSV, Parquet.")
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Text (<|endoftext|> between documents), JSON lines, JSON, CSV, Parquet.",
+        ),
     ] = None,
     field: FieldOption = None,
     windows: Annotated[int, typer.Option("--windows", min=1, help="Windows to take.")] = 64,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens a window.")] = 512,
-    skip: Annotated[int, typer.Option("--skip", min=0, help="Documents left out at the start.")] = 0,
-    engine: Annotated[bool, typer.Option("--engine", help="Measure the engine's own kernels and KV cache, not float32.")] = False,
+    skip: Annotated[
+        int, typer.Option("--skip", min=0, help="Documents left out at the start.")
+    ] = 0,
+    engine: Annotated[
+        bool,
+        typer.Option(
+            "--engine", help="Measure the engine's own kernels and KV cache, not float32."
+        ),
+    ] = False,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", metavar="FILE", help="Questions with right answers, in place of text, as JSON lines; may be repeated."),
+        typer.Option(
+            "--tasks",
+            metavar="FILE",
+            help="Questions with right answers, in place of text, as JSON lines; may be repeated.",
+        ),
     ] = None,
     delimiter: Annotated[
         list[str] | None,
         typer.Option(
-            "--delimiter", metavar="TEXT", help="Between question and answer, '\\nAnswer: ' say; one, or one a file. A space if not given."
+            "--delimiter",
+            metavar="TEXT",
+            help=(
+                "Between question and answer, '\\nAnswer: ' say; one, or one a file. A space if not"
+                " given."
+            ),
         ),
     ] = None,
     few_shot: Annotated[
-        int, typer.Option("--few-shot", min=0, help="Questions at the start of each file that are shown with answers, not scored.")
+        int,
+        typer.Option(
+            "--few-shot",
+            min=0,
+            help="Questions at the start of each file that are shown with answers, not scored.",
+        ),
     ] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Questions to take of each file.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Questions to take of each file.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Texts that run at once.")] = 64,
     stop: Annotated[
-        list[str] | None, typer.Option("--stop", metavar="TEXT", help="What ends a generated answer; a new line if not given.")
+        list[str] | None,
+        typer.Option(
+            "--stop", metavar="TEXT", help="What ends a generated answer; a new line if not given."
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest generated answer.")] = 64,
-    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write the scores and every answer as JSON.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, help="The longest generated answer.")
+    ] = 64,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Write the scores and every answer as JSON."),
+    ] = None,
     mode: ModeOption = Mode.exact,
     kv: KVOption = KV.auto,
     device: DeviceOption = Device.auto,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure on text or on tasks, beside the original. On text: perplexity of both models, KL divergence (mean, 99th percentile) and
-    top-1 agreement, the reference in float32; with --tasks, the share of right answers to multiple-choice and exact-match questions, and
-    whether two models differ (McNemar's test)."""
+    """Measure on text or on tasks, beside the original. On text: perplexity of both models, KL
+    divergence (mean, 99th percentile) and top-1 agreement, the reference in float32; with --tasks,
+    the share of right answers to multiple-choice and exact-match questions, and whether two models
+    differ (McNemar's test)."""
     with reporting(debug, RUNNING):
         sources = {name: context.get_parameter_source(name) for name in (*OF_TEXT, *OF_TASKS, "kv")}
-        given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+        given = {
+            name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+        }
         _check_form(given, bool(tasks), reference, data)
         if tasks:
             settings = settings_of(tasks, delimiter or [], few_shot, limit, stop or [], max_tokens)
             evaluate_tasks(
-                directory, reference, tasks, settings, batch=batch, kv=kv.value, mode=mode.value, device=device.value, output=output,
+                directory,
+                reference,
+                tasks,
+                settings,
+                batch=batch,
+                kv=kv.value,
+                mode=mode.value,
+                device=device.value,
+                output=output,
                 as_json=as_json,
-            )  # fmt: skip
+            )
         elif reference is not None and data is not None:
-            _evaluate_text(directory, reference, data, field, windows, length, skip, engine, kv, device, as_json)
+            _evaluate_text(
+                directory,
+                reference,
+                data,
+                field,
+                windows,
+                length,
+                skip,
+                engine,
+                kv,
+                device,
+                as_json,
+            )
 
 
 def _check_form(given: set[str], tasks: bool, reference: str | None, data: str | None) -> None:
     """Raises UserError for options of the other form, and for what is missing, all at once."""
-    found, hint = ("given with --tasks", "It is about text") if tasks else ("given without --tasks", "It is about questions")
-    wrong = [Problem(f"--{name.replace('_', '-')}", found, hint=hint) for name in (OF_TEXT if tasks else OF_TASKS) if name in given]
+    found, hint = (
+        ("given with --tasks", "It is about text")
+        if tasks
+        else ("given without --tasks", "It is about questions")
+    )
+    wrong = [
+        Problem(f"--{name.replace('_', '-')}", found, hint=hint)
+        for name in (OF_TEXT if tasks else OF_TASKS)
+        if name in given
+    ]
     if not tasks:
         if "kv" in given and "engine" not in given:
-            wrong.append(Problem("--kv", "given without --engine or --tasks", "one of them", "In float32 no cache is measured"))
+            wrong.append(
+                Problem(
+                    "--kv",
+                    "given without --engine or --tasks",
+                    "one of them",
+                    "In float32 no cache is measured",
+                )
+            )
         for name, value, what in (
             ("--reference", reference, "the full-precision model"),
             ("--data", data, "text, or --tasks with questions"),
@@ -94,9 +185,18 @@ def _check_form(given: set[str], tasks: bool, reference: str | None, data: str |
 
 
 def _evaluate_text(
-    directory: str, reference: str, data: str, field: str | None, windows: int, length: int, skip: int, engine: bool, kv: KV,
-    device: Device, as_json: bool,
-) -> None:  # fmt: skip
+    directory: str,
+    reference: str,
+    data: str,
+    field: str | None,
+    windows: int,
+    length: int,
+    skip: int,
+    engine: bool,
+    kv: KV,
+    device: Device,
+    as_json: bool,
+) -> None:
     from quantflow.calibration.data import cut_windows
     from quantflow.checkpoints.checkpoint import resolve_model
     from quantflow.cli.run import quality_table
@@ -111,19 +211,24 @@ def _evaluate_text(
     from quantflow.pipeline.windows import left_out_notes
     from quantflow.tokenizers.tokenizer import load_tokenizer
 
-    original, found = (
-        Weights(resolve_model(reference)),
-        Weights(resolve_model(directory)),
-    )
+    original, found = (Weights(resolve_model(reference)), Weights(resolve_model(directory)))
     show_notes(note for weights in (original, found) for note in weights.checkpoint.remarks)
     a, b = original.checkpoint.config, found.checkpoint.config
     if a.vocabulary != b.vocabulary:
-        raise ModelError(Problem(directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"))
+        raise ModelError(
+            Problem(
+                directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"
+            )
+        )
     if length > a.context and not a.stretches:
-        raise ModelError(Problem("--length", str(length), f"at most the model's {a.context} positions"))
+        raise ModelError(
+            Problem("--length", str(length), f"at most the model's {a.context} positions")
+        )
     folder = original.checkpoint.tokenizer_path
     texts = model_documents(folder, data, field=field)
-    text = cut_windows(load_tokenizer(folder), texts, count=windows, length=length, skip=skip, source=data)
+    text = cut_windows(
+        load_tokenizer(folder), texts, count=windows, length=length, skip=skip, source=data
+    )
     show_notes(left_out_notes(text=text))
     with progress() as watcher:
         watcher.phase("evaluate", a.layers + b.layers, "layers")
@@ -132,7 +237,9 @@ def _evaluate_text(
         if engine:
             options = EngineConfig(device=where, kv=KVPrecision(kv.value), max_batch_size=1)
             variant = Running(lambda: Engine(found.checkpoint.path, options))
-        result = compare(Variant(original), {"weights": variant}, text.tokens, where, watcher.advance)
+        result = compare(
+            Variant(original), {"weights": variant}, text.tokens, where, watcher.advance
+        )
     if as_json:
         print(json.dumps(result["weights"].as_dict()))
     else:

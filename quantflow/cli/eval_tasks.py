@@ -29,29 +29,54 @@ def spelled(text: str) -> str:
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def settings_of(files: list[str], delimiters: list[str], few_shot: int, limit: int | None, stop: list[str], most: int) -> list[Settings]:
+def settings_of(
+    files: list[str],
+    delimiters: list[str],
+    few_shot: int,
+    limit: int | None,
+    stop: list[str],
+    most: int,
+) -> list[Settings]:
     """One a file. Raises UserError."""
     from quantflow.evaluate.tasks import Settings
 
     if len(delimiters) not in (0, 1, len(files)):
-        raise UserError(Problem("--delimiter", f"{len(delimiters)} of them", f"one, or {len(files)}: one a file, in their order"))
+        raise UserError(
+            Problem(
+                "--delimiter",
+                f"{len(delimiters)} of them",
+                f"one, or {len(files)}: one a file, in their order",
+            )
+        )
     each = (delimiters or [" "]) * (1 if len(delimiters) > 1 else len(files))
     stops = tuple(spelled(s) for s in stop) or ("\n",)
     return [Settings(spelled(d), few_shot, limit, stops, most) for d in each]
 
 
 def evaluate_tasks(
-    model: str, reference: str | None, files: list[str], settings: list[Settings], *, batch: int, kv: str, mode: str, device: str,
-    output: Path | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Answers every task with the model, then with the reference, one in memory at a time, and shows both.
+    model: str,
+    reference: str | None,
+    files: list[str],
+    settings: list[Settings],
+    *,
+    batch: int,
+    kv: str,
+    mode: str,
+    device: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Answers every task with the model, then with the reference, one in memory at a time, and
+    shows both.
 
-    JSON: quantflow (its version), model, reference, mode, kv, and how they ran (`engine`, `reference_engine`); `tasks`: by name, file,
-    sha256, form, count, chance, settings, and `model` and `reference`: acc, acc_norm, acc_bytes (value, interval of 95%), tokens, cut
-    (questions whose context lost its beginning), seconds, in the file of --output also items; `paired`, where there is a reference: by
-    metric, difference, interval, losses, gains, p, verdict; `all`: by form, the same over all questions of that form, since the metrics of
-    two forms are not the same thing. In the file of --output also the date, and `weights`, `reference_weights`: sha256 of each weight file
-    and the config.
+    JSON: quantflow (its version), model, reference, mode, kv, and how they ran (`engine`,
+    `reference_engine`); `tasks`: by name, file, sha256, form, count, chance, settings, and `model`
+    and `reference`: acc, acc_norm, acc_bytes (value, interval of 95%), tokens, cut (questions whose
+    context lost its beginning), seconds, in the file of --output also items; `paired`, where there
+    is a reference: by metric, difference, interval, losses, gains, p, verdict; `all`: by form, the
+    same over all questions of that form, since the metrics of two forms are not the same thing. In
+    the file of --output also the date, and `weights`, `reference_weights`: sha256 of each weight
+    file and the config.
     """
     from quantflow.artifacts.store import write_json
     from quantflow.evaluate.tasks import read_tasks
@@ -66,20 +91,21 @@ def evaluate_tasks(
         watcher.phase("tasks", sum(len(task.items) for task in tasks) * (2 if reference else 1))
         found, ran = _answers(model, tasks, batch, kv, mode, device, watcher)
         # The reference runs as it is: --kv is what is tried on the model.
-        others, other_ran = _answers(reference, tasks, batch, "auto", mode, device, watcher) if reference else ([], None)
+        others, other_ran = (
+            _answers(reference, tasks, batch, "auto", mode, device, watcher)
+            if reference
+            else ([], None)
+        )
     record = _record(found, others)
     record = {
-        "quantflow": __version__,
-        "model": model,
-        "reference": reference,
-        "mode": mode,
-        "kv": kv,
-        "engine": ran,
-        "reference_engine": other_ran,
-        **record,
-    }
+        "quantflow": __version__, "model": model, "reference": reference, "mode": mode, "kv": kv,
+        "engine": ran, "reference_engine": other_ran, **record,
+    }  # fmt: skip
     if output:
-        digests = {"weights": _digests(model), "reference_weights": _digests(reference) if reference else None}
+        digests = {
+            "weights": _digests(model),
+            "reference_weights": _digests(reference) if reference else None,
+        }
         items = _record(found, others, items=True)["tasks"]
         write_json(output, {**record, "date": time.strftime("%Y-%m-%d"), **digests, "tasks": items})
     if as_json:
@@ -88,18 +114,30 @@ def evaluate_tasks(
     console.print(_scores(record))
     for result in found:
         tokens, cut = sum(a.tokens for a in result.answers), sum(a.cut for a in result.answers)
-        text = f"{result.task.name}: {tokens} tokens of answers, {result.count / max(result.seconds, 1e-9):.1f} questions a second"
-        console.print(text + (f"; {cut} longer than the model's context: their beginning was left out" if cut else ""))
+        text = (
+            f"{result.task.name}: {tokens} tokens of answers,"
+            f" {result.count / max(result.seconds, 1e-9):.1f} questions a second"
+        )
+        console.print(
+            text
+            + (
+                f"; {cut} longer than the model's context: their beginning was left out"
+                if cut
+                else ""
+            )
+        )
     if others:
         console.print(_pairs(record))
         for name, entry in _entries(record):
             for metric, shown in SHOWN.items():
-                console.print(f"{name}{f', {shown}' if shown else ''}: {entry['paired'][metric]['verdict']}")
+                console.print(
+                    f"{name}{f', {shown}' if shown else ''}: {entry['paired'][metric]['verdict']}"
+                )
 
 
 def _check_models(models: list[str]) -> None:
-    """Raises UserError with what is wrong with any of the models, as far as headers and tokenizers say: the second is loaded only when the
-    first has answered everything."""
+    """Raises UserError with what is wrong with any of the models, as far as headers and tokenizers
+    say: the second is loaded only when the first has answered everything."""
     from quantflow.checkpoints.checkpoint import resolve_model
     from quantflow.engine.text import Text
     from quantflow.formats.reader import Weights
@@ -112,7 +150,13 @@ def _check_models(models: list[str]) -> None:
             if has_tokenizer(checkpoint.tokenizer_path):
                 Text(checkpoint.tokenizer_path)
             else:
-                problems.append(Problem(model, "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
+                problems.append(
+                    Problem(
+                        model,
+                        "no tokenizer",
+                        "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken",
+                    )
+                )
         except UserError as error:
             problems += error.problems
     if problems:
@@ -130,7 +174,13 @@ def _answers(
     from quantflow.machine import resolve_device
 
     # Small blocks: the choices of a question share its context in whole blocks.
-    options = EngineConfig(mode=Mode(mode), device=resolve_device(device), kv=KVPrecision(kv), max_batch_size=batch, block_size=16)
+    options = EngineConfig(
+        mode=Mode(mode),
+        device=resolve_device(device),
+        kv=KVPrecision(kv),
+        max_batch_size=batch,
+        block_size=16,
+    )
     engine = Engine(path, options)
     found = [answer(engine, task, batch, watcher.step) for task in tasks]
     described = engine.describe()
@@ -150,7 +200,10 @@ def _digests(model: str) -> dict[str, str]:
 
     checkpoint = Weights(resolve_model(model)).checkpoint
     config = checkpoint.path / "config.json"
-    return {file.name: file_digest(file) for file in sorted({*checkpoint.files, *([config] if config.is_file() else [])})}
+    return {
+        file.name: file_digest(file)
+        for file in sorted({*checkpoint.files, *([config] if config.is_file() else [])})
+    }
 
 
 def _record(found: list[Result], others: list[Result], *, items: bool = False) -> dict[str, Any]:
@@ -163,13 +216,25 @@ def _record(found: list[Result], others: list[Result], *, items: bool = False) -
     for i, result in enumerate(found):
         task, own = result.task, result.task.settings
         entry: dict[str, Any] = {
-            "file": task.path, "sha256": task.sha256, "form": task.form, "count": result.count, "chance": task.chance,
-            "settings": {"delimiter": own.delimiter, "few_shot": own.few_shot, "stop": list(own.stop), "max_tokens": own.max_tokens},
+            "file": task.path,
+            "sha256": task.sha256,
+            "form": task.form,
+            "count": result.count,
+            "chance": task.chance,
+            "settings": {
+                "delimiter": own.delimiter,
+                "few_shot": own.few_shot,
+                "stop": list(own.stop),
+                "max_tokens": own.max_tokens,
+            },
             "model": result.as_dict(items=items),
-        }  # fmt: skip
+        }
         if others:
             pairs.append({metric: compare(result, others[i], metric) for metric in SHOWN})
-            entry |= {"reference": others[i].as_dict(items=items), "paired": {metric: p.as_dict() for metric, p in pairs[i].items()}}
+            entry |= {
+                "reference": others[i].as_dict(items=items),
+                "paired": {metric: p.as_dict() for metric, p in pairs[i].items()},
+            }
         tasks[task.name] = entry
         by_form.setdefault(task.form, []).append(i)
 
@@ -178,27 +243,48 @@ def _record(found: list[Result], others: list[Result], *, items: bool = False) -
         for metric in SHOWN:
             right = [one for result in results for one in result.right(metric)]
             interval = wilson_interval(sum(right), len(right))
-            scores[metric] = {"value": sum(right) / len(right), "interval": [interval.low, interval.high]}
+            scores[metric] = {
+                "value": sum(right) / len(right),
+                "interval": [interval.low, interval.high],
+            }
         return scores
 
     together: dict[str, Any] = {}
     for form, places in by_form.items():
-        together[form] = {"count": sum(found[i].count for i in places), "model": over_all([found[i] for i in places])}
+        together[form] = {
+            "count": sum(found[i].count for i in places),
+            "model": over_all([found[i] for i in places]),
+        }
         if others:
-            pooled = {m: reduce(operator.add, (pairs[i][m] for i in places)).as_dict() for m in SHOWN}
+            pooled = {
+                m: reduce(operator.add, (pairs[i][m] for i in places)).as_dict() for m in SHOWN
+            }
             together[form] |= {"reference": over_all([others[i] for i in places]), "paired": pooled}
     return {"tasks": tasks, "all": together}
 
 
 def _scores(record: dict[str, Any]) -> Table:
     """A row a task and model."""
-    table = _table("Right answers in percent, and intervals of 95%", "task", "n", "chance", "model", "plain", "normalised", left=(0, 3))
+    table = _table(
+        "Right answers in percent, and intervals of 95%",
+        "task",
+        "n",
+        "chance",
+        "model",
+        "plain",
+        "normalised",
+        left=(0, 3),
+    )
     for name, entry in _entries(record):
         chance = entry.get("chance")
         own = [name, str(entry["count"]), "" if chance is None else f"{chance * 100:.1f}"]
         for which in ("model", "reference"):
             if which in entry:
-                table.add_row(*own, Path(record[which]).name, *(_percent(entry[which][metric]) for metric in SHOWN))
+                table.add_row(
+                    *own,
+                    Path(record[which]).name,
+                    *(_percent(entry[which][metric]) for metric in SHOWN),
+                )
                 own = ["", "", ""]
     return table
 
@@ -211,7 +297,14 @@ def _pairs(record: dict[str, Any]) -> Table:
         for metric, shown in SHOWN.items():
             pair = entry["paired"][metric]
             change = _percent({"value": pair["difference"], "interval": pair["interval"]}, "+")
-            table.add_row("" if shown else name, shown or "plain", change, str(pair["losses"]), str(pair["gains"]), f"{pair['p']:.2g}")
+            table.add_row(
+                "" if shown else name,
+                shown or "plain",
+                change,
+                str(pair["losses"]),
+                str(pair["gains"]),
+                f"{pair['p']:.2g}",
+            )
     return table
 
 
@@ -219,7 +312,10 @@ def _entries(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Every task, and each form that several tasks have, taken together."""
     tasks, forms = record["tasks"], record["all"]
     many = [form for form in forms if sum(task["form"] == form for task in tasks.values()) > 1]
-    return [*tasks.items(), *(("all" if len(forms) == 1 else f"all {form}", forms[form]) for form in many)]
+    return [
+        *tasks.items(),
+        *(("all" if len(forms) == 1 else f"all {form}", forms[form]) for form in many),
+    ]
 
 
 def _table(title: str, *names: str, left: tuple[int, ...]) -> Table:

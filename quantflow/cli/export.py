@@ -16,16 +16,43 @@ EXPORTING = Hints("", "Free memory: a few tensors are held at a time.")
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Artifact, checkpoint, workspace, .gguf file, or hub id.")],
-    format: Annotated[str, typer.Option("--format", help="As in a recipe's pack: see `quantflow formats`.")],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the checkpoint goes.")],
-    tp: Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel ranks to cut beside the whole.")] = 1,
-    requantize: Annotated[bool, typer.Option("--requantize", help="Round what the format cannot hold, and report the error.")] = False,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="With huggingface: float32 (exact), float16 or bfloat16.")] = None,
-    kv_scales: Annotated[
-        str | None, typer.Option("--kv-scales", metavar="fp8", help="Write scales of an fp8 KV cache into a compressed-tensors checkpoint.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Artifact, checkpoint, workspace, .gguf file, or hub id."
+        ),
+    ],
+    format: Annotated[
+        str, typer.Option("--format", help="As in a recipe's pack: see `quantflow formats`.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Where the checkpoint goes.")
+    ],
+    tp: Annotated[
+        int, typer.Option("--tp", min=1, help="Tensor-parallel ranks to cut beside the whole.")
+    ] = 1,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Round what the format cannot hold, and report the error."
+        ),
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="With huggingface: float32 (exact), float16 or bfloat16."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Bytes a file, at most: 5GB, 512MiB, or a number.")] = "5GB",
+    kv_scales: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-scales",
+            metavar="fp8",
+            help="Write scales of an fp8 KV cache into a compressed-tensors checkpoint.",
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option("--max-shard-size", help="Bytes a file, at most: 5GB, 512MiB, or a number."),
+    ] = "5GB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -36,15 +63,30 @@ def export(
         from quantflow.recipe.schema import parse_bytes
 
         try:
-            most = parse_bytes(int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size)
+            most = parse_bytes(
+                int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
+            )
         except ValueError as error:
-            raise UserError(Problem("--max-shard-size", repr(max_shard_size), str(error))) from error
-        options = exporting.Options(tp=tp, max_shard_bytes=most, requantize=requantize, dtype=dtype, kv_scales=kv_scales)
+            raise UserError(
+                Problem("--max-shard-size", repr(max_shard_size), str(error))
+            ) from error
+        options = exporting.Options(
+            tp=tp, max_shard_bytes=most, requantize=requantize, dtype=dtype, kv_scales=kv_scales
+        )
         with progress() as shown:
             done = exporting.export(source, format, output, options, shown)
         if as_json:
-            found = {"output": str(done.output), "from": done.source_format, "to": done.format, "modules": done.modules}
-            said = {"left_out": dict(done.left_out), "notes": list(done.notes), "warnings": list(done.warnings)}
+            found = {
+                "output": str(done.output),
+                "from": done.source_format,
+                "to": done.format,
+                "modules": done.modules,
+            }
+            said = {
+                "left_out": dict(done.left_out),
+                "notes": list(done.notes),
+                "warnings": list(done.warnings),
+            }
             print(json.dumps({**found, "relative_errors": dict(done.errors), **said}))
             return
         what = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
@@ -59,8 +101,9 @@ def export(
             worst = max(done.errors, key=lambda name: done.errors[name])
             mean = sum(done.errors.values()) / len(done.errors)
             console.print(
-                f"Not exact: {len(done.errors)} tensors were put on another grid or rounded. Relative error {mean:.2e} on average, "
-                f"{done.errors[worst]:.2e} at most ({worst}); each is in requantized.json.",
+                f"Not exact: {len(done.errors)} tensors were put on another grid or rounded."
+                f" Relative error {mean:.2e} on average, {done.errors[worst]:.2e} at most"
+                f" ({worst}); each is in requantized.json."
             )
 
 
@@ -73,7 +116,10 @@ def formats(as_json: Json = False, debug: Debug = False) -> None:
         from quantflow.formats.engines import rows
 
         if as_json:
-            found = {name: {**asdict(held), "engines": [asdict(row) for row in rows(name)]} for name, held in ABILITIES.items()}
+            found = {
+                name: {**asdict(held), "engines": [asdict(row) for row in rows(name)]}
+                for name, held in ABILITIES.items()
+            }
             print(json.dumps(found, indent=2))
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -89,6 +135,10 @@ def formats(as_json: Json = False, debug: Debug = False) -> None:
                     first = ""
             for i, row in enumerate(rows(name)):
                 engine, *_, known, note = row.cells
-                table.add_row("", "" if i else "engines", f"{engine}: {row} [{known}]{f'; {note}' if note else ''}")
+                table.add_row(
+                    "",
+                    "" if i else "engines",
+                    f"{engine}: {row} [{known}]{f'; {note}' if note else ''}",
+                )
             table.add_row()
         console.print(table)

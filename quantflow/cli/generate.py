@@ -33,19 +33,47 @@ DEFAULT_TOKENS = 256
 def generate(
     model: ModelDirectory,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]…", help="Texts to go on from; - reads one from stdin, and so does none.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]…",
+            help="Texts to go on from; - reads one from stdin, and so does none.",
+        ),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="The same as an option. May be repeated.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a question, put in the model's dialogue format.")] = False,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="The same as an option. May be repeated.")
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="The prompt is a question, put in the model's dialogue format."
+        ),
+    ] = False,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Tokens to generate; by default 256, or what the context still holds.")
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            help="Tokens to generate; by default 256, or what the context still holds.",
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest token each time.")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest tokens that together have this probability.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0: the likeliest token each time.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p", help="Draw from the likeliest tokens that together have this probability."
+        ),
+    ] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Draw from this many tokens; 0: all.")] = 0,
-    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")] = 1.0,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the output. May be repeated.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="The same seed gives the same text.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text that ends the output. May be repeated.")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
     mode: ModeOption = Mode.exact,
     kv: KVOption = KV.auto,
@@ -55,7 +83,12 @@ def generate(
     dialogue: DialogueName = None,
     eager: Eager = False,
     device: DeviceOption = Device.auto,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what the engine does: mode, device, kernels, KV cache.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Say what the engine does: mode, device, kernels, KV cache."
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -72,27 +105,48 @@ def generate(
             follow(resolve_device(device.value))
             return
         params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
             stop=tuple(stop or ()),
-        )  # fmt: skip
+        )
         given = [*(prompts or ()), *(prompt or ())] or ["-"]
         if not (prompts or prompt) and sys.stdin.isatty():
             hint = "quantflow generate DIR PROMPT, or a text through a pipe"
-            raise RequestError(Problem("PROMPT", "none given, and stdin is a terminal", "a text to go on from", hint))
+            raise RequestError(
+                Problem(
+                    "PROMPT", "none given, and stdin is a terminal", "a text to go on from", hint
+                )
+            )
         if given.count("-") > 1:
             raise RequestError(Problem("PROMPT", "stdin more than once", "- once"))
         if stream and (as_json or len(given) > 1):
-            raise RequestError(Problem("--stream", "with --json or several prompts", "one prompt, shown as text"))
+            raise RequestError(
+                Problem("--stream", "with --json or several prompts", "one prompt, shown as text")
+            )
         texts = [_stdin() if text == "-" else text for text in given]
         llm = LLM(
-            model, mode=mode.value, kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, dialogue=dialogue,
-            device=device.value, tp=tp, graphs=not eager,
-        )  # fmt: skip
+            model,
+            mode=mode.value,
+            kv=kv.value,
+            session_len=session_len,
+            cache_max_entry_count=cache_max_entry_count,
+            dialogue=dialogue,
+            device=device.value,
+            tp=tp,
+            graphs=not eager,
+        )
         if verbose:
-            errors.print(", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items()))
+            errors.print(
+                ", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items())
+            )
         show_notes(llm.engine.notes)
         shown = [llm.get_prompt(text) if chat else text for text in texts]
-        tokens = [llm.encode(text, special=not chat) for text in shown]  # a dialogue format has its own first tokens
+        # a dialogue format has its own first tokens
+        tokens = [llm.encode(text, special=not chat) for text in shown]
         if max_tokens is None:
             room = llm.engine.room - max(map(len, tokens))
             params = replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
@@ -103,7 +157,14 @@ def generate(
             return
         outputs = llm.generate(tokens, params)
         if as_json:
-            print(json.dumps([{"prompt": text, **asdict(output.completions[0])} for text, output in zip(texts, outputs, strict=True)]))
+            print(
+                json.dumps(
+                    [
+                        {"prompt": text, **asdict(output.completions[0])}
+                        for text, output in zip(texts, outputs, strict=True)
+                    ]
+                )
+            )
         else:
             for output in outputs:
                 print(output.text)

@@ -25,21 +25,40 @@ class EngineName(StrEnum):
 
 
 def init(
-    model: Annotated[str, typer.Option("--model", metavar="DIR_OR_ID", help="Model directory or hub id; its config.json is enough.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="DIR_OR_ID",
+            help="Model directory or hub id; its config.json is enough.",
+        ),
+    ],
     bits: Annotated[int, typer.Option("--bits", min=2, max=8, help="Bits a weight.")] = 4,
-    engine: Annotated[EngineName, typer.Option("--for", help="What is to load the result.")] = EngineName.vllm,
+    engine: Annotated[
+        EngineName, typer.Option("--for", help="What is to load the result.")
+    ] = EngineName.vllm,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="FILE", help="Calibration text, a file or a data set's name; by default the bundled one."),
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Calibration text, a file or a data set's name; by default the bundled one.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Where the recipe goes; by default MODEL_wBITS_ENGINE.yaml, here.")
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Where the recipe goes; by default MODEL_wBITS_ENGINE.yaml, here.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a recipe for a model and an engine. Nothing is computed, and no file is replaced without --force."""
+    """Write a recipe for a model and an engine. Nothing is computed, and no file is replaced
+    without --force."""
     with reporting(debug):
         from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
         from quantflow.errors import OutputError, Problem, UserError
@@ -50,23 +69,41 @@ def init(
 
         path = resolve_model(model)
         checkpoint = Checkpoint(path, config_only=True)
-        found = starter(checkpoint, model, bits, engine.value, data, str(output) if output else None)
+        found = starter(
+            checkpoint, model, bits, engine.value, data, str(output) if output else None
+        )
         place = output or Path(f"{found.name}.yaml")
         if place.is_dir() or (place.exists() and not force):
             there = "a directory" if place.is_dir() else "there is such a file"
-            raise OutputError(Problem(str(place), there, "a new file", "" if place.is_dir() else "--force replaces it; --output FILE"))
+            raise OutputError(
+                Problem(
+                    str(place),
+                    there,
+                    "a new file",
+                    "" if place.is_dir() else "--force replaces it; --output FILE",
+                )
+            )
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / place.name
             write_text(draft, found.text)
             try:
-                # What cannot be is said before it is written: all that `plan` will say, once there is more than a config.
-                make_plan(load_recipe(draft), config_only=path.is_dir() and not any(path.glob("*.safetensors")))
+                # What cannot be is said before it is written: all that `plan` will say, once there
+                # is more than a config.
+                make_plan(
+                    load_recipe(draft),
+                    config_only=path.is_dir() and not any(path.glob("*.safetensors")),
+                )
             except UserError as error:
-                raise UserError([replace(p, where=p.where.replace(f"{folder}/", "")) for p in error.problems]) from error
+                raise UserError(
+                    [replace(p, where=p.where.replace(f"{folder}/", "")) for p in error.problems]
+                ) from error
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, found.text)
         if as_json:
             print(json.dumps({"recipe": str(place), "name": found.name}))
             return
         typed = shlex.quote(str(place))
-        console.print(f"{place} written. To look at before it is run: quantflow plan {typed}\nNext: quantflow run {typed}")
+        console.print(
+            f"{place} written. To look at before it is run: quantflow plan {typed}\nNext: quantflow"
+            f" run {typed}"
+        )

@@ -19,7 +19,8 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is in a checkpoint. Architecture, scheme of every module, sizes, KV parameters and provenance. Reads headers."""
+    """Show what is in a checkpoint. Architecture, scheme of every module, sizes, KV parameters and
+    provenance. Reads headers."""
     with reporting(debug):
         from quantflow.checkpoints.checkpoint import resolve_model
         from quantflow.checkpoints.gguf.file import gguf_file
@@ -30,7 +31,13 @@ def inspect(
         if directory.is_file():
             directory = resolve_model(str(directory))  # which says what it should be
         if not directory.is_dir() and not gguf_file(directory):
-            raise ModelError(Problem(str(directory), absent(directory, "directory"), "a model directory, an artifact or a .gguf file"))
+            raise ModelError(
+                Problem(
+                    str(directory),
+                    absent(directory, "directory"),
+                    "a model directory, an artifact or a .gguf file",
+                )
+            )
         summary = describe(directory)
         if as_json:
             print(json.dumps(summary, indent=2))
@@ -71,12 +78,24 @@ def describe(directory: Path) -> dict[str, Any]:
         "modules": modules,
         "left_out": weights.left_out,
         "notes": list(weights.notes),
-        "artifact": {
-            k: manifest.get(k)
-            for k in ("kind", "name", "status", "formats", "tensor_parallel", "kv_qparams", "quality", "source", "quantflow")
-        }
-        if manifest
-        else None,
+        "artifact": (
+            {
+                k: manifest.get(k)
+                for k in (
+                    "kind",
+                    "name",
+                    "status",
+                    "formats",
+                    "tensor_parallel",
+                    "kv_qparams",
+                    "quality",
+                    "source",
+                    "quantflow",
+                )
+            }
+            if manifest
+            else None
+        ),
     }
 
 
@@ -87,7 +106,9 @@ def _show(summary: dict[str, Any]) -> None:
     table = facts(summary["directory"])
     s = summary
     table.add_row(
-        "architecture", f"{s['architecture']}: {s['layers']} layers, hidden {s['hidden']}, {s['heads']} heads, {s['kv_heads']} KV heads"
+        "architecture",
+        f"{s['architecture']}: {s['layers']} layers, hidden {s['hidden']}, {s['heads']} heads,"
+        f" {s['kv_heads']} KV heads",
     )
     table.add_row("format", s["format"])
     table.add_row("size", f"{size(s['weight_bytes'])} in {s['files']} file(s)")
@@ -101,7 +122,8 @@ def _show(summary: dict[str, Any]) -> None:
     if artifact:
         table.add_row(
             "artifact",
-            f"{artifact['name']} ({artifact['status']}), formats {', '.join(artifact['formats'])}, tp {artifact['tensor_parallel']}",
+            f"{artifact['name']} ({artifact['status']}), formats {', '.join(artifact['formats'])},"
+            f" tp {artifact['tensor_parallel']}",
         )
         source = artifact["source"]
         origin = f", exported from {source['format']}" if artifact["kind"] == "export" else ""
@@ -109,7 +131,12 @@ def _show(summary: dict[str, Any]) -> None:
         table.add_row("source", f"{source['model']}{origin}{weights}")
         kv = artifact["kv_qparams"]
         table.add_row(
-            "KV cache", f"{kv['bits']} bit, one scale a {kv['granularity']}, symmetric {kv['symmetric']}" if kv else "as computed"
+            "KV cache",
+            (
+                f"{kv['bits']} bit, one scale a {kv['granularity']}, symmetric {kv['symmetric']}"
+                if kv
+                else "as computed"
+            ),
         )
     console.print(table)
     if artifact and artifact["quality"]:

@@ -11,18 +11,29 @@ import typer
 from typer.core import TyperGroup
 
 from quantflow import __version__
-from quantflow.cli import bench, chat, export, generate, init, inspect, plan, release, report, run, schema, sensitivity, serve, verify
+from quantflow.cli import (
+    bench,
+    chat,
+    export,
+    generate,
+    init,
+    inspect,
+    plan,
+    release,
+    report,
+    run,
+    schema,
+    sensitivity,
+    serve,
+    verify,
+)
 from quantflow.cli import eval as eval_command
 from quantflow.cli.console import UNREAD, flush, reporting
 
-# Every verb, in the order that one comes to use them. What it is for is the first sentence of its docstring.
+# Every verb, in the order that one comes to use them. What it is for is the first sentence of its
+# docstring.
 VERBS: dict[str, dict[str, Callable[..., None]]] = {
-    "Make": {
-        "init": init.init,
-        "plan": plan.plan,
-        "run": run.run,
-        "export": export.export,
-    },
+    "Make": {"init": init.init, "plan": plan.plan, "run": run.run, "export": export.export},
     "Check": {
         "report": report.report,
         "compare": report.compare,
@@ -43,7 +54,10 @@ VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "schema": schema.schema,
     },
 }
-_FIRST = "First, with a model directory DIR:  quantflow run w4 --model DIR\nA verb's options:  quantflow VERB -h"
+_FIRST = (
+    "First, with a model directory DIR:  quantflow run w4 --model DIR\nA verb's options:  quantflow"
+    " VERB -h"
+)
 
 
 def purpose(verb: Callable[..., None]) -> str:
@@ -85,15 +99,22 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def quantflow(
-    version: Annotated[bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
-    """Make large language models small: from a YAML recipe to a checkpoint that other software loads, with proof of its quality."""
+    """Make large language models small: from a YAML recipe to a checkpoint that other software
+    loads, with proof of its quality."""
 
 
 def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without × or … shows ? rather than ending the command
+            # a terminal without × or … shows ? rather than ending the command
+            stream.reconfigure(errors="replace")
     with reporting(debug=False):
         stdout, code = sys.stdout, None
         try:
@@ -101,7 +122,8 @@ def main() -> None:
         except SystemExit as ended:
             code = ended.code
         read = flush()
-        if sys.stdout is not stdout or not (read or code):  # typer puts another there when nobody reads its help
+        # typer puts another there when nobody reads its help
+        if sys.stdout is not stdout or not (read or code):
             code = UNREAD
         sys.exit(code)
 

@@ -20,48 +20,95 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; not needed with --fit and --model.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RECIPE]", help="The recipe; not needed with --fit and --model."),
+    ] = None,
     model: Model = None,
     output: Output = None,
     set_: Set = None,
     device: DeviceOption = Device.auto,
-    config_only: Annotated[bool, typer.Option("--config-only", help="Plan from config.json alone, without weight files.")] = False,
+    config_only: Annotated[
+        bool,
+        typer.Option("--config-only", help="Plan from config.json alone, without weight files."),
+    ] = False,
     fit: Annotated[
-        str | None, typer.Option("--fit", metavar="SIZE", help="Propose what fits a device with so much memory: 24GB, 16GiB.")
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            help="Propose what fits a device with so much memory: 24GB, 16GiB.",
+        ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option("--context", min=1, help="With --fit: tokens of a text, answer included. Default: 4096, or the model's.")
+        int | None,
+        typer.Option(
+            "--context",
+            min=1,
+            help="With --fit: tokens of a text, answer included. Default: 4096, or the model's.",
+        ),
     ] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="With --fit: texts at once. Default: 1.")] = None,
-    tp: Annotated[int | None, typer.Option("--tp", min=1, help="With --fit: just so many devices, not 1 to 8.")] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="With --fit: texts at once. Default: 1.")
+    ] = None,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", min=1, help="With --fit: just so many devices, not 1 to 8."),
+    ] = None,
     sensitivity: Annotated[
-        Path | None, typer.Option("--sensitivity", metavar="FILE", help="With --fit: what `quantflow sensitivity` measured.")
+        Path | None,
+        typer.Option(
+            "--sensitivity",
+            metavar="FILE",
+            help="With --fit: what `quantflow sensitivity` measured.",
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a run would do and need; with --fit, what fits a device. That is the resolved steps, what the store already has,
-    estimates of memory, disk and time, and every problem."""
+    """Show what a run would do and need; with --fit, what fits a device. That is the resolved
+    steps, what the store already has, estimates of memory, disk and time, and every problem."""
     with reporting(debug):
         if fit is not None:
             from quantflow.cli.advice import show_advice
 
-            where = "cpu" if device == Device.cpu else "cuda"  # a device that may be another machine's
+            # a device that may be another machine's
+            where = "cpu" if device == Device.cpu else "cuda"
             show_advice(
-                recipe, model, set_ or [], fit, context, batch, where, tp, sensitivity, config_only=config_only, as_json=as_json
-            )  # fmt: skip
+                recipe,
+                model,
+                set_ or [],
+                fit,
+                context,
+                batch,
+                where,
+                tp,
+                sensitivity,
+                config_only=config_only,
+                as_json=as_json,
+            )
             return
         given = {"--context": context, "--batch": batch, "--tp": tp, "--sensitivity": sensitivity}
-        problems = [Problem(name, "without --fit", "--fit SIZE beside it") for name, value in given.items() if value is not None]
+        problems = [
+            Problem(name, "without --fit", "--fit SIZE beside it")
+            for name, value in given.items()
+            if value is not None
+        ]
         if recipe is None:
-            problems.append(Problem("RECIPE", "none given", "a recipe, or --fit SIZE with --model DIR"))
+            problems.append(
+                Problem("RECIPE", "none given", "a recipe, or --fit SIZE with --model DIR")
+            )
         if problems or recipe is None:
             raise UserError(problems)
         from quantflow.pipeline.plan import make_plan
         from quantflow.pipeline.status import stored_layers
         from quantflow.recipe import load_recipe
 
-        found = make_plan(load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value, config_only=config_only)
+        found = make_plan(
+            load_recipe(find(recipe), set_ or (), model=model, output=output),
+            device=device.value,
+            config_only=config_only,
+        )
         summary = summarise(found, stored_layers(found) if not config_only else None)
         if as_json:
             print(json.dumps(summary, indent=2))
@@ -70,7 +117,8 @@ def plan(
 
 
 def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
-    """The plan as JSON-able data. stored: finished layers in the store, None where that is not known without reading weights."""
+    """The plan as JSON-able data. stored: finished layers in the store, None where that is not
+    known without reading weights."""
     from quantflow.pipeline.estimate import estimate
     from quantflow.pipeline.plan import Sample
     from quantflow.recipe import dump
@@ -108,32 +156,50 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
 
 def _calibration(plan: Plan) -> dict[str, Any] | None:
     section = plan.recipe.calibration if plan.reads_calibration else None
-    return {"data": section.file or section.data, "windows": section.samples, "length": section.seqlen} if section else None
+    return (
+        {"data": section.file or section.data, "windows": section.samples, "length": section.seqlen}
+        if section
+        else None
+    )
 
 
 def _show(summary: dict[str, Any]) -> None:
     table = facts(f"Plan of {summary['name']}")
     weights = size(summary["weight_bytes"])
-    table.add_row("model", f"{summary['model']} ({summary['architecture']}, {summary['layers']} layers, {weights})")
+    table.add_row(
+        "model",
+        f"{summary['model']} ({summary['architecture']}, {summary['layers']} layers, {weights})",
+    )
     table.add_row("output", summary["output"])
     table.add_row("device", summary["device"])
     if text := summary["calibration"]:
-        table.add_row("calibration", f"{text['windows']} windows of {text['length']} tokens of {text['data']}")
+        table.add_row(
+            "calibration", f"{text['windows']} windows of {text['length']} tokens of {text['data']}"
+        )
     for name, text in summary["samples"].items():
-        table.add_row("first text", f"of {name}: {text!r}")  # with line breaks and control characters spelled out
+        # with line breaks and control characters spelled out
+        table.add_row("first text", f"of {name}: {text!r}")
     for step in summary["steps"]:
         ((name, settings),) = step.items()
-        shown = ", ".join(f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict))
+        shown = ", ".join(
+            f"{k} {v}" for k, v in settings.items() if v is not None and not isinstance(v, dict)
+        )
         table.add_row("step", f"{name}{': ' if shown else ''}{shown}")
     for scheme, count in summary["linears"].items():
         table.add_row("linears", f"{count} × {scheme}")
     stored = summary["stored_layers"]
     table.add_row(
-        "in the store", "not known before the weights are hashed" if stored is None else f"{stored} of {summary['layers']} layers"
+        "in the store",
+        "not known before the weights are hashed"
+        if stored is None
+        else f"{stored} of {summary['layers']} layers",
     )
     estimate = summary["estimate"]
     table.add_row("peak memory", f"about {size(estimate['peak_memory_bytes'])} above the imports")
-    table.add_row("disk", f"about {size(estimate['artifact_bytes'])} artifact, {size(estimate['store_bytes'])} store")
+    table.add_row(
+        "disk",
+        f"about {size(estimate['artifact_bytes'])} artifact, {size(estimate['store_bytes'])} store",
+    )
     table.add_row("time", f"about {estimate['seconds']:.0f} s")
     for line in left_out_lines((summary["tensors"] or {}).get("left_out", {})):
         table.add_row("left out", line)

@@ -14,7 +14,8 @@ QUOTES = '"""'
 
 
 def piped(lines: Iterable[str]) -> Iterator[str]:
-    """Lines up to an empty one, or the end, are a turn. A command, or a word that leaves, is a turn of one line."""
+    """Lines up to an empty one, or the end, are a turn. A command, or a word that leaves, is a turn
+    of one line."""
     turn: list[str] = []
     for line in lines:
         line = printable(line).rstrip("\r\n")
@@ -32,7 +33,8 @@ def piped(lines: Iterable[str]) -> Iterator[str]:
 
 
 def typed(**places: Any) -> Iterator[str]:
-    """What is typed, up to Enter. Ends with Ctrl-D at an empty prompt, or a word that leaves. places: `input` and `output`, for tests."""
+    """What is typed, up to Enter. Ends with Ctrl-D at an empty prompt, or a word that leaves.
+    places: `input` and `output`, for tests."""
     session = _session(**places)
     while True:
         try:
@@ -74,14 +76,20 @@ def _session(**places: Any) -> PromptSession[str]:
     # Where stdout is a file, the prompt goes to stderr: the file has the answers alone.
     places.setdefault("output", create_output(always_prefer_tty=True))
     return PromptSession(
-        "> ", multiline=True, prompt_continuation="  ", placeholder=[("class:placeholder fg:ansibrightblack", "Ask something, or /help")],
-        key_bindings=_keys(), enable_suspend=True, **places,
-    )  # fmt: skip
+        "> ",
+        multiline=True,
+        prompt_continuation="  ",
+        placeholder=[("class:placeholder fg:ansibrightblack", "Ask something, or /help")],
+        key_bindings=_keys(),
+        enable_suspend=True,
+        **places,
+    )
 
 
 def _keys() -> KeyBindings:
-    """What differs from a shell's: Enter sends, unless quotes are open or the line ends with a backslash. A paste is text, however many
-    lines it has: the terminal says where it begins and ends, and no Enter in it is one that was pressed."""
+    """What differs from a shell's: Enter sends, unless quotes are open or the line ends with a
+    backslash. A paste is text, however many lines it has: the terminal says where it begins and
+    ends, and no Enter in it is one that was pressed."""
     from prompt_toolkit.application import run_in_terminal
     from prompt_toolkit.key_binding import KeyBindings
 
@@ -90,7 +98,10 @@ def _keys() -> KeyBindings:
     @keys.add("enter")
     def send(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
-        if buffer.document.current_line_before_cursor.endswith("\\") and buffer.document.is_cursor_at_the_end:
+        if (
+            buffer.document.current_line_before_cursor.endswith("\\")
+            and buffer.document.is_cursor_at_the_end
+        ):
             buffer.delete_before_cursor()
             buffer.newline(copy_margin=False)
         elif unfinished(buffer.text):

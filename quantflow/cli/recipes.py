@@ -9,8 +9,8 @@ from quantflow.cli.console import errors
 
 
 def find(recipe: Path) -> Path:
-    """The file itself, `NAME.yaml` for `NAME`, or the bundled recipe of that name, which is said. What is none of them stays as it is,
-    for `load_recipe` to say so."""
+    """The file itself, `NAME.yaml` for `NAME`, or the bundled recipe of that name, which is said.
+    What is none of them stays as it is, for `load_recipe` to say so."""
     try:
         if recipe.exists():
             return recipe
@@ -20,5 +20,7 @@ def find(recipe: Path) -> Path:
         return recipe
     found = bundled.recipe(recipe)
     if found:
-        errors.print(f"{recipe}: no such file here, so the bundled recipe {found.stem} is taken: {found}")
+        errors.print(
+            f"{recipe}: no such file here, so the bundled recipe {found.stem} is taken: {found}"
+        )
     return found or recipe

@@ -22,7 +22,8 @@ def report(
     output: Page = None,
     debug: Debug = False,
 ) -> None:
-    """Draw the page of an artifact anew. report.html is made from report.json: into the artifact, or to --output."""
+    """Draw the page of an artifact anew. report.html is made from report.json: into the artifact,
+    or to --output."""
     with reporting(debug):
         from quantflow.report.page import rebuild
 
@@ -31,13 +32,18 @@ def report(
 
 def compare(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR DIR…", help="Artifacts or exports; the first is what the others are held against.")
+        list[Path],
+        typer.Argument(
+            metavar="DIR DIR…",
+            help="Artifacts or exports; the first is what the others are held against.",
+        ),
     ],
     output: Page = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Set artifacts side by side. Quality, size, errors, and where their recipes differ; --output writes a page."""
+    """Set artifacts side by side. Quality, size, errors, and where their recipes differ; --output
+    writes a page."""
     with reporting(debug):
         from quantflow.report.comparison import comparison_page, make_comparison
         from quantflow.report.page import showing, write_page
@@ -88,8 +94,17 @@ def _upright(row: dict[str, Any]) -> Table:
 def _figures(row: dict[str, Any]) -> tuple[str, ...]:
     quality, error = row["quality"], row["median_error"]
     measured = (
-        (f"{quality['perplexity']:.4f}", f"{quality['kl_mean']:.5f}", f"{quality['kl_p99']:.4f}", f"{quality['top1']:.2%}")
+        (
+            f"{quality['perplexity']:.4f}",
+            f"{quality['kl_mean']:.5f}",
+            f"{quality['kl_p99']:.4f}",
+            f"{quality['top1']:.2%}",
+        )
         if quality
         else ("–",) * 4
     )
-    return size(row["bytes"]) if row["bytes"] else "–", *measured, f"{error:.2e}" if error is not None else "–"
+    return (
+        size(row["bytes"]) if row["bytes"] else "–",
+        *measured,
+        f"{error:.2e}" if error is not None else "–",
+    )

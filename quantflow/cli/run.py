@@ -20,14 +20,16 @@ def run(
     output: Output = None,
     set_: Set = None,
     device: DeviceOption = Device.auto,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget this recipe's stored layers and begin again.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Forget this recipe's stored layers and begin again.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Quantise: from a recipe to an artifact, and proof of its quality.
 
-    A killed or interrupted run goes on where it stopped. Exit codes: 0 done, 2 wrong input, 3 a quality gate failed,
-    4 disk or memory, 130 interrupted, 1 a fault of QuantFlow's.
+    A killed or interrupted run goes on where it stopped. Exit codes: 0 done, 2 wrong input, 3 a
+    quality gate failed, 4 disk or memory, 130 interrupted, 1 a fault of QuantFlow's.
     """
     with reporting(debug):
         from quantflow.errors import GateError, Problem
@@ -35,7 +37,9 @@ def run(
         from quantflow.pipeline.run import run as run_plan
         from quantflow.recipe import load_recipe
 
-        plan = make_plan(load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value)
+        plan = make_plan(
+            load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value
+        )
         show_notes(plan.checkpoint.remarks)
         for warning in plan.warnings if not as_json else ():
             errors.print(f"Warning: {warning}.")
@@ -43,28 +47,47 @@ def run(
             result = run_plan(plan, watcher, fresh=fresh)
         show_notes(note for note in result.report["notes"] if note not in plan.notes)
         if as_json:
-            value = {"output": str(result.output), "existed": result.existed, "quality": result.quality, "failed_gates": result.failures,
-                     "seconds": result.seconds, "warnings": list(plan.warnings)}  # fmt: skip
+            value = {
+                "output": str(result.output),
+                "existed": result.existed,
+                "quality": result.quality,
+                "failed_gates": result.failures,
+                "seconds": result.seconds,
+                "warnings": list(plan.warnings),
+            }
             print(json.dumps(value, indent=2))
         else:
             if result.existed:
                 console.print(f"{result.output} is up to date: nothing to do.")
             else:
-                took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
-                console.print(f"{result.output} written ({took}).\nTo look at: {result.output}/report.html")
+                took = ", ".join(
+                    f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items()
+                )
+                console.print(
+                    f"{result.output} written ({took}).\nTo look at: {result.output}/report.html"
+                )
             _show(result.report)
             if result.quality:
                 console.print(quality_table(result.quality))
         if result.failures:
             raise GateError(
-                [Problem(str(result.output), failure, hint="The artifact is kept, marked as failed") for failure in result.failures]
+                [
+                    Problem(
+                        str(result.output), failure, hint="The artifact is kept, marked as failed"
+                    )
+                    for failure in result.failures
+                ]
             )
 
 
 def _show(report: dict[str, Any]) -> None:
     lines = report["linears"]
     lost = sorted(line["error"] for line in lines.values() if "error" in line)
-    text = f"{len(lines)} linears quantised, {len(report['kept'])} kept" if lines else "No weight was changed"
+    text = (
+        f"{len(lines)} linears quantised, {len(report['kept'])} kept"
+        if lines
+        else "No weight was changed"
+    )
     if lost:
         text += f"; output error: median {median(lost):.2e}, largest {lost[-1]:.2e}"
     console.print(text + ".")
@@ -84,5 +107,11 @@ def quality_table(quality: dict[str, Any]) -> Table:
     first = next(iter(quality.values()))
     table.add_row("full precision", f"{first['reference_perplexity']:.4f}", "0", "0", "100.00%")
     for name, q in quality.items():
-        table.add_row(VARIANTS.get(name, name), f"{q['perplexity']:.4f}", f"{q['kl_mean']:.5f}", f"{q['kl_p99']:.4f}", f"{q['top1']:.2%}")
+        table.add_row(
+            VARIANTS.get(name, name),
+            f"{q['perplexity']:.4f}",
+            f"{q['kl_mean']:.5f}",
+            f"{q['kl_p99']:.4f}",
+            f"{q['top1']:.2%}",
+        )
     return table

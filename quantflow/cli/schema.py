@@ -12,7 +12,10 @@ from quantflow.cli.options import Debug
 
 
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference of recipes instead: docs/recipe.md.")] = False,
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Print the reference of recipes instead: docs/recipe.md."),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Print the JSON schema of a recipe."""

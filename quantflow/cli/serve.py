@@ -35,42 +35,91 @@ class LogLevel(StrEnum):
 
 def serve(
     model: ModelDirectory,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 23333,
+    host: Annotated[
+        str,
+        typer.Option("--host", help="Address to listen on; 0.0.0.0 is every one of this machine."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")
+    ] = 23333,
     tp: TensorParallel = 1,
-    max_batch_size: Annotated[int, typer.Option("--max-batch-size", min=1, help="Texts that are generated at once.")] = 64,
+    max_batch_size: Annotated[
+        int, typer.Option("--max-batch-size", min=1, help="Texts that are generated at once.")
+    ] = 64,
     session_len: SessionLength = None,
     kv: KVOption = KV.auto,
     cache_max_entry_count: CacheShare = None,
     api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="Keys, one a line; else the environment's QUANTFLOW_API_KEY. None: open to all.")
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            help="Keys, one a line; else the environment's QUANTFLOW_API_KEY. None: open to all.",
+        ),
     ] = None,
     admin_key_file: Annotated[
-        Path | None, typer.Option("--admin-key-file", help="Keys for /admin; else QUANTFLOW_ADMIN_KEY. None: /admin is off.")
+        Path | None,
+        typer.Option(
+            "--admin-key-file",
+            help="Keys for /admin; else QUANTFLOW_ADMIN_KEY. None: /admin is off.",
+        ),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option("--served-model-name", help="What requests must call the model; may be repeated. None: any name means it."),
+        typer.Option(
+            "--served-model-name",
+            help="What requests must call the model; may be repeated. None: any name means it.",
+        ),
     ] = None,
-    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Texts that may wait; more are refused with 429.")] = 256,
-    max_body: Annotated[int, typer.Option("--max-body", min=1024, help="Bytes of a request.")] = 4 * 2**20,
+    max_queue: Annotated[
+        int,
+        typer.Option("--max-queue", min=0, help="Texts that may wait; more are refused with 429."),
+    ] = 256,
+    max_body: Annotated[int, typer.Option("--max-body", min=1024, help="Bytes of a request.")] = 4
+    * 2**20,
     request_timeout: Annotated[
-        float, typer.Option("--request-timeout", min=0.1, max=86400.0, help="Seconds that an answer may take.")
+        float,
+        typer.Option(
+            "--request-timeout", min=0.1, max=86400.0, help="Seconds that an answer may take."
+        ),
     ] = 600.0,
     drain_timeout: Annotated[
-        float, typer.Option("--drain-timeout", min=0.0, max=86400.0, help="Seconds for running answers after SIGTERM.")
+        float,
+        typer.Option(
+            "--drain-timeout",
+            min=0.0,
+            max=86400.0,
+            help="Seconds for running answers after SIGTERM.",
+        ),
     ] = 30.0,
     allow_origin: Annotated[
-        list[str] | None, typer.Option("--allow-origin", help="Another site whose pages may call this server (CORS); may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            help="Another site whose pages may call this server (CORS); may be repeated.",
+        ),
     ] = None,
     no_prefix_cache: Annotated[
-        bool, typer.Option("--no-prefix-cache", help="Compute every prompt anew: nobody can tell by the time what others asked before.")
+        bool,
+        typer.Option(
+            "--no-prefix-cache",
+            help="Compute every prompt anew: nobody can tell by the time what others asked before.",
+        ),
     ] = False,
     literal_content: Annotated[
-        bool, typer.Option("--literal-content", help="What a message spells out (</s>, <|im_end|>) stays text, and is no control token.")
+        bool,
+        typer.Option(
+            "--literal-content",
+            help=(
+                "What a message spells out (</s>, <|im_end|>) stays text, and is no control token."
+            ),
+        ),
     ] = False,
-    supervised: Annotated[bool, typer.Option("--supervised", help="End with exit code 1 when the engine has died.")] = False,
-    log_level: Annotated[LogLevel, typer.Option("--log-level", help="debug shows every request.")] = LogLevel.info,
+    supervised: Annotated[
+        bool, typer.Option("--supervised", help="End with exit code 1 when the engine has died.")
+    ] = False,
+    log_level: Annotated[
+        LogLevel, typer.Option("--log-level", help="debug shows every request.")
+    ] = LogLevel.info,
     mode: ModeOption = Mode.exact,
     dialogue: DialogueName = None,
     eager: Eager = False,
@@ -93,22 +142,49 @@ def serve(
             if (error.name or "").startswith("quantflow"):
                 raise
             raise UserError(
-                Problem("quantflow serve", f"the package {error.name} is not installed", "", "pip install -c constraints.txt '.[serve]'")
+                Problem(
+                    "quantflow serve",
+                    f"the package {error.name} is not installed",
+                    "",
+                    "pip install -c constraints.txt '.[serve]'",
+                )
             ) from error
         from quantflow.serve.config import ADMIN_KEY_VARIABLE, KEY_VARIABLE, ServerConfig, keys
 
         config = ServerConfig(
-            host=host, port=port, keys=keys(api_key_file, KEY_VARIABLE), admin_keys=keys(admin_key_file, ADMIN_KEY_VARIABLE),
-            names=tuple(served_model_name or ()), max_queue=max_queue, max_body=max_body, request_timeout_s=request_timeout,
-            drain_timeout_s=drain_timeout, origins=tuple(allow_origin or ()), literal_content=literal_content,
-            supervised=supervised, log_level=log_level.value,
-        )  # fmt: skip
+            host=host,
+            port=port,
+            keys=keys(api_key_file, KEY_VARIABLE),
+            admin_keys=keys(admin_key_file, ADMIN_KEY_VARIABLE),
+            names=tuple(served_model_name or ()),
+            max_queue=max_queue,
+            max_body=max_body,
+            request_timeout_s=request_timeout,
+            drain_timeout_s=drain_timeout,
+            origins=tuple(allow_origin or ()),
+            literal_content=literal_content,
+            supervised=supervised,
+            log_level=log_level.value,
+        )
         if not config.keys and not config.loopback:
-            errors.print(f"[bold yellow]warning:[/] {host} can be reached by others, and no key is asked for: give --api-key-file")
+            errors.print(
+                f"[bold yellow]warning:[/] {host} can be reached by others, and no key is asked"
+                " for: give --api-key-file"
+            )
         code = start(
-            model, config, lambda text: errors.print(text), lambda text: console.print(text), mode=mode.value,
-            kv=kv.value, session_len=session_len, cache_max_entry_count=cache_max_entry_count, max_batch_size=max_batch_size,
-            dialogue=dialogue, device=device.value, tp=tp, graphs=not eager,
+            model,
+            config,
+            lambda text: errors.print(text),
+            lambda text: console.print(text),
+            mode=mode.value,
+            kv=kv.value,
+            session_len=session_len,
+            cache_max_entry_count=cache_max_entry_count,
+            max_batch_size=max_batch_size,
+            dialogue=dialogue,
+            device=device.value,
+            tp=tp,
+            graphs=not eager,
             prefix_cache=not no_prefix_cache,
-        )  # fmt: skip
+        )
     raise typer.Exit(code)

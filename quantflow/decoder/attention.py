@@ -1,4 +1,5 @@
-"""Causal attention over whole windows, as calibration and evaluation need it: no cache, no padding."""
+"""Causal attention over whole windows, as calibration and evaluation need it: no cache, no
+padding."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     if window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     at = torch.arange(length, device=q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(at, at, window), enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=_visible(at, at, window), enable_gqa=grouped
+    )
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -39,11 +42,17 @@ def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """The same by two batched products and a softmax a block of queries, scores rounded to bfloat16 as eager attention does:
-    torch's own kernel for CPUs takes 1.4 to 2.3 times as long in bfloat16."""
+    """The same by two batched products and a softmax a block of queries, scores rounded to bfloat16
+    as eager attention does: torch's own kernel for CPUs takes 1.4 to 2.3 times as long in
+    bfloat16."""
     b, heads, length, d = q.shape
-    pairs, shared = b * k.shape[1], heads // k.shape[1]  # the query heads that share a KV head are rows of one product
-    q, k, v = (q * d**-0.5).reshape(pairs, shared, length, d), k.reshape(pairs, length, d).transpose(1, 2), v.reshape(pairs, length, d)
+    # the query heads that share a KV head are rows of one product
+    pairs, shared = b * k.shape[1], heads // k.shape[1]
+    q, k, v = (
+        (q * d**-0.5).reshape(pairs, shared, length, d),
+        k.reshape(pairs, length, d).transpose(1, 2),
+        v.reshape(pairs, length, d),
+    )
     out, at = torch.empty_like(q), torch.arange(length)
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
@@ -56,5 +65,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
             part = slice(pair, pair + together)
             scores = q[part, :, start:stop].reshape(-1, shared * size, d) @ k[part, :, first:stop]
             scores.view(-1, shared, size, keys)[..., lead:].masked_fill_(hidden, -math.inf)
-            out[part, :, start:stop] = (scores.softmax(-1) @ v[part, first:stop]).view(-1, shared, size, d)
+            out[part, :, start:stop] = (scores.softmax(-1) @ v[part, first:stop]).view(
+                -1, shared, size, d
+            )
     return out.view(b, heads, length, d)

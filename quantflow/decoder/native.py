@@ -1,7 +1,8 @@
 """The decoder in plain torch: one layer at a time, in steps that the sweep can stop between.
 
-It is the reference that calibration, quantisation and evaluation share; parity with transformers is tested for every
-architecture. Shapes: `B` windows, `L` tokens, `H` hidden, `D` head_dim, `T = B * L`.
+It is the reference that calibration, quantisation and evaluation share; parity with transformers is
+tested for every architecture. Shapes: `B` windows, `L` tokens, `H` hidden, `D` head_dim, `T = B *
+L`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from quantflow.models.segments import Role, Segment, segments
 from quantflow.quant.product import linear
 
 ObserveKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Sees K (after rotary embedding) and V, `[B, kv_heads, L, D]`, as they are cached; returns what attention shall use."""
+"""Sees K (after rotary embedding) and V, `[B, kv_heads, L, D]`, as they are cached; returns what
+attention shall use."""
 
 Tap = Callable[[str, Tensor, Tensor], None]
 """Sees a linear's name, its input `[..., K]` and its output `[..., N]`."""
@@ -31,8 +33,9 @@ Tap = Callable[[str, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Reading:
-    """What a segment reads, `[..., K]`: of an expert, the tokens that are routed to it. source: the output of the norm that feeds it,
-    `[B, L, H]`, and parent, what the block of linears behind makes of that; None where its own output says it all."""
+    """What a segment reads, `[..., K]`: of an expert, the tokens that are routed to it. source: the
+    output of the norm that feeds it, `[B, L, H]`, and parent, what the block of linears behind
+    makes of that; None where its own output says it all."""
 
     segment: Segment
     rows: Tensor
@@ -42,7 +45,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Sequences:
-    """What all layers share for windows of one length: cos and sin `[L, D]` (None without rotary embedding)."""
+    """What all layers share for windows of one length: cos and sin `[L, D]` (None without rotary
+    embedding)."""
 
     length: int
     cos: Tensor | None
@@ -64,10 +68,13 @@ def activate(name: str, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-NORM_ELEMENTS = 2**20  # elements that are normalised together: their float32 copies stay in the cache
+# elements that are normalised together: their float32 copies stay in the cache
+NORM_ELEMENTS = 2**20
 
 
-def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def normalize(
+    config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
     """RMSNorm or LayerNorm over the last dimension, in at least float32, in the dtype of `x`."""
     k = x.shape[-1]
     if _compiled(x) and config.family != "opt":
@@ -78,22 +85,26 @@ def normalize(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | N
         return F.layer_norm(x.to(wide), (k,), scale, shift, config.norm_eps).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = max(1, NORM_ELEMENTS // k) if x.device.type == "cpu" else x.numel()
-    for source, target in zip(x.reshape(-1, k).split(rows), out.view(-1, k).split(rows), strict=True):
+    for source, target in zip(
+        x.reshape(-1, k).split(rows), out.view(-1, k).split(rows), strict=True
+    ):
         part = source.to(wide)
-        # On a CPU the mean of squares from `vector_norm` takes a twelfth of the time of `rms_norm`'s.
+        # On a CPU the mean of squares from `vector_norm` takes a twelfth of the time of
+        # `rms_norm`'s.
         power = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(k)
         target.copy_((part * power.add_(config.norm_eps).rsqrt_()).mul_(scale))
     return out
 
 
 def computed_by(device: str) -> str:
-    """By what calibration and quantisation go on a device: their results' last bits depend on it. A compiler that is there is taken to
-    work, since to plan must not compile."""
+    """By what calibration and quantisation go on a device: their results' last bits depend on it. A
+    compiler that is there is taken to work, since to plan must not compile."""
     return "compiled" if device == "cpu" and cpu_library.compiler_command() else "torch"
 
 
 def _compiled(x: Tensor) -> bool:
-    """Whether compiled kernels take it: in bfloat16 on a CPU, where torch's operations would take most of calibration's time."""
+    """Whether compiled kernels take it: in bfloat16 on a CPU, where torch's operations would take
+    most of calibration's time."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_kernels.supports(x.dtype)
 
 
@@ -104,12 +115,28 @@ class DecoderLayer:
     """
 
     def __init__(
-        self, architecture: Architecture, config: DecoderConfig, index: int, tensors: Mapping[str, Tensor], seq: Sequences,
-        dtype: torch.dtype, tap: Tap | None = None,
-    ) -> None:  # fmt: skip
-        self.names, self.config, self.index, self.seq, self.dtype, self.tap = architecture.layer, config, index, seq, dtype, tap
+        self,
+        architecture: Architecture,
+        config: DecoderConfig,
+        index: int,
+        tensors: Mapping[str, Tensor],
+        seq: Sequences,
+        dtype: torch.dtype,
+        tap: Tap | None = None,
+    ) -> None:
+        self.names, self.config, self.index, self.seq, self.dtype, self.tap = (
+            architecture.layer,
+            config,
+            index,
+            seq,
+            dtype,
+            tap,
+        )
         self.segments = segments(architecture, config, index)
-        self.tensors = {n: t.to(dtype) if not n.endswith("norm.weight") and not n.endswith("norm.bias") else t for n, t in tensors.items()}
+        self.tensors = {
+            n: t.to(dtype) if not n.endswith("norm.weight") and not n.endswith("norm.bias") else t
+            for n, t in tensors.items()
+        }
 
     @property
     def moe(self) -> bool:
@@ -122,7 +149,9 @@ class DecoderLayer:
         return y
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        return normalize(self.config, x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
+        return normalize(
+            self.config, x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
+        )
 
     def attention_input(self, x: Tensor) -> Tensor:
         return self.norm(self.names.attention_norm, x)
@@ -133,7 +162,10 @@ class DecoderLayer:
     def context(self, h: Tensor, observe: ObserveKV | None = None) -> Tensor:
         """`o`'s input `[B, L, heads * D]`, from the normalised hidden states `h` `[B, L, H]`."""
         config, names, (b, length, _) = self.config, self.names, h.shape
-        q, k, v = (self.linear(n, h).view(b, length, -1, config.head_dim).transpose(1, 2) for n in (names.q, names.k, names.v))
+        q, k, v = (
+            self.linear(n, h).view(b, length, -1, config.head_dim).transpose(1, 2)
+            for n in (names.q, names.k, names.v)
+        )
         if config.qk_norm:
             q, k = self.norm(names.q_norm, q), self.norm(names.k_norm, k)
         if self.seq.cos is not None and self.seq.sin is not None:
@@ -141,10 +173,19 @@ class DecoderLayer:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if config.logn_length and length > config.logn_length:
             positions = torch.arange(1, length + 1, device=h.device, dtype=torch.float32)
-            q = q * (positions.log() / math.log(config.logn_length)).clamp(min=1.0).to(q.dtype)[:, None]
+            q = (
+                q
+                * (positions.log() / math.log(config.logn_length))
+                .clamp(min=1.0)
+                .to(q.dtype)[:, None]
+            )
         if observe:
             k, v = observe(k, v)
-        return causal_attention(q, k, v, config.window(self.index)).transpose(1, 2).reshape(b, length, -1)
+        return (
+            causal_attention(q, k, v, config.window(self.index))
+            .transpose(1, 2)
+            .reshape(b, length, -1)
+        )
 
     def attention_output(self, context: Tensor) -> Tensor:
         return self.linear(self.names.o, context)
@@ -157,7 +198,9 @@ class DecoderLayer:
         left, right = self.linear(gate, h), self.linear(up, h)
         if self.config.activation == "silu" and _compiled(left):
             width = left.shape[-1]
-            return cpu_kernels.silu_mul(left.view(-1, width), right.view(-1, width)).view(left.shape)
+            return cpu_kernels.silu_mul(left.view(-1, width), right.view(-1, width)).view(
+                left.shape
+            )
         return activate(self.config.activation, left).mul_(right)
 
     def mlp_output(self, inner: Tensor, expert: int | None = None) -> Tensor:
@@ -166,7 +209,9 @@ class DecoderLayer:
     def route(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Experts `[T, k]` and their weights `[T, k]` for tokens `h` `[T, H]`."""
         logits = self.linear(self.names.router, h)
-        probabilities = logits.softmax(-1, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
+        probabilities = logits.softmax(
+            -1, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32
+        )
         weights, chosen = probabilities.topk(self.config.experts_per_token, dim=-1)
         if self.config.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -187,7 +232,8 @@ class DecoderLayer:
         return out.view_as(h)
 
     def readings(self, x: Tensor) -> Iterator[Reading]:
-        """What each segment reads of hidden states `x` `[B, L, H]`, in execution order, with the weights as they are."""
+        """What each segment reads of hidden states `x` `[B, L, H]`, in execution order, with the
+        weights as they are."""
         h = self.attention_input(x)
         attention_in, attention_out, *mlp = self.segments
         yield Reading(attention_in, h, h, lambda part: self.attention_output(self.context(part)))
@@ -210,7 +256,13 @@ class DecoderLayer:
         return x + self.mlp(self.mlp_input(x))
 
 
-def embed(architecture: Architecture, config: DecoderConfig, tensors: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
+def embed(
+    architecture: Architecture,
+    config: DecoderConfig,
+    tensors: Mapping[str, Tensor],
+    tokens: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
     """The residual stream `[B, L, H]` before the first layer, for `tokens` `[B, L]`."""
     x = F.embedding(tokens, tensors[f"{architecture.embedding}.weight"]).to(dtype)
     if architecture.positions:
@@ -219,7 +271,9 @@ def embed(architecture: Architecture, config: DecoderConfig, tensors: Mapping[st
     return x
 
 
-def logits(architecture: Architecture, config: DecoderConfig, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def logits(
+    architecture: Architecture, config: DecoderConfig, tensors: Mapping[str, Tensor], x: Tensor
+) -> Tensor:
     """`[..., V]` from the residual stream after the last layer, in the dtype of `x`."""
     norm = architecture.final_norm
     h = normalize(config, x, tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias"))

@@ -19,8 +19,9 @@ from quantflow.models.segments import Role, Segment
 
 @dataclass
 class Streams:
-    """x: the residual stream, `[W, L, H]`, which goes through the layers. context: room for `o`'s input. inner: room for `down`'s
-    input, where it is worth keeping, or in a mixture for the MLP's, which all experts read."""
+    """x: the residual stream, `[W, L, H]`, which goes through the layers. context: room for `o`'s
+    input. inner: room for `down`'s input, where it is worth keeping, or in a mixture for the MLP's,
+    which all experts read."""
 
     x: Stream
     context: Stream | None = None
@@ -38,13 +39,21 @@ class Passage:
     batch: windows that go through together. observe: sees K and V as they are cached.
     """
 
-    def __init__(self, block: DecoderLayer, streams: Streams, batch: int, observe: ObserveKV) -> None:
+    def __init__(
+        self, block: DecoderLayer, streams: Streams, batch: int, observe: ObserveKV
+    ) -> None:
         assert streams.context is not None
-        self.block, self.x, self.context, self.inner = block, streams.x, streams.context, streams.inner
+        self.block, self.x, self.context, self.inner = (
+            block,
+            streams.x,
+            streams.context,
+            streams.inner,
+        )
         self._spans, self._observe = list(self.x.spans(batch)), observe
         self._kept = False  # `down`'s input
         self._routes: list[tuple[Tensor, Tensor]] = []  # of each span: experts and weights `[T, k]`
-        self._picks: tuple[int, list[tuple[Tensor, Tensor]]] = (-1, [])  # an expert; of each span: its tokens, and their slots
+        # an expert; of each span: its tokens, and their slots
+        self._picks: tuple[int, list[tuple[Tensor, Tensor]]] = (-1, [])
 
     def rows(self, segment: Segment) -> Iterator[Tensor]:
         """What the segment reads, `[..., K]`, some windows at a time. It may be asked for again."""
@@ -52,10 +61,18 @@ class Passage:
             return (self.context.read(a, b) for a, b in self._spans)
         if segment.expert is not None:
             tokens = (part for _, part in self._of_expert(segment.expert))
-            return tokens if segment.role is Role.mlp_in else (self.block.inner(part, segment.expert) for part in tokens)
+            return (
+                tokens
+                if segment.role is Role.mlp_in
+                else (self.block.inner(part, segment.expert) for part in tokens)
+            )
         if segment.role is Role.mlp_out:
             return self._inner_rows()
-        norm = self.block.attention_input if segment.role is Role.attention_in else self.block.mlp_input
+        norm = (
+            self.block.attention_input
+            if segment.role is Role.attention_in
+            else self.block.mlp_input
+        )
         return (norm(self.x.read(a, b)) for a, b in self._spans)
 
     def advance(self, segment: Segment) -> None:
@@ -63,7 +80,9 @@ class Passage:
         block, x = self.block, self.x
         if segment.role is Role.attention_in:
             for a, b in self._spans:
-                self.context.write(a, block.context(block.attention_input(x.read(a, b)), self._observe))
+                self.context.write(
+                    a, block.context(block.attention_input(x.read(a, b)), self._observe)
+                )
         elif segment.role is Role.attention_out:
             for a, b in self._spans:
                 x.write(a, block.attention_output(self.context.read(a, b)).add_(x.read(a, b)))
@@ -73,7 +92,11 @@ class Passage:
             self._add_expert(segment.expert)
         elif segment.role is Role.mlp_out:
             for a, b in self._spans:
-                inner = self.inner.read(a, b) if self._kept and self.inner else block.inner(block.mlp_input(x.read(a, b)))
+                inner = (
+                    self.inner.read(a, b)
+                    if self._kept and self.inner
+                    else block.inner(block.mlp_input(x.read(a, b)))
+                )
                 x.write(a, block.mlp_output(inner).add_(x.read(a, b)))
 
     def _inner_rows(self) -> Iterator[Tensor]:
@@ -96,18 +119,28 @@ class Passage:
             self._routes.append(self.block.route(h.reshape(-1, h.shape[-1])))
 
     def _of_expert(self, expert: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of a span, its tokens `[T, H]` that are routed to the expert), where there are any."""
+        """(number of a span, its tokens `[T, H]` that are routed to the expert), where there are
+        any."""
         assert self.inner is not None
         if self._picks[0] != expert:
             found = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in self._routes]
             self._picks = expert, [(tokens, slot) for tokens, slot in found]
-        for number, ((a, b), (tokens, _)) in enumerate(zip(self._spans, self._picks[1], strict=True)):
+        for number, ((a, b), (tokens, _)) in enumerate(
+            zip(self._spans, self._picks[1], strict=True)
+        ):
             if len(tokens):
                 yield number, self.inner.read(a, b).flatten(0, 1)[tokens]
 
     def _add_expert(self, expert: int) -> None:
         for number, h in self._of_expert(expert):
-            (a, b), (tokens, slot), (_, weights) = self._spans[number], self._picks[1][number], self._routes[number]
-            y = self.block.mlp_output(self.block.inner(h, expert), expert) * weights[tokens, slot, None]
+            (a, b), (tokens, slot), (_, weights) = (
+                self._spans[number],
+                self._picks[1][number],
+                self._routes[number],
+            )
+            y = (
+                self.block.mlp_output(self.block.inner(h, expert), expert)
+                * weights[tokens, slot, None]
+            )
             part = self.x.read(a, b)
             self.x.write(a, part.flatten(0, 1).index_add(0, tokens, y).view_as(part))

@@ -13,16 +13,19 @@ from quantflow.models.config import DecoderConfig
 
 
 def inverse_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, float]:
-    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin, for a sequence of `length` tokens.
+    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin, for a sequence of
+    `length` tokens.
 
-    linear: positions divided by the factor (Chen et al. 2023). dynamic: NTK-aware base that grows once `length` passes
-    the trained one. qwen: the same in steps, at every doubling. llama3: long wavelengths divided, short kept, blended
-    between. yarn: Peng et al. 2023, section 3.2, with its temperature on cos and sin.
+    linear: positions divided by the factor (Chen et al. 2023). dynamic: NTK-aware base that grows
+    once `length` passes the trained one. qwen: the same in steps, at every doubling. llama3: long
+    wavelengths divided, short kept, blended between. yarn: Peng et al. 2023, section 3.2, with its
+    temperature on cos and sin.
     """
     rope, dim, p = config.rope, config.head_dim, config.rope.parameters
     theta, factor = rope.theta, rope.parameters.get("factor", 1.0)
     trained = p.get("original_max_position_embeddings", float(config.max_positions))
-    # How far beyond max_positions; transformers' dynamic kind does not look at original_max_position_embeddings.
+    # How far beyond max_positions; transformers' dynamic kind does not look at
+    # original_max_position_embeddings.
     stretch = length / config.max_positions
     if rope.kind == "dynamic" and stretch > 1:
         theta *= (factor * stretch - (factor - 1)) ** (dim / (dim - 2))
@@ -45,7 +48,9 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, flo
         if p.get("truncate", 1.0):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
-        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(
+            0, 1
+        )
         temperature = p.get("attention_factor") or _yarn_temperature(factor, p)
         return frequencies * (1 - ramp) + frequencies / factor * ramp, temperature
     return frequencies, 1.0
@@ -60,7 +65,9 @@ def _yarn_temperature(factor: float, p: Mapping[str, float]) -> float:
     return scale(1.0)
 
 
-def rotary_table(config: DecoderConfig, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def rotary_table(
+    config: DecoderConfig, length: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """cos and sin `[length, D]` in float32, for positions `0..length-1`."""
     frequencies, factor = inverse_frequencies(config, length)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
@@ -69,7 +76,8 @@ def rotary_table(config: DecoderConfig, length: int, device: torch.device | str 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `[B, heads, L, D]` rotated; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face does.
+    """`x` `[B, heads, L, D]` rotated; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face
+    does.
 
     In its own dtype throughout, or rounded once where compiled kernels take it."""
     if cpu_causal.supports(x):

@@ -1,7 +1,7 @@
 """A residual stream: the hidden states of all calibration windows, between two decoder layers.
 
-Small ones are held in memory; larger ones in a file that is read and written window by window (not mapped: mapped pages
-count as resident memory). Both give the same bits.
+Small ones are held in memory; larger ones in a file that is read and written window by window (not
+mapped: mapped pages count as resident memory). Both give the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from quantflow.paths import naming
 class Stream:
     """Hidden states `[W, L, H]`. `path` None holds them in memory on `device`."""
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, path: Path | None) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        path: Path | None,
+    ) -> None:
         self.shape, self.dtype, self.device, self.path = shape, dtype, device, path
         self._held: Tensor | None = None
         if path is None:
@@ -44,7 +50,9 @@ class Stream:
 
     def spans(self, batch: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of all windows, `batch` at a time."""
-        return ((start, min(start + batch, self.windows)) for start in range(0, self.windows, batch))
+        return (
+            (start, min(start + batch, self.windows)) for start in range(0, self.windows, batch)
+        )
 
     def read(self, start: int, stop: int) -> Tensor:
         """Windows `[start, stop)`, on the device."""
@@ -80,7 +88,8 @@ class Stream:
         return checksum
 
     def load(self, path: Path, checksum: int, batch: int) -> bool:
-        """Fills the stream from a saved file; False where the file is absent, torn or not the one the checksum is of."""
+        """Fills the stream from a saved file; False where the file is absent, torn or not the one
+        the checksum is of."""
         try:
             if path.stat().st_size != self.nbytes:
                 return False
@@ -114,4 +123,6 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 
 def _read_into(file: FileIO, part: Tensor, path: Path) -> None:
     if not read_full(file, _bytes(part)):
-        raise ModelError(Problem(str(path), "the activation file ends early", hint="Run again with --fresh"))
+        raise ModelError(
+            Problem(str(path), "the activation file ends early", hint="Run again with --fresh")
+        )

@@ -1,6 +1,8 @@
-"""The engine for asyncio: it steps in a thread of its own, and each request's tokens arrive in the loop that asked for them.
+"""The engine for asyncio: it steps in a thread of its own, and each request's tokens arrive in the
+loop that asked for them.
 
-The thread alone touches the engine; everybody else sends it calls. `progress` says when it last did something, for health checks.
+The thread alone touches the engine; everybody else sends it calls. `progress` says when it last did
+something, for health checks.
 """
 
 from __future__ import annotations
@@ -26,17 +28,25 @@ IDLE_S = 0.5  # how often an idle engine says that it is alive
 
 
 class Stream:
-    """A request's tokens as they come: `async for token in stream`. Close it, or use it in `async with`: whoever leaves it early aborts the
-    request. whole: nobody waits for single tokens, and who waits is woken when the last one is there. hear: called in the loop
-    with each token as it comes. arrived: set when there are tokens, for who waits for several streams at once. Raises ResourceError where
-    the engine has stopped."""
+    """A request's tokens as they come: `async for token in stream`. Close it, or use it in `async
+    with`: whoever leaves it early aborts the request. whole: nobody waits for single tokens, and
+    who waits is woken when the last one is there. hear: called in the loop with each token as it
+    comes. arrived: set when there are tokens, for who waits for several streams at once. Raises
+    ResourceError where the engine has stopped."""
 
     def __init__(
-        self, llm: AsyncLLM, request: Request, loop: asyncio.AbstractEventLoop, *, whole: bool, hear: Callable[[Token], None],
+        self,
+        llm: AsyncLLM,
+        request: Request,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        whole: bool,
+        hear: Callable[[Token], None],
         arrived: asyncio.Event | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.request, self.loop = request, loop
-        self.left = set(range(request.params.n))  # the texts that have not ended; the engine's thread takes them out
+        # the texts that have not ended; the engine's thread takes them out
+        self.left = set(range(request.params.n))
         self._llm, self._whole, self._hear, self._open = llm, whole, hear, request.params.n
         self._tokens: list[Token] = []
         self._arrived, self._ended = arrived or asyncio.Event(), asyncio.Event()
@@ -92,15 +102,19 @@ class Stream:
 
 
 class AsyncLLM:
-    """A model for asyncio. options: those of `EngineConfig`. Close it when done, or use it in `async with`."""
+    """A model for asyncio. options: those of `EngineConfig`. Close it when done, or use it in
+    `async with`."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.progress = time.monotonic()
         self.engine = Engine(model, EngineConfig(**options), self._beat)
         self.failure: BaseException | None = None
         self.alive = True
-        self._gate = threading.Lock()  # so that no call is queued once the thread has looked for the last time
-        self._calls: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]] | None] = queue.SimpleQueue()
+        # so that no call is queued once the thread has looked for the last time
+        self._gate = threading.Lock()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
         self._streams: dict[str, Stream] = {}
         self._thread = threading.Thread(target=self._run, name="quantflow-engine", daemon=True)
         self._thread.start()
@@ -115,8 +129,9 @@ class AsyncLLM:
         self.progress = time.monotonic()
 
     def close(self, timeout_s: float | None = None) -> bool:
-        """Ends the thread after the step at hand, and waits for it; requests that still run end as aborted. timeout_s: how long to wait;
-        None: for ever. Whether it has ended: a thread that hangs is left behind."""
+        """Ends the thread after the step at hand, and waits for it; requests that still run end as
+        aborted. timeout_s: how long to wait; None: for ever. Whether it has ended: a thread that
+        hangs is left behind."""
         self._calls.put(None)
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -129,7 +144,8 @@ class AsyncLLM:
         return self.call(lambda engine: self._deliver(engine.abort(id)))
 
     def end_session(self, session: int) -> Future[None]:
-        """Forgets a session, if there is one, and ends the turn that runs in it: whoever waits for it hears so."""
+        """Forgets a session, if there is one, and ends the turn that runs in it: whoever waits for
+        it hears so."""
 
         def end(engine: Engine) -> None:
             known = engine.sessions.get(session)
@@ -140,25 +156,45 @@ class AsyncLLM:
         return self.call(end)
 
     async def open(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None, priority: int = 0, session: int | None = None,
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        id: str | None = None,
+        priority: int = 0,
+        session: int | None = None,
         whole: bool = False,
-    ) -> Stream:  # fmt: skip
-        """The request, submitted. Raises RequestError, and ResourceError where the engine has stopped. whole: see `Stream`."""
-        streams = await self.open_by(lambda engine: [engine.submit(prompt, params, id=id, priority=priority, session=session)], whole=whole)
+    ) -> Stream:
+        """The request, submitted. Raises RequestError, and ResourceError where the engine has
+        stopped. whole: see `Stream`."""
+        streams = await self.open_by(
+            lambda engine: [
+                engine.submit(prompt, params, id=id, priority=priority, session=session)
+            ],
+            whole=whole,
+        )
         return streams[0]
 
     async def open_by(
-        self, submit: Callable[[Engine], list[Request]], *, whole: bool = False,
-        hear: Callable[[], Callable[[Token], None]] = lambda: lambda token: None, arrived: asyncio.Event | None = None,
-    ) -> list[Stream]:  # fmt: skip
-        """A stream for each of the requests that `submit` makes, in the engine's thread and between two steps: all of them are open, or
-        none is. hear: makes what hears a stream's tokens. The rest: see `Stream`."""
+        self,
+        submit: Callable[[Engine], list[Request]],
+        *,
+        whole: bool = False,
+        hear: Callable[[], Callable[[Token], None]] = lambda: lambda token: None,
+        arrived: asyncio.Event | None = None,
+    ) -> list[Stream]:
+        """A stream for each of the requests that `submit` makes, in the engine's thread and between
+        two steps: all of them are open, or none is. hear: makes what hears a stream's tokens. The
+        rest: see `Stream`."""
         loop = asyncio.get_running_loop()
 
         def begin(engine: Engine) -> list[Stream]:
             requests = submit(engine)
             try:
-                streams = [Stream(self, request, loop, whole=whole, hear=hear(), arrived=arrived) for request in requests]
+                streams = [
+                    Stream(self, request, loop, whole=whole, hear=hear(), arrived=arrived)
+                    for request in requests
+                ]
             except BaseException:
                 for request in requests:
                     engine.abort(request.id)
@@ -171,17 +207,27 @@ class AsyncLLM:
             return await asyncio.shield(asyncio.wrap_future(submitted))
         except BaseException:
             if not submitted.cancel():  # it has begun, and will be done before the next call
-                self.call(lambda engine: None if submitted.exception() else self._drop(engine, submitted.result()))
+                self.call(
+                    lambda engine: (
+                        None if submitted.exception() else self._drop(engine, submitted.result())
+                    )
+                )
             raise
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> AsyncIterator[Token]:
-        """The tokens as they come; leaving the loop, or being cancelled, aborts the request. options: those of `open`."""
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> AsyncIterator[Token]:
+        """The tokens as they come; leaving the loop, or being cancelled, aborts the request.
+        options: those of `open`."""
         async with await self.open(prompt, params, **options) as stream:
             async for token in stream:
                 yield token
 
-    async def generate(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Output:
-        """All of it at once. Raises ResourceError where a text could not be finished. options: those of `open`."""
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Any
+    ) -> Output:
+        """All of it at once. Raises ResourceError where a text could not be finished. options:
+        those of `open`."""
         async with await self.open(prompt, params, **options, whole=True) as stream:
             collector = Collector(stream.request)
             async for token in stream:
@@ -214,7 +260,8 @@ class AsyncLLM:
 
     def _drop(self, engine: Engine, streams: list[Stream]) -> None:
         for stream in streams:
-            if self._streams.get(stream.request.id) is stream:  # else it has ended, and the id may be another request's by now
+            # else it has ended, and the id may be another request's by now
+            if self._streams.get(stream.request.id) is stream:
                 del self._streams[stream.request.id]
                 engine.abort(stream.request.id)
 
@@ -235,9 +282,19 @@ class AsyncLLM:
         finally:
             with self._gate:
                 self.alive = False
-            finish, reason = (Finish.error, str(self._stopped())) if self.failure else (Finish.abort, "the engine was closed")
+            finish, reason = (
+                (Finish.error, str(self._stopped()))
+                if self.failure
+                else (Finish.abort, "the engine was closed")
+            )
             # Every text that somebody still waits for, those of the step that failed among them.
-            self._deliver([Token(id, i, None, finish=finish, reason=reason) for id, s in self._streams.items() for i in sorted(s.left)])
+            self._deliver(
+                [
+                    Token(id, i, None, finish=finish, reason=reason)
+                    for id, s in self._streams.items()
+                    for i in sorted(s.left)
+                ]
+            )
             while not self._calls.empty():
                 call = self._calls.get()
                 if call is not None and call[1].set_running_or_notify_cancel():
@@ -265,7 +322,11 @@ class AsyncLLM:
                         self.engine.abort(id)
 
     def _stopped(self) -> ResourceError:
-        said = f"failed: {type(self.failure).__name__}: {self.failure}" if self.failure else "was closed"
+        said = (
+            f"failed: {type(self.failure).__name__}: {self.failure}"
+            if self.failure
+            else "was closed"
+        )
         return ResourceError(Problem("engine", said, "a running engine"))
 
 

@@ -1,10 +1,12 @@
 """Which cache blocks belong to whom: reference counts, copy on write, and the prefix cache.
 
-A full block is known by its *link*: a number that stands for its tokens and all that precede them. Links are given out by a dictionary
-from (link before, tokens of the block), which compares the tokens themselves: two prefixes never share a link by accident. The first
-link stands for what else keys depend on, the length that a rotary embedding is stretched for.
+A full block is known by its *link*: a number that stands for its tokens and all that precede them.
+Links are given out by a dictionary from (link before, tokens of the block), which compares the
+tokens themselves: two prefixes never share a link by accident. The first link stands for what else
+keys depend on, the length that a rotary embedding is stretched for.
 
-A block that nobody refers to is free, but keeps its content until it is needed: the least recently used goes first.
+A block that nobody refers to is free, but keeps its content until it is needed: the least recently
+used goes first.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ Place = tuple[int, tuple[int, ...]]  # the link before, and the tokens of the bl
 
 
 class BlockManager:
-    """count: blocks; size: tokens a block. prefix_cache: whether full blocks are found again by their tokens."""
+    """count: blocks; size: tokens a block. prefix_cache: whether full blocks are found again by
+    their tokens."""
 
     def __init__(self, count: int, size: int, *, prefix_cache: bool = True) -> None:
         self.count, self.size, self.prefix_cache = count, size, prefix_cache
@@ -42,7 +45,8 @@ class BlockManager:
         return blocks <= len(self._free)
 
     def allocate(self) -> int:
-        """A block of one's own, whose former content is forgotten. Raises IndexError where none is free: ask `can_allocate`."""
+        """A block of one's own, whose former content is forgotten. Raises IndexError where none is
+        free: ask `can_allocate`."""
         if not self._free:
             raise IndexError("no free cache block")
         block, _ = self._free.popitem(last=False)
@@ -51,7 +55,8 @@ class BlockManager:
         return block
 
     def must_copy(self, block: int) -> bool:
-        """Whether others may read what the block holds, so that only a copy of it may be written to."""
+        """Whether others may read what the block holds, so that only a copy of it may be written
+        to."""
         return self._references[block] > 1 or block in self._place_of
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -75,12 +80,15 @@ class BlockManager:
         return self._link((-1, (rope_length,)))
 
     def match(self, root: int, tokens: Sequence[int]) -> tuple[list[int], int]:
-        """The blocks that hold the longest known prefix of `tokens`, now shared with the caller, and their link. The last token is never
-        among them: it has to go through the model for its logits."""
+        """The blocks that hold the longest known prefix of `tokens`, now shared with the caller,
+        and their link. The last token is never among them: it has to go through the model for its
+        logits."""
         found: list[int] = []
         link = root
         while self.prefix_cache and (len(found) + 1) * self.size < len(tokens):
-            following = self._links.get((link, tuple(tokens[len(found) * self.size : (len(found) + 1) * self.size])))
+            following = self._links.get(
+                (link, tuple(tokens[len(found) * self.size : (len(found) + 1) * self.size]))
+            )
             if following is None or following not in self._block_of:
                 break
             link = following
@@ -89,7 +97,8 @@ class BlockManager:
         return found, link
 
     def seal(self, link: int, tokens: Sequence[int], block: int) -> int:
-        """The link of a block that has become full with `tokens`, after the blocks that `link` stands for."""
+        """The link of a block that has become full with `tokens`, after the blocks that `link`
+        stands for."""
         place = (link, tuple(tokens))
         link = self._link(place)
         if link not in self._block_of:  # else another block with the same content was first
@@ -106,11 +115,13 @@ class BlockManager:
     def _forget(self, block: int) -> None:
         place = self._place_of.pop(block, None)
         if place is not None:
-            # The number is never given out again, so that what was built on it is not found under other tokens.
+            # The number is never given out again, so that what was built on it is not found under
+            # other tokens.
             del self._block_of[self._links.pop(place)]
 
     def problems(self, owned: Iterable[Sequence[int]]) -> list[str]:
-        """What is wrong with the books, given the blocks of every owner: [] where every reference is accounted for."""
+        """What is wrong with the books, given the blocks of every owner: [] where every reference
+        is accounted for."""
         counted = Counter(block for blocks in owned for block in blocks)
         wrong = [
             f"block {b}: {self._references[b]} references, {counted[b]} owners"
@@ -118,8 +129,14 @@ class BlockManager:
             if self._references[b] != counted[b]
         ]
         wrong += [f"block {b} is free and in use" for b in self._free if self._references[b]]
-        wrong += [f"block {b} is neither free nor in use" for b in range(self.count) if not self._references[b] and b not in self._free]
         wrong += [
-            f"block {b} is filed under another link" for b, place in self._place_of.items() if self._block_of[self._links[place]] != b
+            f"block {b} is neither free nor in use"
+            for b in range(self.count)
+            if not self._references[b] and b not in self._free
+        ]
+        wrong += [
+            f"block {b} is filed under another link"
+            for b, place in self._place_of.items()
+            if self._block_of[self._links[place]] != b
         ]
         return wrong

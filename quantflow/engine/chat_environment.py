@@ -1,5 +1,6 @@
-"""The Jinja environment of chat templates: the sandbox, with all that transformers 5.23 offers a template and nothing else, so that a
-model's own is rendered as its makers saw it. Imported by the process that renders, and by nothing else."""
+"""The Jinja environment of chat templates: the sandbox, with all that transformers 5.23 offers a
+template and nothing else, so that a model's own is rendered as its makers saw it. Imported by the
+process that renders, and by nothing else."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ from jinja2.utils import Namespace
 
 
 class Generation(Extension):
-    """`{% generation %}`, which marks what the model itself said: for training; the text is as it would be without."""
+    """`{% generation %}`, which marks what the model itself said: for training; the text is as it
+    would be without."""
 
     tags: set[str] = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        return nodes.Scope(
+            parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+        )
 
 
 class Values(Namespace):
@@ -43,7 +47,9 @@ class Values(Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace holds no name that begins with an underscore, such as {name!r}")
+        raise SecurityError(
+            f"a namespace holds no name that begins with an underscore, such as {name!r}"
+        )
 
 
 class Dict:
@@ -69,16 +75,31 @@ def written_on(date: datetime) -> Callable[[str], str]:
     return lambda form: date.strftime(form)
 
 
-def _json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
     """Jinja's own filter writes <, >, & and ' as escapes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = _json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, "dict": Dict(), "namespace": Values}
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": _now,
+        "dict": Dict(),
+        "namespace": Values,
+    }
     return environment
 
 

@@ -1,4 +1,5 @@
-"""A process of our own for work that must not harm this one: it answers a line of JSON with a line, in time, or is ended."""
+"""A process of our own for work that must not harm this one: it answers a line of JSON with a line,
+in time, or is ended."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ LOOK_S = 0.1  # how often it is looked whether an answer is still wanted
 
 
 class Child:
-    """`python -m module`, started when it is first needed, and again after it had to be ended. For one thread at a time."""
+    """`python -m module`, started when it is first needed, and again after it had to be ended. For
+    one thread at a time."""
 
     def __init__(self, module: str) -> None:
         self._module = module
@@ -43,16 +45,21 @@ class Child:
         self.end()
         # -P: nothing of the current folder is imported.
         command = [sys.executable, "-P", "-m", self._module]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         assert self._process.stdin
         os.set_blocking(self._process.stdin.fileno(), False)
         return self.ask(first, timeout_s) if first is not None else b""
 
     def ask(self, line: bytes, timeout_s: float, unwanted: threading.Event | None = None) -> bytes:
-        """The answer to a line. unwanted: set by another thread once nobody waits for it. Raises ChildSlow, ChildEnded, ChildUnwanted;
-        then, or where anything else is raised, the process is gone: an answer that nobody waited for would be the next question's."""
+        """The answer to a line. unwanted: set by another thread once nobody waits for it. Raises
+        ChildSlow, ChildEnded, ChildUnwanted; then, or where anything else is raised, the process is
+        gone: an answer that nobody waited for would be the next question's."""
         try:
-            return self._exchange(line + b"\n", time.monotonic() + timeout_s, unwanted or threading.Event())
+            return self._exchange(
+                line + b"\n", time.monotonic() + timeout_s, unwanted or threading.Event()
+            )
         except BaseException as error:
             self.end()
             if isinstance(error, OSError):
@@ -64,7 +71,8 @@ class Child:
         assert process and process.stdin and process.stdout
         given, taken = process.stdin.fileno(), process.stdout.fileno()
         view, parts = memoryview(data), list[bytes]()
-        ready = select.poll()  # not select(), which knows no descriptors from 1024 on: a server has many
+        # not select(), which knows no descriptors from 1024 on: a server has many
+        ready = select.poll()
         ready.register(taken, select.POLLIN)
         ready.register(given, select.POLLOUT)
         while True:

@@ -1,7 +1,7 @@
 """The engine: requests in, tokens out, one step at a time.
 
-A request's way: `submit` → `scheduler` (waits, runs, is preempted) → `model_runner` (its tokens through the model) → `sampler` → `_append`
-(stop strings, lengths) → a `Token` from `step`.
+A request's way: `submit` → `scheduler` (waits, runs, is preempted) → `model_runner` (its tokens
+through the model) → `sampler` → `_append` (stop strings, lengths) → a `Token` from `step`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
 from quantflow.engine.block_manager import BlockManager
 from quantflow.engine.grammar import Grammars, Matcher
 from quantflow.engine.graphs import CudaRecorder, obstacle
-from quantflow.engine.kv_cache import KVFormat, KVPrecision, block_bytes, cache_bytes, kv_format, make_caches
+from quantflow.engine.kv_cache import (
+    KVFormat,
+    KVPrecision,
+    block_bytes,
+    cache_bytes,
+    kv_format,
+    make_caches,
+)
 from quantflow.engine.load import Loaded, load_model, rank_config
 from quantflow.engine.model import Model
 from quantflow.engine.model_runner import ModelRunner, States
@@ -40,15 +47,17 @@ from quantflow.tokenizers.tokenizer import has_tokenizer
 
 
 class Mode(StrEnum):
-    """exact: the same tokens and log-probabilities whatever the batch, arrival order, chunking, prefix hits or preemption. fast: products
-    are computed in the way that is fastest for their size, so that last bits depend on what else is in the batch."""
+    """exact: the same tokens and log-probabilities whatever the batch, arrival order, chunking,
+    prefix hits or preemption. fast: products are computed in the way that is fastest for their
+    size, so that last bits depend on what else is in the batch."""
 
     exact = "exact"
     fast = "fast"
 
 
 class DType(StrEnum):
-    """auto: the checkpoint's; bfloat16 for float16 on a CPU, which has no fast arithmetic for it."""
+    """auto: the checkpoint's; bfloat16 for float16 on a CPU, which has no fast arithmetic for
+    it."""
 
     auto = "auto"
     float32 = "float32"
@@ -60,10 +69,12 @@ class DType(StrEnum):
 class EngineConfig:
     """How a model is run.
 
-    session_len: the longest context; None: the model's own. max_batch_size: sequences that run at once. step_tokens: tokens that go through
-    the model in a step. cache_max_entry_count: the share of free memory that the KV cache may take; cache_bytes: its size instead.
-    dialogue: a dialogue format by name, in place of the model's own. tp: tensor-parallel ranks. graphs: on a GPU, decodes run as CUDA
-    graphs. check: the books of the cache are checked after every step.
+    session_len: the longest context; None: the model's own. max_batch_size: sequences that run at
+    once. step_tokens: tokens that go through the model in a step. cache_max_entry_count: the share
+    of free memory that the KV cache may take; cache_bytes: its size instead.
+    dialogue: a dialogue format by name, in place of the model's own. tp: tensor-parallel ranks.
+    graphs: on a GPU, decodes run as CUDA graphs. check: the books of the cache are checked after
+    every step.
     """
 
     mode: Mode = Mode.exact
@@ -84,15 +95,25 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         wrong = []
-        for name, kind in (("mode", Mode), ("dtype", DType), ("kv", KVPrecision)):  # Python users write strings
+        # Python users write strings
+        for name, kind in (("mode", Mode), ("dtype", DType), ("kv", KVPrecision)):
             try:
                 object.__setattr__(self, name, kind(getattr(self, name)))
             except ValueError:
                 wrong.append(Problem(name, repr(getattr(self, name)), " or ".join(kind)))
-        for name in ("session_len", "step_tokens", "cache_bytes", "max_batch_size", "block_size", "tp"):
+        for name in (
+            "session_len",
+            "step_tokens",
+            "cache_bytes",
+            "max_batch_size",
+            "block_size",
+            "tp",
+        ):
             value = getattr(self, name)
             optional = name in ("session_len", "step_tokens", "cache_bytes")
-            if not (value is None and optional) and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if not (value is None and optional) and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
                 wrong.append(Problem(name, repr(value), "an integer of at least 1"))
         if self.device not in ("auto", "cpu", "cuda"):
             wrong.append(Problem("device", repr(self.device), "auto, cpu or cuda"))
@@ -100,13 +121,31 @@ class EngineConfig:
             if not isinstance(getattr(self, name), bool):
                 wrong.append(Problem(name, repr(getattr(self, name)), "True or False"))
         faulty = {problem.where for problem in wrong}
-        if "block_size" not in faulty and (self.block_size < 16 or self.block_size & (self.block_size - 1)):
+        if "block_size" not in faulty and (
+            self.block_size < 16 or self.block_size & (self.block_size - 1)
+        ):
             wrong.append(Problem("block_size", str(self.block_size), "a power of two, at least 16"))
         share = self.cache_max_entry_count
         if share is not None and not (isinstance(share, (int, float)) and 0 < share <= 1):
-            wrong.append(Problem("cache_max_entry_count", repr(share), "a share of the free memory, more than 0 and at most 1"))
-        if self.step_tokens is not None and not faulty & {"step_tokens", "max_batch_size"} and self.step_tokens <= self.max_batch_size:
-            wrong.append(Problem("step_tokens", str(self.step_tokens), f"more than max_batch_size, {self.max_batch_size}"))
+            wrong.append(
+                Problem(
+                    "cache_max_entry_count",
+                    repr(share),
+                    "a share of the free memory, more than 0 and at most 1",
+                )
+            )
+        if (
+            self.step_tokens is not None
+            and not faulty & {"step_tokens", "max_batch_size"}
+            and self.step_tokens <= self.max_batch_size
+        ):
+            wrong.append(
+                Problem(
+                    "step_tokens",
+                    str(self.step_tokens),
+                    f"more than max_batch_size, {self.max_batch_size}",
+                )
+            )
         if wrong:
             raise UserError(wrong)
 
@@ -116,17 +155,20 @@ STEP_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
 def default_step_tokens(device: str, batch: int, block_size: int) -> int:
-    """Tokens that go through the model in a step, where `EngineConfig.step_tokens` does not say. device: `cuda` or `cpu`."""
+    """Tokens that go through the model in a step, where `EngineConfig.step_tokens` does not say.
+    device: `cuda` or `cpu`."""
     return max(STEP_TOKENS[device], batch + block_size)
 
 
 TOO_LONG = "context_length_exceeded"  # the code of a request that the context cannot hold
-SHORTEN = "The prompt is too long"  # the words that clients know it by who see no code: they leave out what was said long ago
+# the words that clients know it by who see no code: they leave out what was said long ago
+SHORTEN = "The prompt is too long"
 
 
 @dataclass
 class Session:
-    """A dialogue that is kept between turns: its tokens, and the cache blocks that hold them. turn: the request that continues it."""
+    """A dialogue that is kept between turns: its tokens, and the cache blocks that hold them. turn:
+    the request that continues it."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -135,7 +177,8 @@ class Session:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """running, waiting: sequences. used_blocks: of the cache's `blocks`, those that belong to somebody."""
+    """running, waiting: sequences. used_blocks: of the cache's `blocks`, those that belong to
+    somebody."""
 
     running: int
     waiting: int
@@ -147,7 +190,8 @@ class Occupancy:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A token for a sequence, not yet a part of it. parent: whose sibling the sequence begins as."""
+    """A token for a sequence, not yet a part of it. parent: whose sibling the sequence begins
+    as."""
 
     sequence: Sequence
     parent: Sequence | None
@@ -157,7 +201,8 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A request that can be queued. tokens: the session's history, of `history` tokens, and the prompt. id: None: any."""
+    """A request that can be queued. tokens: the session's history, of `history` tokens, and the
+    prompt. id: None: any."""
 
     tokens: tuple[int, ...]
     history: int
@@ -169,19 +214,26 @@ class _Checked:
 
 
 class Engine:
-    """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it reads.
+    """Runs a model directory, an artifact of QuantFlow's or another checkpoint in a format that it
+    reads.
 
-    Not safe for several threads at once: one thread submits, steps and aborts. Raises UserError where the model or the configuration is
-    wrong, ResourceError where memory does not suffice, or a tensor-parallel rank has gone. progress: called after each layer that is loaded
-    or run.
+    Not safe for several threads at once: one thread submits, steps and aborts. Raises UserError
+    where the model or the configuration is wrong, ResourceError where memory does not suffice, or a
+    tensor-parallel rank has gone. progress: called after each layer that is loaded or run.
     notes: what is odd about the checkpoint, and what was made of it.
-    kv: in place of what `config.kv` finds in the model's directory. ranks: of a follower; a leader starts its own.
+    kv: in place of what `config.kv` finds in the model's directory. ranks: of a follower; a leader
+    starts its own.
     """
 
     def __init__(
-        self, model: str | Path, config: EngineConfig | None = None, progress: Callable[[], None] = lambda: None, *,
-        kv: KVFormat | None = None, ranks: Ranks | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        progress: Callable[[], None] = lambda: None,
+        *,
+        kv: KVFormat | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.config = config = config or EngineConfig()
         self.path = resolve_model(str(model))
         device = torch.device(resolve_device(config.device))
@@ -195,33 +247,60 @@ class Engine:
         self._tell(None, model=str(self.path.resolve()), config=asdict(config))
         weights = self._weights()
         self.notes = weights.checkpoint.remarks
-        self.architecture, self.model_config = weights.checkpoint.architecture, rank_config(weights.checkpoint.config, config.tp)
-        self.ops = Ops(device, _dtype(config.dtype, self.model_config, device), config.mode == Mode.exact, ranks)
+        self.architecture, self.model_config = (
+            weights.checkpoint.architecture,
+            rank_config(weights.checkpoint.config, config.tp),
+        )
+        self.ops = Ops(
+            device,
+            _dtype(config.dtype, self.model_config, device),
+            config.mode == Mode.exact,
+            ranks,
+        )
         self.context = _context(config, self.model_config)
         folder = weights.checkpoint.path
         texts = weights.checkpoint.tokenizer_path
         self.text = Text(texts, config.dialogue) if has_tokenizer(texts) else None
         found = weights.checkpoint
         in_folder = found.config if found.tp != config.tp else self.model_config
-        self.kv: KVFormat = kv or kv_format(config.kv, folder, in_folder, self.architecture.prefix, weights.kv_parameters())
+        self.kv: KVFormat = kv or kv_format(
+            config.kv, folder, in_folder, self.architecture.prefix, weights.kv_parameters()
+        )
         if ranks and found.tp != config.tp:  # the files hold all heads
             self.kv = self.kv.part(ranks.rank, ranks.size)
         unused = weights.kv_scales if weights.kv_scales != "int8" else None
-        self._kv_way = f"{self.kv} (the checkpoint's own scales, {unused}, are not used)" if unused else str(self.kv)
+        self._kv_way = (
+            f"{self.kv} (the checkpoint's own scales, {unused}, are not used)"
+            if unused
+            else str(self.kv)
+        )
         with torch.inference_mode():
             self.loaded: Loaded = load_model(weights, self.ops, progress)
             blocks = self._block_count()
-            self.caches = make_caches(self.model_config, self.kv, self.ops.dtype, device, blocks, config.block_size)
+            self.caches = make_caches(
+                self.model_config, self.kv, self.ops.dtype, device, blocks, config.block_size
+            )
         self.blocks = BlockManager(blocks, config.block_size, prefix_cache=config.prefix_cache)
-        step_tokens = config.step_tokens or default_step_tokens(device.type, config.max_batch_size, config.block_size)
-        self.scheduler = Scheduler(self.blocks, Limits(config.max_batch_size, step_tokens, self.context), self._drop_session)
+        step_tokens = config.step_tokens or default_step_tokens(
+            device.type, config.max_batch_size, config.block_size
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            Limits(config.max_batch_size, step_tokens, self.context),
+            self._drop_session,
+        )
         self.runner = ModelRunner(self.loaded.model, self.caches, config.block_size, progress)
         self.why_eager = _why_eager(config, self.loaded.model)
         if not self.why_eager:
             self.runner.record_decodes(config.max_batch_size, self.context, CudaRecorder())
         ends = self.text.end_tokens if self.text else frozenset()
-        self.end_tokens = frozenset(t for t in ends if t < self.model_config.vocabulary)  # the model can make no others
-        self.grammars = Grammars(self.text.tokenizer, self.model_config.vocabulary, self.end_tokens) if self.text else None
+        # the model can make no others
+        self.end_tokens = frozenset(t for t in ends if t < self.model_config.vocabulary)
+        self.grammars = (
+            Grammars(self.text.tokenizer, self.model_config.vocabulary, self.end_tokens)
+            if self.text
+            else None
+        )
         self.sessions: dict[int, Session] = {}
         self._requests: dict[str, list[Sequence]] = {}
         self._detokenizers: dict[Sequence, Detokenizer] = {}
@@ -231,7 +310,11 @@ class Engine:
     def _weights(self) -> Weights:
         """The whole checkpoint, or this rank's files where the artifact has them."""
         tp = self.config.tp
-        own = checkpoint_folder(self.path) / f"tp{tp}" / f"rank-{self.ranks.rank if self.ranks else 0}"
+        own = (
+            checkpoint_folder(self.path)
+            / f"tp{tp}"
+            / f"rank-{self.ranks.rank if self.ranks else 0}"
+        )
         return Weights(own, tp=tp) if tp > 1 and own.is_dir() else Weights(self.path)
 
     def _tell(self, call: str | None, **details: Any) -> None:
@@ -255,10 +338,16 @@ class Engine:
             "device": str(self.ops.device),
             "dtype": str(self.ops.dtype).removeprefix("torch."),
             "kernels": self.ops.way,
-            **({"decodes": f"eager: {self.why_eager}" if self.why_eager else "CUDA graphs"} if self.ops.cuda else {}),
+            **(
+                {"decodes": f"eager: {self.why_eager}" if self.why_eager else "CUDA graphs"}
+                if self.ops.cuda
+                else {}
+            ),
             "linears": ways,
             "weights": f"{self.loaded.weight_bytes / 2**20:.0f} MiB",
-            "KV cache": f"{self._kv_way}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens",
+            "KV cache": (
+                f"{self._kv_way}, {cache_bytes(self.caches) / 2**20:.0f} MiB for {tokens} tokens"
+            ),
             "context": f"{self.context} tokens",
         }
 
@@ -274,12 +363,17 @@ class Engine:
         if self.ranks:  # free memory differs between them, and all must decide the same
             count = self.ranks.least(count)
         if count < 1:
-            raise ResourceError(Problem("KV cache", f"{limit} bytes", f"at least {each} for one block of {size} tokens"))
+            raise ResourceError(
+                Problem(
+                    "KV cache", f"{limit} bytes", f"at least {each} for one block of {size} tokens"
+                )
+            )
         return count
 
     @property
     def room(self) -> int:
-        """Tokens that one sequence may have, its answer included: the context, or what the cache holds where that is less."""
+        """Tokens that one sequence may have, its answer included: the context, or what the cache
+        holds where that is less."""
         return min(self.context, self.blocks.count * self.blocks.size)
 
     @property
@@ -290,8 +384,14 @@ class Engine:
     def occupancy(self) -> Occupancy:
         """How busy it is. Any thread may ask: the numbers are each right, if not of one moment."""
         scheduler, blocks = self.scheduler, self.blocks
-        running, waiting, sessions = len(scheduler.running), len(scheduler.waiting), len(self.sessions)
-        return Occupancy(running, waiting, blocks.used_blocks, blocks.count, sessions, scheduler.preemptions)
+        running, waiting, sessions = (
+            len(scheduler.running),
+            len(scheduler.waiting),
+            len(self.sessions),
+        )
+        return Occupancy(
+            running, waiting, blocks.used_blocks, blocks.count, sessions, scheduler.preemptions
+        )
 
     # --- requests
 
@@ -300,29 +400,48 @@ class Engine:
         return bool(self._requests)
 
     def submit(
-        self, prompt: str | Tokens[int], params: SamplingParams | None = None, *, id: str | None = None, priority: int = 0,
+        self,
+        prompt: str | Tokens[int],
+        params: SamplingParams | None = None,
+        *,
+        id: str | None = None,
+        priority: int = 0,
         session: int | None = None,
-    ) -> Request:  # fmt: skip
-        """Queues a request and returns it. session: the prompt continues that session's history, and what comes of it is kept there.
+    ) -> Request:
+        """Queues a request and returns it. session: the prompt continues that session's history,
+        and what comes of it is kept there.
 
         Raises RequestError for what can never be served: the reason is in it.
         """
         return self._queue(self._checked(prompt, params or SamplingParams(), id, priority, session))
 
     def submit_all(
-        self, prompts: Tokens[str | Tokens[int]], params: SamplingParams | Tokens[SamplingParams] | None = None, *, priority: int = 0
+        self,
+        prompts: Tokens[str | Tokens[int]],
+        params: SamplingParams | Tokens[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
     ) -> list[Request]:
-        """Queues a request for each prompt, or none at all: RequestError has everything that is wrong with any of them. params: one for
-        all, or one each."""
-        each = [params or SamplingParams()] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        """Queues a request for each prompt, or none at all: RequestError has everything that is
+        wrong with any of them. params: one for all, or one each."""
+        each = (
+            [params or SamplingParams()] * len(prompts)
+            if params is None or isinstance(params, SamplingParams)
+            else list(params)
+        )
         if len(each) != len(prompts):
-            raise RequestError(Problem("params", f"{len(each)} of them", f"one, or {len(prompts)}: one a prompt"))
+            raise RequestError(
+                Problem("params", f"{len(each)} of them", f"one, or {len(prompts)}: one a prompt")
+            )
         checked, wrong = list[_Checked](), dict[Problem, None]()
         for at, (prompt, its) in enumerate(zip(prompts, each, strict=True)):
             try:
                 checked.append(self._checked(prompt, its, None, priority, None))
             except RequestError as error:
-                wrong |= dict.fromkeys(replace(p, where=_of_several(p.where, at)) if prompts[1:] else p for p in error.problems)
+                wrong |= dict.fromkeys(
+                    replace(p, where=_of_several(p.where, at)) if prompts[1:] else p
+                    for p in error.problems
+                )
         if wrong:
             raise RequestError(list(wrong))
         queued: list[Request] = []
@@ -335,12 +454,21 @@ class Engine:
             raise
         return queued
 
-    def _checked(self, prompt: str | Tokens[int], params: SamplingParams, id: str | None, priority: int, session: int | None) -> _Checked:
+    def _checked(
+        self,
+        prompt: str | Tokens[int],
+        params: SamplingParams,
+        id: str | None,
+        priority: int,
+        session: int | None,
+    ) -> _Checked:
         """Changes nothing. Raises RequestError."""
         if wrong := _wrong_kinds(prompt, id, priority, session):
             raise RequestError(wrong)
         if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt, special=not (session in self.sessions and self.sessions[session].tokens))
+            prompt = self.tokenizer.encode(
+                prompt, special=not (session in self.sessions and self.sessions[session].tokens)
+            )
         history = self._history(session, params)
         tokens = (*history, *prompt)
         if problems := self._problems(id, tokens, params):
@@ -353,15 +481,30 @@ class Engine:
         while id is None or (checked.id is None and id in self._requests):
             id = f"request-{next(self._arrivals)}"
         seed = checked.params.seed
-        params = replace(checked.params, seed=seed % 2**64 if seed is not None else secrets.randbits(64))
+        params = replace(
+            checked.params, seed=seed % 2**64 if seed is not None else secrets.randbits(64)
+        )
         new = list(tokens[checked.history :])
-        self._tell("submit", prompt=new, params={**asdict(params)}, id=id, priority=checked.priority, session=session)
+        self._tell(
+            "submit",
+            prompt=new,
+            params={**asdict(params)},
+            id=id,
+            priority=checked.priority,
+            session=session,
+        )
         wanted = self.context if params.max_tokens is None else params.max_tokens
         most = max(0, min(wanted, self.room - len(tokens)))
         # The last token never goes through the model.
         stretch = self.runner.rotary.stretch(len(tokens) + most - 1)
         request = Request(id, tokens, params, most, arrival, checked.priority, stretch, session)
-        sequence = Sequence(request, 0, list(tokens) if most else list(tokens[:-1]), forks=params.n > 1, matcher=checked.matcher)
+        sequence = Sequence(
+            request,
+            0,
+            list(tokens) if most else list(tokens[:-1]),
+            forks=params.n > 1,
+            matcher=checked.matcher,
+        )
         self._requests[id] = [sequence]
         if session is not None:
             self.sessions.setdefault(session, Session()).turn = id
@@ -374,19 +517,30 @@ class Engine:
         if params.grammar is None:
             return None
         if self.grammars is None:
-            raise RequestError(Problem("grammar", "a model without a tokenizer", "one that tells what a token says"))
+            raise RequestError(
+                Problem(
+                    "grammar", "a model without a tokenizer", "one that tells what a token says"
+                )
+            )
         return self.grammars.matcher(params.grammar)
 
     @property
     def tokenizer(self) -> Text:
         """Raises RequestError for a model without one."""
         if self.text is None:
-            expected = "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken, to read text with"
-            hint = "Put the tokenizer's files beside the weights; without them, prompts are token ids (in Python, or over HTTP)"
+            expected = (
+                "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken, to read text with"
+            )
+            hint = (
+                "Put the tokenizer's files beside the weights; without them, prompts are token ids"
+                " (in Python, or over HTTP)"
+            )
             raise RequestError(Problem(str(self.path), "no tokenizer", expected, hint))
         return self.text
 
-    def _problems(self, id: str | None, tokens: tuple[int, ...], params: SamplingParams) -> list[Problem]:
+    def _problems(
+        self, id: str | None, tokens: tuple[int, ...], params: SamplingParams
+    ) -> list[Problem]:
         vocabulary, found, room = self.model_config.vocabulary, list[Problem](), self.room
         why = self.room_is
         if id in self._requests:
@@ -397,14 +551,32 @@ class Engine:
             if not 2 <= len(tokens) <= room + 1:
                 found.append(
                     Problem(
-                        "prompt", f"{len(tokens)} tokens to score", f"2 to {room + 1}: {why} is {room}", code=TOO_LONG if tokens[2:] else ""
+                        "prompt",
+                        f"{len(tokens)} tokens to score",
+                        f"2 to {room + 1}: {why} is {room}",
+                        code=TOO_LONG if tokens[2:] else "",
                     )
                 )
         elif len(tokens) >= room:
-            found.append(Problem("prompt", f"{len(tokens)} tokens", f"fewer than {room}, {why}", SHORTEN, TOO_LONG))
+            found.append(
+                Problem(
+                    "prompt",
+                    f"{len(tokens)} tokens",
+                    f"fewer than {room}, {why}",
+                    SHORTEN,
+                    TOO_LONG,
+                )
+            )
         elif params.max_tokens is not None and len(tokens) + params.max_tokens > room:
             asked = f"{params.max_tokens} after a prompt of {len(tokens)} tokens"
-            found.append(Problem("max_tokens", asked, f"at most {room - len(tokens)}: {why} is {room}", code=TOO_LONG))
+            found.append(
+                Problem(
+                    "max_tokens",
+                    asked,
+                    f"at most {room - len(tokens)}: {why} is {room}",
+                    code=TOO_LONG,
+                )
+            )
         named = [
             ("prompt", tokens if len(tokens) <= room + 1 else ()),
             ("logit_bias", params.logit_bias),
@@ -416,19 +588,36 @@ class Engine:
                 found.append(Problem(where, f"token {wrong[0]}", f"ids from 0 to {vocabulary - 1}"))
         if params.prompt_logprobs_from and params.prompt_logprobs_from >= len(tokens):
             expected = f"less than the prompt's {len(tokens)} tokens"
-            found.append(Problem("prompt_logprobs_from", str(params.prompt_logprobs_from), expected))
+            found.append(
+                Problem("prompt_logprobs_from", str(params.prompt_logprobs_from), expected)
+            )
         if params.n > self.config.max_batch_size:
-            found.append(Problem("n", str(params.n), f"at most {self.config.max_batch_size}, the sequences that run at once"))
+            found.append(
+                Problem(
+                    "n",
+                    str(params.n),
+                    f"at most {self.config.max_batch_size}, the sequences that run at once",
+                )
+            )
         special = [
             stop
             for stop in params.stop
-            if params.skip_special_tokens and self.text and self.text.tokenizer.token_to_id(stop) is not None and not self._shows(stop)
+            if params.skip_special_tokens
+            and self.text
+            and self.text.tokenizer.token_to_id(stop) is not None
+            and not self._shows(stop)
         ]
         if special:
             hint = "Name it in stop_token_ids"
-            found.append(Problem("stop", repr(special[0]), "text: a special token is never shown as such", hint))
+            found.append(
+                Problem(
+                    "stop", repr(special[0]), "text: a special token is never shown as such", hint
+                )
+            )
         if params.stop and self.text is None:
-            found.append(Problem("stop", "strings, and the model has no tokenizer", "stop_token_ids"))
+            found.append(
+                Problem("stop", "strings, and the model has no tokenizer", "stop_token_ids")
+            )
         return found
 
     def _shows(self, token: str) -> bool:
@@ -441,11 +630,17 @@ class Engine:
             return []
         known = self.sessions.get(session, Session())
         if known.turn is not None:
-            raise RequestError(Problem(f"session {session}", "a turn is running", "one turn at a time"))
+            raise RequestError(
+                Problem(f"session {session}", "a turn is running", "one turn at a time")
+            )
         if params.n > 1:
-            raise RequestError(Problem("n", str(params.n), "1 in a session, which goes on from one text"))
+            raise RequestError(
+                Problem("n", str(params.n), "1 in a session, which goes on from one text")
+            )
         if params.max_tokens == 0:
-            raise RequestError(Problem("max_tokens", "0", "at least 1 in a session, which goes on from its text"))
+            raise RequestError(
+                Problem("max_tokens", "0", "at least 1 in a session, which goes on from its text")
+            )
         return known.tokens
 
     def abort(self, id: str) -> list[Token]:
@@ -453,15 +648,26 @@ class Engine:
         if id not in self._requests:
             return []
         self._tell("abort", id=id)
-        return [token for s in list(self._requests.get(id, ())) for token in self._give_up(s, Finish.abort)]
+        return [
+            token
+            for s in list(self._requests.get(id, ()))
+            for token in self._give_up(s, Finish.abort)
+        ]
 
     # --- sessions
 
     def rewind(self, session: int, tokens: int) -> None:
-        """Takes a session back to its first `tokens` tokens. Raises RequestError for one that is not known, or busy."""
+        """Takes a session back to its first `tokens` tokens. Raises RequestError for one that is
+        not known, or busy."""
         known = self._idle(session)
         if not 0 <= tokens <= len(known.tokens):
-            raise RequestError(Problem(f"session {session}", f"rewound to {tokens} tokens", f"at most its {len(known.tokens)}"))
+            raise RequestError(
+                Problem(
+                    f"session {session}",
+                    f"rewound to {tokens} tokens",
+                    f"at most its {len(known.tokens)}",
+                )
+            )
         self._tell("rewind", session=session, tokens=tokens)
         keep = self.blocks.blocks_for(tokens)
         self.blocks.release(known.blocks[keep:])
@@ -477,14 +683,16 @@ class Engine:
     def _idle(self, session: int) -> Session:
         known = self.sessions.get(session)
         if known is None:
-            raise RequestError(Problem(f"session {session}", "not known", "a session that has had a turn"))
+            raise RequestError(
+                Problem(f"session {session}", "not known", "a session that has had a turn")
+            )
         if known.turn is not None:
             raise RequestError(Problem(f"session {session}", "a turn is running", "abort it first"))
         return known
 
     def _drop_session(self) -> bool:
-        """Gives back the blocks of a session, the one whose last turn was the longest ago; its next turn finds or recomputes them. A turn
-        that runs owns its blocks itself."""
+        """Gives back the blocks of a session, the one whose last turn was the longest ago; its next
+        turn finds or recomputes them. A turn that runs owns its blocks itself."""
         for session in self.sessions.values():  # in the order of their last turns
             if session.blocks:
                 self.blocks.release(session.blocks)
@@ -495,7 +703,8 @@ class Engine:
     # --- steps
 
     def step(self) -> list[Token]:
-        """Carries all running sequences on, and returns what came of it; [] where there was nothing to do."""
+        """Carries all running sequences on, and returns what came of it; [] where there was nothing
+        to do."""
         if not self.has_work:
             return []
         self._tell("step")
@@ -504,17 +713,33 @@ class Engine:
             return []
         try:
             states = self.runner.run(step)
-            ending = [i for i, work in enumerate(step.work) if work.ends and work.sequence.request.most_tokens]
+            ending = [
+                i
+                for i, work in enumerate(step.work)
+                if work.ends and work.sequence.request.most_tokens
+            ]
             logits = self.runner.logits(states.last(ending)) if ending else None
             self._score_prompts(step.work, states)
-            drawn = self._draw([step.work[i].sequence for i in ending], logits) if logits is not None else []
+            drawn = (
+                self._draw([step.work[i].sequence for i in ending], logits)
+                if logits is not None
+                else []
+            )
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or self.ranks:  # other ranks wait for what this one did not compute
+            # other ranks wait for what this one did not compute
+            if not is_out_of_memory(error) or self.ranks:
                 raise
-            # The largest share of the step is the likeliest cause; the others go on in the next one.
+            # The largest share of the step is the likeliest cause; the others go on in the next
+            # one.
             failed = max(step.work, key=lambda work: work.count).sequence
-            return self._give_up(failed, Finish.error, f"out of memory with {len(step.work)} sequences in a step")
-        scored = [work.sequence for work in step.work if work.ends and not work.sequence.request.most_tokens]
+            return self._give_up(
+                failed, Finish.error, f"out of memory with {len(step.work)} sequences in a step"
+            )
+        scored = [
+            work.sequence
+            for work in step.work
+            if work.ends and not work.sequence.request.most_tokens
+        ]
         for work in step.work:
             self.scheduler.advance(work)
         found = self._settle(drawn) + [self._end_scored(sequence) for sequence in scored]
@@ -523,19 +748,34 @@ class Engine:
         return found
 
     def _draw(self, sequences: list[Sequence], logits: Tensor) -> list[_Drawn]:
-        """A next token for each sequence, and first ones for the siblings of those whose prompt is done. Changes nothing."""
-        wanted: list[tuple[Sequence, Sequence | None, int]] = [(s, None, row) for row, s in enumerate(sequences)]
+        """A next token for each sequence, and first ones for the siblings of those whose prompt is
+        done. Changes nothing."""
+        wanted: list[tuple[Sequence, Sequence | None, int]] = [
+            (s, None, row) for row, s in enumerate(sequences)
+        ]
         for row, s in enumerate(sequences):
             if s.forks:  # the same logits for all
                 matchers = [s.matcher and s.matcher.copy() for _ in range(1, s.request.params.n)]
-                wanted += [(Sequence(s.request, i, list(s.tokens), matcher=m), s, row) for i, m in enumerate(matchers, 1)]
+                wanted += [
+                    (Sequence(s.request, i, list(s.tokens), matcher=m), s, row)
+                    for i, m in enumerate(matchers, 1)
+                ]
         if len(wanted) > len(sequences):
             logits = logits[torch.tensor([row for _, _, row in wanted], device=logits.device)]
-        tokens = sample(logits, [s for s, _, _ in wanted], [s.request.params.seed or 0 for s, _, _ in wanted], self.end_tokens)
+        tokens = sample(
+            logits,
+            [s for s, _, _ in wanted],
+            [s.request.params.seed or 0 for s, _, _ in wanted],
+            self.end_tokens,
+        )
         found = []
         for (sequence, parent, _), token, row in zip(wanted, tokens, logits, strict=True):
             count = sequence.request.params.logprobs
-            scored = None if count is None or isinstance(token, NotANumber) else logprob_of(row, token, count)
+            scored = (
+                None
+                if count is None or isinstance(token, NotANumber)
+                else logprob_of(row, token, count)
+            )
             found.append(_Drawn(sequence, parent, token, scored))
         return found
 
@@ -546,10 +786,13 @@ class Engine:
                 self.scheduler.fork(d.parent, d.sequence)
                 self._requests[d.sequence.request.id].append(d.sequence)
         return [
-            self._finish(d.sequence, _fault(d.sequence), str(d.token)) if isinstance(d.token, NotANumber)
-            else self._append(d.sequence, d.token, d.logprob)
+            (
+                self._finish(d.sequence, _fault(d.sequence), str(d.token))
+                if isinstance(d.token, NotANumber)
+                else self._append(d.sequence, d.token, d.logprob)
+            )
             for d in drawn
-        ]  # fmt: skip
+        ]
 
     def _append(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Token:
         params, first = sequence.request.params, not sequence.generated
@@ -558,13 +801,18 @@ class Engine:
         text, reason = "", ""
         finish: Finish | None = None
         stop: str | int | None = None
-        ends = (token in self.end_tokens and not params.ignore_eos) or token in params.stop_token_ids
+        ends = (
+            token in self.end_tokens and not params.ignore_eos
+        ) or token in params.stop_token_ids
         if self.text and (params.include_stop or not (ends and free)):
             if sequence not in self._detokenizers:
                 self._detokenizers[sequence] = Detokenizer(
-                    self.text, sequence.request.prompt, params.stop, special=not params.skip_special_tokens,
+                    self.text,
+                    sequence.request.prompt,
+                    params.stop,
+                    special=not params.skip_special_tokens,
                     whole_stops=params.include_stop,
-                )  # fmt: skip
+                )
             try:
                 text = self._detokenizers[sequence].add(token, search=free)
                 stop = self._detokenizers[sequence].stop
@@ -584,13 +832,32 @@ class Engine:
                 finish = _fault(sequence) if reason else Finish.stop
         if finish is None and sequence.generated >= sequence.request.most_tokens:
             finish = Finish.length
-        prompt_logprobs = tuple(self._prompt_logprobs.get(sequence.request.id, ())) if first and not sequence.index else ()
+        prompt_logprobs = (
+            tuple(self._prompt_logprobs.get(sequence.request.id, ()))
+            if first and not sequence.index
+            else ()
+        )
         if finish is None:
-            return Token(sequence.request.id, sequence.index, token, text, logprob, prompt_logprobs=prompt_logprobs, cached=sequence.cached)
+            return Token(
+                sequence.request.id,
+                sequence.index,
+                token,
+                text,
+                logprob,
+                prompt_logprobs=prompt_logprobs,
+                cached=sequence.cached,
+            )
         ended = self._finish(sequence, finish, reason)
         if stop is None and ends and free and (token not in self.end_tokens or params.ignore_eos):
             stop = token
-        return replace(ended, token=token, text=text + ended.text, logprob=logprob, stop=stop, prompt_logprobs=prompt_logprobs)
+        return replace(
+            ended,
+            token=token,
+            text=text + ended.text,
+            logprob=logprob,
+            stop=stop,
+            prompt_logprobs=prompt_logprobs,
+        )
 
     def _give_up(self, sequence: Sequence, finish: Finish, reason: str = "") -> list[Token]:
         """Ends a sequence, and the siblings that would have begun where its prompt ends."""
@@ -612,32 +879,49 @@ class Engine:
         else:
             self.blocks.release(blocks)
         text = detokenizer.finish() if detokenizer else ""
-        return Token(request.id, sequence.index, None, text, finish=finish, reason=reason, cached=sequence.cached)
+        return Token(
+            request.id,
+            sequence.index,
+            None,
+            text,
+            finish=finish,
+            reason=reason,
+            cached=sequence.cached,
+        )
 
     def _keep(self, number: int, sequence: Sequence, blocks: list[int]) -> None:
-        """The turn is over: its tokens and blocks are the session's, which is now the last to be dropped."""
+        """The turn is over: its tokens and blocks are the session's, which is now the last to be
+        dropped."""
         session = self.sessions.pop(number)
         self.blocks.release(session.blocks)
         session.tokens, session.blocks, session.turn = list(sequence.tokens), blocks, None
         self.sessions[number] = session
 
     def _score_prompts(self, step: list[Work], states: States) -> None:
-        """Notes the log-probabilities of the prompts' tokens that follow those of `step`, whose `states` are."""
-        wanted: list[tuple[Sequence, int, Tensor]] = []  # whose token, its place in the prompt, what the head reads for it
+        """Notes the log-probabilities of the prompts' tokens that follow those of `step`, whose
+        `states` are."""
+        # whose token, its place in the prompt, what the head reads for it
+        wanted: list[tuple[Sequence, int, Tensor]] = []
         for i, work in enumerate(step):
             sequence, params = work.sequence, work.sequence.request.params
             if params.prompt_logprobs is None or sequence.index:
                 continue
             h = states.of(i)
             first = work.start + work.count - len(h) + 1  # the token that the first row predicts
-            places = range(max(first, params.prompt_logprobs_from), min(first + len(h), sequence.prompt_length))
+            places = range(
+                max(first, params.prompt_logprobs_from), min(first + len(h), sequence.prompt_length)
+            )
             wanted += [(sequence, place, h[place - first]) for place in places]
         rows = self.runner.prompt_chunks(len(wanted))
         for start in range(0, len(wanted), rows):
             part = wanted[start : start + rows]
-            for (sequence, place, _), row in zip(part, self.runner.logits(torch.stack([h for _, _, h in part])), strict=True):
+            for (sequence, place, _), row in zip(
+                part, self.runner.logits(torch.stack([h for _, _, h in part])), strict=True
+            ):
                 params, found = sequence.request.params, self._prompt_logprobs[sequence.request.id]
-                found[place] = logprob_of(row, sequence.request.prompt[place], params.prompt_logprobs or 0)
+                found[place] = logprob_of(
+                    row, sequence.request.prompt[place], params.prompt_logprobs or 0
+                )
 
     def _end_scored(self, sequence: Sequence) -> Token:
         """Ends a request for nothing but its prompt's log-probabilities."""
@@ -646,19 +930,33 @@ class Engine:
 
     @torch.inference_mode()
     def hidden_states(self, tokens: Tokens[int]) -> Tensor:
-        """What the head reads after each token of a text, `[L, H]`, for measurements; nothing is kept of it. `runner.logits` reads it.
+        """What the head reads after each token of a text, `[L, H]`, for measurements; nothing is
+        kept of it. `runner.logits` reads it.
 
         Raises RequestError for a text that does not fit.
         """
         if problems := self._problems("", tuple(tokens[:-1]), SamplingParams()):
             raise RequestError(problems)
         self._tell("hidden_states", tokens=list(tokens))
-        request = Request("", tuple(tokens), SamplingParams(prompt_logprobs=0), 0, 0, rope_length=self.runner.rotary.stretch(len(tokens)))
+        request = Request(
+            "",
+            tuple(tokens),
+            SamplingParams(prompt_logprobs=0),
+            0,
+            0,
+            rope_length=self.runner.rotary.stretch(len(tokens)),
+        )
         sequence, found = Sequence(request, 0, list(tokens)), []
         needed = self.blocks.blocks_for(len(tokens))
         while not self.blocks.can_allocate(needed):
             if not self._drop_session():
-                raise ResourceError(Problem("KV cache", f"{self.blocks.free_blocks} free blocks", f"{needed} for {len(tokens)} tokens"))
+                raise ResourceError(
+                    Problem(
+                        "KV cache",
+                        f"{self.blocks.free_blocks} free blocks",
+                        f"{needed} for {len(tokens)} tokens",
+                    )
+                )
         sequence.blocks = [self.blocks.allocate() for _ in range(needed)]
         try:
             while sequence.pending:
@@ -671,7 +969,9 @@ class Engine:
 
     def problems(self) -> list[str]:
         """What is wrong with the books of the cache: [] unless blocks leak."""
-        owned = [s.blocks for s in self.scheduler.sequences()] + [s.blocks for s in self.sessions.values()]
+        owned = [s.blocks for s in self.scheduler.sequences()] + [
+            s.blocks for s in self.sessions.values()
+        ]
         return self.blocks.problems(owned)
 
     def tokens(self) -> Iterator[Token]:
@@ -695,7 +995,9 @@ def _wrong_kinds(prompt: object, id: object, priority: object, session: object) 
     if not (id is None or isinstance(id, str)):
         found.append(Problem("id", repr(id)[:80], "text"))
     for name, value in (("priority", priority), ("session", session)):
-        if (value is not None or name == "priority") and (not isinstance(value, int) or isinstance(value, bool)):
+        if (value is not None or name == "priority") and (
+            not isinstance(value, int) or isinstance(value, bool)
+        ):
             found.append(Problem(name, repr(value)[:80], "an integer"))
     return found
 
@@ -716,7 +1018,9 @@ def _why_eager(config: EngineConfig, model: Model) -> str:
 def _dtype(asked: DType, config: DecoderConfig, device: torch.device) -> torch.dtype:
     if asked != DType.auto:
         return getattr(torch, asked.value)
-    return getattr(torch, "bfloat16" if config.dtype == "float16" and device.type == "cpu" else config.dtype)
+    return getattr(
+        torch, "bfloat16" if config.dtype == "float16" and device.type == "cpu" else config.dtype
+    )
 
 
 def _context(config: EngineConfig, model: DecoderConfig) -> int:
@@ -724,5 +1028,7 @@ def _context(config: EngineConfig, model: DecoderConfig) -> int:
     if asked is None:
         return model.context
     if asked > model.context and not model.stretches:
-        raise UserError(Problem("session_len", str(asked), f"at most the model's {model.context} positions"))
+        raise UserError(
+            Problem("session_len", str(asked), f"at most the model's {model.context} positions")
+        )
     return asked

@@ -1,4 +1,5 @@
-"""A tensor-parallel rank that follows the leader: `python -m quantflow.engine.follower cpu`, in an environment as torchrun sets it."""
+"""A tensor-parallel rank that follows the leader: `python -m quantflow.engine.follower cpu`, in an
+environment as torchrun sets it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ CALLS = ("step", "abort", "rewind", "end", "hidden_states")
 
 
 def follow(device: str) -> None:
-    """Joins the group, hears which model to load, and does what it is told until it is told to end."""
+    """Joins the group, hears which model to load, and does what it is told until it is told to
+    end."""
     ranks = join(int(os.environ["WORLD_SIZE"]), torch.device(device))
     first = ranks.hear()
     engine = Engine(first["model"], EngineConfig(**first["config"]), ranks=ranks)
@@ -29,18 +31,25 @@ def follow(device: str) -> None:
             return
         if name == "submit":
             params = call.pop("params")
-            params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
+            params["logit_bias"] = {
+                int(token): bias for token, bias in params["logit_bias"].items()
+            }
             engine.submit(params=SamplingParams(**params), **call)
         elif name in CALLS:
             getattr(engine, name)(**call)
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the leader, which may want to finish what runs
+    # a terminal's Ctrl-C is for the leader, which may want to finish what runs
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         follow(sys.argv[1])
     except QuantFlowError as error:
-        raise SystemExit("\n".join(f"quantflow rank {os.environ.get('RANK')}: {problem}" for problem in error.problems)) from error
+        raise SystemExit(
+            "\n".join(
+                f"quantflow rank {os.environ.get('RANK')}: {problem}" for problem in error.problems
+            )
+        ) from error
 
 
 if __name__ == "__main__":

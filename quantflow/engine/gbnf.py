@@ -1,17 +1,20 @@
-"""Grammars as llama.cpp and XGrammar write them (GBNF, `root ::= …`), in llguidance's dialect of Lark."""
+"""Grammars as llama.cpp and XGrammar write them (GBNF, `root ::= …`), in llguidance's dialect of
+Lark."""
 
 from __future__ import annotations
 
 import re
 
-# What stands between quotes or brackets, a comment, space with the alternative after it: in this order, at each place of a grammar.
-# None is given back once it has begun, so that a text takes the time of its length.
+# What stands between quotes or brackets, a comment, space with the alternative after it: in this
+# order, at each place of a grammar. None is given back once it has begun, so that a text takes the
+# time of its length.
 PARTS = re.compile(r'"(?:\\.|[^"\\])*+"?|\[(?:\\.|[^\]\\])*+\]?|#[^\r\n]*+|\s++\|?')
 ESCAPES = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
 def lark_of(text: str) -> str:
-    """Takes time in the square of its length. Raises ValueError for what is no such grammar, RecursionError for one nested too deep."""
+    """Takes time in the square of its length. Raises ValueError for what is no such grammar,
+    RecursionError for one nested too deep."""
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     try:
@@ -23,7 +26,8 @@ def lark_of(text: str) -> str:
 
 
 def _plain(found: re.Match[str]) -> str:
-    """A part as the converter reads it: a letter in place of its number, since Lark has other ways to write that."""
+    """A part as the converter reads it: a letter in place of its number, since Lark has other ways
+    to write that."""
     part = found.group()
     if part.startswith("#"):
         return ""

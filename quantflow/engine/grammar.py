@@ -1,8 +1,10 @@
-"""What a text may be: JSON of a schema, or a language written as a grammar. Every token that would leave it is forbidden.
+"""What a text may be: JSON of a schema, or a language written as a grammar. Every token that would
+leave it is forbidden.
 
-The library llguidance works out which tokens may come next; it does so lazily, within limits. Its limits do not hold for all that happens
-while a grammar is compiled (intersections of expressions, large multiples), so that each is compiled in a process of its own first, with
-limits on memory and time.
+The library llguidance works out which tokens may come next; it does so lazily, within limits. Its
+limits do not hold for all that happens while a grammar is compiled (intersections of expressions,
+large multiples), so that each is compiled in a process of its own first, with limits on memory and
+time.
 
     python -m quantflow.engine.grammar    reads a tokenizer, then a grammar a line, as JSON; writes {"text": …}, what llguidance reads,
                                           or {"error": …}
@@ -43,8 +45,9 @@ MOST_TRIED = 32  # first tokens, when a grammar is compiled
 
 
 class GrammarKind(StrEnum):
-    """json_schema: a JSON value, without spaces between its parts. regex: Rust's syntax. lark: llguidance's dialect of Lark. gbnf:
-    llama.cpp's grammars, read as llguidance reads them: a rule of letters alone takes as many as it can."""
+    """json_schema: a JSON value, without spaces between its parts. regex: Rust's syntax. lark:
+    llguidance's dialect of Lark. gbnf: llama.cpp's grammars, read as llguidance reads them: a rule
+    of letters alone takes as many as it can."""
 
     json_schema = "json_schema"
     regex = "regex"
@@ -57,8 +60,8 @@ INNER = "inner"
 
 @dataclass(frozen=True)
 class Grammar:
-    """text: the schema as JSON, the expression, or the grammar. around: a grammar in Lark in which `@inner` stands for that; "": it is the
-    whole. Raises RequestError."""
+    """text: the schema as JSON, the expression, or the grammar. around: a grammar in Lark in which
+    `@inner` stands for that; "": it is the whole. Raises RequestError."""
 
     kind: GrammarKind
     text: str
@@ -66,29 +69,43 @@ class Grammar:
 
     def __post_init__(self) -> None:
         if self.kind not in tuple(GrammarKind):
-            raise RequestError(Problem("grammar", repr(self.kind)[:80], "one of " + ", ".join(GrammarKind)))
-        wrong = [type(part).__name__ for part in (self.text, self.around) if not isinstance(part, str)]
+            raise RequestError(
+                Problem("grammar", repr(self.kind)[:80], "one of " + ", ".join(GrammarKind))
+            )
+        wrong = [
+            type(part).__name__ for part in (self.text, self.around) if not isinstance(part, str)
+        ]
         if wrong or not self.text or len(self.text) + len(self.around) > MOST_LETTERS:
             found = wrong[0] if wrong else f"{len(self.text) + len(self.around)} letters"
-            raise RequestError(Problem("grammar", f"{self.kind} of {found}", f"text of 1 to {MOST_LETTERS} letters"))
+            raise RequestError(
+                Problem(
+                    "grammar", f"{self.kind} of {found}", f"text of 1 to {MOST_LETTERS} letters"
+                )
+            )
 
 
 FIELDS = {field.name for field in fields(Grammar)}
 
 
 class Grammars:
-    """The grammars of one model's tokenizer, compiled once. Safe for several threads: compiling may take a second, and is done
-    beforehand by whoever must not wait. end_tokens: what may end a text that is complete."""
+    """The grammars of one model's tokenizer, compiled once. Safe for several threads: compiling may
+    take a second, and is done beforehand by whoever must not wait. end_tokens: what may end a text
+    that is complete."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, end_tokens: Iterable[int]) -> None:
-        self._tokenizer, self._vocabulary, self._end_tokens = tokenizer, vocabulary, sorted(end_tokens)
+        self._tokenizer, self._vocabulary, self._end_tokens = (
+            tokenizer,
+            vocabulary,
+            sorted(end_tokens),
+        )
         self._lock, self._compiling = threading.Lock(), threading.Lock()
         self._child = Child("quantflow.engine.grammar")
         self._own: LLTokenizer | None = None
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """For one text. Raises RequestError for a grammar that is wrong, or more than can be followed."""
+        """For one text. Raises RequestError for a grammar that is wrong, or more than can be
+        followed."""
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
@@ -104,18 +121,28 @@ class Grammars:
         return Matcher(found.deep_copy(), self._vocabulary)
 
     def _try(self, grammar: Grammar) -> str:
-        """Compiles it where that can do no harm; what of it llguidance reads. Raises RequestError."""
+        """Compiles it where that can do no harm; what of it llguidance reads. Raises
+        RequestError."""
         if not self._child.running:
-            given = {"tokenizer": self._tokenizer.to_str(), "vocabulary": self._vocabulary, "end_tokens": self._end_tokens}
+            given = {
+                "tokenizer": self._tokenizer.to_str(),
+                "vocabulary": self._vocabulary,
+                "end_tokens": self._end_tokens,
+            }
             self._child.start(json.dumps(given).encode(), START_S)
         try:
             answer = json.loads(self._child.ask(json.dumps(asdict(grammar)).encode(), MOST_SECONDS))
         except (ChildSlow, ChildEnded) as error:
             how = f" (its process: {error})" if isinstance(error, ChildEnded) else ""
-            found = f"{grammar.kind}: it takes more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB to compile{how}"
+            found = (
+                f"{grammar.kind}: it takes more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB"
+                f" to compile{how}"
+            )
             raise RequestError(Problem("grammar", found, "a simpler one")) from error
         if "error" in answer:
-            raise RequestError(Problem("grammar", f"{grammar.kind}: {answer['error']}", "one that can be followed"))
+            raise RequestError(
+                Problem("grammar", f"{grammar.kind}: {answer['error']}", "one that can be followed")
+            )
         return str(answer["text"])
 
     def _load(self) -> LLTokenizer:
@@ -123,13 +150,21 @@ class Grammars:
             from llguidance import LLTokenizer
         except ImportError as error:
             hint = "pip install -c constraints.txt '.[serve]'"
-            raise RequestError(Problem("grammar", "the package llguidance is not installed", "it", hint)) from error
+            raise RequestError(
+                Problem("grammar", "the package llguidance is not installed", "it", hint)
+            ) from error
         if not self._end_tokens:
-            raise RequestError(Problem("grammar", "a model without an end token", "one that can end its text"))
+            raise RequestError(
+                Problem("grammar", "a model without an end token", "one that can end its text")
+            )
         try:
-            return LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocabulary, eos_token=self._end_tokens)
+            return LLTokenizer(
+                self._tokenizer.to_str(), n_vocab=self._vocabulary, eos_token=self._end_tokens
+            )
         except (ValueError, RuntimeError) as error:
-            raise RequestError(Problem("grammar", f"this model's tokenizer cannot be followed ({error})"[:200])) from error
+            raise RequestError(
+                Problem("grammar", f"this model's tokenizer cannot be followed ({error})"[:200])
+            ) from error
 
 
 def _read(grammar: Grammar) -> str:
@@ -141,8 +176,12 @@ def _read(grammar: Grammar) -> str:
             schema = json.loads(grammar.text)
             place = endless(schema)
             if place is not None:
-                raise ValueError(f"{place}: no value satisfies it, since it always needs another of itself")
-            text = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+                raise ValueError(
+                    f"{place}: no value satisfies it, since it always needs another of itself"
+                )
+            text = LLMatcher.grammar_from_json_schema(
+                schema, overrides={"whitespace_flexible": False}
+            )
         elif grammar.kind == GrammarKind.regex:
             text = LLMatcher.grammar_from_regex(grammar.text)
         else:
@@ -153,7 +192,9 @@ def _read(grammar: Grammar) -> str:
             found = [{"lark_grammar": grammar.around}, {**found[0], "name": INNER}]
         return json.dumps({"grammars": found})
     except (ValueError, RecursionError) as error:
-        raise RequestError(Problem("grammar", f"{grammar.kind}: {error}"[:200], "one that can be read")) from error
+        raise RequestError(
+            Problem("grammar", f"{grammar.kind}: {error}"[:200], "one that can be read")
+        ) from error
 
 
 def _compile(tokenizer: LLTokenizer, grammar: Grammar, text: str) -> LLMatcher:
@@ -163,19 +204,28 @@ def _compile(tokenizer: LLTokenizer, grammar: Grammar, text: str) -> LLMatcher:
     limits = LLParserLimits(verbose_errors=False, max_grammar_size=100_000, max_lexer_states=50_000)
     matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if matcher.is_error():
-        raise RequestError(Problem("grammar", f"{grammar.kind}: {_first_line(matcher.get_error())}", "one that can be followed"))
+        raise RequestError(
+            Problem(
+                "grammar",
+                f"{grammar.kind}: {_first_line(matcher.get_error())}",
+                "one that can be followed",
+            )
+        )
     return matcher
 
 
 def _check_beginning(matcher: LLMatcher, grammar: Grammar) -> None:
-    """Raises RequestError where no text can begin, or none can go on after its first token: `start: "a" start` never ends, and llguidance
-    writes all that must follow at once."""
+    """Raises RequestError where no text can begin, or none can go on after its first token: `start:
+    "a" start` never ends, and llguidance writes all that must follow at once."""
     begun = matcher.deep_copy()
     mask = begun.compute_bitmask()
     error = begun.get_error() if begun.is_error() else ""
     if not error:
-        first = np.flatnonzero(np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little"))
-        for token in map(int, first[:MOST_TRIED]):  # one that can be followed is enough; it is nearly always the first
+        first = np.flatnonzero(
+            np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
+        )
+        # one that can be followed is enough; it is nearly always the first
+        for token in map(int, first[:MOST_TRIED]):
             step = begun.deep_copy()
             step.consume_token(token)
             if not step.is_error():
@@ -183,7 +233,13 @@ def _check_beginning(matcher: LLMatcher, grammar: Grammar) -> None:
             error = error or step.get_error()
         if len(first) > MOST_TRIED:
             return
-    raise RequestError(Problem("grammar", f"{grammar.kind}: no text follows it to its end ({_first_line(error)})", "one that can end"))
+    raise RequestError(
+        Problem(
+            "grammar",
+            f"{grammar.kind}: no text follows it to its end ({_first_line(error)})",
+            "one that can end",
+        )
+    )
 
 
 class Matcher:
@@ -197,7 +253,8 @@ class Matcher:
         return Matcher(self._matcher.deep_copy(), self._vocabulary)
 
     def forbid_(self, logits: Tensor) -> None:
-        """Sets the logits `[V]` of tokens that may not come next to minus infinity: all, where it cannot be followed any further."""
+        """Sets the logits `[V]` of tokens that may not come next to minus infinity: all, where it
+        cannot be followed any further."""
         mask = self._tried(self._matcher.compute_bitmask, b"")
         bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")
         allowed = torch.zeros(len(logits), dtype=torch.bool)
@@ -230,14 +287,20 @@ class Matcher:
     @property
     def problem(self) -> str:
         """Why the text cannot go on; "" where it can."""
-        return self._panic or (_first_line(str(self._matcher.get_error())) if self._matcher.is_error() else "")
+        return self._panic or (
+            _first_line(str(self._matcher.get_error())) if self._matcher.is_error() else ""
+        )
 
 
 def grammar_of(value: Any) -> Grammar | None:
     """A grammar, or the same as a dictionary. Raises RequestError."""
     if value is None or isinstance(value, Grammar):
         return value
-    if isinstance(value, dict) and {"kind", "text"} <= set(value) <= FIELDS and value["kind"] in tuple(GrammarKind):
+    if (
+        isinstance(value, dict)
+        and {"kind", "text"} <= set(value) <= FIELDS
+        and value["kind"] in tuple(GrammarKind)
+    ):
         return Grammar(**{**value, "kind": GrammarKind(value["kind"])})
     raise RequestError(Problem("grammar", repr(value)[:80], "a Grammar"))
 
@@ -252,9 +315,12 @@ def main() -> None:
 
     from llguidance import LLTokenizer
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who started this; its end closes stdin
+    # a terminal's Ctrl-C is for who started this; its end closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     given = json.loads(sys.stdin.buffer.readline())
-    tokenizer = LLTokenizer(given["tokenizer"], n_vocab=given["vocabulary"], eos_token=given["end_tokens"])
+    tokenizer = LLTokenizer(
+        given["tokenizer"], n_vocab=given["vocabulary"], eos_token=given["end_tokens"]
+    )
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, used + MOST_BYTES))
     answer: dict[str, str] = {}  # to the first line

@@ -1,4 +1,5 @@
-"""The paged KV cache of all layers: what a block takes, how many there are, and how keys and values are stored.
+"""The paged KV cache of all layers: what a block takes, how many there are, and how keys and values
+are stored.
 
 Shapes: `G` KV heads, `D` head_dim, `B` tokens a block.
 """
@@ -23,7 +24,8 @@ PARAMETERS = ("k_scale", "k_zero_point", "v_scale", "v_zero_point")
 
 
 class KVPrecision(StrEnum):
-    """auto: int8 where the artifact brings calibrated parameters, else full. int8: calibrated where they are there, else dynamic.
+    """auto: int8 where the artifact brings calibrated parameters, else full. int8: calibrated where
+    they are there, else dynamic.
     dynamic: int8 with a scale for each token and head. full: the model's own dtype."""
 
     auto = "auto"
@@ -34,14 +36,18 @@ class KVPrecision(StrEnum):
 
 @dataclass(frozen=True)
 class KVFormat:
-    """parameters: a layer's calibrated k_scale, k_zero_point, v_scale, v_zero_point. int8 without: dynamic."""
+    """parameters: a layer's calibrated k_scale, k_zero_point, v_scale, v_zero_point. int8 without:
+    dynamic."""
 
     int8: bool
     parameters: tuple[Mapping[str, Tensor], ...] = ()
 
     def part(self, rank: int, tp: int) -> KVFormat:
         """With the parameters of one rank's heads."""
-        cut = tuple({n: t if not t.ndim else t.chunk(tp)[rank] for n, t in layer.items()} for layer in self.parameters)
+        cut = tuple(
+            {n: t if not t.ndim else t.chunk(tp)[rank] for n, t in layer.items()}
+            for layer in self.parameters
+        )
         return KVFormat(self.int8, cut)
 
     def __str__(self) -> str:
@@ -51,32 +57,55 @@ class KVFormat:
 
 
 def kv_format(
-    precision: KVPrecision, folder: Path, config: DecoderConfig, layer_prefix: str, own: Mapping[str, Tensor] | None = None
+    precision: KVPrecision,
+    folder: Path,
+    config: DecoderConfig,
+    layer_prefix: str,
+    own: Mapping[str, Tensor] | None = None,
 ) -> KVFormat:
-    """What `precision` means for the model in `folder` (or the artifact that it is a part of). layer_prefix holds `{i}`. own: parameters
-    that the checkpoint itself holds, named as in `kv_qparams.safetensors`, one a layer or one a rank."""
+    """What `precision` means for the model in `folder` (or the artifact that it is a part of).
+    layer_prefix holds `{i}`. own: parameters that the checkpoint itself holds, named as in
+    `kv_qparams.safetensors`, one a layer or one a rank."""
     if precision == KVPrecision.full:
         return KVFormat(False)
     found: tuple[Mapping[str, Tensor], ...] = ()
     if precision != KVPrecision.dynamic:
-        found = _of_checkpoint(own, config, layer_prefix) if own else calibrated(folder, config, layer_prefix)
+        found = (
+            _of_checkpoint(own, config, layer_prefix)
+            if own
+            else calibrated(folder, config, layer_prefix)
+        )
     return KVFormat(bool(found) or precision != KVPrecision.auto, found)
 
 
-def _of_checkpoint(own: Mapping[str, Tensor], config: DecoderConfig, layer_prefix: str) -> tuple[Mapping[str, Tensor], ...]:
+def _of_checkpoint(
+    own: Mapping[str, Tensor], config: DecoderConfig, layer_prefix: str
+) -> tuple[Mapping[str, Tensor], ...]:
     prefixes = [f"{layer_prefix.format(i=index)}.self_attn" for index in range(config.layers)]
-    return tuple({name: own[f"{prefix}.{name}"].float() for name in PARAMETERS} for prefix in prefixes)
+    return tuple(
+        {name: own[f"{prefix}.{name}"].float() for name in PARAMETERS} for prefix in prefixes
+    )
 
 
-def calibrated(folder: Path, config: DecoderConfig, layer_prefix: str) -> tuple[Mapping[str, Tensor], ...]:
-    """A layer's parameters each, or () where the artifact has none. Raises ModelError for a file that does not fit the model."""
+def calibrated(
+    folder: Path, config: DecoderConfig, layer_prefix: str
+) -> tuple[Mapping[str, Tensor], ...]:
+    """A layer's parameters each, or () where the artifact has none. Raises ModelError for a file
+    that does not fit the model."""
     path = kv_file(folder)
     if path is None:
         return ()
     file = TensorFile(path)
     settings = (read_manifest(path.parent) or {}).get("kv_qparams")
     if isinstance(settings, dict) and settings.get("bits") != 8:
-        raise ModelError(Problem(str(path), f"parameters for {settings.get('bits')} bits", "8", "Use --kv dynamic, or --kv full"))
+        raise ModelError(
+            Problem(
+                str(path),
+                f"parameters for {settings.get('bits')} bits",
+                "8",
+                "Use --kv dynamic, or --kv full",
+            )
+        )
     layers, problems = [], []
     shapes = [(), (config.kv_heads,), (config.kv_heads, config.head_dim)]
     for i in range(config.layers):
@@ -88,12 +117,24 @@ def calibrated(folder: Path, config: DecoderConfig, layer_prefix: str) -> tuple[
                 problems.append(Problem(str(path), f"{full} is missing"))
             elif file.tensors[full].shape not in shapes:
                 problems.append(
-                    Problem(f"{path} {full}", f"shape {list(file.tensors[full].shape)}", " or ".join(map(str, map(list, shapes))))
+                    Problem(
+                        f"{path} {full}",
+                        f"shape {list(file.tensors[full].shape)}",
+                        " or ".join(map(str, map(list, shapes))),
+                    )
                 )
             else:
                 layer[name] = file.read(full).float()
-                if not bool(layer[name].isfinite().all()) or (name.endswith("scale") and bool((layer[name] <= 0).any())):
-                    problems.append(Problem(f"{path} {full}", "numbers that are no scale", "finite numbers, scales above 0"))
+                if not bool(layer[name].isfinite().all()) or (
+                    name.endswith("scale") and bool((layer[name] <= 0).any())
+                ):
+                    problems.append(
+                        Problem(
+                            f"{path} {full}",
+                            "numbers that are no scale",
+                            "finite numbers, scales above 0",
+                        )
+                    )
         layers.append(layer)
     if problems:
         raise ModelError(problems)
@@ -107,13 +148,24 @@ def block_bytes(config: DecoderConfig, kv: KVFormat, dtype: torch.dtype, size: i
     return config.layers * config.kv_heads * size * (2 * config.head_dim * item + scales)
 
 
-def make_caches(config: DecoderConfig, kv: KVFormat, dtype: torch.dtype, device: torch.device, blocks: int, size: int) -> list[KVCache]:
+def make_caches(
+    config: DecoderConfig,
+    kv: KVFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    blocks: int,
+    size: int,
+) -> list[KVCache]:
     """The layers' caches, empty."""
     shape = (blocks, config.kv_heads, size, config.head_dim)
 
     def layer(index: int) -> KVCache:
-        # Not filled: nothing is read that was not written, and a CPU's pages are taken up when they are.
-        k, v = (torch.empty(shape, dtype=torch.int8 if kv.int8 else dtype, device=device) for _ in range(2))
+        # Not filled: nothing is read that was not written, and a CPU's pages are taken up when they
+        # are.
+        k, v = (
+            torch.empty(shape, dtype=torch.int8 if kv.int8 else dtype, device=device)
+            for _ in range(2)
+        )
         if not kv.int8:
             return KVCache(k, v)
         if not kv.parameters:
@@ -122,9 +174,13 @@ def make_caches(config: DecoderConfig, kv: KVFormat, dtype: torch.dtype, device:
         heads, channels = (config.kv_heads,), (config.kv_heads, config.head_dim)
         k_shape = channels if p["k_scale"].ndim == 2 else heads
         return KVCache(
-            k, v, p["k_scale"].expand(k_shape).contiguous(), _by_channel(p["v_scale"], channels),
-            _widened(p["k_zero_point"], k_shape), _by_channel(p["v_zero_point"], channels),
-        )  # fmt: skip
+            k,
+            v,
+            p["k_scale"].expand(k_shape).contiguous(),
+            _by_channel(p["v_scale"], channels),
+            _widened(p["k_zero_point"], k_shape),
+            _by_channel(p["v_zero_point"], channels),
+        )
 
     return [layer(i) for i in range(config.layers)]
 
@@ -134,7 +190,11 @@ def _by_channel(value: Tensor, channels: tuple[int, int]) -> Tensor:
 
 
 def _widened(value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return (value[:, None] if value.ndim == 1 and len(shape) == 2 else value).expand(shape).contiguous()
+    return (
+        (value[:, None] if value.ndim == 1 and len(shape) == 2 else value)
+        .expand(shape)
+        .contiguous()
+    )
 
 
 def copy_block(caches: list[KVCache], source: int, target: int) -> None:

@@ -1,9 +1,11 @@
-"""Dialogues in which what was said is text: a control token that somebody spells out (`</s>`, `<|im_end|>`) does not become that token.
+"""Dialogues in which what was said is text: a control token that somebody spells out (`</s>`,
+`<|im_end|>`) does not become that token.
 
-A template writes its own control tokens and what was said as one text, and a tokenizer finds them in it by their spelling. So a letter
-that no text has goes into every such spelling in what was said, before the template sees it. The control tokens that the tokenizer still
-finds are the template's own. They are written in other letters that no text has, the marks are taken out, and the same tokenizer, whose
-control tokens are called so, reads the text.
+A template writes its own control tokens and what was said as one text, and a tokenizer finds them
+in it by their spelling. So a letter that no text has goes into every such spelling in what was
+said, before the template sees it. The control tokens that the tokenizer still finds are the
+template's own. They are written in other letters that no text has, the marks are taken out, and the
+same tokenizer, whose control tokens are called so, reads the text.
 """
 
 from __future__ import annotations
@@ -27,30 +29,49 @@ _RESERVED = re.compile(f"[{OPEN}{CLOSE}{MARK}]")
 
 
 class Literal:
-    """Control tokens are the special ones, and of the other added ones those in brackets that a template writes (<think>, say). templates:
-    their sources. Raises ModelError for a tokenizer with which it does not work."""
+    """Control tokens are the special ones, and of the other added ones those in brackets that a
+    template writes (<think>, say). templates: their sources. Raises ModelError for a tokenizer with
+    which it does not work."""
 
     def __init__(self, tokenizer: Tokenizer, templates: Iterable[str]) -> None:
         templates = [*templates]
         written = "\0".join(templates)
         added = tokenizer.get_added_tokens_decoder()
-        control = {i: t for i, t in added.items() if t.content and (t.special or (t.content[0] in "<[" and t.content in written))}
+        control = {
+            i: t
+            for i, t in added.items()
+            if t.content and (t.special or (t.content[0] in "<[" and t.content in written))
+        }
         self._control = {i: (token, f"{OPEN}{i}{CLOSE}") for i, token in control.items()}
         self._said = _spellings(_bare(token.content) for token in control.values())
-        self._said_by_model = _spellings(_bare(token.content) for token in control.values() if token.special)
+        self._said_by_model = _spellings(
+            _bare(token.content) for token in control.values() if token.special
+        )
         self._tokenizer = tokenizer
-        self._renamed = _renamed(tokenizer, {token.content: private for token, private in self._control.values()})
-        self._check_spellings([*(token.content for token in control.values() if token.normalized), *templates])
+        self._renamed = _renamed(
+            tokenizer, {token.content: private for token, private in self._control.values()}
+        )
+        self._check_spellings(
+            [*(token.content for token in control.values() if token.normalized), *templates]
+        )
 
     def marked(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages as the template may see them. Tokens that are not special are left as they are in what the model said, where it wrote
-        them itself and templates look for them. Raises RequestError for a letter that is needed here."""
+        """Messages as the template may see them. Tokens that are not special are left as they are
+        in what the model said, where it wrote them itself and templates look for them. Raises
+        RequestError for a letter that is needed here."""
         found = []
         for message in messages:
             _check(*message)
             said = self._said_by_model if message.get("role") == "assistant" else self._said
             found.append(
-                {key: value if key == "role" else _marked(value, said if key in SAID else self._said) for key, value in message.items()}
+                {
+                    key: (
+                        value
+                        if key == "role"
+                        else _marked(value, said if key in SAID else self._said)
+                    )
+                    for key, value in message.items()
+                }
             )
         return found
 
@@ -60,14 +81,17 @@ class Literal:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The tokens of what a template made of them. special: with those that open every text."""
-        return list(self._renamed.encode_batch([self._spelled(text)], add_special_tokens=special)[0].ids)
+        return list(
+            self._renamed.encode_batch([self._spelled(text)], add_special_tokens=special)[0].ids
+        )
 
     def _spelled(self, text: str) -> str:
         parts, at = [], 0
         for token, begin, end in self._found(text):
             added, private = self._control[token]
-            # What a token takes of the space beside it is in its place. Any other spelling is somebody's own, which the normaliser makes
-            # that token of (`＜/s＞`), or a letter that a token for the unknown stands for. One of one letter has its mark behind it.
+            # What a token takes of the space beside it is in its place. Any other spelling is
+            # somebody's own, which the normaliser makes that token of (`＜/s＞`), or a letter that a
+            # token for the unknown stands for. One of one letter has its mark behind it.
             if _bare(text[begin:end]) == _bare(added.content) and text[end : end + 1] != MARK:
                 parts += [text[at:begin], private]
                 at = end
@@ -76,16 +100,22 @@ class Literal:
     def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
         """The control tokens that the tokenizer finds in a text, and where each begins and ends."""
         found = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
-        return ((token, *place) for token, place in zip(found.ids, found.offsets, strict=True) if token in self._control)
+        return (
+            (token, *place)
+            for token, place in zip(found.ids, found.offsets, strict=True)
+            if token in self._control
+        )
 
     def _check_spellings(self, texts: Iterable[str]) -> None:
-        """Raises ModelError where the normaliser makes a control token of another spelling in a text that nobody but the model's makers
-        wrote: it would be taken for a client's."""
+        """Raises ModelError where the normaliser makes a control token of another spelling in a
+        text that nobody but the model's makers wrote: it would be taken for a client's."""
         normalizer = self._tokenizer.normalizer
         for text in texts if normalizer else ():
             for token, begin, end in self._found(text):
                 found, expected = _bare(text[begin:end]), _bare(self._control[token][0].content)
-                if found != expected and normalizer.normalize_str(found) == normalizer.normalize_str(expected):
+                if found != expected and normalizer.normalize_str(
+                    found
+                ) == normalizer.normalize_str(expected):
                     raise _cannot(f"its normaliser makes {expected!r} of {found[:40]!r}")
 
 
@@ -101,11 +131,12 @@ class _Spellings:
     longest: int
 
     def mark(self, text: str) -> str:
-        """With a mark behind the first letter of each, also where one begins within another. Piece by piece: a search holds the interpreter
-        lock for as long as it runs."""
+        """With a mark behind the first letter of each, also where one begins within another. Piece
+        by piece: a search holds the interpreter lock for as long as it runs."""
         parts, at = [], 0
         for begin in range(0, len(text), PIECE):
-            piece = text[begin : begin + PIECE + self.longest - 1]  # up to where the last that begins in it may end
+            # up to where the last that begins in it may end
+            piece = text[begin : begin + PIECE + self.longest - 1]
             for found in self.pattern.finditer(piece):
                 if found.start() < PIECE:
                     end = begin + found.start() + 1
@@ -116,11 +147,15 @@ class _Spellings:
 
 def _spellings(names: Iterable[str]) -> _Spellings:
     found = [*dict.fromkeys(names)]
-    return _Spellings(re.compile(f"(?={_beginning(found)})" if found else r"(?!)"), max(map(len, found), default=1))
+    return _Spellings(
+        re.compile(f"(?={_beginning(found)})" if found else r"(?!)"),
+        max(map(len, found), default=1),
+    )
 
 
 def _beginning(names: Sequence[str]) -> str:
-    """A pattern for a text that begins with any of them: letter by letter, since hundreds of alternatives would each be tried."""
+    """A pattern for a text that begins with any of them: letter by letter, since hundreds of
+    alternatives would each be tried."""
     if "" in names:
         return ""
     groups: dict[str, list[str]] = {}
@@ -146,11 +181,18 @@ def _marked(value: Any, said: _Spellings) -> Any:
 
 def _check(*texts: str) -> None:
     if any(map(_RESERVED.search, texts)):
-        raise RequestError(Problem("messages", "a letter from U+FDD0 to U+FDD2", "text without those, which stand for no letter"))
+        raise RequestError(
+            Problem(
+                "messages",
+                "a letter from U+FDD0 to U+FDD2",
+                "text without those, which stand for no letter",
+            )
+        )
 
 
 def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
-    """The same, but for the names of those tokens. Raises ModelError where the library does not make that of it."""
+    """The same, but for the names of those tokens. Raises ModelError where the library does not
+    make that of it."""
     data = json.loads(tokenizer.to_str())
     for token in data["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
@@ -164,7 +206,8 @@ def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
     try:
         found = Tokenizer.from_str(json.dumps(data))
         same = all(
-            found.encode(private, add_special_tokens=False).ids == tokenizer.encode(name, add_special_tokens=False).ids
+            found.encode(private, add_special_tokens=False).ids
+            == tokenizer.encode(name, add_special_tokens=False).ids
             for name, private in names.items()
         )
     except Exception as error:
@@ -176,4 +219,8 @@ def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
 
 def _cannot(why: str) -> ModelError:
     found = f"its control tokens cannot be told from their spelling in a text ({why})"[:300]
-    return ModelError(Problem("tokenizer", found, "a tokenizer for which that works", "Leave --literal-content out"))
+    return ModelError(
+        Problem(
+            "tokenizer", found, "a tokenizer for which that works", "Leave --literal-content out"
+        )
+    )

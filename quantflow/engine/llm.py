@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.engine.engine import Engine, EngineConfig
-from quantflow.engine.request import Completion, Finish, Logprob, Output, Request, SamplingParams, Token
+from quantflow.engine.request import (
+    Completion,
+    Finish,
+    Logprob,
+    Output,
+    Request,
+    SamplingParams,
+    Token,
+)
 from quantflow.engine.text import Message
 from quantflow.errors import Problem, ResourceError
 
@@ -54,28 +62,45 @@ class Collector:
     def output(self) -> Output:
         completions = []
         for index, end in enumerate(self._ends):
-            finish, reason, stop = (end.finish or Finish.abort, end.reason, end.stop) if end else (Finish.abort, "", None)
+            finish, reason, stop = (
+                (end.finish or Finish.abort, end.reason, end.stop)
+                if end
+                else (Finish.abort, "", None)
+            )
             text, logprobs = "".join(self._texts[index]), tuple(self._logprobs[index])
-            completions.append(Completion(index, tuple(self._tokens[index]), text, finish, reason, logprobs, stop))
-        return Output(self.request.id, self.request.prompt, tuple(completions), self._prompt, self._cached)
+            completions.append(
+                Completion(index, tuple(self._tokens[index]), text, finish, reason, logprobs, stop)
+            )
+        return Output(
+            self.request.id, self.request.prompt, tuple(completions), self._prompt, self._cached
+        )
 
 
 class LLM:
-    """A model directory, an artifact of QuantFlow's or a hub id, loaded to be run. options: those of `EngineConfig`."""
+    """A model directory, an artifact of QuantFlow's or a hub id, loaded to be run. options: those
+    of `EngineConfig`."""
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = Engine(model, EngineConfig(**options))
-        self._inboxes: dict[str, deque[Token]] = {}  # a step's tokens may be for another stream than the one that stepped
+        # a step's tokens may be for another stream than the one that stepped
+        self._inboxes: dict[str, deque[Token]] = {}
 
-    def generate(self, prompts: Prompt | Many[Prompt], params: SamplingParams | Many[SamplingParams] | None = None) -> list[Output]:
-        """What the model makes of each prompt (text, or token ids), in their order; all of them run together.
+    def generate(
+        self,
+        prompts: Prompt | Many[Prompt],
+        params: SamplingParams | Many[SamplingParams] | None = None,
+    ) -> list[Output]:
+        """What the model makes of each prompt (text, or token ids), in their order; all of them run
+        together.
 
-        params: one for all, or one each. Raises RequestError for what cannot be served, before anything runs, and ResourceError where
-        memory runs out.
+        params: one for all, or one each. Raises RequestError for what cannot be served, before
+        anything runs, and ResourceError where memory runs out.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Many[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
-        collectors = {request.id: Collector(request) for request in self.engine.submit_all(many, params)}
+        collectors = {
+            request.id: Collector(request) for request in self.engine.submit_all(many, params)
+        }
         self._inboxes |= {id: deque() for id in collectors}
         try:
             for id, collector in collectors.items():
@@ -87,15 +112,19 @@ class LLM:
         return [_checked(collector.output()) for collector in collectors.values()]
 
     def chat(self, messages: Many[Message], params: SamplingParams | None = None) -> Output:
-        """The model's answer to a dialogue, a list of `{"role": …, "content": …}`, in its own dialogue format."""
+        """The model's answer to a dialogue, a list of `{"role": …, "content": …}`, in its own
+        dialogue format."""
         return self.generate([self.engine.tokenizer.dialogue(messages)], params)[0]
 
     def get_prompt(self, query: str) -> str:
         """A question wrapped in the model's dialogue format."""
         return self.engine.tokenizer.render([{"role": "user", "content": query}])
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, session: int | None = None) -> Iterator[Token]:
-        """The tokens and their text as they come. Leaving the loop aborts the request. session: see `Engine.submit`."""
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, session: int | None = None
+    ) -> Iterator[Token]:
+        """The tokens and their text as they come. Leaving the loop aborts the request. session: see
+        `Engine.submit`."""
         request = self.engine.submit(prompt, params, session=session)
         self._inboxes[request.id] = deque()
         open_texts = request.params.n
@@ -122,9 +151,11 @@ class LLM:
         self.engine.abort(id)
         del self._inboxes[id]
 
-    def stream_infer(self, session_id: int, input_ids: Many[int], params: SamplingParams | None = None) -> Iterator[list[int]]:
-        """The generated token ids so far, a longer list at every step, as LMDeploy's `stream_infer` yields them; the session goes on from
-        its last turn."""
+    def stream_infer(
+        self, session_id: int, input_ids: Many[int], params: SamplingParams | None = None
+    ) -> Iterator[list[int]]:
+        """The generated token ids so far, a longer list at every step, as LMDeploy's `stream_infer`
+        yields them; the session goes on from its last turn."""
         tokens: list[int] = []
         for token in self.stream(list(input_ids), params, session=session_id):
             if token.token is not None:

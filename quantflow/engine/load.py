@@ -1,4 +1,5 @@
-"""A checkpoint's weights in the layouts that the engine computes from, streamed to the device one linear at a time."""
+"""A checkpoint's weights in the layouts that the engine computes from, streamed to the device one
+linear at a time."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ from quantflow.models.segments import Segment
 from quantflow.models.sharding import shard_plain
 from quantflow.quant.numbers.integer import IntegerTensor
 
-COMPUTED = ("integer",)  # the kinds of numbers that kernels compute from; others are dequantised at the start
+# the kinds of numbers that kernels compute from; others are dequantised at the start
+COMPUTED = ("integer",)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """ways: how linears are computed, in words -> how many. weight_bytes: what weights take on the device."""
+    """ways: how linears are computed, in words -> how many. weight_bytes: what weights take on the
+    device."""
 
     model: Model
     ways: dict[str, int]
@@ -32,14 +35,19 @@ class Loaded:
 
 
 def load_model(weights: Weights, ops: Ops, step: Callable[[], None] = lambda: None) -> Loaded:
-    """The model of a checkpoint, quantised or not; under tensor parallelism this rank's part of it, from the rank's own files or cut out
-    of the whole. step is called after each layer. Raises ModelError for what cannot be cut."""
+    """The model of a checkpoint, quantised or not; under tensor parallelism this rank's part of it,
+    from the rank's own files or cut out of the whole. step is called after each layer. Raises
+    ModelError for what cannot be cut."""
     return _Loader(weights, ops).load(step)
 
 
 def rank_config(config: DecoderConfig, tp: int) -> DecoderConfig:
     """What one of `tp` ranks computes. Raises ModelError where heads do not divide."""
-    wrong = [f"{n} {what}" for n, what in ((config.heads, "heads"), (config.kv_heads, "KV heads")) if n % tp]
+    wrong = [
+        f"{n} {what}"
+        for n, what in ((config.heads, "heads"), (config.kv_heads, "KV heads"))
+        if n % tp
+    ]
     if wrong:
         raise ModelError(Problem("tensor parallel", " and ".join(wrong), f"multiples of {tp}"))
     return replace(config, heads=config.heads // tp, kv_heads=config.kv_heads // tp)
@@ -49,19 +57,26 @@ class _Loader:
     def __init__(self, weights: Weights, ops: Ops) -> None:
         self.weights, self.ops = weights, ops
         self.rank, self.tp = (ops.ranks.rank, ops.ranks.size) if ops.ranks else (0, 1)
-        self.architecture, self.config = weights.checkpoint.architecture, rank_config(weights.checkpoint.config, self.tp)
+        self.architecture, self.config = (
+            weights.checkpoint.architecture,
+            rank_config(weights.checkpoint.config, self.tp),
+        )
         self.ways: Counter[str] = Counter()
         self.bytes = 0
 
     def load(self, step: Callable[[], None]) -> Loaded:
         architecture, config = self.architecture, self.config
         embedding = self._plain(f"{architecture.embedding}.weight")
-        positions = self._plain(f"{architecture.positions}.weight") if architecture.positions else None
+        positions = (
+            self._plain(f"{architecture.positions}.weight") if architecture.positions else None
+        )
         layers = []
         for index in range(config.layers):
             layers.append(self._layer(index))
             step()
-        head = Linear(embedding) if config.tied else self._linears((architecture.head,), bias=False)[0]
+        head = (
+            Linear(embedding) if config.tied else self._linears((architecture.head,), bias=False)[0]
+        )
         final = self._norm(architecture.final_norm)
         model = Model(config, self.ops, embedding, positions, tuple(layers), final, head)
         return Loaded(model, dict(self.ways), self.bytes)
@@ -72,14 +87,27 @@ class _Loader:
         return tensor
 
     def _norm(self, name: str) -> Norm:
-        bias = self.weights.tensor(f"{name}.bias").to(self.ops.device).float() if self.config.family == "opt" else None
+        bias = (
+            self.weights.tensor(f"{name}.bias").to(self.ops.device).float()
+            if self.config.family == "opt"
+            else None
+        )
         return Norm(self.weights.tensor(f"{name}.weight").to(self.ops.device).float(), bias)
 
     def _layer(self, index: int) -> Layer:
-        names, config, prefix = self.architecture.layer, self.config, self.architecture.layer_prefix(index) + "."
-        head_norms = [self._norm(prefix + n) if config.qk_norm else None for n in (names.q_norm, names.k_norm)]
+        names, config, prefix = (
+            self.architecture.layer,
+            self.config,
+            self.architecture.layer_prefix(index) + ".",
+        )
+        head_norms = [
+            self._norm(prefix + n) if config.qk_norm else None for n in (names.q_norm, names.k_norm)
+        ]
         attention_in, attention_out, *inner = self.weights.checkpoint.segments(index)
-        experts = tuple(self._mlp(prefix, reads, writes) for reads, writes in zip(inner[::2], inner[1::2], strict=True))
+        experts = tuple(
+            self._mlp(prefix, reads, writes)
+            for reads, writes in zip(inner[::2], inner[1::2], strict=True)
+        )
         mlp: Mlp | Mixture
         if config.is_moe(index):
             router = self._linears((prefix + names.router,), bias=False)[0]
@@ -98,31 +126,48 @@ class _Loader:
         )
 
     def _mlp(self, prefix: str, reads: Segment, writes: Segment) -> Mlp:
-        return Mlp(self._segment(prefix, reads), self._segment(prefix, writes)[0], gated=len(reads.linears) == 2)
+        return Mlp(
+            self._segment(prefix, reads),
+            self._segment(prefix, writes)[0],
+            gated=len(reads.linears) == 2,
+        )
 
     def _segment(self, prefix: str, segment: Segment) -> tuple[Linear, ...]:
-        return self._linears(tuple(prefix + name for name in segment.names), bias=segment.linears[0].bias)
+        return self._linears(
+            tuple(prefix + name for name in segment.names), bias=segment.linears[0].bias
+        )
 
     def _linears(self, modules: tuple[str, ...], *, bias: bool) -> tuple[Linear, ...]:
         """Linears that read the same input, as one where they can be fused."""
         row_parallel = self.weights.checkpoint.cut(f"{modules[0]}.weight") == 1
         if row_parallel and self.rank:
             bias = False  # it is added once
-        biases = [self._part(f"{m}.bias", self.weights.tensor(f"{m}.bias")) for m in modules] if bias else []
+        biases = (
+            [self._part(f"{m}.bias", self.weights.tensor(f"{m}.bias")) for m in modules]
+            if bias
+            else []
+        )
         schemes = [self.weights.scheme_of(m) for m in modules]
         quantised = [scheme is not None and scheme.kind in COMPUTED for scheme in schemes]
         found: list[Linear]
         if not any(quantised):
-            stored = (self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")) for m in modules)
+            stored = (
+                self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")) for m in modules
+            )
             dense = [tensor.to(self.ops.device, self.ops.dtype) for tensor in stored]
             found = [self.ops.dense(_joined(dense), _joined(biases) if biases else None)]
             if schemes[0] is not None:
-                self.ways[f"{found[0].way} ({schemes[0]} has no kernel: dequantised at the start)"] += 1
+                self.ways[
+                    f"{found[0].way} ({schemes[0]} has no kernel: dequantised at the start)"
+                ] += 1
                 self.bytes += resident_bytes(found[0].weight)
                 return tuple(found)
         elif all(quantised) and _fusable(tensors := [self._quantised(m) for m in modules]):
             first = tensors[0]
-            codes, scales, zeros = (_joined([getattr(t, part) for t in tensors]) for part in ("codes", "scales", "zeros"))
+            codes, scales, zeros = (
+                _joined([getattr(t, part) for t in tensors])
+                for part in ("codes", "scales", "zeros")
+            )
             together = IntegerTensor(first.scheme, codes, scales, zeros, first.group_index)
             found = [self.ops.prepare(together, _joined(biases) if biases else None)]
         else:
@@ -139,14 +184,25 @@ class _Loader:
         if self.tp == self.weights.checkpoint.tp or cut is None:
             return tensor
         if tensor.shape[cut] % self.tp:
-            raise ModelError(Problem(name, f"shape {list(tensor.shape)}", f"a multiple of tp = {self.tp} along dimension {cut}"))
+            raise ModelError(
+                Problem(
+                    name,
+                    f"shape {list(tensor.shape)}",
+                    f"a multiple of tp = {self.tp} along dimension {cut}",
+                )
+            )
         return shard_plain(name, tensor, cut, self.rank, self.tp)
 
     def _quantised(self, module: str) -> IntegerTensor:
-        tensor, cut = integer_grid(module, self.weights.quantized(module)), self.weights.checkpoint.cut(f"{module}.weight")
+        tensor, cut = (
+            integer_grid(module, self.weights.quantized(module)),
+            self.weights.checkpoint.cut(f"{module}.weight"),
+        )
         if self.tp == self.weights.checkpoint.tp or cut is None:
             return tensor
-        problems = grid_problems(module, tensor.shape, tensor.scheme, self.tp, cut, tensor.indexed, kinds=COMPUTED)
+        problems = grid_problems(
+            module, tensor.shape, tensor.scheme, self.tp, cut, tensor.indexed, kinds=COMPUTED
+        )
         if problems:
             raise ModelError(problems)
         return tensor.cut(cut, self.rank, self.tp)
@@ -161,6 +217,10 @@ def _fusable(tensors: list[IntegerTensor]) -> bool:
     return all(
         t.scheme == first.scheme
         and t.scales.dtype == first.scales.dtype
-        and (t.group_index is None if first.group_index is None else t.group_index is not None and t.group_index.equal(first.group_index))
+        and (
+            t.group_index is None
+            if first.group_index is None
+            else t.group_index is not None and t.group_index.equal(first.group_index)
+        )
         for t in tensors
     )

@@ -1,6 +1,8 @@
-"""The decoder as the engine runs it: tokens of many sequences one after the other, keys and values in a paged cache.
+"""The decoder as the engine runs it: tokens of many sequences one after the other, keys and values
+in a paged cache.
 
-It computes what `quantflow.decoder.native` does, over fused and quantised linears. Shapes: `T` tokens of a step, `H` hidden, `D` head_dim.
+It computes what `quantflow.decoder.native` does, over fused and quantised linears. Shapes: `T`
+tokens of a step, `H` hidden, `D` head_dim.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Mlp:
-    """gate_up: one linear, or gate and up where they could not be fused; up alone where there is no gate."""
+    """gate_up: one linear, or gate and up where they could not be fused; up alone where there is no
+    gate."""
 
     gate_up: tuple[Linear, ...]
     down: Linear
@@ -61,7 +64,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One step's tokens. cos, sin: float32 `[T, D / 2]`, None without rotary embedding. slots: int64 `[T]`, where keys and values go."""
+    """One step's tokens. cos, sin: float32 `[T, D / 2]`, None without rotary embedding. slots:
+    int64 `[T]`, where keys and values go."""
 
     tokens: Tensor
     positions: Tensor
@@ -83,19 +87,33 @@ class Model:
     final_norm: Norm
     head: Linear
 
-    def forward(self, inputs: Inputs, caches: list[KVCache], progress: Callable[[], None] = lambda: None) -> Tensor:
-        """What the head reads, `[T, H]`; keys and values of the tokens are in the caches then. progress: called after each layer."""
+    def forward(
+        self, inputs: Inputs, caches: list[KVCache], progress: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """What the head reads, `[T, H]`; keys and values of the tokens are in the caches then.
+        progress: called after each layer."""
         config, ops = self.config, self.ops
         residual = F.embedding(inputs.tokens, self.embedding)
         if self.positions is not None:
-            residual = residual + F.embedding(inputs.positions + 2, self.positions)  # OPT's first two rows are left over from padding
+            # OPT's first two rows are left over from padding
+            residual = residual + F.embedding(inputs.positions + 2, self.positions)
         first = self.layers[0].attention_norm
         h = ops.norm(config, residual, first.weight, first.bias)
         for index, layer in enumerate(self.layers):
-            attended = ops.reduce(ops.linear(self._attention(layer, h, inputs, caches[index]), layer.o))
+            attended = ops.reduce(
+                ops.linear(self._attention(layer, h, inputs, caches[index]), layer.o)
+            )
             h = ops.add_norm(config, attended, residual, layer.mlp_norm.weight, layer.mlp_norm.bias)
-            y = ops.reduce(self._mixture(layer.mlp, h) if isinstance(layer.mlp, Mixture) else self._mlp(layer.mlp, h))
-            following = self.layers[index + 1].attention_norm if index + 1 < len(self.layers) else self.final_norm
+            y = ops.reduce(
+                self._mixture(layer.mlp, h)
+                if isinstance(layer.mlp, Mixture)
+                else self._mlp(layer.mlp, h)
+            )
+            following = (
+                self.layers[index + 1].attention_norm
+                if index + 1 < len(self.layers)
+                else self.final_norm
+            )
             h = ops.add_norm(config, y, residual, following.weight, following.bias)
             progress()
         return h
@@ -114,37 +132,58 @@ class Model:
         kv_heads = cache.k.shape[1]
         qkv = self._project(layer.qkv, h)
         queries = qkv.shape[1] - 2 * kv_heads * d
-        q, k, v = (part.unflatten(1, (-1, d)) for part in qkv.split([queries, kv_heads * d, kv_heads * d], dim=1))
+        q, k, v = (
+            part.unflatten(1, (-1, d))
+            for part in qkv.split([queries, kv_heads * d, kv_heads * d], dim=1)
+        )
         if layer.q_norm and layer.k_norm:
-            q, k = (self.ops.norm(config, x, norm.weight, norm.bias) for x, norm in ((q, layer.q_norm), (k, layer.k_norm)))
+            q, k = (
+                self.ops.norm(config, x, norm.weight, norm.bias)
+                for x, norm in ((q, layer.q_norm), (k, layer.k_norm))
+            )
         self.ops.store(q, k, v, inputs.cos, inputs.sin, inputs.slots, cache)
         if config.logn_length:
-            factor = (inputs.positions + 1).double().log().div(math.log(config.logn_length)).clamp(min=1.0)
+            factor = (
+                (inputs.positions + 1)
+                .double()
+                .log()
+                .div(math.log(config.logn_length))
+                .clamp(min=1.0)
+            )
             q = q * factor.to(q.dtype)[:, None, None]
         return self.ops.attention(q, cache, inputs.batch, layer.window).flatten(1)
 
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
         inner = self._project(mlp.gate_up, h)
         name = self.config.activation
-        return self.ops.linear(self.ops.gate(name, inner) if mlp.gated else self.ops.activate(name, inner), mlp.down)
+        return self.ops.linear(
+            self.ops.gate(name, inner) if mlp.gated else self.ops.activate(name, inner), mlp.down
+        )
 
     def _mixture(self, mixture: Mixture, h: Tensor) -> Tensor:
         config = self.config
-        weights, chosen = self.ops.linear(h, mixture.router).softmax(-1, dtype=torch.float32).topk(config.experts_per_token, dim=-1)
+        weights, chosen = (
+            self.ops.linear(h, mixture.router)
+            .softmax(-1, dtype=torch.float32)
+            .topk(config.experts_per_token, dim=-1)
+        )
         if config.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights.to(h.dtype)
         out = torch.zeros_like(h)
-        for index, expert in enumerate(mixture.experts):  # in their order: a token's sum is always taken in the same one
+        # in their order: a token's sum is always taken in the same one
+        for index, expert in enumerate(mixture.experts):
             tokens, slot = (chosen == index).nonzero(as_tuple=True)
             if len(tokens):
-                out.index_add_(0, tokens, self._mlp(expert, h[tokens]) * weights[tokens, slot, None])
+                out.index_add_(
+                    0, tokens, self._mlp(expert, h[tokens]) * weights[tokens, slot, None]
+                )
         return out
 
 
 class Rotary:
-    """cos and sin of positions, from tables of `CHUNK` positions that are made when they are needed: an angle's bits do not depend on what
-    else is in the batch."""
+    """cos and sin of positions, from tables of `CHUNK` positions that are made when they are
+    needed: an angle's bits do not depend on what else is in the batch."""
 
     def __init__(self, config: DecoderConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -153,18 +192,24 @@ class Rotary:
 
     def _make(self, length: int, chunk: int) -> tuple[Tensor, Tensor]:
         frequencies, factor = self._frequencies(length)
-        angles = torch.outer(torch.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=torch.float32), frequencies)
+        angles = torch.outer(
+            torch.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=torch.float32), frequencies
+        )
         return (angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device)
 
     def shared(self, positions: int) -> tuple[Tensor, Tensor] | None:
-        """cos and sin `[positions, D / 2]`, where they are every sequence's: the same bits as `rows` gives. None where they are not."""
+        """cos and sin `[positions, D / 2]`, where they are every sequence's: the same bits as
+        `rows` gives. None where they are not."""
         if self.config.family == "opt" or self.config.stretches:
             return None
-        chunks = [self._make(self.config.max_positions, chunk) for chunk in range(-(-positions // CHUNK))]
+        chunks = [
+            self._make(self.config.max_positions, chunk) for chunk in range(-(-positions // CHUNK))
+        ]
         return torch.cat([cos for cos, _ in chunks]), torch.cat([sin for _, sin in chunks])
 
     def stretch(self, length: int) -> int:
-        """A sequence's rope_length, if it will have `length` tokens: 0 where nothing depends on that."""
+        """A sequence's rope_length, if it will have `length` tokens: 0 where nothing depends on
+        that."""
         return length if self.config.stretches and length > self.config.max_positions else 0
 
     def rows(self, parts: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -175,7 +220,9 @@ class Rotary:
         for stretch, first, count in parts:
             for chunk in range(first // CHUNK, (first + count - 1) // CHUNK + 1):
                 tables = self._table(stretch or self.config.max_positions, chunk)
-                part = slice(max(first - chunk * CHUNK, 0), min(first + count - chunk * CHUNK, CHUNK))
+                part = slice(
+                    max(first - chunk * CHUNK, 0), min(first + count - chunk * CHUNK, CHUNK)
+                )
                 cos.append(tables[0][part])
                 sin.append(tables[1][part])
         return torch.cat(cos), torch.cat(sin)

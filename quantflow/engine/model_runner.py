@@ -1,4 +1,5 @@
-"""One step on the device: the scheduled tokens through the model, and logits where they are asked for."""
+"""One step on the device: the scheduled tokens through the model, and logits where they are asked
+for."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ LOGIT_ELEMENTS = 2**25  # logits of prompts that are computed at once
 
 @dataclass(frozen=True)
 class States:
-    """What the head reads after a step. rows: `[T, H]`, of all its tokens. wanted: of each piece of work, the rows from and to: its last
-    token's, and those before it from which the prompt's log-probabilities are wanted."""
+    """What the head reads after a step. rows: `[T, H]`, of all its tokens. wanted: of each piece of
+    work, the rows from and to: its last token's, and those before it from which the prompt's
+    log-probabilities are wanted."""
 
     rows: Tensor
     wanted: tuple[tuple[int, int], ...]
@@ -33,20 +35,39 @@ class States:
     def last(self, works: list[int]) -> Tensor:
         """The last row of each of these pieces."""
         at = [self.wanted[work][1] - 1 for work in works]
-        return self.rows if at == list(range(len(self.rows))) else self.rows[torch.tensor(at, device=self.rows.device)]
+        return (
+            self.rows
+            if at == list(range(len(self.rows)))
+            else self.rows[torch.tensor(at, device=self.rows.device)]
+        )
 
 
 class ModelRunner:
-    """block_size: tokens a cache block. progress: called after each layer of a step that runs eagerly, and after the head."""
+    """block_size: tokens a cache block. progress: called after each layer of a step that runs
+    eagerly, and after the head."""
 
-    def __init__(self, model: Model, caches: list[KVCache], block_size: int, progress: Callable[[], None] = lambda: None) -> None:
-        self.model, self.caches, self.block_size, self._progress = model, caches, block_size, progress
+    def __init__(
+        self,
+        model: Model,
+        caches: list[KVCache],
+        block_size: int,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model, self.caches, self.block_size, self._progress = (
+            model,
+            caches,
+            block_size,
+            progress,
+        )
         self.rotary = Rotary(model.config, model.ops.device)
         self.graphs: DecodeGraphs | None = None  # every step runs eagerly
 
     def record_decodes(self, rows: int, context: int, record: Recorder) -> None:
-        """From now on, decodes of at most `rows` sequences with at most `context` tokens are recorded and replayed."""
-        self.graphs = DecodeGraphs(self.model, self.caches, self.rotary, self.block_size, rows, context, record)
+        """From now on, decodes of at most `rows` sequences with at most `context` tokens are
+        recorded and replayed."""
+        self.graphs = DecodeGraphs(
+            self.model, self.caches, self.rotary, self.block_size, rows, context, record
+        )
 
     @torch.inference_mode()
     def run(self, step: Step) -> States:
@@ -90,8 +111,13 @@ class ModelRunner:
             slots += [blocks[p // size] * size + p % size for p in range(work.start, stop)]
         together = torch.tensor([tokens, positions, slots]).to(device)  # one transfer
         most = max(len(work.sequence.blocks) for work in step)
-        table = torch.tensor([w.sequence.blocks + [0] * (most - len(w.sequence.blocks)) for w in step], dtype=torch.int32).to(device)
+        table = torch.tensor(
+            [w.sequence.blocks + [0] * (most - len(w.sequence.blocks)) for w in step],
+            dtype=torch.int32,
+        ).to(device)
         lengths, contexts = [w.count for w in step], [w.start + w.count for w in step]
         batch = self.model.ops.batch(lengths, contexts, table, self.model.config)
-        cos, sin = self.rotary.rows([(w.sequence.request.rope_length, w.start, w.count) for w in step])
+        cos, sin = self.rotary.rows(
+            [(w.sequence.request.rope_length, w.start, w.count) for w in step]
+        )
         return Inputs(together[0], together[1], cos, sin, together[2], batch)

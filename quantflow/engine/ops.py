@@ -1,6 +1,8 @@
-"""The operations of a model, by Triton kernels on a GPU, by compiled C or plain torch on a CPU. Nothing else of the engine imports kernels.
+"""The operations of a model, by Triton kernels on a GPU, by compiled C or plain torch on a CPU.
+Nothing else of the engine imports kernels.
 
-Shapes: `T` tokens of all sequences of a step one after the other, `H` heads, `G` KV heads, `D` head_dim.
+Shapes: `T` tokens of all sequences of a step one after the other, `H` heads, `G` KV heads, `D`
+head_dim.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from quantflow.engine.tensor_parallel import Ranks
 from quantflow.models.config import DecoderConfig
 from quantflow.quant.numbers.integer import IntegerTensor
 
-SPLIT = DEFAULT.attention.split  # keys that one program of a decode takes on a GPU that nothing was measured on
+# keys that one program of a decode takes on a GPU that nothing was measured on
+SPLIT = DEFAULT.attention.split
 __all__ = ["Batch", "KVCache", "Linear", "Ops"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer as it is computed. weight: `[N, K]` in the model's dtype, or a quantised weight in its kernel's layout."""
+    """A linear layer as it is computed. weight: `[N, K]` in the model's dtype, or a quantised
+    weight in its kernel's layout."""
 
     weight: Tensor | kernels.QuantWeight
     bias: Tensor | None = None
@@ -41,13 +45,18 @@ class Linear:
 
 def resident_bytes(weight: Tensor | kernels.QuantWeight) -> int:
     """What a weight takes in memory."""
-    tensors = [weight] if isinstance(weight, Tensor) else [t for t in vars(weight).values() if isinstance(t, Tensor)]
+    tensors = (
+        [weight]
+        if isinstance(weight, Tensor)
+        else [t for t in vars(weight).values() if isinstance(t, Tensor)]
+    )
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True)
 class Ops:
-    """exact: a row's result never depends on what else is in the batch, bit for bit. ranks: None without tensor parallelism."""
+    """exact: a row's result never depends on what else is in the batch, bit for bit. ranks: None
+    without tensor parallelism."""
 
     device: torch.device
     dtype: torch.dtype
@@ -72,33 +81,56 @@ class Ops:
         """What everything but the linears is computed by, in words."""
         if self.cuda:
             return "triton"
-        return "compiled C" if self.compiled else f"plain torch ({cpu_kernels.library()[1] or self.dtype})"
+        return (
+            "compiled C"
+            if self.compiled
+            else f"plain torch ({cpu_kernels.library()[1] or self.dtype})"
+        )
 
     def prepare(self, tensor: IntegerTensor, bias: Tensor | None = None) -> Linear:
         """A quantised linear in the layout that it is computed from, on the device."""
-        codes, scales, zeros = (t.to(self.device) for t in (tensor.codes, tensor.scales, tensor.zeros))
+        codes, scales, zeros = (
+            t.to(self.device) for t in (tensor.codes, tensor.scales, tensor.zeros)
+        )
         index = None if tensor.group_index is None else tensor.group_index.to(self.device)
-        bits = tensor.scheme.bits if tensor.scheme.bits <= 4 else 8  # codes of 5 to 7 bits are codes of 8 as well
-        weight = kernels.prepare(codes, scales, zeros, tensor.scheme.group_size, bits, self.dtype, index)
+        # codes of 5 to 7 bits are codes of 8 as well
+        bits = tensor.scheme.bits if tensor.scheme.bits <= 4 else 8
+        weight = kernels.prepare(
+            codes, scales, zeros, tensor.scheme.group_size, bits, self.dtype, index
+        )
         return Linear(weight, None if bias is None else bias.to(self.device, self.dtype))
 
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return Linear(weight.to(self.device, self.dtype), None if bias is None else bias.to(self.device, self.dtype))
+        return Linear(
+            weight.to(self.device, self.dtype),
+            None if bias is None else bias.to(self.device, self.dtype),
+        )
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
         """`x Wᵀ + bias` `[T, N]`."""
         if not isinstance(linear.weight, Tensor):
-            return kernels.linear(x, linear.weight, linear.bias, exact=self.exact, found=self._tuned)
+            return kernels.linear(
+                x, linear.weight, linear.bias, exact=self.exact, found=self._tuned
+            )
         return kernels.dense(x, linear.weight, linear.bias, exact=self.exact)
 
-    def norm(self, config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def norm(
+        self, config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """RMSNorm, or LayerNorm for OPT, over the last dimension. weight: float32."""
         if config.family == "opt" or not (self.cuda or self.compiled):
             return normalize(config, x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
         return self._rms_norm(rows, weight, config.norm_eps, None).view(x.shape)
 
-    def add_norm(self, config: DecoderConfig, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def add_norm(
+        self,
+        config: DecoderConfig,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         """The norm of `x + residual`, which replaces `residual`, in place."""
         if config.family == "opt" or not (self.cuda or self.compiled):
             return normalize(config, residual.add_(x), weight, bias)
@@ -129,9 +161,17 @@ class Ops:
         """The sum of `x` over all tensor-parallel ranks."""
         return self.ranks.sum(x, ordered=self.exact) if self.ranks else x
 
-    def batch(self, lengths: Sequence[int], contexts: Sequence[int], block_table: Tensor, config: DecoderConfig) -> Batch:
+    def batch(
+        self,
+        lengths: Sequence[int],
+        contexts: Sequence[int],
+        block_table: Tensor,
+        config: DecoderConfig,
+    ) -> Batch:
         """How a step's queries lie over the cache: see `quantflow_kernels.paging`."""
-        return make_batch(lengths, contexts, block_table, config.heads, config.kv_heads, self._tuned.attention)
+        return make_batch(
+            lengths, contexts, block_table, config.heads, config.kv_heads, self._tuned.attention
+        )
 
     def splits(self, context: int) -> int:
         """Parts that attention over a context is computed in."""
@@ -141,8 +181,18 @@ class Ops:
         """A step of one query a sequence, made of what is on the device."""
         return decode_batch(block_table, contexts, splits)
 
-    def store(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, slots: Tensor, cache: KVCache) -> None:
-        """Rotates q `[T, H, D]` in place, and puts k, rotated, and v `[T, G, D]` into their slots of the cache."""
+    def store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        slots: Tensor,
+        cache: KVCache,
+    ) -> None:
+        """Rotates q `[T, H, D]` in place, and puts k, rotated, and v `[T, G, D]` into their slots
+        of the cache."""
         if self.cuda:
             from quantflow_kernels.kv_store import kv_store
 
@@ -153,20 +203,26 @@ class Ops:
             cpu_attention.kv_store(q, k, v, cos, sin, slots, cache)
 
     def attention(self, q: Tensor, cache: KVCache, batch: Batch, window: int | None) -> Tensor:
-        """Attention of `q` `[T, H, D]` over the cache, which holds the new keys and values already."""
+        """Attention of `q` `[T, H, D]` over the cache, which holds the new keys and values
+        already."""
         scale = q.shape[-1] ** -0.5
         if self.cuda:
             from quantflow_kernels.attention import paged_attention
 
-            return paged_attention(q, cache, batch, scale, self._tuned.attention, window=window or 0)
+            return paged_attention(
+                q, cache, batch, scale, self._tuned.attention, window=window or 0
+            )
         if self.compiled and q.shape[-1] <= cpu_kernels.WIDEST:
             return cpu_kernels.paged_attention(q, cache, batch, scale, window=window or 0)
-        return cpu_attention.paged_attention(q, cache, batch, scale, exact=self.exact, window=window or 0)
+        return cpu_attention.paged_attention(
+            q, cache, batch, scale, exact=self.exact, window=window or 0
+        )
 
 
 def _activate(name: str, x: Tensor) -> Tensor:
-    """In float32, by operations that give an element the same bits wherever it stands: torch's own SiLU and GELU on a CPU differ in the
-    last bit between the vectorised part of an array and its end."""
+    """In float32, by operations that give an element the same bits wherever it stands: torch's own
+    SiLU and GELU on a CPU differ in the last bit between the vectorised part of an array and its
+    end."""
     if name == "silu":
         return x / (1 + (-x).exp())
     if name == "relu":

@@ -19,17 +19,22 @@ MOST_STOPS, MOST_STOP_LETTERS = 32, 512
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop; everything wrong is reported at once, by RequestError.
+    """How tokens are chosen and when to stop; everything wrong is reported at once, by
+    RequestError.
 
-    max_tokens: None means as many as the context holds; 0, that the prompt's log-probabilities are all that is wanted, without a text: the
-    prompt's last token then does not go through the model, and it may be one token longer than the context. min_tokens: neither end tokens
-    nor stop strings end the text before. temperature 0 is greedy. top_k 0: off. min_p: of the most likely token's probability.
-    repetition_penalty (Keskar et al. 2019) counts prompt and output, presence_penalty and frequency_penalty the output. logprobs,
-    prompt_logprobs: how many alternatives to report beside the token itself, from the model's own distribution; None: nothing.
-    prompt_logprobs_from: tokens of the prompt before this one are not reported, and may come from the prefix cache. seed: the same seed
-    gives the same text; None: another each time.
-    grammar: what the text may be; it ends where nothing can follow. skip_special_tokens: whether they are left out of the text.
-    include_stop: whether the stop string or token that ends a text is a part of it; a special token is not, where those are left out.
+    max_tokens: None means as many as the context holds; 0, that the prompt's log-probabilities are
+    all that is wanted, without a text: the prompt's last token then does not go through the model,
+    and it may be one token longer than the context. min_tokens: neither end tokens nor stop strings
+    end the text before. temperature 0 is greedy. top_k 0: off. min_p: of the most likely token's
+    probability. repetition_penalty (Keskar et al. 2019) counts prompt and output, presence_penalty
+    and frequency_penalty the output. logprobs, prompt_logprobs: how many alternatives to report
+    beside the token itself, from the model's own distribution; None: nothing.
+    prompt_logprobs_from: tokens of the prompt before this one are not reported, and may come from
+    the prefix cache. seed: the same seed gives the same text; None: another each time.
+    grammar: what the text may be; it ends where nothing can follow. skip_special_tokens: whether
+    they are left out of the text.
+    include_stop: whether the stop string or token that ends a text is a part of it; a special token
+    is not, where those are left out.
     """
 
     max_tokens: int | None = None
@@ -58,47 +63,122 @@ class SamplingParams:
         object.__setattr__(self, "grammar", grammar_of(self.grammar))
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (list, tuple)) else value
+            value = (
+                (value,)
+                if isinstance(value, str)
+                else tuple(value)
+                if isinstance(value, (list, tuple))
+                else value
+            )
             object.__setattr__(self, name, value)
-        wrong = [*_outside(self, "max_tokens", int, 0, None), *_outside(self, "min_tokens", int, 0, None)]
+        wrong = [
+            *_outside(self, "max_tokens", int, 0, None),
+            *_outside(self, "min_tokens", int, 0, None),
+        ]
         for name, low, high in (
-            ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -2, 2),
+            ("temperature", 0, 100),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 0, 100),
+            ("presence_penalty", -2, 2),
             ("frequency_penalty", -2, 2),
-        ):  # fmt: skip
+        ):
             wrong += _outside(self, name, float, low, high)
         for name, low, most in (
-            ("top_k", 0, None), ("n", 1, MOST_SEQUENCES), ("logprobs", 0, MOST_LOGPROBS), ("prompt_logprobs", 0, MOST_LOGPROBS),
-            ("prompt_logprobs_from", 0, None), ("seed", -(2**63), 2**64 - 1),
-        ):  # fmt: skip
+            ("top_k", 0, None),
+            ("n", 1, MOST_SEQUENCES),
+            ("logprobs", 0, MOST_LOGPROBS),
+            ("prompt_logprobs", 0, MOST_LOGPROBS),
+            ("prompt_logprobs_from", 0, None),
+            ("seed", -(2**63), 2**64 - 1),
+        ):
             wrong += _outside(self, name, int, low, most)
-        for name, least in (("top_p", 0.0), ("repetition_penalty", 0.01), ("temperature", LEAST_TEMPERATURE)):
+        for name, least in (
+            ("top_p", 0.0),
+            ("repetition_penalty", 0.01),
+            ("temperature", LEAST_TEMPERATURE),
+        ):
             value = getattr(self, name)
-            if _is(value, float, 0, least) and value < max(least, 1e-30) and (value or name != "temperature"):
-                wrong.append(Problem(name, str(value), f"{'0, or ' if name == 'temperature' else ''}more than {least:g}"))
+            if (
+                _is(value, float, 0, least)
+                and value < max(least, 1e-30)
+                and (value or name != "temperature")
+            ):
+                wrong.append(
+                    Problem(
+                        name,
+                        str(value),
+                        f"{'0, or ' if name == 'temperature' else ''}more than {least:g}",
+                    )
+                )
         if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
-            wrong.append(Problem("logit_bias", _shown(self.logit_bias), f"at most {MOST_BIASES} tokens and their biases"))
-        elif not all(_is(k, int, 0, None) and _is(v, float, -100, 100) for k, v in self.logit_bias.items()):
-            wrong.append(Problem("logit_bias", _shown(dict(self.logit_bias)), "token ids, each with a number from -100 to 100"))
+            wrong.append(
+                Problem(
+                    "logit_bias",
+                    _shown(self.logit_bias),
+                    f"at most {MOST_BIASES} tokens and their biases",
+                )
+            )
+        elif not all(
+            _is(k, int, 0, None) and _is(v, float, -100, 100) for k, v in self.logit_bias.items()
+        ):
+            wrong.append(
+                Problem(
+                    "logit_bias",
+                    _shown(dict(self.logit_bias)),
+                    "token ids, each with a number from -100 to 100",
+                )
+            )
         if (
             not isinstance(self.stop, tuple)
             or len(self.stop) > MOST_STOPS
             or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_LETTERS for s in self.stop)
         ):
-            wrong.append(Problem("stop", _shown(self.stop), f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_LETTERS} letters"))
+            wrong.append(
+                Problem(
+                    "stop",
+                    _shown(self.stop),
+                    f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_LETTERS} letters",
+                )
+            )
         if (
             not isinstance(self.stop_token_ids, tuple)
             or len(self.stop_token_ids) > MOST_BIASES
             or not all(_is(t, int, 0, None) for t in self.stop_token_ids)
         ):
-            wrong.append(Problem("stop_token_ids", _shown(self.stop_token_ids), f"at most {MOST_BIASES} token ids"))
+            wrong.append(
+                Problem(
+                    "stop_token_ids",
+                    _shown(self.stop_token_ids),
+                    f"at most {MOST_BIASES} token ids",
+                )
+            )
         if not wrong and self.max_tokens == 0 and (self.prompt_logprobs is None or self.n > 1):
-            wrong.append(Problem("max_tokens", "0", "an integer of at least 1, or prompt_logprobs, and one text"))
+            wrong.append(
+                Problem(
+                    "max_tokens", "0", "an integer of at least 1, or prompt_logprobs, and one text"
+                )
+            )
         if not wrong and self.prompt_logprobs_from and self.prompt_logprobs is None:
-            wrong.append(Problem("prompt_logprobs_from", str(self.prompt_logprobs_from), "with prompt_logprobs"))
+            wrong.append(
+                Problem(
+                    "prompt_logprobs_from", str(self.prompt_logprobs_from), "with prompt_logprobs"
+                )
+            )
         if not wrong and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            wrong.append(Problem("min_tokens", str(self.min_tokens), f"at most max_tokens, {self.max_tokens}"))
+            wrong.append(
+                Problem(
+                    "min_tokens", str(self.min_tokens), f"at most max_tokens, {self.max_tokens}"
+                )
+            )
         if not wrong and self.grammar and (self.min_tokens or self.ignore_eos):
-            wrong.append(Problem("grammar", "with min_tokens or ignore_eos", "neither: where the text is complete, it ends"))
+            wrong.append(
+                Problem(
+                    "grammar",
+                    "with min_tokens or ignore_eos",
+                    "neither: where the text is complete, it ends",
+                )
+            )
         if wrong:
             raise RequestError(wrong)
 
@@ -109,8 +189,18 @@ class SamplingParams:
     @property
     def plain(self) -> bool:
         """Whether the most likely token is taken, and nothing else asked for."""
-        untouched = self.repetition_penalty == 1 and self.presence_penalty == self.frequency_penalty == 0 and not self.logit_bias
-        return self.greedy and untouched and self.logprobs is None and not self.min_tokens and self.grammar is None
+        untouched = (
+            self.repetition_penalty == 1
+            and self.presence_penalty == self.frequency_penalty == 0
+            and not self.logit_bias
+        )
+        return (
+            self.greedy
+            and untouched
+            and self.logprobs is None
+            and not self.min_tokens
+            and self.grammar is None
+        )
 
 
 def _shown(value: object) -> str:
@@ -121,10 +211,16 @@ def _shown(value: object) -> str:
 def _is(value: object, kind: type, low: float, high: float | None) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
         return False
-    return value >= low and (high is None or value <= high) and (isinstance(value, int) or math.isfinite(value))
+    return (
+        value >= low
+        and (high is None or value <= high)
+        and (isinstance(value, int) or math.isfinite(value))
+    )
 
 
-def _outside(params: SamplingParams, name: str, kind: type, low: float, high: float | None) -> list[Problem]:
+def _outside(
+    params: SamplingParams, name: str, kind: type, low: float, high: float | None
+) -> list[Problem]:
     value = getattr(params, name)
     optional = name in ("max_tokens", "logprobs", "prompt_logprobs", "seed")
     if (value is None and optional) or _is(value, kind, low, high):
@@ -150,7 +246,8 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability and rank (1: the most likely), and the most likely tokens, by falling log-probability."""
+    """A token's log-probability and rank (1: the most likely), and the most likely tokens, by
+    falling log-probability."""
 
     token: int
     logprob: float
@@ -160,13 +257,15 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and what to make of it. lower `priority` goes first; among equals, the earlier request. rope_length: how many tokens a
-    rotary embedding that depends on the length is stretched for, fixed here; 0 where it is not. session: whose history the prompt ends."""
+    """A prompt and what to make of it. lower `priority` goes first; among equals, the earlier
+    request. rope_length: how many tokens a rotary embedding that depends on the length is stretched
+    for, fixed here; 0 where it is not. session: whose history the prompt ends."""
 
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-    most_tokens: int  # to generate; 0: the prompt is scored, without its last token going through the model
+    # to generate; 0: the prompt is scored, without its last token going through the model
+    most_tokens: int
     arrival: int
     priority: int = 0
     rope_length: int = 0
@@ -179,8 +278,8 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """One of a request's `n` texts while it is made. computed: tokens whose keys and values are in the cache. chain, sealed: its
-    place in the prefix cache, see `block_manager`."""
+    """One of a request's `n` texts while it is made. computed: tokens whose keys and values are in
+    the cache. chain, sealed: its place in the prefix cache, see `block_manager`."""
 
     request: Request
     index: int
@@ -210,8 +309,9 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Token:
-    """One step of one sequence. text: what can be shown by now; letters that may become part of a stop string are held back. token:
-    None where the sequence ended without another one. stop: the stop string or stop token that ended it, if one did."""
+    """One step of one sequence. text: what can be shown by now; letters that may become part of a
+    stop string are held back. token: None where the sequence ended without another one. stop: the
+    stop string or stop token that ended it, if one did."""
 
     request: str
     index: int
@@ -227,8 +327,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished text. token_ids: the generated tokens, the end token included. stop: the stop string or the stop token that ended
-    it, if one did; None for a token that ends every text."""
+    """One finished text. token_ids: the generated tokens, the end token included. stop: the stop
+    string or the stop token that ended it, if one did; None for a token that ends every text."""
 
     index: int
     token_ids: tuple[int, ...]

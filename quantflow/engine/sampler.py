@@ -1,7 +1,8 @@
 """From logits to tokens.
 
-Every sequence is sampled from its own row alone, with its own stream of random numbers, which depends on its seed and on how many tokens
-it has: the same whatever else is in the batch, and whether the sequence was preempted or not.
+Every sequence is sampled from its own row alone, with its own stream of random numbers, which
+depends on its seed and on how many tokens it has: the same whatever else is in the batch, and
+whether the sequence was preempted or not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class NotANumber(ArithmeticError):
     """The model gave no usable logits: all are minus infinity, or one is NaN or plus infinity."""
 
 
-def sample(logits: Tensor, sequences: list[Sequence], seeds: list[int], end_tokens: Collection[int]) -> list[int | NotANumber]:
+def sample(
+    logits: Tensor, sequences: list[Sequence], seeds: list[int], end_tokens: Collection[int]
+) -> list[int | NotANumber]:
     """A token for each row of `logits` `[R, V]`, or why there is none.
 
     seeds: of each row, below 2^64. end_tokens: the model's, which may not come before `min_tokens`.
@@ -33,27 +36,36 @@ def sample(logits: Tensor, sequences: list[Sequence], seeds: list[int], end_toke
     found: list[int | NotANumber] = []
     for row, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True)):
         if not tops[row]:
-            found.append(NotANumber(f"the model's logits are not finite after {len(sequence.tokens)} tokens"))
+            found.append(
+                NotANumber(f"the model's logits are not finite after {len(sequence.tokens)} tokens")
+            )
         elif sequence.request.params.plain:
             found.append(best[row])
         else:
-            found.append(_sample(adjusted(logits[row].float(), sequence, end_tokens), sequence, seed))
+            found.append(
+                _sample(adjusted(logits[row].float(), sequence, end_tokens), sequence, seed)
+            )
     return found
 
 
 def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) -> Tensor:
-    """`logits` `[V]` with biases, penalties and what may not come, in this order, before the temperature."""
+    """`logits` `[V]` with biases, penalties and what may not come, in this order, before the
+    temperature."""
     params: SamplingParams = sequence.request.params
     out = logits.clone()
     if params.logit_bias:
-        out[torch.tensor(list(params.logit_bias), device=out.device)] += torch.tensor(list(params.logit_bias.values()), device=out.device)
+        out[torch.tensor(list(params.logit_bias), device=out.device)] += torch.tensor(
+            list(params.logit_bias.values()), device=out.device
+        )
     if sequence.generated < params.min_tokens:
         forbidden = sorted({*end_tokens, *params.stop_token_ids})
         out[torch.tensor(forbidden, dtype=torch.long, device=out.device)] = -torch.inf
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(sequence.tokens)), device=out.device)
         values = out[seen]
-        out[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        out[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
     if params.presence_penalty or params.frequency_penalty:
         counts = Counter(sequence.tokens[sequence.prompt_length :])
         if counts:
@@ -68,7 +80,8 @@ def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) ->
 def _sample(logits: Tensor, sequence: Sequence, seed: int) -> int | NotANumber:
     params = sequence.request.params
     top = logits.argmax(keepdim=True)
-    likeliest, possible = torch.cat((top, logits.gather(0, top).isfinite().long())).tolist()  # one transfer
+    # one transfer
+    likeliest, possible = torch.cat((top, logits.gather(0, top).isfinite().long())).tolist()
     if not possible:
         problem = sequence.matcher.problem if sequence.matcher else ""
         return NotANumber(problem or f"no token is possible after {len(sequence.tokens)} tokens")
@@ -77,13 +90,20 @@ def _sample(logits: Tensor, sequence: Sequence, seed: int) -> int | NotANumber:
     values, tokens = candidates(logits, params)
     # A uniform number picks the candidate in whose share of the sum it falls.
     cumulative = values.double().softmax(-1).cumsum(-1)
-    at = int(torch.searchsorted(cumulative, uniform(seed, sequence.index, sequence.generated) * float(cumulative[-1]), right=True))
+    at = int(
+        torch.searchsorted(
+            cumulative,
+            uniform(seed, sequence.index, sequence.generated) * float(cumulative[-1]),
+            right=True,
+        )
+    )
     return int(tokens[min(at, len(tokens) - 1)])
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens to draw from: (logits over the temperature, token ids). Temperature, then min_p (Nguyen et al. 2024), top-k (Fan et al.
-    2018) and top-p (Holtzman et al. 2020): the smallest set of likeliest tokens whose probabilities reach `top_p`."""
+    """The tokens to draw from: (logits over the temperature, token ids). Temperature, then min_p
+    (Nguyen et al. 2024), top-k (Fan et al. 2018) and top-p (Holtzman et al. 2020): the smallest set
+    of likeliest tokens whose probabilities reach `top_p`."""
     scaled = logits / params.temperature
     if not params.top_k and not params.min_p and params.top_p == 1:
         return scaled, torch.arange(len(scaled), device=scaled.device)
@@ -114,7 +134,9 @@ def _enough(values: Tensor, total: Tensor, params: SamplingParams) -> bool:
 
 def uniform(seed: int, index: int, step: int) -> float:
     """A number in [0, 1) that depends on nothing but its arguments (Philox, Salmon et al. 2011)."""
-    generator = np.random.Philox(key=np.array([seed & (2**64 - 1), index], dtype=np.uint64), counter=[0, 0, 0, step])
+    generator = np.random.Philox(
+        key=np.array([seed & (2**64 - 1), index], dtype=np.uint64), counter=[0, 0, 0, step]
+    )
     return float(np.random.Generator(generator).random())
 
 
@@ -123,4 +145,9 @@ def logprob_of(logits: Tensor, token: int, count: int) -> Logprob:
     values = logits.float().log_softmax(-1)
     own = values[token]
     top, tokens = values.topk(min(count, len(values))) if count else (values[:0], values[:0].long())
-    return Logprob(token, float(own), int((values > own).sum()) + 1, tuple(zip(tokens.tolist(), top.tolist(), strict=True)))
+    return Logprob(
+        token,
+        float(own),
+        int((values > own).sum()) + 1,
+        tuple(zip(tokens.tolist(), top.tolist(), strict=True)),
+    )

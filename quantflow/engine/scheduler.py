@@ -1,9 +1,12 @@
-"""Which tokens go through the model in a step: continuous batching with chunked prefill and preemption by recomputation.
+"""Which tokens go through the model in a step: continuous batching with chunked prefill and
+preemption by recomputation.
 
-Every step carries the running sequences on, in the order of their requests, and then admits waiting ones, within a budget of tokens.
-A decode takes one token of it, so that decodes and chunks of prompts share a step. Where blocks run out, the last sequence in order
-gives its own back and waits; the first in order always finds room, since a request that could not run alone was refused: among equals
-nothing starves. A lower priority waits for as long as higher ones keep coming, and what runs is not stopped for them.
+Every step carries the running sequences on, in the order of their requests, and then admits waiting
+ones, within a budget of tokens. A decode takes one token of it, so that decodes and chunks of
+prompts share a step. Where blocks run out, the last sequence in order gives its own back and waits;
+the first in order always finds room, since a request that could not run alone was refused: among
+equals nothing starves. A lower priority waits for as long as higher ones keep coming, and what runs
+is not stopped for them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from quantflow.engine.request import Sequence
 
 @dataclass(frozen=True)
 class Limits:
-    """sequences: that run at once. tokens: that go through the model in a step, more than `sequences`. context: of one sequence."""
+    """sequences: that run at once. tokens: that go through the model in a step, more than
+    `sequences`. context: of one sequence."""
 
     sequences: int
     tokens: int
@@ -57,7 +61,9 @@ def _order(sequence: Sequence) -> tuple[int, int, int]:
 class Scheduler:
     """spare: asked for blocks that idle sessions hold; returns whether it gave any back."""
 
-    def __init__(self, blocks: BlockManager, limits: Limits, spare: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, blocks: BlockManager, limits: Limits, spare: Callable[[], bool] = lambda: False
+    ) -> None:
         self.blocks, self.limits, self._spare = blocks, limits, spare
         self.waiting: list[Sequence] = []  # both in order
         self.running: list[Sequence] = []
@@ -76,7 +82,8 @@ class Scheduler:
         # Decodes first: a long prompt before them in order must not take the whole budget.
         prefills, preempted = [s for s in self.running if s.pending > 1], self.preemptions
         for sequence in [s for s in self.running if s.pending == 1] + prefills:
-            if self.preemptions > preempted and sequence not in self.running:  # preempted for one before it
+            # preempted for one before it
+            if self.preemptions > preempted and sequence not in self.running:
                 continue
             count = min(sequence.pending, budget)
             if count and self._make_room(sequence, count, step):
@@ -97,9 +104,12 @@ class Scheduler:
         """Moves a waiting sequence to the running ones, if all of its tokens find room."""
         if not sequence.blocks and not sequence.computed:
             params, tokens = sequence.request.params, sequence.tokens
-            if params.prompt_logprobs is not None:  # those want the logits of every token, from the one before the first that is scored
+            # those want the logits of every token, from the one before the first that is scored
+            if params.prompt_logprobs is not None:
                 tokens = tokens[: params.prompt_logprobs_from]
-            sequence.blocks, sequence.chain = self.blocks.match(self.blocks.root(sequence.request.rope_length), tokens)
+            sequence.blocks, sequence.chain = self.blocks.match(
+                self.blocks.root(sequence.request.rope_length), tokens
+            )
             sequence.sealed = len(sequence.blocks)
             sequence.computed = sequence.sealed * self.blocks.size
             if not sequence.preemptions:
@@ -116,8 +126,11 @@ class Scheduler:
         insort(self.running, sequence, key=_order)
         return True
 
-    def _make_room(self, sequence: Sequence, count: int, step: Step, *, preempt: bool = True) -> bool:
-        """Blocks for `count` more tokens; sequences after it in order give theirs up. False if it had to give up its own."""
+    def _make_room(
+        self, sequence: Sequence, count: int, step: Step, *, preempt: bool = True
+    ) -> bool:
+        """Blocks for `count` more tokens; sequences after it in order give theirs up. False if it
+        had to give up its own."""
         blocks, size = self.blocks, self.blocks.size
         first = sequence.computed // size
         copied = first < len(sequence.blocks) and blocks.must_copy(sequence.blocks[first])
@@ -140,7 +153,8 @@ class Scheduler:
         return True
 
     def _reclaim(self, sequence: Sequence) -> bool:
-        """Takes back blocks that nobody works with: an idle session's, or those that another waiting sequence was forked with."""
+        """Takes back blocks that nobody works with: an idle session's, or those that another
+        waiting sequence was forked with."""
         if self._spare():
             return True
         for other in reversed(self.waiting):
@@ -150,7 +164,8 @@ class Scheduler:
         return False
 
     def preempt(self, sequence: Sequence, step: Step) -> None:
-        """Takes a sequence's blocks away; it waits, and begins again from what the prefix cache still holds."""
+        """Takes a sequence's blocks away; it waits, and begins again from what the prefix cache
+        still holds."""
         self._give_back(sequence)
         step.work = [work for work in step.work if work.sequence is not sequence]
         self.running.remove(sequence)
@@ -163,20 +178,28 @@ class Scheduler:
         sequence.blocks, sequence.computed, sequence.sealed, sequence.chain = [], 0, 0, 0
 
     def advance(self, work: Work) -> None:
-        """Notes that `work` has gone through the model: its keys and values are in the cache, and full blocks can be found again."""
+        """Notes that `work` has gone through the model: its keys and values are in the cache, and
+        full blocks can be found again."""
         sequence, size = work.sequence, self.blocks.size
         sequence.computed += work.count
         if not sequence.sealed:
             sequence.chain = self.blocks.root(sequence.request.rope_length)
         while (sequence.sealed + 1) * size <= sequence.computed:
             part = slice(sequence.sealed * size, (sequence.sealed + 1) * size)
-            sequence.chain = self.blocks.seal(sequence.chain, sequence.tokens[part], sequence.blocks[sequence.sealed])
+            sequence.chain = self.blocks.seal(
+                sequence.chain, sequence.tokens[part], sequence.blocks[sequence.sealed]
+            )
             sequence.sealed += 1
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Starts `child` where `parent` is, on its blocks."""
         child.blocks = list(parent.blocks)
-        child.computed, child.chain, child.sealed, child.cached = parent.computed, parent.chain, parent.sealed, parent.cached
+        child.computed, child.chain, child.sealed, child.cached = (
+            parent.computed,
+            parent.chain,
+            parent.sealed,
+            parent.cached,
+        )
         self.blocks.share(child.blocks)
         self.add(child)
 

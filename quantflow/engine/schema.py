@@ -1,6 +1,7 @@
 """JSON schemas that no value can satisfy, since they always need another of themselves.
 
-Whoever writes text by such a schema never comes to its end: `{"$ref": "#"}`, or an object whose required property is that object again.
+Whoever writes text by such a schema never comes to its end: `{"$ref": "#"}`, or an object whose
+required property is that object again.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ BRANCHES = {"allOf": ALL, "anyOf": ANY, "oneOf": ANY}
 
 
 def endless(schema: Any) -> str | None:
-    """The place of a part of it that no finite value satisfies, as in `#/$defs/a`; None where there is none. What is not known of a part
-    counts in its favour. Linear in the schema's size."""
+    """The place of a part of it that no finite value satisfies, as in `#/$defs/a`; None where there
+    is none. What is not known of a part counts in its favour. Linear in the schema's size."""
     return _Parts(schema).endless()
 
 
 class _Parts:
-    """Parts of a schema, each of which has a finite value once enough of those that it needs have one."""
+    """Parts of a schema, each of which has a finite value once enough of those that it needs have
+    one."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
-        self._within = list[tuple[int | None, str]]()  # of each part: in which other it stands, and where
+        # of each part: in which other it stands, and where
+        self._within = list[tuple[int | None, str]]()
         self._missing = list[int]()  # how many of its needs are not yet met
         self._needed_by = list[list[int]]()
         self._known = dict[int, int]()  # by the identity of what it was made of
         self._targets = dict[str, int | None]()
-        self._unread = list[tuple[int, dict[str, Any]]]()  # and not a recursion: references make long ways
+        # and not a recursion: references make long ways
+        self._unread = list[tuple[int, dict[str, Any]]]()
         self._of(root, None, "#")
         while self._unread:
             self._read(*self._unread.pop())
@@ -40,10 +44,13 @@ class _Parts:
                 self._missing[other] -= 1
                 if self._missing[other] == 0:
                     ended.append(other)
-        return next((self._place(part) for part, missing in enumerate(self._missing) if missing > 0), None)
+        return next(
+            (self._place(part) for part, missing in enumerate(self._missing) if missing > 0), None
+        )
 
     def _place(self, part: int | None) -> str:
-        """Written out for the one that is told: all of them would take the square of the schema's size."""
+        """Written out for the one that is told: all of them would take the square of the schema's
+        size."""
         steps, at = list[str](), part
         while at is not None:
             at, step = self._within[at]
@@ -51,7 +58,8 @@ class _Parts:
         return "/".join(step for step in reversed(steps) if step)
 
     def _of(self, schema: Any, within: int | None, step: str) -> int:
-        """The part's number. within: of the one in which it stands; step: the way to it from there."""
+        """The part's number. within: of the one in which it stands; step: the way to it from
+        there."""
         if id(schema) in self._known:
             return self._known[id(schema)]
         part = self._new(within, step)
@@ -64,7 +72,10 @@ class _Parts:
         target = self._target(schema.get("$ref"))
         needs = [target] if target is not None else []
         for word, how in BRANCHES.items():
-            branches = [self._of(branch, part, f"{word}/{at}") for at, branch in enumerate(_list(schema.get(word)))]
+            branches = [
+                self._of(branch, part, f"{word}/{at}")
+                for at, branch in enumerate(_list(schema.get(word)))
+            ]
             if how == ALL:
                 needs += branches
             elif branches:
@@ -74,23 +85,34 @@ class _Parts:
         inside = {"object": self._members(part, schema), "array": self._items(part, schema)}
         of_kinds = [inside.get(kind, []) for kind in kinds]
         if of_kinds and all(of_kinds) and "const" not in schema and "enum" not in schema:
-            needs.append(self._new(part, "", [self._new(part, "", parts) for parts in of_kinds], enough=1))
+            needs.append(
+                self._new(part, "", [self._new(part, "", parts) for parts in of_kinds], enough=1)
+            )
         self._need(part, needs, len(needs))
 
     def _members(self, part: int, schema: dict[str, Any]) -> list[int]:
         """Those that an object must have; the others are looked at, too."""
         properties = _dict(schema.get("properties"))
-        parts = {name: self._of(value, part, f"properties/{name}") for name, value in properties.items()}
+        parts = {
+            name: self._of(value, part, f"properties/{name}") for name, value in properties.items()
+        }
         for name, value in _dict(schema.get("patternProperties")).items():
             self._of(value, part, f"patternProperties/{name}")
         self._of(schema.get("additionalProperties"), part, "additionalProperties")
-        return [parts[name] for name in _list(schema.get("required")) if isinstance(name, str) and name in parts]
+        return [
+            parts[name]
+            for name in _list(schema.get("required"))
+            if isinstance(name, str) and name in parts
+        ]
 
     def _items(self, part: int, schema: dict[str, Any]) -> list[int]:
         """The same of an array's."""
         given = schema.get("minItems")
         least = given if isinstance(given, int) else 0
-        first = [self._of(item, part, f"prefixItems/{at}") for at, item in enumerate(_list(schema.get("prefixItems")))]
+        first = [
+            self._of(item, part, f"prefixItems/{at}")
+            for at, item in enumerate(_list(schema.get("prefixItems")))
+        ]
         rest = self._of(schema.get("items"), part, "items")
         return first[: max(0, least)] + ([rest] if least > len(first) else [])
 
@@ -108,10 +130,18 @@ class _Parts:
                 else:
                     found = None
                     break
-            self._targets[reference] = self._of(found, None, reference) if found is not None else None
+            self._targets[reference] = (
+                self._of(found, None, reference) if found is not None else None
+            )
         return self._targets[reference]
 
-    def _new(self, within: int | None, step: str, needs: list[int] | None = None, enough: int | None = None) -> int:
+    def _new(
+        self,
+        within: int | None,
+        step: str,
+        needs: list[int] | None = None,
+        enough: int | None = None,
+    ) -> int:
         self._within.append((within, step))
         self._missing.append(0)
         self._needed_by.append([])

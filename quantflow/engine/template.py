@@ -1,5 +1,5 @@
-"""A model's chat template, rendered in a process of its own: Jinja's sandbox keeps it from touching anything, and limits on memory and time
-from using the machine up.
+"""A model's chat template, rendered in a process of its own: Jinja's sandbox keeps it from touching
+anything, and limits on memory and time from using the machine up.
 
     python -m quantflow.engine.template    reads {"template": …, "variables": {…}, "date": …} a line, writes {"text": …} or {"error": …}
 """
@@ -27,25 +27,31 @@ class TemplateRefused(ValueError):
 
 
 class Renderer:
-    """For several threads: as many at a time as there are processes, so that one that takes long does not keep all others waiting. date:
-    what templates see for today; by default, what today is."""
+    """For several threads: as many at a time as there are processes, so that one that takes long
+    does not keep all others waiting. date: what templates see for today; by default, what today
+    is."""
 
     def __init__(self, date: datetime | None = None) -> None:
         self._date = date.isoformat() if date else None
-        self._idle: LifoQueue[Child] = LifoQueue()  # the last one first: the other is started only where it is needed
+        # the last one first: the other is started only where it is needed
+        self._idle: LifoQueue[Child] = LifoQueue()
         for _ in range(PROCESSES):
             self._idle.put(Child("quantflow.engine.template"))
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """Raises TemplateRefused."""
-        line = json.dumps({"template": template, "variables": dict(variables), "date": self._date}).encode()
+        line = json.dumps(
+            {"template": template, "variables": dict(variables), "date": self._date}
+        ).encode()
         child = self._idle.get()
         try:
             answer = _ask(child, line)
         except ChildSlow as error:
             raise TemplateRefused(f"it took more than {MOST_SECONDS:g} s") from error
         except ChildEnded as error:
-            raise TemplateRefused(f"it took more than {MOST_BYTES >> 20} MiB, or its process was ended ({error})") from error
+            raise TemplateRefused(
+                f"it took more than {MOST_BYTES >> 20} MiB, or its process was ended ({error})"
+            ) from error
         finally:
             self._idle.put(child)
         found = json.loads(answer)
@@ -70,9 +76,17 @@ def answer(line: bytes) -> bytes:
 
     try:
         asked = json.loads(line)
-        dated = {"strftime_now": written_on(datetime.fromisoformat(asked["date"]))} if asked["date"] else {}
+        dated = (
+            {"strftime_now": written_on(datetime.fromisoformat(asked["date"]))}
+            if asked["date"]
+            else {}
+        )
         text = "".join(compiled(asked["template"]).generate(asked["variables"] | dated))
-        found = {"text": text} if len(text) <= MOST_LETTERS else {"error": f"{len(text)} letters, expected at most {MOST_LETTERS}"}
+        found = (
+            {"text": text}
+            if len(text) <= MOST_LETTERS
+            else {"error": f"{len(text)} letters, expected at most {MOST_LETTERS}"}
+        )
     except MemoryError:
         found = {"error": f"it took more than {MOST_BYTES >> 20} MiB"}
     except Exception as error:  # whatever a template does wrong is for whoever sent it
@@ -85,7 +99,8 @@ def main() -> None:
 
     import quantflow.engine.chat_environment  # noqa: F401 - before the limit
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for who started this; its end closes stdin
+    # a terminal's Ctrl-C is for who started this; its end closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     for line in sys.stdin.buffer:
         sys.stdout.buffer.write(answer(line) + b"\n")

@@ -1,11 +1,14 @@
-"""Tensor parallelism (Shoeybi et al. 2019) through torch.distributed: one process a rank, gloo between CPUs and NCCL between GPUs.
+"""Tensor parallelism (Shoeybi et al. 2019) through torch.distributed: one process a rank, gloo
+between CPUs and NCCL between GPUs.
 
-Every rank runs the same engine on its part of the weights and heads, and decides the same: scheduler and sampler are deterministic. So
-ranks only need to hear what was asked. The leader, rank 0, tells the others each call as JSON bytes before it makes it itself; sums of
-activations are all that else goes between them. Nothing is pickled.
+Every rank runs the same engine on its part of the weights and heads, and decides the same:
+scheduler and sampler are deterministic. So ranks only need to hear what was asked. The leader, rank
+0, tells the others each call as JSON bytes before it makes it itself; sums of activations are all
+that else goes between them. Nothing is pickled.
 
-A rank that dies closes its connections: the others' next exchange fails at once, and they end with a message. Started by the leader
-(`tp=N`), or all together by torchrun, which sets RANK and WORLD_SIZE.
+A rank that dies closes its connections: the others' next exchange fails at once, and they end with
+a message. Started by the leader (`tp=N`), or all together by torchrun, which sets RANK and
+WORLD_SIZE.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from torch import Tensor
 from quantflow.errors import Problem, ResourceError, UserError
 from quantflow.machine import ending
 
-IDLE = timedelta(days=7)  # how long a rank waits to be told something; a dead leader is noticed at once
+# how long a rank waits to be told something; a dead leader is noticed at once
+IDLE = timedelta(days=7)
 START_S = 300
 END_S = 5.0
 
@@ -47,8 +51,9 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, x: Tensor, *, ordered: bool) -> Tensor:
-        """The sum of `x` over all ranks, the same bits on each. ordered: taken in the ranks' order, where all_reduce's order depends on
-        where in the tensor a number stands (two numbers have one order). Raises ResourceError where a rank has gone."""
+        """The sum of `x` over all ranks, the same bits on each. ordered: taken in the ranks' order,
+        where all_reduce's order depends on where in the tensor a number stands (two numbers have
+        one order). Raises ResourceError where a rank has gone."""
         try:
             if not ordered or self.size == 2:
                 dist.all_reduce(x)
@@ -94,16 +99,35 @@ class Ranks:
 
     def _lost(self, error: Exception) -> ResourceError:
         until = time.monotonic() + 2  # its connection closes a moment before it is gone
-        while self.followers and all(p.poll() is None for p in self.followers) and time.monotonic() < until:
+        while (
+            self.followers
+            and all(p.poll() is None for p in self.followers)
+            and time.monotonic() < until
+        ):
             time.sleep(0.02)
-        ended = [f"rank {i} {ending(p.returncode)}" for i, p in enumerate(self.followers, 1) if p.poll() is not None]
+        ended = [
+            f"rank {i} {ending(p.returncode)}"
+            for i, p in enumerate(self.followers, 1)
+            if p.poll() is not None
+        ]
         said = "; ".join(ended) or f"an exchange failed ({str(error).splitlines()[0][:200]})"
-        return ResourceError(Problem(f"tensor parallel rank {self.rank} of {self.size}", said, "all ranks alive", "Start again"))
+        return ResourceError(
+            Problem(
+                f"tensor parallel rank {self.rank} of {self.size}",
+                said,
+                "all ranks alive",
+                "Start again",
+            )
+        )
 
     def end(self) -> None:
         """Leaves the group; the leader tells the others to, and ends those that do not."""
         try:
-            if self.leads and dist.is_initialized() and all(p.poll() is None for p in self.followers):
+            if (
+                self.leads
+                and dist.is_initialized()
+                and all(p.poll() is None for p in self.followers)
+            ):
                 self.tell({"call": "close"})
         except ResourceError:
             pass  # they have gone already
@@ -122,12 +146,15 @@ def follows() -> bool:
 
 
 def join(tp: int, device: torch.device) -> Ranks:
-    """The group of `tp` ranks: torchrun's, or followers started here. Raises UserError where the numbers do not fit."""
+    """The group of `tp` ranks: torchrun's, or followers started here. Raises UserError where the
+    numbers do not fit."""
     started = os.environ.get("WORLD_SIZE")
     if started is not None and int(started) != tp:
         raise UserError(Problem("--tp", str(tp), f"{started}, the ranks that torchrun has started"))
     if device.type == "cuda" and torch.cuda.device_count() < tp:
-        raise UserError(Problem("--tp", str(tp), f"at most the {torch.cuda.device_count()} GPUs here"))
+        raise UserError(
+            Problem("--tp", str(tp), f"at most the {torch.cuda.device_count()} GPUs here")
+        )
     if started is not None:
         ranks = _enter(int(os.environ["RANK"]), tp, device, ())
         if ranks.leads:
@@ -140,7 +167,9 @@ def join(tp: int, device: torch.device) -> Ranks:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(tp)}
     environment = {**os.environ, "OMP_NUM_THREADS": threads, **place}
     command = [sys.executable, "-m", "quantflow.engine.follower", device.type]
-    followers = tuple(subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(1, tp))
+    followers = tuple(
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(1, tp)
+    )
     if device.type == "cpu":
         torch.set_num_threads(int(threads))
     os.environ.update(place)
@@ -157,13 +186,25 @@ def join(tp: int, device: torch.device) -> Ranks:
     return ranks
 
 
-def _enter(rank: int, tp: int, device: torch.device, followers: tuple[subprocess.Popen[bytes], ...]) -> Ranks:
+def _enter(
+    rank: int, tp: int, device: torch.device, followers: tuple[subprocess.Popen[bytes], ...]
+) -> Ranks:
     place = torch.device("cuda", rank) if device.type == "cuda" else device
     if device.type == "cuda":
         torch.cuda.set_device(place)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=tp, timeout=timedelta(seconds=START_S))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=tp,
+            timeout=timedelta(seconds=START_S),
+        )
     except (RuntimeError, ValueError) as error:
-        raise ResourceError(Problem(f"tensor parallel rank {rank}", f"could not join: {str(error).splitlines()[0][:200]}")) from error
+        raise ResourceError(
+            Problem(
+                f"tensor parallel rank {rank}",
+                f"could not join: {str(error).splitlines()[0][:200]}",
+            )
+        ) from error
     dist.distributed_c10d._set_pg_timeout(IDLE, dist.group.WORLD)
     return Ranks(rank, tp, place, followers)

@@ -34,31 +34,44 @@ Message = Mapping[str, Any]  # role and content
 
 CONTEXT = 8  # tokens before, that the text of the next one may depend on
 LONGEST = 8  # tokens that may make one letter; what is no letter by then is shown as it is
-# What templates see for today where a model is measured: the tokens of a text must be the same tomorrow. Llama 3.1's own template says so
-# where there is no clock.
+# What templates see for today where a model is measured: the tokens of a text must be the same
+# tomorrow. Llama 3.1's own template says so where there is no clock.
 OFFLINE_DATE = datetime(2024, 7, 26)
 BROKEN = "\ufffd"
 CONTINUES = "\ue000 "  # a letter that no script has, where a message's text is to be continued
 _SIMPLEST = [{"role": role, "content": "Hello"} for role in ("system", "user", "assistant")]
-BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}  # how byte-level vocabularies write bytes
+# how byte-level vocabularies write bytes
+BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
 
 
 class Text:
-    """The tokenizer of a model directory, its dialogue format and its end tokens. dialogue: a format by name, in place of the model's
-    own. Raises ModelError, and RequestError for a name that is not known."""
+    """The tokenizer of a model directory, its dialogue format and its end tokens. dialogue: a
+    format by name, in place of the model's own. Raises ModelError, and RequestError for a name that
+    is not known."""
 
     def __init__(self, folder: Path, dialogue: str | None = None) -> None:
         if dialogue is not None and dialogue not in DIALOGUES:
-            raise RequestError(Problem("dialogue", repr(dialogue), "one of " + ", ".join(sorted(DIALOGUES))))
+            raise RequestError(
+                Problem("dialogue", repr(dialogue), "one of " + ", ".join(sorted(DIALOGUES)))
+            )
         self.folder, self._renderer = folder, Renderer()
         self.tokenizer: Tokenizer = load_tokenizer(folder)
         self.roles = special_tokens(folder)
-        self._added = {token: added.special for token, added in self.tokenizer.get_added_tokens_decoder().items()}
+        self._added = {
+            token: added.special
+            for token, added in self.tokenizer.get_added_tokens_decoder().items()
+        }
         decoder = self.tokenizer.decoder
         self._byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
-        self.template = ChatTemplate({"default": DIALOGUES[dialogue].template}) if dialogue else chat_template(folder)
+        self.template = (
+            ChatTemplate({"default": DIALOGUES[dialogue].template})
+            if dialogue
+            else chat_template(folder)
+        )
         turn = DIALOGUES[dialogue].end if dialogue else turn_end(folder)
-        self.end_tokens = end_tokens(folder, self.tokenizer, [self.roles.get("eos_token", ""), turn])
+        self.end_tokens = end_tokens(
+            folder, self.tokenizer, [self.roles.get("eos_token", ""), turn]
+        )
 
     @cached_property
     def longest(self) -> int:
@@ -75,9 +88,11 @@ class Text:
         return [*self.template.templates.values()] if self.template else []
 
     def encode(self, text: str, *, special: bool = True, literal: bool = False) -> list[int]:
-        """special: with the tokens that open every text (BOS), where the model has them. literal: of what `render` wrote so."""
+        """special: with the tokens that open every text (BOS), where the model has them. literal:
+        of what `render` wrote so."""
 
-        def encode() -> list[int]:  # encode_batch, for one text too: encode holds the interpreter lock
+        # encode_batch, for one text too: encode holds the interpreter lock
+        def encode() -> list[int]:
             if literal:
                 return self.literal.encode(text, special=special)
             return list(self.tokenizer.encode_batch([text], add_special_tokens=special)[0].ids)
@@ -85,16 +100,25 @@ class Text:
         try:
             return list(guarded(self.folder, SPLITS, encode, passing=TypeError))
         except TypeError as error:  # half a surrogate pair
-            raise RequestError(Problem("prompt", "no valid Unicode text", "text that UTF-8 can hold")) from error
+            raise RequestError(
+                Problem("prompt", "no valid Unicode text", "text that UTF-8 can hold")
+            ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.joined(list(tokens), special=False)
 
     def joined(self, tokens: list[int], *, special: bool) -> str:
-        """The text of tokens. special: with that of special ones. Raises ModelError for a decoder that cannot put them together."""
+        """The text of tokens. special: with that of special ones. Raises ModelError for a decoder
+        that cannot put them together."""
         expected = "a tokenizer whose tokens make a text"
         # decode_batch, for one text too: decode holds the interpreter lock.
-        return str(guarded(self.folder, expected, lambda: self.tokenizer.decode_batch([tokens], skip_special_tokens=not special)[0]))
+        return str(
+            guarded(
+                self.folder,
+                expected,
+                lambda: self.tokenizer.decode_batch([tokens], skip_special_tokens=not special)[0],
+            )
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """What a token says by itself: a part of a letter, perhaps."""
@@ -104,7 +128,10 @@ class Text:
         if token in self._added:
             return str(name).encode()
         if self._byte_level:
-            return b"".join(bytes([BYTE_OF[letter]]) if letter in BYTE_OF else str(letter).encode() for letter in name)
+            return b"".join(
+                bytes([BYTE_OF[letter]]) if letter in BYTE_OF else str(letter).encode()
+                for letter in name
+            )
         if re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):  # SentencePiece's byte
             return bytes.fromhex(name[3:5])
         return str(name).replace(SPACE, " ").encode()
@@ -129,85 +156,143 @@ class Text:
         return found
 
     def warm(self) -> None:
-        """Makes ready what takes a moment at first use: the longest token is found, and the process that renders dialogues started. A
-        template that refuses an empty dialogue has been started, too."""
+        """Makes ready what takes a moment at first use: the longest token is found, and the process
+        that renders dialogues started. A template that refuses an empty dialogue has been started,
+        too."""
         _ = self.longest
         if self.template:
             with suppress(TemplateRefused):
                 self._renderer.render("", {})
 
     def check_template(self) -> None:
-        """Raises ModelError where the dialogue format does not even write the simplest dialogue: nothing is wrong with what it is given
-        then, but with the model's directory."""
+        """Raises ModelError where the dialogue format does not even write the simplest dialogue:
+        nothing is wrong with what it is given then, but with the model's directory."""
         if self.template is None or self.template.default is None:
             return
         refusal: RequestError | None = None
-        for messages in (_SIMPLEST[1:2], _SIMPLEST[1:], _SIMPLEST):  # some must have an answer, or a system message
+        # some must have an answer, or a system message
+        for messages in (_SIMPLEST[1:2], _SIMPLEST[1:], _SIMPLEST):
             try:
                 self.render(messages, add_generation_prompt=False)
                 return
             except RequestError as error:
                 refusal = refusal or error
-        found = f"the chat template refuses even a dialogue of one word ({refusal and refusal.__cause__})"
+        found = (
+            "the chat template refuses even a dialogue of one word"
+            f" ({refusal and refusal.__cause__})"
+        )
         expected = "a template that writes dialogues"
-        raise ModelError(Problem(template_place(self.folder), found, expected, "Download the file again, or put another template there"))
+        raise ModelError(
+            Problem(
+                template_place(self.folder),
+                found,
+                expected,
+                "Download the file again, or put another template there",
+            )
+        )
 
     def dialogue(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises RequestError."""
+        """The tokens of a dialogue in the model's own format, up to where its answer begins. Raises
+        RequestError."""
         return self.encode(self.render(messages), special=False)
 
     def render(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True, continued: bool = False, literal: bool = False,
-    ) -> str:  # fmt: skip
-        """variables: further ones of the template (documents, …), of any names but those that it is given here. tools: as JSON schemas.
-        add_generation_prompt: with what an answer begins with. continued: the text ends where the last message's content does, so that an
-        answer goes on from there. literal: for `encode` alone, which then makes no control tokens of what was said. Raises
-        RequestError."""
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continued: bool = False,
+        literal: bool = False,
+    ) -> str:
+        """variables: further ones of the template (documents, …), of any names but those that it is
+        given here. tools: as JSON schemas.
+        add_generation_prompt: with what an answer begins with. continued: the text ends where the
+        last message's content does, so that an answer goes on from there. literal: for `encode`
+        alone, which then makes no control tokens of what was said. Raises RequestError."""
         problems = [
             Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
             for i, m in enumerate(messages)
-            if not isinstance(m, Mapping) or not isinstance(m.get("role"), str) or not isinstance(m.get("content", ""), (str, type(None)))
+            if not isinstance(m, Mapping)
+            or not isinstance(m.get("role"), str)
+            or not isinstance(m.get("content", ""), (str, type(None)))
         ]
         if problems or not messages:
             raise RequestError(problems or Problem("messages", "none", "at least one"))
         if self.template is None:
-            hint = "Send a prompt, name a dialogue format, or put a chat_template.jinja into the directory"
-            raise RequestError(Problem("messages", "the model has no dialogue format", "a model with a chat template", hint))
+            hint = (
+                "Send a prompt, name a dialogue format, or put a chat_template.jinja into the"
+                " directory"
+            )
+            raise RequestError(
+                Problem(
+                    "messages",
+                    "the model has no dialogue format",
+                    "a model with a chat template",
+                    hint,
+                )
+            )
         template = self.template.default if tools is None else self.template.tool_use
         if template is None:
-            found = f"the model's chat templates are called {', '.join(sorted(self.template.templates))}"
-            raise RequestError(Problem("messages", found, "one called default" + (" or tool_use" if tools is not None else "")))
+            found = (
+                "the model's chat templates are called"
+                f" {', '.join(sorted(self.template.templates))}"
+            )
+            raise RequestError(
+                Problem(
+                    "messages",
+                    found,
+                    "one called default" + (" or tool_use" if tools is not None else ""),
+                )
+            )
         given = [{k: v for k, v in message.items() if v is not None} for message in messages]
         if literal:
             given, tools = self.literal.marked(given), self.literal.marked_value(tools)
-            variables = {name: self.literal.marked_value(value) for name, value in (variables or {}).items()}
+            variables = {
+                name: self.literal.marked_value(value) for name, value in (variables or {}).items()
+            }
         content = given[-1].get("content") or ""
         if continued:
             given[-1]["content"] = content + CONTINUES
         whole = {
-            "documents": None, **(variables or {}), **self.roles, "messages": [_with_reasoning(m) for m in given], "tools": tools,
+            "documents": None,
+            **(variables or {}),
+            **self.roles,
+            "messages": [_with_reasoning(m) for m in given],
+            "tools": tools,
             "add_generation_prompt": add_generation_prompt and not continued,
-        }  # fmt: skip
+        }
         try:
             text = self._renderer.render(template, whole)
             return _until(text, content) if continued else text
-        except (TemplateRefused, TypeError, ValueError, RecursionError) as error:  # the last three: what JSON cannot hold
-            raise RequestError(Problem("messages", f"the model's chat template refused them: {error}")) from error
+        except (
+            TemplateRefused,
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:  # the last three: what JSON cannot hold
+            raise RequestError(
+                Problem("messages", f"the model's chat template refused them: {error}")
+            ) from error
 
 
 def _until(text: str, content: str) -> str:
-    """The text up to where CONTINUES stands, behind `content`. A template that trims contents has trimmed the space behind the sign only:
-    what stands before it is for us to trim, as transformers does. Raises TemplateRefused."""
+    """The text up to where CONTINUES stands, behind `content`. A template that trims contents has
+    trimmed the space behind the sign only: what stands before it is for us to trim, as transformers
+    does. Raises TemplateRefused."""
     place = text.rfind(CONTINUES.rstrip())
     if place < 0 or content.strip() not in text:
-        raise TemplateRefused("the last message cannot be continued: its text is not written as it is")
+        raise TemplateRefused(
+            "the last message cannot be continued: its text is not written as it is"
+        )
     return text[:place] if text.startswith(CONTINUES, place) else text[:place].rstrip()
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose reasoning, whatever it was sent as, stands under both names that templates read: `thinking` is gpt-oss's. Where a
-    template writes a message down whole, transformers has the one before what was sent and the other behind it."""
+    """A message whose reasoning, whatever it was sent as, stands under both names that templates
+    read: `thinking` is gpt-oss's. Where a template writes a message down whole, transformers has
+    the one before what was sent and the other behind it."""
     for name in ("reasoning_content", "thinking", "reasoning"):
         if name in message:
             shown = {"thinking": message[name]} | message
@@ -217,45 +302,74 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:
-    """The tokens that end a text: eos_token_id of generation_config.json or else, as for transformers, of config.json; and those `named`
-    that the tokenizer has."""
+    """The tokens that end a text: eos_token_id of generation_config.json or else, as for
+    transformers, of config.json; and those `named` that the tokenizer has."""
     found: set[int | None] = {tokenizer.token_to_id(token) for token in named}
-    files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file()]
-    value = next((value for file in files if (value := read_json(file).get("eos_token_id")) is not None), None)
+    files = [
+        folder / name
+        for name in ("generation_config.json", "config.json")
+        if (folder / name).is_file()
+    ]
+    value = next(
+        (value for file in files if (value := read_json(file).get("eos_token_id")) is not None),
+        None,
+    )
     if value is not None:
-        found |= {v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int) and not isinstance(v, bool)}
+        found |= {
+            v
+            for v in (value if isinstance(value, list) else [value])
+            if isinstance(v, int) and not isinstance(v, bool)
+        }
     return frozenset(v for v in found if v is not None and v >= 0)
 
 
 class Detokenizer:
-    """The text of one sequence as it grows. Letters that may be the beginning of a stop string are held back, and so are bytes that may
-    be the beginning of a letter.
+    """The text of one sequence as it grows. Letters that may be the beginning of a stop string are
+    held back, and so are bytes that may be the beginning of a letter.
 
-    What a token adds is what the text of some tokens before it grows by: it depends on them, since SentencePiece drops the space before a
-    first word and a letter may be made of several tokens. special: whether special tokens are shown. whole_stops:
-    whether the stop string that ends a text is.
+    What a token adds is what the text of some tokens before it grows by: it depends on them, since
+    SentencePiece drops the space before a first word and a letter may be made of several tokens.
+    special: whether special tokens are shown. whole_stops: whether the stop string that ends a text
+    is.
     """
 
     def __init__(
-        self, text: Text, prompt: Sequence[int], stops: Sequence[str], *, special: bool = False, whole_stops: bool = False
-    ) -> None:  # fmt: skip
-        self._text, self._stops, self._special, self._whole_stops = text, stops, special, whole_stops
-        self._ids = list(prompt[-CONTEXT:])  # the tokens before, then those whose text is not shown yet
+        self,
+        text: Text,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        *,
+        special: bool = False,
+        whole_stops: bool = False,
+    ) -> None:
+        self._text, self._stops, self._special, self._whole_stops = (
+            text,
+            stops,
+            special,
+            whole_stops,
+        )
+        # the tokens before, then those whose text is not shown yet
+        self._ids = list(prompt[-CONTEXT:])
         self._known = len(self._ids)
-        while self._known and self._decode(self._known).endswith(BROKEN):  # the prompt ends within a letter
+        # the prompt ends within a letter
+        while self._known and self._decode(self._known).endswith(BROKEN):
             self._known -= 1
-        while self._known and self._decode(self._known).startswith(BROKEN):  # or its last tokens begin within one
+        # or its last tokens begin within one
+        while self._known and self._decode(self._known).startswith(BROKEN):
             self._ids, self._known = self._ids[1:], self._known - 1
         self._held = ""
         self.stop: str | None = None
 
     def add(self, token: int, *, search: bool = True) -> str:
-        """The letters that can be shown now. search: whether stop strings count yet. `stop` is the one that was found."""
+        """The letters that can be shown now. search: whether stop strings count yet. `stop` is the
+        one that was found."""
         self._ids.append(token)
         self._held += self._grown(whole=len(self._ids) - self._known > LONGEST)
         if not self._stops or not search:
             return self._take(len(self._held))
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [
+            (at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0
+        ]
         if found:
             end, at, self.stop = min(found)  # which is whole first, however the tokens cut the text
             shown, self._held = self._held[: end if self._whole_stops else at], ""
@@ -277,8 +391,10 @@ class Detokenizer:
         before, after = self._decode(self._known), self._decode(len(self._ids))
         if after.endswith(BROKEN) and not whole:
             return ""
-        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known  # what was shown last begins with a whole letter
-        # A stray byte may spoil letters before it, which have been shown: only what comes after them is new.
+        # what was shown last begins with a whole letter
+        self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
+        # A stray byte may spoil letters before it, which have been shown: only what comes after
+        # them is new.
         return after[len(before) :]
 
     def _take(self, count: int) -> str:
@@ -288,4 +404,11 @@ class Detokenizer:
     def _may_begin(self) -> int:
         """Letters at the end that are the beginning of a stop string."""
         longest = min(max(len(stop) for stop in self._stops) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if any(stop.startswith(self._held[-n:]) for stop in self._stops)), 0)
+        return next(
+            (
+                n
+                for n in range(longest, 0, -1)
+                if any(stop.startswith(self._held[-n:]) for stop in self._stops)
+            ),
+            0,
+        )

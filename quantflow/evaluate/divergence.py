@@ -1,6 +1,8 @@
-"""How far a quantised model is from its reference: perplexity of both, KL divergence and top-1 agreement, in float32.
+"""How far a quantised model is from its reference: perplexity of both, KL divergence and top-1
+agreement, in float32.
 
-Both models run layer by layer over all windows, so memory holds two layers and the hidden states, whatever the model's size.
+Both models run layer by layer over all windows, so memory holds two layers and the hidden states,
+whatever the model's size.
 """
 
 from __future__ import annotations
@@ -26,22 +28,28 @@ SAMPLED = 128  # positions whose residual stream is compared after every layer
 
 @dataclass(frozen=True)
 class Profile:
-    """Where a divergence lies. bin: positions of a window that make one entry of `kl`, the mean of their divergence. layers: what each
-    layer leaves in the residual stream against the reference's: the mean of `||x̂ - x||² / ||x||²` over a sample of positions; none for
-    the engine, and for a model of another width."""
+    """Where a divergence lies. bin: positions of a window that make one entry of `kl`, the mean of
+    their divergence. layers: what each layer leaves in the residual stream against the reference's:
+    the mean of `||x̂ - x||² / ||x||²` over a sample of positions; none for the engine, and for a
+    model of another width."""
 
     bin: int
     kl: tuple[float, ...]
     layers: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return {"bin": self.bin, "kl": [shown(v) for v in self.kl], "layers": [shown(v) for v in self.layers]}
+        return {
+            "bin": self.bin,
+            "kl": [shown(v) for v in self.kl],
+            "layers": [shown(v) for v in self.layers],
+        }
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """perplexity and reference_perplexity: over each window's tokens but its first. kl_mean, kl_p99: KL(reference || model) in nats
-    a token, over all positions. top1: share of positions with the same most likely token. tokens: positions compared."""
+    """perplexity and reference_perplexity: over each window's tokens but its first. kl_mean,
+    kl_p99: KL(reference || model) in nats a token, over all positions. top1: share of positions
+    with the same most likely token. tokens: positions compared."""
 
     perplexity: float
     reference_perplexity: float
@@ -76,10 +84,12 @@ Step = Callable[[float], None]
 
 
 class Model(Protocol):
-    """A model to compare: hidden states of all windows first, then distributions, a few rows at a time."""
+    """A model to compare: hidden states of all windows first, then distributions, a few rows at a
+    time."""
 
     def states(self, tokens: Tensor, device: torch.device, step: Step, watch: Watch) -> Tensor:
-        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as it goes on, and `watch` where it has layers to show."""
+        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as it goes on, and `watch` where it has
+        layers to show."""
 
     def head(self, device: torch.device) -> Head:
         """For what `states` gave."""
@@ -87,12 +97,19 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Variant:
-    """A model computed in float32, layer by layer: its weights, and what its KV cache does to K and V of each layer (None: nothing)."""
+    """A model computed in float32, layer by layer: its weights, and what its KV cache does to K and
+    V of each layer (None: nothing)."""
 
     weights: Weights
     kv: Callable[[int], ObserveKV] | None = None
 
-    def states(self, tokens: Tensor, device: torch.device, step: Step = lambda share: None, watch: Watch = lambda index, x: None) -> Tensor:
+    def states(
+        self,
+        tokens: Tensor,
+        device: torch.device,
+        step: Step = lambda share: None,
+        watch: Watch = lambda index, x: None,
+    ) -> Tensor:
         return hidden_states(self, tokens, device, step, watch)
 
     def head(self, device: torch.device) -> Head:
@@ -115,7 +132,11 @@ def embedded_parts(weights: Weights, tokens: Tensor, device: torch.device) -> It
 
 
 def hidden_states(
-    variant: Variant, tokens: Tensor, device: torch.device, step: Step = lambda share: None, watch: Watch = lambda index, x: None
+    variant: Variant,
+    tokens: Tensor,
+    device: torch.device,
+    step: Step = lambda share: None,
+    watch: Watch = lambda index, x: None,
 ) -> Tensor:
     """The residual stream `[W, L, H]` after the last layer, float32, for `tokens` `[W, L]`."""
     checkpoint = variant.weights.checkpoint
@@ -141,7 +162,11 @@ class _Head:
         checkpoint = variant.weights.checkpoint
         self.architecture, self.config = checkpoint.architecture, checkpoint.config
         head = self.architecture.embedding if self.config.tied else self.architecture.head
-        names = [n for n in checkpoint.outer_names() if n.startswith((self.architecture.final_norm, head + "."))]
+        names = [
+            n
+            for n in checkpoint.outer_names()
+            if n.startswith((self.architecture.final_norm, head + "."))
+        ]
         self.tensors = {n: variant.weights.tensor(n).to(device, torch.float32) for n in names}
         self.vocabulary = self.config.vocabulary
 
@@ -151,7 +176,11 @@ class _Head:
 
 
 def compare(
-    reference: Model, variants: Mapping[str, Model], windows: list[list[int]], device: str = "cpu", step: Step = lambda share: None
+    reference: Model,
+    variants: Mapping[str, Model],
+    windows: list[list[int]],
+    device: str = "cpu",
+    step: Step = lambda share: None,
 ) -> dict[str, Divergence]:
     """The divergence of each variant from the reference on `windows` (all of one length)."""
     tokens, on = torch.tensor(windows), torch.device(device)
@@ -164,12 +193,15 @@ def compare(
             errors: list[float] = []
 
             def look(index: int, x: Tensor, errors: list[float] = errors) -> None:
-                if index < len(kept) and x.shape[-1] == kept[index].shape[-1]:  # else it is another architecture
+                # else it is another architecture
+                if index < len(kept) and x.shape[-1] == kept[index].shape[-1]:
                     difference = (_sample(x) - kept[index]).square().sum(-1)
                     errors.append(float((difference / kept[index].square().sum(-1)).mean()))
 
             states = variant.states(tokens, on, step, look)
-            found[name] = _compare(target, states, reference_head, variant.head(on), tokens.to(on), tuple(errors))
+            found[name] = _compare(
+                target, states, reference_head, variant.head(on), tokens.to(on), tuple(errors)
+            )
         return found
 
 
@@ -178,10 +210,20 @@ def _sample(x: Tensor) -> Tensor:
     return evenly(x.reshape(-1, x.shape[-1]), SAMPLED)
 
 
-def _compare(target: Tensor, found: Tensor, target_head: Head, found_head: Head, tokens: Tensor, layers: tuple[float, ...]) -> Divergence:
+def _compare(
+    target: Tensor,
+    found: Tensor,
+    target_head: Head,
+    found_head: Head,
+    tokens: Tensor,
+    layers: tuple[float, ...],
+) -> Divergence:
     length, vocabulary = tokens.shape[1], target_head.vocabulary
     rows = max(1, LOGIT_ELEMENTS // vocabulary)
-    flat_target, flat_found = target.reshape(-1, target.shape[-1]), found.reshape(-1, found.shape[-1])
+    flat_target, flat_found = (
+        target.reshape(-1, target.shape[-1]),
+        found.reshape(-1, found.shape[-1]),
+    )
     # The token each position predicts; the last of a window predicts nothing that was measured.
     following = tokens.roll(-1, 1).reshape(-1)
     predicts = (torch.arange(length, device=tokens.device) < length - 1).repeat(len(tokens))

@@ -22,14 +22,24 @@ class Verdict:
     kept: bool
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "found": None if math.isnan(self.found) else self.found, "at_least": self.name in AT_LEAST}
+        return {
+            **asdict(self),
+            "found": None if math.isnan(self.found) else self.found,
+            "at_least": self.name in AT_LEAST,
+        }
 
     def __str__(self) -> str:
-        return f"{self.name} is {self.found:.5g}, the gate is {'at least' if self.name in AT_LEAST else 'at most'} {self.limit:g}"
+        return (
+            f"{self.name} is {self.found:.5g}, the gate is"
+            f" {'at least' if self.name in AT_LEAST else 'at most'} {self.limit:g}"
+        )
 
 
-def judge(quality: Mapping[str, Mapping[str, float]], gates: Mapping[str, float | None]) -> list[Verdict]:
-    """A verdict for each gate that has a limit, on what will be deployed. quality: variant -> its figures."""
+def judge(
+    quality: Mapping[str, Mapping[str, float]], gates: Mapping[str, float | None]
+) -> list[Verdict]:
+    """A verdict for each gate that has a limit, on what will be deployed. quality: variant -> its
+    figures."""
     final = deployed(quality)
     if final is None:
         return []
@@ -37,7 +47,12 @@ def judge(quality: Mapping[str, Mapping[str, float]], gates: Mapping[str, float 
     # Where the divergence is no number, the likeliest token is none either.
     found = {name: math.nan if math.isnan(final["kl_mean"]) else figures[name] for name in gates}
     return [
-        Verdict(name, limit, found[name], found[name] >= limit if name in AT_LEAST else found[name] <= limit)
+        Verdict(
+            name,
+            limit,
+            found[name],
+            found[name] >= limit if name in AT_LEAST else found[name] <= limit,
+        )
         for name, limit in gates.items()
         if limit is not None
     ]

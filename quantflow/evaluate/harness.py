@@ -1,9 +1,11 @@
 """lm-evaluation-harness with QuantFlow's engine: its own command line, which knows one model more.
 
-    python -m quantflow.evaluate.harness --model quantflow --model_args pretrained=DIR,kv=int8 --tasks arc_easy --batch_size 64
+    python -m quantflow.evaluate.harness --model quantflow --model_args pretrained=DIR,kv=int8
+    --tasks arc_easy --batch_size 64
 
-lm_eval 0.4 finds no models of other packages (its registry takes entry points, but nothing looks for them), so `lm_eval` itself does not
-know this one: the name is registered here, and all else is lm_eval's. In Python, `register()` comes before `lm_eval.simple_evaluate`.
+lm_eval 0.4 finds no models of other packages (its registry takes entry points, but nothing looks
+for them), so `lm_eval` itself does not know this one: the name is registered here, and all else is
+lm_eval's. In Python, `register()` comes before `lm_eval.simple_evaluate`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,17 @@ NAME = "quantflow"
 
 
 def register() -> None:
-    """Makes `quantflow` the name of a model in lm_eval. Raises UserError where lm_eval is not installed."""
+    """Makes `quantflow` the name of a model in lm_eval. Raises UserError where lm_eval is not
+    installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(Problem("lm_eval", "not installed", "lm-evaluation-harness", "pip install -c constraints.txt '.[lm-eval]'"))
+        raise UserError(
+            Problem(
+                "lm_eval",
+                "not installed",
+                "lm-evaluation-harness",
+                "pip install -c constraints.txt '.[lm-eval]'",
+            )
+        )
     import lm_eval.models  # noqa: F401 - its own names first
     from lm_eval.api.registry import model_registry
 

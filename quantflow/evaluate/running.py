@@ -20,14 +20,22 @@ class _EngineHead:
 
 
 class Running:
-    """make: loads the engine when it is needed, and not before: one model after the other is in memory."""
+    """make: loads the engine when it is needed, and not before: one model after the other is in
+    memory."""
 
     def __init__(self, make: Callable[[], Engine]) -> None:
         self._make = make
         self._engine: Engine | None = None
 
-    def states(self, tokens: Tensor, device: torch.device, step: Step = lambda share: None, watch: Watch = lambda index, x: None) -> Tensor:
-        """What the head reads, `[W, L, H]`, every window a prompt of its own. There are no layers to watch."""
+    def states(
+        self,
+        tokens: Tensor,
+        device: torch.device,
+        step: Step = lambda share: None,
+        watch: Watch = lambda index, x: None,
+    ) -> Tensor:
+        """What the head reads, `[W, L, H]`, every window a prompt of its own. There are no layers
+        to watch."""
         self._engine = engine = self._make()
         found = []
         for window in tokens.tolist():

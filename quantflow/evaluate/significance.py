@@ -1,4 +1,5 @@
-"""How sure a score is, and whether two models that answered the same questions differ: intervals and a test for counts.
+"""How sure a score is, and whether two models that answered the same questions differ: intervals
+and a test for counts.
 
 z is the standard normal quantile 1.959964 of a two-sided interval of 95%.
 """
@@ -18,9 +19,11 @@ class Interval:
 
 
 def wilson_interval(successes: int, count: int, z: float = Z95) -> Interval:
-    """The score interval of a proportion (Wilson 1927), within [0, 1]; all of it where nothing was counted.
+    """The score interval of a proportion (Wilson 1927), within [0, 1]; all of it where nothing was
+    counted.
 
-    With p = successes / count: (p + z²/2n ± z·sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n). Raises ValueError for counts that cannot be.
+    With p = successes / count: (p + z²/2n ± z·sqrt(p(1 - p)/n + z²/4n²)) / (1 + z²/n). Raises
+    ValueError for counts that cannot be.
     """
     if not 0 <= successes <= count:
         raise ValueError(f"{successes} of {count}")
@@ -34,8 +37,9 @@ def wilson_interval(successes: int, count: int, z: float = Z95) -> Interval:
 
 
 def mcnemar_p(losses: int, gains: int) -> float:
-    """The exact two-sided p of McNemar's test (1947): if the questions that one model alone answers rightly were coin tosses, how likely
-    it is that they fall at least as unevenly. 2 · sum of C(n, i) / 2ⁿ for i up to the smaller count, n = losses + gains, and at most 1."""
+    """The exact two-sided p of McNemar's test (1947): if the questions that one model alone answers
+    rightly were coin tosses, how likely it is that they fall at least as unevenly. 2 · sum of C(n,
+    i) / 2ⁿ for i up to the smaller count, n = losses + gains, and at most 1."""
     if min(losses, gains) < 0:
         raise ValueError(f"{losses} and {gains}")
     count, fewer = losses + gains, min(losses, gains)
@@ -47,10 +51,12 @@ def mcnemar_p(losses: int, gains: int) -> float:
 
 
 def paired_interval(losses: int, gains: int, count: int, z: float = Z95) -> Interval:
-    """The interval of the difference of two proportions on the same `count` questions, (gains - losses) / count, within [-1, 1].
+    """The interval of the difference of two proportions on the same `count` questions, (gains -
+    losses) / count, within [-1, 1].
 
-    The adjusted Wald interval of Bonett and Price (2012): with a = (gains + 1)/(n + 2) and b = (losses + 1)/(n + 2),
-    a - b ± z·sqrt((a + b - (a - b)²)/(n + 2)). It keeps its coverage for small counts, and where the models never differ.
+    The adjusted Wald interval of Bonett and Price (2012): with a = (gains + 1)/(n + 2) and b =
+    (losses + 1)/(n + 2), a - b ± z·sqrt((a + b - (a - b)²)/(n + 2)). It keeps its coverage for
+    small counts, and where the models never differ.
     """
     if min(losses, gains) < 0 or losses + gains > count:
         raise ValueError(f"{losses} and {gains} of {count}")
@@ -61,7 +67,8 @@ def paired_interval(losses: int, gains: int, count: int, z: float = Z95) -> Inte
 
 @dataclass(frozen=True)
 class Paired:
-    """Two models on the same `count` questions. losses: right in the reference alone; gains: right in the model alone."""
+    """Two models on the same `count` questions. losses: right in the reference alone; gains: right
+    in the model alone."""
 
     losses: int
     gains: int
@@ -81,7 +88,9 @@ class Paired:
         return mcnemar_p(self.losses, self.gains)
 
     def __add__(self, other: Paired) -> Paired:
-        return Paired(self.losses + other.losses, self.gains + other.gains, self.count + other.count)
+        return Paired(
+            self.losses + other.losses, self.gains + other.gains, self.count + other.count
+        )
 
     def verdict(self) -> str:
         """What the numbers allow to say, in a sentence."""
@@ -89,7 +98,10 @@ class Paired:
         low = max(0.0, -self.interval.low * 100)
         excluded = f"a loss of more than {math.ceil(low * 10) / 10:.1f} points is excluded at 95%"
         if self.p < 0.05:
-            return f"{'worse' if self.difference < 0 else 'better'} by {points} (p = {self.p:.2g}); {excluded}"
+            return (
+                f"{'worse' if self.difference < 0 else 'better'} by {points} (p = {self.p:.2g});"
+                f" {excluded}"
+            )
         if not self.losses + self.gains:
             return f"the same questions right; {excluded}"
         return f"no difference that {self.count} questions can show (p = {self.p:.2g}); {excluded}"
@@ -97,12 +109,19 @@ class Paired:
     def as_dict(self) -> dict[str, object]:
         interval = self.interval
         return {
-            "difference": self.difference, "interval": [interval.low, interval.high], "losses": self.losses, "gains": self.gains,
-            "p": self.p, "verdict": self.verdict(),
-        }  # fmt: skip
+            "difference": self.difference,
+            "interval": [interval.low, interval.high],
+            "losses": self.losses,
+            "gains": self.gains,
+            "p": self.p,
+            "verdict": self.verdict(),
+        }
 
 
 def paired(model: list[bool], reference: list[bool]) -> Paired:
-    """The counts of two models' answers to the same questions, in the same order. Raises ValueError where their numbers differ."""
+    """The counts of two models' answers to the same questions, in the same order. Raises ValueError
+    where their numbers differ."""
     pairs = list(zip(model, reference, strict=True))
-    return Paired(sum(r and not m for m, r in pairs), sum(m and not r for m, r in pairs), len(pairs))
+    return Paired(
+        sum(r and not m for m, r in pairs), sum(m and not r for m, r in pairs), len(pairs)
+    )

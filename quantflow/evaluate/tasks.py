@@ -1,6 +1,7 @@
 """Tasks: questions from a local file of JSON lines, and how many of them a model answers rightly.
 
-Three forms of lines, as in llm-foundry's evaluation gauntlet; further keys, and white space at the ends of texts, are ignored:
+Three forms of lines, as in llm-foundry's evaluation gauntlet; further keys, and white space at the
+ends of texts, are ignored:
     {"query", "choices", "gold"}                    multiple choice: the choice likeliest after the query; gold: its index, or several
     {"context_options", "continuation", "gold"}     Winograd: the context after which the continuation is likeliest (Trinh and Le 2018)
     {"query", "answer"} or {"query", "answers"}     exact match: what the model goes on with, greedily
@@ -27,15 +28,20 @@ from quantflow.evaluate.significance import Interval, Paired, paired, wilson_int
 from quantflow.placeholder import placeholder_at
 
 CHOICE, WINOGRAD, EXACT = "multiple choice", "winograd", "exact match"
-METRICS = {CHOICE: ("acc", "acc_norm", "acc_bytes"), WINOGRAD: ("acc", "acc_norm", "acc_bytes"), EXACT: ("acc", "acc_norm")}
+METRICS = {
+    CHOICE: ("acc", "acc_norm", "acc_bytes"),
+    WINOGRAD: ("acc", "acc_norm", "acc_bytes"),
+    EXACT: ("acc", "acc_norm"),
+}
 BETWEEN_EXAMPLES = "\n\n"  # lm-evaluation-harness's fewshot_delimiter
 _MOST_PROBLEMS = 20  # of a file that are named one by one
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a file's questions are put. delimiter: between a query and what follows. few_shot: the first questions of the file are shown
-    with their answers before each of the others, and not scored. limit: questions scored. stop, max_tokens: where an answer ends."""
+    """How a file's questions are put. delimiter: between a query and what follows. few_shot: the
+    first questions of the file are shown with their answers before each of the others, and not
+    scored. limit: questions scored. stop, max_tokens: where an answer ends."""
 
     delimiter: str = " "
     few_shot: int = 0
@@ -46,8 +52,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Item:
-    """A question: contexts and continuations, one of the two being single, and which of the choices is right; or, to be matched exactly,
-    a context and `answers`. line: of the file, from 1."""
+    """A question: contexts and continuations, one of the two being single, and which of the choices
+    is right; or, to be matched exactly, a context and `answers`. line: of the file, from 1."""
 
     line: int
     contexts: tuple[str, ...]
@@ -62,7 +68,11 @@ class Item:
     @property
     def choices(self) -> tuple[tuple[str, str], ...]:
         """(context, continuation) of each."""
-        return tuple((context, continuation) for context in self.contexts for continuation in self.continuations)
+        return tuple(
+            (context, continuation)
+            for context in self.contexts
+            for continuation in self.continuations
+        )
 
     def shown(self, delimiter: str) -> str:
         """It with its answer, as an example."""
@@ -89,30 +99,54 @@ class Task:
         """The accuracy of guessing; None where there is nothing to choose from."""
         if self.form == EXACT:
             return None
-        return math.fsum(len(item.gold) / len(item.choices) for item in self.items) / len(self.items)
+        return math.fsum(len(item.gold) / len(item.choices) for item in self.items) / len(
+            self.items
+        )
 
 
 # --- reading
 
 
 def read_tasks(paths: Sequence[str | Path], settings: Sequence[Settings]) -> list[Task]:
-    """The task of each file, with the settings in the same place. Raises DataError with every problem of every file."""
+    """The task of each file, with the settings in the same place. Raises DataError with every
+    problem of every file."""
     found: list[Task] = []
     problems: list[Problem] = []
     for path, own in zip(map(Path, paths), settings, strict=True):
         items, wrong = _read(path)
         if len(wrong) > _MOST_PROBLEMS:
-            wrong = [*wrong[:_MOST_PROBLEMS], Problem(str(path), f"{len(wrong) - _MOST_PROBLEMS} more problems like these")]
+            wrong = [
+                *wrong[:_MOST_PROBLEMS],
+                Problem(str(path), f"{len(wrong) - _MOST_PROBLEMS} more problems like these"),
+            ]
         if not wrong and len(items) <= own.few_shot:
-            wrong = [Problem(str(path), f"{len(items)} questions", f"more than the {own.few_shot} that are shown as examples")]
+            wrong = [
+                Problem(
+                    str(path),
+                    f"{len(items)} questions",
+                    f"more than the {own.few_shot} that are shown as examples",
+                )
+            ]
         name = path.name.removesuffix(".jsonl")
         if any(name == task.name for task in found):
-            wrong.append(Problem(str(path), f"a second task called {name}", "files of different names"))
+            wrong.append(
+                Problem(str(path), f"a second task called {name}", "files of different names")
+            )
         problems += wrong
         if not wrong:
             examples, rest = items[: own.few_shot], items[own.few_shot :]
             before = "".join(item.shown(own.delimiter) + BETWEEN_EXAMPLES for item in examples)
-            found.append(Task(name, str(path), items[0].form, tuple(rest[: own.limit]), own, before, file_digest(path)))
+            found.append(
+                Task(
+                    name,
+                    str(path),
+                    items[0].form,
+                    tuple(rest[: own.limit]),
+                    own,
+                    before,
+                    file_digest(path),
+                )
+            )
     if problems:
         raise DataError(problems)
     return found
@@ -124,23 +158,36 @@ def _read(path: Path) -> tuple[list[Item], list[Problem]]:
     if path.is_file() and (problem := placeholder_at(path)):
         return items, [problem]
     try:
-        with path.open(encoding="utf-8-sig") as stream:  # -sig: Windows puts a byte order mark first
+        # -sig: Windows puts a byte order mark first
+        with path.open(encoding="utf-8-sig") as stream:
             for line, text in enumerate(stream, 1):
                 if not text.strip():
                     continue
                 try:
                     item = _item(json.loads(text), line)
                     if items and item.form != items[0].form:
-                        raise _Wrong(f"a question of {item.form}", f"{items[0].form}, as line {items[0].line} is")
+                        raise _Wrong(
+                            f"a question of {item.form}",
+                            f"{items[0].form}, as line {items[0].line} is",
+                        )
                     items.append(item)
                 except _Wrong as error:
                     problems.append(Problem(f"{path}:{line}", error.found, error.expected))
-                except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of thousands of digits
-                    problems.append(Problem(f"{path}:{line}", f"not JSON ({error})", "an object a line"))
+                except (
+                    ValueError,
+                    RecursionError,
+                ) as error:  # ValueError: bad JSON, or a number of thousands of digits
+                    problems.append(
+                        Problem(f"{path}:{line}", f"not JSON ({error})", "an object a line")
+                    )
     except UnicodeDecodeError as error:
-        problems.append(Problem(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "UTF-8"))
+        problems.append(
+            Problem(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})", "UTF-8")
+        )
     except OSError as error:
-        problems.append(Problem(str(path), error.strerror or str(error), "a readable file of JSON lines"))
+        problems.append(
+            Problem(str(path), error.strerror or str(error), "a readable file of JSON lines")
+        )
     if not items and not problems:
         problems.append(Problem(str(path), "no questions", "JSON lines"))
     return items, problems
@@ -154,25 +201,37 @@ class _Wrong(Exception):
 
 def _item(value: Any, line: int) -> Item:
     """Raises _Wrong."""
-    forms = '{"query", "choices", "gold"}, {"context_options", "continuation", "gold"} or {"query", "answer" or "answers"}'
+    forms = (
+        '{"query", "choices", "gold"}, {"context_options", "continuation", "gold"} or {"query",'
+        ' "answer" or "answers"}'
+    )
     if not isinstance(value, dict):
         raise _Wrong(f"JSON of type {type(value).__name__}", f"an object: {forms}")
     keys = set(value)
     if {"query", "choices", "gold"} <= keys:
         continuations = _texts(value, "choices", least=2)
-        return Item(line, (_text(value, "query"),), continuations, _gold(value["gold"], len(continuations)))
+        return Item(
+            line, (_text(value, "query"),), continuations, _gold(value["gold"], len(continuations))
+        )
     if {"context_options", "continuation", "gold"} <= keys:
         contexts = _texts(value, "context_options", least=2)
-        return Item(line, contexts, (_text(value, "continuation"),), _gold(value["gold"], len(contexts)))
+        return Item(
+            line, contexts, (_text(value, "continuation"),), _gold(value["gold"], len(contexts))
+        )
     if "query" in keys and len(keys & {"answer", "answers"}) == 1:
-        answers = _texts(value, "answers", least=1) if "answers" in keys else (_text(value, "answer"),)
+        answers = (
+            _texts(value, "answers", least=1) if "answers" in keys else (_text(value, "answer"),)
+        )
         return Item(line, (_text(value, "query"),), answers=answers)
-    raise _Wrong(f"an object with {', '.join(map(repr, sorted(keys)))}" if keys else "an empty object", forms)
+    raise _Wrong(
+        f"an object with {', '.join(map(repr, sorted(keys)))}" if keys else "an empty object", forms
+    )
 
 
 def _shown(value: Any) -> str:
     """A value as the file has it, so that "0" is not taken for 0."""
-    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()  # half a surrogate pair cannot be printed
+    # half a surrogate pair cannot be printed
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
@@ -199,7 +258,9 @@ def _gold(value: Any, count: int) -> tuple[int, ...]:
     many = value if isinstance(value, list) else [value]
     whole = all(isinstance(g, int) and not isinstance(g, bool) and 0 <= g < count for g in many)
     if not many or not whole or len(set(many)) < len(many):
-        raise _Wrong(f"gold: {_shown(value)}", f"an index from 0 to {count - 1}, or a list of different ones")
+        raise _Wrong(
+            f"gold: {_shown(value)}", f"an index from 0 to {count - 1}, or a list of different ones"
+        )
     return tuple(many)
 
 
@@ -208,8 +269,8 @@ def _gold(value: Any, count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer to one question. right: by metric. logprobs, greedy: of each choice; text: what was generated. tokens: scored or
-    generated. cut: whether the context lost its beginning."""
+    """A model's answer to one question. right: by metric. logprobs, greedy: of each choice; text:
+    what was generated. tokens: scored or generated. cut: whether the context lost its beginning."""
 
     line: int
     right: Mapping[str, bool]
@@ -220,7 +281,11 @@ class Answer:
     text: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        own = {"text": self.text} if self.text is not None else {"logprobs": list(self.logprobs), "greedy": list(self.greedy)}
+        own = (
+            {"text": self.text}
+            if self.text is not None
+            else {"logprobs": list(self.logprobs), "greedy": list(self.greedy)}
+        )
         return {"line": self.line, **self.right, "tokens": self.tokens, "cut": self.cut, **own}
 
 
@@ -228,9 +293,10 @@ class Answer:
 class Result:
     """A model's answers to a task's questions, in their order.
 
-    acc: right by the sum of log-probabilities; acc_norm: by that over the letters of the choice, acc_bytes: over its UTF-8 bytes (as the
-    metrics of these names in lm-evaluation-harness 0.4.13). Of exact match, acc: the same letters, white space at the ends apart; acc_norm:
-    the same after `normalized`.
+    acc: right by the sum of log-probabilities; acc_norm: by that over the letters of the choice,
+    acc_bytes: over its UTF-8 bytes (as the metrics of these names in lm-evaluation-harness 0.4.13).
+    Of exact match, acc: the same letters, white space at the ends apart; acc_norm: the same after
+    `normalized`.
     """
 
     task: Task
@@ -257,7 +323,13 @@ class Result:
             metrics[metric] = {"value": value, "interval": [interval.low, interval.high]}
         answers = {"items": [answer.as_dict() for answer in self.answers]} if items else {}
         tokens, cut = sum(a.tokens for a in self.answers), sum(a.cut for a in self.answers)
-        return {**metrics, "tokens": tokens, "cut": cut, "seconds": round(self.seconds, 3), **answers}
+        return {
+            **metrics,
+            "tokens": tokens,
+            "cut": cut,
+            "seconds": round(self.seconds, 3),
+            **answers,
+        }
 
 
 def compare(model: Result, reference: Result, metric: str) -> Paired:
@@ -267,8 +339,11 @@ def compare(model: Result, reference: Result, metric: str) -> Paired:
     return paired(model.right(metric), reference.right(metric))
 
 
-def answer(engine: Engine, task: Task, batch: int, step: Callable[[], None] = lambda: None) -> Result:
-    """What an engine's model answers. step: called after each question. Raises UserError and ResourceError, as the engine does."""
+def answer(
+    engine: Engine, task: Task, batch: int, step: Callable[[], None] = lambda: None
+) -> Result:
+    """What an engine's model answers. step: called after each question. Raises UserError and
+    ResourceError, as the engine does."""
     began, found = time.monotonic(), []
     for one in (_exact if task.form == EXACT else _choose)(engine, task, batch):
         found.append(one)
@@ -282,16 +357,26 @@ def _choose(engine: Engine, task: Task, batch: int) -> Iterator[Answer]:
     def pairs() -> Iterator[Pair]:
         for item in task.items:
             for context, continuation in item.choices:
-                yield encoder.pair(task.before + context + task.settings.delimiter, continuation, f"{task.path}:{item.line}")
+                yield encoder.pair(
+                    task.before + context + task.settings.delimiter,
+                    continuation,
+                    f"{task.path}:{item.line}",
+                )
 
     scores = loglikelihoods(engine, pairs(), batch)
     for item in task.items:
         own = [next(scores) for _ in item.choices]
         logprobs = [score.logprob for score in own]
         texts = [continuation for _, continuation in item.choices]
-        over = {"acc": [1] * len(own), "acc_norm": [len(t) for t in texts], "acc_bytes": [len(t.encode()) for t in texts]}
+        over = {
+            "acc": [1] * len(own),
+            "acc_norm": [len(t) for t in texts],
+            "acc_bytes": [len(t.encode()) for t in texts],
+        }
         right = {name: _likeliest(logprobs, lengths) in item.gold for name, lengths in over.items()}
-        yield Answer(item.line, right, *_sizes(own), tuple(logprobs), tuple(score.greedy for score in own))
+        yield Answer(
+            item.line, right, *_sizes(own), tuple(logprobs), tuple(score.greedy for score in own)
+        )
 
 
 def _likeliest(logprobs: list[float], lengths: list[int]) -> int:
@@ -309,14 +394,22 @@ def _exact(engine: Engine, task: Task, batch: int) -> Iterator[Answer]:
     params = SamplingParams(max_tokens=settings.max_tokens, stop=settings.stop)
     room = engine.room - settings.max_tokens
     if room < 1:
-        raise DataError(Problem("max_tokens", str(settings.max_tokens), f"less than {engine.room_is}, {engine.room}"))
+        raise DataError(
+            Problem(
+                "max_tokens", str(settings.max_tokens), f"less than {engine.room_is}, {engine.room}"
+            )
+        )
     cut: deque[bool] = deque()
 
     def prompts() -> Iterator[Prompt]:
         for item in task.items:
-            tokens = encoder.encode((task.before + item.contexts[0] + settings.delimiter).rstrip(" "))
+            tokens = encoder.encode(
+                (task.before + item.contexts[0] + settings.delimiter).rstrip(" ")
+            )
             cut.append(len(tokens) > room)
-            yield Prompt(tuple(tokens[-room:]), params, min(len(tokens), room), f"{task.path}:{item.line}")
+            yield Prompt(
+                tuple(tokens[-room:]), params, min(len(tokens), room), f"{task.path}:{item.line}"
+            )
 
     for item, output in zip(task.items, generate(engine, prompts(), batch), strict=True):
         text = output.text.strip()
@@ -324,12 +417,15 @@ def _exact(engine: Engine, task: Task, batch: int) -> Iterator[Answer]:
             "acc": text in item.answers,
             "acc_norm": normalized(text) in {normalized(wanted) for wanted in item.answers},
         }
-        yield Answer(item.line, right, len(output.completions[0].token_ids), cut.popleft(), text=text)
+        yield Answer(
+            item.line, right, len(output.completions[0].token_ids), cut.popleft(), text=text
+        )
 
 
 def normalized(text: str) -> str:
-    """An answer as SQuAD compares them (Rajpurkar et al. 2016, `normalize_answer`): lower case, without ASCII punctuation and the articles
-    a, an and the, words one space apart; but an answer of articles alone keeps them. It makes 3.5 and 35 the same: for numbers, `acc` is
-    the measure."""
+    """An answer as SQuAD compares them (Rajpurkar et al. 2016, `normalize_answer`): lower case,
+    without ASCII punctuation and the articles a, an and the, words one space apart; but an answer
+    of articles alone keeps them. It makes 3.5 and 35 the same: for numbers, `acc` is the
+    measure."""
     words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)

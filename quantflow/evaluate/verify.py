@@ -1,5 +1,5 @@
-"""Is an artifact what it says, and does it run? Files against the manifest, each layer of the engine against the dequantised weights in
-float32, logits, and generation alone and in company."""
+"""Is an artifact what it says, and does it run? Files against the manifest, each layer of the
+engine against the dequantised weights in float32, logits, and generation alone and in company."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from quantflow.formats.reader import Weights
 from quantflow.quant.kv import KVParameters, round_kv
 
 SAMPLE = (
-    "The quick brown fox jumps over the lazy dog. In 1969 two people walked on the Moon; it took 8 days, 3 hours and 18 minutes. "
-    "def add(a, b): return a + b. 春天来了，花开了。 A model that is made smaller should still say the same things."
+    "The quick brown fox jumps over the lazy dog. In 1969 two people walked on the Moon; it took 8"
+    " days, 3 hours and 18 minutes. def add(a, b): return a + b. 春天来了，花开了。 A model that is"
+    " made smaller should still say the same things."
 )
 TOKENS = 128
-# Of what float32 gives, in the norm of the difference: what an engine's rounding alone does, with room for deep layers' outliers.
+# Of what float32 gives, in the norm of the difference: what an engine's rounding alone does, with
+# room for deep layers' outliers.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 INT8_KV = 0.01  # more, where codes next to a boundary may fall the other way
 FAR = 0.5  # from the unquantised layer: more than two bits do, when they are the right weights
@@ -46,14 +48,22 @@ class Check:
 
 
 def verify(
-    path: Path, reference: str | None = None, device: str = "auto", begin: Callable[[int], None] = lambda steps: None,
+    path: Path,
+    reference: str | None = None,
+    device: str = "auto",
+    begin: Callable[[int], None] = lambda steps: None,
     step: Callable[[str], None] = lambda what: None,
-) -> list[Check]:  # fmt: skip
-    """Everything that was checked. reference: the unquantised model, to compare each layer's output with. Raises UserError where the
-    directory cannot be read at all. begin: told how many times `step` will be called."""
+) -> list[Check]:
+    """Everything that was checked. reference: the unquantised model, to compare each layer's output
+    with. Raises UserError where the directory cannot be read at all. begin: told how many times
+    `step` will be called."""
     checks = [_files(path)]
     engine = Engine(path, EngineConfig(device=device, max_batch_size=8, check=True))
-    checks.append(Check("loads", True, "; ".join(f"{name} {value}" for name, value in engine.describe().items())))
+    checks.append(
+        Check(
+            "loads", True, "; ".join(f"{name} {value}" for name, value in engine.describe().items())
+        )
+    )
     begin(engine.model_config.layers + 1)
     with torch.inference_mode():
         checks += _layers(engine, Weights(resolve_model(reference)) if reference else None, step)
@@ -68,18 +78,26 @@ def _files(path: Path) -> Check:
         return Check("files", None, "no quantflow.json: nothing to compare the files with")
     found, listed = file_entries(path), manifest["files"]
     wrong = [f"{n} is missing" for n in sorted(set(listed) - set(found))]
-    wrong += [f"{n} differs from its sha256" for n in sorted(set(listed) & set(found)) if found[n] != listed[n]]
+    wrong += [
+        f"{n} differs from its sha256"
+        for n in sorted(set(listed) & set(found))
+        if found[n] != listed[n]
+    ]
     wrong += [f"{n} is not in the manifest" for n in foreign_files(path)]
     if manifest["failed_gates"]:
         wrong.append("it failed its quality gates")
-    return Check("files", not wrong, "; ".join(wrong) or f"{len(listed)} files as the manifest has them")
+    return Check(
+        "files", not wrong, "; ".join(wrong) or f"{len(listed)} files as the manifest has them"
+    )
 
 
 def _tokens(engine: Engine) -> list[int]:
     limit = min(TOKENS, engine.room - 1)
     if engine.text is not None:
         return engine.text.encode(SAMPLE)[:limit]
-    return torch.randint(0, engine.model_config.vocabulary, (limit,), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.randint(
+        0, engine.model_config.vocabulary, (limit,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
 
 
 def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None]) -> list[Check]:
@@ -94,7 +112,9 @@ def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None
     for index in range(config.layers):
         stored = {n: t.to(device) for n, t in weights.layer(index).items()}
         start = x.to(engine.ops.dtype).float()  # both begin with what the engine can hold
-        x = DecoderLayer(architecture, config, index, stored, seq, torch.float32).forward(start, _rounding(engine, index))
+        x = DecoderLayer(architecture, config, index, stored, seq, torch.float32).forward(
+            start, _rounding(engine, index)
+        )
         expected = normalize(config, x, *_final(outer, architecture.final_norm))
         error = _difference(_engine_layer(engine, index, start[0], len(tokens)), expected[0])
         worst = max(worst, error)
@@ -102,16 +122,29 @@ def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None
             off.append(f"layer {index}: {error:.2e}")
         if original is not None:
             own = {n: t.to(device) for n, t in original.layer(index).items()}
-            plain = DecoderLayer(original.checkpoint.architecture, original.checkpoint.config, index, own, seq, torch.float32)
+            plain = DecoderLayer(
+                original.checkpoint.architecture,
+                original.checkpoint.config,
+                index,
+                own,
+                seq,
+                torch.float32,
+            )
             error = _difference(x - start, plain.forward(start) - start)
             furthest = max(furthest, error)
             if not error <= FAR:
                 far.append(f"layer {index}: {error:.2e}")
         step(f"layer {index}")
-    said = f"engine against dequantised weights in float32, largest relative difference {worst:.2e}, at most {limit:g}"
+    said = (
+        f"engine against dequantised weights in float32, largest relative difference {worst:.2e},"
+        f" at most {limit:g}"
+    )
     found = [Check("layers", not off, "; ".join(off) or said)]
     if original is not None:
-        said = f"what a layer adds against the unquantised one's, largest relative difference {furthest:.2e}, at most {FAR}"
+        said = (
+            "what a layer adds against the unquantised one's, largest relative difference"
+            f" {furthest:.2e}, at most {FAR}"
+        )
         found.append(Check("reference", not far, "; ".join(far) or said))
     target = logits(architecture, config, outer, x)[0].log_softmax(-1)
     return [*found, _logits(engine, tokens, target)]
@@ -131,7 +164,9 @@ def _rounding(engine: Engine, index: int) -> ObserveKV | None:
         return None
     if engine.kv.parameters:
         p = {n: t.to(engine.ops.device) for n, t in engine.kv.parameters[index].items()}
-        key, value = (KVParameters(8, p[f"{letter}_scale"], p[f"{letter}_zero_point"]) for letter in "kv")
+        key, value = (
+            KVParameters(8, p[f"{letter}_scale"], p[f"{letter}_zero_point"]) for letter in "kv"
+        )
         return lambda k, v: (round_kv(k, key), round_kv(v, value))
     return lambda k, v: (_round_tokens(k), _round_tokens(v))
 
@@ -143,10 +178,20 @@ def _round_tokens(x: Tensor) -> Tensor:
 
 
 def _engine_layer(engine: Engine, index: int, x: Tensor, length: int) -> Tensor:
-    """The final norm of layer `index`'s output `[L, H]` for hidden states `x`: a model of one layer, whose embedding is its input."""
+    """The final norm of layer `index`'s output `[L, H]` for hidden states `x`: a model of one
+    layer, whose embedding is its input."""
     model = engine.loaded.model
-    alone = replace(model, layers=(model.layers[index],), embedding=x.to(engine.ops.dtype), positions=None)
-    request = Request("verify", (0,) * length, SamplingParams(), 1, 0, rope_length=engine.runner.rotary.stretch(length))
+    alone = replace(
+        model, layers=(model.layers[index],), embedding=x.to(engine.ops.dtype), positions=None
+    )
+    request = Request(
+        "verify",
+        (0,) * length,
+        SamplingParams(),
+        1,
+        0,
+        rope_length=engine.runner.rotary.stretch(length),
+    )
     sequence = Sequence(request, 0, list(range(length)))
     sequence.blocks = [engine.blocks.allocate() for _ in range(engine.blocks.blocks_for(length))]
     try:
@@ -166,7 +211,10 @@ def _logits(engine: Engine, tokens: list[int], target: Tensor) -> Check:
     error = sum(abs(p.logprob - float(target[i, p.token])) for i, p in scored) / max(1, len(scored))
     same = sum(p.top[0][0] == int(target[i].argmax()) for i, p in scored) / max(1, len(scored))
     passed = error <= MOST_APART and same >= 0.9
-    said = f"mean difference of log-probabilities {error:.2e}, top-1 agreement {same:.1%} over {len(scored)} tokens"
+    said = (
+        f"mean difference of log-probabilities {error:.2e}, top-1 agreement {same:.1%} over"
+        f" {len(scored)} tokens"
+    )
     return Check("logits", passed, said)
 
 
@@ -187,5 +235,11 @@ def _generation(engine: Engine) -> Check:
     together = run(prompts)
     whole = all(len(found) == most for found in alone)
     passed = whole and alone == together and not engine.problems()
-    said = f"{len(prompts)} prompts, {most} tokens each: the same alone and together" if passed else "texts differ alone and together"
-    return Check("generation", passed, said if whole else "a text ended early: logits that are no numbers")
+    said = (
+        f"{len(prompts)} prompts, {most} tokens each: the same alone and together"
+        if passed
+        else "texts differ alone and together"
+    )
+    return Check(
+        "generation", passed, said if whole else "a text ended early: logits that are no numbers"
+    )

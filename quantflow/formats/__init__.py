@@ -1,4 +1,5 @@
-"""Checkpoint formats: how a quantised model is laid out for other software. A new format is one file here and one line below."""
+"""Checkpoint formats: how a quantised model is laid out for other software. A new format is one
+file here and one line below."""
 
 from __future__ import annotations
 
@@ -29,14 +30,16 @@ FORMATS: dict[str, Format] = {
 
 
 def scale_dtypes(model_dtype: str) -> tuple[str, ...]:
-    """Dtypes, as torch names them, in which every scale of a model in `model_dtype` is to be exact: those of every format that holds
-    integer codes, so that what is quantised once can be packed into each of them."""
+    """Dtypes, as torch names them, in which every scale of a model in `model_dtype` is to be exact:
+    those of every format that holds integer codes, so that what is quantised once can be packed
+    into each of them."""
     holding = (form for form in FORMATS.values() if "integer" in form.kinds and form.dtype is None)
     return tuple(dict.fromkeys(form.scale_dtype(model_dtype) for form in holding))
 
 
 def detect(config: Mapping[str, Any]) -> str | None:
-    """The name of the format that a model's `config.json` declares, or None if it declares no quantisation.
+    """The name of the format that a model's `config.json` declares, or None if it declares no
+    quantisation.
 
     Raises FormatError if it declares one that QuantFlow does not read.
     """
@@ -44,7 +47,9 @@ def detect(config: Mapping[str, Any]) -> str | None:
     if not quantization:
         return None
     if not isinstance(quantization, Mapping):
-        raise FormatError(Problem("config.json quantization_config", f"{quantization!r}", "a mapping"))
+        raise FormatError(
+            Problem("config.json quantization_config", f"{quantization!r}", "a mapping")
+        )
     if problem := unread_method("config.json quantization_config", quantization):
         raise FormatError(problem)
     name = str(quantization.get("quant_method"))
@@ -52,7 +57,9 @@ def detect(config: Mapping[str, Any]) -> str | None:
         name = declared_version(quantization)
     if name not in FORMATS or not FORMATS[name].marks:
         readable = ", ".join(known for known, form in FORMATS.items() if form.marks)
-        raise FormatError(Problem("config.json quantization_config", f"format {name!r}", f"one of {readable}"))
+        raise FormatError(
+            Problem("config.json quantization_config", f"format {name!r}", f"one of {readable}")
+        )
     return name
 
 

@@ -1,9 +1,11 @@
-"""bitsandbytes' NF4, serialized: read by bitsandbytes itself, transformers and vLLM. What people know as `load_in_4bit`.
+"""bitsandbytes' NF4, serialized: read by bitsandbytes itself, transformers and vLLM. What people
+know as `load_in_4bit`.
 
-`weight` uint8 `[N*K/2, 1]`, two codes a byte, the first in the high nibble; `weight.absmax` float32 `[N*K/g]` and
-`weight.quant_map` float32 `[16]`. Double quantisation has `absmax` uint8 with `weight.nested_absmax` float32 (one for 256) and
-`weight.nested_quant_map` float32 `[256]`. `weight.quant_state.bitsandbytes__nf4` is JSON in uint8. Blocks run through the flattened
-weight; here each lies within a row.
+`weight` uint8 `[N*K/2, 1]`, two codes a byte, the first in the high nibble; `weight.absmax` float32
+`[N*K/g]` and `weight.quant_map` float32 `[16]`. Double quantisation has `absmax` uint8 with
+`weight.nested_absmax` float32 (one for 256) and `weight.nested_quant_map` float32 `[256]`.
+`weight.quant_state.bitsandbytes__nf4` is JSON in uint8. Blocks run through the flattened weight;
+here each lies within a row.
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import ConfigRequest, Spec, check_tensor, expect_shape, grid_problems, setting, take, texts
+from quantflow.formats.base import (
+    ConfigRequest,
+    Spec,
+    check_tensor,
+    expect_shape,
+    grid_problems,
+    setting,
+    take,
+    texts,
+)
 from quantflow.formats.engines import refusals
 
 if TYPE_CHECKING:
@@ -27,9 +38,11 @@ if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes computes
-STORAGE = ("uint8", "float16", "bfloat16", "float32")  # dtypes that the bytes of the codes may be stored as
+# dtypes that the bytes of the codes may be stored as
+STORAGE = ("uint8", "float16", "bfloat16", "float32")
 _STATE = ".weight.quant_state.bitsandbytes__nf4"
-_UNREAD = (".weight.quant_state.bitsandbytes__fp4", ".SCB", ".weight_format")  # of fp4 and int8, recognised to be refused by name
+# of fp4 and int8, recognised to be refused by name
+_UNREAD = (".weight.quant_state.bitsandbytes__fp4", ".SCB", ".weight_format")
 _NESTED_BLOCK = 256
 
 
@@ -44,23 +57,51 @@ class Bitsandbytes:
     parallel: bool = False
     holds_index: bool = False
     suffixes: tuple[str, ...] = (
-        ".weight", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map", _STATE,
+        ".weight",
+        ".weight.absmax",
+        ".weight.quant_map",
+        ".weight.nested_absmax",
+        ".weight.nested_quant_map",
+        _STATE,
         *_UNREAD,
-    )  # fmt: skip
+    )
     marks: tuple[str, ...] = (_STATE, *_UNREAD[:2])
 
     def scale_dtype(self, model_dtype: str) -> str:
         return "float32"
 
     def check(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+        self,
+        module: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        act_order_index: bool,
+        tp: int = 1,
+        tp_dim: int | None = None,
     ) -> list[Problem]:
         problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
         if scheme.kind == "nf4" and scheme.group_size not in BLOCK_SIZES:
-            problems.append(Problem(module, f"blocks of {scheme.group_size}", f"one of {', '.join(map(str, BLOCK_SIZES))}"))
+            problems.append(
+                Problem(
+                    module,
+                    f"blocks of {scheme.group_size}",
+                    f"one of {', '.join(map(str, BLOCK_SIZES))}",
+                )
+            )
         if ".experts." in module:
-            hint = "transformers joins a layer's experts into one tensor, which it cannot do with these"
-            problems.append(Problem(module, "an expert of a mixture", "a linear of its own, or experts that are ignored", hint))
+            hint = (
+                "transformers joins a layer's experts into one tensor, which it cannot do with"
+                " these"
+            )
+            problems.append(
+                Problem(
+                    module,
+                    "an expert of a mixture",
+                    "a linear of its own, or experts that are ignored",
+                    hint,
+                )
+            )
         return problems
 
     def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
@@ -74,7 +115,9 @@ class Bitsandbytes:
     def shares_scheme(self, module: str) -> bool:
         return True
 
-    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+    def specs(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
+    ) -> dict[str, Spec]:
         (n, k), groups = shape, shape[0] * scheme.groups(shape[1])
         specs: dict[str, Spec] = {
             f"{module}.weight": ("U8", (n * k // 2, 1)),
@@ -87,7 +130,9 @@ class Bitsandbytes:
         specs[f"{module}{_STATE}"] = ("U8", (_STATE_BYTES,))
         return specs
 
-    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(
+        self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.numbers.nf4 import NF4, Nf4Tensor
@@ -98,8 +143,16 @@ class Bitsandbytes:
         check_tensor(module, tensor)
         assert isinstance(tensor, Nf4Tensor)
         flat, nested = tensor.codes.reshape(-1), tensor.nested
-        if (nested is not None) != tensor.scheme.double or (nested and not torch.equal(nested.scales(), tensor.scales.reshape(-1))):
-            raise FormatError(Problem(f"{module} scales", "others than the nested ones stand for", "the same, where the scheme is double"))
+        if (nested is not None) != tensor.scheme.double or (
+            nested and not torch.equal(nested.scales(), tensor.scales.reshape(-1))
+        ):
+            raise FormatError(
+                Problem(
+                    f"{module} scales",
+                    "others than the nested ones stand for",
+                    "the same, where the scheme is double",
+                )
+            )
         encoded = {
             f"{module}.weight": (flat[::2] << 4 | flat[1::2])[:, None],
             f"{module}.weight.absmax": nested.codes if nested else tensor.scales.reshape(-1),
@@ -108,26 +161,49 @@ class Bitsandbytes:
         if nested:
             encoded[f"{module}.weight.nested_absmax"] = nested.absmax
             encoded[f"{module}.weight.nested_quant_map"] = nested.table
-        encoded[f"{module}{_STATE}"] = _state(tensor.scheme, tensor.shape, str(model_dtype).removeprefix("torch."), nested)
+        encoded[f"{module}{_STATE}"] = _state(
+            tensor.scheme, tensor.shape, str(model_dtype).removeprefix("torch."), nested
+        )
         return encoded
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
-        """As the protocol says; the block size is the library's usual 64 here, and `decode` refuses another."""
+        """As the protocol says; the block size is the library's usual 64 here, and `decode` refuses
+        another."""
         from quantflow.quant.scheme import Scheme
 
         if not setting(config, "load_in_4bit", bool, default=False):
-            raise FormatError(Problem("quantization_config.load_in_4bit", "false", "true: 8-bit checkpoints of bitsandbytes are not read"))
+            raise FormatError(
+                Problem(
+                    "quantization_config.load_in_4bit",
+                    "false",
+                    "true: 8-bit checkpoints of bitsandbytes are not read",
+                )
+            )
         if (kind := config.get("bnb_4bit_quant_type", "fp4")) != "nf4":
-            raise FormatError(Problem("quantization_config.bnb_4bit_quant_type", f"{kind!r}", "'nf4'"))
+            raise FormatError(
+                Problem("quantization_config.bnb_4bit_quant_type", f"{kind!r}", "'nf4'")
+            )
         skipped = texts(config, "llm_int8_skip_modules")
-        if module == "lm_head" or any(module == name or module.endswith(f".{name}") for name in skipped):
+        if module == "lm_head" or any(
+            module == name or module.endswith(f".{name}") for name in skipped
+        ):
             return None
         group = setting(config, "bnb_4bit_blocksize", int, default=64)
         if group not in BLOCK_SIZES:
-            raise FormatError(Problem("quantization_config.bnb_4bit_blocksize", f"{group}", f"one of {', '.join(map(str, BLOCK_SIZES))}"))
-        return Scheme(4, group, True, "nf4", setting(config, "bnb_4bit_use_double_quant", bool, default=False))
+            raise FormatError(
+                Problem(
+                    "quantization_config.bnb_4bit_blocksize",
+                    f"{group}",
+                    f"one of {', '.join(map(str, BLOCK_SIZES))}",
+                )
+            )
+        return Scheme(
+            4, group, True, "nf4", setting(config, "bnb_4bit_use_double_quant", bool, default=False)
+        )
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> QuantizedTensor:
+    def decode(
+        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> QuantizedTensor:
         import torch
 
         from quantflow.quant.numbers.nf4 import NF4, NestedScales, Nf4Tensor
@@ -139,16 +215,34 @@ class Bitsandbytes:
         state = _read_state(where, take(tensors, where, torch.uint8, dims=1))
         n, k = state["shape"]
         if (state["blocksize"], "nested_blocksize" in state) != (scheme.group_size, scheme.double):
-            found = f"blocks of {state['blocksize']}{', double' if 'nested_blocksize' in state else ''}"
+            found = (
+                f"blocks of {state['blocksize']}{', double' if 'nested_blocksize' in state else ''}"
+            )
             hint = "Say so there: bnb_4bit_blocksize and bnb_4bit_use_double_quant"
             raise FormatError(Problem(where, found, f"{scheme}, says quantization_config", hint))
         if k % scheme.group_size:
-            hint = "Its blocks run from one row into the next: load it with bitsandbytes, and save it dequantised"
-            raise FormatError(Problem(where, f"{k} input channels", f"a multiple of the blocks of {scheme.group_size}", hint))
+            hint = (
+                "Its blocks run from one row into the next: load it with bitsandbytes, and save it"
+                " dequantised"
+            )
+            raise FormatError(
+                Problem(
+                    where,
+                    f"{k} input channels",
+                    f"a multiple of the blocks of {scheme.group_size}",
+                    hint,
+                )
+            )
         groups = n * k // scheme.group_size
         storage = setting(config, "bnb_4bit_quant_storage", str, default="uint8")
         if storage not in STORAGE:
-            raise FormatError(Problem("quantization_config.bnb_4bit_quant_storage", f"{storage!r}", f"one of {', '.join(STORAGE)}"))
+            raise FormatError(
+                Problem(
+                    "quantization_config.bnb_4bit_quant_storage",
+                    f"{storage!r}",
+                    f"one of {', '.join(STORAGE)}",
+                )
+            )
         packed = take(tensors, f"{module}.weight", getattr(torch, storage))
         expect_shape(f"{module}.weight", packed, (n * k // 2 // packed.element_size(), 1))
         table = take(tensors, f"{module}.weight.quant_map", torch.float32, dims=1)
@@ -161,7 +255,10 @@ class Bitsandbytes:
         if scheme.double:
             outer, inner = f"{module}.weight.nested_absmax", f"{module}.weight.nested_quant_map"
             nested = NestedScales(
-                absmax, take(tensors, outer, torch.float32, dims=1), take(tensors, inner, torch.float32, dims=1), state["nested_offset"]
+                absmax,
+                take(tensors, outer, torch.float32, dims=1),
+                take(tensors, inner, torch.float32, dims=1),
+                state["nested_offset"],
             )
             expect_shape(outer, nested.absmax, (-(-groups // _NESTED_BLOCK),))
             expect_shape(inner, nested.table, (256,))
@@ -173,11 +270,18 @@ class Bitsandbytes:
     def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
         schemes = set(request.modules.values()) or {request.default}
         if len(schemes) > 1:
-            raise FormatError(Problem("bitsandbytes", " and ".join(sorted(map(str, schemes))), "one scheme for all linears"))
+            raise FormatError(
+                Problem(
+                    "bitsandbytes",
+                    " and ".join(sorted(map(str, schemes))),
+                    "one scheme for all linears",
+                )
+            )
         scheme = schemes.pop()
         if request.kv_scales:
             raise FormatError(Problem("kv", "bitsandbytes has no place for KV scales"))
-        size = {} if scheme.group_size == 64 else {"bnb_4bit_blocksize": scheme.group_size}  # readers go by each weight's own state
+        # readers go by each weight's own state
+        size = {} if scheme.group_size == 64 else {"bnb_4bit_blocksize": scheme.group_size}
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -200,13 +304,25 @@ class Bitsandbytes:
 _STATE_BYTES = 224  # room for every state that is written, filled with blanks, which JSON allows
 
 
-def _state(scheme: Scheme, shape: tuple[int, int], dtype: str, nested: NestedScales | None) -> Tensor:
-    """The quantisation state as JSON in uint8, `[_STATE_BYTES]`: its length must be known before the offset is."""
+def _state(
+    scheme: Scheme, shape: tuple[int, int], dtype: str, nested: NestedScales | None
+) -> Tensor:
+    """The quantisation state as JSON in uint8, `[_STATE_BYTES]`: its length must be known before
+    the offset is."""
     import torch
 
-    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": scheme.group_size, "dtype": dtype, "shape": list(shape)}
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": scheme.group_size,
+        "dtype": dtype,
+        "shape": list(shape),
+    }
     if nested:
-        state |= {"nested_blocksize": nested.BLOCK, "nested_dtype": "float32", "nested_offset": nested.offset}
+        state |= {
+            "nested_blocksize": nested.BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": nested.offset,
+        }
     return torch.tensor(list(json.dumps(state).ljust(_STATE_BYTES).encode()), dtype=torch.uint8)
 
 
@@ -220,9 +336,21 @@ def _read_state(where: str, stored: Tensor) -> dict[str, Any]:
     state = state if isinstance(state, dict) else {"state": state}
     shape = state.get("shape")
     numbers = [*shape, state.get("blocksize")] if isinstance(shape, list) else []
-    good = len(numbers) == 3 and all(type(number) is int and 0 < number < 2**31 for number in numbers) and state.get("quant_type") == "nf4"
+    good = (
+        len(numbers) == 3
+        and all(type(number) is int and 0 < number < 2**31 for number in numbers)
+        and state.get("quant_type") == "nf4"
+    )
     offset = state.get("nested_offset", 0.0)
-    if not good or type(offset) is not float or not math.isfinite(offset) or state.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK:
-        expected = "quant_type nf4, blocksize and a shape [N, K]; nested blocks of 256 with a finite offset"
+    if (
+        not good
+        or type(offset) is not float
+        or not math.isfinite(offset)
+        or state.get("nested_blocksize", _NESTED_BLOCK) != _NESTED_BLOCK
+    ):
+        expected = (
+            "quant_type nf4, blocksize and a shape [N, K]; nested blocks of 256 with a finite"
+            " offset"
+        )
         raise FormatError(Problem(where, f"{state!r}"[:120], expected))
     return {**state, "nested_offset": offset}

@@ -1,11 +1,14 @@
-"""compressed-tensors, "pack-quantized": read by vLLM and transformers. 2 to 8 bits, scales in the model's dtype.
+"""compressed-tensors, "pack-quantized": read by vLLM and transformers. 2 to 8 bits, scales in the
+model's dtype.
 
-`weight_packed` int32 `[N, ceil(K*b/32)]`, `weight_scale` `[N, G]`, `weight_zero_point` int32 `[ceil(N*b/32), G]` for asymmetric
-weights alone, `weight_shape` int64 `[N, K]`. The package counts codes and zero points from `-2^(b-1)` and adds that back when it packs
-them, so our unsigned ones are what is stored. Each scheme is a group in `config_groups`.
+`weight_packed` int32 `[N, ceil(K*b/32)]`, `weight_scale` `[N, G]`, `weight_zero_point` int32
+`[ceil(N*b/32), G]` for asymmetric weights alone, `weight_shape` int64 `[N, K]`. The package counts
+codes and zero points from `-2^(b-1)` and adds that back when it packs them, so our unsigned ones
+are what is stored. Each scheme is a group in `config_groups`.
 
-3 bits are dense since the package's 0.18; before, ten codes filled a word. `weight_g_idx` went in 0.19, which refuses `actorder:
-group` and would read the weights in the wrong groups without it: it is read here, never written.
+3 bits are dense since the package's 0.18; before, ten codes filled a word. `weight_g_idx` went in
+0.19, which refuses `actorder: group` and would read the weights in the wrong groups without it: it
+is read here, never written.
 """
 
 from __future__ import annotations
@@ -58,7 +61,11 @@ UNREAD_LAYOUTS = {
     "mxfp6-pack-quantized": "MXFP6 weights",
     "mxfp8-quantized": "MXFP8 weights",
 }
-_INDEX = Problem("group index", "compressed-tensors holds none since its version 0.19", hint="Use act_order: static, or gptq")
+_INDEX = Problem(
+    "group index",
+    "compressed-tensors holds none since its version 0.19",
+    hint="Use act_order: static, or gptq",
+)
 
 
 @dataclass(frozen=True)
@@ -71,22 +78,44 @@ class CompressedTensors:
     kv_scales: tuple[str, ...] = ("fp8",)
     parallel: bool = True
     holds_index: bool = False
-    suffixes: tuple[str, ...] = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
+    suffixes: tuple[str, ...] = (
+        ".weight_packed",
+        ".weight_scale",
+        ".weight_zero_point",
+        ".weight_shape",
+        ".weight_g_idx",
+    )
     marks: tuple[str, ...] = (".weight_packed",)
 
     def scale_dtype(self, model_dtype: str) -> str:
         return model_dtype
 
     def check(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+        self,
+        module: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        act_order_index: bool,
+        tp: int = 1,
+        tp_dim: int | None = None,
     ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
+        problems = grid_problems(
+            module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds
+        )
         if act_order_index:
             problems.append(Problem(module, f"a group index: {_INDEX.found}", hint=_INDEX.hint))
         if _is_expert(module) and not scheme.symmetric:
-            # transformers hands only packed codes, scales and shape of an expert to the package, which then misses the zero points.
+            # transformers hands only packed codes, scales and shape of an expert to the package,
+            # which then misses the zero points.
             hint = "Use symmetric: true for the experts, or awq or gptq"
-            problems.append(Problem(module, "an asymmetric expert, which readers of compressed-tensors cannot load", hint=hint))
+            problems.append(
+                Problem(
+                    module,
+                    "an asymmetric expert, which readers of compressed-tensors cannot load",
+                    hint=hint,
+                )
+            )
         return problems
 
     def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
@@ -99,7 +128,9 @@ class CompressedTensors:
     def shares_scheme(self, module: str) -> bool:
         return _is_expert(module)
 
-    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+    def specs(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
+    ) -> dict[str, Spec]:
         n, k = shape
         groups = scheme.groups(k)
         specs: dict[str, Spec] = {
@@ -111,7 +142,9 @@ class CompressedTensors:
         specs[f"{module}.weight_shape"] = ("I64", (2,))
         return specs
 
-    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(
+        self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_columns, pack_rows
@@ -124,7 +157,9 @@ class CompressedTensors:
         check_tensor(module, tensor)
         encoded = {
             f"{module}.weight_packed": pack_rows(tensor.codes, scheme.bits),
-            f"{module}.weight_scale": exact_scales(f"{module}.weight_scale", tensor.scales, model_dtype).contiguous(),
+            f"{module}.weight_scale": (
+                exact_scales(f"{module}.weight_scale", tensor.scales, model_dtype).contiguous()
+            ),
         }
         if not scheme.symmetric:
             encoded[f"{module}.weight_zero_point"] = pack_columns(tensor.zeros, scheme.bits)
@@ -132,8 +167,9 @@ class CompressedTensors:
         return encoded
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
-        """As the protocol says. A target or an ignored entry is a name, an expression after `re:`, or a class, of which `Linear`
-        is taken to be every quantised module's; names come before expressions, and those before classes."""
+        """As the protocol says. A target or an ignored entry is a name, an expression after `re:`,
+        or a class, of which `Linear` is taken to be every quantised module's; names come before
+        expressions, and those before classes."""
         if any(_match(entry, module) for entry in texts(config, "ignore")):
             return None
         found: tuple[int, str, Mapping[str, Any]] | None = None
@@ -151,21 +187,36 @@ class CompressedTensors:
         if form != _FORMAT:
             raise FormatError(Problem(f"{where}.format", f"{form!r}", f"{_FORMAT!r}"))
         weights = setting(found[2], "weights", dict, where)
-        if found[2].get("input_activations") or found[2].get("output_activations") or weights.get("dynamic"):
+        if (
+            found[2].get("input_activations")
+            or found[2].get("output_activations")
+            or weights.get("dynamic")
+        ):
             raise FormatError(Problem(where, "quantised activations", "quantised weights alone"))
         if weights.get("type", "int") != "int":
             raise FormatError(Problem(f"{where}.weights.type", f"{weights['type']!r}", "'int'"))
         group_size = weights.get("group_size")
-        strategy = weights.get("strategy") or ("channel" if group_size == -1 else "group" if group_size else "tensor")
+        strategy = weights.get("strategy") or (
+            "channel" if group_size == -1 else "group" if group_size else "tensor"
+        )
         if strategy == "channel":
             group_size = -1
         elif strategy != "group":
-            raise FormatError(Problem(f"{where}.weights.strategy", f"{strategy!r}", "'group' or 'channel'"))
+            raise FormatError(
+                Problem(f"{where}.weights.strategy", f"{strategy!r}", "'group' or 'channel'")
+            )
         weights = {**weights, "group_size": group_size}
-        numbers = setting(weights, "num_bits", int, where), setting(weights, "group_size", int, where)
-        return read_scheme(*numbers, setting(weights, "symmetric", bool, where, default=True), where)
+        numbers = (
+            setting(weights, "num_bits", int, where),
+            setting(weights, "group_size", int, where),
+        )
+        return read_scheme(
+            *numbers, setting(weights, "symmetric", bool, where, default=True), where
+        )
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IntegerTensor:
+    def decode(
+        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> IntegerTensor:
         import torch
 
         from quantflow.quant.numbers.integer import IntegerTensor
@@ -179,15 +230,30 @@ class CompressedTensors:
         expect_shape(f"{module}.weight_shape", stored_shape, (2,))
         n, k = stored_shape.tolist()
         if n < 1 or k < 1 or k % scheme.group_of(k):
-            raise FormatError(Problem(f"{module}.weight_shape", f"[{n}, {k}]", f"one that fits {scheme}"))
+            raise FormatError(
+                Problem(f"{module}.weight_shape", f"[{n}, {k}]", f"one that fits {scheme}")
+            )
         groups = scheme.groups(k)
-        packed, scales = take(tensors, f"{module}.weight_packed", torch.int32), take(tensors, f"{module}.weight_scale")
+        packed, scales = (
+            take(tensors, f"{module}.weight_packed", torch.int32),
+            take(tensors, f"{module}.weight_scale"),
+        )
         expect_shape(f"{module}.weight_packed", packed, (n, _words(k, bits)))
         expect_shape(f"{module}.weight_scale", scales, (n, groups))
         if scheme.symmetric:
-            if f"{module}.weight_zero_point" in tensors and bool(tensors[f"{module}.weight_zero_point"].any()):
-                raise FormatError(Problem(f"{module}.weight_zero_point", "zero points", "none, says quantization_config (symmetric)"))
-            zeros = torch.full((n, groups), scheme.midpoint, dtype=torch.uint8, device=packed.device)
+            if f"{module}.weight_zero_point" in tensors and bool(
+                tensors[f"{module}.weight_zero_point"].any()
+            ):
+                raise FormatError(
+                    Problem(
+                        f"{module}.weight_zero_point",
+                        "zero points",
+                        "none, says quantization_config (symmetric)",
+                    )
+                )
+            zeros = torch.full(
+                (n, groups), scheme.midpoint, dtype=torch.uint8, device=packed.device
+            )
         else:
             words = take(tensors, f"{module}.weight_zero_point", torch.int32)
             expect_shape(f"{module}.weight_zero_point", words, (_words(n, bits), groups))
@@ -197,7 +263,11 @@ class CompressedTensors:
             index = take(tensors, f"{module}.weight_g_idx", torch.int32, dims=1)
             expect_shape(f"{module}.weight_g_idx", index, (k,))
             # -1 is how the package marked an index that was never set.
-            index = None if bool((index == -1).all()) else group_index(f"{module}.weight_g_idx", index, groups)
+            index = (
+                None
+                if bool((index == -1).all())
+                else group_index(f"{module}.weight_g_idx", index, groups)
+            )
         return IntegerTensor(scheme, unpack_rows(packed, bits, k), scales, zeros, index)
 
     def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
@@ -206,17 +276,22 @@ class CompressedTensors:
         experts = {scheme: name for name, scheme in request.modules.items() if _is_expert(name)}
         if len(experts) > 1:
             found = " and ".join(f"{scheme} ({name})" for scheme, name in experts.items())
-            problems.append(Problem("experts", found, "one scheme for all experts", "Change weights.overrides"))
+            problems.append(
+                Problem("experts", found, "one scheme for all experts", "Change weights.overrides")
+            )
         if problems:
             raise FormatError(problems)
-        # transformers takes the first group for all that is dense, and for experts the one with an expression that names them, if any.
+        # transformers takes the first group for all that is dense, and for experts the one with an
+        # expression that names them, if any.
         dense = {name: scheme for name, scheme in request.modules.items() if not _is_expert(name)}
         main = main_scheme(dense or request.modules, request.default)
         groups = [_group(main, ["Linear"])]
         for own in dict.fromkeys(request.modules.values()):
             if own != main:
                 chosen = [name for name in request.modules if request.modules[name] == own]
-                others = [name for name in request.modules if request.modules[name] != own] + request.ignored
+                others = [
+                    name for name in request.modules if request.modules[name] != own
+                ] + request.ignored
                 patterns, names = name_patterns(chosen, others)
                 groups.append(_group(own, [f"re:{pattern}" for pattern in patterns] + names))
         config: dict[str, Any] = {
@@ -228,10 +303,15 @@ class CompressedTensors:
             "ignore": list(request.ignored),
             "kv_cache_scheme": {**_KV_SCHEME, "type": "float"} if request.kv_scales else None,
         }
-        if any(not scheme.symmetric for scheme in request.modules.values()) and len(set(dense.values())) == 1:
-            # With the package's 0.18 to 0.20, transformers 5.23 expects packed zero points in their unpacked shape, and refuses the
-            # checkpoint unless it unpacks each weight while it reads it. It then takes the first group's scheme for all that is dense,
-            # so that this helps nothing where schemes are mixed: vLLM, transformers 5.17 or the package's 0.17 read those.
+        if (
+            any(not scheme.symmetric for scheme in request.modules.values())
+            and len(set(dense.values())) == 1
+        ):
+            # With the package's 0.18 to 0.20, transformers 5.23 expects packed zero points in their
+            # unpacked shape, and refuses the checkpoint unless it unpacks each weight while it
+            # reads it. It then takes the first group's scheme for all that is dense, so that this
+            # helps nothing where schemes are mixed: vLLM, transformers 5.17 or the package's 0.17
+            # read those.
             config["dequantize"] = True
         return config
 
@@ -239,18 +319,34 @@ class CompressedTensors:
         doubts = unlike_parts(request.modules, request.ignored)
         dense = {scheme for name, scheme in request.modules.items() if not _is_expert(name)}
         if len(dense) > 1 and not all(scheme.symmetric for scheme in dense):
-            found = f"does not load zero points beside unlike schemes: {', '.join(sorted(map(str, dense)))}"
-            doubts.append(Problem(TRANSFORMERS, found, "one scheme, or symmetric ones", "weights.symmetric: true"))
+            found = (
+                "does not load zero points beside unlike schemes:"
+                f" {', '.join(sorted(map(str, dense)))}"
+            )
+            doubts.append(
+                Problem(
+                    TRANSFORMERS, found, "one scheme, or symmetric ones", "weights.symmetric: true"
+                )
+            )
         refused = list(refusals(self.name, request.modules, act_order=request.act_order))
-        if len({scheme.group_size for scheme in request.modules.values()}) > 1 and LMDEPLOY not in {problem.where for problem in refused}:
-            doubts.append(Problem(LMDEPLOY, "takes all groups to be of one size, and these are not", "one group_size"))
+        if len({scheme.group_size for scheme in request.modules.values()}) > 1 and LMDEPLOY not in {
+            problem.where for problem in refused
+        }:
+            doubts.append(
+                Problem(
+                    LMDEPLOY,
+                    "takes all groups to be of one size, and these are not",
+                    "one group_size",
+                )
+            )
         return doubts + refused
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
 
     def stored_kv_scales(self, config: Mapping[str, Any]) -> str | None:
-        """Which KV scales a checkpoint says that it holds: None, `fp8` or `int8`, one each of K and V of a layer, or other ones in words.
+        """Which KV scales a checkpoint says that it holds: None, `fp8` or `int8`, one each of K and
+        V of a layer, or other ones in words.
 
         int8 is what QuantFlow once wrote; transformers applies it, vLLM refuses it.
         """
@@ -259,7 +355,9 @@ class CompressedTensors:
             return None
         plain = all(scheme.get(key) == value for key, value in _KV_SCHEME.items())
         kind = {"float": "fp8", "int": "int8"}.get(str(scheme.get("type"))) if plain else None
-        return kind or ", ".join(f"{key} {scheme[key]}" for key in ("type", *_KV_SCHEME) if key in scheme)
+        return kind or ", ".join(
+            f"{key} {scheme[key]}" for key in ("type", *_KV_SCHEME) if key in scheme
+        )
 
 
 _KV_SCHEME = {"num_bits": 8, "strategy": "tensor", "symmetric": True, "dynamic": False}

@@ -1,9 +1,11 @@
-"""GPTQ, in AutoGPTQ's version 1 and GPTQModel's version 2. 2, 3, 4 or 8 bits, fp16 scales, a group index where there is one.
+"""GPTQ, in AutoGPTQ's version 1 and GPTQModel's version 2. 2, 3, 4 or 8 bits, fp16 scales, a group
+index where there is one.
 
-`qweight` int32 `[K*b/32, N]` packed along the inputs, `qzeros` int32 `[G, N*b/32]` along the outputs, `scales` fp16 `[G, N]`, `g_idx`
-int32 `[K]`. Version 1 stores each zero point less one, so that it cannot hold 0: AutoGPTQ writes the -1 over the rest of its word and
-reads 16, GPTQModel borrows one from the field above and gives it back. Modules with settings of their own are listed in GPTQModel's
-`dynamic`, which vLLM reads as well.
+`qweight` int32 `[K*b/32, N]` packed along the inputs, `qzeros` int32 `[G, N*b/32]` along the
+outputs, `scales` fp16 `[G, N]`, `g_idx` int32 `[K]`. Version 1 stores each zero point less one, so
+that it cannot hold 0: AutoGPTQ writes the -1 over the rest of its word and reads 16, GPTQModel
+borrows one from the field above and gives it back. Modules with settings of their own are listed in
+GPTQModel's `dynamic`, which vLLM reads as well.
 """
 
 from __future__ import annotations
@@ -66,17 +68,30 @@ class Gptq:
         return "float16"
 
     def check(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, *, act_order_index: bool, tp: int = 1, tp_dim: int | None = None
+        self,
+        module: str,
+        shape: tuple[int, int],
+        scheme: Scheme,
+        *,
+        act_order_index: bool,
+        tp: int = 1,
+        tp_dim: int | None = None,
     ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
+        problems = grid_problems(
+            module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds
+        )
         if scheme.kind == "integer" and scheme.bits not in (2, 3, 4, 8):
-            problems.append(Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8", "Use compressed-tensors"))
+            problems.append(
+                Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8", "Use compressed-tensors")
+            )
         elif scheme.kind == "integer":
             period = {2: 16, 3: 32, 4: 8, 8: 4}[scheme.bits]
             for count, kind in zip(rank_shape(shape, tp, tp_dim), ("output", "input"), strict=True):
                 if count % period:
                     hint = "Use compressed-tensors, or ignore this module"
-                    expected = f"a multiple of {period}, as {scheme.bits} bits must fill whole words"
+                    expected = (
+                        f"a multiple of {period}, as {scheme.bits} bits must fill whole words"
+                    )
                     problems.append(Problem(module, f"{count} {kind} channels", expected, hint))
         return problems
 
@@ -90,7 +105,9 @@ class Gptq:
     def shares_scheme(self, module: str) -> bool:
         return False
 
-    def specs(self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool) -> dict[str, Spec]:
+    def specs(
+        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
+    ) -> dict[str, Spec]:
         n, k = shape
         groups = scheme.groups(k)
         return {
@@ -100,7 +117,9 @@ class Gptq:
             f"{module}.g_idx": ("I32", (k,)),
         }
 
-    def encode(self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype) -> dict[str, Tensor]:
+    def encode(
+        self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.packing import pack_rows, pack_rows_transposed
@@ -117,7 +136,8 @@ class Gptq:
                 raise FormatError(
                     Problem(
                         f"{module}.qzeros",
-                        f"{int((zeros == 0).sum())} zero points are 0, which version 1 would store as -1",
+                        f"{int((zeros == 0).sum())} zero points are 0, which version 1 would store"
+                        " as -1",
                         f"zero points of 1..{scheme.levels}",
                         "Use gptq_v2, a symmetric scheme, or another format",
                     )
@@ -129,14 +149,18 @@ class Gptq:
         return {
             f"{module}.qweight": pack_rows_transposed(tensor.codes, scheme.bits),
             f"{module}.qzeros": pack_rows(zeros.t(), scheme.bits),
-            f"{module}.scales": exact_scales(f"{module}.scales", tensor.scales, torch.float16).t().contiguous(),
+            f"{module}.scales": (
+                exact_scales(f"{module}.scales", tensor.scales, torch.float16).t().contiguous()
+            ),
             f"{module}.g_idx": index,
         }
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         found = declared_version(config)
         if found != self.name:
-            raise FormatError(Problem("quantization_config.checkpoint_format", f"{found!r}", f"{self.name!r}"))
+            raise FormatError(
+                Problem("quantization_config.checkpoint_format", f"{found!r}", f"{self.name!r}")
+            )
         if module == "lm_head" and not config.get("lm_head"):
             return None
         own = own_settings(config, module)
@@ -144,11 +168,21 @@ class Gptq:
             return None
         merged = {**config, **own}
         if setting(merged, "bits", int) not in (2, 3, 4, 8):
-            raise FormatError(Problem("quantization_config.bits", f"{merged['bits']}", "2, 3, 4 or 8"))
-        return read_scheme(setting(merged, "bits", int), setting(merged, "group_size", int), setting(merged, "sym", bool), module)
+            raise FormatError(
+                Problem("quantization_config.bits", f"{merged['bits']}", "2, 3, 4 or 8")
+            )
+        return read_scheme(
+            setting(merged, "bits", int),
+            setting(merged, "group_size", int),
+            setting(merged, "sym", bool),
+            module,
+        )
 
-    def decode(self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> IntegerTensor:
-        """As the protocol says. A zero point of 0 in version 1 is read where GPTQModel wrote it; others lose its neighbours."""
+    def decode(
+        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> IntegerTensor:
+        """As the protocol says. A zero point of 0 in version 1 is read where GPTQModel wrote it;
+        others lose its neighbours."""
         import torch
 
         from quantflow.quant.numbers.integer import IntegerTensor
@@ -160,12 +194,25 @@ class Gptq:
         qweight = take(tensors, f"{module}.qweight", torch.int32)
         n, bits = qweight.shape[1], scheme.bits
         if qweight.shape[0] * 32 % bits:
-            raise FormatError(Problem(f"{module}.qweight", f"{qweight.shape[0]} words a column", f"whole codes of {bits} bits"))
+            raise FormatError(
+                Problem(
+                    f"{module}.qweight",
+                    f"{qweight.shape[0]} words a column",
+                    f"whole codes of {bits} bits",
+                )
+            )
         k = qweight.shape[0] * 32 // bits
         if k % scheme.group_of(k) or n * bits % 32:
-            raise FormatError(Problem(f"{module}.qweight", f"shape {list(qweight.shape)}", f"one that fits {scheme}"))
+            raise FormatError(
+                Problem(
+                    f"{module}.qweight", f"shape {list(qweight.shape)}", f"one that fits {scheme}"
+                )
+            )
         groups = scheme.groups(k)
-        qzeros, scales = take(tensors, f"{module}.qzeros", torch.int32), take(tensors, f"{module}.scales")
+        qzeros, scales = (
+            take(tensors, f"{module}.qzeros", torch.int32),
+            take(tensors, f"{module}.scales"),
+        )
         expect_shape(f"{module}.qzeros", qzeros, (groups, n * bits // 32))
         expect_shape(f"{module}.scales", scales, (groups, n))
         borrows = self.version == 1 and _by_gptqmodel(config) and bits != 3
@@ -178,27 +225,46 @@ class Gptq:
                 raise FormatError(
                     Problem(
                         f"{module}.qzeros",
-                        f"{int((zeros == 0).sum())} zero points are -1, over which version 1 loses others",
-                        f"zero points of 1..{scheme.levels}, or quantization_config.meta.quantizer: gptqmodel, which keeps them",
+                        f"{int((zeros == 0).sum())} zero points are -1, over which version 1 loses"
+                        " others",
+                        f"zero points of 1..{scheme.levels}, or quantization_config.meta.quantizer:"
+                        " gptqmodel, which keeps them",
                         "Quantise it again, as gptq_v2",
                     )
                 )
         if scheme.symmetric and not bool((zeros == scheme.midpoint).all()):
             hint = "The checkpoint may be of the other GPTQ version than its checkpoint_format says"
-            raise FormatError(Problem(f"{module}.qzeros", f"zero points other than {scheme.midpoint} with sym: true", hint=hint))
-        # Symmetric weights, which may be declared as any, have one zero point, the middle: read as the wrong version, its neighbour.
+            raise FormatError(
+                Problem(
+                    f"{module}.qzeros",
+                    f"zero points other than {scheme.midpoint} with sym: true",
+                    hint=hint,
+                )
+            )
+        # Symmetric weights, which may be declared as any, have one zero point, the middle: read as
+        # the wrong version, its neighbour.
         neighbour = scheme.midpoint + (1 if self.version == 1 else -1)
         if not scheme.symmetric and zeros.numel() > 1 and bool((zeros == neighbour).all()):
             other = "gptq_v2" if self.version == 1 else "gptq"
-            found = f"every zero point is {neighbour} as {self.name}, and the middle, {scheme.midpoint}, as {other}"
-            hint = f"If they are symmetric, set checkpoint_format to {other}: with the wrong one, models write '!!!!'"
-            raise FormatError(Problem(f"{module}.qzeros", found, "the version that checkpoint_format says", hint))
+            found = (
+                f"every zero point is {neighbour} as {self.name}, and the middle,"
+                f" {scheme.midpoint}, as {other}"
+            )
+            hint = (
+                f"If they are symmetric, set checkpoint_format to {other}: with the wrong one,"
+                " models write '!!!!'"
+            )
+            raise FormatError(
+                Problem(f"{module}.qzeros", found, "the version that checkpoint_format says", hint)
+            )
         index = None
         if f"{module}.g_idx" in tensors:  # some writers leave it out where it says nothing
             index = take(tensors, f"{module}.g_idx", torch.int32, dims=1)
             expect_shape(f"{module}.g_idx", index, (k,))
             index = group_index(f"{module}.g_idx", index, groups)
-        return IntegerTensor(scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index)
+        return IntegerTensor(
+            scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index
+        )
 
     def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
         if request.kv_scales:
@@ -211,9 +277,15 @@ class Gptq:
         for own in dict.fromkeys(request.modules.values()):
             if own != scheme:
                 chosen = [name for name in request.modules if request.modules[name] == own]
-                others = [name for name in request.modules if request.modules[name] != own] + request.ignored
+                others = [
+                    name for name in request.modules if request.modules[name] != own
+                ] + request.ignored
                 for pattern in _dynamic_patterns(chosen, others):
-                    dynamic[f"+:{pattern}"] = {"bits": own.bits, "group_size": own.group_size, "sym": own.symmetric}
+                    dynamic[f"+:{pattern}"] = {
+                        "bits": own.bits,
+                        "group_size": own.group_size,
+                        "sym": own.symmetric,
+                    }
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "bits": scheme.bits,
@@ -229,15 +301,18 @@ class Gptq:
         return config
 
     def doubts(self, request: ConfigRequest) -> list[Problem]:
-        return [*unlike_parts(request.modules, request.ignored), *refusals(self.name, request.modules, act_order=request.act_order)]
+        return [
+            *unlike_parts(request.modules, request.ignored),
+            *refusals(self.name, request.modules, act_order=request.act_order),
+        ]
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"quantize_config.json": dict(config)}
 
 
 def declared_version(config: Mapping[str, Any]) -> str:
-    """`gptq`, `gptq_v2` or what else a `quantization_config` says. Writers before version 2 said nothing; GPTQModel says it twice, and
-    calls `checkpoint_format` the older name."""
+    """`gptq`, `gptq_v2` or what else a `quantization_config` says. Writers before version 2 said
+    nothing; GPTQModel says it twice, and calls `checkpoint_format` the older name."""
     return str(config.get("checkpoint_format") or config.get("format") or "gptq")
 
 
@@ -249,6 +324,9 @@ def _by_gptqmodel(config: Mapping[str, Any]) -> bool:
 
 
 def _dynamic_patterns(chosen: list[str], others: list[str]) -> list[str]:
-    """Anchored expressions for `chosen`, and for the fused modules (`qkv_proj`) whose parts are all chosen: vLLM looks for those."""
-    patterns, names = name_patterns(with_fused(chosen, complete=True), with_fused(others, complete=False))
+    """Anchored expressions for `chosen`, and for the fused modules (`qkv_proj`) whose parts are all
+    chosen: vLLM looks for those."""
+    patterns, names = name_patterns(
+        with_fused(chosen, complete=True), with_fused(others, complete=False)
+    )
     return patterns + [f"^{re.escape(name)}$" for name in names]

@@ -1,4 +1,5 @@
-"""In which format a checkpoint is: by its config, by the older files beside it, or by its tensors; refused where that leaves a choice."""
+"""In which format a checkpoint is: by its config, by the older files beside it, or by its tensors;
+refused where that leaves a choice."""
 
 from __future__ import annotations
 
@@ -17,13 +18,16 @@ _AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}  # as the first Auto
 
 
 def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
-    """The format's name and the `quantization_config`, filled in where older writers were silent; None for a plain checkpoint.
+    """The format's name and the `quantization_config`, filled in where older writers were silent;
+    None for a plain checkpoint.
 
-    Raises FormatError for a format that is not read, and for tensors that more than one could have written.
+    Raises FormatError for a format that is not read, and for tensors that more than one could have
+    written.
     """
     raw = checkpoint.raw_config
     declared = raw.get("quantization_config") or raw.get("compression_config")
-    mlx = raw.get("quantization")  # which MLX writes, and again as a quantization_config without a method
+    # which MLX writes, and again as a quantization_config without a method
+    mlx = raw.get("quantization")
     if isinstance(mlx, Mapping) and "group_size" in mlx and declared in (None, {}, mlx):
         declared = {"quant_method": "mlx", **mlx}
     if not declared:
@@ -35,13 +39,19 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
         detect({"quantization_config": declared})  # which says what it should be
     if not declared:
         return _by_tensors(checkpoint)
-    if isinstance(declared.get("producer"), Mapping) and isinstance(own := declared.get("quantization"), Mapping):
+    if isinstance(declared.get("producer"), Mapping) and isinstance(
+        own := declared.get("quantization"), Mapping
+    ):
         declared = {"quant_method": declared["producer"].get("name"), **own}  # hf_quant_config.json
     config: dict[str, Any] = {_AWQ_KEYS.get(key, key): value for key, value in declared.items()}
     if "quant_method" not in config:
         method = config.get("method")  # as GPTQModel calls it too
         config["quant_method"] = method or (
-            "awq" if "version" in config or "w_bit" in declared else "gptq" if "desc_act" in config else None
+            "awq"
+            if "version" in config or "w_bit" in declared
+            else "gptq"
+            if "desc_act" in config
+            else None
         )
     if isinstance(config["quant_method"], str):
         config["quant_method"] = config["quant_method"].lower()
@@ -50,7 +60,9 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     if config["quant_method"] == "awq":
         config.setdefault("zero_point", True)
     if config["quant_method"] == "gptq" and "sym" not in config and _module(checkpoint):
-        config["sym"] = _stored_zeros(checkpoint, _module(checkpoint), _gptq_bits(config)) is not None
+        config["sym"] = (
+            _stored_zeros(checkpoint, _module(checkpoint), _gptq_bits(config)) is not None
+        )
     if config["quant_method"] == "gptq_v2":
         config |= {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}
     if config["quant_method"] == "gptq":
@@ -59,7 +71,12 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
         if config.get("is_marlin_format"):
             hint = "Save it in its plain layout with the tool that made it"
             raise FormatError(
-                Problem(str(checkpoint.path), "weights repacked for one kernel (is_marlin_format)", "GPTQ's own layout", hint)
+                Problem(
+                    str(checkpoint.path),
+                    "weights repacked for one kernel (is_marlin_format)",
+                    "GPTQ's own layout",
+                    hint,
+                )
             )
     found = detect({"quantization_config": config})
     assert found is not None  # a config that is not empty names a format, or is refused
@@ -67,44 +84,93 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Raises ModelError for a quantised checkpoint, and FormatError for one that is not even read."""
+    """Raises ModelError for a quantised checkpoint, and FormatError for one that is not even
+    read."""
     if found := recognise(checkpoint):
-        raise ModelError(Problem(str(checkpoint.path), f"already quantised ({found[0]})", "a full-precision checkpoint"))
+        raise ModelError(
+            Problem(
+                str(checkpoint.path),
+                f"already quantised ({found[0]})",
+                "a full-precision checkpoint",
+            )
+        )
 
 
 def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
-    """AWQ and GPTQ, by the shapes of the first packed weight; every module is taken to be like it, which `decode` checks."""
+    """AWQ and GPTQ, by the shapes of the first packed weight; every module is taken to be like it,
+    which `decode` checks."""
     module = _module(checkpoint)
     tensors = checkpoint.container.tensors
-    if problem := unread_tensors(str(checkpoint.path), {name: info.dtype for name, info in tensors.items()}):
+    if problem := unread_tensors(
+        str(checkpoint.path), {name: info.dtype for name, info in tensors.items()}
+    ):
         raise FormatError(problem)
     if module is None:
         strange = sorted(n for n in tensors if n.endswith((".weight_packed", ".weight.absmax")))
         if strange:
-            hint = "The config.json of the checkpoint is missing its quantization_config: download it again"
-            raise FormatError(Problem(str(checkpoint.path), f"packed tensors such as {strange[0]}, but no quantization_config", hint=hint))
+            hint = (
+                "The config.json of the checkpoint is missing its quantization_config: download it"
+                " again"
+            )
+            raise FormatError(
+                Problem(
+                    str(checkpoint.path),
+                    f"packed tensors such as {strange[0]}, but no quantization_config",
+                    hint=hint,
+                )
+            )
         return None
     n, k = checkpoint.expected.get(f"{module}.weight", (0, 0))
     shape, scales = tensors[f"{module}.qweight"].shape, tensors.get(f"{module}.scales")
     if len(shape) != 2 or scales is None or not scales.shape:
-        raise FormatError(Problem(f"{checkpoint.path} {module}", "tensors of neither AWQ nor GPTQ, and no quantization_config"))
+        raise FormatError(
+            Problem(
+                f"{checkpoint.path} {module}",
+                "tensors of neither AWQ nor GPTQ, and no quantization_config",
+            )
+        )
     rows, columns = shape
     groups = scales.shape[0]
     group_size = k // groups if groups > 1 else -1
     where = f"{checkpoint.path} {module}"
     if (rows, columns * 8) == (k, n) and f"{module}.g_idx" not in tensors:
-        return "awq", {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": True, "version": "gemm"}
+        return "awq", {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group_size,
+            "zero_point": True,
+            "version": "gemm",
+        }
     bits = rows * 32 // k if k else 0
     if columns != n or bits not in (2, 3, 4, 8):
         raise FormatError(
-            Problem(f"{where}.qweight", f"shape {[rows, columns]}", f"AWQ's {[k, n // 8]} or GPTQ's, and no config says which")
+            Problem(
+                f"{where}.qweight",
+                f"shape {[rows, columns]}",
+                f"AWQ's {[k, n // 8]} or GPTQ's, and no config says which",
+            )
         )
-    said = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": True, "lm_head": "lm_head.qweight" in tensors}
+    said = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": True,
+        "lm_head": "lm_head.qweight" in tensors,
+    }
     stored = _stored_zeros(checkpoint, module, bits)
     versions = {2 ** (bits - 1) - 1: "gptq", 2 ** (bits - 1): "gptq_v2"}
     if stored not in versions:
-        hint = "Say which in config.json: quantization_config with quant_method, bits, group_size, sym and checkpoint_format"
-        raise FormatError(Problem(f"{where}.qzeros", "zero points of either version of GPTQ, and no config says which", hint=hint))
+        hint = (
+            "Say which in config.json: quantization_config with quant_method, bits, group_size, sym"
+            " and checkpoint_format"
+        )
+        raise FormatError(
+            Problem(
+                f"{where}.qzeros",
+                "zero points of either version of GPTQ, and no config says which",
+                hint=hint,
+            )
+        )
     return versions[stored], {**said, "checkpoint_format": versions[stored]}
 
 
@@ -120,7 +186,8 @@ def _gptq_bits(config: Mapping[str, Any]) -> int:
 
 
 def _stored_zeros(checkpoint: Checkpoint, module: str | None, bits: int) -> int | None:
-    """The number in every field of a module's `qzeros`, where it is one and the middle of the range in either version; else None."""
+    """The number in every field of a module's `qzeros`, where it is one and the middle of the range
+    in either version; else None."""
     from quantflow.quant.packing import unpack_rows
 
     name = f"{module}.qzeros"

@@ -1,4 +1,5 @@
-"""Quantised checkpoints that are recognised and not read: what they are, by what their config says, or by their tensors."""
+"""Quantised checkpoints that are recognised and not read: what they are, by what their config says,
+or by their tensors."""
 
 from __future__ import annotations
 
@@ -55,11 +56,13 @@ _MARKS = {
     ".biases": "weights of MLX",
     ".qweight_type": "GGUF weights in safetensors",
 }
-_DTYPES = {"F8": "FP8 weights", "F6": "FP6 weights", "F4": "FP4 weights"}  # the dtype's name up to the underscore
+# the dtype's name up to the underscore
+_DTYPES = {"F8": "FP8 weights", "F6": "FP6 weights", "F4": "FP4 weights"}
 
 
 def unread_method(where: str, config: Mapping[str, Any]) -> Problem | None:
-    """What a `quantization_config` says that is known and not read, so that it can be said by name; None for anything else."""
+    """What a `quantization_config` says that is known and not read, so that it can be said by name;
+    None for anything else."""
     method = str(config.get("quant_method")).lower().replace("-", "_")
     what, said = _METHODS.get(method, ""), f"quant_method {config.get('quant_method')!r}"
     if method == "fp8" and config.get("weight_block_size"):
@@ -70,8 +73,19 @@ def unread_method(where: str, config: Mapping[str, Any]) -> Problem | None:
         what, said = "INT8 weights of bitsandbytes", "load_in_8bit"
     if method == "compressed_tensors":
         groups = config.get("config_groups")
-        layouts = [group.get("format") for group in groups.values() if isinstance(group, Mapping)] if isinstance(groups, Mapping) else []
-        layout = next((str(layout) for layout in [*layouts, config.get("format")] if str(layout) in UNREAD_LAYOUTS), "")
+        layouts = (
+            [group.get("format") for group in groups.values() if isinstance(group, Mapping)]
+            if isinstance(groups, Mapping)
+            else []
+        )
+        layout = next(
+            (
+                str(layout)
+                for layout in [*layouts, config.get("format")]
+                if str(layout) in UNREAD_LAYOUTS
+            ),
+            "",
+        )
         what, said = UNREAD_LAYOUTS.get(layout, ""), f"compressed-tensors, format {layout!r}"
     if not what:
         return None
@@ -79,14 +93,20 @@ def unread_method(where: str, config: Mapping[str, Any]) -> Problem | None:
 
 
 def unread_tensors(where: str, dtypes: Mapping[str, str]) -> Problem | None:
-    """What a checkpoint holds whose config is silent, by its tensors' names and dtypes; None for anything else."""
+    """What a checkpoint holds whose config is silent, by its tensors' names and dtypes; None for
+    anything else."""
     for mark, what in _MARKS.items():
         if name := _first(name for name in dtypes if name.endswith(mark)):
-            return Problem(where, f"{what} (there is {name})", "full precision, or a format that is read", HINT)
+            return Problem(
+                where, f"{what} (there is {name})", "full precision, or a format that is read", HINT
+            )
     for start, what in _DTYPES.items():
         narrow = [name for name, dtype in dtypes.items() if dtype.partition("_")[0] == start]
         if narrow:
-            found = f"{what}: {len(narrow)} of {len(dtypes)} tensors, such as {narrow[0]} of dtype {dtypes[narrow[0]]}"
+            found = (
+                f"{what}: {len(narrow)} of {len(dtypes)} tensors, such as {narrow[0]} of dtype"
+                f" {dtypes[narrow[0]]}"
+            )
             return Problem(where, found, "F32, F16 or BF16", HINT)
     return None
 

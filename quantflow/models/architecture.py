@@ -19,7 +19,8 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """A native tensor inside a source tensor: `source.view(view)[index]`, its leading dimensions flattened into one row axis.
+    """A native tensor inside a source tensor: `source.view(view)[index]`, its leading dimensions
+    flattened into one row axis.
 
     view: None takes the tensor as it is. vector: the result has one dimension (a bias).
     """
@@ -30,7 +31,8 @@ class Source:
     vector: bool = False
 
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The native tensor's shape, from the source tensor's; raises ValueError where the view does not fit."""
+        """The native tensor's shape, from the source tensor's; raises ValueError where the view
+        does not fit."""
         if self.view is None:
             return shape
         if math.prod(self.view) != math.prod(shape):
@@ -49,7 +51,8 @@ class Source:
 class Layer:
     """The names of a decoder layer's parts, relative to the layer.
 
-    Empty strings mark what a family lacks: `gate` in a plain MLP, `router` in a dense model. `expert` holds `{e}`.
+    Empty strings mark what a family lacks: `gate` in a plain MLP, `router` in a dense model.
+    `expert` holds `{e}`.
     """
 
     q: str = "self_attn.q_proj"
@@ -74,17 +77,22 @@ class Layer:
         if expert is None:
             return self.gate, self.up, self.down
         prefix = self.expert.format(e=expert)
-        return f"{prefix}.{self.expert_gate}", f"{prefix}.{self.expert_up}", f"{prefix}.{self.expert_down}"
+        return (
+            f"{prefix}.{self.expert_gate}",
+            f"{prefix}.{self.expert_up}",
+            f"{prefix}.{self.expert_down}",
+        )
 
 
 @dataclass(frozen=True)
 class Architecture:
     """A model family.
 
-    read_config: config.json -> DecoderConfig; raises ConfigProblem. native_config: config.json -> the config of the
-    artifact, which transformers loads without remote code. sources: (source tensor name, its shape, config) -> the native
-    tensors inside it, None for one that the family does not know. base, base_parts: in source names, what holds the base model within
-    the class with a head, and what lies in it. notes: what a user should know, for the report.
+    read_config: config.json -> DecoderConfig; raises ConfigProblem. native_config: config.json ->
+    the config of the artifact, which transformers loads without remote code. sources: (source
+    tensor name, its shape, config) -> the native tensors inside it, None for one that the family
+    does not know. base, base_parts: in source names, what holds the base model within the class
+    with a head, and what lies in it. notes: what a user should know, for the report.
     """
 
     name: str
@@ -108,17 +116,21 @@ class Architecture:
         return self.prefix.format(i=i)
 
     def layer_of(self, native: str) -> int | None:
-        """The decoder layer that a native tensor, or a part of one, belongs to; None outside the layers."""
+        """The decoder layer that a native tensor, or a part of one, belongs to; None outside the
+        layers."""
         match = re.match(re.escape(self.prefix).replace(r"\{i\}", r"(\d+)") + r"\.", native)
         return int(match[1]) if match else None
 
 
 # Buffers that old files hold. Whole names: Qwen's attn.c_attn.bias is a weight.
-COMPUTED_TENSORS = re.compile(r"(^|\.)(rotary(_pos)?_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.masked_bias|attn\.bias)$")
+COMPUTED_TENSORS = re.compile(
+    r"(^|\.)(rotary(_pos)?_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.masked_bias|attn\.bias)$"
+)
 
 
 def renamed(rules: Mapping[str, str]) -> Callable[[str], str]:
-    """A function that applies the first regular expression of `rules` that matches the whole name."""
+    """A function that applies the first regular expression of `rules` that matches the whole
+    name."""
     compiled = [(re.compile(pattern), target) for pattern, target in rules.items()]
 
     def apply(name: str) -> str:
@@ -130,8 +142,14 @@ def renamed(rules: Mapping[str, str]) -> Callable[[str], str]:
     return apply
 
 
-def split_rows(name: str, shape: tuple[int, ...], view: tuple[int, ...], parts: Mapping[str, tuple[int | slice, ...]]) -> dict[str, Source]:
-    """Native tensors cut out of one fused source tensor; `view` is that of its rows, the input axis (if any) is appended."""
+def split_rows(
+    name: str,
+    shape: tuple[int, ...],
+    view: tuple[int, ...],
+    parts: Mapping[str, tuple[int | slice, ...]],
+) -> dict[str, Source]:
+    """Native tensors cut out of one fused source tensor; `view` is that of its rows, the input axis
+    (if any) is appended."""
     vector = len(shape) == 1
     full = view if vector else (*view, shape[-1])
     return {native: Source(name, full, index, vector) for native, index in parts.items()}

@@ -9,8 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. kind: default, linear, dynamic, llama3, yarn or qwen (the first Qwen's stepwise dynamic one, which no
-    `rope_scaling` names); parameters: the numbers of that kind."""
+    """Rotary position embedding. kind: default, linear, dynamic, llama3, yarn or qwen (the first
+    Qwen's stepwise dynamic one, which no `rope_scaling` names); parameters: the numbers of that
+    kind."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -24,7 +25,8 @@ class DecoderConfig:
     Letters used in shapes: `H` hidden, `I` intermediate, `D` head_dim, `V` vocabulary.
     """
 
-    family: str  # "llama" (RMSNorm, rotary, gated MLP) or "opt" (LayerNorm, learned positions, plain MLP)
+    # "llama" (RMSNorm, rotary, gated MLP) or "opt" (LayerNorm, learned positions, plain MLP)
+    family: str
     hidden: int
     intermediate: int
     layers: int
@@ -43,7 +45,8 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
     tied: bool = False  # the head is the embedding
     sliding_windows: tuple[int | None, ...] = ()  # one a layer
-    logn_length: int | None = None  # queries beyond this position are scaled by log_length(position) (Qwen 1)
+    # queries beyond this position are scaled by log_length(position) (Qwen 1)
+    logn_length: int | None = None
     experts: int = 0
     experts_per_token: int = 0
     renormalize: bool = True  # expert weights sum to one after the top-k
@@ -52,30 +55,40 @@ class DecoderConfig:
 
     @property
     def context(self) -> int:
-        """Tokens of the longest text: the trained length times the factor that a linear or yarn embedding stretches it by, unless
-        max_position_embeddings is longer and so the stretched length itself. For llama3, whose factor is no ratio of lengths, it always is;
-        dynamic changes nothing up to it, and `stretches` beyond; without scaling, original_max_position_embeddings says nothing."""
+        """Tokens of the longest text: the trained length times the factor that a linear or yarn
+        embedding stretches it by, unless max_position_embeddings is longer and so the stretched
+        length itself. For llama3, whose factor is no ratio of lengths, it always is; dynamic
+        changes nothing up to it, and `stretches` beyond; without scaling,
+        original_max_position_embeddings says nothing."""
         if self.rope.kind not in ("linear", "yarn"):
             return self.max_positions
         factor = self.rope.parameters["factor"]
-        trained = self.rope.parameters.get("original_max_position_embeddings", float(self.max_positions))
+        trained = self.rope.parameters.get(
+            "original_max_position_embeddings", float(self.max_positions)
+        )
         return max(self.max_positions, int(trained * factor))
 
     @property
     def stretches(self) -> bool:
-        """Whether longer texts than `context` are served, too: the rotary embedding grows with them."""
+        """Whether longer texts than `context` are served, too: the rotary embedding grows with
+        them."""
         return self.rope.kind in ("dynamic", "qwen")
 
     def is_moe(self, layer: int) -> bool:
         return self.experts > 0 and layer not in self.dense_layers
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of a layer: a query sees that many keys, itself included. None: all of them."""
+        """The sliding window of a layer: a query sees that many keys, itself included. None: all of
+        them."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
     def width(self, layer: int) -> int:
         """The MLP's inner width in a layer (of one expert, in a mixture layer)."""
-        return self.dense_intermediate if self.experts and not self.is_moe(layer) else self.intermediate
+        return (
+            self.dense_intermediate
+            if self.experts and not self.is_moe(layer)
+            else self.intermediate
+        )
 
 
 class ConfigProblem(ValueError):
@@ -83,18 +96,22 @@ class ConfigProblem(ValueError):
 
 
 def number(config: Mapping[str, Any], key: str, kind: type = int, default: Any = None) -> Any:
-    """`config[key]` as a positive, finite number of `kind`; raises ConfigProblem where it is missing or something else."""
+    """`config[key]` as a positive, finite number of `kind`; raises ConfigProblem where it is
+    missing or something else."""
     value = config.get(key)
     value = default if value is None else value
     # JSON as Python reads it has NaN and Infinity, and integers of any length.
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**63
     if not fits or (kind is int and value != int(value)):
-        raise ConfigProblem(f"{key} is {value!r}, expected a positive {'integer' if kind is int else 'number'}")
+        raise ConfigProblem(
+            f"{key} is {value!r}, expected a positive {'integer' if kind is int else 'number'}"
+        )
     return kind(value)
 
 
 def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    """`config[key]` as true or false; raises ConfigProblem for something else (a string "false" would count as true)."""
+    """`config[key]` as true or false; raises ConfigProblem for something else (a string "false"
+    would count as true)."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, bool):
@@ -106,7 +123,8 @@ MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000  # experts of all layers together
 
 
 def layer_count(config: Mapping[str, Any]) -> int:
-    """`num_hidden_layers`; raises ConfigProblem for a number that no model has, which would take for ever to plan."""
+    """`num_hidden_layers`; raises ConfigProblem for a number that no model has, which would take
+    for ever to plan."""
     layers: int = number(config, "num_hidden_layers")
     if layers > MOST_LAYERS:
         raise ConfigProblem(f"num_hidden_layers is {layers}, expected at most {MOST_LAYERS}")
@@ -119,18 +137,20 @@ def default_theta(config: Mapping[str, Any]) -> float:
 
 
 _ROPE_NUMBERS = (
-    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
-    "mscale", "mscale_all_dim", "truncate",
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
 )  # fmt: skip
 
 
 def read_rope(config: Mapping[str, Any]) -> Rope:
-    """The rotary embedding of a Hugging Face config: `rope_scaling` beside `rope_theta` or else, whole, `rope_parameters` (transformers 5),
-    whose own rope_theta goes before that beside it."""
+    """The rotary embedding of a Hugging Face config: `rope_scaling` beside `rope_theta` or else,
+    whole, `rope_parameters` (transformers 5), whose own rope_theta goes before that beside it."""
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(config.get(key) or {}, Mapping):
             raise ConfigProblem(f"{key} is {config[key]!r}, expected an object")
-    scaling: dict[str, Any] = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    scaling: dict[str, Any] = dict(
+        config.get("rope_scaling") or config.get("rope_parameters") or {}
+    )
     said = scaling.pop("rope_theta", None) or config.get("rope_theta")
     theta = number({"rope_theta": said}, "rope_theta", float, default_theta(config))
     if theta < 1:
@@ -138,43 +158,64 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     kind = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
     scaling.pop("type", None)
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise ConfigProblem(f"rope scaling of type {kind!r}; QuantFlow knows default, linear, dynamic, llama3 and yarn")
+        raise ConfigProblem(
+            f"rope scaling of type {kind!r}; QuantFlow knows default, linear, dynamic, llama3 and"
+            " yarn"
+        )
     partial = scaling.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor")
     if number({"partial_rotary_factor": partial}, "partial_rotary_factor", float, 1.0) != 1.0:
         raise ConfigProblem("partial_rotary_factor is not 1; QuantFlow rotates whole heads only")
     if wrong := [k for k in _ROPE_NUMBERS if not isinstance(scaling.get(k), int | float | None)]:
         raise ConfigProblem(f"rope scaling has {wrong[0]} {scaling[wrong[0]]!r}, expected a number")
-    if wrong := [k for k, v in scaling.items() if isinstance(v, (int, float)) and not 0 <= v < 2**63]:
-        raise ConfigProblem(f"rope scaling has {wrong[0]} {scaling[wrong[0]]!r}, expected a number of at least 0")
+    if wrong := [
+        k for k, v in scaling.items() if isinstance(v, (int, float)) and not 0 <= v < 2**63
+    ]:
+        raise ConfigProblem(
+            f"rope scaling has {wrong[0]} {scaling[wrong[0]]!r}, expected a number of at least 0"
+        )
     parameters = {k: float(v) for k, v in scaling.items() if isinstance(v, (int, float))}
-    if isinstance(trained := config.get("original_max_position_embeddings"), int):  # transformers prefers it to the nested one
+    # transformers prefers it to the nested one
+    if isinstance(trained := config.get("original_max_position_embeddings"), int):
         parameters["original_max_position_embeddings"] = float(trained)
     trained = parameters.get("original_max_position_embeddings")
     if kind == "yarn" and "factor" not in parameters and trained:
         parameters["factor"] = number(config, "max_position_embeddings") / trained
-    given = [name for name in ("beta_fast", "beta_slow", "original_max_position_embeddings") if name in parameters]
-    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ("factor",))
+    given = [
+        name
+        for name in ("beta_fast", "beta_slow", "original_max_position_embeddings")
+        if name in parameters
+    ]
+    needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(
+        kind, ("factor",)
+    )
     if missing := [name for name in (*needed, *given) if parameters.get(name, 0.0) <= 0]:
         raise ConfigProblem(f"rope scaling of type {kind} has no positive {' and '.join(missing)}")
     if kind != "default" and (factor := parameters.get("factor", 1.0)) < 1:
         raise ConfigProblem(f"rope scaling of type {kind} has factor {factor}, expected at least 1")
     if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
-        raise ConfigProblem("rope scaling of type llama3 has a high_freq_factor that is not above its low_freq_factor")
+        raise ConfigProblem(
+            "rope scaling of type llama3 has a high_freq_factor that is not above its"
+            " low_freq_factor"
+        )
     if kind == "yarn" and theta <= 1:
         raise ConfigProblem(f"rope_theta is {theta}, expected more than 1")
     return Rope(theta, kind, parameters)
 
 
 def check_head(head_dim: int, rope: Rope) -> None:
-    """Raises ConfigProblem for a head whose channels do not turn in pairs, or that is too small for the kind of rotary embedding."""
+    """Raises ConfigProblem for a head whose channels do not turn in pairs, or that is too small for
+    the kind of rotary embedding."""
     if head_dim % 2:
-        raise ConfigProblem(f"head_dim is {head_dim}, expected an even number: channels are rotated in pairs")
+        raise ConfigProblem(
+            f"head_dim is {head_dim}, expected an even number: channels are rotated in pairs"
+        )
     if rope.kind in ("dynamic", "qwen") and head_dim == 2:
         raise ConfigProblem(f"head_dim is 2, expected more with rope scaling of type {rope.kind}")
 
 
 def read_dtype(config: Mapping[str, Any]) -> str:
-    """float32 (where config.json says nothing), float16 or bfloat16; raises ConfigProblem for another."""
+    """float32 (where config.json says nothing), float16 or bfloat16; raises ConfigProblem for
+    another."""
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
         raise ConfigProblem(f"dtype is {name!r}; QuantFlow knows float32, float16 and bfloat16")

@@ -9,8 +9,11 @@ from quantflow.models.config import DecoderConfig
 from quantflow.models.segments import segments
 
 
-def expected_tensors(architecture: Architecture, config: DecoderConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Native name and shape of every tensor that a checkpoint must have; a tied head is left out."""
+def expected_tensors(
+    architecture: Architecture, config: DecoderConfig
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Native name and shape of every tensor that a checkpoint must have; a tied head is left
+    out."""
     hidden = config.hidden
     norm_parts = ("weight", "bias") if config.family == "opt" else ("weight",)
     yield f"{architecture.embedding}.weight", (config.vocabulary, hidden)

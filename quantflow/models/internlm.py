@@ -1,4 +1,5 @@
-"""InternLM and InternLM2, without their remote code: both compute what Llama computes, under other tensor names."""
+"""InternLM and InternLM2, without their remote code: both compute what Llama computes, under other
+tensor names."""
 
 from __future__ import annotations
 
@@ -6,17 +7,32 @@ from quantflow.models.architecture import Architecture, Json, Source, renamed, s
 from quantflow.models.config import ConfigProblem, DecoderConfig, flag, number, read_rope
 from quantflow.models.llama import read_llama_like
 
-_REMOTE_KEYS = ("auto_map", "bias", "attn_implementation", "_attn_implementation_autoset", "tokenizer_class", "rotary")
+_REMOTE_KEYS = (
+    "auto_map",
+    "bias",
+    "attn_implementation",
+    "_attn_implementation_autoset",
+    "tokenizer_class",
+    "rotary",
+)
 
 
 def as_llama_config(config: Json, **changes: object) -> Json:
-    """The same decoder as a Llama config.json: no remote code, one kind of rope scaling, biases as Llama names them."""
+    """The same decoder as a Llama config.json: no remote code, one kind of rope scaling, biases as
+    Llama names them."""
     native = {k: v for k, v in config.items() if k not in _REMOTE_KEYS}
-    return {**native, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False, **changes}
+    return {
+        **native,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "mlp_bias": False,
+        **changes,
+    }
 
 
 def _with_llama_rope(config: Json) -> Json:
-    """InternLM's `rotary` as `rope_theta` and `rope_scaling`. Its dynamic kind is Llama's, the factor 1 if it has none."""
+    """InternLM's `rotary` as `rope_theta` and `rope_scaling`. Its dynamic kind is Llama's, the
+    factor 1 if it has none."""
     rotary = config.get("rotary")
     if not rotary:
         return config
@@ -26,12 +42,25 @@ def _with_llama_rope(config: Json) -> Json:
         raise ConfigProblem(f"rotary of type {kind!r}; QuantFlow knows origin and dynamic")
     base = number(rotary, "base", float, 10000.0)
     if config.get("rope_theta") not in (None, base):
-        raise ConfigProblem(f"rotary has base {base}, and rope_theta is {config['rope_theta']!r}: which is meant?")
-    scaling = {"rope_type": "dynamic", "factor": number(rotary, "scaling_factor", float, 1.0)} if kind == "dynamic" else None
-    found = {**{k: v for k, v in config.items() if k != "rope_parameters"}, "rope_theta": base, "rope_scaling": scaling}
+        raise ConfigProblem(
+            f"rotary has base {base}, and rope_theta is {config['rope_theta']!r}: which is meant?"
+        )
+    scaling = (
+        {"rope_type": "dynamic", "factor": number(rotary, "scaling_factor", float, 1.0)}
+        if kind == "dynamic"
+        else None
+    )
+    found = {
+        **{k: v for k, v in config.items() if k != "rope_parameters"},
+        "rope_theta": base,
+        "rope_scaling": scaling,
+    }
     other = config.get("rope_scaling") or config.get("rope_parameters")
     if other and read_rope({"rope_theta": base, **config}) != read_rope(found):
-        raise ConfigProblem(f"rotary is {config['rotary']!r}, and rope_scaling or rope_parameters {other!r}: which is meant?")
+        raise ConfigProblem(
+            f"rotary is {config['rotary']!r}, and rope_scaling or rope_parameters {other!r}: which"
+            " is meant?"
+        )
     return found
 
 
@@ -67,7 +96,9 @@ _INTERNLM2_NAMES = renamed(
 )
 
 
-def _internlm2_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:
+def _internlm2_sources(
+    name: str, shape: tuple[int, ...], config: DecoderConfig
+) -> dict[str, Source]:
     head, found, part = name.rpartition(".attention.wqkv.")
     if not found:
         return {_INTERNLM2_NAMES(name): Source(name)}
@@ -83,9 +114,18 @@ def _internlm2_sources(name: str, shape: tuple[int, ...], config: DecoderConfig)
 
 
 INTERNLM = Architecture(
-    "InternLM", ("internlm",), _read_internlm, _internlm_config, notes=("written as Llama with biases: no remote code",)
+    "InternLM",
+    ("internlm",),
+    _read_internlm,
+    _internlm_config,
+    notes=("written as Llama with biases: no remote code",),
 )
 INTERNLM2 = Architecture(
-    "InternLM2", ("internlm2",), _read_internlm2, _internlm2_config, _internlm2_sources,
-    base_parts=("tok_embeddings", "layers", "norm"), notes=("written as Llama: no remote code",),
-)  # fmt: skip
+    "InternLM2",
+    ("internlm2",),
+    _read_internlm2,
+    _internlm2_config,
+    _internlm2_sources,
+    base_parts=("tok_embeddings", "layers", "norm"),
+    notes=("written as Llama: no remote code",),
+)

@@ -5,9 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from quantflow.models.architecture import Architecture, Json
-from quantflow.models.config import ConfigProblem, DecoderConfig, check_head, flag, layer_count, number, read_dtype, read_rope
+from quantflow.models.config import (
+    ConfigProblem,
+    DecoderConfig,
+    check_head,
+    flag,
+    layer_count,
+    number,
+    read_dtype,
+    read_rope,
+)
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
 
 # What transformers takes for keys that config.json has not, where that differs from Llama's.
 MISTRAL_ABSENT = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
@@ -25,10 +41,15 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
     """The decoder of a Llama-like config.json; `changes` overrides single fields."""
     hidden, heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     if config.get("head_dim") is None and hidden % heads:
-        raise ConfigProblem(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim")
+        raise ConfigProblem(
+            f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no"
+            " head_dim"
+        )
     kv_heads = number(config, "num_key_value_heads", default=heads)
     if heads % kv_heads:
-        raise ConfigProblem(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise ConfigProblem(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
     layers = layer_count(config)
     bias = flag(config, "attention_bias")
     fields: dict[str, Any] = {
@@ -55,8 +76,11 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
     return decoder
 
 
-def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> tuple[int | None, ...]:
-    """The sliding window of every layer from `first` on; () without one. absent: the family's where config.json says nothing."""
+def read_windows(
+    config: Json, first: int = 0, *, absent: int | None = 4096
+) -> tuple[int | None, ...]:
+    """The sliding window of every layer from `first` on; () without one. absent: the family's where
+    config.json says nothing."""
     if config.get("sliding_window", absent) is None:
         return _no_windows(config, "sliding_window is null")
     window, layers = number(config, "sliding_window", default=absent), layer_count(config)
@@ -64,9 +88,16 @@ def read_windows(config: Json, first: int = 0, *, absent: int | None = 4096) -> 
         if not isinstance(kinds, list):
             raise ConfigProblem(f"layer_types is {kinds!r}, expected a list")
         if len(kinds) != layers:
-            raise ConfigProblem(f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}")
-        if strange := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
-            raise ConfigProblem(f"layer_types has {strange[0]!r}; QuantFlow knows full_attention and sliding_attention")
+            raise ConfigProblem(
+                f"layer_types has {len(kinds)} entries, num_hidden_layers is {layers}"
+            )
+        if strange := [
+            kind for kind in kinds if kind not in ("full_attention", "sliding_attention")
+        ]:
+            raise ConfigProblem(
+                f"layer_types has {strange[0]!r}; QuantFlow knows full_attention and"
+                " sliding_attention"
+            )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     return tuple(window if i >= first else None for i in range(layers))
 
@@ -80,8 +111,16 @@ def _no_windows(config: Json, why: str) -> tuple[int | None, ...]:
 def _read_mistral(config: Json) -> DecoderConfig:
     windows = read_windows(config)
     if None in windows:  # transformers' Mistral leaves layer_types out, others follow it
-        raise ConfigProblem("layer_types has full_attention, and sliding_window is one for all layers of this family")
-    return read_llama_like({**MISTRAL_ABSENT, **config}, sliding_windows=windows, attention_bias=False, output_bias=False)
+        raise ConfigProblem(
+            "layer_types has full_attention, and sliding_window is one for all layers of this"
+            " family"
+        )
+    return read_llama_like(
+        {**MISTRAL_ABSENT, **config},
+        sliding_windows=windows,
+        attention_bias=False,
+        output_bias=False,
+    )
 
 
 def _qwen_windows(config: Json) -> tuple[int | None, ...]:
@@ -94,12 +133,22 @@ def _qwen_windows(config: Json) -> tuple[int | None, ...]:
 
 
 def _read_qwen2(config: Json) -> DecoderConfig:
-    return read_llama_like({**_QWEN_ABSENT, **config}, attention_bias=True, output_bias=False, sliding_windows=_qwen_windows(config))
+    return read_llama_like(
+        {**_QWEN_ABSENT, **config},
+        attention_bias=True,
+        output_bias=False,
+        sliding_windows=_qwen_windows(config),
+    )
 
 
 def _read_qwen3(config: Json) -> DecoderConfig:
     head_dim = number(config, "head_dim", default=128)
-    return read_llama_like({**_QWEN_ABSENT, **config}, qk_norm=True, head_dim=head_dim, sliding_windows=_qwen_windows(config))
+    return read_llama_like(
+        {**_QWEN_ABSENT, **config},
+        qk_norm=True,
+        head_dim=head_dim,
+        sliding_windows=_qwen_windows(config),
+    )
 
 
 LLAMA = Architecture("Llama", ("llama",), read_llama_like)

@@ -1,24 +1,36 @@
-"""Mixtures of experts: Mixtral and Qwen3-MoE, with experts one by one or fused into 3-D tensors as transformers 5 holds them."""
+"""Mixtures of experts: Mixtral and Qwen3-MoE, with experts one by one or fused into 3-D tensors as
+transformers 5 holds them."""
 
 from __future__ import annotations
 
 import re
 
 from quantflow.models.architecture import Architecture, Json, Layer, Source
-from quantflow.models.config import MOST_EXPERTS, ConfigProblem, DecoderConfig, flag, layer_count, number
+from quantflow.models.config import (
+    MOST_EXPERTS,
+    ConfigProblem,
+    DecoderConfig,
+    flag,
+    layer_count,
+    number,
+)
 from quantflow.models.llama import MISTRAL_ABSENT, read_llama_like, read_windows
 
 _FUSED = re.compile(r"(.*)\.experts\.(gate_up_proj|down_proj)")
 
 
-def _fused_experts(name: str, shape: tuple[int, ...], block: str, gate: str, up: str, down: str) -> dict[str, Source] | None:
+def _fused_experts(
+    name: str, shape: tuple[int, ...], block: str, gate: str, up: str, down: str
+) -> dict[str, Source] | None:
     match = _FUSED.fullmatch(name)
     if not match or len(shape) != 3:
         return None
     prefix = re.sub(r"\.(mlp|block_sparse_moe)$", f".{block}", match[1])
     experts, rows, _ = shape
     if match[2] == "down_proj":
-        return {f"{prefix}.experts.{e}.{down}.weight": Source(name, shape, (e,)) for e in range(experts)}
+        return {
+            f"{prefix}.experts.{e}.{down}.weight": Source(name, shape, (e,)) for e in range(experts)
+        }
     half = rows // 2
     found = {}
     for e in range(experts):
@@ -33,15 +45,20 @@ def _mixtral_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -
 
 
 def _qwen3_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:
-    return _fused_experts(name, shape, "mlp", "gate_proj", "up_proj", "down_proj") or {name: Source(name)}
+    return _fused_experts(name, shape, "mlp", "gate_proj", "up_proj", "down_proj") or {
+        name: Source(name)
+    }
 
 
 def _experts(config: Json, *names: str) -> dict[str, int]:
-    """Their numbers, of all of them under the first of `names` that is there: transformers takes either."""
+    """Their numbers, of all of them under the first of `names` that is there: transformers takes
+    either."""
     key = next((name for name in names if config.get(name) is not None), names[0])
     experts, chosen = number(config, key), number(config, "num_experts_per_tok")
     if experts * layer_count(config) > MOST_EXPERTS:  # as of layers: it would take for ever to plan
-        raise ConfigProblem(f"{key} is {experts}, expected at most {MOST_EXPERTS} experts in all layers together")
+        raise ConfigProblem(
+            f"{key} is {experts}, expected at most {MOST_EXPERTS} experts in all layers together"
+        )
     if chosen > experts:
         raise ConfigProblem(f"num_experts_per_tok {chosen} is more than {key} {experts}")
     return {"experts": experts, "experts_per_token": chosen}
@@ -77,9 +94,22 @@ def _read_qwen3_moe(config: Json) -> DecoderConfig:
 
 
 MIXTRAL = Architecture(
-    "Mixtral", ("mixtral",), _read_mixtral, sources=_mixtral_sources,
-    layer=Layer(router="block_sparse_moe.gate", expert="block_sparse_moe.experts.{e}", expert_gate="w1", expert_up="w3", expert_down="w2"),
-)  # fmt: skip
+    "Mixtral",
+    ("mixtral",),
+    _read_mixtral,
+    sources=_mixtral_sources,
+    layer=Layer(
+        router="block_sparse_moe.gate",
+        expert="block_sparse_moe.experts.{e}",
+        expert_gate="w1",
+        expert_up="w3",
+        expert_down="w2",
+    ),
+)
 QWEN3_MOE = Architecture(
-    "Qwen3-MoE", ("qwen3_moe",), _read_qwen3_moe, sources=_qwen3_sources, layer=Layer(router="mlp.gate", expert="mlp.experts.{e}")
+    "Qwen3-MoE",
+    ("qwen3_moe",),
+    _read_qwen3_moe,
+    sources=_qwen3_sources,
+    layer=Layer(router="mlp.gate", expert="mlp.experts.{e}"),
 )

@@ -1,5 +1,5 @@
-"""What stands in front of tensor names: the name of the base model within its class with a head, which a checkpoint may lack or hold
-once more, and what wrappers put there."""
+"""What stands in front of tensor names: the name of the base model within its class with a head,
+which a checkpoint may lack or hold once more, and what wrappers put there."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ _WRAPPERS = {
 
 
 def own_names(names: Iterable[str], architecture: Architecture, where: Path) -> dict[str, str]:
-    """Each name -> the one that the family's class with a head has for it, by transformers' own rule: a checkpoint of the base class gets
-    its prefix (`layers.0.` is `model.layers.0.`), and one prefix too many goes. Raises ModelError where two names become one."""
+    """Each name -> the one that the family's class with a head has for it, by transformers' own
+    rule: a checkpoint of the base class gets its prefix (`layers.0.` is `model.layers.0.`), and one
+    prefix too many goes. Raises ModelError where two names become one."""
     base = architecture.base
     found: dict[str, str] = {}
     taken: dict[str, str] = {}
@@ -37,7 +38,9 @@ def own_names(names: Iterable[str], architecture: Architecture, where: Path) -> 
             own = rest if first == base and rest.partition(".")[0] in (base, *_HEADS) else name
         if own in taken:
             both = f"both {taken[own]} and {name}, for {own}"
-            problems.append(Problem(str(where), both, "one of them", "Which is meant? Remove the other"))
+            problems.append(
+                Problem(str(where), both, "one of them", "Which is meant? Remove the other")
+            )
         found[name] = own
         taken[own] = name
     if problems:
@@ -46,22 +49,44 @@ def own_names(names: Iterable[str], architecture: Architecture, where: Path) -> 
 
 
 def foreign(names: Iterable[str], architecture: Architecture, where: Path) -> Problem | None:
-    """What to say of a checkpoint most of whose names begin with what no loader takes away, or that has an adapter's tensors among its
-    own; None for any other."""
+    """What to say of a checkpoint most of whose names begin with what no loader takes away, or that
+    has an adapter's tensors among its own; None for any other."""
     names = list(names)
-    if adapter := next((name for name in names if re.search(r"\.lora_(A|B|embedding_A|embedding_B)\b|\.base_layer\.", name)), None):
+    if adapter := next(
+        (
+            name
+            for name in names
+            if re.search(r"\.lora_(A|B|embedding_A|embedding_B)\b|\.base_layer\.", name)
+        ),
+        None,
+    ):
         hint = "Merge it, with merge_and_unload() of PEFT, and save that"
-        return Problem(str(where), f"tensors of an adapter that is not merged, such as {adapter}", "a model alone", hint)
+        return Problem(
+            str(where),
+            f"tensors of an adapter that is not merged, such as {adapter}",
+            "a model alone",
+            hint,
+        )
     if not architecture.base_parts:
         return None
     parts = "|".join(map(re.escape, architecture.base_parts))
     pattern = re.compile(rf"(.+?\.)(?:{re.escape(architecture.base)}\.)?(?:{parts})\.")
     own = (f"{architecture.base}.", *(f"{part}." for part in architecture.base_parts))
-    prefixes = Counter(match[1] for name in names if not name.startswith(own) and (match := pattern.match(name)))
+    prefixes = Counter(
+        match[1] for name in names if not name.startswith(own) and (match := pattern.match(name))
+    )
     prefix, count = next(iter(prefixes.most_common(1)), ("", 0))
     if count * 2 < len(names) or not count:
         return None
     example = next(name for name in names if name.startswith(prefix))
-    hint = next((hint for start, hint in _WRAPPERS.items() if prefix.startswith(start)), "transformers would not know them either")
+    hint = next(
+        (hint for start, hint in _WRAPPERS.items() if prefix.startswith(start)),
+        "transformers would not know them either",
+    )
     found = f"{count} of {len(names)} tensors are called {prefix}…, such as {example}"
-    return Problem(str(where), found, f"the names of {architecture.name}, which begin with {architecture.base}.", hint)
+    return Problem(
+        str(where),
+        found,
+        f"the names of {architecture.name}, which begin with {architecture.base}.",
+        hint,
+    )

@@ -1,9 +1,19 @@
-"""The first generation of Qwen (`Qwen-7B-Chat`), without its remote code: the decoder is Qwen2's under other names."""
+"""The first generation of Qwen (`Qwen-7B-Chat`), without its remote code: the decoder is Qwen2's
+under other names."""
 
 from __future__ import annotations
 
 from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
-from quantflow.models.config import ConfigProblem, DecoderConfig, Rope, check_head, flag, layer_count, number, read_dtype
+from quantflow.models.config import (
+    ConfigProblem,
+    DecoderConfig,
+    Rope,
+    check_head,
+    flag,
+    layer_count,
+    number,
+    read_dtype,
+)
 
 _NAMES = renamed(
     {
@@ -18,7 +28,9 @@ _NAMES = renamed(
         r"transformer\.h\.(\d+)\.mlp\.c_proj\.weight": r"model.layers.\1.mlp.down_proj.weight",
     }
 )
-_FUSED = renamed({r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)": r"model.layers.\1.self_attn.{}_proj.\2"})
+_FUSED = renamed(
+    {r"transformer\.h\.(\d+)\.attn\.c_attn\.(weight|bias)": r"model.layers.\1.self_attn.{}_proj.\2"}
+)
 
 
 def _sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:
@@ -26,7 +38,9 @@ def _sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[s
     if fused == name:
         return {_NAMES(name): Source(name)}
     rows = config.heads * config.head_dim
-    return split_rows(name, shape, (3, rows), {fused.format(role): (i,) for i, role in enumerate("qkv")})
+    return split_rows(
+        name, shape, (3, rows), {fused.format(role): (i,) for i, role in enumerate("qkv")}
+    )
 
 
 def _read(config: Json) -> DecoderConfig:
@@ -40,9 +54,21 @@ def _read(config: Json) -> DecoderConfig:
     if flag(config, "bf16") and flag(config, "fp16"):
         raise ConfigProblem("bf16 and fp16 are both true: which is meant?")
     if other := next((key for key in ("rope_scaling", "rope_parameters") if config.get(key)), None):
-        raise ConfigProblem(f"{other} is {config[other]!r}; the first Qwen has use_dynamic_ntk, and nothing that reads it looks at that")
-    dtype = "bfloat16" if flag(config, "bf16") else "float16" if flag(config, "fp16") else read_dtype(config)
-    rope = Rope(number(config, "rotary_emb_base", float, 10000.0), "qwen" if flag(config, "use_dynamic_ntk") else "default")
+        raise ConfigProblem(
+            f"{other} is {config[other]!r}; the first Qwen has use_dynamic_ntk, and nothing that"
+            " reads it looks at that"
+        )
+    dtype = (
+        "bfloat16"
+        if flag(config, "bf16")
+        else "float16"
+        if flag(config, "fp16")
+        else read_dtype(config)
+    )
+    rope = Rope(
+        number(config, "rotary_emb_base", float, 10000.0),
+        "qwen" if flag(config, "use_dynamic_ntk") else "default",
+    )
     if rope.theta < 1:
         raise ConfigProblem(f"rotary_emb_base is {rope.theta}, expected at least 1")
     check_head(head_dim, rope)
@@ -90,6 +116,17 @@ def _native_config(config: Json) -> Json:
 
 
 QWEN = Architecture(
-    "Qwen", ("qwen",), _read, _native_config, _sources, base="transformer", base_parts=("wte", "h", "ln_f"),
-    notes=("written as Qwen2: no remote code; dynamic NTK and logn scaling beyond the trained length have no place there",),
-)  # fmt: skip
+    "Qwen",
+    ("qwen",),
+    _read,
+    _native_config,
+    _sources,
+    base="transformer",
+    base_parts=("wte", "h", "ln_f"),
+    notes=(
+        (
+            "written as Qwen2: no remote code; dynamic NTK and logn scaling beyond the trained"
+            " length have no place there"
+        ),
+    ),
+)

@@ -1,4 +1,5 @@
-"""The architectures QuantFlow knows. To add one: a table in this folder, a line here, a parity test."""
+"""The architectures QuantFlow knows. To add one: a table in this folder, a line here, a parity
+test."""
 
 from __future__ import annotations
 
@@ -11,6 +12,17 @@ from quantflow.models.qwen import QWEN
 
 ARCHITECTURES: dict[str, Architecture] = {
     model_type: architecture
-    for architecture in (LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM, INTERNLM2, QWEN, MIXTRAL, QWEN3_MOE, OPT)
+    for architecture in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        INTERNLM,
+        INTERNLM2,
+        QWEN,
+        MIXTRAL,
+        QWEN3_MOE,
+        OPT,
+    )
     for model_type in architecture.model_types
 }

@@ -1,8 +1,9 @@
-"""The linears of a decoder layer, by what they read: the one table that every pass over a layer is made from.
+"""The linears of a decoder layer, by what they read: the one table that every pass over a layer is
+made from.
 
-Quantisation takes a layer segment by segment, in execution order: the linears of one share a Hessian
-and may share a scale. Sharding, the memory estimate, sensitivity's parts and the engine read the
-same table. Letters in shapes: `N` output channels, `K` input channels.
+Quantisation takes a layer segment by segment, in execution order: the linears of one share a
+Hessian and may share a scale. Sharding, the memory estimate, sensitivity's parts and the engine
+read the same table. Letters in shapes: `N` output channels, `K` input channels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from quantflow.models.config import DecoderConfig
 
 
 class Role(StrEnum):
-    """What a segment is to the layer: the linears that read a block's input, or the one that makes its output."""
+    """What a segment is to the layer: the linears that read a block's input, or the one that makes
+    its output."""
 
     attention_in = "attention_in"
     attention_out = "attention_out"
@@ -59,7 +61,8 @@ class Fold:
 class Segment:
     """Linears that read one tensor.
 
-    part: what engines fuse, and so want in one width; the segments of all experts of a layer are one.
+    part: what engines fuse, and so want in one width; the segments of all experts of a layer are
+    one.
     fold: where a scale of the input may go; None: nowhere. expert: whose, in a mixture.
     """
 
@@ -85,15 +88,20 @@ class Segment:
 
 
 def segments(architecture: Architecture, config: DecoderConfig, layer: int) -> tuple[Segment, ...]:
-    """Those of a decoder layer, in execution order. The router, which is never quantised, is in none."""
+    """Those of a decoder layer, in execution order. The router, which is never quantised, is in
+    none."""
     names = architecture.layer
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     attention = names.q.rpartition(".")[0]
     qkv = tuple(
-        LinearSpec(name, (rows, config.hidden), config.attention_bias, 0) for name, rows in ((names.q, heads), (names.k, kv), (names.v, kv))
+        LinearSpec(name, (rows, config.hidden), config.attention_bias, 0)
+        for name, rows in ((names.q, heads), (names.k, kv), (names.v, kv))
     )
     o = LinearSpec(names.o, (config.hidden, heads), config.output_bias, 1)
-    norm, values = Fold(norm=names.attention_norm), Fold(linear=names.v, heads=(config.heads // config.kv_heads, config.head_dim))
+    norm, values = (
+        Fold(norm=names.attention_norm),
+        Fold(linear=names.v, heads=(config.heads // config.kv_heads, config.head_dim)),
+    )
     return (
         Segment(Role.attention_in, f"{attention}.qkv", qkv, norm),
         Segment(Role.attention_out, names.o, (o,), values),
@@ -101,16 +109,23 @@ def segments(architecture: Architecture, config: DecoderConfig, layer: int) -> t
     )
 
 
-def _mlp_segments(architecture: Architecture, config: DecoderConfig, layer: int) -> Iterator[Segment]:
+def _mlp_segments(
+    architecture: Architecture, config: DecoderConfig, layer: int
+) -> Iterator[Segment]:
     names, width, mixture = architecture.layer, config.width(layer), config.is_moe(layer)
     norm = Fold(norm=names.mlp_norm, beside=(names.router,) if mixture else ())
     for expert in range(config.experts) if mixture else (None,):
         gate, up, down = names.mlp(expert)
-        readers = tuple(LinearSpec(name, (width, config.hidden), config.mlp_bias, 0) for name in (gate, up) if name)
+        readers = tuple(
+            LinearSpec(name, (width, config.hidden), config.mlp_bias, 0)
+            for name in (gate, up)
+            if name
+        )
         last = LinearSpec(down, (config.hidden, width), config.mlp_bias, 1)
         fused = f"{up.rpartition('.')[0]}.gate_up" if gate else up
         experts = names.expert.partition(".{e}")[0]
-        # Without a gate, a scale of `up`'s output has to pass through the activation: relu lets it, gelu does not.
+        # Without a gate, a scale of `up`'s output has to pass through the activation: relu lets it,
+        # gelu does not.
         passes = Fold(linear=up) if gate or config.activation == "relu" else None
         yield Segment(Role.mlp_in, experts if mixture else fused, readers, norm, expert)
         yield Segment(Role.mlp_out, experts if mixture else down, (last,), passes, expert)

@@ -1,7 +1,8 @@
 """One thing under several names in a config.json: which value counts.
 
-Where transformers reads both names, its choice counts and is said; elsewhere they must agree. What is settled says each thing once, so that
-whoever reads the config that is written reads the same model.
+Where transformers reads both names, its choice counts and is said; elsewhere they must agree. What
+is settled says each thing once, so that whoever reads the config that is written reads the same
+model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("head_dim", "kv_channels", "attention_head_dim"),
     ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff"),
     ("max_position_embeddings", "n_positions"),
-    ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon"),
+    (
+        "rms_norm_eps",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "layernorm_epsilon",
+        "norm_eps",
+        "norm_epsilon",
+    ),
     ("hidden_act", "activation_function", "hidden_activation"),
     ("rope_theta", "rotary_emb_base", "rotary_base", "rope_base"),
     ("partial_rotary_factor", "rotary_pct", "rotary_percent", "rope_pct"),
@@ -37,12 +45,20 @@ _SAME = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}  # values that mean o
 
 
 def settled(config: Json) -> tuple[Json, tuple[str, ...]]:
-    """The config with one value for everything, and what was overruled, in words. Raises ConfigProblem where no reader could know."""
+    """The config with one value for everything, and what was overruled, in words. Raises
+    ConfigProblem where no reader could know."""
     for names in SYNONYMS:
-        first, *others = [(name, config[name]) for name in names if config.get(name) is not None] or [("", None)]
+        first, *others = [
+            (name, config[name]) for name in names if config.get(name) is not None
+        ] or [("", None)]
         for name, value in others:
-            if isinstance(value, bool) == isinstance(first[1], bool) and not _alike(first[1], value):
-                raise ConfigProblem(f"{first[0]} is {_short(first[1])}, and {name}, which means the same, is {_short(value)}")
+            if isinstance(value, bool) == isinstance(first[1], bool) and not _alike(
+                first[1], value
+            ):
+                raise ConfigProblem(
+                    f"{first[0]} is {_short(first[1])}, and {name}, which means the same, is"
+                    f" {_short(value)}"
+                )
     found, notes = dict(config), []
     old, new = found.get("torch_dtype"), found.get("dtype")
     if old is not None and new is not None and _plain(old) != _plain(new):
@@ -53,27 +69,47 @@ def settled(config: Json) -> tuple[Json, tuple[str, ...]]:
 
 
 def _settle_rope(config: Json) -> list[str]:
-    """Brings the rotary numbers of `config` into one form, as transformers merges them; returns what was overruled."""
+    """Brings the rotary numbers of `config` into one form, as transformers merges them; returns
+    what was overruled."""
     notes = []
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     for key, part in (("rope_scaling", old), ("rope_parameters", new)):
         if part is not None and not isinstance(part, Mapping):
             raise ConfigProblem(f"{key} is {_short(part)}, expected an object")
         if kinds := [kind for kind, value in (part or {}).items() if isinstance(value, Mapping)]:
-            raise ConfigProblem(f"{key} has one object for each kind of layer ({', '.join(kinds)}); QuantFlow knows one for all layers")
+            raise ConfigProblem(
+                f"{key} has one object for each kind of layer ({', '.join(kinds)}); QuantFlow knows"
+                " one for all layers"
+            )
     if not old and not new:
         return []
     key = "rope_scaling" if old else "rope_parameters"
     rope = dict(old or new or {})
     if old and new:
         names = ("rope_type", *(name for name in new if name not in _APART))
-        if lost := next((name for name in names if not _alike(_rope_value(old, name), _rope_value(new, name))), None):
-            notes.append(_overruled(f"rope_parameters {lost}", _rope_value(new, lost), f"rope_scaling {lost}", _rope_value(old, lost)))
+        if lost := next(
+            (name for name in names if not _alike(_rope_value(old, name), _rope_value(new, name))),
+            None,
+        ):
+            notes.append(
+                _overruled(
+                    f"rope_parameters {lost}",
+                    _rope_value(new, lost),
+                    f"rope_scaling {lost}",
+                    _rope_value(old, lost),
+                )
+            )
         theta, kept = new.get("rope_theta"), rope.get("rope_theta") or config.get("rope_theta")
         if theta is not None and kept is None:
             if not _alike(theta, default_theta(config)):  # to which transformers falls back
-                hint = f"transformers then takes {default_theta(config)}; write rope_theta into rope_scaling"
-                raise ConfigProblem(f"rope_scaling replaces rope_parameters, and with it its rope_theta {_short(theta)}: {hint}")
+                hint = (
+                    f"transformers then takes {default_theta(config)}; write rope_theta into"
+                    " rope_scaling"
+                )
+                raise ConfigProblem(
+                    "rope_scaling replaces rope_parameters, and with it its rope_theta"
+                    f" {_short(theta)}: {hint}"
+                )
             config["rope_theta"] = theta
         elif theta is not None and not _alike(theta, kept):
             notes.append(_overruled("rope_parameters rope_theta", theta, "rope_theta", kept))
@@ -83,11 +119,23 @@ def _settle_rope(config: Json) -> list[str]:
         notes.append(_overruled(f"{key} type", rope["type"], "rope_type", kind))
         rope["type"] = kind
     for name in ("rope_theta", "partial_rotary_factor"):
-        if rope.get(name) is not None and config.get(name) is not None and not _alike(rope[name], config[name]):
+        if (
+            rope.get(name) is not None
+            and config.get(name) is not None
+            and not _alike(rope[name], config[name])
+        ):
             notes.append(_overruled(name, config[name], f"{name} in {key}", rope[name]))
             config[name] = rope[name]
-    trained, inside = config.get("original_max_position_embeddings"), rope.get("original_max_position_embeddings")
-    if (kind or rope.get("type")) in ("llama3", "yarn") and trained is not None and inside is not None and trained != inside:
+    trained, inside = (
+        config.get("original_max_position_embeddings"),
+        rope.get("original_max_position_embeddings"),
+    )
+    if (
+        (kind or rope.get("type")) in ("llama3", "yarn")
+        and trained is not None
+        and inside is not None
+        and trained != inside
+    ):
         name = "original_max_position_embeddings"
         notes.append(_overruled(f"{key} {name}", inside, f"{name} outside it", trained))
         rope[name] = trained
@@ -104,7 +152,10 @@ def _rope_value(rope: Mapping[str, Any], name: str) -> Any:
 
 
 def _overruled(name: str, value: Any, by: str, other: Any) -> str:
-    return f"{name} {_short(value)} in config.json is not followed: {by} {_short(other)} goes first, as in transformers"
+    return (
+        f"{name} {_short(value)} in config.json is not followed: {by} {_short(other)} goes first,"
+        " as in transformers"
+    )
 
 
 def _alike(one: Any, other: Any) -> bool:

@@ -1,7 +1,9 @@
-"""What of a model fits: the best weights, KV cache and tensor parallelism for a size of memory, a context and a batch.
+"""What of a model fits: the best weights, KV cache and tensor parallelism for a size of memory, a
+context and a batch.
 
-Everything comes from the config and the shapes; no weight is read. The rule of thumb: precision first: full precision; memory short: an
-int8 KV cache; shorter still: weights of fewer bits; both together for the least memory. The sum is in `memory.py`.
+Everything comes from the config and the shapes; no weight is read. The rule of thumb: precision
+first: full precision; memory short: an int8 KV cache; shorter still: weights of fewer bits; both
+together for the least memory. The sum is in `memory.py`.
 """
 
 from __future__ import annotations
@@ -25,13 +27,15 @@ from quantflow.quant.scheme import Scheme
 from quantflow.recipe.writer import Draft, name_of
 from quantflow.units import ROUNDING, is_number
 
-GROUPS = {8: (128, 64, 32), 4: (32, 64, 128), 3: (32, 64, 128), 2: (32, 64, 128)}  # in the order that they are tried
+# in the order that they are tried
+GROUPS = {8: (128, 64, 32), 4: (32, 64, 128), 3: (32, 64, 128), 2: (32, 64, 128)}
 USUAL_BITS = 4  # fewer only where no number of devices holds these: below, rounding costs much more
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A candidate, what it needs, and what else would fit: the largest batch at the context, the longest context at the batch."""
+    """A candidate, what it needs, and what else would fit: the largest batch at the context, the
+    longest context at the batch."""
 
     candidate: Candidate
     need: Need
@@ -41,10 +45,11 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Advice:
-    """proposal: None where nothing fits. better: the next candidate that would be better, which does not fit. least: what needs the least
-    memory on a device. by_ranks: the best of each number of devices that anything fits. least_by_ranks: what needs the least there, of each
-    number that the model can be cut for. impossible: number of devices -> what keeps a
-    model from being cut for them, or groups from being used."""
+    """proposal: None where nothing fits. better: the next candidate that would be better, which
+    does not fit. least: what needs the least memory on a device. by_ranks: the best of each number
+    of devices that anything fits. least_by_ranks: what needs the least there, of each number that
+    the model can be cut for. impossible: number of devices -> what keeps a model from being cut for
+    them, or groups from being used."""
 
     question: Question
     proposal: Fitted | None
@@ -60,12 +65,19 @@ class Advice:
                 return None
             c = fitted.candidate
             return {
-                "weights": str(c.scheme) if c.scheme else "full precision", "bits": c.bits,
-                "group_size": c.scheme.group_size if c.scheme else None, "symmetric": c.scheme.symmetric if c.scheme else None,
-                "kv": "int8" if c.int8_kv else "full", "tp": c.tp,
-                "bytes": {**{term.name.lower(): term.bytes for term in fitted.need.terms}, "total": fitted.need.total},
-                "largest_batch": fitted.largest_batch or None, "longest_context": fitted.longest_context or None,
-            }  # fmt: skip
+                "weights": str(c.scheme) if c.scheme else "full precision",
+                "bits": c.bits,
+                "group_size": c.scheme.group_size if c.scheme else None,
+                "symmetric": c.scheme.symmetric if c.scheme else None,
+                "kv": "int8" if c.int8_kv else "full",
+                "tp": c.tp,
+                "bytes": {
+                    **{term.name.lower(): term.bytes for term in fitted.need.terms},
+                    "total": fitted.need.total,
+                },
+                "largest_batch": fitted.largest_batch or None,
+                "longest_context": fitted.longest_context or None,
+            }
 
         question = {
             "fit": self.question.fit,
@@ -74,10 +86,14 @@ class Advice:
             "device": self.question.device,
         }
         return {
-            "question": question, "proposal": told(self.proposal), "better": told(self.better), "least": told(self.least),
+            "question": question,
+            "proposal": told(self.proposal),
+            "better": told(self.better),
+            "least": told(self.least),
             "by_tp": {tp: told(fitted) for tp, fitted in self.by_ranks.items()},
-            "least_by_tp": {tp: told(fitted) for tp, fitted in self.least_by_ranks.items()}, "impossible": self.impossible,
-        }  # fmt: skip
+            "least_by_tp": {tp: told(fitted) for tp, fitted in self.least_by_ranks.items()},
+            "impossible": self.impossible,
+        }
 
 
 def schemes(question: Question, mixture: bool) -> Iterator[Scheme]:
@@ -89,12 +105,19 @@ def schemes(question: Question, mixture: bool) -> Iterator[Scheme]:
 
 
 def advise(checkpoint: Checkpoint, question: Question) -> Advice:
-    """What to do. Raises UserError for a question that has no answer: a context longer than the model's, a model that cannot be cut so."""
+    """What to do. Raises UserError for a question that has no answer: a context longer than the
+    model's, a model that cannot be cut so."""
     model = Model(checkpoint, question)
     problems = []
     refuse_quantised(checkpoint)
     if question.context > checkpoint.config.context and not checkpoint.config.stretches:
-        problems.append(Problem("--context", str(question.context), f"at most the model's {checkpoint.config.context} positions"))
+        problems.append(
+            Problem(
+                "--context",
+                str(question.context),
+                f"at most the model's {checkpoint.config.context} positions",
+            )
+        )
     whole = {tp: model.problems(None, tp) for tp in question.ranks}
     if all(whole.values()):
         problems += [Problem(f"--tp {tp}", why) for tp, reasons in whole.items() for why in reasons]
@@ -106,10 +129,19 @@ def advise(checkpoint: Checkpoint, question: Question) -> Advice:
         if not whole[tp]:
             ordered[tp] = [Candidate(None, int8, tp) for int8 in (False, True)]
             ordered[tp] += _quantised(model, tp, impossible)
-    needs = {c: model.need(c, question.context, question.batch) for row in ordered.values() for c in row}
-    best = {tp: next((c for c in row if needs[c].total <= question.fit), None) for tp, row in ordered.items()}
+    needs = {
+        c: model.need(c, question.context, question.batch) for row in ordered.values() for c in row
+    }
+    best = {
+        tp: next((c for c in row if needs[c].total <= question.fit), None)
+        for tp, row in ordered.items()
+    }
     by_ranks = {tp: fitted(model, c) for tp, c in best.items() if c}
-    proposal = min(by_ranks.values(), key=lambda f: (f.candidate.bits < USUAL_BITS, f.candidate.tp), default=None)
+    proposal = min(
+        by_ranks.values(),
+        key=lambda f: (f.candidate.bits < USUAL_BITS, f.candidate.tp),
+        default=None,
+    )
     better = None
     if proposal:
         row = ordered[proposal.candidate.tp]
@@ -128,30 +160,47 @@ def fitted(model: Model, candidate: Candidate) -> Fitted:
     room = question.fit - need.weights - need.reserve
 
     def fits(context: int, batch: int) -> bool:
-        return model.kv(candidate, context, batch) + model.activations(candidate.tp, context, batch).bytes <= room
+        return (
+            model.kv(candidate, context, batch)
+            + model.activations(candidate.tp, context, batch).bytes
+            <= room
+        )
 
     config = model.checkpoint.config
     most = 2**40 if config.stretches else config.context
     largest = _largest(lambda batch: fits(question.context, batch), 2**24)
-    return Fitted(candidate, need, largest, _largest(lambda context: fits(context, question.batch), most))
+    return Fitted(
+        candidate, need, largest, _largest(lambda context: fits(context, question.batch), most)
+    )
 
 
 def _quantised(model: Model, tp: int, impossible: dict[int, list[str]]) -> list[Candidate]:
-    """By bits, then by the cache, then by groups, the better first. Of 8 bits only the largest groups that can be cut."""
+    """By bits, then by the cache, then by groups, the better first. Of 8 bits only the largest
+    groups that can be cut."""
     by_bits: dict[int, list[Scheme]] = {}
     for scheme in schemes(model.question, model.checkpoint.config.experts > 0):
         if scheme.bits == 8 and by_bits.get(8):
             continue
         if reasons := model.problems(scheme, tp):
             said = impossible.setdefault(tp, [])
-            said += [text for why in reasons if (text := f"groups of {scheme.group_size}: {why}") not in said]
+            said += [
+                text
+                for why in reasons
+                if (text := f"groups of {scheme.group_size}: {why}") not in said
+            ]
         else:
             by_bits.setdefault(scheme.bits, []).append(scheme)
-    return [Candidate(scheme, int8, tp) for found in by_bits.values() for int8 in (False, True) for scheme in found]
+    return [
+        Candidate(scheme, int8, tp)
+        for found in by_bits.values()
+        for int8 in (False, True)
+        for scheme in found
+    ]
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` for which `fits` holds, 0 for none; it holds for all smaller ones then."""
+    """The largest number from 1 to `most` for which `fits` holds, 0 for none; it holds for all
+    smaller ones then."""
     low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, high * 2
@@ -164,7 +213,8 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """What `quantflow sensitivity` found. kl_mean: width -> KL divergence in nats a token of the whole model in it, rounded to nearest.
+    """What `quantflow sensitivity` found. kl_mean: width -> KL divergence in nats a token of the
+    whole model in it, rounded to nearest.
     same_weights: whether the weights are known to be this model's; else the config alone is."""
 
     path: Path
@@ -181,9 +231,17 @@ class Measured:
 
 
 def measured(checkpoint: Checkpoint, given: Path | None) -> tuple[Measured | None, list[str]]:
-    """The measurements in a file, or in one that lies in the model's directory, beside it, or here, where that is of this model; and what
-    is wrong with files that were found and cannot be read. Raises UserError for a file that was given and is no such."""
-    places = [given] if given else [folder / "sensitivity.json" for folder in (checkpoint.path, checkpoint.path.parent, Path())]
+    """The measurements in a file, or in one that lies in the model's directory, beside it, or here,
+    where that is of this model; and what is wrong with files that were found and cannot be read.
+    Raises UserError for a file that was given and is no such."""
+    places = (
+        [given]
+        if given
+        else [
+            folder / "sensitivity.json"
+            for folder in (checkpoint.path, checkpoint.path.parent, Path())
+        ]
+    )
     unusable = []
     for path in dict.fromkeys(places):
         if not given and not path.exists():
@@ -195,12 +253,22 @@ def measured(checkpoint: Checkpoint, given: Path | None) -> tuple[Measured | Non
             found, reason = None, str(error)
             unusable.append(f"{path}: {reason}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            found, reason = None, (isinstance(error, OSError) and error.strerror) or "no measurements of quantflow sensitivity"
+            found, reason = (
+                None,
+                (isinstance(error, OSError) and error.strerror)
+                or "no measurements of quantflow sensitivity",
+            )
             unusable.append(f"{path}: {reason}")
         if found:
             return found, unusable
         if given:
-            raise UserError(Problem("--sensitivity", f"{path}: {reason}", "what `quantflow sensitivity` wrote for this model"))
+            raise UserError(
+                Problem(
+                    "--sensitivity",
+                    f"{path}: {reason}",
+                    "what `quantflow sensitivity` wrote for this model",
+                )
+            )
     return None, unusable
 
 
@@ -216,17 +284,26 @@ def _read_measured(checkpoint: Checkpoint, path: Path) -> Measured | None:
     text.encode()  # half a surrogate pair, which JSON can hold, could not be shown
     for bits, whole in record["uniform"].items():
         if not is_number(whole["measured"], ROUNDING):
-            raise _NoMeasure(f"a KL divergence of {json.dumps(whole['measured'])[:60]} in {int(bits)} bits")
+            raise _NoMeasure(
+                f"a KL divergence of {json.dumps(whole['measured'])[:60]} in {int(bits)} bits"
+            )
     kl_mean = {int(bits): float(whole["measured"]) for bits, whole in record["uniform"].items()}
     weights = _known_weights(checkpoint, path)
-    found = Measured(path, text, int(record["group_size"]), bool(record["symmetric"]), kl_mean, weights is not None)
+    found = Measured(
+        path,
+        text,
+        int(record["group_size"]),
+        bool(record["symmetric"]),
+        kl_mean,
+        weights is not None,
+    )
     same = model["config"] == digest(checkpoint.raw_config) and weights in (None, model["weights"])
     return found if same else None
 
 
 def _known_weights(checkpoint: Checkpoint, beside: Path) -> str | None:
-    """What tells the model's weights from others, where the store beside the measurements has their hashes; None elsewhere, since no
-    weight is read here."""
+    """What tells the model's weights from others, where the store beside the measurements has their
+    hashes; None elsewhere, since no weight is read here."""
     if checkpoint.config_only or not checkpoint.files:
         return None
     digests = store_beside(beside).cached_digests(checkpoint.files)
@@ -234,7 +311,8 @@ def _known_weights(checkpoint: Checkpoint, beside: Path) -> str | None:
 
 
 def cache_share(question: Question, fitted: Fitted) -> float | None:
-    """The engine's `--cache-max-entry-count` that gives the cache this much, None where its default does."""
+    """The engine's `--cache-max-entry-count` that gives the cache this much, None where its default
+    does."""
     left = question.fit - fitted.need.weights - fitted.need.reserve
     share = fitted.need.kv / left
     return None if share <= SHARE[question.device] else min(1.0, math.ceil(share * 100) / 100)
@@ -262,12 +340,19 @@ def recipe_draft(checkpoint: Checkpoint, model: str, candidate: Candidate) -> Dr
 
 
 def settings(candidate: Candidate, stages: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`--set` options that give a recipe with these stages the candidate, and stages that it lacks for that."""
+    """`--set` options that give a recipe with these stages the candidate, and stages that it lacks
+    for that."""
     if candidate.scheme is None:
         return [], []
     scheme = candidate.scheme
-    values = {"weights.bits": scheme.bits, "weights.group_size": scheme.group_size, "weights.symmetric": str(scheme.symmetric).lower()}
-    lacking = [stage for stage in ("calibrate", "kv_qparams") if candidate.int8_kv and stage not in stages]
+    values = {
+        "weights.bits": scheme.bits,
+        "weights.group_size": scheme.group_size,
+        "weights.symmetric": str(scheme.symmetric).lower(),
+    }
+    lacking = [
+        stage for stage in ("calibrate", "kv_qparams") if candidate.int8_kv and stage not in stages
+    ]
     if candidate.tp > 1:
         if "shard" in stages:
             values["stages.shard.tp"] = candidate.tp

@@ -14,13 +14,15 @@ from quantflow.quant.product import MOST_ELEMENTS
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
 from quantflow.stages.pack import written_bytes
 
-# The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled kernels and packed operands too.
+# The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled
+# kernels and packed operands too.
 BASE_BYTES, COMPUTING_BYTES = 40 * 2**20, 60 * 2**20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak resident bytes above the imports, bytes on disk (store and artifact), and seconds (order of magnitude)."""
+    """Peak resident bytes above the imports, bytes on disk (store and artifact), and seconds (order
+    of magnitude)."""
 
     memory_bytes: int
     store_bytes: int
@@ -29,7 +31,8 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Memory, disk and time, from shapes alone. The terms are those of the sweep, held against measured peaks by a test."""
+    """Memory, disk and time, from shapes alone. The terms are those of the sweep, held against
+    measured peaks by a test."""
     config, checkpoint = plan.config, plan.checkpoint
     item = 4 if config.dtype == "float32" else 2
     per_layer: Counter[int] = Counter()
@@ -43,7 +46,10 @@ def estimate(plan: Plan) -> Estimate:
     held = 0
     batch = 0
     if calibration and (plan.stream_windows or plan.stage(Calibrate)):
-        tokens = max(plan.stream_windows, calibration.samples if plan.stage(Calibrate) else 0) * calibration.seqlen
+        tokens = (
+            max(plan.stream_windows, calibration.samples if plan.stage(Calibrate) else 0)
+            * calibration.seqlen
+        )
         stream = tokens * config.hidden * compute
         held = 3 * stream if 3 * stream <= activation_budget() else 0
         width = max(config.intermediate, config.dense_intermediate, config.hidden)
@@ -53,37 +59,61 @@ def estimate(plan: Plan) -> Estimate:
     awq = plan.stage(Awq)
     if awq and calibration:
         width = max(config.intermediate, config.dense_intermediate)
-        held += min(awq.max_tokens, calibration.samples * calibration.seqlen) * (6 * config.hidden + 2 * width) * compute
-    # Activations are freed before a group is solved, but most of their blocks are too small for the C library to give them back.
+        held += (
+            min(awq.max_tokens, calibration.samples * calibration.seqlen)
+            * (6 * config.hidden + 2 * width)
+            * compute
+        )
+    # Activations are freed before a group is solved, but most of their blocks are too small for the
+    # C library to give them back.
     if gptq:
         memory = layer * 5 // 2 + _solver_bytes(plan) + batch + held
     elif plan.needs_stream or not plan.rounds:
         memory = layer * 5 // 2 + max(4 * widest, batch) + held
     else:
-        memory = layer * 3  # this layer's weights and the next one's, codes, and what is being saved; not all at their largest at once
+        # this layer's weights and the next one's, codes, and what is being saved; not all at their
+        # largest at once
+        memory = layer * 3
     base = BASE_BYTES + (COMPUTING_BYTES if plan.reads_calibration else 0)
     memory = base + max(memory, 2 * largest_outer)
     evaluate = plan.stage(Evaluate)
     if evaluate:
         tokens = evaluate.windows * evaluate.length
         streams = 2 * tokens * config.hidden * 4
-        in_layers = 3 * layer // item * 4 + max(EVALUATED_TOGETHER, evaluate.length) * (3 * config.intermediate + 6 * config.hidden) * 4
-        in_head = 2 * config.vocabulary * config.hidden * 4 + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
+        in_layers = (
+            3 * layer // item * 4
+            + max(EVALUATED_TOGETHER, evaluate.length)
+            * (3 * config.intermediate + 6 * config.hidden)
+            * 4
+        )
+        in_head = (
+            2 * config.vocabulary * config.hidden * 4
+            + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
+        )
         sampled = config.layers * SAMPLED * config.hidden * 4
-        laid_out = 4 * max((n for n in (widest, config.vocabulary * config.hidden) if n <= MOST_ELEMENTS), default=0)
-        memory = max(memory, BASE_BYTES + COMPUTING_BYTES + streams + sampled + laid_out + max(in_layers, in_head))
+        laid_out = 4 * max(
+            (n for n in (widest, config.vocabulary * config.hidden) if n <= MOST_ELEMENTS),
+            default=0,
+        )
+        memory = max(
+            memory,
+            BASE_BYTES + COMPUTING_BYTES + streams + sampled + laid_out + max(in_layers, in_head),
+        )
     packed = sum(p.scheme.stored_bytes(p.shape) for p in plan.linears if p.scheme)
     if plan.rounds:
         packed += sum(p.shape[0] * p.shape[1] * item for p in plan.linears if p.scheme is None)
     outputs = sum(written_bytes(prepared.job) for prepared in plan.prepared)
     tokens = (plan.stream_windows * calibration.seqlen) if calibration else 0
     parameters = sum(per_layer.values())
-    measured = calibration.samples * calibration.seqlen if calibration and plan.stage(Calibrate) else 0
+    measured = (
+        calibration.samples * calibration.seqlen if calibration and plan.stage(Calibrate) else 0
+    )
     flops = 2 * parameters * (1.5 * tokens + measured)
     if gptq:
         flops += sum(
             tokens * p.shape[1] ** 2 * 2 / (3 if p.shape[0] == p.shape[1] else 2)
-            + (2 + 3 * gptq.refine) * p.shape[0] * p.shape[1] ** 2  # the recursion, and a product and a half a pass
+            # the recursion, and a product and a half a pass
+            + (2 + 3 * gptq.refine) * p.shape[0] * p.shape[1] ** 2
             for p in plan.linears
         )
     rate = 2.5e11 if plan.device == "cpu" else 2e14
@@ -93,8 +123,16 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def _solver_bytes(plan: Plan) -> int:
-    """Peak of solving one group of linears that share an input, over all groups: while the Hessian is factorised, four K×K float32
-    matrices; while rows are rounded, two, the group's weights twice, and nine buffers of the rows that are solved together."""
+    """Peak of solving one group of linears that share an input, over all groups: while the Hessian
+    is factorised, four K×K float32 matrices; while rows are rounded, two, the group's weights
+    twice, and nine buffers of the rows that are solved together."""
     checkpoint = plan.checkpoint
-    groups = {(segment.rows, segment.channels) for i in range(plan.config.layers) for segment in checkpoint.segments(i)}
-    return max(max(16 * k * k, 8 * k * k + 36 * min(ELEMENTS_AT_ONCE, n * k) + 8 * n * k) for n, k in groups)
+    groups = {
+        (segment.rows, segment.channels)
+        for i in range(plan.config.layers)
+        for segment in checkpoint.segments(i)
+    }
+    return max(
+        max(16 * k * k, 8 * k * k + 36 * min(ELEMENTS_AT_ONCE, n * k) + 8 * n * k)
+        for n, k in groups
+    )

@@ -1,4 +1,5 @@
-"""`quantflow export`: a checkpoint in another format. Codes, scales and zero points are moved, never rounded again unless asked for."""
+"""`quantflow export`: a checkpoint in another format. Codes, scales and zero points are moved,
+never rounded again unless asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ import torch
 from torch import Tensor
 
 from quantflow import __version__
-from quantflow.artifacts.artifact import EXPORT, KV_FILE, MANIFEST, REPORT, building, file_entries, kv_file, read_manifest
+from quantflow.artifacts.artifact import (
+    EXPORT,
+    KV_FILE,
+    MANIFEST,
+    REPORT,
+    building,
+    file_entries,
+    kv_file,
+    read_manifest,
+)
 from quantflow.artifacts.fingerprint import digest
 from quantflow.artifacts.store import write_json
 from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
@@ -28,7 +38,13 @@ from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.kv_qparams import fp8_scales, largest_of_parameters, of_rank, per_rank
-from quantflow.stages.pack import Results, checkpoint_bytes, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack import (
+    Results,
+    checkpoint_bytes,
+    rank_folders,
+    write_checkpoint,
+    write_ranks,
+)
 from quantflow.stages.pack_job import PackJob, Prepared, prepare
 from quantflow.stages.requantize import Requantizing, record
 
@@ -39,8 +55,9 @@ _DEFAULT = Scheme(4, 128, False)  # what a plain checkpoint is rounded to where 
 
 @dataclass(frozen=True)
 class Options:
-    """tp: tensor-parallel ranks. requantize: put on another grid what the format cannot hold. dtype: of a plain checkpoint, as torch
-    names it. kv_scales: `fp8` writes scales of such a KV cache into the checkpoint itself; compressed-tensors alone has names for them."""
+    """tp: tensor-parallel ranks. requantize: put on another grid what the format cannot hold.
+    dtype: of a plain checkpoint, as torch names it. kv_scales: `fp8` writes scales of such a KV
+    cache into the checkpoint itself; compressed-tensors alone has names for them."""
 
     tp: int = 1
     max_shard_bytes: int = MAX_SHARD_BYTES
@@ -51,9 +68,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Exported:
-    """modules: how many quantised weights were written. scheme: of most of them; None for a plain checkpoint. notes: what a user should
-    know of the architecture and of this checkpoint. errors: what had to be rounded -> its relative error, {} where the translation is
-    exact. left_out: source tensor -> why it was not written. warnings: what engines are known not to load of it.
+    """modules: how many quantised weights were written. scheme: of most of them; None for a plain
+    checkpoint. notes: what a user should know of the architecture and of this checkpoint. errors:
+    what had to be rounded -> its relative error, {} where the translation is exact. left_out:
+    source tensor -> why it was not written. warnings: what engines are known not to load of it.
     """
 
     output: Path
@@ -67,11 +85,19 @@ class Exported:
     warnings: tuple[str, ...] = ()
 
 
-def export(source: str | Path, format_name: str, output: Path, options: Options = Options(), progress: Progress | None = None) -> Exported:
-    """Writes `source`, an artifact or any checkpoint that is read, into `output` in the format `format_name`; with tp > 1 the ranks too.
+def export(
+    source: str | Path,
+    format_name: str,
+    output: Path,
+    options: Options = Options(),
+    progress: Progress | None = None,
+) -> Exported:
+    """Writes `source`, an artifact or any checkpoint that is read, into `output` in the format
+    `format_name`; with tp > 1 the ranks too.
 
-    Raises FormatError, with every reason, where the format cannot hold it exactly and `options.requantize` is not set; ModelError where
-    the source is wrong; OutputError. Nothing is left behind then.
+    Raises FormatError, with every reason, where the format cannot hold it exactly and
+    `options.requantize` is not set; ModelError where the source is wrong; OutputError. Nothing is
+    left behind then.
     """
     target = _target(format_name, options)
     path = resolve_model(str(source))
@@ -92,43 +118,79 @@ def export(source: str | Path, format_name: str, output: Path, options: Options 
             save_tensors(folder / KV_FILE, kv)
         for rank, place in write_ranks(folder, job, moved, told.step):
             if kv:
-                save_tensors(place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp))
+                save_tensors(
+                    place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp)
+                )
         source_format = weights.format.name if weights.format else "huggingface"
         before = checkpoint.path / REQUANTIZED  # an inexact source stays one
         earlier = {"before": read_json(before)} if before.is_file() else {}
         if errors or earlier:
-            said = {"from": source_format, "to": format_name, "relative_errors": record(errors), **earlier}
+            said = {
+                "from": source_format,
+                "to": format_name,
+                "relative_errors": record(errors),
+                **earlier,
+            }
             write_json(folder / REQUANTIZED, said)
         exact = not errors and not earlier
-        manifest = _manifest(checkpoint, origin, job, folder, source_format, options.tp, weights.notes, exact=exact)
+        manifest = _manifest(
+            checkpoint, origin, job, folder, source_format, options.tp, weights.notes, exact=exact
+        )
         write_json(folder / MANIFEST, manifest)
     count, notes = len(job.modules), weights.notes
     if weights.kv_scales == "fp8" and not options.kv_scales:
         notes = (*notes, "these were left out; --kv-scales fp8 keeps them in compressed-tensors")
     scheme = job.default if count else None
-    left_out = {n: why for n, why in weights.left_out.items() if not options.kv_scales or not n.endswith(KV_SUFFIXES[:2])}
-    return Exported(output, source_format, format_name, count, scheme, notes, record(errors), left_out, job.warnings)
+    left_out = {
+        n: why
+        for n, why in weights.left_out.items()
+        if not options.kv_scales or not n.endswith(KV_SUFFIXES[:2])
+    }
+    return Exported(
+        output,
+        source_format,
+        format_name,
+        count,
+        scheme,
+        notes,
+        record(errors),
+        left_out,
+        job.warnings,
+    )
 
 
 def _origin(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]] | None:
-    """The artifact or export that a checkpoint is, or is a format of, and its manifest. Raises ModelError for a damaged one."""
+    """The artifact or export that a checkpoint is, or is a format of, and its manifest. Raises
+    ModelError for a damaged one."""
     here = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     for place in (here, here.parent):
         manifest = read_manifest(place)
-        if manifest and any((place / folder).resolve() == here.resolve() for folder in manifest["formats"].values()):
+        if manifest and any(
+            (place / folder).resolve() == here.resolve() for folder in manifest["formats"].values()
+        ):
             return place, manifest
     return None
 
 
 def _manifest(
-    checkpoint: Checkpoint, origin: tuple[Path, dict[str, Any]] | None, job: PackJob, folder: Path, source_format: str, tp: int,
-    notes: tuple[str, ...], *, exact: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """What was written, and of what. What was measured of the source holds for an exact translation of it, and goes along."""
+    checkpoint: Checkpoint,
+    origin: tuple[Path, dict[str, Any]] | None,
+    job: PackJob,
+    folder: Path,
+    source_format: str,
+    tp: int,
+    notes: tuple[str, ...],
+    *,
+    exact: bool,
+) -> dict[str, Any]:
+    """What was written, and of what. What was measured of the source holds for an exact translation
+    of it, and goes along."""
     place, made = origin or (checkpoint.path, {})
     report = read_json(place / REPORT) if origin and (place / REPORT).is_file() else {}
     before, files = {**report.get("source", {}), **made.get("source", {})}, file_entries(folder)
-    name = (before.get("model") if made.get("kind") == EXPORT else made.get("name")) or checkpoint.path.resolve().name.removesuffix(".gguf")
+    name = (
+        before.get("model") if made.get("kind") == EXPORT else made.get("name")
+    ) or checkpoint.path.resolve().name.removesuffix(".gguf")
     return {
         "quantflow": __version__,
         "kind": EXPORT,
@@ -140,8 +202,13 @@ def _manifest(
         "tensor_parallel": tp,
         "recipe": made.get("recipe"),
         "source": {
-            "model": name, "architecture": checkpoint.architecture.name, "format": source_format, "exact": exact,
-            "artifact": made.get("fingerprint"), "weights": before.get("weights"), "bytes": before.get("bytes", checkpoint.weight_bytes),
+            "model": name,
+            "architecture": checkpoint.architecture.name,
+            "format": source_format,
+            "exact": exact,
+            "artifact": made.get("fingerprint"),
+            "weights": before.get("weights"),
+            "bytes": before.get("bytes", checkpoint.weight_bytes),
         },
         "bytes": checkpoint_bytes(job),
         "kv_qparams": made.get("kv_qparams"),
@@ -149,33 +216,65 @@ def _manifest(
         "evaluation": report.get("evaluation", made.get("evaluation")) if exact else None,
         "notes": list(notes),
         "files": files,
-    }  # fmt: skip
+    }
 
 
 def _check_output(output: Path, source: Path) -> None:
-    """Raises OutputError, before any work, for a place that holds something. What a recipe makes can be made again; what an export would
-    replace may be the only copy."""
+    """Raises OutputError, before any work, for a place that holds something. What a recipe makes
+    can be made again; what an export would replace may be the only copy."""
     place = output.resolve()
     if place == source.resolve() or source.resolve().is_relative_to(place):
         raise OutputError(Problem(str(output), "the source itself", "another directory"))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         found = "a directory with other content" if place.is_dir() else "a file"
-        raise OutputError(Problem(str(output), found, "a new directory, or an empty one", "Remove it yourself if it is no longer needed"))
-    if artifact := next((parent for parent in place.parents if (parent / MANIFEST).is_file()), None):
-        raise OutputError(Problem(str(output), f"a place inside the artifact {artifact}", "one outside", "Its manifest lists its files"))
+        raise OutputError(
+            Problem(
+                str(output),
+                found,
+                "a new directory, or an empty one",
+                "Remove it yourself if it is no longer needed",
+            )
+        )
+    if artifact := next(
+        (parent for parent in place.parents if (parent / MANIFEST).is_file()), None
+    ):
+        raise OutputError(
+            Problem(
+                str(output),
+                f"a place inside the artifact {artifact}",
+                "one outside",
+                "Its manifest lists its files",
+            )
+        )
 
 
-def _with_kv(weights: Weights, job: PackJob, kv: Mapping[str, Tensor], options: Options) -> tuple[PackJob, dict[str, float]]:
-    """The job with what goes into the checkpoint itself of the KV cache, and by how much scales were widened for that."""
+def _with_kv(
+    weights: Weights, job: PackJob, kv: Mapping[str, Tensor], options: Options
+) -> tuple[PackJob, dict[str, float]]:
+    """The job with what goes into the checkpoint itself of the KV cache, and by how much scales
+    were widened for that."""
     checkpoint = job.checkpoint
     if options.kv_scales:
         scales = weights.fp8_scales()
         if not scales and not kv:
-            raise FormatError(Problem("--kv-scales", "no KV-cache parameters in the source", "those of a recipe's stage kv_qparams"))
+            raise FormatError(
+                Problem(
+                    "--kv-scales",
+                    "no KV-cache parameters in the source",
+                    "those of a recipe's stage kv_qparams",
+                )
+            )
         if not scales:
-            prefixes = [f"{checkpoint.architecture.layer_prefix(index)}.self_attn" for index in range(checkpoint.config.layers)]
+            prefixes = [
+                f"{checkpoint.architecture.layer_prefix(index)}.self_attn"
+                for index in range(checkpoint.config.layers)
+            ]
             for prefix in prefixes:
-                scales |= fp8_scales(prefix, largest_of_parameters(kv, prefix), getattr(torch, checkpoint.config.dtype))
+                scales |= fp8_scales(
+                    prefix,
+                    largest_of_parameters(kv, prefix),
+                    getattr(torch, checkpoint.config.dtype),
+                )
         return replace(job, kv=scales, kv_scales=options.kv_scales), {}
     if not kv or job.format.container != "workspace":
         return job, {}
@@ -197,44 +296,88 @@ def _target(name: str, options: Options) -> Format:
         raise FormatError(Problem("--format", repr(name), f"one of {', '.join(FORMATS)}"))
     target = FORMATS[name]
     if options.kv_scales and options.kv_scales not in target.kv_scales:
-        holding = [f"--kv-scales {kind} with --format {form}" for form, known in FORMATS.items() for kind in known.kv_scales]
+        holding = [
+            f"--kv-scales {kind} with --format {form}"
+            for form, known in FORMATS.items()
+            for kind in known.kv_scales
+        ]
         hint = "int8 parameters lie beside the checkpoint without it"
-        raise FormatError(Problem("--kv-scales", f"{options.kv_scales!r} with --format {name}", ", ".join(holding), hint))
+        raise FormatError(
+            Problem(
+                "--kv-scales",
+                f"{options.kv_scales!r} with --format {name}",
+                ", ".join(holding),
+                hint,
+            )
+        )
     if isinstance(target, HuggingFace):
         dtype = options.dtype or target.dtype
         if dtype not in ("float32", "float16", "bfloat16"):
             raise FormatError(Problem("--dtype", repr(dtype), "float32, float16 or bfloat16"))
         return replace(target, dtype=dtype, rounded=options.requantize)
     if options.dtype is not None:
-        raise FormatError(Problem("--dtype", f"{options.dtype!r} with --format {name}", "--format huggingface, the one that dequantises"))
+        raise FormatError(
+            Problem(
+                "--dtype",
+                f"{options.dtype!r} with --format {name}",
+                "--format huggingface, the one that dequantises",
+            )
+        )
     return target
 
 
 def _job(weights: Weights, target: Format, options: Options) -> PackJob:
-    """What is to be written. Raises FormatError with everything that is known to stand against it before a weight is read."""
+    """What is to be written. Raises FormatError with everything that is known to stand against it
+    before a weight is read."""
     checkpoint = weights.checkpoint
     held = _schemes(weights)
-    if not any(held) and target.dtype is None and target.container == "directory":  # which holds quantised weights alone
+    # which holds quantised weights alone
+    if not any(held) and target.dtype is None and target.container == "directory":
         if not options.requantize:
             hint = "quantflow run quantises it well; --requantize rounds to nearest"
-            raise FormatError(Problem(str(checkpoint.path), "no quantised checkpoint", f"one whose codes {target.name} can hold", hint))
+            raise FormatError(
+                Problem(
+                    str(checkpoint.path),
+                    "no quantised checkpoint",
+                    f"one whose codes {target.name} can hold",
+                    hint,
+                )
+            )
         layers = range(checkpoint.config.layers)
-        group = usual_group(math.gcd(*(k for i in layers for _, k in _shapes(checkpoint, i).values())), _DEFAULT.group_size)
-        held = [dict.fromkeys(_shapes(checkpoint, index), replace(_DEFAULT, group_size=group)) for index in layers]
+        group = usual_group(
+            math.gcd(*(k for i in layers for _, k in _shapes(checkpoint, i).values())),
+            _DEFAULT.group_size,
+        )
+        held = [
+            dict.fromkeys(_shapes(checkpoint, index), replace(_DEFAULT, group_size=group))
+            for index in layers
+        ]
     outside = {f"{name.removesuffix('.weight')}" for name in checkpoint.outer_names()}
-    outer = {module: scheme for module in sorted(weights.modules & outside) if (scheme := weights.scheme_of(module))}
+    outer = {
+        module: scheme
+        for module in sorted(weights.modules & outside)
+        if (scheme := weights.scheme_of(module))
+    }
     indexed = _indexed(weights)
 
     def prepared(requantize: bool) -> Prepared:
         return prepare(
-            checkpoint, target, dict(enumerate(held)), indexed=indexed.__contains__, max_shard_bytes=options.max_shard_bytes,
-            ranks=options.tp, requantize=requantize, outer=outer,
-        )  # fmt: skip
+            checkpoint,
+            target,
+            dict(enumerate(held)),
+            indexed=indexed.__contains__,
+            max_shard_bytes=options.max_shard_bytes,
+            ranks=options.tp,
+            requantize=requantize,
+            outer=outer,
+        )
 
     found = prepared(options.requantize)
     if problems := [*found.modules, *found.whole]:
         again = prepared(True)
-        raise FormatError(_by_cause(problems, _ASK if not again.modules and not again.whole else ""))
+        raise FormatError(
+            _by_cause(problems, _ASK if not again.modules and not again.whole else "")
+        )
     return found.job
 
 
@@ -243,12 +386,18 @@ def _shapes(checkpoint: Checkpoint, index: int) -> dict[str, tuple[int, int]]:
 
 
 def _by_cause(problems: list[Problem], hint: str) -> list[Problem]:
-    """One problem for all modules of which the same is wrong. hint: what to add where nothing is advised yet."""
+    """One problem for all modules of which the same is wrong. hint: what to add where nothing is
+    advised yet."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for problem in problems:
         alike.setdefault((problem.found, problem.expected, problem.hint), []).append(problem.where)
     return [
-        Problem(places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else ""), found, expected, advice or hint)
+        Problem(
+            places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else ""),
+            found,
+            expected,
+            advice or hint,
+        )
         for (found, expected, advice), places in alike.items()
     ]
 
@@ -263,7 +412,9 @@ class _Moved:
     def linear(self, index: int | None, name: str, in_features: int) -> QuantizedTensor:
         if index is None:
             return self.weights.quantized(name)
-        tensor = self.weights.quantized(f"{self.weights.checkpoint.architecture.layer_prefix(index)}.{name}")
+        tensor = self.weights.quantized(
+            f"{self.weights.checkpoint.architecture.layer_prefix(index)}.{name}"
+        )
         wanted = self.job.schemes[index][name]
         return replace(tensor, scheme=wanted) if _alike(tensor.scheme, wanted) else tensor
 
@@ -272,7 +423,8 @@ class _Moved:
 
 
 def _alike(found: Scheme, wanted: Scheme) -> bool:
-    """Whether they differ in name alone: an asymmetric tensor whose zero points all happen to lie in the middle reads as symmetric."""
+    """Whether they differ in name alone: an asymmetric tensor whose zero points all happen to lie
+    in the middle reads as symmetric."""
     return found.symmetric and replace(found, symmetric=False) == wanted
 
 
@@ -287,13 +439,20 @@ def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
             if scheme is not None:
                 layer[linear] = scheme
         found.append(layer)
-    if isinstance(weights.format, Awq) and _all_symmetric(weights, weights.format):  # its config says the same of either kind
-        found = [{name: replace(scheme, symmetric=True) for name, scheme in layer.items()} for layer in found]
+    # its config says the same of either kind
+    if isinstance(weights.format, Awq) and _all_symmetric(weights, weights.format):
+        found = [
+            {name: replace(scheme, symmetric=True) for name, scheme in layer.items()}
+            for layer in found
+        ]
     return found
 
 
 def _all_symmetric(weights: Weights, awq: Awq) -> bool:
-    return all(awq.is_symmetric(weights.checkpoint.read_source(f"{module}.qzeros")) for module in weights.modules)
+    return all(
+        awq.is_symmetric(weights.checkpoint.read_source(f"{module}.qzeros"))
+        for module in weights.modules
+    )
 
 
 def _indexed(weights: Weights) -> set[str]:

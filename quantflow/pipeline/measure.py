@@ -1,4 +1,5 @@
-"""`evaluate` in a recipe: what was written, its KV cache and both, against the full-precision model."""
+"""`evaluate` in a recipe: what was written, its KV cache and both, against the full-precision
+model."""
 
 from __future__ import annotations
 
@@ -21,17 +22,28 @@ from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, roundin
 
 
 def measure(
-    plan: Plan, key: str, reader: SweepReader, full: MeasuredReader, checkpoint: Path, held_out: Windows, progress: Progress
+    plan: Plan,
+    key: str,
+    reader: SweepReader,
+    full: MeasuredReader,
+    checkpoint: Path,
+    held_out: Windows,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """variant -> its `figures` and its `profile`, from the store where they were measured before under `key`: `weights`, and with
-    kv_qparams `kv` and `weights_and_kv`; `kv` alone, of what was written, where no stage rounds the weights. full: what `calibrate` saw."""
+    """variant -> its `figures` and its `profile`, from the store where they were measured before
+    under `key`: `weights`, and with kv_qparams `kv` and `weights_and_kv`; `kv` alone, of what was
+    written, where no stage rounds the weights. full: what `calibrate` saw."""
     settings = plan.stage(KvQparams)
     stored = plan.store.read_json(key, "quality")
-    if isinstance(stored, dict) and all(isinstance(found, dict) and {"figures", "profile"} <= set(found) for found in stored.values()):
+    if isinstance(stored, dict) and all(
+        isinstance(found, dict) and {"figures", "profile"} <= set(found)
+        for found in stored.values()
+    ):
         return stored
     reference = Weights(plan.checkpoint.path)
 
-    # The full-precision model's own extremes: AWQ rescales v, so the quantised model's parameters would not fit it.
+    # The full-precision model's own extremes: AWQ rescales v, so the quantised model's parameters
+    # would not fit it.
     def original(index: int) -> dict[str, KVParameters]:
         assert settings is not None
         return layer_parameters(full.kv(index), settings)
@@ -57,21 +69,32 @@ def measure(
             variants["weights_and_kv"] = Variant(weights, rounding(quantised))
     progress.phase("evaluate", plan.config.layers * (1 + len(variants)), "layers")
     found = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.advance)
-    measured = {name: {"figures": divergence.as_dict(), "profile": divergence.profile.as_dict()} for name, divergence in found.items()}
+    measured = {
+        name: {"figures": divergence.as_dict(), "profile": divergence.profile.as_dict()}
+        for name, divergence in found.items()
+    }
     plan.store.write_json(key, "quality", measured)
     return measured
 
 
-def _running(plan: Plan, folder: Path, parameters: Callable[[int], dict[str, KVParameters]] | None) -> Running:
-    """The engine on a checkpoint, its KV cache in int8 with those parameters, or in full precision."""
+def _running(
+    plan: Plan, folder: Path, parameters: Callable[[int], dict[str, KVParameters]] | None
+) -> Running:
+    """The engine on a checkpoint, its KV cache in int8 with those parameters, or in full
+    precision."""
 
     def make() -> Engine:
         layers = range(plan.config.layers) if parameters else ()
-        kv = KVFormat(bool(parameters), tuple(layer_tensors(parameters(i)) for i in layers) if parameters else ())
+        kv = KVFormat(
+            bool(parameters),
+            tuple(layer_tensors(parameters(i)) for i in layers) if parameters else (),
+        )
         evaluate = plan.stage(Evaluate)
         assert evaluate is not None
         # One window after the other, so one window's room.
         longest = max(evaluate.length + 1, plan.config.context) if plan.config.stretches else None
-        return Engine(folder, EngineConfig(device=plan.device, max_batch_size=1, session_len=longest), kv=kv)
+        return Engine(
+            folder, EngineConfig(device=plan.device, max_batch_size=1, session_len=longest), kv=kv
+        )
 
     return Running(make)

@@ -1,7 +1,7 @@
 """The sum of what a model needs on a device: weights, KV cache, activations and a reserve.
 
-Everything comes from the config and the shapes; no weight is read. Letters: `B` batch, `C` context, `T` tokens of a step, `H` hidden,
-`I` intermediate, `V` vocabulary.
+Everything comes from the config and the shapes; no weight is read. Letters: `B` batch, `C` context,
+`T` tokens of a step, `H` hidden, `I` intermediate, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ FORMAT = "compressed-tensors"  # it holds every width and group size that is pro
 
 @dataclass(frozen=True)
 class Question:
-    """fit: bytes of one device's memory. context: tokens of a text. batch: texts at once. device: `cuda` or `cpu`, whose layouts and step
-    sizes are counted. ranks: tensor-parallel degrees to consider. symmetric: of the grids; None: symmetric for mixtures alone, whose
-    experts compressed-tensors holds in no other way. ignore: patterns of linears that stay as they are."""
+    """fit: bytes of one device's memory. context: tokens of a text. batch: texts at once. device:
+    `cuda` or `cpu`, whose layouts and step sizes are counted. ranks: tensor-parallel degrees to
+    consider. symmetric: of the grids; None: symmetric for mixtures alone, whose experts
+    compressed-tensors holds in no other way. ignore: patterns of linears that stay as they are."""
 
     fit: int
     context: int
@@ -49,8 +50,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Candidate:
-    """scheme: None for full precision. int8_kv: with calibrated parameters where there is a recipe to calibrate them, else a scale a token
-    and head."""
+    """scheme: None for full precision. int8_kv: with calibrated parameters where there is a recipe
+    to calibrate them, else a scale a token and head."""
 
     scheme: Scheme | None
     int8_kv: bool
@@ -68,7 +69,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Term:
-    """Bytes, and where they come from. made: a formula that says so. parts: what they are the sum of or, with `largest`, the largest of."""
+    """Bytes, and where they come from. made: a formula that says so. parts: what they are the sum
+    of or, with `largest`, the largest of."""
 
     name: str
     bytes: int
@@ -117,7 +119,8 @@ class Model:
 
     @cached_property
     def linears(self) -> Counter[tuple[str, tuple[int, int], int, bool]]:
-        """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it may be quantised) -> how many."""
+        """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it
+        may be quantised) -> how many."""
         checkpoint, found = self.checkpoint, Counter[tuple[str, tuple[int, int], int, bool]]()
         for index in range(checkpoint.config.layers):
             for name, spec in checkpoint.linears(index).items():
@@ -131,7 +134,8 @@ class Model:
         return self.weight_term(scheme, tp).bytes
 
     def weight_term(self, scheme: Scheme | None, tp: int) -> Term:
-        """Of one rank: the linears cut, the rest whole; norms in float32, as the engine keeps them."""
+        """Of one rank: the linears cut, the rest whole; norms in float32, as the engine keeps
+        them."""
         item, linears, others, parameters = self.dtype.itemsize, 0, self.others(tp), 0
         for (_, shape, cut, quantised), count in self.linears.items():
             n, k = rank_shape(shape, tp, cut)
@@ -139,7 +143,9 @@ class Model:
                 others += count * n * k * item
                 continue
             parameters += count * math.prod(shape)
-            linears += count * (held_bytes((n, k), scheme, self.question.device) if scheme else n * k * item)
+            linears += count * (
+                held_bytes((n, k), scheme, self.question.device) if scheme else n * k * item
+            )
         grid = f"{8 * item} bits"
         if scheme:
             bits = held_bits(scheme, self.question.device)
@@ -150,9 +156,18 @@ class Model:
 
     def others(self, tp: int) -> int:
         """Bytes of all that is no linear's weight, on one rank."""
-        checkpoint, architecture, item, total = self.checkpoint, self.checkpoint.architecture, self.dtype.itemsize, 0
+        checkpoint, architecture, item, total = (
+            self.checkpoint,
+            self.checkpoint.architecture,
+            self.dtype.itemsize,
+            0,
+        )
         layers = range(checkpoint.config.layers)
-        linears = {f"{architecture.layer_prefix(index)}.{name}.weight" for index in layers for name in checkpoint.linears(index)}
+        linears = {
+            f"{architecture.layer_prefix(index)}.{name}.weight"
+            for index in layers
+            for name in checkpoint.linears(index)
+        }
         for name, shape in checkpoint.expected.items():
             if name not in linears:
                 ranks = tp if len(shape) == 1 and checkpoint.cut(name) is not None else 1  # a bias
@@ -164,47 +179,80 @@ class Model:
         return self.kv_term(candidate, context, batch).bytes
 
     def kv_term(self, candidate: Candidate, context: int, batch: int) -> Term:
-        """Whole blocks of every text. The engine keeps the tokens that a sliding window has left behind."""
+        """Whole blocks of every text. The engine keeps the tokens that a sliding window has left
+        behind."""
         config, calibrated = self.checkpoint.config, candidate.scheme is not None
-        part, form = rank_config(config, candidate.tp), KVFormat(candidate.int8_kv, ({},) if candidate.int8_kv and calibrated else ())
-        parameters = 8 * part.layers * part.kv_heads * (1 + part.head_dim) if form.parameters else 0  # scales and zero points, K and V
+        part, form = (
+            rank_config(config, candidate.tp),
+            KVFormat(candidate.int8_kv, ({},) if candidate.int8_kv and calibrated else ()),
+        )
+        # scales and zero points, K and V
+        parameters = 8 * part.layers * part.kv_heads * (1 + part.head_dim) if form.parameters else 0
         blocks = batch * -(-context // BLOCK)
         item = "1 byte" if candidate.int8_kv else f"{self.dtype.itemsize} bytes"
-        scales = " + 8 bytes of scales a token and head" if candidate.int8_kv and not calibrated else ""
-        made = f"2 × {config.layers} layers × {config.kv_heads} KV heads × {config.head_dim} × {item} × {blocks * BLOCK} tokens"
-        return Term("KV", blocks * block_bytes(part, form, self.dtype, BLOCK) + parameters, made + _share(candidate.tp) + scales)
+        scales = (
+            " + 8 bytes of scales a token and head" if candidate.int8_kv and not calibrated else ""
+        )
+        made = (
+            f"2 × {config.layers} layers × {config.kv_heads} KV heads × {config.head_dim} × {item}"
+            f" × {blocks * BLOCK} tokens"
+        )
+        return Term(
+            "KV",
+            blocks * block_bytes(part, form, self.dtype, BLOCK) + parameters,
+            made + _share(candidate.tp) + scales,
+        )
 
     def activations(self, tp: int, context: int, batch: int) -> Term:
-        """What a step allocates at once, upper estimates: in a layer, for the partial results of a decode's attention, in the head. They
-        are not there together: the largest counts.
+        """What a step allocates at once, upper estimates: in a layer, for the partial results of a
+        decode's attention, in the head. They are not there together: the largest counts.
 
-        A layer: residual stream, normalised input, output and a padded copy, 4H; the MLP's two inner products, what is made of them and a
-        copy, 4I; or q, k, v and attention's output. Partial results: float32, for every split of the keys, whose number is rounded up to a
-        power of two. The head: the logits of the batch twice, and a row in float32 while it is sampled.
+        A layer: residual stream, normalised input, output and a padded copy, 4H; the MLP's two
+        inner products, what is made of them and a copy, 4I; or q, k, v and attention's output.
+        Partial results: float32, for every split of the keys, whose number is rounded up to a power
+        of two. The head: the logits of the batch twice, and a row in float32 while it is sampled.
         """
         config, item = self.checkpoint.config, self.dtype.itemsize
         tokens = default_step_tokens(self.question.device, batch, BLOCK)
         width = max(config.width(i) for i in range(config.layers)) // tp
         queries, kv = config.heads // tp * config.head_dim, config.kv_heads // tp * config.head_dim
-        mlp = 4 * width * item + (0 if config.activation == "silu" else 12 * width)  # other activations are computed in float32
-        layer = tokens * ((4 + (config.experts > 0)) * config.hidden * item + max(mlp, 2 * (queries + kv) * item) + 8 * config.head_dim)
+        # other activations are computed in float32
+        mlp = 4 * width * item + (0 if config.activation == "silu" else 12 * width)
+        layer = tokens * (
+            (4 + (config.experts > 0)) * config.hidden * item
+            + max(mlp, 2 * (queries + kv) * item)
+            + 8 * config.head_dim
+        )
         splits = 1 << (-(-context // SPLIT) - 1).bit_length()
         parts = splits * batch * queries * 4 if self.question.device == "cuda" else 0
         head = batch * config.vocabulary * 2 * item + 32 * config.vocabulary
         found = (
-            Term(f"a layer of {tokens} tokens", layer), Term("a decode's partial results", parts), Term(f"{batch} rows of logits", head)
-        )  # fmt: skip
+            Term(f"a layer of {tokens} tokens", layer),
+            Term("a decode's partial results", parts),
+            Term(f"{batch} rows of logits", head),
+        )
         return Term("activations", max(term.bytes for term in found), parts=found, largest=True)
 
     def need(self, candidate: Candidate, context: int, batch: int) -> Need:
-        reserve = Term("reserve", int(RESERVE * self.question.fit), f"{RESERVE:.0%} of the size, for the driver and the allocator")
-        weights, kv = self.weight_term(candidate.scheme, candidate.tp), self.kv_term(candidate, context, batch)
+        reserve = Term(
+            "reserve",
+            int(RESERVE * self.question.fit),
+            f"{RESERVE:.0%} of the size, for the driver and the allocator",
+        )
+        weights, kv = (
+            self.weight_term(candidate.scheme, candidate.tp),
+            self.kv_term(candidate, context, batch),
+        )
         return Need((weights, kv, self.activations(candidate.tp, context, batch), reserve))
 
     def window_saves(self, candidate: Candidate) -> int:
-        """Bytes of the KV cache that an engine which drops what sliding windows have left behind would not need."""
+        """Bytes of the KV cache that an engine which drops what sliding windows have left behind
+        would not need."""
         config, question = self.checkpoint.config, self.question
-        tokens = [min(config.window(i) or question.context, question.context) for i in range(config.layers)]
+        tokens = [
+            min(config.window(i) or question.context, question.context)
+            for i in range(config.layers)
+        ]
         full = self.kv(candidate, question.context, question.batch)
         return full - full * sum(tokens) // (question.context * config.layers)
 
@@ -217,15 +265,19 @@ class Model:
         found: list[Problem] = []
         for name, shape, cut, quantised in self.linears:
             if scheme and quantised:
-                found += FORMATS[FORMAT].check(name, shape, scheme, act_order_index=False, tp=tp, tp_dim=cut)
+                found += FORMATS[FORMAT].check(
+                    name, shape, scheme, act_order_index=False, tp=tp, tp_dim=cut
+                )
             else:
-                found += grid_problems(name, shape, Scheme(8, -1, True), tp, cut, False, kinds=("integer",))
+                found += grid_problems(
+                    name, shape, Scheme(8, -1, True), tp, cut, False, kinds=("integer",)
+                )
         return list(dict.fromkeys(f"{p.where}: {p.found}; expected {p.expected}" for p in found))
 
 
 def held_bytes(shape: tuple[int, int], scheme: Scheme, device: str) -> int:
-    """Bytes of a quantised weight `(N, K)` in the engine: codes, and a 16-bit scale and a zero point of 8 bits for each group. A CPU's
-    products take codes of 4 bits or of 8."""
+    """Bytes of a quantised weight `(N, K)` in the engine: codes, and a 16-bit scale and a zero
+    point of 8 bits for each group. A CPU's products take codes of 4 bits or of 8."""
     n, k = shape
     return n * -(-k * held_bits(scheme, device) // 8) + n * scheme.groups(k) * GRID_BITS // 8
 

@@ -1,7 +1,8 @@
-"""A recipe resolved against a checkpoint: which linear gets which grid, what is in the store, what it will cost, what is wrong.
+"""A recipe resolved against a checkpoint: which linear gets which grid, what is in the store, what
+it will cost, what is wrong.
 
-Everything here is known from the config, the safetensors headers and the calibration text's presence: no weight is read but to tell
-whether two tensors of the source are copies.
+Everything here is known from the config, the safetensors headers and the calibration text's
+presence: no weight is read but to tell whether two tensors of the source are copies.
 """
 
 from __future__ import annotations
@@ -57,17 +58,28 @@ from quantflow.stages.pack_job import Prepared, prepare
 from quantflow.tokenizers.tokenizer import has_tokenizer, tokenizer_placeholders
 
 T = TypeVar("T")
-# What computes a layer's results, and reads the weights for it: whatever of ours these import is in the identities of those. What reads
-# texts can change nothing but tokens, which are in the keys themselves.
-CALIBRATES = ("quantflow.stages.calibrate", "quantflow.decoder.native", "quantflow.decoder.stream", "quantflow.checkpoints.checkpoint")
-ROUNDS = (
-    "quantflow.stages.awq", "quantflow.stages.quantize", "quantflow.stages.output_error", "quantflow.decoder.passage",
+# What computes a layer's results, and reads the weights for it: whatever of ours these import is in
+# the identities of those. What reads texts can change nothing but tokens, which are in the keys
+# themselves.
+CALIBRATES = (
+    "quantflow.stages.calibrate",
+    "quantflow.decoder.native",
+    "quantflow.decoder.stream",
     "quantflow.checkpoints.checkpoint",
-)  # fmt: skip
+)
+ROUNDS = (
+    "quantflow.stages.awq",
+    "quantflow.stages.quantize",
+    "quantflow.stages.output_error",
+    "quantflow.decoder.passage",
+    "quantflow.checkpoints.checkpoint",
+)
 LOOP = ("quantflow.pipeline.sweep",)  # whose own imports are a recipe's and a plan's
-SEQLEN, LENGTH = 2048, 512  # tokens of a window of calibration, and of evaluation, where the recipe says auto
+# tokens of a window of calibration, and of evaluation, where the recipe says auto
+SEQLEN, LENGTH = 2048, 512
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
-NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
+# weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
+NF4_BLOCK = 64
 SAMPLE, LOOKED = 200, 16  # letters of a text that are shown, and documents that are looked at
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
@@ -75,8 +87,8 @@ HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACT
 
 @dataclass(frozen=True)
 class Sample:
-    """begins: how the first document of a text does, as the model will see it; "" where there is none. left_out: what of the first rows
-    cannot be used; "" where all can."""
+    """begins: how the first document of a text does, as the model will see it; "" where there is
+    none. left_out: what of the first rows cannot be used; "" where all can."""
 
     begins: str
     left_out: str
@@ -84,7 +96,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear of the decoder. name: relative to its layer. scheme: None where it stays as it is, for `reason`."""
+    """One linear of the decoder. name: relative to its layer. scheme: None where it stays as it is,
+    for `reason`."""
 
     layer: int
     name: str
@@ -96,8 +109,8 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class Account:
-    """What becomes of every tensor of the source, by its own name: it is quantised (if only a part of it), or kept, or left out, for a
-    reason."""
+    """What becomes of every tensor of the source, by its own name: it is quantised (if only a part
+    of it), or kept, or left out, for a reason."""
 
     quantised: set[str]
     kept: set[str]
@@ -105,7 +118,12 @@ class Account:
 
     def as_dict(self) -> dict[str, Any]:
         counts = {"source": len(self.quantised) + len(self.kept) + len(self.left_out)}
-        return {**counts, "quantised": len(self.quantised), "kept": len(self.kept), "left_out": dict(self.left_out)}
+        return {
+            **counts,
+            "quantised": len(self.quantised),
+            "kept": len(self.kept),
+            "left_out": dict(self.left_out),
+        }
 
 
 @dataclass(frozen=True)
@@ -133,7 +151,8 @@ class Plan:
 
     @property
     def model_place(self) -> str:
-        """Where the model is on this machine; of one in the hub's cache its repository, whose snapshots are one model's."""
+        """Where the model is on this machine; of one in the hub's cache its repository, whose
+        snapshots are one model's."""
         path = self.checkpoint.path.resolve()
         return str(path.parent.parent if path.parent.name == "snapshots" else path)
 
@@ -143,7 +162,8 @@ class Plan:
 
     @property
     def compute_dtype(self) -> str:
-        """What activations are computed in: bfloat16 for 16-bit models (float16 would overflow where bfloat16 does not)."""
+        """What activations are computed in: bfloat16 for 16-bit models (float16 would overflow
+        where bfloat16 does not)."""
         return "float32" if self.config.dtype == "float32" else "bfloat16"
 
     @property
@@ -153,7 +173,8 @@ class Plan:
 
     @property
     def rounds(self) -> bool:
-        """Whether a stage changes the weights; a recipe of `calibrate` and `kv_qparams` alone only measures."""
+        """Whether a stage changes the weights; a recipe of `calibrate` and `kv_qparams` alone only
+        measures."""
         return any(self.stage(kind) for kind in (Gptq, Rtn, Nf4))
 
     @property
@@ -167,7 +188,8 @@ class Plan:
 
     @property
     def stream_windows(self) -> int:
-        """Windows that the quantised stream carries: all, or only AWQ's sample where nothing else looks at them."""
+        """Windows that the quantised stream carries: all, or only AWQ's sample where nothing else
+        looks at them."""
         calibration = self.recipe.calibration
         if calibration is None or not self.needs_stream:
             return 0
@@ -179,9 +201,16 @@ class Plan:
     @cached_property
     def account(self) -> Account:
         """What becomes of the source's tensors."""
-        sources, weights = self.checkpoint.sources, {f"{p.module}.weight" for p in self.linears if p.scheme is not None}
+        sources, weights = (
+            self.checkpoint.sources,
+            {f"{p.module}.weight" for p in self.linears if p.scheme is not None},
+        )
         quantised = {source.name for native, source in sources.items() if native in weights}
-        return Account(quantised, {source.name for source in sources.values()} - quantised, self.checkpoint.left_out)
+        return Account(
+            quantised,
+            {source.name for source in sources.values()} - quantised,
+            self.checkpoint.left_out,
+        )
 
     @property
     def sections(self) -> dict[str, Calibration | Evaluate]:
@@ -191,11 +220,14 @@ class Plan:
 
     @cached_property
     def samples(self) -> dict[str, Sample | UserError]:
-        """How each section's text begins, and what is wrong where it cannot be read. A text on the hub is not looked at."""
+        """How each section's text begins, and what is wrong where it cannot be read. A text on the
+        hub is not looked at."""
         found: dict[str, Sample | UserError] = {}
         for name, section in self.sections.items():
             if local_text(section):
-                texts = model_documents(self.checkpoint.tokenizer_path, section.data, section.file, field=section.field)
+                texts = model_documents(
+                    self.checkpoint.tokenizer_path, section.data, section.file, field=section.field
+                )
                 left_out = LeftOut()
                 try:
                     first = list(islice(left_out.sift(texts), section.skip, section.skip + LOOKED))
@@ -208,8 +240,13 @@ class Plan:
 
     @property
     def text_notes(self) -> tuple[str, ...]:
-        """What of the sections' texts cannot be used, as far as it was looked at; each in a sentence."""
-        found = ((name, sample.left_out) for name, sample in self.samples.items() if isinstance(sample, Sample))
+        """What of the sections' texts cannot be used, as far as it was looked at; each in a
+        sentence."""
+        found = (
+            (name, sample.left_out)
+            for name, sample in self.samples.items()
+            if isinstance(sample, Sample)
+        )
         return tuple(f"{name}: {note}" for name, note in found if note)
 
     def schemes(self, layer: int) -> dict[str, Scheme]:
@@ -229,32 +266,47 @@ class Plan:
 
     @cached_property
     def prepared(self) -> tuple[Prepared, ...]:
-        """What each of `packs` writes, the whole checkpoint, and what stands against it. Made once: GGUF's reads the vocabulary."""
+        """What each of `packs` writes, the whole checkpoint, and what stands against it. Made once:
+        GGUF's reads the vocabulary."""
         gptq, weights = self.stage(Gptq), self.recipe.weights
         index = bool(gptq and gptq.act_order == "dynamic")
         return tuple(
             prepare(
-                self.checkpoint, self._format(pack), {i: self.schemes(i) for i in range(self.config.layers)}, indexed=lambda _: index,
-                max_shard_bytes=pack.max_shard_size, ranks=self.tp, requantize=pack.requantize,
+                self.checkpoint,
+                self._format(pack),
+                {i: self.schemes(i) for i in range(self.config.layers)},
+                indexed=lambda _: index,
+                max_shard_bytes=pack.max_shard_size,
+                ranks=self.tp,
+                requantize=pack.requantize,
                 default=_scheme(weights),
             )
             for pack in self.packs
-        )  # fmt: skip
+        )
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """What is to be known before a run and keeps nothing from it, each in a sentence: patterns that leave alone what is not there, and
-        what engines are known not to load of what the packs write."""
-        unused = (_unmatched(self, "weights.ignore", pattern, ignores=True) for pattern in self.recipe.weights.ignore)
-        packs = (f"pack {warning}" for prepared in self.prepared for warning in prepared.job.warnings)
+        """What is to be known before a run and keeps nothing from it, each in a sentence: patterns
+        that leave alone what is not there, and what engines are known not to load of what the packs
+        write."""
+        unused = (
+            _unmatched(self, "weights.ignore", pattern, ignores=True)
+            for pattern in self.recipe.weights.ignore
+        )
+        packs = (
+            f"pack {warning}" for prepared in self.prepared for warning in prepared.job.warnings
+        )
         return (*(str(problem) for problem in unused if problem), *packs)
 
     def _format(self, pack: Pack) -> Format:
         form = FORMATS[pack.format]
         # Weights that nobody rounded are written as they are stored.
-        return form if self.rounds or not isinstance(form, HuggingFace) else replace(form, dtype=None)
+        return (
+            form if self.rounds or not isinstance(form, HuggingFace) else replace(form, dtype=None)
+        )
 
-    # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration windows.
+    # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration
+    # windows.
 
     def weights_key(self, digests: Iterable[str]) -> str:
         """`weights`, from the content hashes of the weight files."""
@@ -262,14 +314,29 @@ class Plan:
 
     def calibrate_key(self, weights: str, tokens: str) -> str:
         return digest(
-            ["calibrate", weights, tokens, self.checkpoint.raw_config, self.compute_dtype, self.device, device_name(self.device),
-             computed_by(self.device), BATCH_TOKENS, code_digest(*CALIBRATES, alone=LOOP)]
-        )  # fmt: skip
+            [
+                "calibrate",
+                weights,
+                tokens,
+                self.checkpoint.raw_config,
+                self.compute_dtype,
+                self.device,
+                device_name(self.device),
+                computed_by(self.device),
+                BATCH_TOKENS,
+                code_digest(*CALIBRATES, alone=LOOP),
+            ]
+        )
 
     def sweep_key(self, weights: str, tokens: str) -> str:
-        """Identity of the layers' results. `kv_qparams`' settings are not in it: the extremes that are stored serve them all."""
+        """Identity of the layers' results. `kv_qparams`' settings are not in it: the extremes that
+        are stored serve them all."""
         recipe = self.recipe
-        stages = [dump(recipe)["stages"][i] for i, s in enumerate(recipe.stages) if isinstance(s, (Awq, Gptq, Rtn, Nf4))]
+        stages = [
+            dump(recipe)["stages"][i]
+            for i, s in enumerate(recipe.stages)
+            if isinstance(s, (Awq, Gptq, Rtn, Nf4))
+        ]
         linears = [[p.module, str(p.scheme)] for p in self.linears]
         kv = self.stage(KvQparams) is not None
         return digest(
@@ -302,7 +369,8 @@ class Plan:
 
     @property
     def min_zero(self) -> int:
-        """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats of an asymmetric grid."""
+        """1 where GPTQ v1, which cannot hold a zero point of 0, is among the formats of an
+        asymmetric grid."""
         asymmetric = any(p.scheme is not None and not p.scheme.symmetric for p in self.linears)
         return max(FORMATS[p.format].min_zero for p in self.packs) if asymmetric else 0
 
@@ -314,9 +382,14 @@ def weights_key(checkpoint: Checkpoint, digests: Iterable[str]) -> str:
 
 
 def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False) -> Plan:
-    """The plan of a recipe. Raises UserError with every problem that can be known before a weight is read."""
+    """The plan of a recipe. Raises UserError with every problem that can be known before a weight
+    is read."""
     if not recipe.model:
-        raise UserError(Problem("model", "the recipe names none", "a model directory or hub id", "Pass --model DIR"))
+        raise UserError(
+            Problem(
+                "model", "the recipe names none", "a model directory or hub id", "Pass --model DIR"
+            )
+        )
     problems: list[Problem] = []
     checkpoint = Checkpoint(resolve_model(recipe.model), config_only=config_only)
     refuse_quantised(checkpoint)
@@ -324,10 +397,24 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     asked, recipe = recipe, resolved(recipe, checkpoint)
     linears = tuple(_linears(recipe, checkpoint))
     notes = (*checkpoint.notes, *_group_notes(asked, recipe, linears), *_bundled_notes(recipe))
-    plan = Plan(recipe, str(recipe.model), checkpoint, Path(recipe.output), resolve_device(device), linears, notes)
+    plan = Plan(
+        recipe,
+        str(recipe.model),
+        checkpoint,
+        Path(recipe.output),
+        resolve_device(device),
+        linears,
+        notes,
+    )
     problems += _grid_problems(plan) + _data_problems(plan) + _output_problems(plan)
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
-        problems.append(Problem(str(checkpoint.path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
+        problems.append(
+            Problem(
+                str(checkpoint.path),
+                "no tokenizer",
+                "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken",
+            )
+        )
     if not config_only:
         problems += tokenizer_placeholders(checkpoint.tokenizer_path)
     if problems:
@@ -336,41 +423,70 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
 
 
 def resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with the model's numbers where it says `auto`: lengths within its positions, and a group that fits all linears; and the
-    first pack's choice of symmetric weights or not."""
+    """The recipe with the model's numbers where it says `auto`: lengths within its positions, and a
+    group that fits all linears; and the first pack's choice of symmetric weights or not."""
     most, changes = checkpoint.config.max_positions, dict[str, object]()
     if recipe.weights.symmetric is None:
-        first = next((FORMATS[stage.format] for stage in recipe.stages if isinstance(stage, Pack)), None)
-        symmetric = first is not None and first.prefers_symmetric(experts=bool(checkpoint.config.experts))
-        recipe = recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"symmetric": symmetric})})
+        first = next(
+            (FORMATS[stage.format] for stage in recipe.stages if isinstance(stage, Pack)), None
+        )
+        symmetric = first is not None and first.prefers_symmetric(
+            experts=bool(checkpoint.config.experts)
+        )
+        recipe = recipe.model_copy(
+            update={"weights": recipe.weights.model_copy(update={"symmetric": symmetric})}
+        )
     if recipe.calibration and recipe.calibration.seqlen == AUTO:
         changes["calibration"] = recipe.calibration.model_copy(update={"seqlen": min(SEQLEN, most)})
     changes["stages"] = tuple(
-        stage.model_copy(update={"length": min(LENGTH, most)}) if isinstance(stage, Evaluate) and stage.length == AUTO else stage
+        (
+            stage.model_copy(update={"length": min(LENGTH, most)})
+            if isinstance(stage, Evaluate) and stage.length == AUTO
+            else stage
+        )
         for stage in recipe.stages
     )
     if recipe.weights.group_size == AUTO:
         tp = next((stage.tp for stage in recipe.stages if isinstance(stage, Shard)), 1)
-        linears = [p for p in _linears(recipe, checkpoint) if p.scheme is not None and p.scheme.group_size == AUTO]
+        linears = [
+            p
+            for p in _linears(recipe, checkpoint)
+            if p.scheme is not None and p.scheme.group_size == AUTO
+        ]
         shared = math.gcd(*(_inputs_of_rank(checkpoint, tp, p) for p in linears))
-        changes["weights"] = recipe.weights.model_copy(update={"group_size": auto_group(shared) if linears else GROUPS[0]})
+        changes["weights"] = recipe.weights.model_copy(
+            update={"group_size": auto_group(shared) if linears else GROUPS[0]}
+        )
     return recipe.model_copy(update=changes)
 
 
 def auto_group(channels: int) -> int:
-    """The largest of the group sizes that engines have kernels for that divides so many input channels, else the largest that does and
-    is worth its scales, else -1: the whole row."""
-    return next((size for size in GROUPS if channels % size == 0), 0) or usual_group(channels, GROUPS[0])
+    """The largest of the group sizes that engines have kernels for that divides so many input
+    channels, else the largest that does and is worth its scales, else -1: the whole row."""
+    return next((size for size in GROUPS if channels % size == 0), 0) or usual_group(
+        channels, GROUPS[0]
+    )
 
 
 def _group_notes(asked: Recipe, recipe: Recipe, linears: Iterable[LinearPlan]) -> Iterator[str]:
-    """Said where `auto` became a group that engines may have no kernels for. recipe: what was `asked`, resolved."""
+    """Said where `auto` became a group that engines may have no kernels for. recipe: what was
+    `asked`, resolved."""
     size = recipe.weights.group_size
     if asked.weights.group_size != AUTO or size in GROUPS:
         return
-    odd = min((p for p in linears if p.scheme and p.scheme.group_size == size), key=lambda p: math.gcd(p.shape[1], GROUPS[0]))
-    why = f"none of {', '.join(map(str, GROUPS))} divides the inputs of all linears ({odd.name} has {odd.shape[1]})"
-    what = f"{size}, the largest that does" if size > 0 else f"-1, a scale a row: no size from {LEAST_GROUP} up does"
+    odd = min(
+        (p for p in linears if p.scheme and p.scheme.group_size == size),
+        key=lambda p: math.gcd(p.shape[1], GROUPS[0]),
+    )
+    why = (
+        f"none of {', '.join(map(str, GROUPS))} divides the inputs of all linears ({odd.name} has"
+        f" {odd.shape[1]})"
+    )
+    what = (
+        f"{size}, the largest that does"
+        if size > 0
+        else f"-1, a scale a row: no size from {LEAST_GROUP} up does"
+    )
     yield f"weights.group_size auto is {what}; {why}"
 
 
@@ -379,9 +495,18 @@ def _bundled_notes(recipe: Recipe) -> Iterator[str]:
     reads = any(isinstance(stage, (Calibrate, Awq, Gptq, KvQparams)) for stage in recipe.stages)
     what = "the bundled text, pages of the documentation of Python, PostgreSQL and SQLite"
     if calibration and reads and not calibration.file and calibration.data == BUNDLED:
-        yield f"calibration reads {what}: --set calibration.data=FILE takes text like what the model will be asked"
-    if any(isinstance(stage, Evaluate) and not stage.file and stage.data == BUNDLED_NEW for stage in recipe.stages):
-        yield f"evaluate reads {what}, other pages than calibration has: --set stages.evaluate.data=FILE takes another"
+        yield (
+            f"calibration reads {what}: --set calibration.data=FILE takes text like what the model"
+            " will be asked"
+        )
+    if any(
+        isinstance(stage, Evaluate) and not stage.file and stage.data == BUNDLED_NEW
+        for stage in recipe.stages
+    ):
+        yield (
+            f"evaluate reads {what}, other pages than calibration has: --set"
+            " stages.evaluate.data=FILE takes another"
+        )
 
 
 def _scheme(weights: Weights) -> Scheme:
@@ -410,7 +535,9 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
                         base,
                         bits=override.bits or base.bits,
                         group_size=override.group_size or base.group_size,
-                        symmetric=base.symmetric if override.symmetric is None else override.symmetric,
+                        symmetric=(
+                            base.symmetric if override.symmetric is None else override.symmetric
+                        ),
                     )
                     reason = ""
             if not rounds:
@@ -421,26 +548,42 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
 
 
 def _grid_problems(plan: Plan) -> list[Problem]:
-    """What stands against the packs: one problem a kind of linear and cause, not one a layer; what the formats cannot say of the whole;
-    and overrides that match nothing."""
+    """What stands against the packs: one problem a kind of linear and cause, not one a layer; what
+    the formats cannot say of the whole; and overrides that match nothing."""
     found: dict[tuple[str, str], Problem] = {}
     problems: list[Problem] = []
     linears = {linear.module: linear for linear in plan.linears}
     if plan.rounds and not any(linear.scheme for linear in plan.linears):
         problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
     if not plan.rounds:
-        plain = [name for name, form in FORMATS.items() if form.dtype or form.container != "directory"]
-        expected, hint = f"one of {', '.join(plain)}, which hold plain weights", "Add `- rtn`, or `- gptq`, to quantise them"
+        plain = [
+            name for name, form in FORMATS.items() if form.dtype or form.container != "directory"
+        ]
+        expected, hint = (
+            f"one of {', '.join(plain)}, which hold plain weights",
+            "Add `- rtn`, or `- gptq`, to quantise them",
+        )
         wrong = [pack for pack in plan.packs if pack.format not in plain]
-        problems += [Problem(f"pack {pack.format}", "no stage rounds the weights", expected, hint) for pack in wrong]
+        problems += [
+            Problem(f"pack {pack.format}", "no stage rounds the weights", expected, hint)
+            for pack in wrong
+        ]
     for pack, prepared in zip(plan.packs, plan.prepared, strict=True):
         for problem in prepared.modules:
             linear = linears[problem.where]
             assert linear.scheme is not None
             # A grid of another kind is one fact, whatever linear it is said of.
-            leaf = linear.name.rpartition(".")[2] if linear.scheme.kind in FORMATS[pack.format].kinds else ""
+            leaf = (
+                linear.name.rpartition(".")[2]
+                if linear.scheme.kind in FORMATS[pack.format].kinds
+                else ""
+            )
             if (leaf, problem.found) not in found:
-                hint = "; for instance ".join(filter(None, (problem.hint, _advice(plan, linear, problem, FORMATS[pack.format]))))
+                hint = "; for instance ".join(
+                    filter(
+                        None, (problem.hint, _advice(plan, linear, problem, FORMATS[pack.format]))
+                    )
+                )
                 where = f"{linear.module} (pack {pack.format})"
                 found[leaf, problem.found] = Problem(where, problem.found, problem.expected, hint)
         problems += (problem for problem in prepared.whole if problem not in problems)
@@ -450,34 +593,54 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             if not pack.requantize:
                 problems += _doubtful(plan, pack)
     problems = [*found.values(), *problems]
-    # Of `ignore` the same is a warning: lists that are written for many models name what this one has not, and nothing comes of it.
-    unmatched = (_unmatched(plan, "weights.overrides match", o.match, ignores=o.ignore) for o in plan.recipe.weights.overrides)
+    # Of `ignore` the same is a warning: lists that are written for many models name what this one
+    # has not, and nothing comes of it.
+    unmatched = (
+        _unmatched(plan, "weights.overrides match", o.match, ignores=o.ignore)
+        for o in plan.recipe.weights.overrides
+    )
     problems += filter(None, unmatched)
     if not any(matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
         problems.append(
             Problem(
-                "weights.ignore", "lm_head is not in it", "lm_head", "QuantFlow quantises the decoder's linears; the head stays as it is"
+                "weights.ignore",
+                "lm_head is not in it",
+                "lm_head",
+                "QuantFlow quantises the decoder's linears; the head stays as it is",
             )
         )
     return problems
 
 
 def _unmatched(plan: Plan, where: str, pattern: str, *, ignores: bool) -> Problem | None:
-    """What is said of a pattern that matches no linear. ignores: a router or a norm, which nobody quantises, may be left alone too."""
-    modules = [*(linear.module for linear in plan.linears), *(_other_modules(plan.checkpoint) if ignores else ())]
+    """What is said of a pattern that matches no linear. ignores: a router or a norm, which nobody
+    quantises, may be left alone too."""
+    modules = [
+        *(linear.module for linear in plan.linears),
+        *(_other_modules(plan.checkpoint) if ignores else ()),
+    ]
     if any(matches(module, pattern) for module in modules):
         return None
     leaves = dict.fromkeys(module.rpartition(".")[2] for module in modules)
     parent, dot, leaf = pattern.rpartition(".")
-    near = get_close_matches(leaf, leaves, n=1, cutoff=0.75)  # a router's `gate` is no slip for `gate_proj`
+    # a router's `gate` is no slip for `gate_proj`
+    near = get_close_matches(leaf, leaves, n=1, cutoff=0.75)
     hint = f"Did you mean {f'{parent}{dot}{near[0]}'!r}?" if near else ""
-    return Problem(f"{where} {pattern!r}", "matches no linear of the model", f"a pattern such as *.{next(iter(leaves))}", hint)
+    return Problem(
+        f"{where} {pattern!r}",
+        "matches no linear of the model",
+        f"a pattern such as *.{next(iter(leaves))}",
+        hint,
+    )
 
 
 def _other_modules(checkpoint: Checkpoint) -> Iterator[str]:
-    """The head, which a tied model has no tensor of, and the modules of all weights: routers, norms and embeddings too."""
+    """The head, which a tied model has no tensor of, and the modules of all weights: routers, norms
+    and embeddings too."""
     yield checkpoint.architecture.head
-    yield from (name.removesuffix(".weight") for name in checkpoint.expected if name.endswith(".weight"))
+    yield from (
+        name.removesuffix(".weight") for name in checkpoint.expected if name.endswith(".weight")
+    )
 
 
 def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> str:
@@ -487,13 +650,21 @@ def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> s
     if linear.scheme.kind not in form.kinds:
         return ""
     if "group_size" in problem.expected:
-        inputs = {p.module: _inputs_of_rank(plan.checkpoint, plan.tp, p) for p in plan.linears if p.scheme is not None}
+        inputs = {
+            p.module: _inputs_of_rank(plan.checkpoint, plan.tp, p)
+            for p in plan.linears
+            if p.scheme is not None
+        }
         if form.shares_scheme(linear.module):  # which has no place for overrides
             k = math.gcd(*inputs.values())
             return f"weights.group_size: {usual_group(k, linear.scheme.group_of(k))}"
         channels = inputs[linear.module]
-        fitting = replace(linear.scheme, group_size=usual_group(channels, linear.scheme.group_of(channels)))
-        if not form.check(linear.module, (linear.shape[0], channels), fitting, act_order_index=False):
+        fitting = replace(
+            linear.scheme, group_size=usual_group(channels, linear.scheme.group_of(channels))
+        )
+        if not form.check(
+            linear.module, (linear.shape[0], channels), fitting, act_order_index=False
+        ):
             change = f"group_size: {fitting.group_size}"
     elif "asymmetric" in problem.found:
         change = "symmetric: true"
@@ -510,27 +681,47 @@ def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:
     where, problems = f"pack {pack.format} kv_scales", []
     if pack.kv_scales not in FORMATS[pack.format].kv_scales:
         holding = [name for name, form in FORMATS.items() if pack.kv_scales in form.kv_scales]
-        problems.append(Problem(where, f"the format {pack.format}", f"{', '.join(holding)}, which has names for them"))
+        problems.append(
+            Problem(
+                where,
+                f"the format {pack.format}",
+                f"{', '.join(holding)}, which has names for them",
+            )
+        )
     if plan.stage(KvQparams) is None:
-        problems.append(Problem(where, "no stage kv_qparams", "`- kv_qparams`, which measures K and V"))
+        problems.append(
+            Problem(where, "no stage kv_qparams", "`- kv_qparams`, which measures K and V")
+        )
     return problems
 
 
 def _doubtful(plan: Plan, pack: Pack) -> list[Problem]:
-    """What a format holds if the numbers happen to be so: nobody should wait for hours to learn that they are not."""
+    """What a format holds if the numbers happen to be so: nobody should wait for hours to learn
+    that they are not."""
     where, hint = f"pack {pack.format}", "Set requantize: true in pack, which reports the error"
     problems = []
-    asymmetric = [p.module for p in plan.linears if p.scheme is not None and p.scheme.kind == "integer" and not p.scheme.symmetric]
+    asymmetric = [
+        p.module
+        for p in plan.linears
+        if p.scheme is not None and p.scheme.kind == "integer" and not p.scheme.symmetric
+    ]
     if pack.format == "gguf" and asymmetric:
-        found = f"asymmetric weights ({asymmetric[0]}): some of their minimums -zero * scale are no exact float16"
-        problems.append(Problem(where, found, "weights.symmetric: true, which Q4_0 holds exactly", hint))
+        found = (
+            f"asymmetric weights ({asymmetric[0]}): some of their minimums -zero * scale are no"
+            " exact float16"
+        )
+        problems.append(
+            Problem(where, found, "weights.symmetric: true, which Q4_0 holds exactly", hint)
+        )
     if pack.format == "turbomind" and plan.rounds and plan.config.dtype == "bfloat16":
         found = "embeddings and norms in bfloat16, of which int4 workspaces hold what float16 does"
         problems.append(Problem(where, found, "a float16 model", hint))
     kv = plan.stage(KvQparams)
     if pack.format == "turbomind" and kv and kv.granularity != "tensor":
         found = f"kv_qparams with granularity {kv.granularity}"
-        problems.append(Problem(where, found, "tensor: a workspace has one scale for each layer and rank", hint))
+        problems.append(
+            Problem(where, found, "tensor: a workspace has one scale for each layer and rank", hint)
+        )
     return problems
 
 
@@ -540,12 +731,22 @@ def _data_problems(plan: Plan) -> list[Problem]:
         length = section.seqlen if isinstance(section, Calibration) else section.length
         read = plan.reads_calibration or not isinstance(section, Calibration)
         if read and length > plan.config.context and not plan.config.stretches:
-            problems.append(Problem(where, f"windows of {length} tokens", f"at most the model's {plan.config.context} positions"))
+            problems.append(
+                Problem(
+                    where,
+                    f"windows of {length} tokens",
+                    f"at most the model's {plan.config.context} positions",
+                )
+            )
         sample = plan.samples.get(where)
         if isinstance(sample, UserError):
             problems += [problem for problem in sample.problems if problem not in problems]
         elif sample and not sample.begins:
-            found = "no text in it" if not section.skip else f"no text in it after {section.skip} documents"
+            found = (
+                "no text in it"
+                if not section.skip
+                else f"no text in it after {section.skip} documents"
+            )
             problems.append(Problem(f"{where} {local_text(section)}", found, "documents"))
     return problems
 
@@ -555,14 +756,35 @@ def _output_problems(plan: Plan) -> list[Problem]:
         return _place_problems(plan, plan.output.resolve(), plan.checkpoint.path.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, a NUL
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        return [Problem(str(plan.output), reason, "a directory that QuantFlow may create", "Pass --output DIR")]
+        return [
+            Problem(
+                str(plan.output),
+                reason,
+                "a directory that QuantFlow may create",
+                "Pass --output DIR",
+            )
+        ]
 
 
 def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
     if output == model or model in output.parents:
-        return [Problem(str(plan.output), "lies in the model directory", "another place", "Pass --output DIR")]
+        return [
+            Problem(
+                str(plan.output),
+                "lies in the model directory",
+                "another place",
+                "Pass --output DIR",
+            )
+        ]
     if output in model.parents:
-        return [Problem(str(plan.output), "contains the model directory and would replace it", "another place", "Pass --output DIR")]
+        return [
+            Problem(
+                str(plan.output),
+                "contains the model directory and would replace it",
+                "another place",
+                "Pass --output DIR",
+            )
+        ]
     if output.exists() and not output.is_dir():
         return [Problem(str(plan.output), "a file", "a directory that QuantFlow may create")]
     if output.is_dir() and any(output.iterdir()) and not (output / "quantflow.json").is_file():
@@ -575,12 +797,28 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
             )
         ]
     if is_export(output):
-        return [Problem(str(plan.output), "what `quantflow export` wrote, which would be lost", "another place", "Pass --output DIR")]
+        return [
+            Problem(
+                str(plan.output),
+                "what `quantflow export` wrote, which would be lost",
+                "another place",
+                "Pass --output DIR",
+            )
+        ]
     if "output" not in plan.recipe.model_fields_set and (other := _other_model(plan, output)):
         found = f"an artifact of another model, {other}, which would be lost"
-        return [Problem(str(plan.output), found, f"one of {plan.recipe.model}, or nothing", "Pass --output DIR")]
+        return [
+            Problem(
+                str(plan.output),
+                found,
+                f"one of {plan.recipe.model}, or nothing",
+                "Pass --output DIR",
+            )
+        ]
     if foreign := foreign_files(output):
-        shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
+        shown = ", ".join(foreign[:3]) + (
+            f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        )
         return [
             Problem(
                 str(plan.output),
@@ -590,28 +828,51 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
             )
         ]
     if plan.store.root.exists() and not plan.store.root.is_dir():
-        return [Problem(str(plan.store.root), "a file", "a directory for the store", "Set QUANTFLOW_STORE to a directory")]
+        return [
+            Problem(
+                str(plan.store.root),
+                "a file",
+                "a directory for the store",
+                "Set QUANTFLOW_STORE to a directory",
+            )
+        ]
     parent = output
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        return [Problem(str(plan.output), f"{parent} is not writable", "a writable place", "Pass --output DIR")]
+        return [
+            Problem(
+                str(plan.output),
+                f"{parent} is not writable",
+                "a writable place",
+                "Pass --output DIR",
+            )
+        ]
     return []
 
 
 def _other_model(plan: Plan, output: Path) -> str:
-    """The model that the artifact at `output` was made of, if that is another than the plan's; else ""."""
+    """The model that the artifact at `output` was made of, if that is another than the plan's; else
+    ""."""
     try:
-        manifest, record = read_manifest(output), read_json(output / RUN) if (output / RUN).is_file() else {}
+        manifest, record = (
+            read_manifest(output),
+            read_json(output / RUN) if (output / RUN).is_file() else {},
+        )
         digests = plan.store.cached_digests(plan.checkpoint.files)
     except (OSError, UserError):  # which the run replaces
         return ""
-    if manifest is None or (digests and manifest["source"]["weights"] == plan.weights_key(digests.values())):
+    if manifest is None or (
+        digests and manifest["source"]["weights"] == plan.weights_key(digests.values())
+    ):
         return ""
-    name, place = manifest["source"]["model"], record.get("model")  # the names of two places may be one
+    # the names of two places may be one
+    name, place = manifest["source"]["model"], record.get("model")
     if isinstance(place, str):
         return place if place != plan.model_place else ""
-    return name if name != (Path(plan.model).name if Path(plan.model).exists() else plan.model) else ""
+    return (
+        name if name != (Path(plan.model).name if Path(plan.model).exists() else plan.model) else ""
+    )
 
 
 def check_output(plan: Plan) -> None:
@@ -625,7 +886,14 @@ def check_output(plan: Plan) -> None:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise OutputError(Problem(str(folder), error.strerror or str(error), "a writable directory", "Pass --output DIR")) from error
+            raise OutputError(
+                Problem(
+                    str(folder),
+                    error.strerror or str(error),
+                    "a writable directory",
+                    "Pass --output DIR",
+                )
+            ) from error
 
 
 def activation_budget() -> int:

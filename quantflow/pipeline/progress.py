@@ -11,7 +11,8 @@ class Progress(Protocol):
         """A phase of `total` steps begins. unit: what they are, in the plural: "layers"."""
 
     def advance(self, share: float, detail: str = "") -> None:
-        """A share of a step is done. Shares add up to steps of themselves; `step` ends one whatever they say."""
+        """A share of a step is done. Shares add up to steps of themselves; `step` ends one whatever
+        they say."""
 
     def step(self, detail: str = "") -> None:
         """One step of the phase is done."""

@@ -18,8 +18,8 @@ INDEX_FILE = "release.json"
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of an artifact. floor: a rise below this is none, the last digits of a small sample; None: shown, not judged. unit: what
-    it is shown in. least: what it cannot be less than."""
+    """A number of an artifact. floor: a rise below this is none, the last digits of a small sample;
+    None: shown, not judged. unit: what it is shown in. least: what it cannot be less than."""
 
     title: str
     form: str
@@ -28,9 +28,10 @@ class Metric:
     least: float = ROUNDING
 
 
-# All are the better the smaller. Perplexity is judged by what of it is due to quantisation, log(perplexity / the original's): a tenth of
-# perplexity itself is far more than any quantisation worth releasing costs. Top-1 agreement is judged by what is missing from it: 99% to
-# 98% is twice as many other tokens.
+# All are the better the smaller. Perplexity is judged by what of it is due to quantisation,
+# log(perplexity / the original's): a tenth of perplexity itself is far more than any quantisation
+# worth releasing costs. Top-1 agreement is judged by what is missing from it: 99% to 98% is twice
+# as many other tokens.
 METRICS: dict[str, Metric] = {
     "perplexity": Metric("perplexity", ".4f", None),
     "perplexity_excess": Metric("excess, nats", ".4f", 1e-3, least=-1e300),
@@ -45,18 +46,35 @@ def read_release(place: Path) -> dict[str, Any]:
     """The release.json at `place`, or in that folder. Raises UserError."""
     path = place / INDEX_FILE if place.is_dir() else place
     if not path.is_file():
-        raise UserError(Problem(str(path), absent(path, "file"), f"a former release's folder, or its {INDEX_FILE}"))
+        raise UserError(
+            Problem(
+                str(path), absent(path, "file"), f"a former release's folder, or its {INDEX_FILE}"
+            )
+        )
     index = read_json(path)
     entries = index.get("artifacts")
-    if not isinstance(entries, dict) or not all(isinstance(e, dict) and isinstance(e.get("numbers"), dict) for e in entries.values()):
-        raise UserError(Problem(str(path), "no entry of artifacts with their numbers", f"the {INDEX_FILE} of `quantflow release`"))
-    if problems := [problem for name, entry in entries.items() for problem in _number_problems(f"{path} {name}", entry)]:
+    if not isinstance(entries, dict) or not all(
+        isinstance(e, dict) and isinstance(e.get("numbers"), dict) for e in entries.values()
+    ):
+        raise UserError(
+            Problem(
+                str(path),
+                "no entry of artifacts with their numbers",
+                f"the {INDEX_FILE} of `quantflow release`",
+            )
+        )
+    if problems := [
+        problem
+        for name, entry in entries.items()
+        for problem in _number_problems(f"{path} {name}", entry)
+    ]:
         raise UserError(problems)
     return index
 
 
 def _number_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
-    """Of an entry of release.json. Where quality was measured every number is there: one that lacked would never be worse."""
+    """Of an entry of release.json. Where quality was measured every number is there: one that
+    lacked would never be worse."""
     numbers, measured_on = entry["numbers"], entry.get("measured_on")
     if measured_on is not None and not isinstance(measured_on, str):
         yield Problem(f"{where} measured_on", json.dumps(measured_on)[:80], "text, or null")
@@ -66,13 +84,22 @@ def _number_problems(where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem(f"{where} {key}", json.dumps(value)[:80], "a number")
         elif metric and value < metric.least:
             yield Problem(f"{where} {key}", str(value), "a number from 0 on")
-    if lacking := [key for key in METRICS if key not in numbers and (measured_on or key == "bytes")]:
-        yield Problem(where, f"numbers without {', '.join(lacking)}", f"those of `quantflow release`: {', '.join(METRICS)}")
+    if lacking := [
+        key for key in METRICS if key not in numbers and (measured_on or key == "bytes")
+    ]:
+        yield Problem(
+            where,
+            f"numbers without {', '.join(lacking)}",
+            f"those of `quantflow release`: {', '.join(METRICS)}",
+        )
 
 
-def compare_releases(before: Mapping[str, Any], now: Mapping[str, Any], tolerance: float) -> dict[str, Any]:
-    """comparison.json: per artifact each number before and now, what is worse beyond the tolerance in words, and why nothing is judged.
-    A `change` is relative, and None where there was nothing, or less than nothing, to begin from."""
+def compare_releases(
+    before: Mapping[str, Any], now: Mapping[str, Any], tolerance: float
+) -> dict[str, Any]:
+    """comparison.json: per artifact each number before and now, what is worse beyond the tolerance
+    in words, and why nothing is judged. A `change` is relative, and None where there was nothing,
+    or less than nothing, to begin from."""
     rows: dict[str, Any] = {}
     for name, entry in now["artifacts"].items():
         former = before["artifacts"].get(name)
@@ -89,16 +116,23 @@ def compare_releases(before: Mapping[str, Any], now: Mapping[str, Any], toleranc
             # An excess can be below 0; what is no number is worse.
             if not value <= old + tolerance * abs(old) + metric.floor:
                 row["worse"].append(
-                    f"{metric.title} is {value:{metric.form}}, in the previous release {old:{metric.form}}; "
-                    f"a rise by {tolerance:.0%} is tolerated"
+                    f"{metric.title} is {value:{metric.form}}, in the previous release"
+                    f" {old:{metric.form}}; a rise by {tolerance:.0%} is tolerated"
                 )
         rows[name] = row
     gone = sorted(set(before["artifacts"]) - set(now["artifacts"]))
-    return {"previous": before.get("quantflow"), "now": now["quantflow"], "tolerance": tolerance, "artifacts": rows, "gone": gone}
+    return {
+        "previous": before.get("quantflow"),
+        "now": now["quantflow"],
+        "tolerance": tolerance,
+        "artifacts": rows,
+        "gone": gone,
+    }
 
 
 def _not_judged(former: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> str:
-    """Why an artifact's quality cannot be held against the previous release's; empty where it can."""
+    """Why an artifact's quality cannot be held against the previous release's; empty where it
+    can."""
     if former is None:
         return "new"
     if not former.get("measured_on") or not entry["measured_on"]:
@@ -108,9 +142,17 @@ def _not_judged(former: Mapping[str, Any] | None, entry: Mapping[str, Any]) -> s
     return ""
 
 
-def table(index: Mapping[str, Any], comparison: Mapping[str, Any] | None) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows of the numbers of a release, each with its change since the previous one where it has changed."""
-    heads = ["artifact", "status", *(metric.title for metric in METRICS.values()), *(["against before"] if comparison else [])]
+def table(
+    index: Mapping[str, Any], comparison: Mapping[str, Any] | None
+) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of the numbers of a release, each with its change since the previous one where
+    it has changed."""
+    heads = [
+        "artifact",
+        "status",
+        *(metric.title for metric in METRICS.values()),
+        *(["against before"] if comparison else []),
+    ]
     rows = []
     for name, entry in index["artifacts"].items():
         row = [name, entry["status"]]

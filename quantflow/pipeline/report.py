@@ -24,29 +24,46 @@ from quantflow.recipe import Calibrate, KvQparams, dump
 from quantflow.report.page import VERSION
 from quantflow.stages.pack import checkpoint_bytes
 
-BATCHES, CONTEXTS = (1, 8, 16, 32, 48), (512, 2048, 4096, 32768)  # of the memory table, as far as the model's positions go
+# of the memory table, as far as the model's positions go
+BATCHES, CONTEXTS = (1, 8, 16, 32, 48), (512, 2048, 4096, 32768)
 AWQ_NAME = re.compile(r"a\^(-?[0-9.]+)(?: w\^-?[0-9.]+)?")
 
 
 def portable(plan: Plan) -> dict[str, Any]:
-    """The recipe without what is particular to a machine: places of files become their names, the output is left out."""
+    """The recipe without what is particular to a machine: places of files become their names, the
+    output is left out."""
 
     def shorten(section: dict[str, Any]) -> dict[str, Any]:
         return {
-            k: Path(v).name if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists() else v for k, v in section.items()
+            k: Path(v).name
+            if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists()
+            else v
+            for k, v in section.items()
         }
 
     recipe = shorten({k: v for k, v in dump(plan.recipe).items() if k != "output"})
     recipe["calibration"] = shorten(recipe["calibration"]) if recipe["calibration"] else None
-    recipe["stages"] = [{name: shorten(settings) for name, settings in stage.items()} for stage in recipe["stages"]]
+    recipe["stages"] = [
+        {name: shorten(settings) for name, settings in stage.items()} for stage in recipe["stages"]
+    ]
     return recipe
 
 
 def make_report(
-    plan: Plan, reader: SweepReader, *, fingerprint: str, weights: str, windows: Windows, held_out: Windows | None,
-    measured: Mapping[str, Mapping[str, Any]], verdicts: list[Verdict], inexact: Mapping[str, Mapping[str, float]], statistics: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """measured: variant -> its figures and its profile. verdicts: on the gates. inexact: format -> what it had to round.
+    plan: Plan,
+    reader: SweepReader,
+    *,
+    fingerprint: str,
+    weights: str,
+    windows: Windows,
+    held_out: Windows | None,
+    measured: Mapping[str, Mapping[str, Any]],
+    verdicts: list[Verdict],
+    inexact: Mapping[str, Mapping[str, float]],
+    statistics: Path,
+) -> dict[str, Any]:
+    """measured: variant -> its figures and its profile. verdicts: on the gates. inexact: format ->
+    what it had to round.
     statistics: `calibrate`'s, as written into the artifact."""
     config, asked = plan.config, portable(plan)
     lines: dict[str, Any] = {}
@@ -54,12 +71,23 @@ def make_report(
     for index in range(config.layers):
         prefix = plan.checkpoint.architecture.layer_prefix(index)
         found = reader.report(index)
-        lines |= {f"{prefix}.{name}": {"layer": index, **found["linears"][name]} for name in plan.schemes(index)}
+        lines |= {
+            f"{prefix}.{name}": {"layer": index, **found["linears"][name]}
+            for name in plan.schemes(index)
+        }
         scales += [
-            {"layer": index, **line, "exponent": exponent(line["scale"]), "group": f"{prefix}.{line['group']}"} for line in found["awq"]
+            {
+                "layer": index,
+                **line,
+                "exponent": exponent(line["scale"]),
+                "group": f"{prefix}.{line['group']}",
+            }
+            for line in found["awq"]
         ]
     kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
-    kept[plan.checkpoint.architecture.head] = "tied to the embedding" if config.tied else "weights.ignore"
+    kept[plan.checkpoint.architecture.head] = (
+        "tied to the embedding" if config.tied else "weights.ignore"
+    )
     return {
         "version": VERSION,
         "name": plan.recipe.name,
@@ -67,11 +95,22 @@ def make_report(
         "fingerprint": fingerprint,
         "asked": asked,
         "model": {
-            "architecture": plan.checkpoint.architecture.name, "layers": config.layers, "hidden": config.hidden, "heads": config.heads,
-            "kv_heads": config.kv_heads, "head_dim": config.head_dim, "vocabulary": config.vocabulary, "dtype": config.dtype,
-            "max_positions": config.context, "experts": config.experts,
+            "architecture": plan.checkpoint.architecture.name,
+            "layers": config.layers,
+            "hidden": config.hidden,
+            "heads": config.heads,
+            "kv_heads": config.kv_heads,
+            "head_dim": config.head_dim,
+            "vocabulary": config.vocabulary,
+            "dtype": config.dtype,
+            "max_positions": config.context,
+            "experts": config.experts,
         },
-        "source": {"model": asked["model"], "weights": weights, "bytes": plan.checkpoint.weight_bytes},
+        "source": {
+            "model": asked["model"],
+            "weights": weights,
+            "bytes": plan.checkpoint.weight_bytes,
+        },
         "calibration": _text(windows) if windows.tokens else None,
         "evaluation": {**_text(held_out), "engine": plan.measures_engine} if held_out else None,
         "quality": {name: found["figures"] for name, found in measured.items()},
@@ -81,20 +120,25 @@ def make_report(
         "kept": kept,
         "activations": _activations(plan, statistics) if plan.stage(Calibrate) else {},
         "awq": scales,
-        "fallbacks": {name: line["fallback"] for name, line in lines.items() if line.get("fallback")},
+        "fallbacks": {
+            name: line["fallback"] for name, line in lines.items() if line.get("fallback")
+        },
         **({"requantized": inexact} if inexact else {}),
         "kv": _kv_ranges(plan, reader) if plan.stage(KvQparams) else None,
-        "sizes": {pack.format: checkpoint_bytes(prepared.job) for pack, prepared in zip(plan.packs, plan.prepared, strict=True)},
+        "sizes": {
+            pack.format: checkpoint_bytes(prepared.job)
+            for pack, prepared in zip(plan.packs, plan.prepared, strict=True)
+        },
         "memory": _memory(plan),
         "tensors": plan.account.as_dict(),
         "notes": [*plan.notes, *left_out_notes(calibration=windows, evaluate=held_out)],
         "warnings": list(plan.warnings),
-    }  # fmt: skip
+    }
 
 
 def exponent(scale: str) -> float | None:
-    """The exponent of the activations in a scale that `awq` chose by name: 0.5 for `a^0.5 w^-0.5`, half of it for `sqrt(…)`, 0 for the
-    identity; None for a name that has none."""
+    """The exponent of the activations in a scale that `awq` chose by name: 0.5 for `a^0.5 w^-0.5`,
+    half of it for `sqrt(…)`, 0 for the identity; None for a name that has none."""
     if scale.startswith("identity"):
         return 0.0
     root = scale.startswith("sqrt(")
@@ -103,46 +147,67 @@ def exponent(scale: str) -> float | None:
 
 
 def _text(windows: Windows) -> dict[str, Any]:
-    found = {"source": windows.source, "tokens": windows.digest, "windows": len(windows.tokens), "length": len(windows.tokens[0])}
+    found = {
+        "source": windows.source,
+        "tokens": windows.digest,
+        "windows": len(windows.tokens),
+        "length": len(windows.tokens[0]),
+    }
     return found | ({"left_out": windows.left_out.as_dict()} if windows.left_out else {})
 
 
 def _activations(plan: Plan, statistics: Path) -> dict[str, dict[str, Any]]:
-    """Of every linear's input channels: the largest magnitude, that of the median channel, and the mean magnitude. An expert that no
-    token reached has none."""
+    """Of every linear's input channels: the largest magnitude, that of the median channel, and the
+    mean magnitude. An expert that no token reached has none."""
     file, found = TensorFile(statistics), {}
     for linear in plan.linears:
         name = f"{linear.module}.input"
         if f"{name}.absmax" in file.tensors:
             absmax, absmean = file.read(f"{name}.absmax"), file.read(f"{name}.absmean")
             found[linear.module] = {
-                "layer": linear.layer, "absmax": shown(float(absmax.max())), "median_absmax": shown(float(absmax.median())),
+                "layer": linear.layer,
+                "absmax": shown(float(absmax.max())),
+                "median_absmax": shown(float(absmax.median())),
                 "absmean": shown(float(absmean.mean())),
-            }  # fmt: skip
+            }
     return found
 
 
 def _kv_ranges(plan: Plan, reader: SweepReader) -> dict[str, Any]:
-    """key, value -> low, high -> layers -> heads: the extremes over a head's channels, of what the quantised model produced."""
+    """key, value -> low, high -> layers -> heads: the extremes over a head's channels, of what the
+    quantised model produced."""
     layers = [reader.kv(index) for index in range(plan.config.layers)]
 
     def ends(name: str, reduce: Any) -> list[list[float | None]]:
         return [[shown(float(v)) for v in reduce(layer[name], -1)] for layer in layers]
 
-    return {name: {"low": ends(f"{name}.min", torch.amin), "high": ends(f"{name}.max", torch.amax)} for name in ("key", "value")}
+    return {
+        name: {"low": ends(f"{name}.min", torch.amin), "high": ends(f"{name}.max", torch.amax)}
+        for name in ("key", "value")
+    }
 
 
 def _memory(plan: Plan) -> list[dict[str, int]]:
-    """Bytes by batch and context: weights as stored, before and after, and the engine's KV cache in the model's dtype and in int8."""
+    """Bytes by batch and context: weights as stored, before and after, and the engine's KV cache in
+    the model's dtype and in int8."""
     config = plan.config
-    packed = checkpoint_bytes(plan.prepared[0].job) if plan.prepared else plan.checkpoint.weight_bytes
+    packed = (
+        checkpoint_bytes(plan.prepared[0].job) if plan.prepared else plan.checkpoint.weight_bytes
+    )
     static = KVFormat(True, ({},))  # calibrated: no scale a token
-    full, int8 = (block_bytes(config, kv, getattr(torch, config.dtype), 1) for kv in (KVFormat(False), static))
+    full, int8 = (
+        block_bytes(config, kv, getattr(torch, config.dtype), 1) for kv in (KVFormat(False), static)
+    )
     contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
     return [
         {
-            "batch": batch, "context": context, "weights_before": plan.checkpoint.weight_bytes, "weights_after": packed,
-            "kv_before": batch * context * full, "kv_int8": batch * context * int8,
+            "batch": batch,
+            "context": context,
+            "weights_before": plan.checkpoint.weight_bytes,
+            "weights_after": packed,
+            "kv_before": batch * context * full,
+            "kv_int8": batch * context * int8,
         }
-        for context in contexts for batch in BATCHES
-    ]  # fmt: skip
+        for context in contexts
+        for batch in BATCHES
+    ]

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from quantflow import __version__
-from quantflow.artifacts.artifact import KV_FILE, MANIFEST, PAGE, REPORT, RUN, STATISTICS, building, file_entries, is_whole, read_manifest
+from quantflow.artifacts.artifact import (
+    KV_FILE,
+    MANIFEST,
+    PAGE,
+    REPORT,
+    RUN,
+    STATISTICS,
+    building,
+    file_entries,
+    is_whole,
+    read_manifest,
+)
 from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
@@ -32,7 +43,13 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams
 from quantflow.report.page import report_page, write_page
-from quantflow.stages.kv_qparams import fp8_scales, largest_of_extremes, layer_parameters, parameter_tensors, per_rank
+from quantflow.stages.kv_qparams import (
+    fp8_scales,
+    largest_of_extremes,
+    layer_parameters,
+    parameter_tensors,
+    per_rank,
+)
 from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing, record
 from quantflow.tokenizers.tokenizer import load_tokenizer, tokenizer_files
@@ -40,7 +57,8 @@ from quantflow.tokenizers.tokenizer import load_tokenizer, tokenizer_files
 
 @dataclass(frozen=True)
 class RunResult:
-    """output: the artifact. existed: it was there already, nothing was done. quality: variant -> divergence, {} without `evaluate`.
+    """output: the artifact. existed: it was there already, nothing was done. quality: variant ->
+    divergence, {} without `evaluate`.
     failures: gates that were missed. seconds: of each phase."""
 
     output: Path
@@ -61,9 +79,11 @@ class _Identity:
 
 
 def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
-    """Runs the plan, or finds its artifact finished. Raises UserError; a missed gate is in the result, not raised."""
+    """Runs the plan, or finds its artifact finished. Raises UserError; a missed gate is in the
+    result, not raised."""
     clock = _Clock()
-    windows, held_out = _texts(plan)  # what is wrong with them is said before anything is written, or gigabytes are hashed
+    # what is wrong with them is said before anything is written, or gigabytes are hashed
+    windows, held_out = _texts(plan)
     clock.lap("tokenize")
     check_output(plan)
     with plan.store.locked():
@@ -72,22 +92,38 @@ def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
 
 
 def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
-    """The windows of the calibration (none where no stage reads it) and of `evaluate`. Raises UserError, also for an overlap."""
+    """The windows of the calibration (none where no stage reads it) and of `evaluate`. Raises
+    UserError, also for an overlap."""
     evaluate, calibration = plan.stage(Evaluate), plan.recipe.calibration
-    tokenizer = load_tokenizer(plan.checkpoint.tokenizer_path) if plan.reads_calibration or evaluate else None
+    tokenizer = (
+        load_tokenizer(plan.checkpoint.tokenizer_path)
+        if plan.reads_calibration or evaluate
+        else None
+    )
     windows = Windows([], frozenset(), "")
     if plan.reads_calibration and calibration:
         windows = recipe_windows(plan, tokenizer, calibration)
     held_out = recipe_windows(plan, tokenizer, evaluate) if evaluate else None
     if held_out and (shared := windows.documents & held_out.documents):
         raise DataError(
-            Problem("evaluate", f"{len(shared)} of its documents were used for calibration", "text that calibration has not seen",
-                    "Use another file, or evaluate.skip to begin after the calibration's documents")
-        )  # fmt: skip
+            Problem(
+                "evaluate",
+                f"{len(shared)} of its documents were used for calibration",
+                "text that calibration has not seen",
+                "Use another file, or evaluate.skip to begin after the calibration's documents",
+            )
+        )
     return windows, held_out
 
 
-def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progress, clock: _Clock, fresh: bool) -> RunResult:
+def _run(
+    plan: Plan,
+    windows: Windows,
+    held_out: Windows | None,
+    progress: Progress,
+    clock: _Clock,
+    fresh: bool,
+) -> RunResult:
     evaluate = plan.stage(Evaluate)
     progress.phase("hash", len(plan.checkpoint.files), "files")
     weights = plan.weights_key(plan.store.digests(plan.checkpoint.files, progress.step).values())
@@ -98,27 +134,46 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
             plan.store.forget(key)
     elif (found := _finished(plan, identity)) is not None:
         return found
-    sweep(plan, plan.store, (identity.calibrate, identity.sweep), windows.tokens, progress, clock.lap)
+    sweep(
+        plan, plan.store, (identity.calibrate, identity.sweep), windows.tokens, progress, clock.lap
+    )
     for key in (identity.calibrate, identity.sweep):
         plan.store.drop_streams(key)  # of a run that was killed after its last layer
-    reader = SweepReader(plan.store, identity.sweep) if plan.rounds else MeasuredReader(plan.store, identity.calibrate)
+    reader = (
+        SweepReader(plan.store, identity.sweep)
+        if plan.rounds
+        else MeasuredReader(plan.store, identity.calibrate)
+    )
     check_complete(reader, plan)
-    place = plan.output.resolve()  # where the current folder is the output, it is another one afterwards
+    # where the current folder is the output, it is another one afterwards
+    place = plan.output.resolve()
     with building(place) as folder:
         formats, inexact = _pack(plan, reader, folder, progress)
         clock.lap("pack")
         _write_statistics(plan, identity, reader, folder)
         full = MeasuredReader(plan.store, identity.calibrate)
         written = folder / next(iter(formats.values()), ".")
-        measured = measure(plan, identity.evaluate, reader, full, written, held_out, progress) if held_out else {}
+        measured = (
+            measure(plan, identity.evaluate, reader, full, written, held_out, progress)
+            if held_out
+            else {}
+        )
         quality = {name: found["figures"] for name, found in measured.items()}
         clock.lap("evaluate")
         verdicts = judge(quality, evaluate.gates.model_dump()) if evaluate else []
         failures = [str(verdict) for verdict in verdicts if not verdict.kept]
         report = make_report(
-            plan, reader, fingerprint=identity.artifact, weights=weights, windows=windows, held_out=held_out, measured=measured,
-            verdicts=verdicts, inexact=inexact, statistics=folder / STATISTICS,
-        )  # fmt: skip
+            plan,
+            reader,
+            fingerprint=identity.artifact,
+            weights=weights,
+            windows=windows,
+            held_out=held_out,
+            measured=measured,
+            verdicts=verdicts,
+            inexact=inexact,
+            statistics=folder / STATISTICS,
+        )
         write_json(folder / REPORT, report)
         write_page(folder / PAGE, report_page(report))
         files = file_entries(folder)
@@ -131,14 +186,20 @@ def _run(plan: Plan, windows: Windows, held_out: Windows | None, progress: Progr
             "formats": formats,
             "tensor_parallel": plan.tp,
             "recipe": portable(plan),
-            "source": {"model": portable(plan)["model"], "architecture": plan.checkpoint.architecture.name, "weights": weights,
-                       "files": {p.name: d for p, d in plan.store.digests(plan.checkpoint.files).items()}},
-            "calibration": {"tokens": windows.digest, "source": windows.source} if windows.tokens else None,
+            "source": {
+                "model": portable(plan)["model"],
+                "architecture": plan.checkpoint.architecture.name,
+                "weights": weights,
+                "files": {p.name: d for p, d in plan.store.digests(plan.checkpoint.files).items()},
+            },
+            "calibration": {"tokens": windows.digest, "source": windows.source}
+            if windows.tokens
+            else None,
             "kv_qparams": _kv_summary(plan, reader),
             "quality": quality,
             "notes": report["notes"],
             "files": files,
-        }  # fmt: skip
+        }
         write_json(folder / MANIFEST, manifest)
         clock.lap("write")
         write_json(folder / RUN, _run_record(plan, clock.seconds))
@@ -157,31 +218,82 @@ class _Clock:
 
 
 def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:
-    calibrate, sweep_key = plan.calibrate_key(weights, windows.digest), plan.sweep_key(weights, windows.digest)
-    copied = {name: file_digest(file) for name, file in tokenizer_files(plan.checkpoint.tokenizer_path).items()}
+    calibrate, sweep_key = (
+        plan.calibrate_key(weights, windows.digest),
+        plan.sweep_key(weights, windows.digest),
+    )
+    copied = {
+        name: file_digest(file)
+        for name, file in tokenizer_files(plan.checkpoint.tokenizer_path).items()
+    }
     kv = plan.stage(KvQparams)
-    settings, first = kv.model_dump(mode="json") if kv else None, plan.packs[0].model_dump(mode="json") if plan.packs else None
+    settings, first = (
+        kv.model_dump(mode="json") if kv else None,
+        plan.packs[0].model_dump(mode="json") if plan.packs else None,
+    )
     evaluate = digest(
-        ["evaluate", sweep_key, calibrate if kv else "", held_out.digest if held_out else "", settings, first, plan.device,
-         plan.measures_engine,
-         source_digest("evaluate", "engine", "checkpoints", "tokenizers", "models", "formats", "quant", "stages", "kernels",
-                       "pipeline/measure.py")]
-    )  # fmt: skip
+        [
+            "evaluate",
+            sweep_key,
+            calibrate if kv else "",
+            held_out.digest if held_out else "",
+            settings,
+            first,
+            plan.device,
+            plan.measures_engine,
+            source_digest(
+                "evaluate",
+                "engine",
+                "checkpoints",
+                "tokenizers",
+                "models",
+                "formats",
+                "quant",
+                "stages",
+                "kernels",
+                "pipeline/measure.py",
+            ),
+        ]
+    )
     artifact = digest(
-        ["artifact", copied, calibrate if plan.stage(Calibrate) else "", sweep_key, evaluate if held_out else "", portable(plan),
-         source_digest("stages", "formats", "pipeline", "artifacts", "checkpoints", "tokenizers", "models", "quant", "kernels")]
-    )  # fmt: skip
+        [
+            "artifact",
+            copied,
+            calibrate if plan.stage(Calibrate) else "",
+            sweep_key,
+            evaluate if held_out else "",
+            portable(plan),
+            source_digest(
+                "stages",
+                "formats",
+                "pipeline",
+                "artifacts",
+                "checkpoints",
+                "tokenizers",
+                "models",
+                "quant",
+                "kernels",
+            ),
+        ]
+    )
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 
 
 def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
     try:
         manifest = read_manifest(plan.output)
-        if manifest is None or manifest["fingerprint"] != identity.artifact or not is_whole(plan.output, manifest):
+        if (
+            manifest is None
+            or manifest["fingerprint"] != identity.artifact
+            or not is_whole(plan.output, manifest)
+        ):
             return None
         # Hashes are cached by size, time of change and header: a second look reads nothing.
         found = plan.store.digests([plan.output / name for name in manifest["files"]])
-        if any(found[plan.output / name] != entry["sha256"] for name, entry in manifest["files"].items()):
+        if any(
+            found[plan.output / name] != entry["sha256"]
+            for name, entry in manifest["files"].items()
+        ):
             return None
         report = read_json(plan.output / REPORT)
     except (ModelError, OSError):  # damaged: the artifact is written anew
@@ -189,11 +301,15 @@ def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
     return RunResult(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
 
 
-def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """Writes every format (and its ranks). Returns format -> folder relative to the artifact, and format -> what had to be put on
-    another grid or rounded -> its relative error."""
+def _pack(
+    plan: Plan, reader: SweepReader, folder: Path, progress: Progress
+) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """Writes every format (and its ranks). Returns format -> folder relative to the artifact, and
+    format -> what had to be put on another grid or rounded -> its relative error."""
     jobs = [prepared.job for prepared in plan.prepared]
-    progress.phase("pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs), "layers")
+    progress.phase(
+        "pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs), "layers"
+    )
     formats: dict[str, str] = {}
     errors: dict[str, dict[str, float]] = {}
     for pack, job in zip(plan.packs, jobs, strict=True):
@@ -212,20 +328,31 @@ def _pack(plan: Plan, reader: SweepReader, folder: Path, progress: Progress) -> 
                 save_tensors(place / KV_FILE, _kv_tensors(plan, reader, rank, plan.tp))
         if off:
             errors[pack.format] = record(off)
-            write_json(target / REQUANTIZED, {"from": "recipe", "to": pack.format, "relative_errors": errors[pack.format]})
+            write_json(
+                target / REQUANTIZED,
+                {"from": "recipe", "to": pack.format, "relative_errors": errors[pack.format]},
+            )
     return formats, errors
 
 
 def _kv_of_ranks(plan: Plan, reader: SweepReader) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """KV parameters for a workspace: one a layer and rank, from the extremes of the rank's heads; and by how much scales by head or channel
-    were widened for that, which the plan has allowed."""
+    """KV parameters for a workspace: one a layer and rank, from the extremes of the rank's heads;
+    and by how much scales by head or channel were widened for that, which the plan has allowed."""
     heads = plan.config.kv_heads // plan.tp
-    ranks = [per_rank(_kv_tensors(plan, reader, rank, plan.tp), heads, 1, rounded=True) for rank in range(plan.tp)]
-    whole = {name: torch.stack([found[name] for found, _ in ranks]) if plan.tp > 1 else value for name, value in ranks[0][0].items()}
+    ranks = [
+        per_rank(_kv_tensors(plan, reader, rank, plan.tp), heads, 1, rounded=True)
+        for rank in range(plan.tp)
+    ]
+    whole = {
+        name: torch.stack([found[name] for found, _ in ranks]) if plan.tp > 1 else value
+        for name, value in ranks[0][0].items()
+    }
     return whole, {name: max(errors.get(name, 0.0) for _, errors in ranks) for name in ranks[0][1]}
 
 
-def _kv_parameters(plan: Plan, reader: SweepReader, index: int, rank: int = 0, tp: int = 1) -> dict[str, KVParameters]:
+def _kv_parameters(
+    plan: Plan, reader: SweepReader, index: int, rank: int = 0, tp: int = 1
+) -> dict[str, KVParameters]:
     settings = plan.stage(KvQparams)
     assert settings is not None
     return layer_parameters(reader.kv(index), settings, rank, tp)
@@ -243,7 +370,9 @@ def _fp8_scales(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
     scales: dict[str, Tensor] = {}
     for index in range(plan.config.layers):
         prefix = f"{plan.checkpoint.architecture.layer_prefix(index)}.self_attn"
-        scales |= fp8_scales(prefix, largest_of_extremes(reader.kv(index)), getattr(torch, plan.config.dtype))
+        scales |= fp8_scales(
+            prefix, largest_of_extremes(reader.kv(index)), getattr(torch, plan.config.dtype)
+        )
     return scales
 
 
@@ -254,10 +383,13 @@ def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:
     summary: dict[str, Any] = {**settings.model_dump(mode="json"), "file": KV_FILE}
     if settings.granularity == "tensor":
         summary["layers"] = [
-            {f"{letter}_{what}": float(f"{float(getattr(p, field)):.9g}") for letter, p in (("k", found["key"]), ("v", found["value"]))
-             for what, field in (("scale", "scale"), ("zero_point", "zero_point"))}
+            {
+                f"{letter}_{what}": float(f"{float(getattr(p, field)):.9g}")
+                for letter, p in (("k", found["key"]), ("v", found["value"]))
+                for what, field in (("scale", "scale"), ("zero_point", "zero_point"))
+            }
             for found in (_kv_parameters(plan, reader, i) for i in range(plan.config.layers))
-        ]  # fmt: skip
+        ]
     return summary
 
 
@@ -268,7 +400,11 @@ def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, fold
         return
     files = [TensorFile(plan.store.layer(identity.calibrate, i)) for i in range(plan.config.layers)]
     prefixes = [plan.checkpoint.architecture.layer_prefix(i) for i in range(plan.config.layers)]
-    specs = {f"{p}.{n}": (info.dtype, info.shape) for p, f in zip(prefixes, files, strict=True) for n, info in f.tensors.items()}
+    specs = {
+        f"{p}.{n}": (info.dtype, info.shape)
+        for p, f in zip(prefixes, files, strict=True)
+        for n, info in f.tensors.items()
+    }
     with TensorWriter(folder / STATISTICS, specs) as writer:
         for prefix, file in zip(prefixes, files, strict=True):
             for name in file.tensors:

@@ -1,7 +1,8 @@
-"""`quantflow sensitivity`: every part of a model measured at several widths, and widths chosen from that for a budget of bytes.
+"""`quantflow sensitivity`: every part of a model measured at several widths, and widths chosen from
+that for a budget of bytes.
 
-What a layer's parts gave is in the store when the next layer begins: a run that was killed goes on there, and another width, or another
-budget, measures only what is new.
+What a layer's parts gave is in the store when the next layer begins: a run that was killed goes on
+there, and another width, or another budget, measures only what is new.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ FILE = "sensitivity.json"
 RATE = {"cpu": 6e10, "cuda": 3e13}  # float32 operations a second, an order of magnitude
 CALIBRATION = 128  # windows for the recipe that is written, where the text has so many
 CHOSEN_ON = "the windows that its widths were chosen on"
-WRITTEN = "Widths chosen by `quantflow sensitivity`"  # what its recipes begin with, and are known by
+# what its recipes begin with, and are known by
+WRITTEN = "Widths chosen by `quantflow sensitivity`"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """widths: bits to measure. samples, length, skip: of the windows. output: the JSON file; a recipe goes beside it. budget: bytes of all
-    weights as a checkpoint holds them. average_bits: of a quantised weight's codes, instead. field: of a row of `data`, with its text."""
+    """widths: bits to measure. samples, length, skip: of the windows. output: the JSON file; a
+    recipe goes beside it. budget: bytes of all weights as a checkpoint holds them. average_bits: of
+    a quantised weight's codes, instead. field: of a row of `data`, with its text."""
 
     model: str
     data: str
@@ -70,7 +73,11 @@ class Settings:
     @property
     def recipe(self) -> Path | None:
         """Where a recipe goes; None where no budget asks for one."""
-        return self.output.with_suffix(".yaml") if self.budget is not None or self.average_bits is not None else None
+        return (
+            self.output.with_suffix(".yaml")
+            if self.budget is not None or self.average_bits is not None
+            else None
+        )
 
     def scheme(self, bits: int) -> Scheme:
         return Scheme(bits, self.group_size, self.symmetric)
@@ -78,7 +85,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """kl_mean, stored_bytes: width -> KL divergence in nats a token where this part alone has it, and the bytes of its weights."""
+    """kl_mean, stored_bytes: width -> KL divergence in nats a token where this part alone has it,
+    and the bytes of its weights."""
 
     part: Part
     modules: tuple[str, ...]
@@ -88,7 +96,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Whole:
-    """A rounding of the whole model. stored_bytes: of all weights. predicted: the sum of the parts' divergences; measured: its own."""
+    """A rounding of the whole model. stored_bytes: of all weights. predicted: the sum of the parts'
+    divergences; measured: its own."""
 
     stored_bytes: int
     predicted: float
@@ -97,8 +106,8 @@ class Whole:
 
 @dataclass(frozen=True)
 class Mixed(Whole):
-    """What the budget bought. widths: part -> bits. average_bits: of a quantised weight. gap: how much less, at most, another choice could
-    have predicted."""
+    """What the budget bought. widths: part -> bits. average_bits: of a quantised weight. gap: how
+    much less, at most, another choice could have predicted."""
 
     budget: int
     widths: Mapping[str, int]
@@ -150,21 +159,31 @@ class Job:
         """All parts rounded, each to its width."""
         found: dict[int, dict[str, Scheme]] = {}
         for part in self.parts:
-            found.setdefault(part.layer, {}).update(dict.fromkeys(part.shapes, self.settings.scheme(widths[part.name])))
+            found.setdefault(part.layer, {}).update(
+                dict.fromkeys(part.shapes, self.settings.scheme(widths[part.name]))
+            )
         return found
 
     def total_bytes(self, widths: Mapping[str, int]) -> int:
-        return self.kept_bytes + sum(part.stored_bytes(self.settings.scheme(widths[part.name])) for part in self.parts)
+        return self.kept_bytes + sum(
+            part.stored_bytes(self.settings.scheme(widths[part.name])) for part in self.parts
+        )
 
     def formats(self, widths: Mapping[str, int]) -> tuple[str, ...]:
         """The packed formats that hold all parts in these widths in one checkpoint, and exactly."""
         mixed, symmetric = len(set(widths.values())) > 1, self.settings.symmetric
 
         def holds(name: str) -> bool:
-            if (mixed and ABILITIES[name].mixed_bits != "yes") or FORMATS[name].dtype is not None or (name == "gguf" and not symmetric):
+            if (
+                (mixed and ABILITIES[name].mixed_bits != "yes")
+                or FORMATS[name].dtype is not None
+                or (name == "gguf" and not symmetric)
+            ):
                 return False  # GGUF: asymmetric codes only where their minimums happen to be exact
             return not any(
-                FORMATS[name].check(module, shape, self.settings.scheme(widths[part.name]), act_order_index=False)
+                FORMATS[name].check(
+                    module, shape, self.settings.scheme(widths[part.name]), act_order_index=False
+                )
                 for part in self.parts
                 for module, shape in zip(self.modules(part), part.shapes.values(), strict=True)
             )
@@ -182,16 +201,33 @@ class Job:
     @property
     def rules(self) -> GridRules:
         """Scales are exact in every format that the choice may be packed into."""
-        return GridRules(tuple(getattr(torch, name) for name in scale_dtypes(self.checkpoint.config.dtype)))
+        return GridRules(
+            tuple(getattr(torch, name) for name in scale_dtypes(self.checkpoint.config.dtype))
+        )
 
     def key(self, weights: str) -> str:
-        """Identity of what a rounded part gives. Which widths are measured is not in it, nor what the parts are: entries are named by
-        those."""
+        """Identity of what a rounded part gives. Which widths are measured is not in it, nor what
+        the parts are: entries are named by those."""
         s, rules = self.settings, self.rules
         code = code_digest("quantflow.evaluate.sensitivity")
-        grid = [s.group_size, s.symmetric, [str(dtype) for dtype in rules.scale_dtypes], rules.min_zero]
+        grid = [
+            s.group_size,
+            s.symmetric,
+            [str(dtype) for dtype in rules.scale_dtypes],
+            rules.min_zero,
+        ]
         device = [self.device, device_name(self.device)]
-        return digest(["sensitivity", weights, self.windows.digest, self.checkpoint.raw_config, *grid, *device, code])
+        return digest(
+            [
+                "sensitivity",
+                weights,
+                self.windows.digest,
+                self.checkpoint.raw_config,
+                *grid,
+                *device,
+                code,
+            ]
+        )
 
     def layer_runs(self) -> int:
         """How often a layer is computed over all windows, the store left out."""
@@ -203,18 +239,34 @@ class Job:
         """An order of magnitude."""
         parameters = sum(part.parameters for part in self.parts) / self.checkpoint.config.layers
         tokens = self.settings.samples * self.settings.length
-        head = 2 * len(self.parts) * len(self.settings.widths) * tokens * self.checkpoint.config.vocabulary * self.checkpoint.config.hidden
+        head = (
+            2
+            * len(self.parts)
+            * len(self.settings.widths)
+            * tokens
+            * self.checkpoint.config.vocabulary
+            * self.checkpoint.config.hidden
+        )
         return (2 * parameters * tokens * self.layer_runs() + head) / RATE[self.device]
 
 
 def kept_bytes(checkpoint: Checkpoint, of: Sequence[Part]) -> int:
     """Of all tensors but the weights of these parts."""
-    linears = {f"{checkpoint.architecture.layer_prefix(part.layer)}.{name}.weight" for part in of for name in part.shapes}
-    return sum(math.prod(shape) * ITEM_BYTES[checkpoint.dtype_of(n)] for n, shape in checkpoint.expected.items() if n not in linears)
+    linears = {
+        f"{checkpoint.architecture.layer_prefix(part.layer)}.{name}.weight"
+        for part in of
+        for name in part.shapes
+    }
+    return sum(
+        math.prod(shape) * ITEM_BYTES[checkpoint.dtype_of(n)]
+        for n, shape in checkpoint.expected.items()
+        if n not in linears
+    )
 
 
 def prepare(settings: Settings) -> Job:
-    """The job. Raises UserError with every problem that can be known before anything is computed."""
+    """The job. Raises UserError with every problem that can be known before anything is
+    computed."""
     problems = _settings_problems(settings)
     path = resolve_model(settings.model)
     weights = Weights(path)
@@ -225,13 +277,23 @@ def prepare(settings: Settings) -> Job:
         raise ModelError([*problems, *error.problems]) from error
     found = tuple(parts(checkpoint, settings.granularity))
     if settings.length > config.context and not config.stretches:
-        problems.append(Problem("--length", str(settings.length), f"at most the model's {config.context} positions"))
+        problems.append(
+            Problem(
+                "--length", str(settings.length), f"at most the model's {config.context} positions"
+            )
+        )
     problems += _group_problems(checkpoint, found, settings)
     problems += _output_problems(settings)
     device = resolve_device(settings.device)
     windows, calibration = Windows([], frozenset(), ""), 0
     if not has_tokenizer(checkpoint.tokenizer_path):
-        problems.append(Problem(str(path), "no tokenizer", "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"))
+        problems.append(
+            Problem(
+                str(path),
+                "no tokenizer",
+                "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken",
+            )
+        )
     else:
         try:
             windows, calibration = _text(settings, checkpoint)
@@ -247,16 +309,34 @@ def prepare(settings: Settings) -> Job:
 
 def _settings_problems(settings: Settings) -> list[Problem]:
     problems = []
-    if not settings.widths or len(set(settings.widths)) < len(settings.widths) or not set(settings.widths) <= set(BITS):
-        problems.append(Problem("--bits", ",".join(map(str, settings.widths)) or "none", "different widths from 2 to 8"))
+    if (
+        not settings.widths
+        or len(set(settings.widths)) < len(settings.widths)
+        or not set(settings.widths) <= set(BITS)
+    ):
+        problems.append(
+            Problem(
+                "--bits",
+                ",".join(map(str, settings.widths)) or "none",
+                "different widths from 2 to 8",
+            )
+        )
     if settings.group_size != -1 and settings.group_size < 4:
-        problems.append(Problem("--group-size", str(settings.group_size), "-1 (one group a row), or at least 4"))
+        problems.append(
+            Problem("--group-size", str(settings.group_size), "-1 (one group a row), or at least 4")
+        )
     if settings.granularity not in get_args(Granularity):
-        problems.append(Problem("--granularity", repr(settings.granularity), " or ".join(get_args(Granularity))))
+        problems.append(
+            Problem("--granularity", repr(settings.granularity), " or ".join(get_args(Granularity)))
+        )
     if settings.budget is not None and settings.average_bits is not None:
         problems.append(Problem("--budget, --average-bits", "both", "one of the two"))
     bits = settings.average_bits
-    if bits is not None and settings.widths and not min(settings.widths) <= bits <= max(settings.widths):
+    if (
+        bits is not None
+        and settings.widths
+        and not min(settings.widths) <= bits <= max(settings.widths)
+    ):
         expected = f"from {min(settings.widths)} to {max(settings.widths)}, as --bits has them"
         problems.append(Problem("--average-bits", f"{bits:g}", expected))
     return problems
@@ -269,11 +349,23 @@ def _output_problems(settings: Settings) -> list[Problem]:
         return [Problem("--output", f"{output} is a directory", "a file to write")]
     if output.suffix.lower() in (".yaml", ".yml"):
         return [
-            Problem("--output", f"{output} is named as a recipe", "a .json file: the measurements", "The recipe goes beside it, as .yaml")
+            Problem(
+                "--output",
+                f"{output} is named as a recipe",
+                "a .json file: the measurements",
+                "The recipe goes beside it, as .yaml",
+            )
         ]
     if recipe and (recipe.exists() or recipe.is_symlink()) and not _written(recipe):
         hint = "Give --output another name, or move that file"
-        return [Problem("--output", f"{recipe} exists, and `quantflow sensitivity` did not write it", "a place for the recipe", hint)]
+        return [
+            Problem(
+                "--output",
+                f"{recipe} exists, and `quantflow sensitivity` did not write it",
+                "a place for the recipe",
+                hint,
+            )
+        ]
     return []
 
 
@@ -286,35 +378,57 @@ def _written(recipe: Path) -> bool:
         return False
 
 
-def _group_problems(checkpoint: Checkpoint, found: Sequence[Part], settings: Settings) -> list[Problem]:
-    """One a kind of linear, not one a layer; each says which sizes fit all of them, since there is one --group-size."""
+def _group_problems(
+    checkpoint: Checkpoint, found: Sequence[Part], settings: Settings
+) -> list[Problem]:
+    """One a kind of linear, not one a layer; each says which sizes fit all of them, since there is
+    one --group-size."""
     problems: dict[tuple[str, tuple[int, int]], Problem] = {}
     if settings.group_size >= 4:  # a whole row fits any linear
         shared = math.gcd(*(shape[1] for part in found for shape in part.shapes.values()))
-        fitting = sorted({usual_group(shared, settings.group_size), *(size for size in (64, 32, 16) if shared % size == 0)}, reverse=True)
+        fitting = sorted(
+            {
+                usual_group(shared, settings.group_size),
+                *(size for size in (64, 32, 16) if shared % size == 0),
+            },
+            reverse=True,
+        )
         sizes = [str(size) for size in fitting if 4 <= size < settings.group_size]
-        hint = f"What fits all linears of this model: --group-size {' or '.join([*sizes, '-1'])} (a group a row)"
+        hint = (
+            f"What fits all linears of this model: --group-size {' or '.join([*sizes, '-1'])} (a"
+            " group a row)"
+        )
         for part in found:
             prefix = checkpoint.architecture.layer_prefix(part.layer)
             for name, shape in part.shapes.items():
                 scheme = Scheme(4, settings.group_size, True)
-                for problem in grid_problems(f"{prefix}.{name}", shape, scheme, 1, None, False, kinds=("integer",)):
-                    problems.setdefault((name.rpartition(".")[2], shape), replace(problem, hint=hint))
+                for problem in grid_problems(
+                    f"{prefix}.{name}", shape, scheme, 1, None, False, kinds=("integer",)
+                ):
+                    problems.setdefault(
+                        (name.rpartition(".")[2], shape), replace(problem, hint=hint)
+                    )
     return list(problems.values())
 
 
 def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
     """The windows, and how many of that length the text has for a recipe's calibration."""
     found = cut_windows(
-        load_tokenizer(checkpoint.tokenizer_path), model_documents(checkpoint.tokenizer_path, settings.data, field=settings.field),
-        count=max(CALIBRATION, settings.samples), least=settings.samples, length=settings.length, skip=settings.skip,
+        load_tokenizer(checkpoint.tokenizer_path),
+        model_documents(checkpoint.tokenizer_path, settings.data, field=settings.field),
+        count=max(CALIBRATION, settings.samples),
+        least=settings.samples,
+        length=settings.length,
+        skip=settings.skip,
         source=Path(settings.data).name,
-    )  # fmt: skip
+    )
     windows = replace(found, tokens=found.tokens[: settings.samples])
     if (largest := max(map(max, windows.tokens))) >= checkpoint.config.vocabulary:
         expected = f"ids below the model's vocabulary of {checkpoint.config.vocabulary}"
         hint = "Tokenizer and weights are not of one model"
-        raise UserError(Problem(f"{checkpoint.path} tokenizer", f"gives token {largest}", expected, hint))
+        raise UserError(
+            Problem(f"{checkpoint.path} tokenizer", f"gives token {largest}", expected, hint)
+        )
     return windows, len(found.tokens)
 
 
@@ -323,8 +437,17 @@ def _budget_problems(job: Job) -> list[Problem]:
     least = job.total_bytes({part.name: bits for part in job.parts})
     if budget is None or budget >= least:
         return []
-    expected = f"at least {least}, all linears in {bits} bits: the rest of the model is {job.kept_bytes}"
-    return [Problem("--budget", f"{budget} bytes", expected, "The budget is of all weights, embeddings and head included")]
+    expected = (
+        f"at least {least}, all linears in {bits} bits: the rest of the model is {job.kept_bytes}"
+    )
+    return [
+        Problem(
+            "--budget",
+            f"{budget} bytes",
+            expected,
+            "The budget is of all weights, embeddings and head included",
+        )
+    ]
 
 
 def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
@@ -342,7 +465,9 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
         measured = _parts(job, key, progress)
         choice, widths = _chosen(job, measured)
         uniform = {bits: {part.name: bits for part in job.parts} for bits in job.settings.widths}
-        divergences = _wholes(job, key, [*uniform.values(), *([widths] if widths else [])], progress)
+        divergences = _wholes(
+            job, key, [*uniform.values(), *([widths] if widths else [])], progress
+        )
     by_part = {m.part.name: m for m in measured}
 
     def predicted(of: Mapping[str, int]) -> float:
@@ -354,8 +479,18 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
     if choice and widths:
         parameters = sum(part.parameters for part in job.parts)
         average = sum(part.parameters * widths[part.name] for part in job.parts) / parameters
-        mixed = Mixed(job.total_bytes(widths), predicted(widths), divergences[-1], job.budget() or 0, widths, average, choice.gap)
-        overrides = compact({module: widths[part.name] for part in job.parts for module in job.modules(part)})
+        mixed = Mixed(
+            job.total_bytes(widths),
+            predicted(widths),
+            divergences[-1],
+            job.budget() or 0,
+            widths,
+            average,
+            choice.gap,
+        )
+        overrides = compact(
+            {module: widths[part.name] for part in job.parts for module in job.modules(part)}
+        )
         recipe = job.settings.recipe
     record = _record(job, weights, measured, whole, mixed)
     write_json(job.settings.output, record)
@@ -371,8 +506,11 @@ def _measure(job: Job, key: str, step: Callable[[], None]) -> Measure:
     folder = job.store.folder(key)
 
     def make(name: str, shape: tuple[int, int, int]) -> Stream:
-        # As many as are open at once: the reference, what is carried on, and every rounding of a layer.
-        open_at_once = 2 + max(_most_parts(job) * len(job.settings.widths), len(job.settings.widths) + 1)
+        # As many as are open at once: the reference, what is carried on, and every rounding of a
+        # layer.
+        open_at_once = 2 + max(
+            _most_parts(job) * len(job.settings.widths), len(job.settings.widths) + 1
+        )
         held = open_at_once * math.prod(shape) * 4 <= activation_budget()
         return Stream(shape, torch.float32, device, None if held else folder / f".work-{name}.bin")
 
@@ -380,15 +518,27 @@ def _measure(job: Job, key: str, step: Callable[[], None]) -> Measure:
 
 
 def _most_parts(job: Job) -> int:
-    return max(sum(part.layer == layer for part in job.parts) for layer in {part.layer for part in job.parts})
+    return max(
+        sum(part.layer == layer for part in job.parts)
+        for layer in {part.layer for part in job.parts}
+    )
 
 
 def _parts(job: Job, key: str, progress: Progress) -> tuple[Measured, ...]:
     """Every part at every width, from the store or measured."""
     layers, widths = job.checkpoint.config.layers, job.settings.widths
-    known: list[dict[str, float]] = [job.store.read_json(key, f"layer-{i:05}") or {} for i in range(layers)]
+    known: list[dict[str, float]] = [
+        job.store.read_json(key, f"layer-{i:05}") or {} for i in range(layers)
+    ]
     every = [(part, bits) for part in job.parts for bits in widths]
-    wanted = [[(part, bits) for part, bits in every if part.layer == i and _name(part, bits) not in known[i]] for i in range(layers)]
+    wanted = [
+        [
+            (part, bits)
+            for part, bits in every
+            if part.layer == i and _name(part, bits) not in known[i]
+        ]
+        for i in range(layers)
+    ]
     missing = [i for i in range(layers) if wanted[i]]
     if missing:
         steps = 2 * layers - 1 + sum(layers - i for i in missing)
@@ -403,24 +553,38 @@ def _parts(job: Job, key: str, progress: Progress) -> tuple[Measured, ...]:
 
         for index, found in measure.layer_by_layer(roundings, missing[0]):
             if found:
-                _check_finite([(f"{part.name} in {bits} bits", kl) for (part, bits), kl in zip(wanted[index], found, strict=True)])
-                known[index] |= {_name(part, bits): kl for (part, bits), kl in zip(wanted[index], found, strict=True)}
+                _check_finite(
+                    [
+                        (f"{part.name} in {bits} bits", kl)
+                        for (part, bits), kl in zip(wanted[index], found, strict=True)
+                    ]
+                )
+                known[index] |= {
+                    _name(part, bits): kl
+                    for (part, bits), kl in zip(wanted[index], found, strict=True)
+                }
                 job.store.write_json(key, f"layer-{index:05}", known[index])
             if index == missing[-1]:
                 break
     return tuple(
         Measured(
-            part, job.modules(part), {bits: known[part.layer][_name(part, bits)] for bits in widths},
+            part,
+            job.modules(part),
+            {bits: known[part.layer][_name(part, bits)] for bits in widths},
             {bits: part.stored_bytes(job.settings.scheme(bits)) for bits in widths},
         )
         for part in job.parts
-    )  # fmt: skip
+    )
 
 
 def _check_finite(found: Sequence[tuple[str, float]]) -> None:
     """Raises ModelError for the divergences that are no numbers, before they are stored."""
     hint = "The model's own logits, or those with these weights rounded, are not finite"
-    if wrong := [Problem(name, f"a KL divergence of {kl}", "a finite number", hint) for name, kl in found if not math.isfinite(kl)]:
+    if wrong := [
+        Problem(name, f"a KL divergence of {kl}", "a finite number", hint)
+        for name, kl in found
+        if not math.isfinite(kl)
+    ]:
         raise ModelError(wrong)
 
 
@@ -438,15 +602,25 @@ def _chosen(job: Job, measured: Sequence[Measured]) -> tuple[Choice | None, dict
     return choice, {m.part.name: widths[i] for m, i in zip(measured, choice.options, strict=True)}
 
 
-def _wholes(job: Job, key: str, widths: Sequence[Mapping[str, int]], progress: Progress) -> list[float]:
+def _wholes(
+    job: Job, key: str, widths: Sequence[Mapping[str, int]], progress: Progress
+) -> list[float]:
     """The divergence of the whole model in each of these, from the store or measured."""
     known: dict[str, float] = job.store.read_json(key, "whole") or {}
-    identities = [digest([[part.name, w[part.name]] for part in job.parts] + [job.settings.granularity]) for w in widths]
-    new = {identity: w for identity, w in zip(identities, widths, strict=True) if identity not in known}
+    identities = [
+        digest([[part.name, w[part.name]] for part in job.parts] + [job.settings.granularity])
+        for w in widths
+    ]
+    new = {
+        identity: w for identity, w in zip(identities, widths, strict=True) if identity not in known
+    }
     if new:
         progress.phase("whole", 2 * job.checkpoint.config.layers)
         found = _measure(job, key, progress.step).whole([job.whole(w) for w in new.values()])
-        names = [f"the whole model in {' and '.join(map(str, sorted(set(w.values()))))} bits" for w in new.values()]
+        names = [
+            f"the whole model in {' and '.join(map(str, sorted(set(w.values()))))} bits"
+            for w in new.values()
+        ]
         _check_finite(list(zip(names, found, strict=True)))
         known |= dict(zip(new, found, strict=True))
         job.store.write_json(key, "whole", known)
@@ -454,14 +628,27 @@ def _wholes(job: Job, key: str, widths: Sequence[Mapping[str, int]], progress: P
 
 
 def _record(
-    job: Job, weights: str, measured: Sequence[Measured], uniform: Mapping[int, Whole], mixed: Mixed | None
-) -> dict[str, Any]:  # fmt: skip
+    job: Job,
+    weights: str,
+    measured: Sequence[Measured],
+    uniform: Mapping[int, Whole],
+    mixed: Mixed | None,
+) -> dict[str, Any]:
     s = job.settings
     return {
         "quantflow": __version__,
-        "model": {"name": job.checkpoint.path.resolve().name, "config": digest(job.checkpoint.raw_config), "weights": weights},
-        "data": {"source": job.windows.source, "tokens": job.windows.digest, "windows": s.samples, "length": s.length,
-                 **({"left_out": job.windows.left_out.as_dict()} if job.windows.left_out else {})},
+        "model": {
+            "name": job.checkpoint.path.resolve().name,
+            "config": digest(job.checkpoint.raw_config),
+            "weights": weights,
+        },
+        "data": {
+            "source": job.windows.source,
+            "tokens": job.windows.digest,
+            "windows": s.samples,
+            "length": s.length,
+            **({"left_out": job.windows.left_out.as_dict()} if job.windows.left_out else {}),
+        },
         "method": "rtn",
         "group_size": s.group_size,
         "symmetric": s.symmetric,
@@ -469,24 +656,41 @@ def _record(
         "device": job.device,
         "kept_bytes": job.kept_bytes,
         "parts": [
-            {"name": m.part.name, "modules": list(m.modules), "parameters": m.part.parameters,
-             "kl_mean": {str(b): m.kl_mean[b] for b in s.widths}, "bytes": {str(b): m.stored_bytes[b] for b in s.widths}}
+            {
+                "name": m.part.name,
+                "modules": list(m.modules),
+                "parameters": m.part.parameters,
+                "kl_mean": {str(b): m.kl_mean[b] for b in s.widths},
+                "bytes": {str(b): m.stored_bytes[b] for b in s.widths},
+            }
             for m in measured
         ],
         "uniform": {str(bits): asdict(whole) for bits, whole in uniform.items()},
-        "mixed": {**asdict(mixed), "widths": dict(mixed.widths), "measured_on": CHOSEN_ON} if mixed else None,
-    }  # fmt: skip
+        "mixed": (
+            {**asdict(mixed), "widths": dict(mixed.widths), "measured_on": CHOSEN_ON}
+            if mixed
+            else None
+        ),
+    }
 
 
 def recipe_draft(job: Job, mixed: Mixed, widths: Widths, uniform: Mapping[int, Whole]) -> Draft:
     """A recipe with the chosen widths, to run as it is or to take `weights` from."""
     s = job.settings
     formats = job.formats(mixed.widths)
-    others = ", ".join(f"all in {bits} bits {whole.measured:.4g}" for bits, whole in uniform.items())
+    others = ", ".join(
+        f"all in {bits} bits {whole.measured:.4g}" for bits, whole in uniform.items()
+    )
     return Draft(
         name_of(job.checkpoint.path, "_mixed"),
         s.model,
-        {"data": s.data, **({"field": s.field} if s.field else {}), "samples": job.calibration, "seqlen": s.length, "skip": s.skip},
+        {
+            "data": s.data,
+            **({"field": s.field} if s.field else {}),
+            "samples": job.calibration,
+            "seqlen": s.length,
+            "skip": s.skip,
+        },
         {
             "bits": widths.bits,
             "group_size": s.group_size,
@@ -497,10 +701,22 @@ def recipe_draft(job: Job, mixed: Mixed, widths: Widths, uniform: Mapping[int, W
         ["gptq", {"pack": {"format": formats[0] if formats else "huggingface"}}],
         [
             f"{WRITTEN}; `weights` can be taken over into any recipe of this model.",
-            f"KL divergence by rounding to nearest, nats a token on {s.samples} windows of {s.length} tokens of {job.windows.source}:",
-            f"these widths {mixed.measured:.4g} at {mixed.average_bits:.2f} bits a weight, {mixed.stored_bytes} bytes; {others}.",
+            (
+                f"KL divergence by rounding to nearest, nats a token on {s.samples} windows of"
+                f" {s.length} tokens of {job.windows.source}:"
+            ),
+            (
+                f"these widths {mixed.measured:.4g} at {mixed.average_bits:.2f} bits a weight,"
+                f" {mixed.stored_bytes} bytes; {others}."
+            ),
             f"These are {CHOSEN_ON}; only other text says what they are worth.",
-            f"Formats that hold these widths together: {', '.join(formats) or 'none; huggingface dequantises them'}.",
-            "To see what comes of it, add a stage: `- evaluate: {data: FILE}` with text that calibration has not seen.",
+            (
+                "Formats that hold these widths together:"
+                f" {', '.join(formats) or 'none; huggingface dequantises them'}."
+            ),
+            (
+                "To see what comes of it, add a stage: `- evaluate: {data: FILE}` with text that"
+                " calibration has not seen."
+            ),
         ],
     )

@@ -23,5 +23,9 @@ def stored_layers(plan: Plan) -> int | None:
             return None
         windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.tokenizer_path), calibration)
     weights = plan.weights_key(digests.values())
-    key = plan.sweep_key(weights, windows.digest) if plan.rounds else plan.calibrate_key(weights, windows.digest)
+    key = (
+        plan.sweep_key(weights, windows.digest)
+        if plan.rounds
+        else plan.calibrate_key(weights, windows.digest)
+    )
     return plan.store.finished_layers(key, plan.config.layers)

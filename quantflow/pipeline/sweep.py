@@ -1,8 +1,9 @@
 """The sweep: one pass over the decoder that takes each layer in turn through all layer stages.
 
-For a layer: load it; let `awq` find scales on a sample of the quantised stream and fold them; quantise its linears group by
-group in execution order, each group's Hessian taken from the stream as the groups before it left it (GPTQ's true-sequential
-mode, which also makes one forward of every linear enough); carry the stream on; store the result; free the layer.
+For a layer: load it; let `awq` find scales on a sample of the quantised stream and fold them;
+quantise its linears group by group in execution order, each group's Hessian taken from the stream
+as the groups before it left it (GPTQ's true-sequential mode, which also makes one forward of every
+linear enough); carry the stream on; store the result; free the layer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
 from quantflow.stages.awq import AwqResult, search_layer
 from quantflow.stages.calibrate import calibrate_layer
 from quantflow.stages.output_error import OutputErrors
-from quantflow.stages.quantize import Quantized, Unrounded, gptq_rounder, gptq_segment, nearest_segment
+from quantflow.stages.quantize import (
+    Quantized,
+    Unrounded,
+    gptq_rounder,
+    gptq_segment,
+    nearest_segment,
+)
 
 
 @dataclass(frozen=True)
@@ -51,27 +58,45 @@ class _Context:
 
     def layer(self, index: int, stored: dict[str, Tensor]) -> DecoderLayer:
         assert self.seq is not None
-        return DecoderLayer(self.plan.checkpoint.architecture, self.plan.config, index, stored, self.seq, self.dtype)
+        return DecoderLayer(
+            self.plan.checkpoint.architecture, self.plan.config, index, stored, self.seq, self.dtype
+        )
 
 
 def grid_rules(plan: Plan) -> GridRules:
     return GridRules(tuple(getattr(torch, d) for d in plan.scale_dtypes), plan.min_zero)
 
 
-def sweep(plan: Plan, store: Store, keys: tuple[str, str], tokens: list[list[int]], progress: Progress, lap: Callable[[str], None]) -> None:
-    """Fills the store with every layer's result, from the first that is missing. keys: (of the calibration, of the sweep). lap: is told
-    the name of each of the two passes when it is over."""
+def sweep(
+    plan: Plan,
+    store: Store,
+    keys: tuple[str, str],
+    tokens: list[list[int]],
+    progress: Progress,
+    lap: Callable[[str], None],
+) -> None:
+    """Fills the store with every layer's result, from the first that is missing. keys: (of the
+    calibration, of the sweep). lap: is told the name of each of the two passes when it is over."""
     config, recipe = plan.config, plan.recipe
     calibrate_key, sweep_key = keys
     length = len(tokens[0]) if tokens else 0
     device = torch.device(plan.device)
     context = _Context(
-        plan, store, device, getattr(torch, plan.compute_dtype), grid_rules(plan),
-        sequences(config, length, device) if tokens else None, max(1, BATCH_TOKENS // length) if tokens else 1, progress,
-    )  # fmt: skip
+        plan,
+        store,
+        device,
+        getattr(torch, plan.compute_dtype),
+        grid_rules(plan),
+        sequences(config, length, device) if tokens else None,
+        max(1, BATCH_TOKENS // length) if tokens else 1,
+        progress,
+    )
     torch.manual_seed(recipe.seed)
     with torch.inference_mode():
-        if plan.stage(Calibrate) and store.finished_layers(calibrate_key, config.layers) < config.layers:
+        if (
+            plan.stage(Calibrate)
+            and store.finished_layers(calibrate_key, config.layers) < config.layers
+        ):
             progress.phase("calibrate", config.layers, "layers")
             _pass(context, calibrate_key, tokens, _calibrate, inner=False)
             lap("calibrate")
@@ -82,16 +107,27 @@ def sweep(plan: Plan, store: Store, keys: tuple[str, str], tokens: list[list[int
 
 
 SEARCHES = 3  # of AWQ in a layer, beside one for each expert's `down`
-Step = Callable[[_Context, int, dict[str, Tensor], Streams | None], tuple[dict[str, Tensor], dict[str, Any]]]
+Step = Callable[
+    [_Context, int, dict[str, Tensor], Streams | None], tuple[dict[str, Tensor], dict[str, Any]]
+]
 
 
 def _pass(context: _Context, key: str, tokens: list[list[int]], step: Step, *, inner: bool) -> None:
     """Runs `step` on every unfinished layer; resumes from the last saved stream."""
-    plan, store, layers, progress = context.plan, context.store, context.plan.config.layers, context.progress
+    plan, store, layers, progress = (
+        context.plan,
+        context.store,
+        context.plan.config.layers,
+        context.progress,
+    )
     folder = store.folder(key)
     folder.mkdir(parents=True, exist_ok=True)
     done = store.finished_layers(key, layers)
-    streams = _open_streams(context, folder, len(tokens), len(tokens[0]) if tokens else 0, inner) if tokens else None
+    streams = (
+        _open_streams(context, folder, len(tokens), len(tokens[0]) if tokens else 0, inner)
+        if tokens
+        else None
+    )
     if streams:
         done = _restore(context, key, streams.x, done)
         if done == 0:
@@ -112,8 +148,11 @@ def _pass(context: _Context, key: str, tokens: list[list[int]], step: Step, *, i
                 metadata = {"report": json.dumps(report, sort_keys=True)}
                 # The last layer's output feeds nothing: a run killed there redoes no layer.
                 if streams and index + 1 < layers:
-                    metadata["stream"] = str(streams.x.save(store.stream(key, index), context.batch))
-                # The layer before must be whole on disk before this one is: results count from the first that is missing.
+                    metadata["stream"] = str(
+                        streams.x.save(store.stream(key, index), context.batch)
+                    )
+                # The layer before must be whole on disk before this one is: results count from the
+                # first that is missing.
                 if saving is not None:
                     saving.result()
                 saving = writer.submit(_save, store, key, index, tensors, metadata)
@@ -130,17 +169,25 @@ def _pass(context: _Context, key: str, tokens: list[list[int]], step: Step, *, i
     store.drop_streams(key)
 
 
-def _save(store: Store, key: str, index: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _save(
+    store: Store, key: str, index: int, tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
     save_tensors(store.layer(key, index), tensors, metadata)
     store.drop_streams(key, keep=index)
 
 
-def _open_streams(context: _Context, folder: Path, windows: int, length: int, inner: bool) -> Streams:
+def _open_streams(
+    context: _Context, folder: Path, windows: int, length: int, inner: bool
+) -> Streams:
     config = context.plan.config
     width = config.heads * config.head_dim
-    budget = activation_budget() if context.device.type == "cpu" else torch.cuda.mem_get_info()[0] // 3
+    budget = (
+        activation_budget() if context.device.type == "cpu" else torch.cuda.mem_get_info()[0] // 3
+    )
     item = context.dtype.itemsize
-    hidden_bytes, context_bytes, inner_bytes = (windows * length * w * item for w in (config.hidden, width, config.intermediate))
+    hidden_bytes, context_bytes, inner_bytes = (
+        windows * length * w * item for w in (config.hidden, width, config.intermediate)
+    )
     held = hidden_bytes + context_bytes <= budget
 
     def open_stream(name: str, channels: int) -> Stream:
@@ -160,14 +207,16 @@ def _open_streams(context: _Context, folder: Path, windows: int, length: int, in
 
 
 def _restore(context: _Context, key: str, x: Stream, done: int) -> int:
-    """Loads the hidden states after the last finished layer; returns how many layers can be taken as finished."""
+    """Loads the hidden states after the last finished layer; returns how many layers can be taken
+    as finished."""
     layers = context.plan.config.layers
     if done in (0, layers):
         return done
     metadata = TensorFile(context.store.layer(key, done - 1)).metadata
     if x.load(context.store.stream(key, done - 1), int(metadata.get("stream", -1)), context.batch):
         return done
-    # Killed between saving the layer and cleaning up is fine; a stream lost otherwise means starting over.
+    # Killed between saving the layer and cleaning up is fine; a stream lost otherwise means
+    # starting over.
     for index in range(layers):
         context.store.layer(key, index).unlink(missing_ok=True)
     return 0
@@ -192,7 +241,9 @@ def _calibrate(
     context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     assert streams is not None
-    return calibrate_layer(context.layer(index, stored), streams.x, context.batch, context.progress.advance), {}
+    return calibrate_layer(
+        context.layer(index, stored), streams.x, context.batch, context.progress.advance
+    ), {}
 
 
 def _quantise(
@@ -203,8 +254,13 @@ def _quantise(
     schemes = plan.schemes(index)
     awq = plan.stage(Awq)
     searched = SEARCHES + max(1, plan.config.experts) if awq else 0
-    tell = within_step(context.progress, len(schemes) + searched)  # a linear that is done counts as much as a search
-    scales = _search_scales(context, index, stored, streams, schemes, awq, tell) if awq and streams else AwqResult()
+    # a linear that is done counts as much as a search
+    tell = within_step(context.progress, len(schemes) + searched)
+    scales = (
+        _search_scales(context, index, stored, streams, schemes, awq, tell)
+        if awq and streams
+        else AwqResult()
+    )
     changed = dict(scales.folding.changed)
     for linear in (n for n in scales.folding.columns if n not in schemes):
         # A router, or a linear that stays in 16 bits, reads the scaled norm too.
@@ -226,29 +282,50 @@ def _quantise(
 
 
 def _round(
-    context: _Context, index: int, source: Unrounded, changed: dict[str, Tensor], streams: Streams | None, scales: AwqResult,
-    kv: KVStatistics, tell: Callable[[str], None],
-) -> dict[str, Quantized]:  # fmt: skip
-    """The layer's linears, segment by segment; the streams go along. Where rounding looks at what a segment reads (GPTQ), they go
-    segment by segment too, over the rounded weights, and else through the whole layer at the end."""
+    context: _Context,
+    index: int,
+    source: Unrounded,
+    changed: dict[str, Tensor],
+    streams: Streams | None,
+    scales: AwqResult,
+    kv: KVStatistics,
+    tell: Callable[[str], None],
+) -> dict[str, Quantized]:
+    """The layer's linears, segment by segment; the streams go along. Where rounding looks at what a
+    segment reads (GPTQ), they go segment by segment too, over the rounded weights, and else through
+    the whole layer at the end."""
     plan, gptq, rtn = context.plan, context.plan.stage(Gptq), context.plan.stage(Rtn)
     tensors = {**source.tensors, **changed} if streams else {}
-    passage = Passage(context.layer(index, tensors), streams, context.batch, kv) if gptq and streams else None
+    passage = (
+        Passage(context.layer(index, tensors), streams, context.batch, kv)
+        if gptq and streams
+        else None
+    )
     held = passage.block.tensors if passage else tensors
     done: dict[str, Quantized] = {}
     segments = plan.checkpoint.segments(index)
     for segment in segments:
         names = [n for n in segment.names if n in source.schemes]
         if gptq and passage:
-            rounded = gptq_segment(source, names, segment.channels, partial(passage.rows, segment), gptq, context.device)
+            rounded = gptq_segment(
+                source,
+                names,
+                segment.channels,
+                partial(passage.rows, segment),
+                gptq,
+                context.device,
+            )
         else:
-            rounded = nearest_segment(source, names, search=bool(rtn and rtn.range_search), importance=scales.importance)
+            rounded = nearest_segment(
+                source, names, search=bool(rtn and rtn.range_search), importance=scales.importance
+            )
         for name, result in rounded:
             done[name] = result
             if streams:
                 held[f"{name}.weight"] = result.tensor.dequantize(context.dtype)
             tell(name)
-        if passage and not (segment is segments[-1] and index + 1 == plan.config.layers):  # whose output feeds nothing
+        # whose output feeds nothing
+        if passage and not (segment is segments[-1] and index + 1 == plan.config.layers):
             passage.advance(segment)
     if streams and not passage:
         done |= _measure(context, context.layer(index, tensors), streams.x, source, done, kv)
@@ -256,9 +333,15 @@ def _round(
 
 
 def _measure(
-    context: _Context, layer: DecoderLayer, x: Stream, source: Unrounded, done: Mapping[str, Quantized], kv: KVStatistics
+    context: _Context,
+    layer: DecoderLayer,
+    x: Stream,
+    source: Unrounded,
+    done: Mapping[str, Quantized],
+    kv: KVStatistics,
 ) -> dict[str, Quantized]:
-    """Takes `x` through a layer that was rounded without looking at it, and adds to its report what that did to the outputs."""
+    """Takes `x` through a layer that was rounded without looking at it, and adds to its report what
+    that did to the outputs."""
 
     def difference(name: str) -> tuple[Tensor, Tensor] | None:
         if name not in done:
@@ -270,13 +353,21 @@ def _measure(
     for start, stop in x.spans(context.batch):
         layer.tap = None if start else errors  # the first windows are sample enough
         x.write(start, layer.forward(x.read(start, stop), kv))
-    return {name: replace(done[name], report=done[name].report | lines) for name, lines in errors.found.items()}
+    return {
+        name: replace(done[name], report=done[name].report | lines)
+        for name, lines in errors.found.items()
+    }
 
 
 def _search_scales(
-    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams, schemes: dict[str, Scheme], awq: Awq,
+    context: _Context,
+    index: int,
+    stored: dict[str, Tensor],
+    streams: Streams,
+    schemes: dict[str, Scheme],
+    awq: Awq,
     tell: Callable[[str], None],
-) -> AwqResult:  # fmt: skip
+) -> AwqResult:
     windows, length = streams.x.windows, streams.x.shape[1]
     count = min(windows, max(1, awq.max_tokens // length))
     picked = [i * windows // count for i in range(count)]
@@ -286,9 +377,16 @@ def _search_scales(
     clip = awq.clip and gptq is None  # GPTQ searches its own ranges
     layer = context.layer(index, stored)
     return search_layer(
-        layer, stored, sample, schemes, context.rules, grid=awq.grid, clip=clip, round_finally=round_finally,
+        layer,
+        stored,
+        sample,
+        schemes,
+        context.rules,
+        grid=awq.grid,
+        clip=clip,
+        round_finally=round_finally,
         step=lambda group: tell(f"scales of {group}"),
-    )  # fmt: skip
+    )
 
 
 class SweepReader:
@@ -310,11 +408,16 @@ class SweepReader:
         assert index is not None  # a recipe quantises the layers alone
         file = self.file(index)
         scheme = Scheme(*json.loads(file.metadata["report"])["schemes"][name])
-        parts = {n.removeprefix(f"{name}."): file.read(n) for n in file.tensors if n.startswith(f"{name}.")}
+        parts = {
+            n.removeprefix(f"{name}."): file.read(n)
+            for n in file.tensors
+            if n.startswith(f"{name}.")
+        }
         return scheme.numbers.from_parts(scheme, parts, in_features)
 
     def changed(self, index: int | None, name: str) -> Tensor | None:
-        """A tensor that the sweep changed without quantising it (a norm, a bias, a router), or None where it is the checkpoint's."""
+        """A tensor that the sweep changed without quantising it (a norm, a bias, a router), or None
+        where it is the checkpoint's."""
         if index is None:
             return None
         file = self.file(index)
@@ -326,7 +429,8 @@ class SweepReader:
 
 
 class MeasuredReader(SweepReader):
-    """What `calibrate` alone leaves: no tensor is changed, and the extremes of K and V are the full-precision model's."""
+    """What `calibrate` alone leaves: no tensor is changed, and the extremes of K and V are the
+    full-precision model's."""
 
     def report(self, index: int) -> dict[str, Any]:
         return {"linears": {}, "awq": []}
@@ -340,9 +444,12 @@ class MeasuredReader(SweepReader):
 
 
 def check_complete(reader: SweepReader, plan: Plan) -> None:
-    """Raises QuantFlowError unless every linear of the plan is in the store: quantised, or listed as left alone."""
+    """Raises QuantFlowError unless every linear of the plan is in the store: quantised, or listed
+    as left alone."""
     for index in range(plan.config.layers):
         names = reader.file(index).tensors
         missing = [n for n in plan.schemes(index) if f"{n}.codes" not in names]
         if missing:
-            raise QuantFlowError(Problem(f"layer {index}", f"{', '.join(missing)} was planned but not quantised"))
+            raise QuantFlowError(
+                Problem(f"layer {index}", f"{', '.join(missing)} was planned but not quantised")
+            )

@@ -16,10 +16,15 @@ from quantflow.tokenizers.tokenizer import chat_template, has_tokenizer
 
 
 def model_documents(
-    folder: Path, data: str, file: str | None = None, *, field: str | None = None, option: str = "--data FILE"
+    folder: Path,
+    data: str,
+    file: str | None = None,
+    *,
+    field: str | None = None,
+    option: str = "--data FILE",
 ) -> Iterator[Document | Problem]:
-    """`read_documents`, with conversations in the dialogue format of the model whose tokenizer is in `folder`, on OFFLINE_DATE; where it
-    has none, what was said. Raises DataError, ModelError."""
+    """`read_documents`, with conversations in the dialogue format of the model whose tokenizer is
+    in `folder`, on OFFLINE_DATE; where it has none, what was said. Raises DataError, ModelError."""
 
     @cache
     def text() -> Text | None:
@@ -33,7 +38,9 @@ def model_documents(
         model = text()
         if model is None:
             return Document(joined(conversation))
-        written = model.render(conversation.messages, tools=conversation.tools, add_generation_prompt=False)
+        written = model.render(
+            conversation.messages, tools=conversation.tools, add_generation_prompt=False
+        )
         return Document(written, special=False)
 
     return read_documents(data, file, field=field, option=option, render=render)

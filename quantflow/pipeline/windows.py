@@ -14,18 +14,36 @@ from quantflow.recipe import Calibration, Evaluate
 
 def left_out_notes(**sections: Windows | None) -> list[str]:
     """What of the sections' texts could not be used, each in a sentence."""
-    return [f"{name}: {windows.left_out.note}" for name, windows in sections.items() if windows and windows.left_out]
+    return [
+        f"{name}: {windows.left_out.note}"
+        for name, windows in sections.items()
+        if windows and windows.left_out
+    ]
 
 
 def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) -> Windows:
-    """The windows of `calibration` or `evaluate`. Raises DataError, and UserError for a tokenizer that is another model's."""
+    """The windows of `calibration` or `evaluate`. Raises DataError, and UserError for a tokenizer
+    that is another model's."""
     if isinstance(section, Calibration):
         path, count, length = "calibration", section.samples, section.seqlen
     else:
         path, count, length = "stages.evaluate", section.windows, section.length
     option = f"--set {path}.file=FILE"
-    texts = model_documents(plan.checkpoint.tokenizer_path, section.data, section.file, field=section.field, option=option)
-    windows = cut_windows(tokenizer, texts, count=count, length=length, skip=section.skip, source=Path(section.file or section.data).name)
+    texts = model_documents(
+        plan.checkpoint.tokenizer_path,
+        section.data,
+        section.file,
+        field=section.field,
+        option=option,
+    )
+    windows = cut_windows(
+        tokenizer,
+        texts,
+        count=count,
+        length=length,
+        skip=section.skip,
+        source=Path(section.file or section.data).name,
+    )
     largest = max(map(max, windows.tokens))
     if largest >= plan.config.vocabulary:
         raise UserError(

@@ -1,4 +1,5 @@
-"""AWQ (Lin et al. 2023): scale salient input channels up before rounding, and fold the inverse into what comes before.
+"""AWQ (Lin et al. 2023): scale salient input channels up before rounding, and fold the inverse into
+what comes before.
 
 Shapes: weight `[N, K]`; scale `[K]`; Hessian `H = Xᵀ X` `[K, K]`.
 """
@@ -17,10 +18,12 @@ MAX_SCALE = 1e4  # a channel scaled further than this carries no signal worth ke
 
 
 def candidates(activation: Tensor, weight: Tensor, grid: int) -> Iterator[tuple[str, Tensor]]:
-    """Scales to try, with their names: the identity, then `a^r` and `a^r / w^(1-r)` for `r = 0, 1/grid, … 1` (eq. 4 and 5).
+    """Scales to try, with their names: the identity, then `a^r` and `a^r / w^(1-r)` for `r = 0,
+    1/grid, … 1` (eq. 4 and 5).
 
-    activation: mean |x| a channel `[K]`. weight: mean relative |w| a channel `[K]` (see `weight_profile`). Dead channels keep
-    scale 1: `0^r` would divide by zero. Every scale is normalised to `sqrt(max * min) = 1`, as llm-awq does.
+    activation: mean |x| a channel `[K]`. weight: mean relative |w| a channel `[K]` (see
+    `weight_profile`). Dead channels keep scale 1: `0^r` would divide by zero. Every scale is
+    normalised to `sqrt(max * min) = 1`, as llm-awq does.
     """
     yield "identity", torch.ones_like(activation)
     alive = (activation > 0) & (weight > 0)
@@ -28,12 +31,20 @@ def candidates(activation: Tensor, weight: Tensor, grid: int) -> Iterator[tuple[
         return
     for i in range(grid + 1):
         r = i / grid
-        for name, scale in ((f"a^{r:g}", activation**r), (f"a^{r:g} w^{r - 1:g}", activation**r / weight ** (1 - r))):
+        for name, scale in (
+            (f"a^{r:g}", activation**r),
+            (f"a^{r:g} w^{r - 1:g}", activation**r / weight ** (1 - r)),
+        ):
             if (i == 0 and name == "a^0") or (i == grid and name.endswith("w^0")):
                 continue  # the identity, and a twin of a^1
             scale = torch.where(alive, scale, torch.ones_like(scale)).clamp(min=1e-4)
             spread = (scale[alive].max() * scale[alive].min()).sqrt()
-            yield name, torch.where(alive, scale / spread, torch.ones_like(scale)).clamp(1 / MAX_SCALE, MAX_SCALE)
+            yield (
+                name,
+                torch.where(alive, scale / spread, torch.ones_like(scale)).clamp(
+                    1 / MAX_SCALE, MAX_SCALE
+                ),
+            )
 
 
 def weight_profile(weights: list[Tensor], scheme: Scheme) -> Tensor:
@@ -52,8 +63,15 @@ def rounded(weight: Tensor, scale: Tensor, scheme: Scheme, rules: GridRules) -> 
     return decode(encode(grouped(scaled, scheme), grid, scheme), grid).view_as(scaled) / scale
 
 
-def linear_loss(weight: Tensor, approximation: Tensor, *, hessian: Tensor | None = None, rows: Tensor | None = None) -> float:
-    """`||(W - Ŵ) X||²`: the exact loss on a linear's output, from its inputs `rows` `[T, K]` or from their Hessian `[K, K]`."""
+def linear_loss(
+    weight: Tensor,
+    approximation: Tensor,
+    *,
+    hessian: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> float:
+    """`||(W - Ŵ) X||²`: the exact loss on a linear's output, from its inputs `rows` `[T, K]` or
+    from their Hessian `[K, K]`."""
     difference = weight.float() - approximation
     if rows is not None:
         return float((rows.float() @ difference.T).square().sum())

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from quantflow.quant.numbers import QuantizedTensor
 
-ROWS = 256  # output channels, evenly spaced, that error and clip are measured on: each is thousands of weights
+# output channels, evenly spaced, that error and clip are measured on: each is thousands of weights
+ROWS = 256
 
 
 @dataclass(frozen=True)
 class Fit:
-    """error: `||W - Ŵ||² / ||W||²`, 0 for a weight of zeros. low, high: of the weights. clip: the share of each group's range (zero
-    included) that its grid spans, the mean over groups; least_clip: the smallest. Both None where no group has a range, and for NF4,
-    whose scale is the group's largest magnitude. More than 1: GPTQ's refinement has widened a grid. Error and clip are those of a sample
-    of rows (`ROWS`)."""
+    """error: `||W - Ŵ||² / ||W||²`, 0 for a weight of zeros. low, high: of the weights. clip: the
+    share of each group's range (zero included) that its grid spans, the mean over groups;
+    least_clip: the smallest. Both None where no group has a range, and for NF4, whose scale is the
+    group's largest magnitude. More than 1: GPTQ's refinement has widened a grid. Error and clip are
+    those of a sample of rows (`ROWS`)."""
 
     error: float
     low: float
@@ -31,7 +33,10 @@ class Fit:
 
     def as_dict(self) -> dict[str, Any]:
         """For a report: four digits, `None` for what is no number."""
-        found: dict[str, Any] = {"weight_error": shown(self.error), "weight_range": [shown(self.low), shown(self.high)]}
+        found: dict[str, Any] = {
+            "weight_error": shown(self.error),
+            "weight_range": [shown(self.low), shown(self.high)],
+        }
         if self.clip is not None and self.least_clip is not None:
             found["clip"] = {"mean": shown(self.clip), "least": shown(self.least_clip)}
         return found
@@ -49,5 +54,9 @@ def fit(weight: Tensor, tensor: QuantizedTensor) -> Fit:
     part, found = weight[every].float(), tensor.rows(every)
     power, error = float(part.square().sum()), float(found.dequantize().sub_(part).square_().sum())
     shares = found.spanned(part)
-    clip = (float(shares.mean()), float(shares.min())) if shares is not None and len(shares) else (None, None)
+    clip = (
+        (float(shares.mean()), float(shares.min()))
+        if shares is not None and len(shares)
+        else (None, None)
+    )
     return Fit(error / power if power else error, float(low), float(high), *clip)

@@ -1,6 +1,8 @@
-"""GPTQ (Frantar et al. 2022, Algorithm 1): round column by column, and let the columns not yet rounded make up for the error.
+"""GPTQ (Frantar et al. 2022, Algorithm 1): round column by column, and let the columns not yet
+rounded make up for the error.
 
-Shapes: weight `[N, K]`; Hessian `H = Xᵀ X` `[K, K]` over the tokens seen, not divided by their number.
+Shapes: weight `[N, K]`; Hessian `H = Xᵀ X` `[K, K]` over the tokens seen, not divided by their
+number.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ DAMP_LADDER = (1.0, 10.0, 100.0)
 
 @dataclass(frozen=True)
 class Factor:
-    """The upper Cholesky factor `U` of the damped Hessian's inverse, in the order the columns are rounded, as the recursion needs it.
+    """The upper Cholesky factor `U` of the damped Hessian's inverse, in the order the columns are
+    rounded, as the recursion needs it.
 
-    ratios: `U[i, j] / U[i, i]`, `[K, K]`: what column j takes of column i's rounding error. order: `[K]`, the column rounded at
-    each step. fallback: what had to be done, "" if nothing.
+    ratios: `U[i, j] / U[i, i]`, `[K, K]`: what column j takes of column i's rounding error. order:
+    `[K]`, the column rounded at each step. fallback: what had to be done, "" if nothing.
     """
 
     ratios: Tensor
@@ -33,8 +36,8 @@ class Factor:
     fallback: str = ""
 
     def of_scaled(self, scale: Tensor) -> Factor:
-        """The factor where every input channel is divided by its `scale` `[K]`: of `D⁻¹ (H + damping) D⁻¹` in the same order, whose
-        inverse's Cholesky factor is `U D`."""
+        """The factor where every input channel is divided by its `scale` `[K]`: of `D⁻¹ (H +
+        damping) D⁻¹` in the same order, whose inverse's Cholesky factor is `U D`."""
         ordered = scale[self.order]
         return Factor(self.ratios / ordered[:, None] * ordered, self.order, self.fallback)
 
@@ -42,8 +45,9 @@ class Factor:
 def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None:
     """The factor of `hessian` (float32), or None where even a floored diagonal does not help.
 
-    damp: fraction of the mean diagonal that is added to it. Dead channels (zero diagonal) get the mean, so they neither give nor
-    take corrections. Cholesky fails on real Hessians even with much damping: the ladder raises it, then floors the diagonal.
+    damp: fraction of the mean diagonal that is added to it. Dead channels (zero diagonal) get the
+    mean, so they neither give nor take corrections. Cholesky fails on real Hessians even with much
+    damping: the ladder raises it, then floors the diagonal.
     """
     if not bool(hessian.isfinite().all()):
         return None
@@ -52,18 +56,27 @@ def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None
     if mean <= 0:
         return None
     diagonal[diagonal <= 0] = mean
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=hessian.device)
-    attempts = [(damp * times, 0.0, f"damping {damp * times:g}" if times > 1 else "") for times in DAMP_LADDER]
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if act_order
+        else torch.arange(len(diagonal), device=hessian.device)
+    )
+    attempts = [
+        (damp * times, 0.0, f"damping {damp * times:g}" if times > 1 else "")
+        for times in DAMP_LADDER
+    ]
     attempts.append((damp * DAMP_LADDER[-1], 1.0, "diagonal floored at its mean"))
     backwards = order.flip(0)
     for amount, floor, note in attempts:
-        # One K×K matrix after the other, each freed once the next is there: with the Hessian, at most three.
+        # One K×K matrix after the other, each freed once the next is there: with the Hessian, at
+        # most three.
         matrix = hessian[backwards][:, backwards] if act_order else hessian.flip(0, 1)
         matrix.diagonal().copy_(diagonal[backwards].clamp(min=mean * floor) + amount * mean)
         matrix, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0:
-            # H = V Vᵀ with V upper triangular, from the Cholesky factor of H backwards; then H⁻¹ = Uᵀ U with U = V⁻¹. Against
-            # inverting H and factorising that, as the paper does, it takes a third of the time and rounds less.
+            # H = V Vᵀ with V upper triangular, from the Cholesky factor of H backwards; then H⁻¹ =
+            # Uᵀ U with U = V⁻¹. Against inverting H and factorising that, as the paper does, it
+            # takes a third of the time and rounds less.
             matrix = matrix.flip(0, 1)
             _invert_upper(matrix)
             if bool(matrix.isfinite().all()):
@@ -72,10 +85,15 @@ def factorize(hessian: Tensor, *, damp: float, act_order: bool) -> Factor | None
 
 
 def _invert_upper(matrix: Tensor) -> None:
-    """Inverts an upper triangular matrix in place, by halves, so that nearly all of it is matrix products."""
+    """Inverts an upper triangular matrix in place, by halves, so that nearly all of it is matrix
+    products."""
     k = len(matrix)
     if k <= 256:
-        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(k, dtype=matrix.dtype, device=matrix.device), upper=True))
+        matrix.copy_(
+            torch.linalg.solve_triangular(
+                matrix, torch.eye(k, dtype=matrix.dtype, device=matrix.device), upper=True
+            )
+        )
         return
     half = k // 2
     left, corner, right = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
@@ -90,12 +108,19 @@ COMPILED_LEAF = 32  # the same, by compiled code
 
 
 def in_halves(
-    start: int, stop: int, unit: int, leaf: int, columns: Callable[[int, int], None], carry: Callable[[int, int, int], None]
+    start: int,
+    stop: int,
+    unit: int,
+    leaf: int,
+    columns: Callable[[int, int], None],
+    carry: Callable[[int, int, int], None],
 ) -> None:
-    """Visits `[start, stop)` in order, `leaf` columns at most at a time by `columns(start, stop)`; after each left half,
-    `carry(start, middle, stop)` takes what it changed to the right half in one matrix product.
+    """Visits `[start, stop)` in order, `leaf` columns at most at a time by `columns(start, stop)`;
+    after each left half, `carry(start, middle, stop)` takes what it changed to the right half in
+    one matrix product.
 
-    This is GPTQ's lazy batching at every scale: columns near each other are corrected at once, distant ones in large products.
+    This is GPTQ's lazy batching at every scale: columns near each other are corrected at once,
+    distant ones in large products.
     unit: halves longer than it are cut at its multiples.
     """
     size = stop - start
@@ -116,30 +141,59 @@ class GptqResult:
 
 
 def quantize_gptq(
-    weight: Tensor, hessian: Tensor, factor: Factor | None, scheme: Scheme, rules: GridRules, *,
-    act_order: str = "static", search: bool = True, refine: int = 4,
-) -> GptqResult:  # fmt: skip
+    weight: Tensor,
+    hessian: Tensor,
+    factor: Factor | None,
+    scheme: Scheme,
+    rules: GridRules,
+    *,
+    act_order: str = "static",
+    search: bool = True,
+    refine: int = 4,
+) -> GptqResult:
     """`weight` (float32) quantised by GPTQ.
 
-    act_order: `none` rounds channels as they come and makes each group's grid when it is reached; `static` rounds the most
-    active first on grids made beforehand, so that nothing has to be permuted at run time; `dynamic` makes groups of
-    channels of like activity, which needs `group_index`. search: each grid minimises the output error its group causes.
+    act_order: `none` rounds channels as they come and makes each group's grid when it is reached;
+    `static` rounds the most active first on grids made beforehand, so that nothing has to be
+    permuted at run time; `dynamic` makes groups of channels of like activity, which needs
+    `group_index`. search: each grid minimises the output error its group causes.
     refine: passes of coordinate descent afterwards (see `refine_codes`).
     """
     if factor is None:
-        plain = quantize_rtn(weight, scheme, rules, search=search, importance=_blocks(hessian, scheme) if search else None)
+        plain = quantize_rtn(
+            weight,
+            scheme,
+            rules,
+            search=search,
+            importance=_blocks(hessian, scheme) if search else None,
+        )
         return GptqResult(plain, "Hessian not invertible: rounded to nearest")
-    # Rows are independent given the factor: some at a time, so that the dozen float32 copies below stay small.
+    # Rows are independent given the factor: some at a time, so that the dozen float32 copies below
+    # stay small.
     rows = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
-    parts = [_solve(part, hessian, factor, scheme, rules, act_order, search, refine) for part in weight.split(rows)]
+    parts = [
+        _solve(part, hessian, factor, scheme, rules, act_order, search, refine)
+        for part in weight.split(rows)
+    ]
     if len(parts) == 1:
         return GptqResult(parts[0], factor.fallback)
-    codes, scales, zeros = (torch.cat([getattr(p, field) for p in parts]) for field in ("codes", "scales", "zeros"))
-    return GptqResult(IntegerTensor(scheme, codes, scales, zeros, parts[0].group_index), factor.fallback)
+    codes, scales, zeros = (
+        torch.cat([getattr(p, field) for p in parts]) for field in ("codes", "scales", "zeros")
+    )
+    return GptqResult(
+        IntegerTensor(scheme, codes, scales, zeros, parts[0].group_index), factor.fallback
+    )
 
 
 def _solve(
-    weight: Tensor, hessian: Tensor, factor: Factor, scheme: Scheme, rules: GridRules, act_order: str, search: bool, refine: int
+    weight: Tensor,
+    hessian: Tensor,
+    factor: Factor,
+    scheme: Scheme,
+    rules: GridRules,
+    act_order: str,
+    search: bool,
+    refine: int,
 ) -> IntegerTensor:
     n, k = weight.shape
     order = factor.order
@@ -155,9 +209,12 @@ def _solve(
         scales, zeros = grid.scales, grid.zeros
     # Work on the transpose: a channel is then a contiguous row.
     w = weight[:, order].T.contiguous()
-    codes, errors = torch.empty_like(w), torch.empty_like(w)  # codes are kept less their zero points here
+    # codes are kept less their zero points here
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
     # The group of the channel rounded at each step.
-    group_at = (torch.arange(k, device=w.device) if permuted else order).div(group, rounding_mode="floor")
+    group_at = (torch.arange(k, device=w.device) if permuted else order).div(
+        group, rounding_mode="floor"
+    )
     scales_t, zeros_t = scales.T.contiguous(), zeros.T.contiguous()
     lowest, highest = -zeros_t, scheme.levels - zeros_t
     one_group = Scheme(scheme.bits, group, scheme.symmetric)
@@ -165,12 +222,21 @@ def _solve(
 
     def columns(start: int, stop: int) -> None:
         if act_order == "none" and start % group == 0:
-            # Halves end where groups do, so the whole group has taken all corrections from the left.
+            # Halves end where groups do, so the whole group has taken all corrections from the
+            # left.
             g = start // group
-            found = find_grid(w[start : start + group].T.contiguous(), one_group, rules, search=search, importance=_pick(blocks, g))
+            found = find_grid(
+                w[start : start + group].T.contiguous(),
+                one_group,
+                rules,
+                search=search,
+                importance=_pick(blocks, g),
+            )
             scales_t[g], zeros_t[g] = found.scales[:, 0], found.zeros[:, 0]
             lowest[g], highest[g] = -zeros_t[g], scheme.levels - zeros_t[g]
-        round_columns(w, codes, errors, factor.ratios, scales_t, lowest, highest, group_at, start, stop)
+        round_columns(
+            w, codes, errors, factor.ratios, scales_t, lowest, highest, group_at, start, stop
+        )
 
     def correct(start: int, middle: int, stop: int) -> None:
         w[middle:stop].addmm_(factor.ratios[start:middle, middle:stop].T, errors[start:middle])
@@ -179,30 +245,44 @@ def _solve(
         in_halves(0, k, group, min(leaf, group), columns, correct)
     else:
         in_halves(0, k, 1, leaf, columns, correct)
-    # Back to the order in which groups are runs of `group` channels: the weight's own, or the permuted one.
+    # Back to the order in which groups are runs of `group` channels: the weight's own, or the
+    # permuted one.
     if not permuted:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
     codes += zeros_t.repeat_interleave(group, 0)
     if refine:
-        codes, scales_t = refine_codes(base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine)
+        codes, scales_t = refine_codes(
+            base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine
+        )
     grid = Grid(scales_t.T.contiguous(), zeros_t.T.contiguous())
     if not permuted:
         return assemble(codes.T.contiguous(), grid, scheme, rules)
     flat, index = torch.empty_like(codes), torch.empty(k, dtype=torch.int32, device=weight.device)
     flat[order] = codes
-    index[order] = torch.arange(k, device=weight.device).div(group, rounding_mode="floor").to(torch.int32)
+    index[order] = (
+        torch.arange(k, device=weight.device).div(group, rounding_mode="floor").to(torch.int32)
+    )
     return assemble(flat.T.contiguous(), grid, scheme, rules, index)
 
 
 def refine_codes(
-    weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, scheme: Scheme, rules: GridRules, passes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Codes and scales of no larger output error `tr((W - Ŵ) H (W - Ŵ)ᵀ)`, by cyclic coordinate descent.
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    rules: GridRules,
+    passes: int,
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of no larger output error `tr((W - Ŵ) H (W - Ŵ)ᵀ)`, by cyclic coordinate
+    descent.
 
-    weight, codes: transposed, `[K, N]`; scales, zeros: `[G, N]`. Each pass goes through the groups: it sets the scale to its
-    least-squares optimum (kept where, rounded to its stored dtype, it still helps), then every code to the best one while the
-    others stand (QuantEase, Behdin et al. 2023, eq. 9). GPTQ decides each code once, before later ones are known; this lets it
-    think again.
+    weight, codes: transposed, `[K, N]`; scales, zeros: `[G, N]`. Each pass goes through the groups:
+    it sets the scale to its least-squares optimum (kept where, rounded to its stored dtype, it
+    still helps), then every code to the best one while the others stand (QuantEase, Behdin et al.
+    2023, eq. 9). GPTQ decides each code once, before later ones are known; this lets it think
+    again.
     """
     k = weight.shape[0]
     group = k // scales.shape[0]
@@ -224,7 +304,9 @@ def refine_codes(
         curved = ((block @ c) * c).sum(0)
         downhill = (c * slope[part]).sum(0)
         wanted = scales[g] + torch.where(curved > 0, downhill / curved.clamp(min=1e-30), 0)
-        step = torch.where(wanted > 0, rules.round_scale(wanted.clamp(min=0)), scales[g]) - scales[g]
+        step = (
+            torch.where(wanted > 0, rules.round_scale(wanted.clamp(min=0)), scales[g]) - scales[g]
+        )
         step = torch.where(step * (2 * downhill - step * curved) > 0, step, 0)
         scales[g] += step
         value[part] += torch.mul(c, step, out=by_scale[part])
@@ -234,7 +316,19 @@ def refine_codes(
         g = start // group
         if start % group == 0:
             rescale(g)
-        best_codes(value, slope, centred, by_code, hessian, scales[g], lowest[g], highest[g], curvature, start, stop)
+        best_codes(
+            value,
+            slope,
+            centred,
+            by_code,
+            hessian,
+            scales[g],
+            lowest[g],
+            highest[g],
+            curvature,
+            start,
+            stop,
+        )
 
     def carry(start: int, middle: int, stop: int) -> None:
         # A group's own columns have seen the change of its scale already.
@@ -245,13 +339,15 @@ def refine_codes(
     for left in reversed(range(passes)):
         in_halves(0, k, group, leaf, columns, carry)
         value += by_code
-        if left:  # `carry` looks ahead only: what later columns changed for earlier ones comes in one product
+        # `carry` looks ahead only: what later columns changed for earlier ones comes in one product
+        if left:
             torch.matmul(hessian, weight - value, out=slope)
     return centred + zeros.repeat_interleave(group, 0), scales
 
 
 def _steps(weight: Tensor) -> tuple[Callable[..., None], Callable[..., None], int]:
-    """What goes through a leaf's columns in the recursion and in the refinement, and how many those are."""
+    """What goes through a leaf's columns in the recursion and in the refinement, and how many those
+    are."""
     if cpu_solver.available(weight):
         return cpu_solver.gptq_columns, cpu_solver.refine_columns, COMPILED_LEAF
     if weight.device.type == "cuda":
@@ -262,9 +358,17 @@ def _steps(weight: Tensor) -> tuple[Callable[..., None], Callable[..., None], in
 
 
 def _gptq_columns(
-    w: Tensor, codes: Tensor, errors: Tensor, ratios: Tensor, scales: Tensor, lowest: Tensor, highest: Tensor, group_at: Tensor,
-    start: int, stop: int,
-) -> None:  # fmt: skip
+    w: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    ratios: Tensor,
+    scales: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    group_at: Tensor,
+    start: int,
+    stop: int,
+) -> None:
     """`cpu_solver.gptq_columns` by torch operations; it changes `w`."""
     for i, g in zip(range(start, stop), group_at[start:stop].tolist(), strict=True):
         code = torch.div(w[i], scales[g], out=codes[i]).round_().clamp_(lowest[g], highest[g])
@@ -274,19 +378,34 @@ def _gptq_columns(
 
 
 def _refine_columns(
-    values: Tensor, slope: Tensor, codes: Tensor, changes: Tensor, hessian: Tensor, scale: Tensor, lowest: Tensor, highest: Tensor,
-    curvature: Tensor, start: int, stop: int,
-) -> None:  # fmt: skip
+    values: Tensor,
+    slope: Tensor,
+    codes: Tensor,
+    changes: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    lowest: Tensor,
+    highest: Tensor,
+    curvature: Tensor,
+    start: int,
+    stop: int,
+) -> None:
     """`cpu_solver.refine_columns` by torch operations; it changes `slope`."""
     for i in range(start, stop):
-        best = torch.addcdiv(values[i], slope[i], curvature[i], out=codes[i]).div_(scale).round_().clamp_(lowest, highest)
+        best = (
+            torch.addcdiv(values[i], slope[i], curvature[i], out=codes[i])
+            .div_(scale)
+            .round_()
+            .clamp_(lowest, highest)
+        )
         change = torch.mul(best, scale, out=changes[i]).sub_(values[i])
         if i + 1 < stop:
             slope[i + 1 : stop].addr_(hessian[i, i + 1 : stop], change, alpha=-1)
 
 
 def _blocks(hessian: Tensor, scheme: Scheme) -> Tensor | None:
-    """The diagonal blocks `[G, g, g]` of the Hessian; its diagonal `[1, K]` where one group spans the row."""
+    """The diagonal blocks `[G, g, g]` of the Hessian; its diagonal `[1, K]` where one group spans
+    the row."""
     k = hessian.shape[0]
     group = scheme.group_of(k)
     if group == k:
@@ -300,9 +419,13 @@ def _pick(blocks: Tensor | None, group: int) -> Tensor | None:
 
 
 def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
-    """`||(W - Ŵ) X||² / ||W X||²`, from the Hessian; 0 where the output is zero, NaN where the Hessian is not finite."""
+    """`||(W - Ŵ) X||² / ||W X||²`, from the Hessian; 0 where the output is zero, NaN where the
+    Hessian is not finite."""
     difference = weight - approximation
-    error, power = float(((difference @ hessian) * difference).sum()), float(((weight @ hessian) * weight).sum())
+    error, power = (
+        float(((difference @ hessian) * difference).sum()),
+        float(((weight @ hessian) * weight).sum()),
+    )
     if not math.isfinite(error + power):
         return math.nan
     return max(error, 0.0) / power if power > 0 else 0.0

@@ -1,4 +1,5 @@
-"""Parameters of an 8-bit (or narrower) KV cache: `q = clamp(round((f - zp) / scale))`, `f ≈ q * scale + zp`."""
+"""Parameters of an 8-bit (or narrower) KV cache: `q = clamp(round((f - zp) / scale))`, `f ≈ q *
+scale + zp`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KVParameters:
-    """scale and zero_point in float32: `[]` (one a layer), `[kv_heads]`, or `[kv_heads, D]`; bits of the signed codes."""
+    """scale and zero_point in float32: `[]` (one a layer), `[kv_heads]`, or `[kv_heads, D]`; bits
+    of the signed codes."""
 
     bits: int
     scale: Tensor
@@ -22,11 +24,19 @@ class KVParameters:
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
 
 
-def kv_parameters(low: Tensor, high: Tensor, *, bits: int = 8, symmetric: bool = False, granularity: str = "tensor") -> KVParameters:
+def kv_parameters(
+    low: Tensor,
+    high: Tensor,
+    *,
+    bits: int = 8,
+    symmetric: bool = False,
+    granularity: str = "tensor",
+) -> KVParameters:
     """Parameters from the extremes `[kv_heads, D]` of K or V.
 
-    Asymmetric, as LMDeploy: `zp = (min + max) / 2`, `scale = (max - min) / (2^bits - 1)`. Symmetric: `scale = absmax / (2^(bits-1) - 1)`,
-    `zp = 0`. A constant channel would have scale 0: it gets 1, and its zero point is exact.
+    Asymmetric, as LMDeploy: `zp = (min + max) / 2`, `scale = (max - min) / (2^bits - 1)`.
+    Symmetric: `scale = absmax / (2^(bits-1) - 1)`, `zp = 0`. A constant channel would have scale 0:
+    it gets 1, and its zero point is exact.
     """
     axes = {"tensor": (0, 1), "head": (1,), "channel": ()}[granularity]
     low, high = low.float(), high.float()

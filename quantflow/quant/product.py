@@ -1,7 +1,8 @@
 """Matrix products in float32 at a CPU's full rate.
 
-torch hands a float32 product to MKL, which uses AVX-512 on Intel's processors only; a 1×1 convolution is the same product by oneDNN,
-which uses it everywhere (on two Zen 5 cores 390 to 410 GFLOP/s against 185).
+torch hands a float32 product to MKL, which uses AVX-512 on Intel's processors only; a 1×1
+convolution is the same product by oneDNN, which uses it everywhere (on two Zen 5 cores 390 to 410
+GFLOP/s against 185).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ MOST_ELEMENTS = 2**26  # of a weight, whose new layout is a second copy in memor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x Wᵀ + bias` `[..., N]`, for x `[..., K]` and a weight `[N, K]`: `torch.nn.functional.linear`."""
+    """`x Wᵀ + bias` `[..., N]`, for x `[..., K]` and a weight `[N, K]`:
+    `torch.nn.functional.linear`."""
     n, k = weight.shape
     rows = x.shape[:-1].numel()
     fits = x.shape[-1] == k and 0 < weight.numel() <= MOST_ELEMENTS and weight.is_contiguous()
@@ -29,6 +31,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _by_convolution(x: Tensor, rows: int) -> bool:
     return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and rows >= FEWEST_ROWS and torch.backends.mkldnn.is_available()
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and rows >= FEWEST_ROWS
+        and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    )  # fmt: skip
+    )

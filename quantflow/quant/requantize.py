@@ -1,4 +1,5 @@
-"""A quantised weight in other numbers, where a format cannot hold its own: what `export --requantize` does, and reports."""
+"""A quantised weight in other numbers, where a format cannot hold its own: what `export
+--requantize` does, and reports."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
 
 
-def requantize(weight: Tensor, source: QuantizedTensor | None, scheme: Scheme, rules: GridRules) -> QuantizedTensor:
-    """`weight` `[N, K]` (float32) in `scheme`: on the grid it comes from, as far as that can be kept, or on the best that a range search
-    finds, whichever has the smaller squared error. source: what `weight` was dequantised from, if anything."""
+def requantize(
+    weight: Tensor, source: QuantizedTensor | None, scheme: Scheme, rules: GridRules
+) -> QuantizedTensor:
+    """`weight` `[N, K]` (float32) in `scheme`: on the grid it comes from, as far as that can be
+    kept, or on the best that a range search finds, whichever has the smaller squared error. source:
+    what `weight` was dequantised from, if anything."""
     found = list(scheme.numbers.candidates(weight, scheme, rules, source))
     return found[0] if len(found) == 1 else min(found, key=lambda tensor: _loss(tensor, weight))
 

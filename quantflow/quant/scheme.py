@@ -1,4 +1,5 @@
-"""How a linear layer is quantised: in which numbers, how many of them share a scale, and what is done to the activations.
+"""How a linear layer is quantised: in which numbers, how many of them share a scale, and what is
+done to the activations.
 
 Shapes: `N` output channels, `K` input channels, `g` group size, `G = K / g` groups a row.
 """
@@ -18,9 +19,10 @@ PER_CHANNEL = -1  # a group size: one group spans the whole row
 class Scheme:
     """The scheme of one linear.
 
-    bits: of a code, 2 to 8. group_size: input channels that share a scale, or `PER_CHANNEL`. symmetric: zero is the middle of the numbers.
-    kind: of the numbers, a name in `NUMBERS`. double: the scales are quantised themselves. activations: how what the linear reads is
-    rounded; None, not at all, is all there is.
+    bits: of a code, 2 to 8. group_size: input channels that share a scale, or `PER_CHANNEL`.
+    symmetric: zero is the middle of the numbers.
+    kind: of the numbers, a name in `NUMBERS`. double: the scales are quantised themselves.
+    activations: how what the linear reads is rounded; None, not at all, is all there is.
     """
 
     bits: int
@@ -55,17 +57,24 @@ class Scheme:
         return in_features if self.group_size == PER_CHANNEL else self.group_size
 
     def groups(self, in_features: int) -> int:
-        """Groups in a row of `in_features`; the caller has checked that the group size divides it."""
+        """Groups in a row of `in_features`; the caller has checked that the group size divides
+        it."""
         return in_features // self.group_of(in_features)
 
     def stored_bytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a packed weight `(N, K)`: codes in whole words of 32 bits, and what each group has beside them."""
+        """Bytes of a packed weight `(N, K)`: codes in whole words of 32 bits, and what each group
+        has beside them."""
         n, k = shape
-        return n * -(-k * self.bits // 32) * 4 + n * self.groups(k) * self.numbers.group_bits(self) // 8
+        return (
+            n * -(-k * self.bits // 32) * 4
+            + n * self.groups(k) * self.numbers.group_bits(self) // 8
+        )
 
     def as_list(self) -> list[Any]:
         """As it is written into JSON; `Scheme(*of)` that is the same again."""
         return [self.bits, self.group_size, self.symmetric, self.kind, self.double]
 
     def __str__(self) -> str:
-        return self.numbers.title(self, "channel" if self.strategy == "channel" else f"g{self.group_size}")
+        return self.numbers.title(
+            self, "channel" if self.strategy == "channel" else f"g{self.group_size}"
+        )

@@ -26,27 +26,7 @@ from quantflow.recipe.schema import (
 )
 
 __all__ = [
-    "AUTO",
-    "BUNDLED",
-    "BUNDLED_NEW",
-    "DATA_NAMES",
-    "STAGE_TYPES",
-    "Awq",
-    "Calibrate",
-    "Calibration",
-    "Evaluate",
-    "Gates",
-    "Gptq",
-    "KvQparams",
-    "Nf4",
-    "Override",
-    "Pack",
-    "Recipe",
-    "Rtn",
-    "Shard",
-    "Stage",
-    "Weights",
-    "dump",
-    "json_schema",
-    "load_recipe",
-]
+    "AUTO", "BUNDLED", "BUNDLED_NEW", "DATA_NAMES", "STAGE_TYPES", "Awq", "Calibrate",
+    "Calibration", "Evaluate", "Gates", "Gptq", "KvQparams", "Nf4", "Override", "Pack", "Recipe",
+    "Rtn", "Shard", "Stage", "Weights", "dump", "json_schema", "load_recipe",
+]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Overrides of a recipe: which module a pattern matches, and the fewest patterns that give each module its width."""
+"""Overrides of a recipe: which module a pattern matches, and the fewest patterns that give each
+module its width."""
 
 from __future__ import annotations
 
@@ -16,27 +17,34 @@ def matches(module: str, pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class Widths:
-    """bits: of what no pattern matches. overrides: (pattern, bits), of which the last match counts."""
+    """bits: of what no pattern matches. overrides: (pattern, bits), of which the last match
+    counts."""
 
     bits: int
     overrides: tuple[tuple[str, int], ...]
 
     def of(self, module: str) -> int:
         """The width of a module."""
-        return next((bits for pattern, bits in reversed(self.overrides) if matches(module, pattern)), self.bits)
+        return next(
+            (bits for pattern, bits in reversed(self.overrides) if matches(module, pattern)),
+            self.bits,
+        )
 
 
 def compact(widths: Mapping[str, int]) -> Widths:
-    """The widths of all of a model's quantised modules as a base and a short list of overrides, which gives each of them just its own.
+    """The widths of all of a model's quantised modules as a base and a short list of overrides,
+    which gives each of them just its own.
 
-    Modules whose names differ in numbers alone (layers, experts) are a family. A family whose commonest width is not the base gets a
-    pattern; then what differs from that, layers together: `model.layers.1[035].mlp.down_proj`.
+    Modules whose names differ in numbers alone (layers, experts) are a family. A family whose
+    commonest width is not the base gets a pattern; then what differs from that, layers together:
+    `model.layers.1[035].mlp.down_proj`.
     """
     base = _commonest(widths.values())
     families: dict[str, dict[tuple[str, ...], int]] = {}
     for module, bits in widths.items():
         families.setdefault(_NUMBER.sub(_MARK, module), {})[tuple(_NUMBER.findall(module))] = bits
-    alike: dict[tuple[tuple[tuple[str, ...], int], ...], list[str]] = {}  # families that have the same widths everywhere, as q, k and v
+    # families that have the same widths everywhere, as q, k and v
+    alike: dict[tuple[tuple[tuple[str, ...], int], ...], list[str]] = {}
     for family, members in families.items():
         alike.setdefault(tuple(members.items()), []).append(family)
     overrides: list[tuple[str, int]] = []
@@ -44,8 +52,11 @@ def compact(widths: Mapping[str, int]) -> Widths:
         for family in _joined(names):
             overrides += _of_family(family, dict(members_), base)
     found = Widths(base, tuple(overrides))
-    if any(found.of(module) != bits for module, bits in widths.items()):  # a star that reached into another family
-        found = Widths(base, tuple((module, bits) for module, bits in widths.items() if bits != base))
+    # a star that reached into another family
+    if any(found.of(module) != bits for module, bits in widths.items()):
+        found = Widths(
+            base, tuple((module, bits) for module, bits in widths.items() if bits != base)
+        )
     return found
 
 
@@ -57,7 +68,9 @@ def _commonest(widths: Iterable[int]) -> int:
     return Counter(widths).most_common(1)[0][0]
 
 
-def _of_family(family: str, members: Mapping[tuple[str, ...], int], base: int) -> list[tuple[str, int]]:
+def _of_family(
+    family: str, members: Mapping[tuple[str, ...], int], base: int
+) -> list[tuple[str, int]]:
     found, usual = [], _commonest(members.values())
     if usual != base:
         found.append((family.replace(_MARK, "*"), usual))
@@ -66,7 +79,10 @@ def _of_family(family: str, members: Mapping[tuple[str, ...], int], base: int) -
         layers.setdefault(numbers[0] if numbers else "", set()).add(bits)
     for bits in sorted(set(members.values()) - {usual}):
         whole = [layer for layer, its in layers.items() if its == {bits}]
-        found += [(family.replace(_MARK, numbers, 1).replace(_MARK, "*"), bits) for numbers in _classes(whole)]
+        found += [
+            (family.replace(_MARK, numbers, 1).replace(_MARK, "*"), bits)
+            for numbers in _classes(whole)
+        ]
         for numbers, its in members.items():
             if its == bits and numbers[:1] and numbers[0] not in whole:
                 found.append((_filled(family, numbers), bits))
@@ -74,19 +90,28 @@ def _of_family(family: str, members: Mapping[tuple[str, ...], int], base: int) -
 
 
 def _classes(numbers: list[str]) -> list[str]:
-    """Shell patterns that match just these numbers: those that differ in their last digit together."""
+    """Shell patterns that match just these numbers: those that differ in their last digit
+    together."""
     tens: dict[str, list[str]] = {}
     for number in numbers:
         tens.setdefault(number[:-1], []).append(number[-1:])
-    return [ten + (digits[0] if len(digits) == 1 else f"[{''.join(digits)}]") for ten, digits in tens.items()]
+    return [
+        ten + (digits[0] if len(digits) == 1 else f"[{''.join(digits)}]")
+        for ten, digits in tens.items()
+    ]
 
 
 def _joined(names: list[str]) -> list[str]:
-    """One pattern for names that differ in one letter alone, `self_attn.[qkv]_proj`; else the names."""
+    """One pattern for names that differ in one letter alone, `self_attn.[qkv]_proj`; else the
+    names."""
     if len({len(name) for name in names}) == 1 and len(names) > 1:
         columns = [sorted(set(letters)) for letters in zip(*names, strict=True)]
         if sum(len(column) > 1 for column in columns) == 1:
-            return ["".join(column[0] if len(column) == 1 else f"[{''.join(column)}]" for column in columns)]
+            return [
+                "".join(
+                    column[0] if len(column) == 1 else f"[{''.join(column)}]" for column in columns
+                )
+            ]
     return names
 
 

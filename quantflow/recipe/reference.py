@@ -1,4 +1,5 @@
-"""The reference of recipes as a page of Markdown, made from the schema: `quantflow schema --markdown`, docs/recipe.md."""
+"""The reference of recipes as a page of Markdown, made from the schema: `quantflow schema
+--markdown`, docs/recipe.md."""
 
 from __future__ import annotations
 
@@ -9,13 +10,19 @@ from quantflow.recipe.schema import STAGE_TYPES, json_schema
 
 Json = dict[str, Any]
 
-# Under the heading of each section. Of stages, an entry of `stages`; of the others, what stands at the top level of a recipe.
+# Under the heading of each section. Of stages, an entry of `stages`; of the others, what stands at
+# the top level of a recipe.
 EXAMPLES = {
     "Recipe": "name: mine\nmodel: ./my-model\nseed: 0\nstages:\n  - rtn\n  - pack: {format: gptq}",
     "calibration": "calibration: {data: c4, file: ./c4.jsonl, samples: 128, seqlen: 2048}",
-    "weights": 'weights:\n  bits: 4\n  group_size: 128\n  ignore: [lm_head, "*.layers.0.*"]\n'
-    '  overrides:\n    - {match: "*.down_proj", bits: 8}',
-    "weights.overrides": 'weights: {overrides: [{match: "*.down_proj", group_size: 64}, {match: "*.[qkv]_proj", ignore: true}]}',
+    "weights": (
+        'weights:\n  bits: 4\n  group_size: 128\n  ignore: [lm_head, "*.layers.0.*"]\n'
+        '  overrides:\n    - {match: "*.down_proj", bits: 8}'
+    ),
+    "weights.overrides": (
+        'weights: {overrides: [{match: "*.down_proj", group_size: 64}, {match: "*.[qkv]_proj",'
+        " ignore: true}]}"
+    ),
     "calibrate": "- calibrate",
     "awq": "- awq: {grid: 20, clip: true}",
     "gptq": "- gptq: {act_order: static, damp: 0.01}",
@@ -25,7 +32,10 @@ EXAMPLES = {
     "pack": "- pack: {format: compressed-tensors, max_shard_size: 2GB}",
     "shard": "- shard: {tp: 2}",
     "evaluate": "- evaluate: {data: wikitext2, file: ./wikitext2.txt, windows: 32, length: 2048}",
-    "evaluate.gates": "- evaluate: {data: demo, gates: {kl_mean: 0.05, kl_p99: 0.5, top1: 0.9, perplexity_ratio: 1.05}}",
+    "evaluate.gates": (
+        "- evaluate: {data: demo, gates: {kl_mean: 0.05, kl_p99: 0.5, top1: 0.9, perplexity_ratio:"
+        " 1.05}}"
+    ),
 }
 _INTRODUCTION = """\
 <!-- Made by `quantflow schema --markdown`: change quantflow/recipe/schema.py or reference.py, not this page. -->
@@ -88,7 +98,9 @@ def markdown() -> str:
             parts.append(_DATA)
     parts.append(_STAGES.format(names=", ".join(STAGE_TYPES)))
     for name, kind in STAGE_TYPES.items():
-        parts += _sections(name, definitions[kind.__name__], definitions, level=3, page=f"stages/{name}.md")
+        parts += _sections(
+            name, definitions[kind.__name__], definitions, level=3, page=f"stages/{name}.md"
+        )
     return "\n".join(parts).rstrip("\n")
 
 
@@ -99,7 +111,9 @@ def _definition(value: Json, definitions: Json) -> Json | None:
     return definitions[name] if name else None
 
 
-def _sections(title: str, schema: Json, definitions: Json, *, level: int, page: str = "") -> Iterator[str]:
+def _sections(
+    title: str, schema: Json, definitions: Json, *, level: int, page: str = ""
+) -> Iterator[str]:
     """A section, and those that its keys hold."""
     yield from _section(title, schema, definitions, level=level, page=page)
     for key, value in schema.get("properties", {}).items():
@@ -107,7 +121,9 @@ def _sections(title: str, schema: Json, definitions: Json, *, level: int, page: 
             yield from _sections(f"{title}.{key}", inner, definitions, level=level)
 
 
-def _section(title: str, schema: Json, definitions: Json, *, level: int, page: str = "") -> Iterator[str]:
+def _section(
+    title: str, schema: Json, definitions: Json, *, level: int, page: str = ""
+) -> Iterator[str]:
     yield f"{'#' * level} {'A recipe' if title == 'Recipe' else f'`{title}`'}"
     more = f" [More]({page})." if page else ""
     yield " ".join(schema["description"].split()) + more + "\n"
@@ -115,9 +131,14 @@ def _section(title: str, schema: Json, definitions: Json, *, level: int, page: s
         yield "| key | value | default | |\n|---|---|---|---|"
         required = schema.get("required", [])
         for key, value in schema["properties"].items():
-            meant = value.get("description") or (_definition(value, definitions) or {}).get("description", "")
+            meant = value.get("description") or (_definition(value, definitions) or {}).get(
+                "description", ""
+            )
             description = meant.replace("|", "\\|").replace("<", "&lt;")
-            yield f"| `{key}` | {_values(value)} | {'required' if key in required else _default(value)} | {description} |"
+            yield (
+                f"| `{key}` | {_values(value)} |"
+                f" {'required' if key in required else _default(value)} | {description} |"
+            )
         yield ""
     yield f"```yaml\n{EXAMPLES[title]}\n```\n"
 
@@ -126,7 +147,11 @@ def _default(value: Json) -> str:
     default = value.get("default")
     if default is None or isinstance(default, dict) or default == []:
         return "–"
-    shown = {True: "true", False: "false"}.get(default, default) if isinstance(default, bool) else default
+    shown = (
+        {True: "true", False: "false"}.get(default, default)
+        if isinstance(default, bool)
+        else default
+    )
     return f"`[{', '.join(shown)}]`" if isinstance(shown, list) else f"`{shown}`"
 
 
@@ -140,11 +165,28 @@ def _values(value: Json) -> str:
     if "const" in value:
         return f"`{value['const']}`"
     if "enum" in value:
-        return ", ".join(f"`{str(choice).lower() if isinstance(choice, bool) else choice}`" for choice in value["enum"])
+        return ", ".join(
+            f"`{str(choice).lower() if isinstance(choice, bool) else choice}`"
+            for choice in value["enum"]
+        )
     if value.get("type") == "array":
-        return "a list of mappings" if "$ref" in value["items"] or "anyOf" in value["items"] else "a list of texts"
-    kind = {"integer": "an integer", "number": "a number", "string": "a text", "boolean": "`true`, `false`"}[value["type"]]
-    bounds = (("minimum", "at least"), ("exclusiveMinimum", "more than"), ("maximum", "at most"), ("exclusiveMaximum", "less than"))
+        return (
+            "a list of mappings"
+            if "$ref" in value["items"] or "anyOf" in value["items"]
+            else "a list of texts"
+        )
+    kind = {
+        "integer": "an integer",
+        "number": "a number",
+        "string": "a text",
+        "boolean": "`true`, `false`",
+    }[value["type"]]
+    bounds = (
+        ("minimum", "at least"),
+        ("exclusiveMinimum", "more than"),
+        ("maximum", "at most"),
+        ("exclusiveMaximum", "less than"),
+    )
     said = [f"{words} {_number(value[bound])}" for bound, words in bounds if bound in value]
     return ", ".join([kind, *said])
 

@@ -13,8 +13,9 @@ import yaml
 
 @dataclass(frozen=True)
 class Draft:
-    """name: as `name_of` gives it. calibration, weights: the sections, in the order that they are to have. stages: names, or `{name:
-    settings}` of one. comments: lines that stand before it all."""
+    """name: as `name_of` gives it. calibration, weights: the sections, in the order that they are
+    to have. stages: names, or `{name: settings}` of one. comments: lines that stand before it
+    all."""
 
     name: str
     model: str
@@ -40,16 +41,22 @@ class Draft:
 
 
 def name_of(model: Path, suffix: str) -> str:
-    """A recipe's name for what is made of a model: its directory's name (in the hub's cache, the model's), with nothing in it that a
-    recipe's name must not have."""
+    """A recipe's name for what is made of a model: its directory's name (in the hub's cache, the
+    model's), with nothing in it that a recipe's name must not have."""
     place = model.expanduser().resolve()
-    cached = next((part.rpartition("--")[2] for part in place.parts if part.startswith("models--")), "")
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", cached or place.name.removesuffix(".gguf")).lstrip("._-") or "model"
+    cached = next(
+        (part.rpartition("--")[2] for part in place.parts if part.startswith("models--")), ""
+    )
+    stem = (
+        re.sub(r"[^A-Za-z0-9._-]+", "-", cached or place.name.removesuffix(".gguf")).lstrip("._-")
+        or "model"
+    )
     return stem + suffix
 
 
 def flow(value: Any) -> str:
-    """A value in one line, as YAML reads it back: text is quoted where it could be anything else."""
+    """A value in one line, as YAML reads it back: text is quoted where it could be anything
+    else."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {flow(own)}' for key, own in value.items())}}}"
     if isinstance(value, str):
@@ -76,5 +83,14 @@ def _lines(key: str, value: Any) -> list[str]:
 def _scalar(text: str) -> str:
     endless = 2**30  # no line is broken
     # The first letter: recipes are read with more kinds of numbers than yaml writes in quotes.
-    plain = re.fullmatch(r"(\.?/|[A-Za-z_])[A-Za-z0-9_./-]*", text) and yaml.safe_dump(text, width=endless).split("\n")[0] == text
-    return text if plain else yaml.safe_dump(text, default_style='"', allow_unicode=True, width=endless).removesuffix("\n")
+    plain = (
+        re.fullmatch(r"(\.?/|[A-Za-z_])[A-Za-z0-9_./-]*", text)
+        and yaml.safe_dump(text, width=endless).split("\n")[0] == text
+    )
+    return (
+        text
+        if plain
+        else yaml.safe_dump(
+            text, default_style='"', allow_unicode=True, width=endless
+        ).removesuffix("\n")
+    )

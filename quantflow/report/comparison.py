@@ -29,12 +29,16 @@ class Difference:
     values: tuple[Any, ...]
 
     def shown(self) -> list[str]:
-        return [ABSENT if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in self.values]
+        return [
+            ABSENT if v is None else v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
+            for v in self.values
+        ]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """names: of the artifacts, each once. reports: theirs. notes: what keeps figures from being set against each other."""
+    """names: of the artifacts, each once. reports: theirs. notes: what keeps figures from being set
+    against each other."""
 
     names: tuple[str, ...]
     reports: tuple[Mapping[str, Any], ...]
@@ -42,10 +46,12 @@ class Comparison:
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """`artifacts`: name, fingerprint, status, bytes (of the first format), quality as deployed, every variant, the median output error;
-        `differences` of the recipes; `notes`."""
+        """`artifacts`: name, fingerprint, status, bytes (of the first format), quality as deployed,
+        every variant, the median output error; `differences` of the recipes; `notes`."""
         return {
-            "artifacts": [_row(name, report) for name, report in zip(self.names, self.reports, strict=True)],
+            "artifacts": [
+                _row(name, report) for name, report in zip(self.names, self.reports, strict=True)
+            ],
             "differences": {d.path: list(d.values) for d in self.differences},
             "notes": list(self.notes),
         }
@@ -65,11 +71,17 @@ def make_comparison(folders: Sequence[Path]) -> Comparison:
     if problems:
         raise UserError(problems)
     asked = [report["asked"] for report in reports]
-    return Comparison(tuple(_names(folders, reports)), tuple(reports), tuple(differences(asked)), tuple(_notes(reports)))
+    return Comparison(
+        tuple(_names(folders, reports)),
+        tuple(reports),
+        tuple(differences(asked)),
+        tuple(_notes(reports)),
+    )
 
 
 def _of_export(folder: Path) -> dict[str, Any] | None:
-    """What a comparison wants of a report, from the manifest of an export; None for anything else. Raises ModelError."""
+    """What a comparison wants of a report, from the manifest of an export; None for anything else.
+    Raises ModelError."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.get("kind") != EXPORT:
         return None
@@ -77,18 +89,30 @@ def _of_export(folder: Path) -> dict[str, Any] | None:
     (form,) = manifest["formats"]
     how = {"from": source.get("format"), "to": form, "exact": source.get("exact")}
     return {
-        "name": manifest["name"], "fingerprint": manifest["fingerprint"], "status": manifest["status"], "quality": manifest["quality"],
-        "evaluation": manifest.get("evaluation"), "sizes": {form: manifest.get("bytes")}, "profile": {}, "linears": {}, "fallbacks": {},
-        "kept": {}, "asked": {**(manifest.get("recipe") or {}), "export": how},
+        "name": manifest["name"],
+        "fingerprint": manifest["fingerprint"],
+        "status": manifest["status"],
+        "quality": manifest["quality"],
+        "evaluation": manifest.get("evaluation"),
+        "sizes": {form: manifest.get("bytes")},
+        "profile": {},
+        "linears": {},
+        "fallbacks": {},
+        "kept": {},
+        "asked": {**(manifest.get("recipe") or {}), "export": how},
         "source": {"weights": source.get("weights"), "bytes": source.get("bytes")},
-    }  # fmt: skip
+    }
 
 
 def differences(recipes: Sequence[Mapping[str, Any]]) -> list[Difference]:
     """The values that are not the same in all recipes, by path; stages are told by their names."""
     flat = [dict(_flat(recipe)) for recipe in recipes]
     paths = dict.fromkeys(path for values in flat for path in values)
-    found = [Difference(path, tuple(values.get(path) for values in flat)) for path in paths if path != "name"]
+    found = [
+        Difference(path, tuple(values.get(path) for values in flat))
+        for path in paths
+        if path != "name"
+    ]
     return [d for d in found if any(v != d.values[0] for v in d.values)]
 
 
@@ -98,13 +122,20 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield path, {}
         for key, inner in value.items():
             yield from _flat(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and value and all(isinstance(entry, dict) and len(entry) == 1 for entry in value):
-        # Stages: by name, the second of a name with its number, so that one more stage shifts none of the others.
+    elif (
+        isinstance(value, list)
+        and value
+        and all(isinstance(entry, dict) and len(entry) == 1 for entry in value)
+    ):
+        # Stages: by name, the second of a name with its number, so that one more stage shifts none
+        # of the others.
         seen: dict[str, int] = {}
         for entry in value:
             ((name, settings),) = entry.items()
             seen[name] = seen.get(name, 0) + 1
-            yield from _flat(settings, f"{path}.{name}" + (f"[{seen[name]}]" if seen[name] > 1 else ""))
+            yield from _flat(
+                settings, f"{path}.{name}" + (f"[{seen[name]}]" if seen[name] > 1 else "")
+            )
     else:
         yield path, value
 
@@ -112,9 +143,16 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def comparison_page(found: Comparison) -> str:
     """The page, as HTML."""
     return render(
-        "comparison.html", title=" and ".join(found.names) if len(found.names) < 4 else f"{len(found.names)} artifacts",
-        rows=found.as_dict()["artifacts"], names=found.names, differences=found.differences, notes=found.notes, pictures=_pictures(found),
-    )  # fmt: skip
+        "comparison.html",
+        title=(
+            " and ".join(found.names) if len(found.names) < 4 else f"{len(found.names)} artifacts"
+        ),
+        rows=found.as_dict()["artifacts"],
+        names=found.names,
+        differences=found.differences,
+        notes=found.notes,
+        pictures=_pictures(found),
+    )
 
 
 def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,17 +178,23 @@ def _names(folders: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> lis
     if len(set(names)) == len(names):
         return names
     folder_names = [folder.resolve().name for folder in folders]
-    return folder_names if len(set(folder_names)) == len(folder_names) else [str(folder) for folder in folders]
+    return (
+        folder_names
+        if len(set(folder_names)) == len(folder_names)
+        else [str(folder) for folder in folders]
+    )
 
 
 def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     if len({r["source"]["weights"] for r in reports} - {None}) > 1:
-        notes.append("the artifacts come from different weights: their errors are to different originals")
+        notes.append(
+            "the artifacts come from different weights: their errors are to different originals"
+        )
     if len({measured_on(r) for r in reports} - {None}) > 1:
         notes.append(
-            "quality was measured against different originals, on different texts or in different ways: "
-            "the figures cannot be set against each other"
+            "quality was measured against different originals, on different texts or in different"
+            " ways: the figures cannot be set against each other"
         )
     return notes
 
@@ -165,22 +209,53 @@ def _pictures(found: Comparison) -> list[Picture]:
         return [(layer, mean(values)) for layer, values in sorted(layers.items())]
 
     reports = dict(zip(found.names, found.reports, strict=True))
-    profiles = {name: profile for name, report in reports.items() if (profile := deployed(report["profile"]))}
+    profiles = {
+        name: profile
+        for name, report in reports.items()
+        if (profile := deployed(report["profile"]))
+    }
     wanted = (
-        ("KL divergence by position", {n: positions(p) for n, p in profiles.items()}, "position in the window", "KL, nats",
-         "As deployed: with an int8 KV cache where the recipe has one."),
-        ("Error of the residual stream after each layer", {n: of_layers(p) for n, p in profiles.items()}, "layer", "relative error",
-         "‖x̂ − x‖² / ‖x‖² against each artifact's own full-precision model."),
-        ("Normalised output error, mean over a layer's linears", {n: error(r) for n, r in reports.items()}, "layer", "relative error",
-         "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text."),
-    )  # fmt: skip
+        (
+            "KL divergence by position",
+            {n: positions(p) for n, p in profiles.items()},
+            "position in the window",
+            "KL, nats",
+            "As deployed: with an int8 KV cache where the recipe has one.",
+        ),
+        (
+            "Error of the residual stream after each layer",
+            {n: of_layers(p) for n, p in profiles.items()},
+            "layer",
+            "relative error",
+            "‖x̂ − x‖² / ‖x‖² against each artifact's own full-precision model.",
+        ),
+        (
+            "Normalised output error, mean over a layer's linears",
+            {n: error(r) for n, r in reports.items()},
+            "layer",
+            "relative error",
+            "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text.",
+        ),
+    )
     pictures = []
     for n, (title, series, x, y, caption) in enumerate(wanted):
         if filled := {name: points for name, points in series.items() if points}:
-            pictures.append(Picture(title, plots.lines(f"compare-{n}", filled, x=x, y=y, log=True), caption))
+            pictures.append(
+                Picture(title, plots.lines(f"compare-{n}", filled, x=x, y=y, log=True), caption)
+            )
     if profiles:
         variants = list(dict.fromkeys(v for r in found.reports for v in r["quality"]))
-        bars = {v: [r["quality"].get(v, {}).get("kl_mean", math.nan) for r in found.reports] for v in variants}
-        svg = plots.bars("compare-kl", {VARIANTS.get(v, v): values for v, values in bars.items()}, list(found.names), y="KL, nats")
-        pictures.insert(0, Picture("KL divergence", svg, "Mean per token to the full-precision model."))
+        bars = {
+            v: [r["quality"].get(v, {}).get("kl_mean", math.nan) for r in found.reports]
+            for v in variants
+        }
+        svg = plots.bars(
+            "compare-kl",
+            {VARIANTS.get(v, v): values for v, values in bars.items()},
+            list(found.names),
+            y="KL, nats",
+        )
+        pictures.insert(
+            0, Picture("KL divergence", svg, "Mean per token to the full-precision model.")
+        )
     return pictures

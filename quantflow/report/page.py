@@ -1,4 +1,5 @@
-"""`report.html`: one artifact's report to look at. A single file: nothing is fetched, nothing runs, it prints, light and dark."""
+"""`report.html`: one artifact's report to look at. A single file: nothing is fetched, nothing runs,
+it prints, light and dark."""
 
 from __future__ import annotations
 
@@ -19,28 +20,41 @@ from quantflow.paths import absent
 from quantflow.report.pictures import largest, pictures
 from quantflow.units import size
 
-GATES = {"kl_mean": "KL mean", "kl_p99": "KL 99th percentile", "top1": "top-1", "perplexity_ratio": "perplexity ratio"}
+GATES = {
+    "kl_mean": "KL mean",
+    "kl_p99": "KL 99th percentile",
+    "top1": "top-1",
+    "perplexity_ratio": "perplexity ratio",
+}
 AGAIN = "Run the recipe again: finished layers are taken from the store"
 VERSION = 1  # of report.json
 WORST, LISTED = 12, 400  # linears shown at once, and in the list that can be opened
 
 
 def read_report(folder: Path) -> dict[str, Any]:
-    """The report of an artifact. Raises ModelError where there is none, or one of an older QuantFlow."""
+    """The report of an artifact. Raises ModelError where there is none, or one of an older
+    QuantFlow."""
     place = folder / REPORT
     if not place.is_file():
         found = "no report.json" if folder.is_dir() else absent(folder, "directory")
         raise ModelError(Problem(str(folder), found, "an artifact of `quantflow run`"))
     report = read_json(place)
     needed = {
-        "version": int, "name": str, "asked": dict, "quality": dict, "profile": dict, "linears": dict, "activations": dict, "sizes": dict,
-        "memory": list,
+        "version": int, "name": str, "asked": dict, "quality": dict, "profile": dict,
+        "linears": dict, "activations": dict, "sizes": dict, "memory": list,
     }  # fmt: skip
     wrong = [key for key, kind in needed.items() if not isinstance(report.get(key), kind)]
     if not wrong and report["version"] != VERSION:
         wrong = [f"version {report['version']}"]
     if wrong:
-        raise ModelError(Problem(str(place), f"nothing usable under {', '.join(wrong)}", "a report of this version of QuantFlow", AGAIN))
+        raise ModelError(
+            Problem(
+                str(place),
+                f"nothing usable under {', '.join(wrong)}",
+                "a report of this version of QuantFlow",
+                AGAIN,
+            )
+        )
     return report
 
 
@@ -52,7 +66,9 @@ def report_page(report: Mapping[str, Any]) -> str:
         r=report,
         final=deployed(report["quality"]),
         recipe=yaml.safe_dump(report["asked"], sort_keys=False, allow_unicode=True, width=100),
-        schemes=Counter(f"{line['scheme']}, {line['method']}" for line in report["linears"].values()),
+        schemes=Counter(
+            f"{line['scheme']}, {line['method']}" for line in report["linears"].values()
+        ),
         titles=GATES,
         kept=_by_reason(report["kept"]),
         tensors=report.get("tensors"),
@@ -66,15 +82,22 @@ def report_page(report: Mapping[str, Any]) -> str:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Writes a page at once or not at all, in place of another page and of nothing else. Raises OutputError."""
+    """Writes a page at once or not at all, in place of another page and of nothing else. Raises
+    OutputError."""
     if path.is_dir() or not path.name:
-        raise OutputError(Problem(str(path), "a directory", "a file for the page, such as report.html"))
+        raise OutputError(
+            Problem(str(path), "a directory", "a file for the page, such as report.html")
+        )
     if path.exists() and path.suffix != ".html":
-        raise OutputError(Problem(str(path), "a file that is no page", "a new file, or a page to replace"))
+        raise OutputError(
+            Problem(str(path), "a file that is no page", "a new file, or a page to replace")
+        )
     try:
         write_atomic(path, page.encode())
     except OSError as error:
-        raise OutputError(Problem(str(path), error.strerror or str(error), "a place that can be written")) from error
+        raise OutputError(
+            Problem(str(path), error.strerror or str(error), "a place that can be written")
+        ) from error
 
 
 def render(template: str, **values: Any) -> str:
@@ -82,9 +105,12 @@ def render(template: str, **values: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"size": size, "number": number, "share": share, "largest": largest}
     return environment.get_template(template).render(**values)
 
@@ -115,7 +141,8 @@ def worst(linears: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[s
 
 
 def rebuild(folder: Path, output: Path | None) -> Path:
-    """Writes the page of an artifact's `report.json` anew: to `output`, or into the artifact. Raises UserError."""
+    """Writes the page of an artifact's `report.json` anew: to `output`, or into the artifact.
+    Raises UserError."""
     place = output or folder / PAGE
     report = read_report(folder)
     with showing(folder / REPORT):
@@ -131,6 +158,15 @@ def showing(place: Path) -> Iterator[None]:
 
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, UndefinedError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        UndefinedError,
+    ) as error:
         found = f"cannot be shown ({type(error).__name__}: {error})"
-        raise ModelError(Problem(str(place), found, "a report as `quantflow run` wrote it", AGAIN)) from error
+        raise ModelError(
+            Problem(str(place), found, "a report as `quantflow run` wrote it", AGAIN)
+        ) from error

@@ -29,7 +29,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curves:
-    """A picture of lines: where it stands, what it says, and its series from a report; it is left out where those are empty."""
+    """A picture of lines: where it stands, what it says, and its series from a report; it is left
+    out where those are empty."""
 
     section: str
     title: str
@@ -43,10 +44,19 @@ class Curves:
 
 def pictures(report: Report) -> dict[str, list[Picture]]:
     """Section -> its pictures, as far as the report has the data."""
-    found: dict[str, list[Picture]] = {"quality": [], "layers": [], "choices": [], "ranges": [], "kv": [], "memory": []}
+    found: dict[str, list[Picture]] = {
+        "quality": [],
+        "layers": [],
+        "choices": [],
+        "ranges": [],
+        "kv": [],
+        "memory": [],
+    }
     for n, curves in enumerate(CURVES):
         if series := {label: points for label, points in curves.series(report).items() if points}:
-            svg = plots.lines(f"curves-{n}", series, x=curves.x, y=curves.y, log=curves.log, base=curves.base)
+            svg = plots.lines(
+                f"curves-{n}", series, x=curves.x, y=curves.y, log=curves.log, base=curves.base
+            )
             found[curves.section].append(Picture(curves.title, svg, curves.caption))
     if report.get("kv"):
         found["kv"].append(_kv_picture(report["kv"]))
@@ -58,7 +68,11 @@ def pictures(report: Report) -> dict[str, list[Picture]]:
 def positions(profile: Mapping[str, Any]) -> Points:
     """The middle of each bin of positions, and its KL."""
     width = profile["bin"]
-    return [(i * width + (width - 1) / 2, value) for i, value in enumerate(profile["kl"]) if value is not None]
+    return [
+        (i * width + (width - 1) / 2, value)
+        for i, value in enumerate(profile["kl"])
+        if value is not None
+    ]
 
 
 def of_layers(profile: Mapping[str, Any]) -> Points:
@@ -66,12 +80,16 @@ def of_layers(profile: Mapping[str, Any]) -> Points:
 
 
 def by_layer(linears: Mapping[str, Line], value: Callable[[Line], float | None]) -> Series:
-    """Leaf name (`down_proj`) -> (layer, mean over its linears of that name, several in a mixture). value: None leaves a linear out."""
+    """Leaf name (`down_proj`) -> (layer, mean over its linears of that name, several in a mixture).
+    value: None leaves a linear out."""
     found: dict[str, dict[int, list[float]]] = {}
     for module, line in linears.items():
         if (number := value(line)) is not None:
             found.setdefault(_leaf(module), {}).setdefault(line["layer"], []).append(number)
-    return {name: [(layer, mean(values)) for layer, values in sorted(layers.items())] for name, layers in found.items()}
+    return {
+        name: [(layer, mean(values)) for layer, values in sorted(layers.items())]
+        for name, layers in found.items()
+    }
 
 
 def largest(ends: Sequence[float | None] | None) -> float | None:
@@ -104,54 +122,87 @@ def _activations(value: Callable[[Line], float | None]) -> Callable[[Report], Se
 
 
 def _outliers(line: Line) -> float | None:
-    return line["absmax"] / line["median_absmax"] if line["absmax"] and line["median_absmax"] else None
+    return (
+        line["absmax"] / line["median_absmax"] if line["absmax"] and line["median_absmax"] else None
+    )
 
 
 CURVES = (
     Curves(
-        "quality", "KL divergence by position",
-        "Mean over the windows. Early tokens have little context to lean on; a rise towards the end would mean that errors gather in it.",
-        "KL, nats", lambda report: _profiles(report, positions), x="position in the window",
+        "quality",
+        "KL divergence by position",
+        "Mean over the windows. Early tokens have little context to lean on; a rise towards the end"
+        " would mean that errors gather in it.",
+        "KL, nats",
+        lambda report: _profiles(report, positions),
+        x="position in the window",
     ),
     Curves(
-        "layers", "Error of the residual stream after each layer",
-        "‖x̂ − x‖² / ‖x‖² against the full-precision model, on held-out text. It gathers over the layers; a jump names one that suffers.",
-        "relative error", lambda report: _profiles(report, of_layers),
+        "layers",
+        "Error of the residual stream after each layer",
+        "‖x̂ − x‖² / ‖x‖² against the full-precision model, on held-out text. It gathers over the"
+        " layers; a jump names one that suffers.",
+        "relative error",
+        lambda report: _profiles(report, of_layers),
     ),
     Curves(
-        "layers", "Normalised output error of each linear",
-        "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text, as each linear was fed when it was quantised.",
-        "relative error", _linears(lambda line: line.get("error")),
+        "layers",
+        "Normalised output error of each linear",
+        "‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text, as each linear was fed when it was"
+        " quantised.",
+        "relative error",
+        _linears(lambda line: line.get("error")),
     ),
     Curves(
-        "layers", "Error of the weights themselves",
-        "‖W − Ŵ‖² / ‖W‖². GPTQ may leave more of it than rounding to nearest does, and less of the output error above.",
-        "relative error", _linears(lambda line: line.get("weight_error")),
+        "layers",
+        "Error of the weights themselves",
+        "‖W − Ŵ‖² / ‖W‖². GPTQ may leave more of it than rounding to nearest does, and less of the"
+        " output error above.",
+        "relative error",
+        _linears(lambda line: line.get("weight_error")),
     ),
     Curves(
-        "choices", "AWQ: exponent of the activations",
-        "Scales are mean|x| to this power; 0: none. A line is named after the norm that is folded into, or the linear that is fed.",
-        "exponent", _exponents, log=False,
+        "choices",
+        "AWQ: exponent of the activations",
+        "Scales are mean|x| to this power; 0: none. A line is named after the norm that is folded"
+        " into, or the linear that is fed.",
+        "exponent",
+        _exponents,
+        log=False,
     ),
     Curves(
-        "choices", "Share of each group's range that its grid spans",
-        "The mean over groups. 1: nothing is clipped. Less: the search found that giving up the outermost weights serves the rest.",
-        "share", _linears(lambda line: line.get("clip", {}).get("mean")), log=False, base=1.0,
+        "choices",
+        "Share of each group's range that its grid spans",
+        "The mean over groups. 1: nothing is clipped. Less: the search found that giving up the"
+        " outermost weights serves the rest.",
+        "share",
+        _linears(lambda line: line.get("clip", {}).get("mean")),
+        log=False,
+        base=1.0,
     ),
     Curves(
-        "ranges", "Largest weight", "Of each linear as it was quantised: after AWQ's scales, where there are any.",
-        "max |w|", _linears(lambda line: largest(line.get("weight_range"))),
+        "ranges",
+        "Largest weight",
+        "Of each linear as it was quantised: after AWQ's scales, where there are any.",
+        "max |w|",
+        _linears(lambda line: largest(line.get("weight_range"))),
     ),
     Curves(
-        "ranges", "Largest activation", "Of each linear's input over the calibration text, in full precision.",
-        "max |x|", _activations(lambda line: line["absmax"]),
+        "ranges",
+        "Largest activation",
+        "Of each linear's input over the calibration text, in full precision.",
+        "max |x|",
+        _activations(lambda line: line["absmax"]),
     ),
     Curves(
-        "ranges", "Outlier channels",
-        "The largest magnitude of a linear's input over that of its median channel. Large: few channels carry the range.",
-        "ratio", _activations(_outliers),
+        "ranges",
+        "Outlier channels",
+        "The largest magnitude of a linear's input over that of its median channel. Large: few"
+        " channels carry the range.",
+        "ratio",
+        _activations(_outliers),
     ),
-)  # fmt: skip
+)
 
 
 def _kv_picture(kv: Mapping[str, Any]) -> Picture:
@@ -159,11 +210,17 @@ def _kv_picture(kv: Mapping[str, Any]) -> Picture:
         return [largest(ends) or 0.0 for ends in zip(low, high, strict=True)]
 
     maps = {
-        f"{name}s": [magnitudes(low, high) for low, high in zip(kv[name]["low"], kv[name]["high"], strict=True)]
+        f"{name}s": [
+            magnitudes(low, high)
+            for low, high in zip(kv[name]["low"], kv[name]["high"], strict=True)
+        ]
         for name in ("key", "value")
     }
     svg = plots.heat_maps("kv", maps, x="KV head", y="layer", label="max |·|")
-    said = "The largest magnitude per head that the quantised model produced: what one scale for all heads of a layer has to span."
+    said = (
+        "The largest magnitude per head that the quantised model produced: what one scale for all"
+        " heads of a layer has to span."
+    )
     return Picture("Ranges of keys and values", svg, said)
 
 
@@ -171,12 +228,22 @@ def _memory_picture(rows: Sequence[Mapping[str, int]]) -> Picture:
     """At the longest context, by batch."""
     context = max(row["context"] for row in rows)
     chosen = [row for row in rows if row["context"] == context]
-    unit, divisor = ("GiB", GIB) if max(r["weights_before"] + r["kv_before"] for r in chosen) >= GIB else ("MiB", MIB)
-    names = {"weights_before": "weights before", "kv_before": "KV cache before", "weights_after": "weights after",
-             "kv_int8": "KV cache in int8"}  # fmt: skip
+    unit, divisor = (
+        ("GiB", GIB)
+        if max(r["weights_before"] + r["kv_before"] for r in chosen) >= GIB
+        else ("MiB", MIB)
+    )
+    names = {
+        "weights_before": "weights before",
+        "kv_before": "KV cache before",
+        "weights_after": "weights after",
+        "kv_int8": "KV cache in int8",
+    }
     series = {name: [row[key] / divisor for row in chosen] for key, name in names.items()}
     before, after = list(series)[:2], list(series)[2:]
     batches = [str(row["batch"]) for row in chosen]
-    svg = plots.bars("memory", series, batches, x="sequences at once", y=unit, stacks=(before, after))
+    svg = plots.bars(
+        "memory", series, batches, x="sequences at once", y=unit, stacks=(before, after)
+    )
     said = "Left bars: the original. Right: this artifact with an int8 cache."
     return Picture(f"Weights and KV cache, {context} tokens a sequence", svg, said)

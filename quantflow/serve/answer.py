@@ -1,7 +1,8 @@
-"""One HTTP request's way to the engine and back: as one JSON object, or as server-sent events while the text grows.
+"""One HTTP request's way to the engine and back: as one JSON object, or as server-sent events while
+the text grows.
 
-A `Job` says what to generate, a `Shape` what the answer looks like. `Answer` is the response, which gives back all it holds however it
-ends: see `Watched`.
+A `Job` says what to generate, a `Shape` what the answer looks like. `Answer` is the response, which
+gives back all it holds however it ends: see `Watched`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ from quantflow.serve.wire import DONE, KEEP_ALIVE, Object, encode, encode_large,
 Write = Callable[[Any], bytes]
 
 SMALL = 4096  # tokens and scores that are put together in the loop itself; more go to a thread
-MOST_SCORES = 2**19  # log-probabilities of one answer, which is held whole: 4096 tokens with 20 alternatives are a sixth of it
+# log-probabilities of one answer, which is held whole: 4096 tokens with 20 alternatives are a sixth
+# of it
+MOST_SCORES = 2**19
 LAST_WORDS_S = 5.0  # for an error to reach a client that reads slowly
-EVENT_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
+EVENT_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"x-accel-buffering", b"no"),
+]
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +60,9 @@ class Usage:
 
 
 class Shape(Protocol):
-    """What an answer looks like. Texts are counted through all prompts: `params.n` of each. typed: events have a `type`, which stands in a
-    line before them, too, and tells which one is the last; otherwise `[DONE]` does."""
+    """What an answer looks like. Texts are counted through all prompts: `params.n` of each. typed:
+    events have a `type`, which stands in a line before them, too, and tells which one is the last;
+    otherwise `[DONE]` does."""
 
     typed: ClassVar[bool] = False
 
@@ -82,9 +89,10 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """submit: in place of the engine's own `submit`, for the one prompt there is. leave: called with what was generated, whole or not, once
-    it is over. ended: what to say where it was given up for another reason than the server's end. grammar_from: the parameter that the
-    grammar was made of. priority: of two that wait the lower goes first."""
+    """submit: in place of the engine's own `submit`, for the one prompt there is. leave: called
+    with what was generated, whole or not, once it is over. ended: what to say where it was given up
+    for another reason than the server's end. grammar_from: the parameter that the grammar was made
+    of. priority: of two that wait the lower goes first."""
 
     prompts: list[list[int]]
     params: SamplingParams
@@ -97,8 +105,11 @@ class Job:
     priority: int = 0
 
 
-def prepared(service: Service, make: Callable[[], Job]) -> Callable[[], AbstractAsyncContextManager[Job]]:
-    """How an answer comes to a job that takes a while to make, and holds nothing that must be given back."""
+def prepared(
+    service: Service, make: Callable[[], Job]
+) -> Callable[[], AbstractAsyncContextManager[Job]]:
+    """How an answer comes to a job that takes a while to make, and holds nothing that must be given
+    back."""
 
     @contextlib.asynccontextmanager
     async def job() -> AsyncIterator[Job]:
@@ -108,20 +119,26 @@ def prepared(service: Service, make: Callable[[], Job]) -> Callable[[], Abstract
 
 
 class Answer(Watched):
-    """sequences: how many texts will be generated. prepare: makes the job, once there is room for it, and cleans up after it. renamed: what
-    the client calls the engine's arguments."""
+    """sequences: how many texts will be generated. prepare: makes the job, once there is room for
+    it, and cleans up after it. renamed: what the client calls the engine's arguments."""
 
     def __init__(
-        self, service: Service, sequences: int, prepare: Callable[[], AbstractAsyncContextManager[Job]],
+        self,
+        service: Service,
+        sequences: int,
+        prepare: Callable[[], AbstractAsyncContextManager[Job]],
         renamed: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(service, sequences, renamed)
         self.prepare = prepare
         self._shape: Shape | None = None  # once there is a job
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self.prepare() as job:
-            self._shape, self.renamed = job.shape, {**(self.renamed or {}), "grammar": job.grammar_from}
+            self._shape, self.renamed = (
+                job.shape,
+                {**(self.renamed or {}), "grammar": job.grammar_from},
+            )
             job = bounded(job, self.service.context)
             await self.service.compile(job.params.grammar)
             if job.stream:
@@ -133,16 +150,29 @@ class Answer(Watched):
         """As an event, where those have begun."""
         if self._begun != Begun.events or self._shape is None:
             return await super()._fail(send, error)
-        with contextlib.suppress(TimeoutError):  # who reads too slowly for that sees the connection end
+        # who reads too slowly for that sees the connection end
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
-                await send({"type": "http.response.body", "body": _written(self._shape, self._shape.failed(error)), "more_body": False})
+                await send(
+                    {
+                        "type": "http.response.body",
+                        "body": _written(self._shape, self._shape.failed(error)),
+                        "more_body": False,
+                    }
+                )
 
     async def _open(
         self, job: Job, stack: AsyncExitStack, arrived: asyncio.Event | None = None
-    ) -> tuple[list[Stream], list[Collector]]:  # fmt: skip
-        """A stream and what gathers it for each prompt. arrived: set when one of them has tokens; None: nobody waits for single ones."""
+    ) -> tuple[list[Stream], list[Collector]]:
+        """A stream and what gathers it for each prompt. arrived: set when one of them has tokens;
+        None: nobody waits for single ones."""
         streams = await self.service.open(
-            job.prompts, job.params, priority=job.priority, whole=arrived is None, submit=job.submit, arrived=arrived
+            job.prompts,
+            job.params,
+            priority=job.priority,
+            whole=arrived is None,
+            submit=job.submit,
+            arrived=arrived,
         )
         for stream in streams:
             stack.callback(stream.close)
@@ -152,8 +182,13 @@ class Answer(Watched):
         return streams, collectors
 
     async def _made(self, size: int, make: Callable[[Write], bytes]) -> bytes:
-        """What is made of so many tokens and scores: of many beside the loop, so that nobody waits for it."""
-        return make(encode) if size <= SMALL else bytes(await self.service.put_together(partial(make, encode_large)))
+        """What is made of so many tokens and scores: of many beside the loop, so that nobody waits
+        for it."""
+        return (
+            make(encode)
+            if size <= SMALL
+            else bytes(await self.service.put_together(partial(make, encode_large)))
+        )
 
     async def _whole(self, job: Job) -> bytes:
         async with AsyncExitStack() as stack:
@@ -174,7 +209,13 @@ class Answer(Watched):
             stack.enter_context(_nudged(arrived, self.service.config.keep_alive_s))
             await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
             self._begun = Begun.events
-            await send({"type": "http.response.body", "body": _written(job.shape, job.shape.start()), "more_body": True})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": _written(job.shape, job.shape.start()),
+                    "more_body": True,
+                }
+            )
             loop, silence_s = asyncio.get_running_loop(), self.service.config.keep_alive_s
             said, scores = loop.time(), 0
             while not all(stream.done for stream in streams):
@@ -183,10 +224,12 @@ class Answer(Watched):
                 came = [stream.take() for stream in streams]
                 size = _size(came)
                 scores += size
-                if any(token.finish for tokens in came for token in tokens):  # then some shapes tell all of a text again
+                # then some shapes tell all of a text again
+                if any(token.finish for tokens in came for token in tokens):
                     size = scores
                 data = await self._made(size, partial(self._new, job, came, collectors))
-                if not data and loop.time() - said >= silence_s * 0.9:  # nothing came, or nothing that can be shown yet
+                # nothing came, or nothing that can be shown yet
+                if not data and loop.time() - said >= silence_s * 0.9:
                     data = KEEP_ALIVE
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
@@ -194,11 +237,15 @@ class Answer(Watched):
                 if len(streams) == 1:
                     await streams[0].rest(self.service.pause_s)
             usage = _usage([collector.output() for collector in collectors])
-            last = await self._made(scores, lambda write: _written(job.shape, job.shape.end(usage), write))
+            last = await self._made(
+                scores, lambda write: _written(job.shape, job.shape.end(usage), write)
+            )
             last += b"" if job.shape.typed else DONE
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _new(self, job: Job, came: list[list[Token]], collectors: list[Collector], write: Write) -> bytes:
+    def _new(
+        self, job: Job, came: list[list[Token]], collectors: list[Collector], write: Write
+    ) -> bytes:
         """The events of each prompt's new tokens."""
         found = list[bytes]()
         for prompt, (tokens, collector) in enumerate(zip(came, collectors, strict=True)):
@@ -208,19 +255,24 @@ class Answer(Watched):
                 collector.add(token)
                 texts.setdefault(token.index, []).append(token)
             first = prompt * job.params.n
-            found += (_written(job.shape, job.shape.more(first + index, new), write) for index, new in texts.items())
+            found += (
+                _written(job.shape, job.shape.more(first + index, new), write)
+                for index, new in texts.items()
+            )
         return b"".join(found)
 
 
 def _written(shape: Shape, events: Iterable[Object], write: Write = encode) -> bytes:
-    return b"".join(event(content, content["type"] if shape.typed else "", write) for content in events)
+    return b"".join(
+        event(content, content["type"] if shape.typed else "", write) for content in events
+    )
 
 
 def bounded(job: Job, room: int) -> Job:
     """The job, whose answer tells no more scores than one may: all are held, and written, at once.
 
-    room: tokens of a prompt and what follows it. Where the client names no `max_tokens`, so many are generated as may be told. Raises
-    RequestError for more than may be.
+    room: tokens of a prompt and what follows it. Where the client names no `max_tokens`, so many
+    are generated as may be told. Raises RequestError for more than may be.
     """
     params, lengths = job.params, [len(prompt) for prompt in job.prompts]
     wanted = []
@@ -230,7 +282,11 @@ def bounded(job: Job, room: int) -> Job:
     if params.logprobs is not None:
         left = MOST_SCORES - sum(tokens * (1 + top) for _, tokens, top in wanted)
         texts = params.n * len(lengths)
-        most = max(1, left // (texts * (1 + params.logprobs))) if params.max_tokens is None else params.max_tokens
+        most = (
+            max(1, left // (texts * (1 + params.logprobs)))
+            if params.max_tokens is None
+            else params.max_tokens
+        )
         tokens = params.n * sum(min(max(0, room - length), most) for length in lengths)
         wanted.append(("logprobs", tokens, params.logprobs))
         if params.max_tokens is None and most < room - min(lengths):
@@ -239,7 +295,9 @@ def bounded(job: Job, room: int) -> Job:
     if scores > MOST_SCORES:
         name, tokens, top = max(wanted, key=lambda one: one[1] * (1 + one[2]))
         what = f"{tokens} tokens, each with {top} alternatives: {scores} scores in all"
-        raise RequestError(Problem(name, what, f"at most {MOST_SCORES}", "fewer tokens, texts or alternatives"))
+        raise RequestError(
+            Problem(name, what, f"at most {MOST_SCORES}", "fewer tokens, texts or alternatives")
+        )
     return job
 
 
@@ -261,7 +319,8 @@ def _size(came: list[list[Token]]) -> int:
 
 @contextlib.contextmanager
 def _nudged(event: asyncio.Event, every_s: float) -> Iterator[None]:
-    """Sets the event now and then: one timer for all of a stream costs less than a timeout for each token."""
+    """Sets the event now and then: one timer for all of a stream costs less than a timeout for each
+    token."""
     timers: list[asyncio.TimerHandle] = []
 
     def nudge() -> None:
@@ -276,15 +335,25 @@ def _nudged(event: asyncio.Event, every_s: float) -> Iterator[None]:
 
 
 def _check(token: Token, service: Service, job: Job) -> None:
-    """Raises Refused, or RequestError where that is the grammar's fault, for a text that could not be finished."""
+    """Raises Refused, or RequestError where that is the grammar's fault, for a text that could not
+    be finished."""
     if token.finish == Finish.error and not service.llm.alive:
         raise engine_stopped()
-    if token.finish == Finish.error:  # the reason may tell of the inside, such as where the model is
+    # the reason may tell of the inside, such as where the model is
+    if token.finish == Finish.error:
         logger.error("a text could not be finished: %s", token.reason)
-        raise Refused(500, "the text could not be finished; the server's log says why, under this request's id", code="failed")
+        raise Refused(
+            500,
+            "the text could not be finished; the server's log says why, under this request's id",
+            code="failed",
+        )
     if token.finish == Finish.grammar:  # another try would come there, too
         found = f"the text came to where it cannot be followed ({token.reason})"
-        raise RequestError(Problem("grammar", found, "a simpler one, or one that can end", code="grammar_not_followed"))
+        raise RequestError(
+            Problem(
+                "grammar", found, "a simpler one, or one that can end", code="grammar_not_followed"
+            )
+        )
     if token.finish == Finish.abort:
         raise job.ended() or aborted()
 

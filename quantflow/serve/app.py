@@ -58,7 +58,8 @@ READS = (400,)
 GENERATES = (400, 404, 408, 413, 415, 429, 504)
 CLOSE_S = 5.0  # for the engine's thread to end its step
 MODEL_PATH = "/v1/models/{model}"  # as it is written where it is counted
-HELPER = "x-stainless-helper-method"  # how the openai client says that it adds up a stream's deltas, roles included
+# how the openai client says that it adds up a stream's deltas, roles included
+HELPER = "x-stainless-helper-method"
 CHAT_RENAMED = {"prompt": "messages"}  # what clients call the engine's arguments
 
 
@@ -66,9 +67,14 @@ def create_app(service: Service) -> ASGIApp:
     """The whole application, its guard included."""
     sessions = Sessions(service)
     app = FastAPI(
-        title="QuantFlow", version=__version__, lifespan=_lifespan(service), docs_url=None, redoc_url=None, openapi_url=None,
+        title="QuantFlow",
+        version=__version__,
+        lifespan=_lifespan(service),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
         redirect_slashes=False,
-    )  # fmt: skip
+    )
     app.state.service = service
     app.router.route_class = JsonRoute
     _models(app, service)
@@ -109,7 +115,11 @@ def _lifespan(service: Service) -> Callable[[FastAPI], Any]:
 
 
 def _answers(
-    model: Any, *, events: bool = False, refusals: tuple[int, ...] = GENERATES, error: Any = protocol.ErrorResponse
+    model: Any,
+    *,
+    events: bool = False,
+    refusals: tuple[int, ...] = GENERATES,
+    error: Any = protocol.ErrorResponse,
 ) -> dict[str, Any]:
     """The part of the OpenAPI document that says what a route may answer."""
     whole: dict[str, Any] = {"model": model} if model else {}
@@ -118,20 +128,29 @@ def _answers(
     refusal = {"model": error}
     return {
         "response_model": model,
-        "responses": {200: whole, **dict.fromkeys(sorted({*refusals, 401, 403, 421, 500, 503}), refusal)},
+        "responses": {
+            200: whole,
+            **dict.fromkeys(sorted({*refusals, 401, 403, 421, 500, 503}), refusal),
+        },
     }
 
 
 def _models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", tags=["models"], **_answers(protocol.ModelList, refusals=READS))
     async def models(request: Request) -> Any:
-        """The names that the model answers to; to a client that sends anthropic-version, in Anthropic's words."""
+        """The names that the model answers to; to a client that sends anthropic-version, in
+        Anthropic's words."""
         if asks_anthropic(request.scope):
             return Json(model_page(service.cards()))
         return protocol.ModelList(data=service.cards())
 
-    # path: names of models have slashes, which are the same to a server whether they are escaped or not
-    @app.get(MODEL_PATH.replace("}", ":path}"), tags=["models"], **_answers(protocol.ModelCard, refusals=(*READS, 404)))
+    # path: names of models have slashes, which are the same to a server whether they are escaped or
+    # not
+    @app.get(
+        MODEL_PATH.replace("}", ":path}"),
+        tags=["models"],
+        **_answers(protocol.ModelCard, refusals=(*READS, 404)),
+    )
     async def model(model: str, request: Request) -> Any:
         """What is known of one of them."""
         if not model:
@@ -139,40 +158,70 @@ def _models(app: FastAPI, service: Service) -> None:
         for card in service.cards():
             if card.id == model:
                 return Json(model_info(card)) if asks_anthropic(request.scope) else card
-        raise Refused(404, f"The model {model[:100]!r} does not exist", param="model", code="model_not_found")
+        raise Refused(
+            404, f"The model {model[:100]!r} does not exist", param="model", code="model_not_found"
+        )
 
 
 def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
-    @app.post("/v1/chat/completions", tags=["generation"], **_answers(protocol.ChatCompletion, events=True))
+    @app.post(
+        "/v1/chat/completions",
+        tags=["generation"],
+        **_answers(protocol.ChatCompletion, events=True),
+    )
     async def chat(body: ChatRequest, request: Request) -> Any:
         """A dialogue in, the assistant's message out."""
         roles = HELPER not in request.headers
-        return Answer(service, body.n or 1, prepared(service, lambda: chat_job(service, body, roles=roles)), CHAT_RENAMED)
+        return Answer(
+            service,
+            body.n or 1,
+            prepared(service, lambda: chat_job(service, body, roles=roles)),
+            CHAT_RENAMED,
+        )
 
     @app.post("/v1/completions", tags=["generation"], **_answers(protocol.Completion, events=True))
     async def completions(body: CompletionRequest) -> Any:
         """A text in, what follows it out."""
-        return Answer(service, sequences(body), prepared(service, lambda: completion_job(service, body)))
+        return Answer(
+            service, sequences(body), prepared(service, lambda: completion_job(service, body))
+        )
 
     @app.post("/generate", tags=["generation"], **_answers(protocol.GenerateResponse, events=True))
     async def generate(body: GenerateRequest) -> Any:
         """A text or tokens in, what follows them out, in LMDeploy's words."""
-        renamed = GENERATE_RENAMED if body.input_ids is None else {**GENERATE_RENAMED, "prompt": "input_ids"}
+        renamed = (
+            GENERATE_RENAMED
+            if body.input_ids is None
+            else {**GENERATE_RENAMED, "prompt": "input_ids"}
+        )
         return Answer(service, 1, prepared(service, lambda: generate_job(service, body)), renamed)
 
     @app.post(
-        "/v1/chat/interactive", tags=["generation"], **_answers(protocol.InteractiveResponse, events=True, refusals=(*GENERATES, 409))
+        "/v1/chat/interactive",
+        tags=["generation"],
+        **_answers(protocol.InteractiveResponse, events=True, refusals=(*GENERATES, 409)),
     )
     async def interactive(body: InteractiveRequest, request: Request) -> Any:
         """A turn of a dialogue that the server remembers."""
         owner = request.state.owner
         id = body.session_id if body.session_id >= 0 else sessions.unnamed()
         if body.request_output_len == 0 and body.interactive_mode and not body.cancel:
-            message = "request_output_len: 0; expected at least 1, or interactive_mode: false, which ends the session"
+            message = (
+                "request_output_len: 0; expected at least 1, or interactive_mode: false, which ends"
+                " the session"
+            )
             raise Refused(400, message, param="request_output_len", code="invalid_value")
         if body.cancel or body.request_output_len == 0:
             sessions.end(owner, id)
-            return Json({"text": "", "tokens": 0, "input_tokens": 0, "history_tokens": 0, "finish_reason": None})
+            return Json(
+                {
+                    "text": "",
+                    "tokens": 0,
+                    "input_tokens": 0,
+                    "history_tokens": 0,
+                    "finish_reason": None,
+                }
+            )
 
         @asynccontextmanager
         async def job() -> AsyncIterator[Job]:
@@ -180,7 +229,9 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
             try:
                 yield await service.prepare(lambda: turn_job(service, body, session))
             finally:
-                sessions.leave(owner, id, session, keep=body.interactive_mode and body.session_id >= 0)
+                sessions.leave(
+                    owner, id, session, keep=body.interactive_mode and body.session_id >= 0
+                )
 
         return Answer(service, 1, job, CHAT_RENAMED)
 
@@ -203,7 +254,12 @@ def _text(app: FastAPI, service: Service) -> None:
 
 
 def _operation(app: FastAPI, service: Service) -> None:
-    @app.get(HEALTH[0], tags=["operation"], **_answers(protocol.Health, refusals=READS) | {"responses": {503: {"model": protocol.Health}}})
+    @app.get(
+        HEALTH[0],
+        tags=["operation"],
+        **_answers(protocol.Health, refusals=READS)
+        | {"responses": {503: {"model": protocol.Health}}},
+    )
     async def health() -> Any:
         """200 only while the engine makes progress."""
         return Json({"status": service.health}, 200 if service.health == "ok" else 503)
@@ -221,7 +277,12 @@ def _operation(app: FastAPI, service: Service) -> None:
         """How much there is to do."""
         return Json({"server_load": service.inside})
 
-    @app.get("/metrics", tags=["operation"], response_class=PlainTextResponse, **_answers(None, refusals=READS))
+    @app.get(
+        "/metrics",
+        tags=["operation"],
+        response_class=PlainTextResponse,
+        **_answers(None, refusals=READS),
+    )
     async def metrics() -> Any:
         """Prometheus' text format."""
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
@@ -234,13 +295,22 @@ def _operation(app: FastAPI, service: Service) -> None:
 def _administration(app: FastAPI, service: Service, sessions: Sessions) -> None:
     """What changes the server needs an admin key."""
 
-    @app.post("/admin/drain", tags=["administration"], **_answers(protocol.Done, refusals=(400, 408, 413, 415)))
+    @app.post(
+        "/admin/drain",
+        tags=["administration"],
+        **_answers(protocol.Done, refusals=(400, 408, 413, 415)),
+    )
     async def drain() -> Any:
-        """No new requests; those that run are finished. It lasts until the server is started again."""
+        """No new requests; those that run are finished. It lasts until the server is started
+        again."""
         service.draining = True
         return Json({"done": f"draining: {service.inside} texts are left"})
 
-    @app.post("/admin/sessions/end", tags=["administration"], **_answers(protocol.Done, refusals=(400, 408, 413, 415)))
+    @app.post(
+        "/admin/sessions/end",
+        tags=["administration"],
+        **_answers(protocol.Done, refusals=(400, 408, 413, 415)),
+    )
     async def end_sessions() -> Any:
         """Ends all sessions."""
         return Json({"done": f"{sessions.clear()} sessions ended"})
@@ -285,7 +355,9 @@ def _errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        other = Refused(error.status_code, str(error.detail), code="http_error", headers=error.headers)
+        other = Refused(
+            error.status_code, str(error.detail), code="http_error", headers=error.headers
+        )
         return response(no_route(app, request, error) or other, request.scope)
 
     @app.exception_handler(Exception)
@@ -296,7 +368,8 @@ def _errors(app: FastAPI, service: Service) -> None:
 
 
 def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | None:
-    """What to say where there is nothing at a path, or nothing for the method; None where the error is another."""
+    """What to say where there is nothing at a path, or nothing for the method; None where the error
+    is another."""
     path, shown = request.url.path, request.url.path[:100]
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
@@ -305,12 +378,24 @@ def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | 
     if error.status_code != 404:
         return None
     known = {route.path for route in app.routes if isinstance(route, Route)}
-    meant = next((p for p in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/")) if p in known and p != "/"), None)
-    hint = f"Is {meant} meant? Look at the client's base URL" if meant else "GET /openapi.json tells what there is"
+    meant = next(
+        (
+            p
+            for p in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/"))
+            if p in known and p != "/"
+        ),
+        None,
+    )
+    hint = (
+        f"Is {meant} meant? Look at the client's base URL"
+        if meant
+        else "GET /openapi.json tells what there is"
+    )
     return Refused(404, f"{shown}: nothing is served here. {hint}", code="unknown_url")
 
 
-BRANCHES = ("str", "text", "texts", "tokens", "lists", "named", "allowed")  # what pydantic calls those of unions
+# what pydantic calls those of unions
+BRANCHES = ("str", "text", "texts", "tokens", "lists", "named", "allowed")
 NAME = re.compile(r"[a-z][a-z_]*$")
 MOST_NAME = 100  # letters of a client's own word in a message
 
@@ -319,18 +404,45 @@ def unreadable(error: RequestValidationError) -> Refused:
     """What pydantic found, in OpenAI's words."""
     found = []
     for problem in _telling(error.errors())[:5]:
-        last = len(problem["loc"]) - 1 if problem["type"] == "extra_forbidden" else 0  # whatever it is called, it is a name
-        place = [_shown(part) for at, part in enumerate(problem["loc"]) if at and (at == last or _is_name(part, at))]
-        param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or "body"
+        # whatever it is called, it is a name
+        last = len(problem["loc"]) - 1 if problem["type"] == "extra_forbidden" else 0
+        place = [
+            _shown(part)
+            for at, part in enumerate(problem["loc"])
+            if at and (at == last or _is_name(part, at))
+        ]
+        param = (
+            "".join(
+                f"[{part}]" if isinstance(part, int) else f".{part}" for part in place
+            ).removeprefix(".")
+            or "body"
+        )
         if problem["type"] == "extra_forbidden":
-            found.append((param, f"{param}: unknown parameter; expected one of the API's", "unknown_parameter"))
+            found.append(
+                (
+                    param,
+                    f"{param}: unknown parameter; expected one of the API's",
+                    "unknown_parameter",
+                )
+            )
         elif problem["type"] == REFUSED:
             found.append((param, f"{param}: {problem['msg']}", REFUSED))
         else:
             message = problem["msg"][:1].lower() + problem["msg"][1:]
-            found.append((param, f"{param}: {message}", "missing" if problem["type"] == "missing" else "invalid_value"))
+            found.append(
+                (
+                    param,
+                    f"{param}: {message}",
+                    "missing" if problem["type"] == "missing" else "invalid_value",
+                )
+            )
     param, _, code = found[0]
-    return Refused(400, "; ".join(dict.fromkeys(message for _, message, _ in found)), param=param[:200], code=code)
+    return Refused(
+        400,
+        "; ".join(dict.fromkeys(message for _, message, _ in found)),
+        param=param[:200],
+        code=code,
+    )
 
 
 def _shown(part: int | str) -> int | str:
@@ -338,13 +450,16 @@ def _shown(part: int | str) -> int | str:
 
 
 def _is_name(part: int | str, at: int) -> bool:
-    """Whether a part of a place is a parameter's name or an item's number, and not a branch of a union."""
-    return isinstance(part, int) or (NAME.match(part) is not None and (at < 2 or part not in BRANCHES))
+    """Whether a part of a place is a parameter's name or an item's number, and not a branch of a
+    union."""
+    return isinstance(part, int) or (
+        NAME.match(part) is not None and (at < 2 or part not in BRANCHES)
+    )
 
 
 def _telling(problems: Sequence[Any]) -> list[Any]:
-    """Of what is said about each parameter, the most telling: where a union's branches all complain, those that fit but for a detail, or
-    else those that fit the furthest."""
+    """Of what is said about each parameter, the most telling: where a union's branches all
+    complain, those that fit but for a detail, or else those that fit the furthest."""
     groups: dict[Any, list[Any]] = {}
     for problem in problems:
         groups.setdefault(problem["loc"][1:2], []).append(problem)
@@ -359,9 +474,11 @@ def _telling(problems: Sequence[Any]) -> list[Any]:
 def openapi(app: FastAPI) -> dict[str, Any]:
     """The document, without what FastAPI says of errors that this server words otherwise."""
     document = get_openapi(
-        title=app.title, version=app.version, routes=app.routes,
+        title=app.title,
+        version=app.version,
+        routes=app.routes,
         description="Large language models, quantised, over OpenAI's protocol.",
-    )  # fmt: skip
+    )
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)

@@ -13,7 +13,13 @@ from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.grammars import constraint
 from quantflow.serve.protocol import CompletionRequest
-from quantflow.serve.sampling import finite, most_tokens, prompt_logprobs, sampling_params, stream_usage
+from quantflow.serve.sampling import (
+    finite,
+    most_tokens,
+    prompt_logprobs,
+    sampling_params,
+    stream_usage,
+)
 from quantflow.serve.service import Service
 from quantflow.serve.wire import Object
 
@@ -29,22 +35,36 @@ class Prompt:
 
 
 class TextShape(Shape):
-    """echo: whether prompts stand before what follows them. per_prompt: texts that are shown of each. nothing: what was generated is not
-    shown, since no tokens were asked for. ids: whether tokens are told. scores: how many alternatives are told of each token of a prompt;
-    None: nothing of them."""
+    """echo: whether prompts stand before what follows them. per_prompt: texts that are shown of
+    each. nothing: what was generated is not shown, since no tokens were asked for. ids: whether
+    tokens are told. scores: how many alternatives are told of each token of a prompt; None: nothing
+    of them."""
 
     def __init__(
-        self, service: Service, prompts: list[Prompt], per_prompt: int, *, echo: bool, logprobs: int | None, usage: bool, nothing: bool,
-        ids: bool, scores: int | None,
-    ) -> None:  # fmt: skip
+        self,
+        service: Service,
+        prompts: list[Prompt],
+        per_prompt: int,
+        *,
+        echo: bool,
+        logprobs: int | None,
+        usage: bool,
+        nothing: bool,
+        ids: bool,
+        scores: int | None,
+    ) -> None:
         self._service, self._prompts, self._per_prompt = service, prompts, per_prompt
         self._echo, self._count, self._with_usage, self._nothing = echo, logprobs, usage, nothing
         self._ids, self._scores = ids, scores
         self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}", "object": "text_completion", "created": int(time.time()), "model": service.name
-        }  # fmt: skip
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+        }
         texts = len(prompts) * per_prompt
-        self._lengths, self._begun = [0] * texts, [False] * texts  # letters so far; whether anything was shown
+        # letters so far; whether anything was shown
+        self._lengths, self._begun = [0] * texts, [False] * texts
         self._growing: dict[int, Detokenizer] = {}
         self._scored: list[Sequence[Logprob | None]] = [()] * len(prompts)
 
@@ -53,14 +73,25 @@ class TextShape(Shape):
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
         letters = "" if self._nothing else "".join(token.text for token in tokens)
-        scored: list[Logprob] = [] if self._nothing else [token.logprob for token in tokens if token.logprob]
+        scored: list[Logprob] = (
+            [] if self._nothing else [token.logprob for token in tokens if token.logprob]
+        )
         before: Sequence[Logprob | None] = ()
         prompt = text // self._per_prompt
-        self._scored[prompt] = tokens[0].prompt_logprobs or self._scored[prompt]  # they come with the first of its texts
+        # they come with the first of its texts
+        self._scored[prompt] = tokens[0].prompt_logprobs or self._scored[prompt]
         if self._echo and not self._begun[text]:
             letters, before = self._prompts[prompt].text + letters, self._scored[prompt]
-        ids = [] if self._nothing or not self._ids else [token.token for token in tokens if token.token is not None]
-        first: Object = {"prompt_token_ids": self._prompts[prompt].tokens} if self._ids and not self._begun[text] else {}
+        ids = (
+            []
+            if self._nothing or not self._ids
+            else [token.token for token in tokens if token.token is not None]
+        )
+        first: Object = (
+            {"prompt_token_ids": self._prompts[prompt].tokens}
+            if self._ids and not self._begun[text]
+            else {}
+        )
         self._begun[text] = True
         if letters or before or ids or first or (scored and self._count is not None):
             told = self._choice(text, letters, before, scored, None) | first
@@ -75,17 +106,27 @@ class TextShape(Shape):
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
         choices = []
         for number, output in enumerate(outputs):
-            best = sorted(output.completions, key=_quality)[: self._per_prompt] if len(output.completions) > self._per_prompt else None
+            best = (
+                sorted(output.completions, key=_quality)[: self._per_prompt]
+                if len(output.completions) > self._per_prompt
+                else None
+            )
             for index, completion in enumerate(best or output.completions):
-                letters = (self._prompts[number].text if self._echo else "") + ("" if self._nothing else completion.text)
+                letters = (self._prompts[number].text if self._echo else "") + (
+                    "" if self._nothing else completion.text
+                )
                 scored: Sequence[Logprob] = () if self._nothing else completion.logprobs
                 before = output.prompt_logprobs if self._echo else ()
-                choice = self._choice(number * self._per_prompt + index, letters, before, scored, completion)
+                choice = self._choice(
+                    number * self._per_prompt + index, letters, before, scored, completion
+                )
                 if self._ids:
                     choice["token_ids"] = [] if self._nothing else list(completion.token_ids)
                     choice["prompt_token_ids"] = self._prompts[number].tokens
                 if self._scores is not None:
-                    choice["prompt_logprobs"] = prompt_logprobs(self._service.text, output.prompt_logprobs, self._scores)
+                    choice["prompt_logprobs"] = prompt_logprobs(
+                        self._service.text, output.prompt_logprobs, self._scores
+                    )
                 choices.append(choice)
         return {**self._head, "choices": choices, "usage": self._usage(usage)}
 
@@ -97,33 +138,52 @@ class TextShape(Shape):
         return {**found, "usage": None} if self._with_usage else found
 
     def _choice(
-        self, index: int, letters: str, before: Sequence[Logprob | None], after: Sequence[Logprob], last: Completion | None
-    ) -> Object:  # fmt: skip
+        self,
+        index: int,
+        letters: str,
+        before: Sequence[Logprob | None],
+        after: Sequence[Logprob],
+        last: Completion | None,
+    ) -> Object:
         """last: what says how it has ended, if it has."""
         logprobs = None if self._count is None else self._logprobs(index, before, after)
         return {"index": index, "text": letters, "logprobs": logprobs, **_ended(last)}
 
-    def _logprobs(self, index: int, before: Sequence[Logprob | None], after: Sequence[Logprob]) -> Object:
+    def _logprobs(
+        self, index: int, before: Sequence[Logprob | None], after: Sequence[Logprob]
+    ) -> Object:
         """before: of the prompt, whose first token has none."""
         text = self._service.text
         found: Object = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
-        scored: list[tuple[int, Logprob | None]] = [(score.token if score else -1, score) for score in before]
+        scored: list[tuple[int, Logprob | None]] = [
+            (score.token if score else -1, score) for score in before
+        ]
         if before:
             scored[0] = (self._prompts[index // self._per_prompt].tokens[0], None)
         if index not in self._growing:
-            self._growing[index] = Detokenizer(text, [] if self._echo else self._prompts[index // self._per_prompt].tokens, ())
+            self._growing[index] = Detokenizer(
+                text, [] if self._echo else self._prompts[index // self._per_prompt].tokens, ()
+            )
         growing = self._growing[index]
         for token, score in [*scored, *((s.token, s) for s in after)]:
             found["text_offset"].append(self._lengths[index])
             found["tokens"].append(text.token_text(token))
             found["token_logprobs"].append(finite(score.logprob) if score else 0.0)
-            found["top_logprobs"].append({text.token_text(t): finite(p) for t, p in score.top[: self._count]} if score else {})
-            self._lengths[index] += len(growing.add(token))  # of the text: its first word may lose a space, a letter take several tokens
+            found["top_logprobs"].append(
+                {text.token_text(t): finite(p) for t, p in score.top[: self._count]}
+                if score
+                else {}
+            )
+            # of the text: its first word may lose a space, a letter take several tokens
+            self._lengths[index] += len(growing.add(token))
         return found
 
 
 def _ended(last: Token | Completion | None) -> Object:
-    return {"finish_reason": str(last.finish) if last else None, "stop_reason": last.stop if last else None}
+    return {
+        "finish_reason": str(last.finish) if last else None,
+        "stop_reason": last.stop if last else None,
+    }
 
 
 def _quality(completion: Completion) -> float:
@@ -137,15 +197,25 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
     return [body.prompt]
 
 
-def _encoded(service: Service, given: Sequence[str | list[int]], *, echo: bool, special: bool) -> list[Prompt]:
-    """All texts at once, and the text of tokens that will be echoed: the engine refuses those that are too many."""
-    encoded = iter(service.encode([text for text in given if isinstance(text, str)], special=special))
+def _encoded(
+    service: Service, given: Sequence[str | list[int]], *, echo: bool, special: bool
+) -> list[Prompt]:
+    """All texts at once, and the text of tokens that will be echoed: the engine refuses those that
+    are too many."""
+    encoded = iter(
+        service.encode([text for text in given if isinstance(text, str)], special=special)
+    )
     found = []
     for prompt in given:
         if isinstance(prompt, str):
             found.append(Prompt(next(encoded), prompt))
         else:
-            found.append(Prompt(prompt, service.text.decode(prompt) if echo and len(prompt) <= service.context else ""))
+            found.append(
+                Prompt(
+                    prompt,
+                    service.text.decode(prompt) if echo and len(prompt) <= service.context else "",
+                )
+            )
     return found
 
 
@@ -159,31 +229,71 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     service.check_model(body.model)
     shown, made = body.n or 1, body.best_of or body.n or 1
     if made < shown:
-        raise Refused(400, f"best_of: {made}, less than n; expected at least {shown}", param="best_of", code="invalid_value")
+        raise Refused(
+            400,
+            f"best_of: {made}, less than n; expected at least {shown}",
+            param="best_of",
+            code="invalid_value",
+        )
     if made > shown and body.stream:
-        raise Refused(400, "best_of: with stream; expected one of them", param="best_of", code="unsupported_value")
+        raise Refused(
+            400,
+            "best_of: with stream; expected one of them",
+            param="best_of",
+            code="unsupported_value",
+        )
     most = most_tokens(body)
     nothing = most == 0
     if nothing and not body.echo:
-        raise Refused(400, "max_tokens: 0; expected at least 1, or echo: true", param="max_tokens", code="invalid_value")
-    prompts = _encoded(service, _prompts(body), echo=bool(body.echo), special=body.add_special_tokens is not False)
-    # The engine scores a text of at least two tokens; where there is nothing to score, or several are asked for, a token goes unseen.
-    asked = [n for n in (body.logprobs if body.echo else None, body.prompt_logprobs) if n is not None]
-    scores = nothing and made == 1 and bool(asked) and all(len(prompt.tokens) > 1 for prompt in prompts)
+        raise Refused(
+            400,
+            "max_tokens: 0; expected at least 1, or echo: true",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    prompts = _encoded(
+        service, _prompts(body), echo=bool(body.echo), special=body.add_special_tokens is not False
+    )
+    # The engine scores a text of at least two tokens; where there is nothing to score, or several
+    # are asked for, a token goes unseen.
+    asked = [
+        n for n in (body.logprobs if body.echo else None, body.prompt_logprobs) if n is not None
+    ]
+    scores = (
+        nothing and made == 1 and bool(asked) and all(len(prompt.tokens) > 1 for prompt in prompts)
+    )
     wanted = constraint(body)
     with renaming({"grammar": wanted.source}):
         params = sampling_params(
             body,
             n=made,
-            max_tokens=(0 if scores else 1) if nothing else DEFAULT_TOKENS if most is None else most,
+            max_tokens=(0 if scores else 1)
+            if nothing
+            else DEFAULT_TOKENS
+            if most is None
+            else most,
             logprobs=body.logprobs if body.logprobs is not None else 0 if made > shown else None,
             prompt_logprobs=max(asked, default=None),
             grammar=wanted.grammar,
         )
     usage = stream_usage(body.stream_options)
     shape = TextShape(
-        service, prompts, shown, echo=bool(body.echo), logprobs=body.logprobs, usage=usage, nothing=nothing,
-        ids=bool(body.return_token_ids), scores=body.prompt_logprobs,
-    )  # fmt: skip
+        service,
+        prompts,
+        shown,
+        echo=bool(body.echo),
+        logprobs=body.logprobs,
+        usage=usage,
+        nothing=nothing,
+        ids=bool(body.return_token_ids),
+        scores=body.prompt_logprobs,
+    )
     tokens = [prompt.tokens for prompt in prompts]
-    return Job(tokens, params, shape, bool(body.stream), grammar_from=wanted.source, priority=body.priority or 0)
+    return Job(
+        tokens,
+        params,
+        shape,
+        bool(body.stream),
+        grammar_from=wanted.source,
+        priority=body.priority or 0,
+    )

@@ -1,7 +1,9 @@
-"""A connection: uvicorn's, with limits on how long each of its parts may take, how much may be unread, and how many there are.
+"""A connection: uvicorn's, with limits on how long each of its parts may take, how much may be
+unread, and how many there are.
 
-Of more connections than there are file descriptors for, the one that has waited the longest makes room: one between two requests, or whose
-request is not whole yet. So whoever asks at once is answered, `/health` above all, however many others hold connections open.
+Of more connections than there are file descriptors for, the one that has waited the longest makes
+room: one between two requests, or whose request is not whole yet. So whoever asks at once is
+answered, `/health` above all, however many others hold connections open.
 """
 
 from __future__ import annotations
@@ -14,17 +16,24 @@ import secrets
 from collections import OrderedDict
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from quantflow.serve import log
 from quantflow.serve.errors import Refused, response, shutting_down
 from quantflow.serve.guard import CROWDED, MOST_HEADER_BYTES, headers_too_large
 
 HEADERS_S = 20.0  # for a request's first lines to arrive
-SEND_S, SEND_LEAST = 60.0, 65536  # of an answer that is written, so many bytes must be read in so long; of a stream, any
-LINGER_S, MOST_LINGER = 5.0, 16 * 2**20  # how long, and how much, a client that is refused may go on sending before it reads its answer
+# of an answer that is written, so many bytes must be read in so long; of a stream, any
+SEND_S, SEND_LEAST = 60.0, 65536
+# how long, and how much, a client that is refused may go on sending before it reads its answer
+LINGER_S, MOST_LINGER = 5.0, 16 * 2**20
 SPARE_FILES = 64  # descriptors that are not connections
-RESERVE = 8  # connections in which nothing but /health is answered once all others are being answered
+# connections in which nothing but /health is answered once all others are being answered
+RESERVE = 8
 CHUNK_BYTES = 12  # of a chunk that are not body: eight digits and two line ends
 UPGRADE = re.compile(rb"\r\nupgrade[ \t]*:", re.IGNORECASE)
 
@@ -32,18 +41,20 @@ logger = logging.getLogger(__name__)
 
 
 def accepts() -> int:
-    """Connections that are taken between two rounds of the loop: not so many that a round takes long, nor more than there are descriptors
-    for before others are closed."""
+    """Connections that are taken between two rounds of the loop: not so many that a round takes
+    long, nor more than there are descriptors for before others are closed."""
     return min(128, max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16))
 
 
 def most_connections() -> int:
-    """As many as there are file descriptors for, beside those that have just come and those that are about to go."""
+    """As many as there are file descriptors for, beside those that have just come and those that
+    are about to go."""
     return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES - 2 * accepts())
 
 
 class Connections:
-    """Those of a server. waiting: in which no whole request is under way, the one that has waited the longest first."""
+    """Those of a server. waiting: in which no whole request is under way, the one that has waited
+    the longest first."""
 
     def __init__(self) -> None:
         self.most = most_connections()
@@ -114,9 +125,13 @@ class Connection(HttpToolsProtocol):
         self._raw: asyncio.Transport
         self._late: asyncio.TimerHandle | None = None
         self._slow: asyncio.TimerHandle | None = None
-        self._unread = 0  # bytes of a request that has not begun; of one that parts, those that nobody reads
-        self._beside = 0  # bytes of the request at hand since its headers that are not its body: trailers, and what is said of chunks
-        self._running: RequestResponseCycle | None = None  # the cycle whose turn it is, of those that came at once
+        # bytes of a request that has not begun; of one that parts, those that nobody reads
+        self._unread = 0
+        # bytes of the request at hand since its headers that are not its body: trailers, and what
+        # is said of chunks
+        self._beside = 0
+        # the cycle whose turn it is, of those that came at once
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._raw = transport
@@ -177,7 +192,8 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Of a trailer nothing is kept: it is no header, whatever it is called, and there may be no end of them."""
+        """Of a trailer nothing is kept: it is no header, whatever it is called, and there may be no
+        end of them."""
         if self.cycle is None or not self.cycle.more_body:
             super().on_header(name, value)
 
@@ -207,7 +223,9 @@ class Connection(HttpToolsProtocol):
             self._all.waits(self, "a request")
         else:
             # Behind an answer that runs, a second request may have begun.
-            self._all.waits(self, "its body" if self.cycle is self._running and self.cycle.more_body else None)
+            self._all.waits(
+                self, "its body" if self.cycle is self._running and self.cycle.more_body else None
+            )
 
     # --- what must be there in time
 
@@ -237,7 +255,9 @@ class Connection(HttpToolsProtocol):
 
     def _watch(self) -> None:
         if self._slow is None:
-            self._slow = self.loop.call_later(SEND_S, self._check_sent, self._raw.get_write_buffer_size())
+            self._slow = self.loop.call_later(
+                SEND_S, self._check_sent, self._raw.get_write_buffer_size()
+            )
 
     def _check_sent(self, before: int) -> None:
         self._slow = None
@@ -266,29 +286,47 @@ class Connection(HttpToolsProtocol):
         with log.about(id, log.address(self.client)):
             logger.warning("refused with %d: %s", error.status, error.message)
         if self.cycle is not None and not self.cycle.response_complete:
-            if self.cycle is not self._running or self.cycle.response_started or not self.cycle.more_body:
+            if (
+                self.cycle is not self._running
+                or self.cycle.response_started
+                or not self.cycle.more_body
+            ):
                 self.drop()  # in the middle of another answer there is nothing to say
                 return
             self._tell_gone()
         answer = response(error)
-        lines = [STATUS_LINE[error.status], *(name + b": " + value + b"\r\n" for name, value in answer.raw_headers)]
-        self._raw.write(b"".join([*lines, f"x-request-id: {id}\r\nconnection: close\r\n\r\n".encode(), bytes(answer.body)]))
+        lines = [
+            STATUS_LINE[error.status],
+            *(name + b": " + value + b"\r\n" for name, value in answer.raw_headers),
+        ]
+        self._raw.write(
+            b"".join(
+                [
+                    *lines,
+                    f"x-request-id: {id}\r\nconnection: close\r\n\r\n".encode(),
+                    bytes(answer.body),
+                ]
+            )
+        )
         self.part(unread=True)
 
     def shutdown(self) -> None:
-        if not self._unread:  # who has sent a part of a request's first lines is given a moment for the others
+        # who has sent a part of a request's first lines is given a moment for the others
+        if not self._unread:
             super().shutdown()
 
     def dismiss(self) -> None:
-        """Ends it where no answer is on its way: who has sent half a request is told, who has been told is listened to no longer."""
+        """Ends it where no answer is on its way: who has sent half a request is told, who has been
+        told is listened to no longer."""
         if not self.parting and (self._unread or (self.cycle is not None and self.cycle.more_body)):
             self._refuse(shutting_down())
         if not self._raw.get_write_buffer_size():
             self._close() if self.parting else self.drop()
 
     def part(self, *, unread: bool = False) -> None:
-        """Ends it, once what was said is sent. unread: the client may still be sending, and a connection closed over what nobody read is
-        reset before its answer is read: what comes is passed over for a while."""
+        """Ends it, once what was said is sent. unread: the client may still be sending, and a
+        connection closed over what nobody read is reset before its answer is read: what comes is
+        passed over for a while."""
         if self.parting or self._raw.is_closing():
             return
         unread = unread or self._unread > 0 or (self.cycle is not None and self.cycle.more_body)
@@ -309,7 +347,7 @@ class Connection(HttpToolsProtocol):
 
 
 def _without_upgrade(data: bytes) -> bytes:
-    """A request's first lines without an offer to change the protocol, which Java's HttpClient and `curl --http2` make: the parser would
-    leave the body unread."""
+    """A request's first lines without an offer to change the protocol, which Java's HttpClient and
+    `curl --http2` make: the parser would leave the body unread."""
     head, end, rest = data.partition(b"\r\n\r\n")
     return UPGRADE.sub(b"\r\nx-refused-upgrade:", head) + end + rest

@@ -1,4 +1,5 @@
-"""APIs of dialogues in other words than those of chat completions, which are what the rest of the server reads."""
+"""APIs of dialogues in other words than those of chat completions, which are what the rest of the
+server reads."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ COUNTED = {"messages": "messages", "tool_calls": "calls in one turn"}
 
 @dataclass(frozen=True)
 class Dialect(Generic[Body]):
-    """as_chat: the same request in the words of chat completions. renamed: what this API calls their parameters and the engine's
-    arguments."""
+    """as_chat: the same request in the words of chat completions. renamed: what this API calls
+    their parameters and the engine's arguments."""
 
     as_chat: Callable[[Body], ChatRequest]
     renamed: Mapping[str, str]
@@ -39,14 +40,22 @@ class Dialect(Generic[Body]):
 
 
 def chat_request(found: Mapping[str, Any]) -> ChatRequest:
-    """What another API's request is in the words of chat completions, which has bounds of its own. Raises Refused, which names the
-    parameter of chat completions that is wrong."""
+    """What another API's request is in the words of chat completions, which has bounds of its own.
+    Raises Refused, which names the parameter of chat completions that is wrong."""
     try:
-        return ChatRequest.model_validate({name: value for name, value in found.items() if value is not None})
+        return ChatRequest.model_validate(
+            {name: value for name, value in found.items() if value is not None}
+        )
     except ValidationError as error:
         problem = error.errors()[0]
-        names, bounds = [str(part) for part in problem["loc"] if isinstance(part, str)], problem.get("ctx", {})
+        names, bounds = (
+            [str(part) for part in problem["loc"] if isinstance(part, str)],
+            problem.get("ctx", {}),
+        )
         said = problem["msg"][:1].lower() + problem["msg"][1:]
         if problem["type"] == "too_long" and names[-1] in COUNTED:
-            said = f"{bounds['actual_length']} {COUNTED[names[-1]]}; expected at most {bounds['max_length']}"
+            said = (
+                f"{bounds['actual_length']} {COUNTED[names[-1]]}; expected at most"
+                f" {bounds['max_length']}"
+            )
         raise Refused(400, f"{names[0]}: {said}", param=names[0], code="invalid_value") from error

@@ -1,7 +1,9 @@
-"""What a request says its answer must be, in any of the words that servers have for it, as the one grammar that the engine follows.
+"""What a request says its answer must be, in any of the words that servers have for it, as the one
+grammar that the engine follows.
 
-OpenAI has `response_format`; vLLM `structured_outputs`, and before it `guided_json` and others; LMDeploy's `regex_schema`, and what
-SGLang (`regex`, `ebnf`, `json_schema`) and llama.cpp (`grammar`, `json_schema`) call theirs.
+OpenAI has `response_format`; vLLM `structured_outputs`, and before it `guided_json` and others;
+LMDeploy's `regex_schema`, and what SGLang (`regex`, `ebnf`, `json_schema`) and llama.cpp
+(`grammar`, `json_schema`) call theirs.
 """
 
 from __future__ import annotations
@@ -31,10 +33,19 @@ class Constraint:
 def constraint(body: Constrained) -> Constraint:
     """Raises Refused for what is none, and for two."""
     given = {name: getattr(body, name) for name in SOURCES}
-    found = [c for name, value in given.items() if value is not None and value != "" and (c := SOURCES[name](value, name)).grammar]
+    found = [
+        c
+        for name, value in given.items()
+        if value is not None and value != "" and (c := SOURCES[name](value, name)).grammar
+    ]
     if len(found) > 1:
         names = " and ".join(c.source for c in found)
-        raise Refused(400, f"{found[1].source}: {names}; expected one of them", param=found[1].source, code="invalid_value")
+        raise Refused(
+            400,
+            f"{found[1].source}: {names}; expected one of them",
+            param=found[1].source,
+            code="invalid_value",
+        )
     return found[0] if found else Constraint()
 
 
@@ -65,13 +76,19 @@ def _regex(given: str, name: str) -> Constraint:
 
 def _choice(given: list[str], name: str) -> Constraint:
     _check_length(sum(map(len, given)) + len(given), name)
-    return _constraint(GrammarKind.lark, "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in given), name)
+    return _constraint(
+        GrammarKind.lark,
+        "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in given),
+        name,
+    )
 
 
 def _grammar(given: str, name: str) -> Constraint:
     """GBNF's rules have a sign of their own."""
     _check_length(len(given), name)
-    return _constraint(GrammarKind.gbnf if GBNF_RULE.search(given) else GrammarKind.lark, given, name)
+    return _constraint(
+        GrammarKind.gbnf if GBNF_RULE.search(given) else GrammarKind.lark, given, name
+    )
 
 
 def _check_length(letters: int, name: str) -> None:
@@ -89,16 +106,29 @@ def _constraint(kind: GrammarKind, text: str, name: str) -> Constraint:
 def _format(given: ResponseFormat, name: str) -> Constraint:
     """The type says where the rest is."""
     places = FORMATS[given.type]
-    values = {word: value for word in ResponseFormat.model_fields if word != "type" and (value := getattr(given, word)) is not None}
+    values = {
+        word: value
+        for word in ResponseFormat.model_fields
+        if word != "type" and (value := getattr(given, word)) is not None
+    }
     wrong = [word for word in values if word not in places]
     if wrong or len(values) > 1:
         word = wrong[0] if wrong else list(values)[1]
-        message = f"{name}: {word} with type {given.type}" + ("" if wrong else f" and {next(iter(values))}")
-        raise Refused(400, f"{message}; expected {_one_of(places)}", param=name, code="invalid_value")
+        message = f"{name}: {word} with type {given.type}" + (
+            "" if wrong else f" and {next(iter(values))}"
+        )
+        raise Refused(
+            400, f"{message}; expected {_one_of(places)}", param=name, code="invalid_value"
+        )
     if given.type == "text":
         return Constraint()
     if not values and given.type != "json_object":
-        raise Refused(400, f"{name}: no {_one_of(places)} beside its type; expected one", param=name, code="invalid_value")
+        raise Refused(
+            400,
+            f"{name}: no {_one_of(places)} beside its type; expected one",
+            param=name,
+            code="invalid_value",
+        )
     word, value = next(iter(values.items()), ("schema_", {"type": "object"}))
     if isinstance(value, JsonSchema):
         value = {"type": "object"} if value.schema_ is None else value.schema_
@@ -112,9 +142,14 @@ def _one_of(places: Any) -> str:
 def _structured(given: StructuredOutputs, name: str) -> Constraint:
     values = {kind: value for kind in KINDS if (value := getattr(given, kind)) not in (None, False)}
     if len(values) > 1:
-        message = f"{name}: {' and '.join(kind.rstrip('_') for kind in values)}; expected one of them"
+        message = (
+            f"{name}: {' and '.join(kind.rstrip('_') for kind in values)}; expected one of them"
+        )
         raise Refused(400, message, param=name, code="invalid_value")
-    return next((KINDS[kind](value, f"{name}.{kind.rstrip('_')}") for kind, value in values.items()), Constraint())
+    return next(
+        (KINDS[kind](value, f"{name}.{kind.rstrip('_')}") for kind, value in values.items()),
+        Constraint(),
+    )
 
 
 Read = Callable[[Any, str], Constraint]
@@ -127,21 +162,21 @@ FORMATS: dict[str, dict[str, Read]] = {
     "regex": {"regex": _regex, "pattern": _regex},
     "grammar": {"grammar": _grammar},
 }
-"""By the type of a response_format: the names under which what it must be can stand, and how that is read."""
+"""By the type of a response_format: the names under which what it must be can stand, and how that
+is read."""
 
-KINDS: dict[str, Read] = {"json_": _schema, "regex": _regex, "choice": _choice, "grammar": _grammar, "json_object": _object}
+KINDS: dict[str, Read] = {
+    "json_": _schema,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _grammar,
+    "json_object": _object,
+}
 """What vLLM's structured_outputs may hold."""
 
 SOURCES: dict[str, Read] = {
-    "response_format": _format,
-    "structured_outputs": _structured,
-    "guided_json": _schema,
-    "guided_regex": _regex,
-    "guided_choice": _choice,
-    "guided_grammar": _grammar,
-    "json_schema": _schema,
-    "regex": _regex,
-    "ebnf": _grammar,
-    "grammar": _grammar,
-}
+    "response_format": _format, "structured_outputs": _structured, "guided_json": _schema,
+    "guided_regex": _regex, "guided_choice": _choice, "guided_grammar": _grammar,
+    "json_schema": _schema, "regex": _regex, "ebnf": _grammar, "grammar": _grammar,
+}  # fmt: skip
 """The parameters that say what an answer must be."""

@@ -1,8 +1,9 @@
-"""What every request meets before a route: a key, limits on its size, where it comes from; and what every answer carries.
+"""What every request meets before a route: a key, limits on its size, where it comes from; and what
+every answer carries.
 
-Keys are compared by their digests, all of them and to the last letter, so that the time taken tells nothing. A server on
-loopback and without keys answers to loopback names alone, and every server takes nothing but JSON: no page of another site can make a
-browser use it.
+Keys are compared by their digests, all of them and to the last letter, so that the time taken tells
+nothing. A server on loopback and without keys answers to loopback names alone, and every server
+takes nothing but JSON: no page of another site can make a browser use it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ MOST_BODIES = 64  # of the largest kind, that are here at once
 CROWDED = "crowded"  # in the state of a request that came when too many others were being answered
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src"
+        " 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -45,9 +48,16 @@ logger = logging.getLogger(__name__)
 
 
 class Guard:
-    """app: what is behind. static: paths that need no key. count: told the path and the status of each answer."""
+    """app: what is behind. static: paths that need no key. count: told the path and the status of
+    each answer."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, static: Iterable[str], count: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        static: Iterable[str],
+        count: Callable[[str, int], None],
+    ) -> None:
         self.app, self.config, self._count = app, config, count
         self._held = 0  # bytes of the bodies of requests that are here
         self._open = frozenset((*OPEN, *static))
@@ -88,10 +98,16 @@ class Guard:
             self._held -= body.held
 
     def _hold(self, size: int) -> None:
-        """Counts what has come of a body. Raises Refused where all of them together are too much."""
+        """Counts what has come of a body. Raises Refused where all of them together are too
+        much."""
         if self._held + size > MOST_BODIES * self.config.max_body:
             message = "too many large requests are here at once: try again"
-            raise Refused(503, message, code="too_many_bytes", headers={"retry-after": "1", "connection": "close"})
+            raise Refused(
+                503,
+                message,
+                code="too_many_bytes",
+                headers={"retry-after": "1", "connection": "close"},
+            )
         self._held += size
 
     def _check(self, scope: Scope, headers: Headers) -> str:
@@ -99,36 +115,60 @@ class Guard:
         path = scope["path"]
         owner = ""
         if scope["state"].get(CROWDED) and path not in OPEN:
-            message = "too many requests are being answered for the file descriptors that there are: try again"
-            raise Refused(503, message, code="too_many_connections", headers={"retry-after": "1", "connection": "close"})
-        if not self.config.keys and self.config.loopback and _host(headers.get("host", "localhost")) not in self._names:
-            raise Refused(421, f"host: {headers['host'][:100]!r}; expected one of {', '.join(self._names)}", code="unknown_host")
+            message = (
+                "too many requests are being answered for the file descriptors that there are: try"
+                " again"
+            )
+            raise Refused(
+                503,
+                message,
+                code="too_many_connections",
+                headers={"retry-after": "1", "connection": "close"},
+            )
+        if (
+            not self.config.keys
+            and self.config.loopback
+            and _host(headers.get("host", "localhost")) not in self._names
+        ):
+            raise Refused(
+                421,
+                f"host: {headers['host'][:100]!r}; expected one of {', '.join(self._names)}",
+                code="unknown_host",
+            )
         if path not in self._open:
             owner = self._owner(path, headers)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             raise headers_too_large()
         check_present(path)
         length = headers.get("content-length")
-        if length is not None and (not length.isdecimal() or len(length) > 15 or int(length) > self.config.max_body):
+        if length is not None and (
+            not length.isdecimal() or len(length) > 15 or int(length) > self.config.max_body
+        ):
             raise _too_large(self.config.max_body)
         if (
             scope["method"] in ("POST", "PUT", "PATCH")
             and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json"
         ):
-            message = f"content-type: {headers.get('content-type', 'none')[:100]!r}; expected application/json"
+            message = (
+                f"content-type: {headers.get('content-type', 'none')[:100]!r}; expected"
+                " application/json"
+            )
             raise Refused(415, message, code="unsupported_media_type")
         return owner
 
     def _owner(self, path: str, headers: Headers) -> str:
         admin = path.startswith("/admin/")
-        allowed = self._admin_keys if admin else (*self._keys, *self._admin_keys) if self._keys else ()
+        allowed = (
+            self._admin_keys if admin else (*self._keys, *self._admin_keys) if self._keys else ()
+        )
         if admin and not allowed:
             message = "administration is off: no admin key was given when the server was started"
             raise Refused(403, message, code="no_admin_key")
         if not allowed:
             return ""
         for given in _given(headers):
-            matches = [hmac.compare_digest(given, known) for known in allowed]  # every one, whichever fits
+            # every one, whichever fits
+            matches = [hmac.compare_digest(given, known) for known in allowed]
             if any(matches):
                 return given.hex()
         message = "authorization: no valid key; expected 'Bearer' and a key of this server"
@@ -136,8 +176,8 @@ class Guard:
 
 
 class _Body:
-    """A request's body as it arrives: not too much of it, and not too slowly. hold: told how much more there is. held: of which it took
-    so much."""
+    """A request's body as it arrives: not too much of it, and not too slowly. hold: told how much
+    more there is. held: of which it took so much."""
 
     def __init__(self, receive: Receive, most: int, hold: Callable[[int], None]) -> None:
         self._receive, self._most, self._hold, self._whole = receive, most, hold, False
@@ -151,7 +191,12 @@ class _Body:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise Refused(408, f"body: not there after {READ_S:g} s", code="timeout", headers={"connection": "close"}) from None
+            raise Refused(
+                408,
+                f"body: not there after {READ_S:g} s",
+                code="timeout",
+                headers={"connection": "close"},
+            ) from None
         size = len(message.get("body", b""))
         self._whole = not message.get("more_body", False)
         if self.held + size > self._most:
@@ -162,17 +207,31 @@ class _Body:
 
 
 def headers_too_large() -> Refused:
-    return Refused(431, f"headers: too large; expected at most {MOST_HEADER_BYTES} bytes", code="headers_too_large")
+    return Refused(
+        431,
+        f"headers: too large; expected at most {MOST_HEADER_BYTES} bytes",
+        code="headers_too_large",
+    )
 
 
 def _too_large(most: int) -> Refused:
-    return Refused(413, f"body: too large; expected at most {most} bytes", code="body_too_large", headers={"connection": "close"})
+    return Refused(
+        413,
+        f"body: too large; expected at most {most} bytes",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )
 
 
 def _given(headers: Headers) -> list[bytes]:
-    """The digests of the keys that a request carries: OpenAI's clients write theirs one way, Anthropic's the other."""
+    """The digests of the keys that a request carries: OpenAI's clients write theirs one way,
+    Anthropic's the other."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    return [_digest(key.strip()) for key in (key if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")) if key.strip()]
+    return [
+        _digest(key.strip())
+        for key in (key if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""))
+        if key.strip()
+    ]
 
 
 def _digest(key: str) -> bytes:

@@ -1,8 +1,9 @@
 """/v1/chat/interactive: dialogues that the server remembers, as LMDeploy keeps them, by number.
 
-The messages are kept here, their keys and values in the engine's session of the same dialogue. A turn renders the whole dialogue again and
-goes on from where it agrees with what the engine holds: a template may well write an old turn differently. A session belongs to the key
-that opened it: the same number under another key is another session.
+The messages are kept here, their keys and values in the engine's session of the same dialogue. A
+turn renders the whole dialogue again and goes on from where it agrees with what the engine holds: a
+template may well write an old turn differently. A session belongs to the key that opened it: the
+same number under another key is another session.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from quantflow.serve.service import Service, for_templates
 from quantflow.serve.wire import Object
 
 MOST_SESSIONS = 1024
-# Bytes of a session's messages, for each token of the model's context and beside them. What a template shows fits the context; what it
-# leaves out, an old turn's thoughts, say, does not count there.
+# Bytes of a session's messages, for each token of the model's context and beside them. What a
+# template shows fits the context; what it leaves out, an old turn's thoughts, say, does not count
+# there.
 MOST_PER_TOKEN, MOST_BESIDE = 32, 65536
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass
 class Conversation:
-    """number: of the engine's session. messages: a list, as templates want them, in JSON; nothing else of them is kept. used: when it was,
-    on the monotonic clock. tokens: of the dialogue so far. ended: what the turn that runs hears, and one that is prepared, which must
-    not begin, where its owner or an administrator ended it."""
+    """number: of the engine's session. messages: a list, as templates want them, in JSON; nothing
+    else of them is kept. used: when it was, on the monotonic clock. tokens: of the dialogue so far.
+    ended: what the turn that runs hears, and one that is prepared, which must not begin, where its
+    owner or an administrator ended it."""
 
     number: int
     messages: bytes = b""
@@ -61,10 +64,18 @@ class Sessions:
         session = self._found.get((owner, id))
         if session is None:
             if len(self._found) >= MOST_SESSIONS and not self._forget_oldest(owner):
-                raise Refused(429, "too many sessions are in use: try again", code="too_many_sessions", headers={"retry-after": "1"})
+                raise Refused(
+                    429,
+                    "too many sessions are in use: try again",
+                    code="too_many_sessions",
+                    headers={"retry-after": "1"},
+                )
             session = self._found[(owner, id)] = Conversation(next(self._numbers))
         if session.busy:
-            message = f"session_id: a turn of session {id} is running; expected one turn at a time, or cancel: true"
+            message = (
+                f"session_id: a turn of session {id} is running; expected one turn at a time, or"
+                " cancel: true"
+            )
             raise Refused(409, message, param="session_id", code="session_busy")
         session.busy, session.used = True, time.monotonic()
         return session
@@ -76,8 +87,8 @@ class Sessions:
             self.end(owner, id)
 
     def end(self, owner: str, id: int, why: Refused | None = None) -> None:
-        """Ends a session, and the turn that runs in it, which hears why: by default, that its client wanted it. Nothing happens where there
-        is none."""
+        """Ends a session, and the turn that runs in it, which hears why: by default, that its
+        client wanted it. Nothing happens where there is none."""
         session = self._found.pop((owner, id), None)
         if session is not None:
             session.ended = why or _cancelled(id)
@@ -92,12 +103,20 @@ class Sessions:
 
     def _forget_old(self) -> None:
         limit = time.monotonic() - self._service.config.session_idle_s
-        for place in [place for place, session in self._found.items() if not session.busy and session.used < limit]:
+        for place in [
+            place
+            for place, session in self._found.items()
+            if not session.busy and session.used < limit
+        ]:
             self.end(*place)
 
     def _forget_oldest(self, owner: str) -> bool:
         """One of the owner's own, if it has any."""
-        idle = [(place[0] != owner, session.used, place) for place, session in self._found.items() if not session.busy]
+        idle = [
+            (place[0] != owner, session.used, place)
+            for place, session in self._found.items()
+            if not session.busy
+        ]
         if idle:
             self.end(*min(idle)[2])
         return bool(idle)
@@ -126,7 +145,12 @@ class TurnShape(Shape):
         return self._object(completion.text, len(completion.token_ids), completion.finish)
 
     def _object(self, text: str, tokens: int, finish: Finish | None) -> Object:
-        return {"text": text, "tokens": tokens, **self._counts, "finish_reason": None if finish is None else str(finish)}
+        return {
+            "text": text,
+            "tokens": tokens,
+            **self._counts,
+            "finish_reason": None if finish is None else str(finish),
+        }
 
 
 def turn_job(service: Service, body: InteractiveRequest, session: Conversation) -> Job:
@@ -135,35 +159,55 @@ def turn_job(service: Service, body: InteractiveRequest, session: Conversation) 
     new = for_templates([message.model_dump(exclude_none=True) for message in body.prompt])
     kept, most = _more(session.messages, new), service.context * MOST_PER_TOKEN + MOST_BESIDE
     if len(kept) > most:
-        message = f"prompt: {len(kept)} bytes in all that session {body.session_id} would keep; expected at most {most}"
+        message = (
+            f"prompt: {len(kept)} bytes in all that session {body.session_id} would keep; expected"
+            f" at most {most}"
+        )
         raise Refused(400, message, param="prompt", code="session_too_long")
     tokens = service.prompt_of(json.loads(kept))
     params = SamplingParams(
-        max_tokens=body.request_output_len, temperature=body.temperature, top_p=body.top_p, top_k=max(0, body.top_k), min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty, ignore_eos=body.ignore_eos, stop=tuple(body.stop or ()), seed=body.seed,
+        max_tokens=body.request_output_len,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(0, body.top_k),
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        ignore_eos=body.ignore_eos,
+        stop=tuple(body.stop or ()),
+        seed=body.seed,
         skip_special_tokens=body.skip_special_tokens,
-    )  # fmt: skip
+    )
     history = session.tokens
 
     def submit(engine: Engine) -> Request:
         if session.ended:
             raise session.ended
         held = engine.sessions[session.number].tokens if session.number in engine.sessions else []
-        common = next((i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), min(len(held), len(tokens)))
+        common = next(
+            (i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b),
+            min(len(held), len(tokens)),
+        )
         common = min(common, len(tokens) - 1)
         if session.number in engine.sessions:
             engine.rewind(session.number, common)
         return engine.submit(tokens[common:], params, session=session.number)
 
     def leave(output: Output) -> None:
-        """What was said counts, even where the client went away in the middle; a turn that came to nothing does not."""
+        """What was said counts, even where the client went away in the middle; a turn that came to
+        nothing does not."""
         completion = output.completions[0]
         if completion.text or completion.finish in (Finish.stop, Finish.length):
             session.messages = _more(kept, [{"role": "assistant", "content": completion.text}])
             session.tokens = len(tokens) + len(completion.token_ids)
 
     return Job(
-        [tokens], params, TurnShape(len(tokens) - history, history), body.stream, submit=submit, leave=leave, ended=lambda: session.ended
+        [tokens],
+        params,
+        TurnShape(len(tokens) - history, history),
+        body.stream,
+        submit=submit,
+        leave=leave,
+        ended=lambda: session.ended,
     )
 
 

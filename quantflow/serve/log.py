@@ -1,4 +1,5 @@
-"""What the server says to whoever runs it: a line each with time, level, request, client and message, and never very many of a kind."""
+"""What the server says to whoever runs it: a line each with time, level, request, client and
+message, and never very many of a kind."""
 
 from __future__ import annotations
 
@@ -16,12 +17,22 @@ from quantflow.errors import TURNING
 MOST_ALIKE, ALIKE_S = 5, 10.0  # lines of a kind in so many seconds; the others are counted
 MOST_KINDS = 256
 MOST_LETTERS = 2000  # of a message, which may hold what a client sent
-MOST_TRACE = 16_000  # letters of a traceback: of a longer one its beginning, and its end, which says what happened
-LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
-OTHERS = {"info": logging.WARNING, "debug": logging.INFO}  # of uvicorn, which says at `info` what nobody asked
-SAID_BETTER = "Invalid HTTP request received."  # by uvicorn, of what `connection` refuses, with an id
+# letters of a traceback: of a longer one its beginning, and its end, which says what happened
+MOST_TRACE = 16_000
+LEVELS = {
+    "error": logging.ERROR,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+}
+# of uvicorn, which says at `info` what nobody asked
+OTHERS = {"info": logging.WARNING, "debug": logging.INFO}
+# by uvicorn, of what `connection` refuses, with an id
+SAID_BETTER = "Invalid HTTP request received."
 # A client's text must neither begin a line, nor work a terminal, nor turn what is around it.
-HARMLESS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160))} | {n: f"\\u{n:04x}" for n in (0x2028, 0x2029, *TURNING)}
+HARMLESS = {n: f"\\x{n:02x}" for n in (*range(32), *range(127, 160))} | {
+    n: f"\\u{n:04x}" for n in (0x2028, 0x2029, *TURNING)
+}
 
 _about: ContextVar[tuple[str, str]] = ContextVar("about", default=("-", "-"))
 
@@ -43,7 +54,13 @@ def about(request: str, client: str) -> Iterator[None]:
 
 def address(client: Any) -> str:
     """host:port of a socket's peer."""
-    return f"[{client[0]}]:{client[1]}" if client and ":" in client[0] else f"{client[0]}:{client[1]}" if client else "-"
+    return (
+        f"[{client[0]}]:{client[1]}"
+        if client and ":" in client[0]
+        else f"{client[0]}:{client[1]}"
+        if client
+        else "-"
+    )
 
 
 class Line(logging.Formatter):
@@ -51,7 +68,9 @@ class Line(logging.Formatter):
         request, client = _about.get()
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         message = record.getMessage().strip()[:MOST_LETTERS].translate(HARMLESS)
-        line = f"{at}.{int(record.msecs):03d}Z {record.levelname.lower()} {request} {client} {message}"
+        line = (
+            f"{at}.{int(record.msecs):03d}Z {record.levelname.lower()} {request} {client} {message}"
+        )
         if record.exc_info:
             trace = _shortened(self.formatException(record.exc_info))
             line += "".join(f"\n  {part.translate(HARMLESS)}" for part in trace.splitlines())
@@ -68,8 +87,8 @@ class _Alike:
 
 
 class Log(logging.StreamHandler[Any]):
-    """Of lines that say the same, whatever of, the first few; then, once in a while, how many more there were. Those for debugging are
-    all shown."""
+    """Of lines that say the same, whatever of, the first few; then, once in a while, how many more
+    there were. Those for debugging are all shown."""
 
     def __init__(self, stream: Any = None, clock: Any = time.monotonic) -> None:
         super().__init__(stream or sys.stderr)
@@ -95,12 +114,18 @@ class Log(logging.StreamHandler[Any]):
     def _tell_rest(self, at_once: bool = False) -> None:
         now = self._clock()
         crowded = at_once or len(self._kinds) > MOST_KINDS
-        for kind, alike in [(k, a) for k, a in self._kinds.items() if crowded or now - a.began >= ALIKE_S]:
+        for kind, alike in [
+            (k, a) for k, a in self._kinds.items() if crowded or now - a.began >= ALIKE_S
+        ]:
             del self._kinds[kind]
             if (more := alike.count - MOST_ALIKE) > 0:
-                said = f"{more} more like this in {max(now - alike.began, 0.0):.0f} s: {alike.first}"
+                said = (
+                    f"{more} more like this in {max(now - alike.began, 0.0):.0f} s: {alike.first}"
+                )
                 with about("-", "-"):
-                    super().emit(logging.LogRecord(__name__, logging.WARNING, __file__, 0, said, None, None))
+                    super().emit(
+                        logging.LogRecord(__name__, logging.WARNING, __file__, 0, said, None, None)
+                    )
 
 
 def _shortened(trace: str) -> str:
@@ -116,11 +141,18 @@ def _kind(record: logging.LogRecord) -> object:
     while trace and trace.tb_next:
         trace = trace.tb_next
     place = (trace.tb_frame.f_code.co_filename, trace.tb_lineno) if trace else None
-    return record.name, record.levelno, record.msg if isinstance(record.msg, str) else type(record.msg), type(error), place
+    return (
+        record.name,
+        record.levelno,
+        record.msg if isinstance(record.msg, str) else type(record.msg),
+        type(error),
+        place,
+    )
 
 
 def start(level: str) -> Log:
-    """All that this process says goes through one handler, in the one form. level: error, warning, info or debug."""
+    """All that this process says goes through one handler, in the one form. level: error, warning,
+    info or debug."""
     found = Log()
     root = logging.getLogger()
     root.handlers[:] = [found]

@@ -1,14 +1,23 @@
 """The messages of the HTTP interface: OpenAI's, and LMDeploy's where it differs.
 
-Every parameter is honoured, or accepted with the values that change nothing and refused by name with any other (`serve/fields.py` has
-those), so that the document at /openapi.json says so. What is null is as if it were not there, known or not.
+Every parameter is honoured, or accepted with the values that change nothing and refused by name
+with any other (`serve/fields.py` has those), so that the document at /openapi.json says so. What is
+null is as if it were not there, known or not.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from quantflow.serve import fields
@@ -28,7 +37,10 @@ def _null_or_nothing(schema: dict[str, Any]) -> None:
     for name, given in properties.items():
         if given.get("default") is not None:
             about = {key: given[key] for key in ("default", "title", "description") if key in given}
-            properties[name] = {"anyOf": [{k: v for k, v in given.items() if k not in about}, {"type": "null"}], **about}
+            properties[name] = {
+                "anyOf": [{k: v for k, v in given.items() if k not in about}, {"type": "null"}],
+                **about,
+            }
 
 
 class Incoming(BaseModel):
@@ -41,13 +53,19 @@ class Incoming(BaseModel):
     def _without_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict) or None not in data.values():
             return data
-        required = {field.alias or name for name, field in cls.model_fields.items() if field.is_required()}
-        return {name: value for name, value in data.items() if value is not None or name in required}
+        required = {
+            field.alias or name for name, field in cls.model_fields.items() if field.is_required()
+        }
+        return {
+            name: value for name, value in data.items() if value is not None or name in required
+        }
 
 
 INTERACTIVE: dict[str, fields.Foreign] = {
     "messages": fields.only(hint="Use prompt"),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), fields.only(hint="Use request_output_len")),
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens"), fields.only(hint="Use request_output_len")
+    ),
 }
 
 if TYPE_CHECKING:  # the fields of others are made of a table
@@ -75,10 +93,18 @@ class Outgoing(BaseModel):
 Name = Annotated[str, Field(max_length=MOST_NAME)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=MOST_STOPS, fail_fast=True)]
-Biases = Annotated[dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=512)]],
+    Field(max_length=MOST_STOPS, fail_fast=True),
+]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),
+]
 # fail_fast: a million wrong items are one error, not a million.
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=2**20, fail_fast=True)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(max_length=2**20, fail_fast=True)
+]
 
 
 def _many(stop: Any) -> Any:
@@ -89,7 +115,11 @@ def _many(stop: Any) -> Any:
 Stop = Annotated[
     StopStrings | None,
     BeforeValidator(
-        _many, json_schema_input_type=Annotated[str, Field(min_length=1, max_length=512)] | StopStrings | Literal[False] | None
+        _many,
+        json_schema_input_type=Annotated[str, Field(min_length=1, max_length=512)]
+        | StopStrings
+        | Literal[False]
+        | None,
     ),
 ]
 
@@ -99,7 +129,9 @@ def _switch(value: Any) -> Any:
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
-Switch = Annotated[bool, BeforeValidator(_switch, json_schema_input_type=bool | Literal["true", "false"])]
+Switch = Annotated[
+    bool, BeforeValidator(_switch, json_schema_input_type=bool | Literal["true", "false"])
+]
 
 
 def _unsupported(words: str) -> PydanticCustomError:
@@ -127,13 +159,15 @@ class MessageToolCall(CallFields):
 
 
 class Message(MessageFields):
-    """content may be missing or null where there are tool_calls, or a refusal, which then stands for it. reasoning_content, reasoning,
-    thinking: one of them, for templates that show it."""
+    """content may be missing or null where there are tool_calls, or a refusal, which then stands
+    for it. reasoning_content, reasoning, thinking: one of them, for templates that show it."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[MessageToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_calls: (
+        Annotated[list[MessageToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None
+    ) = None
     tool_call_id: Name | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -149,11 +183,18 @@ def _dialogue(messages: Any) -> Any:
 Messages = Annotated[
     list[Message],
     Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True),
-    BeforeValidator(_dialogue, json_schema_input_type=Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)] | str),
+    BeforeValidator(
+        _dialogue,
+        json_schema_input_type=Annotated[
+            list[Message], Field(min_length=1, max_length=MOST_MESSAGES)
+        ]
+        | str,
+    ),
 ]
 
 
-ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]  # OpenAI's have 64 letters, Anthropic's twice as many
+# OpenAI's have 64 letters, Anthropic's twice as many
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")]
 
 
 class Function(Incoming):
@@ -212,9 +253,10 @@ class JsonSchema(Incoming):
 
 
 class ResponseFormat(Incoming):
-    """json_object: any JSON object, or one that follows `schema`. json_schema: one that follows `json_schema.schema`, or `schema`.
-    regex_schema: a text that its namesake matches as a whole, in LMDeploy's words; regex: the same in those of others. grammar: one of a
-    grammar in Lark or GBNF."""
+    """json_object: any JSON object, or one that follows `schema`. json_schema: one that follows
+    `json_schema.schema`, or `schema`.
+    regex_schema: a text that its namesake matches as a whole, in LMDeploy's words; regex: the same
+    in those of others. grammar: one of a grammar in Lark or GBNF."""
 
     type: Literal["text", "json_object", "json_schema", "regex_schema", "regex", "grammar"]
     json_schema: JsonSchema | None = None
@@ -229,7 +271,10 @@ class ResponseFormat(Incoming):
     def _no_other_type(cls, data: Any) -> Any:
         kind = data.get("type") if isinstance(data, dict) else None
         if kind in ("structural_tag", "python"):
-            raise _unsupported(f"type {kind} is not supported here; expected one of json_schema, json_object, regex, grammar, text")
+            raise _unsupported(
+                f"type {kind} is not supported here; expected one of json_schema, json_object,"
+                " regex, grammar, text"
+            )
         return data
 
 
@@ -247,8 +292,8 @@ class StructuredOutputs(StructuredFields):
 
 
 class Constrained(Incoming):
-    """What an answer must be, in the words of several servers; at most one of them. The guided_ ones are vLLM's, ebnf and regex SGLang's,
-    grammar llama.cpp's, json_schema both's."""
+    """What an answer must be, in the words of several servers; at most one of them. The guided_
+    ones are vLLM's, ebnf and regex SGLang's, grammar llama.cpp's, json_schema both's."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -269,12 +314,14 @@ class StreamOptions(Incoming):
 
 
 class Sampling(RequestFields):
-    """What /v1/chat/completions and /v1/completions share. min_tokens (LMDeploy calls it min_new_tokens), stop_token_ids, top_k, min_p,
-    repetition_penalty, ignore_eos, skip_special_tokens and include_stop_str_in_output are not OpenAI's. Of max_tokens and
+    """What /v1/chat/completions and /v1/completions share. min_tokens (LMDeploy calls it
+    min_new_tokens), stop_token_ids, top_k, min_p, repetition_penalty, ignore_eos,
+    skip_special_tokens and include_stop_str_in_output are not OpenAI's. Of max_tokens and
     max_completion_tokens the smaller holds.
 
-    do_sample: false is temperature 0. include_stop_str_in_output: what ended the text is its end. return_token_ids, prompt_logprobs: told
-    as vLLM tells them. priority: of two that wait the lower goes first; a request may step back behind others, and not before them."""
+    do_sample: false is temperature 0. include_stop_str_in_output: what ended the text is its end.
+    return_token_ids, prompt_logprobs: told as vLLM tells them. priority: of two that wait the lower
+    goes first; a request may step back behind others, and not before them."""
 
     model: Name | None = None
     frequency_penalty: Penalty | None = None
@@ -305,19 +352,26 @@ class Sampling(RequestFields):
 
 
 Document = Annotated[dict[str, str], Field(max_length=64)]
-Variables = Annotated[dict[Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,63}$")], Any], Field(max_length=64)]
+Variables = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[a-zA-Z][a-zA-Z0-9_]{0,63}$")], Any], Field(max_length=64)
+]
 
 
 class Templated(RequestFields):
-    """What the model's chat template is told beside the dialogue; where it does not ask, it changes nothing. chat_template_kwargs:
-    variables of the template. reasoning_effort: one, too; `none` says enable_thinking: false and thinking: false, any other true.
-    continue_final_message: the answer goes on where the last message ends. add_generation_prompt: false leaves out where the answer
-    would begin."""
+    """What the model's chat template is told beside the dialogue; where it does not ask, it changes
+    nothing. chat_template_kwargs: variables of the template. reasoning_effort: one, too; `none`
+    says enable_thinking: false and thinking: false, any other true.
+    continue_final_message: the answer goes on where the last message ends. add_generation_prompt:
+    false leaves out where the answer would begin."""
 
     chat_template_kwargs: Variables | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
+        None
+    )
     enable_thinking: bool | None = None
-    documents: Annotated[list[Document], Field(max_length=MOST_PROMPTS, fail_fast=True)] | None = None
+    documents: Annotated[list[Document], Field(max_length=MOST_PROMPTS, fail_fast=True)] | None = (
+        None
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -328,7 +382,13 @@ class ChatRequest(Constrained, Templated, Sampling):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Annotated[Tool, known_types("tools", "function")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tools: (
+        Annotated[
+            list[Annotated[Tool, known_types("tools", "function")]],
+            Field(max_length=MOST_TOOLS, fail_fast=True),
+        ]
+        | None
+    ) = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -343,9 +403,15 @@ def _kind(prompt: Any) -> str:
 
 Prompt = Annotated[
     Annotated[str, Tag("text")]
-    | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("texts")]
+    | Annotated[
+        list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("texts")
+    ]
     | Annotated[TokenIds, Field(min_length=1), Tag("tokens")]
-    | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True), Tag("lists")],
+    | Annotated[
+        list[Annotated[TokenIds, Field(min_length=1)]],
+        Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True),
+        Tag("lists"),
+    ],
     Discriminator(_kind),
 ]
 
@@ -359,9 +425,11 @@ class CompletionRequest(Constrained, Sampling):
 
 
 class InteractiveRequest(InteractiveFields):
-    """A turn of a session, in LMDeploy's words. interactive_mode: the session stays for another turn; else it ends with this one.
-    cancel: ends the session, and the turn that runs. request_output_len: the most tokens to generate; 0 with interactive_mode false ends
-    the session without a turn, as LMDeploy's client asks for it."""
+    """A turn of a session, in LMDeploy's words. interactive_mode: the session stays for another
+    turn; else it ends with this one.
+    cancel: ends the session, and the turn that runs. request_output_len: the most tokens to
+    generate; 0 with interactive_mode false ends the session without a turn, as LMDeploy's client
+    asks for it."""
 
     model: Name | None = None
     prompt: Messages
@@ -396,8 +464,9 @@ class DetokenizeRequest(Incoming):
 
 
 class GenerateRequest(Incoming):
-    """A prompt and what to make of it, in LMDeploy's words. session_id: a label. logprob_start_len: from
-    the token after this one on the prompt's log-probabilities are told, and nothing is generated."""
+    """A prompt and what to make of it, in LMDeploy's words. session_id: a label. logprob_start_len:
+    from the token after this one on the prompt's log-probabilities are told, and nothing is
+    generated."""
 
     prompt: Annotated[str, Field(min_length=1)] | None = None
     input_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
@@ -428,7 +497,8 @@ class GenerateRequest(Incoming):
 
 
 class EncodeRequest(Incoming):
-    """LMDeploy's. do_preprocess: the tokens of a dialogue in which the text is the user's. add_bos: with those that open every text."""
+    """LMDeploy's. do_preprocess: the tokens of a dialogue in which the text is the user's. add_bos:
+    with those that open every text."""
 
     input: str | Annotated[list[str], Field(max_length=MOST_PROMPTS, fail_fast=True)]
     do_preprocess: bool | None = None
@@ -485,7 +555,8 @@ class PromptLogprob(Outgoing):
     decoded_token: str
 
 
-# Of each token of a prompt, by the ids of it and of the likeliest; null of the first, which follows nothing.
+# Of each token of a prompt, by the ids of it and of the likeliest; null of the first, which follows
+# nothing.
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
@@ -507,7 +578,8 @@ class AssistantMessage(Outgoing):
     tool_calls: list[ToolCall] | None = None
 
 
-StopReason = str | int | None  # vLLM's: the stop string, or the token of stop_token_ids, that ended the text
+# vLLM's: the stop string, or the token of stop_token_ids, that ended the text
+StopReason = str | int | None
 
 
 class ChatChoice(Outgoing):
@@ -594,7 +666,8 @@ class Completion(Outgoing):
 
 
 class InteractiveResponse(Outgoing):
-    """tokens: generated so far; input_tokens: of the prompt; history_tokens: that the session held before."""
+    """tokens: generated so far; input_tokens: of the prompt; history_tokens: that the session held
+    before."""
 
     text: str
     tokens: int
@@ -640,7 +713,8 @@ class GenerateMeta(Outgoing):
 
 
 class GenerateResponse(Outgoing):
-    """completion_tokens, output_ids: without the token that ended the text, unless include_stop_str_in_output asks for it."""
+    """completion_tokens, output_ids: without the token that ended the text, unless
+    include_stop_str_in_output asks for it."""
 
     text: str
     output_ids: list[int]

@@ -20,9 +20,16 @@ from quantflow.serve.service import Service
 WARM_S = 600.0
 
 
-def start(model: str, config: ServerConfig, note: Callable[[str], None], ready: Callable[[str], None], **options: Any) -> int:
-    """Loads, warms up, serves; returns the process's exit code. note: told what happens. ready: told once requests are answered. options:
-    those of `EngineConfig`. Raises UserError, ResourceError."""
+def start(
+    model: str,
+    config: ServerConfig,
+    note: Callable[[str], None],
+    ready: Callable[[str], None],
+    **options: Any,
+) -> int:
+    """Loads, warms up, serves; returns the process's exit code. note: told what happens. ready:
+    told once requests are answered. options: those of `EngineConfig`. Raises UserError,
+    ResourceError."""
     began = time.monotonic()
     _check_port(config)
     llm = AsyncLLM(model, **options)
@@ -34,10 +41,15 @@ def start(model: str, config: ServerConfig, note: Callable[[str], None], ready: 
         if config.literal_content and llm.engine.text:
             _ = llm.engine.text.literal  # whether it can be had
         gc.collect()
-        gc.freeze()  # what is there by now stays: to look through it for garbage takes a third of a second, in which nobody is answered
+        # what is there by now stays: to look through it for garbage takes a third of a second, in
+        # which nobody is answered
+        gc.freeze()
         service = Service(llm, config, llm.engine.path.resolve().name)
         seconds = time.monotonic() - began
-        code = serve(service, lambda address: ready(f"ready: {address} serves {service.name} ({seconds:.1f} s)"))
+        code = serve(
+            service,
+            lambda address: ready(f"ready: {address} serves {service.name} ({seconds:.1f} s)"),
+        )
     finally:
         ended = llm.close(CLOSE_S)
     if not ended:
@@ -46,8 +58,8 @@ def start(model: str, config: ServerConfig, note: Callable[[str], None], ready: 
 
 
 def _warm(llm: AsyncLLM) -> None:
-    """One token, so that what is compiled or started at first use is ready, and a model that cannot run is noticed; and the chat template's
-    process. Raises ResourceError."""
+    """One token, so that what is compiled or started at first use is ready, and a model that cannot
+    run is noticed; and the chat template's process. Raises ResourceError."""
 
     def generate(engine: Engine) -> None:
         engine.submit([0], SamplingParams(max_tokens=1))
@@ -73,5 +85,10 @@ def _check_port(config: ServerConfig) -> None:
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise UserError(
-                Problem(f"{config.host}:{config.port}", reason, "an address of this machine and a free port", "Choose --port")
+                Problem(
+                    f"{config.host}:{config.port}",
+                    reason,
+                    "an address of this machine and a free port",
+                    "Choose --port",
+                )
             ) from error

@@ -1,5 +1,5 @@
-"""From a request's words to the engine's: sampling parameters; and back: log-probabilities as chat completions tell
-them, and a prompt's as vLLM does."""
+"""From a request's words to the engine's: sampling parameters; and back: log-probabilities as chat
+completions tell them, and a prompt's as vLLM does."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ def default(value: Any, otherwise: Any) -> Any:
 
 
 def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
-    """OpenAI's defaults where nothing is said. more: what has another name there. Raises Refused, RequestError."""
+    """OpenAI's defaults where nothing is said. more: what has another name there. Raises Refused,
+    RequestError."""
     arguments: Object = {
         "max_tokens": most_tokens(body),
         "min_tokens": max(body.min_tokens or 0, body.min_new_tokens or 0),
-        "temperature": 0.0 if body.do_sample is False else temperature(default(body.temperature, 1.0)),
+        "temperature": 0.0
+        if body.do_sample is False
+        else temperature(default(body.temperature, 1.0)),
         "top_k": max(0, body.top_k or 0),  # -1 is off, too
         "top_p": max(default(body.top_p, 1.0), LEAST_TOP_P),
         "min_p": body.min_p or 0.0,
@@ -42,13 +45,20 @@ def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
         "prompt_logprobs": body.prompt_logprobs,
     }
     if body.prompt_logprobs is not None and body.stream:
-        raise Refused(400, "prompt_logprobs: with stream; expected one of them", param="prompt_logprobs", code="unsupported_value")
+        raise Refused(
+            400,
+            "prompt_logprobs: with stream; expected one of them",
+            param="prompt_logprobs",
+            code="unsupported_value",
+        )
     return SamplingParams(**{**arguments, **more})
 
 
 def most_tokens(body: Sampling) -> int | None:
     """Both are limits: the smaller holds. None: there is none."""
-    return min((n for n in (body.max_tokens, body.max_completion_tokens) if n is not None), default=None)
+    return min(
+        (n for n in (body.max_tokens, body.max_completion_tokens) if n is not None), default=None
+    )
 
 
 def temperature(asked: float) -> float:
@@ -64,19 +74,34 @@ def stream_usage(options: StreamOptions | None) -> bool:
 def chat_logprobs(text: Text, scored: Sequence[Logprob]) -> Object:
     def one(token: int, logprob: float) -> Object:
         data = text.token_bytes(token)
-        return {"token": data.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(data)}
+        return {
+            "token": data.decode("utf-8", "replace"),
+            "logprob": finite(logprob),
+            "bytes": list(data),
+        }
 
     return {
-        "content": [{**one(s.token, s.logprob), "top_logprobs": [one(t, p) for t, p in s.top]} for s in scored],
+        "content": [
+            {**one(s.token, s.logprob), "top_logprobs": [one(t, p) for t, p in s.top]}
+            for s in scored
+        ],
         "refusal": None,
     }
 
 
-def prompt_logprobs(text: Text, scores: Sequence[Logprob | None], count: int) -> list[Object | None]:
+def prompt_logprobs(
+    text: Text, scores: Sequence[Logprob | None], count: int
+) -> list[Object | None]:
     """As vLLM tells them: see `PromptLogprobs`. count: of the likeliest."""
 
     def one(token: int, logprob: float, rank: int) -> Object:
-        return {str(token): {"logprob": finite(logprob), "rank": rank, "decoded_token": text.token_text(token)}}
+        return {
+            str(token): {
+                "logprob": finite(logprob),
+                "rank": rank,
+                "decoded_token": text.token_text(token),
+            }
+        }
 
     found: list[Object | None] = []
     for score in scores:

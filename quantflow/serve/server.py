@@ -1,7 +1,7 @@
 """The process that serves: connections by uvicorn, signals, and an exit code that says how it went.
 
-The first SIGTERM or Ctrl-C drains: the port is closed, what runs is finished or, after a while, ended with an error, and the process
-exits with 0. The second quits at once.
+The first SIGTERM or Ctrl-C drains: the port is closed, what runs is finished or, after a while,
+ended with an error, and the process exits with 0. The second quits at once.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ WHOLE_S = 1.0  # for a request that is on its way to be whole, when the server i
 END_S = 1.0  # for errors to be read by the clients of requests that were ended
 LAST_S = 5.0  # for errors to reach the clients of requests that were ended
 WATCH_S = 0.2
-# How long a thread may keep the interpreter while others want it. The loop wants it back after every read and write: at Python's 5 ms, a
-# round that serves some hundred clients took seconds beside an engine that computes.
+# How long a thread may keep the interpreter while others want it. The loop wants it back after
+# every read and write: at Python's 5 ms, a round that serves some hundred clients took seconds
+# beside an engine that computes.
 SWITCH_S = 0.0005
 BACKLOG = 1024  # connections that the system keeps until they are taken
 
@@ -40,17 +41,28 @@ logger = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """ready: called with the server's address once it answers. said: the process's log."""
 
-    def __init__(self, service: Service, ready: Callable[[str], None], said: log.Log | None = None) -> None:
+    def __init__(
+        self, service: Service, ready: Callable[[str], None], said: log.Log | None = None
+    ) -> None:
         config = service.config
         self._connections = Connections()
         super().__init__(
             uvicorn.Config(
-                create_app(service), host=config.host, port=config.port, http=partial(Connection, self._connections),  # type: ignore[arg-type]
-                ws="none", lifespan="on", loop="asyncio", log_config=None, access_log=False, proxy_headers=False, server_header=False,
+                create_app(service),
+                host=config.host,
+                port=config.port,
+                http=partial(Connection, self._connections),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="on",
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
                 backlog=accepts(),
                 timeout_graceful_shutdown=int(config.drain_timeout_s + LAST_S),
             )
-        )  # fmt: skip
+        )
         self.service, self.exit_code = service, 0
         self._said = said
         self._ready = ready
@@ -67,7 +79,8 @@ class Server(uvicorn.Server):
             self._watch = asyncio.create_task(self._look_after())
 
     async def _look_after(self) -> None:
-        """Ends the process when its engine has died and somebody outside will start another; ends what runs too long when draining."""
+        """Ends the process when its engine has died and somebody outside will start another; ends
+        what runs too long when draining."""
         loop, told = asyncio.get_running_loop(), 0.0
         while True:
             await asyncio.sleep(WATCH_S)
@@ -95,11 +108,15 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """In place of uvicorn's, which ends the process by the signal it was sent. Only the main thread hears signals."""
+        """In place of uvicorn's, which ends the process by the signal it was sent. Only the main
+        thread hears signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        kept = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        kept = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -113,9 +130,13 @@ class Server(uvicorn.Server):
 
 
 def serve(service: Service, ready: Callable[[str], None]) -> int:
-    """Serves until it is told to stop, and returns the process's exit code. Raises SystemExit where the port is taken."""
+    """Serves until it is told to stop, and returns the process's exit code. Raises SystemExit where
+    the port is taken."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)) if hard != resource.RLIM_INFINITY else max(soft, 65536), hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE,
+        (min(hard, max(soft, 65536)) if hard != resource.RLIM_INFINITY else max(soft, 65536), hard),
+    )
     sys.setswitchinterval(SWITCH_S)
     said = log.start(service.config.log_level)
     server = Server(service, ready, said)

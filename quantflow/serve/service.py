@@ -1,4 +1,5 @@
-"""The engine as the routes see it: who may enter, whether it is well, and what its model is called."""
+"""The engine as the routes see it: who may enter, whether it is well, and what its model is
+called."""
 
 from __future__ import annotations
 
@@ -30,13 +31,16 @@ from quantflow.serve.tools import ToolFormat, tool_format
 from quantflow.serve.wire import encode
 
 RETRY_AFTER_S = 1
-SENDS_PER_S = 500.0  # of all streams together: one costs a small machine about a tenth of a millisecond of both its cores
+# of all streams together: one costs a small machine about a tenth of a millisecond of both its
+# cores
+SENDS_PER_S = 500.0
 MOST_PAUSE_S = 0.05  # a reader sees no difference
 NOTHING = Told()
 
 
 class Service:
-    """llm: whose requests all come from here. draining: no new ones are taken; expired: those that still run are ended."""
+    """llm: whose requests all come from here. draining: no new ones are taken; expired: those that
+    still run are ended."""
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig, default_name: str) -> None:
         engine = llm.engine
@@ -51,7 +55,9 @@ class Service:
         self.expired = asyncio.Event()
         # A pool for each kind of work, so that one cannot keep the others waiting.
         pools = (ThreadPoolExecutor(n, thread_name_prefix="quantflow") for n in (4, 1, 2, 1, 1))
-        self._texts, self._asides, self._larges, self._compilations, self._answers = self._pools = tuple(pools)
+        self._texts, self._asides, self._larges, self._compilations, self._answers = self._pools = (
+            tuple(pools)
+        )
 
     @property
     def name(self) -> str:
@@ -62,7 +68,12 @@ class Service:
         """Raises Refused for a model without a tokenizer."""
         found = self.llm.engine.text
         if found is None:
-            raise Refused(400, "prompt: text, and the model has no tokenizer; expected token ids", param="prompt", code="no_tokenizer")
+            raise Refused(
+                400,
+                "prompt: text, and the model has no tokenizer; expected token ids",
+                param="prompt",
+                code="no_tokenizer",
+            )
         return found
 
     @property
@@ -71,12 +82,19 @@ class Service:
         return tool_format(found.template) if found else None
 
     def cards(self) -> list[ModelCard]:
-        return [ModelCard(id=name, created=self.began, max_model_len=self.context) for name in self.names]
+        return [
+            ModelCard(id=name, created=self.began, max_model_len=self.context)
+            for name in self.names
+        ]
 
     def check_model(self, name: str | None) -> None:
-        """Raises Refused for a name that the model does not have. Where none was given to the server, it answers to all."""
+        """Raises Refused for a name that the model does not have. Where none was given to the
+        server, it answers to all."""
         if name is not None and self.config.names and name not in self.names:
-            message = f"The model {name[:80]!r} does not exist: expected one of {', '.join(map(repr, self.names))}"
+            message = (
+                f"The model {name[:80]!r} does not exist: expected one of"
+                f" {', '.join(map(repr, self.names))}"
+            )
             raise Refused(404, message, param="model", code="model_not_found")
 
     @property
@@ -90,20 +108,29 @@ class Service:
 
     @property
     def pause_s(self) -> float:
-        """How long a stream gathers tokens between two events: hardly at all where few run; many would spend the machine on sending."""
+        """How long a stream gathers tokens between two events: hardly at all where few run; many
+        would spend the machine on sending."""
         return min(MOST_PAUSE_S, self.inside / SENDS_PER_S)
 
     @contextmanager
     def entered(self, sequences: int) -> Iterator[None]:
-        """For as long as a request is in the house. Raises Refused where there is no room, or the house is closing."""
+        """For as long as a request is in the house. Raises Refused where there is no room, or the
+        house is closing."""
         most = self.most_sequences + self.config.max_queue
         if self.draining:
             raise shutting_down()
         if sequences > most:
-            raise Refused(400, f"n: {sequences} texts in all; expected at most {most}", param="n", code="invalid_value")
+            raise Refused(
+                400,
+                f"n: {sequences} texts in all; expected at most {most}",
+                param="n",
+                code="invalid_value",
+            )
         if self.inside + sequences > most:
             message = f"the queue is full ({self.inside} texts run or wait): try again"
-            raise Refused(429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)})
+            raise Refused(
+                429, message, code="queue_full", headers={"retry-after": str(RETRY_AFTER_S)}
+            )
         self.inside += sequences
         try:
             yield
@@ -111,16 +138,29 @@ class Service:
             self.inside -= sequences
 
     async def open(
-        self, prompts: Sequence[list[int]], params: SamplingParams, *, whole: bool, priority: int = 0,
-        submit: Callable[[Engine], Request] | None = None, arrived: asyncio.Event | None = None,
-    ) -> list[Stream]:  # fmt: skip
-        """The requests, all submitted, or none of them, and listened to by the metrics. submit: in place of the engine's own, for the one
-        prompt there is. arrived: see `Stream`. Raises RequestError, ResourceError."""
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        whole: bool,
+        priority: int = 0,
+        submit: Callable[[Engine], Request] | None = None,
+        arrived: asyncio.Event | None = None,
+    ) -> list[Stream]:
+        """The requests, all submitted, or none of them, and listened to by the metrics. submit: in
+        place of the engine's own, for the one prompt there is. arrived: see `Stream`. Raises
+        RequestError, ResourceError."""
 
         def begin(engine: Engine) -> list[Request]:
-            return engine.submit_all(prompts, params, priority=priority) if submit is None else [submit(engine)]
+            return (
+                engine.submit_all(prompts, params, priority=priority)
+                if submit is None
+                else [submit(engine)]
+            )
 
-        streams = await self.llm.open_by(begin, whole=whole, hear=partial(self._counting, time.monotonic()), arrived=arrived)
+        streams = await self.llm.open_by(
+            begin, whole=whole, hear=partial(self._counting, time.monotonic()), arrived=arrived
+        )
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return streams
 
@@ -144,8 +184,9 @@ class Service:
         return hear
 
     async def prepare(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives, done beside the loop: tokenising takes a while. Where nobody waits any longer, it is not begun, or its long
-        text is given up. That of large requests waits in a line of its own, so that it keeps nobody else waiting."""
+        """What `work` gives, done beside the loop: tokenising takes a while. Where nobody waits any
+        longer, it is not begun, or its long text is given up. That of large requests waits in a
+        line of its own, so that it keeps nobody else waiting."""
         return await self._beside(self._texts, work)
 
     async def prepare_aside(self, work: Callable[[], Any]) -> Any:
@@ -172,47 +213,72 @@ class Service:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def encode(self, prompts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Tokens of prompts. special: see `Text.encode`. Raises Refused for one that is too long, before it is tokenised where that is
-        certain, and RequestError."""
-        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]  # as the engine calls them
+        """Tokens of prompts. special: see `Text.encode`. Raises Refused for one that is too long,
+        before it is tokenised where that is certain, and RequestError."""
+        # as the engine calls them
+        names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
             self._check_letters(name, len(prompt))
         return self._fitting(prompts, names, special=special)
 
     def dialogue(self, messages: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
-        """The tokens of messages as templates want them. Raises RequestError, and Refused where they are too long."""
+        """The tokens of messages as templates want them. Raises RequestError, and Refused where
+        they are too long."""
         return self.prompt_of(for_templates(messages), told)
 
     def prompt_of(self, given: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
         """The same of messages in the words of templates: see `for_templates`."""
         letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
-        self._check_letters("messages", letters + sum(len(text) for d in told.variables.get("documents", ()) for text in d.values()))
-        return self._fitting([self._rendered(given, told)], ["messages"], special=False, literal=self.config.literal_content)[0]
+        self._check_letters(
+            "messages",
+            letters
+            + sum(len(text) for d in told.variables.get("documents", ()) for text in d.values()),
+        )
+        return self._fitting(
+            [self._rendered(given, told)],
+            ["messages"],
+            special=False,
+            literal=self.config.literal_content,
+        )[0]
 
     def tokens(self, texts: Sequence[str], *, special: bool) -> Encoded:
         """The tokens of texts of any length. Raises RequestError."""
         return self._encoded(texts, special=special)
 
-    def dialogue_tokens(self, dialogues: Sequence[list[dict[str, Any]]], told: Told = NOTHING) -> Encoded:
+    def dialogue_tokens(
+        self, dialogues: Sequence[list[dict[str, Any]]], told: Told = NOTHING
+    ) -> Encoded:
         """The same of dialogues, each up to where its answer begins."""
         texts = [self._rendered(for_templates(messages), told) for messages in dialogues]
         return self._encoded(texts, special=False, literal=self.config.literal_content)
 
     def decode(self, tokens: list[int]) -> bytes:
         """The text of tokens, special ones left out: a JSON string. Raises RequestError."""
-        return encode(self.text.decode(tokens)) if len(tokens) <= LONG else self._long_texts.decode(tokens)
+        return (
+            encode(self.text.decode(tokens))
+            if len(tokens) <= LONG
+            else self._long_texts.decode(tokens)
+        )
 
     def _rendered(self, given: list[dict[str, Any]], told: Told) -> str:
         return self.text.render(
-            given, told.variables, tools=told.tools, add_generation_prompt=told.add_generation_prompt, continued=told.continued,
+            given,
+            told.variables,
+            tools=told.tools,
+            add_generation_prompt=told.add_generation_prompt,
+            continued=told.continued,
             literal=self.config.literal_content,
-        )  # fmt: skip
+        )
 
     @cached_property
     def _long_texts(self) -> LongTexts:
-        return LongTexts(self.text.tokenizer, self.text.templates if self.config.literal_content else None)
+        return LongTexts(
+            self.text.tokenizer, self.text.templates if self.config.literal_content else None
+        )
 
-    def _fitting(self, texts: Sequence[str], names: Sequence[str], *, special: bool, literal: bool = False) -> list[list[int]]:
+    def _fitting(
+        self, texts: Sequence[str], names: Sequence[str], *, special: bool, literal: bool = False
+    ) -> list[list[int]]:
         """names: what a client calls each."""
         found = self._encoded(texts, special=special, literal=literal, most=self.context)
         for name, count in zip(names, found.counts, strict=True):
@@ -220,7 +286,9 @@ class Service:
                 raise self._too_long(name, f"{count} tokens")
         return found.ids
 
-    def _encoded(self, texts: Sequence[str], *, special: bool, literal: bool = False, most: int | None = None) -> Encoded:
+    def _encoded(
+        self, texts: Sequence[str], *, special: bool, literal: bool = False, most: int | None = None
+    ) -> Encoded:
         """Where all of them together are short, a process of their own would take longer."""
         if sum(map(len, texts)) > LONG:
             return self._long_texts.encode(texts, special=special, literal=literal, most=most)
@@ -233,17 +301,22 @@ class Service:
             raise self._too_long(param, f"{letters} letters")
 
     def _too_long(self, param: str, what: str) -> Refused:
-        problem = Problem(param, what, f"fewer than {self.context} tokens, {self.llm.engine.room_is}", SHORTEN)
+        problem = Problem(
+            param, what, f"fewer than {self.context} tokens, {self.llm.engine.room_is}", SHORTEN
+        )
         return Refused(400, str(problem), param=param, code=TOO_LONG)
 
 
 async def _done(pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
-    """What `work` gives, done by the pool. Who is cancelled leaves nothing in its queue but a place: what waits there may be large."""
+    """What `work` gives, done by the pool. Who is cancelled leaves nothing in its queue but a
+    place: what waits there may be large."""
     held, unwanted, context = [work], threading.Event(), copy_context()
     del work
     context.run(UNWANTED.set, unwanted)
     try:
-        return await asyncio.get_running_loop().run_in_executor(pool, context.run, lambda: contained(held.pop()))
+        return await asyncio.get_running_loop().run_in_executor(
+            pool, context.run, lambda: contained(held.pop())
+        )
     except asyncio.CancelledError:
         unwanted.set()
         held.clear()
@@ -261,14 +334,18 @@ def for_templates(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in the words that templates know: text in one piece, arguments as objects, `developer` as `system`, and nothing that is
-    there but empty."""
+    """A message in the words that templates know: text in one piece, arguments as objects,
+    `developer` as `system`, and nothing that is there but empty."""
     content = message.get("content")
-    content = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    content = (
+        content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    )
     found = {"role": message["role"], "content": content or message.get("refusal") or ""}
     if found["role"] == "developer":
         found["role"] = "system"
-    found |= {name: message[name] for name in ("name", "tool_call_id", *REASONING) if message.get(name)}
+    found |= {
+        name: message[name] for name in ("name", "tool_call_id", *REASONING) if message.get(name)
+    }
     if message.get("tool_calls"):
         found["tool_calls"] = [_call(call) for call in message["tool_calls"]]
     return found
@@ -281,4 +358,8 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         wrong = f"messages: tool_calls with arguments {function['arguments'][:80]!r}; expected JSON"
         raise Refused(400, wrong, param="messages", code="invalid_value") from None
-    return {"id": call["id"], "type": call["type"], "function": {"name": function["name"], "arguments": arguments}}
+    return {
+        "id": call["id"],
+        "type": call["type"],
+        "function": {"name": function["name"], "arguments": arguments},
+    }

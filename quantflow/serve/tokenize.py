@@ -1,4 +1,5 @@
-"""vLLM's doors for tokens: /tokenize, those of a text, or of a dialogue up to where its answer begins, and /detokenize."""
+"""vLLM's doors for tokens: /tokenize, those of a text, or of a dialogue up to where its answer
+begins, and /detokenize."""
 
 from __future__ import annotations
 
@@ -16,13 +17,24 @@ def tokenized(service: Service, body: TokenizeRequest) -> bytes:
     """What is answered, as JSON. Takes a while. Raises Refused, RequestError."""
     service.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise Refused(400, "prompt: expected it or messages, one of the two", param="prompt", code="invalid_value")
+        raise Refused(
+            400,
+            "prompt: expected it or messages, one of the two",
+            param="prompt",
+            code="invalid_value",
+        )
     _check_neutral(body)
     if body.messages is not None:
-        found = service.dialogue_tokens([[m.model_dump(exclude_none=True) for m in body.messages]], told(body, body.messages))
+        found = service.dialogue_tokens(
+            [[m.model_dump(exclude_none=True) for m in body.messages]], told(body, body.messages)
+        )
     else:
         found = service.tokens([body.prompt or ""], special=body.add_special_tokens is not False)
-    return b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (found.json[1:-1], found.counts[0], service.context)
+    return b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (
+        found.json[1:-1],
+        found.counts[0],
+        service.context,
+    )
 
 
 def detokenized(service: Service, body: DetokenizeRequest) -> bytes:
@@ -36,7 +48,8 @@ def detokenized(service: Service, body: DetokenizeRequest) -> bytes:
 
 
 def _check_neutral(body: TokenizeRequest) -> None:
-    """Raises Refused for what only counts with the other of the two: /v1/completions and /v1/chat/completions refuse the same."""
+    """Raises Refused for what only counts with the other of the two: /v1/completions and
+    /v1/chat/completions refuse the same."""
     for name in OF_TEXTS if body.prompt is None else OF_DIALOGUES:
         if wrong := fields.wrong(fields.REQUEST[name], getattr(body, name)):
             raise Refused(400, f"{name}: {wrong}", param=name, code=fields.REFUSED)

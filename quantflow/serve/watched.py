@@ -1,5 +1,6 @@
-"""An answer that takes a while: it enters the house, works, and leaves, in one coroutine, so that whatever happens (a client that goes
-away, a timeout, an error, the server's end) all it holds is given back."""
+"""An answer that takes a while: it enters the house, works, and leaves, in one coroutine, so that
+whatever happens (a client that goes away, a timeout, an error, the server's end) all it holds is
+given back."""
 
 from __future__ import annotations
 
@@ -25,15 +26,21 @@ class Begun(Enum):
 
 
 class Watched(Response):
-    """sequences: how many places it takes. renamed: what the client calls the engine's arguments."""
+    """sequences: how many places it takes. renamed: what the client calls the engine's
+    arguments."""
 
-    def __init__(self, service: Service, sequences: int, renamed: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, service: Service, sequences: int, renamed: Mapping[str, str] | None = None
+    ) -> None:
         self.service, self.sequences, self.renamed = service, sequences, renamed
         self.status_code, self.background = 200, None
         self._begun = Begun.nothing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work, gone = asyncio.create_task(self._answer(scope, receive, send)), asyncio.create_task(_gone(receive))
+        work, gone = (
+            asyncio.create_task(self._answer(scope, receive, send)),
+            asyncio.create_task(_gone(receive)),
+        )
         expired = asyncio.create_task(self.service.expired.wait())
         tasks = (work, gone, expired)
         try:
@@ -56,7 +63,9 @@ class Watched(Response):
                 with self.service.entered(self.sequences):
                     await self._run(scope, receive, send)
         except TimeoutError:
-            await self._fail(send, Refused(504, f"the answer took more than {limit:g} s", code="timeout"))
+            await self._fail(
+                send, Refused(504, f"the answer took more than {limit:g} s", code="timeout")
+            )
         except (ClientDisconnect, ConnectionError):
             return
         except Refused as error:
@@ -82,8 +91,8 @@ class Watched(Response):
 
 
 class Worked(Watched):
-    """JSON that comes of work beside the loop, and not of the engine's. Where the client goes away before it is done, it is not begun, or
-    ended where it can be: see `Service.prepare`."""
+    """JSON that comes of work beside the loop, and not of the engine's. Where the client goes away
+    before it is done, it is not begun, or ended where it can be: see `Service.prepare`."""
 
     def __init__(self, service: Service, work: Callable[[], bytes]) -> None:
         super().__init__(service, 1)

@@ -17,15 +17,19 @@ PIECE = 64  # values of a list that are written at once
 
 
 def encode(content: Any) -> bytes:
-    """JSON of any Unicode text; what is no text, half a surrogate pair that a client sent, becomes a question mark."""
+    """JSON of any Unicode text; what is no text, half a surrogate pair that a client sent, becomes
+    a question mark."""
     try:
         return to_json(content)
     except PydanticSerializationError:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(
+            "utf-8", "replace"
+        )
 
 
 def encode_large(content: Any) -> bytes:
-    """The same, for another thread than the loop's: nothing that it calls keeps the interpreter for long."""
+    """The same, for another thread than the loop's: nothing that it calls keeps the interpreter for
+    long."""
     return b"".join(_pieces(content))
 
 

@@ -1,7 +1,8 @@
-"""`awq`: for each group of linears that share an input, the scale that least disturbs the parent module's real output.
+"""`awq`: for each group of linears that share an input, the scale that least disturbs the parent
+module's real output.
 
-The search sees the quantised stream (a layer corrects what it will really be fed) on a sample of whole windows. Its mathematics
-is in `quant/awq.py`; folding, in `stages/folding.py`.
+The search sees the quantised stream (a layer corrects what it will really be fed) on a sample of
+whole windows. Its mathematics is in `quant/awq.py`; folding, in `stages/folding.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from quantflow.stages.folding import Folding
 
 @dataclass
 class AwqResult:
-    """folding: the scales. importance: linear -> blocks `[G, g, g]` of its folded input's Hessian (clip search). report: one line a
-    group: the scale chosen and its loss relative to the identity's."""
+    """folding: the scales. importance: linear -> blocks `[G, g, g]` of its folded input's Hessian
+    (clip search). report: one line a group: the scale chosen and its loss relative to the
+    identity's."""
 
     folding: Folding = field(default_factory=Folding)
     importance: dict[str, Tensor] = field(default_factory=dict)
@@ -34,17 +36,21 @@ class AwqResult:
 
 SCREENING_SHARE = 4  # one part in so many of the sample sorts the candidates
 FINALISTS = 5  # of them, and the identity, are tried on the whole sample
-LOSS_ROWS = 1024  # output channels at least, evenly spaced, on which a linear's own loss is measured: they are rounded independently
+# output channels at least, evenly spaced, on which a linear's own loss is measured: they are
+# rounded independently
+LOSS_ROWS = 1024
 
 _Candidate = tuple[str, Tensor]
 ScaledRounder = Callable[[Tensor], Callable[[Tensor, Scheme], Tensor]]
 Rounder = Callable[[Tensor], ScaledRounder]
-"""How the recipe's next stage would round: Hessian of the unscaled input -> scale -> (weight `[N, K]`, scheme) -> rounded weight."""
+"""How the recipe's next stage would round: Hessian of the unscaled input -> scale -> (weight `[N,
+K]`, scheme) -> rounded weight."""
 
 
 @dataclass(frozen=True)
 class _Search:
-    """The search over one layer. round_finally: how the next stage rounds, where that is not to nearest (GPTQ)."""
+    """The search over one layer. round_finally: how the next stage rounds, where that is not to
+    nearest (GPTQ)."""
 
     layer: DecoderLayer
     schemes: Mapping[str, Scheme]
@@ -53,39 +59,63 @@ class _Search:
     round_finally: Rounder | None
 
     def best(
-        self, group: list[str], x: Tensor, parent: Callable[[Tensor], Tensor] | None, channels: _Channels
+        self,
+        group: list[str],
+        x: Tensor,
+        parent: Callable[[Tensor], Tensor] | None,
+        channels: _Channels,
     ) -> tuple[str, Tensor, float]:
-        """The best candidate's name, its scale, and its loss over the identity's, for the quantised linears of `group`, which read `x`.
+        """The best candidate's name, its scale, and its loss over the identity's, for the quantised
+        linears of `group`, which read `x`.
 
-        parent: what the parent module makes of `x`, with whatever weights the layer holds. Without one the parent is the linear
-        itself, and its loss comes exactly from the Hessian of `x`, for a sample of its rows. A part of `x` sorts the candidates out,
-        the whole decides among the identity and the best few. Where GPTQ follows, which already looks after salient channels, the
-        winner and its square root must then beat the identity rounded as GPTQ rounds.
+        parent: what the parent module makes of `x`, with whatever weights the layer holds. Without
+        one the parent is the linear itself, and its loss comes exactly from the Hessian of `x`, for
+        a sample of its rows. A part of `x` sorts the candidates out, the whole decides among the
+        identity and the best few. Where GPTQ follows, which already looks after salient channels,
+        the winner and its square root must then beat the identity rounded as GPTQ rounds.
         """
         weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
-        sample = {n: weight if parent else weight[:: max(1, len(weight) // LOSS_ROWS)] for n, weight in weights.items()}
+        sample = {
+            n: weight if parent else weight[:: max(1, len(weight) // LOSS_ROWS)]
+            for n, weight in weights.items()
+        }
         quantised = [n for n in group if n in self.schemes]
         flat = x.reshape(-1, x.shape[-1])
-        few = len(flat) < flat.shape[1]  # then a loss costs less from the rows than from their Hessian
+        # then a loss costs less from the rows than from their Hessian
+        few = len(flat) < flat.shape[1]
         hessian = None
         if self.round_finally or (parent is None and not few):
             accumulated = Hessian(x.shape[-1], x.device)
             accumulated.add(flat)
             hessian = accumulated.matrix
 
-        def losses(tried: list[_Candidate], rows: Tensor, by_next_stage: bool = False) -> list[tuple[float, _Candidate]]:
+        def losses(
+            tried: list[_Candidate], rows: Tensor, by_next_stage: bool = False
+        ) -> list[tuple[float, _Candidate]]:
             target = parent(rows) if parent else None
-            rounder = self.round_finally(hessian) if by_next_stage and self.round_finally and hessian is not None else None
+            rounder = (
+                self.round_finally(hessian)
+                if by_next_stage and self.round_finally and hessian is not None
+                else None
+            )
             return [(loss(scale, rows, target, rounder), (name, scale)) for name, scale in tried]
 
-        def loss(scale: Tensor, rows: Tensor, target: Tensor | None, rounder: ScaledRounder | None) -> float:
+        def loss(
+            scale: Tensor, rows: Tensor, target: Tensor | None, rounder: ScaledRounder | None
+        ) -> float:
             full, total = channels.expand(scale), 0.0
             round_scaled = rounder(full) if rounder else None
             for n in quantised:
                 scheme = self.schemes[n]
-                weight = round_scaled(sample[n], scheme) if round_scaled else rounded(sample[n], full, scheme, self.rules)
+                weight = (
+                    round_scaled(sample[n], scheme)
+                    if round_scaled
+                    else rounded(sample[n], full, scheme, self.rules)
+                )
                 if parent is None:
-                    total += linear_loss(sample[n], weight, hessian=hessian, rows=flat if few else None)
+                    total += linear_loss(
+                        sample[n], weight, hessian=hessian, rows=flat if few else None
+                    )
                 else:
                     self.layer.tensors[f"{n}.weight"] = weight.to(self.layer.dtype)
             if parent and target is not None:
@@ -95,7 +125,9 @@ class _Search:
             return total if math.isfinite(total) else math.inf
 
         activation = channels.reduce(flat.abs().mean(0, dtype=torch.float32))
-        profile = channels.reduce(weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]]))
+        profile = channels.reduce(
+            weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]])
+        )
         tried = list(candidates(activation, profile, self.grid))
         identity = tried[0]
         part = x[: len(x) // SCREENING_SHARE]
@@ -106,25 +138,39 @@ class _Search:
         winner = min(ranked, key=lambda found: found[0])
         if self.round_finally and winner[1] is not identity:
             name, scale = winner[1]
-            ranked = losses([identity, (f"sqrt({name})", scale.sqrt()), (name, scale)], x, by_next_stage=True)
+            ranked = losses(
+                [identity, (f"sqrt({name})", scale.sqrt()), (name, scale)], x, by_next_stage=True
+            )
             winner = min(ranked, key=lambda found: found[0])
         reference = ranked[0][0]
-        return winner[1][0], winner[1][1], winner[0] / reference if 0 < reference < math.inf else 1.0
+        return (
+            winner[1][0],
+            winner[1][1],
+            winner[0] / reference if 0 < reference < math.inf else 1.0,
+        )
 
 
 @dataclass(frozen=True)
 class _Channels:
-    """Between a linear's input channels and the channels that can be scaled: heads of `size` channels, each of which stands `times` times
-    in the input, one after the other."""
+    """Between a linear's input channels and the channels that can be scaled: heads of `size`
+    channels, each of which stands `times` times in the input, one after the other."""
 
     times: int = 1
     size: int = 1
 
     def reduce(self, channels: Tensor) -> Tensor:
-        return channels.view(-1, self.times, self.size).mean(1).reshape(-1) if self.times > 1 else channels
+        return (
+            channels.view(-1, self.times, self.size).mean(1).reshape(-1)
+            if self.times > 1
+            else channels
+        )
 
     def expand(self, scale: Tensor) -> Tensor:
-        return scale.view(-1, 1, self.size).expand(-1, self.times, -1).reshape(-1) if self.times > 1 else scale
+        return (
+            scale.view(-1, 1, self.size).expand(-1, self.times, -1).reshape(-1)
+            if self.times > 1
+            else scale
+        )
 
 
 def search_layer(
@@ -139,11 +185,13 @@ def search_layer(
     round_finally: Rounder | None = None,
     step: Callable[[str], None] = lambda group: None,
 ) -> AwqResult:
-    """Scales for one layer. `x` is the residual stream of the sample, `[B, L, H]`; `stored` holds the layer's tensors as stored.
+    """Scales for one layer. `x` is the residual stream of the sample, `[B, L, H]`; `stored` holds
+    the layer's tensors as stored.
 
-    schemes: linear -> scheme of those that are quantised; the others are folded too, but only those count in the loss. Grouped
-    queries share the value head they read: its scale is searched on the mean of their channels and expanded over them. A linear
-    that stays in 16 bits is never a producer: dividing its rows would round it. step: is told each group that has been searched.
+    schemes: linear -> scheme of those that are quantised; the others are folded too, but only those
+    count in the loss. Grouped queries share the value head they read: its scale is searched on the
+    mean of their channels and expanded over them. A linear that stays in 16 bits is never a
+    producer: dividing its rows would round it. step: is told each group that has been searched.
     """
     result, norms = AwqResult(), set[str]()
     folding, search = result.folding, _Search(layer, schemes, rules, grid, round_finally)
@@ -152,7 +200,13 @@ def search_layer(
         result.report.append({"group": group, "scale": chosen, "loss_ratio": round(ratio, 6)})
         step(group)
 
-    def fold_into_norm(norm: str, group: list[str], others: list[str], h: Tensor, parent: Callable[[Tensor], Tensor]) -> None:
+    def fold_into_norm(
+        norm: str,
+        group: list[str],
+        others: list[str],
+        h: Tensor,
+        parent: Callable[[Tensor], Tensor],
+    ) -> None:
         if any(n in schemes for n in group):
             chosen, scale, ratio = search.best(group, h, parent, _Channels())
             note(norm, chosen, ratio)
@@ -182,7 +236,12 @@ def search_layer(
         if fold and fold.norm and fold.norm not in norms:
             norms.add(fold.norm)
             assert reading.parent is not None
-            readers = [n for other in layer.segments if other.fold and other.fold.norm == fold.norm for n in other.names]
+            readers = [
+                n
+                for other in layer.segments
+                if other.fold and other.fold.norm == fold.norm
+                for n in other.names
+            ]
             fold_into_norm(fold.norm, readers, list(fold.beside), reading.source, reading.parent)
         elif segment.expert is not None and not len(rows) and segment.role is Role.mlp_out:
             note(segment.names[0], "identity: no token of the sample reached this expert", 1.0)
@@ -191,6 +250,8 @@ def search_layer(
             chosen, scale, ratio = search.best(quantised, rows, None, channels)
             note(segment.names[0], chosen, ratio)
             if chosen != "identity":
-                folding.fold_linear(fold.linear, segment.names[0], stored, scale, channels.expand(scale))
+                folding.fold_linear(
+                    fold.linear, segment.names[0], stored, scale, channels.expand(scale)
+                )
         remember(quantised, rows)
     return result

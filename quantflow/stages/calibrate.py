@@ -1,6 +1,8 @@
-"""`calibrate`: statistics of every linear's input and output, and of K and V, in the full-precision model.
+"""`calibrate`: statistics of every linear's input and output, and of K and V, in the full-precision
+model.
 
-What LMDeploy's `lite calibrate` records, as safetensors: `{module}.input.max`, `{module}.output.absmean`, …, `key.max`, ….
+What LMDeploy's `lite calibrate` records, as safetensors: `{module}.input.max`,
+`{module}.output.absmean`, …, `key.max`, ….
 """
 
 from __future__ import annotations
@@ -36,14 +38,23 @@ class LayerStatistics:
         found = self.kv.result()
         for kind, records in (("input", self.inputs), ("output", self.outputs)):
             for name, record in records.items():
-                found.update({f"{name}.{kind}.{statistic}": value for statistic, value in record.result().items()})
+                found.update(
+                    {
+                        f"{name}.{kind}.{statistic}": value
+                        for statistic, value in record.result().items()
+                    }
+                )
         return found
 
 
 def calibrate_layer(
-    layer: DecoderLayer, stream: Stream, batch: int, step: Callable[[float], None] = lambda share: None
+    layer: DecoderLayer,
+    stream: Stream,
+    batch: int,
+    step: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Tensor]:
-    """The statistics of one layer; `stream` moves on through it in place. step: is told the share of the windows that is through."""
+    """The statistics of one layer; `stream` moves on through it in place. step: is told the share
+    of the windows that is through."""
     statistics = LayerStatistics()
     layer.tap = statistics
     for start in range(0, stream.windows, batch):

@@ -1,7 +1,7 @@
 """Scales folded into a decoder layer: what AWQ found, before anything is rounded.
 
-A linear with weight `W`, column scale `c` and row scale `r` becomes `W * c / r` (by column, by row); whatever feeds it is
-divided by `c`, so the layer computes the same function.
+A linear with weight `W`, column scale `c` and row scale `r` becomes `W * c / r` (by column, by
+row); whatever feeds it is divided by `c`, so the layer computes the same function.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 
 @dataclass
 class Folding:
-    """columns, rows: linear -> scale. changed: tensors of the layer that are stored anew (norms, biases), in their dtype."""
+    """columns, rows: linear -> scale. changed: tensors of the layer that are stored anew (norms,
+    biases), in their dtype."""
 
     columns: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -22,17 +23,23 @@ class Folding:
 
     def weight(self, linear: str, stored: Tensor) -> Tensor:
         """The folded weight in float32 (float64 if it is stored so), a fresh tensor."""
-        weight = stored.to(stored.dtype if stored.dtype == torch.float64 else torch.float32, copy=True)
+        weight = stored.to(
+            stored.dtype if stored.dtype == torch.float64 else torch.float32, copy=True
+        )
         if linear in self.columns:
             weight *= self.columns[linear]
         if linear in self.rows:
             weight /= self.rows[linear][:, None]
         return weight
 
-    def fold_norm(self, norm: str, tensors: dict[str, Tensor], readers: list[str], scale: Tensor) -> None:
-        """Divides the norm by `scale` and multiplies every reader's columns by what the *stored* norm was really divided by.
+    def fold_norm(
+        self, norm: str, tensors: dict[str, Tensor], readers: list[str], scale: Tensor
+    ) -> None:
+        """Divides the norm by `scale` and multiplies every reader's columns by what the *stored*
+        norm was really divided by.
 
-        In 16 bits the rounded norm is off by up to 0.4%; the ratio of the old weight to the stored one is exact.
+        In 16 bits the rounded norm is off by up to 0.4%; the ratio of the old weight to the stored
+        one is exact.
         """
         name = f"{norm}.weight"
         old = tensors[name]
@@ -47,8 +54,16 @@ class Folding:
         for reader in readers:
             self.columns[reader] = ratio
 
-    def fold_linear(self, producer: str, consumer: str, tensors: dict[str, Tensor], scale: Tensor, expanded: Tensor) -> None:
-        """Divides the producer's rows (and bias) by `scale` `[N]`, and multiplies the consumer's columns by `expanded`."""
+    def fold_linear(
+        self,
+        producer: str,
+        consumer: str,
+        tensors: dict[str, Tensor],
+        scale: Tensor,
+        expanded: Tensor,
+    ) -> None:
+        """Divides the producer's rows (and bias) by `scale` `[N]`, and multiplies the consumer's
+        columns by `expanded`."""
         self.rows[producer] = scale
         self.columns[consumer] = expanded
         bias = tensors.get(f"{producer}.bias")

@@ -1,4 +1,5 @@
-"""`kv_qparams`: scales and zero points of an int8 KV cache, from the K and V that the quantised model produced."""
+"""`kv_qparams`: scales and zero points of an int8 KV cache, from the K and V that the quantised
+model produced."""
 
 from __future__ import annotations
 
@@ -13,12 +14,21 @@ from quantflow.quant.kv import KVParameters, kv_parameters, round_kv
 from quantflow.recipe import KvQparams
 
 
-def layer_parameters(extremes: Mapping[str, Tensor], settings: KvQparams, rank: int = 0, tp: int = 1) -> dict[str, KVParameters]:
-    """Parameters of `key` and `value` from a layer's extremes `[kv_heads, D]`; of one rank's heads, under tensor parallelism."""
+def layer_parameters(
+    extremes: Mapping[str, Tensor], settings: KvQparams, rank: int = 0, tp: int = 1
+) -> dict[str, KVParameters]:
+    """Parameters of `key` and `value` from a layer's extremes `[kv_heads, D]`; of one rank's heads,
+    under tensor parallelism."""
     found = {}
     for name in ("key", "value"):
         low, high = (extremes[f"{name}.{end}"].chunk(tp)[rank] for end in ("min", "max"))
-        found[name] = kv_parameters(low, high, bits=settings.bits, symmetric=settings.symmetric, granularity=settings.granularity)
+        found[name] = kv_parameters(
+            low,
+            high,
+            bits=settings.bits,
+            symmetric=settings.symmetric,
+            granularity=settings.granularity,
+        )
     return found
 
 
@@ -40,7 +50,8 @@ FP8_MAX = 448.0  # the largest float8_e4m3fn
 
 
 def fp8_scales(prefix: str, largest: Mapping[str, float], dtype: torch.dtype) -> dict[str, Tensor]:
-    """`{prefix}.k_scale` and `v_scale`, `[1]` in `dtype`, of an fp8 cache: `largest / 448`, rounded up, since a smaller scale would clip.
+    """`{prefix}.k_scale` and `v_scale`, `[1]` in `dtype`, of an fp8 cache: `largest / 448`, rounded
+    up, since a smaller scale would clip.
 
     largest: the largest magnitudes of `key` and `value`; 0, of nothing but zeros, has scale 1.
     """
@@ -48,7 +59,8 @@ def fp8_scales(prefix: str, largest: Mapping[str, float], dtype: torch.dtype) ->
     for letter, name in (("k", "key"), ("v", "value")):
         exact = torch.tensor([largest[name] / FP8_MAX or 1.0], dtype=torch.float64)
         near = exact.to(dtype)
-        if bool(near < exact * (1 - 2**-20)):  # float32 parameters give the largest magnitude back to within so much
+        # float32 parameters give the largest magnitude back to within so much
+        if bool(near < exact * (1 - 2**-20)):
             near = torch.nextafter(near, torch.full_like(near, torch.inf))
         scales[f"{prefix}.{letter}_scale"] = near
     return scales
@@ -56,15 +68,21 @@ def fp8_scales(prefix: str, largest: Mapping[str, float], dtype: torch.dtype) ->
 
 def largest_of_extremes(extremes: Mapping[str, Tensor]) -> dict[str, float]:
     """The largest magnitude of `key` and of `value`, from a layer's extremes `[kv_heads, D]`."""
-    return {name: float(torch.maximum(-extremes[f"{name}.min"], extremes[f"{name}.max"]).max()) for name in ("key", "value")}
+    return {
+        name: float(torch.maximum(-extremes[f"{name}.min"], extremes[f"{name}.max"]).max())
+        for name in ("key", "value")
+    }
 
 
 def largest_of_parameters(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
-    """The same from the int8 parameters of a layer, whatever their granularity: never less than it was. What is constant has a scale of 1,
-    as other channels may, and counts for the whole range that this holds: no parameter tells the two apart, and less would clip."""
+    """The same from the int8 parameters of a layer, whatever their granularity: never less than it
+    was. What is constant has a scale of 1, as other channels may, and counts for the whole range
+    that this holds: no parameter tells the two apart, and less would clip."""
     found = {}
     for letter, name in (("k", "key"), ("v", "value")):
-        scale, zero = (tensors[f"{prefix}.{letter}_{part}"].double() for part in ("scale", "zero_point"))
+        scale, zero = (
+            tensors[f"{prefix}.{letter}_{part}"].double() for part in ("scale", "zero_point")
+        )
         # Asymmetric codes span 255 steps around the zero point, symmetric ones 127 on each side.
         found[name] = float((zero.abs() + scale * (127.5 if bool(zero.any()) else 127.0)).max())
     return found
@@ -82,26 +100,37 @@ def of_rank(tensors: Mapping[str, Tensor], kv_heads: int, rank: int, tp: int) ->
 
 def per_rank(
     tensors: Mapping[str, Tensor], kv_heads: int, tp: int, *, rounded: bool = False
-) -> tuple[dict[str, Tensor], dict[str, float]]:  # fmt: skip
-    """One scale and zero point for each layer and rank, `[]` or `[tp]`, which is what TurboMind holds; and by how much each scale had to
-    be widened, as a share of the smallest it replaces.
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """One scale and zero point for each layer and rank, `[]` or `[tp]`, which is what TurboMind
+    holds; and by how much each scale had to be widened, as a share of the smallest it replaces.
 
-    Raises FormatError where a rank's heads have several, unless `rounded`: then they get the range that spans theirs.
+    Raises FormatError where a rank's heads have several, unless `rounded`: then they get the range
+    that spans theirs.
     """
     whole: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     for name in sorted(n.removesuffix("scale") for n in tensors if n.endswith("_scale")):
         # [tp, values of a rank]
-        scale, zero = (_by_head(tensors[f"{name}{part}"], kv_heads).reshape(tp, -1) for part in ("scale", "zero_point"))
+        scale, zero = (
+            _by_head(tensors[f"{name}{part}"], kv_heads).reshape(tp, -1)
+            for part in ("scale", "zero_point")
+        )
         if not bool((scale != scale[:, :1]).any() or (zero != zero[:, :1]).any()):
             found = scale[:, 0], zero[:, 0]
         elif not rounded:
-            hint = "Use kv_qparams: {granularity: tensor}; or export --requantize, requantize: true in pack, which widens them"
+            hint = (
+                "Use kv_qparams: {granularity: tensor}; or export --requantize, requantize: true in"
+                " pack, which widens them"
+            )
             what = f"parameters by head or channel ({name}scale)"
             raise FormatError(Problem("KV cache", what, "one scale for each layer and rank", hint))
         else:
             low, high = (zero - 127.5 * scale).amin(1), (zero + 127.5 * scale).amax(1)
-            found = ((high - low) / 255, (low + high) / 2) if bool(zero.any()) else (scale.amax(1), zero[:, 0])
+            found = (
+                ((high - low) / 255, (low + high) / 2)
+                if bool(zero.any())
+                else (scale.amax(1), zero[:, 0])
+            )
             errors[f"{name}scale"] = float((found[0][:, None] / scale).max()) - 1
         for part, values in zip(("scale", "zero_point"), found, strict=True):
             whole[f"{name}{part}"] = values[0] if bool((values == values[0]).all()) else values

@@ -1,4 +1,5 @@
-"""The normalised output error of linears that were rounded without a Hessian: `||(W - Ŵ) X||² / ||W X||²`, on a sample of their input."""
+"""The normalised output error of linears that were rounded without a Hessian: `||(W - Ŵ) X||² / ||W
+X||²`, on a sample of their input."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ ROWS = 1024  # of each linear's input, evenly spaced
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """A tap on a layer whose weights are quantised. difference: name -> (W, W - Ŵ), float32 `[N, K]`, or None for a linear that is not
-    measured. found: name -> what its line of the report says, from the first rows it sees."""
+    """A tap on a layer whose weights are quantised. difference: name -> (W, W - Ŵ), float32 `[N,
+    K]`, or None for a linear that is not measured. found: name -> what its line of the report says,
+    from the first rows it sees."""
 
     difference: Callable[[str], tuple[Tensor, Tensor] | None]
     found: dict[str, dict[str, float | int | None]] = field(default_factory=dict)

@@ -1,7 +1,8 @@
-"""`pack`: the checkpoint that other software loads, written a tensor at a time from the store and the source.
+"""`pack`: the checkpoint that other software loads, written a tensor at a time from the store and
+the source.
 
-A format says how a quantised weight is laid out, and into which container: a Hugging Face directory, a GGUF file or a TurboMind
-workspace, for each of which there is one function here.
+A format says how a quantised weight is laid out, and into which container: a Hugging Face
+directory, a GGUF file or a TurboMind workspace, for each of which there is one function here.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from quantflow.tokenizers.tokenizer import export_tokenizer
 
 
 class Results(Protocol):
-    """What the sweep left (see `pipeline/sweep.py`). changed: a tensor that is not the checkpoint's any more, else None; index is None
-    outside the layers."""
+    """What the sweep left (see `pipeline/sweep.py`). changed: a tensor that is not the checkpoint's
+    any more, else None; index is None outside the layers."""
 
     def linear(self, index: int | None, name: str, in_features: int) -> QuantizedTensor: ...
 
@@ -48,9 +49,12 @@ _Loaded = tuple[dict[str, Tensor], dict[str, float]]
 _KV = "kv"  # a piece that is no tensor of the layer, but the scales of its cache
 
 
-def write_checkpoint(folder: Path, job: PackJob, results: Results, step: Step = lambda _: None) -> dict[str, float]:
-    """Writes weights, config, tokenizer and generation config into `folder` (new), and returns the relative error of every tensor that
-    the container made inexact: none, unless the job allows it. Raises FormatError for what cannot be held exactly."""
+def write_checkpoint(
+    folder: Path, job: PackJob, results: Results, step: Step = lambda _: None
+) -> dict[str, float]:
+    """Writes weights, config, tokenizer and generation config into `folder` (new), and returns the
+    relative error of every tensor that the container made inexact: none, unless the job allows it.
+    Raises FormatError for what cannot be held exactly."""
     folder.mkdir(parents=True, exist_ok=True)
     return _CONTAINERS[job.format.container](folder, job, results, step)
 
@@ -63,9 +67,15 @@ def _write_directory(folder: Path, job: PackJob, results: Results, step: Step) -
     for file_name, shard in zip(names, shards, strict=True):
         with TensorWriter(folder / file_name, _specs(shard), {"format": "pt"}) as writer:
             errors |= _fill(writer, shard, job, results, step)
-    # Always with an index: statistics and KV parameters may lie beside the weights, and readers without one take every file.
-    weight_map = {n: f for f, shard in zip(names, shards, strict=True) for piece in shard for n in piece.specs}
-    index = {"metadata": {"total_size": sum(piece.nbytes for piece in pieces)}, "weight_map": dict(sorted(weight_map.items()))}
+    # Always with an index: statistics and KV parameters may lie beside the weights, and readers
+    # without one take every file.
+    weight_map = {
+        n: f for f, shard in zip(names, shards, strict=True) for piece in shard for n in piece.specs
+    }
+    index = {
+        "metadata": {"total_size": sum(piece.nbytes for piece in pieces)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     _write_configs(folder, job)
     export_tokenizer(job.checkpoint.tokenizer_path, folder)
@@ -77,9 +87,16 @@ def _write_gguf(folder: Path, job: PackJob, results: Results, step: Step) -> dic
     checkpoint = job.checkpoint
     export_tokenizer(checkpoint.tokenizer_path, folder)
     config = checkpoint.architecture.native_config(checkpoint.raw_config)
-    config = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    config = {
+        key: value
+        for key, value in config.items()
+        if key not in ("auto_map", "quantization_config")
+    }
     schemes = quantization_config(job).get("schemes", {})
-    metadata = {"general.name": str(config.get("_name_or_path") or config["model_type"]), SCHEMES_KEY: json.dumps(schemes, sort_keys=True)}
+    metadata = {
+        "general.name": str(config.get("_name_or_path") or config["model_type"]),
+        SCHEMES_KEY: json.dumps(schemes, sort_keys=True),
+    }
     metadata |= vocabulary_metadata(folder, config, checkpoint.config.vocabulary)
     pieces = list(_pieces(job))
     with GgufWriter(folder / NAME, _specs(pieces), config, checkpoint.config, metadata) as writer:
@@ -93,9 +110,16 @@ def _write_workspace(folder: Path, job: PackJob, results: Results, step: Step) -
     config = checkpoint.architecture.native_config(checkpoint.raw_config)
     group_size = job.default.group_size if job.modules else 0
     with WorkspaceWriter(
-        folder, checkpoint.config, config, _specs(pieces), tp=job.ranks, model_name=str(config["model_type"]), kv=job.kv,
-        group_size=group_size, rounded=job.rounded,
-    ) as writer:  # fmt: skip
+        folder,
+        checkpoint.config,
+        config,
+        _specs(pieces),
+        tp=job.ranks,
+        model_name=str(config["model_type"]),
+        kv=job.kv,
+        group_size=group_size,
+        rounded=job.rounded,
+    ) as writer:
         errors = _fill(writer, pieces, job, results, step)
     export_tokenizer(checkpoint.tokenizer_path, folder / TOKENIZER)
     return errors | writer.rounding
@@ -108,7 +132,9 @@ class _Writer(Protocol):
     def write(self, name: str, tensor: Tensor) -> None: ...
 
 
-def _fill(writer: _Writer, pieces: list[_Piece], job: PackJob, results: Results, step: Step) -> dict[str, float]:
+def _fill(
+    writer: _Writer, pieces: list[_Piece], job: PackJob, results: Results, step: Step
+) -> dict[str, float]:
     errors: dict[str, float] = {}
     for piece, (tensors, off) in _ahead(pieces, lambda piece: _load(piece, job, results)):
         errors |= {name: error for name, error in off.items() if error}
@@ -126,7 +152,9 @@ def _specs(pieces: list[_Piece]) -> dict[str, Spec]:
 def written_bytes(job: PackJob) -> int:
     """Of all tensors that the job writes, ranks included: from headers and shapes alone."""
     ranks = rank_folders(job)
-    return checkpoint_bytes(job) + (ranks * checkpoint_bytes(replace(job, tp=job.ranks)) if ranks else 0)
+    return checkpoint_bytes(job) + (
+        ranks * checkpoint_bytes(replace(job, tp=job.ranks)) if ranks else 0
+    )
 
 
 def checkpoint_bytes(job: PackJob) -> int:
@@ -135,12 +163,16 @@ def checkpoint_bytes(job: PackJob) -> int:
 
 
 def rank_folders(job: PackJob) -> int:
-    """How many ranks are written beside the whole: none where there is but one, or the container holds them in itself."""
+    """How many ranks are written beside the whole: none where there is but one, or the container
+    holds them in itself."""
     return job.ranks if job.ranks > 1 and job.format.container == "directory" else 0
 
 
-def write_ranks(folder: Path, job: PackJob, results: Results, step: Step = lambda _: None) -> Iterator[tuple[int, Path]]:
-    """Writes the tensor-parallel ranks beside the whole checkpoint in `folder`, and yields each with its own folder."""
+def write_ranks(
+    folder: Path, job: PackJob, results: Results, step: Step = lambda _: None
+) -> Iterator[tuple[int, Path]]:
+    """Writes the tensor-parallel ranks beside the whole checkpoint in `folder`, and yields each
+    with its own folder."""
     for rank in range(rank_folders(job)):
         place = folder / f"tp{job.ranks}" / f"rank-{rank}"
         write_checkpoint(place, replace(job, rank=rank, tp=job.ranks), results, step)
@@ -148,7 +180,9 @@ def write_ranks(folder: Path, job: PackJob, results: Results, step: Step = lambd
         yield rank, place
 
 
-def _ahead(pieces: list[_Piece], load: Callable[[_Piece], _Loaded]) -> Iterator[tuple[_Piece, _Loaded]]:
+def _ahead(
+    pieces: list[_Piece], load: Callable[[_Piece], _Loaded]
+) -> Iterator[tuple[_Piece, _Loaded]]:
     """Each piece with its tensors, the next one being read and packed while the caller writes."""
     with ThreadPoolExecutor(1) as loader:
         coming = loader.submit(load, pieces[0])
@@ -185,7 +219,9 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
         if scheme is None:
             yield _Piece(name, None, name, {name: (_plain_dtype(job, name), shape)}, shape=shape)
         else:
-            specs = job.format.specs(module, (shape[0], shape[1]), scheme, scale_dtype, job.has_index)
+            specs = job.format.specs(
+                module, (shape[0], shape[1]), scheme, scale_dtype, job.has_index
+            )
             yield _Piece(module, None, module, specs, scheme, shape)
     for index in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(index) + "."
@@ -202,17 +238,33 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
             local = shard_shape(name, shape, cut, job.tp)
             if part == "weight" and linear in schemes:
                 module = name.removesuffix(".weight")
-                specs = job.format.specs(module, (local[0], local[1]), schemes[linear], scale_dtype, job.has_index)
+                specs = job.format.specs(
+                    module, (local[0], local[1]), schemes[linear], scale_dtype, job.has_index
+                )
                 yield _Piece(module, index, linear, specs, schemes[linear], shape, cut, last)
             else:
-                yield _Piece(name, index, relative, {name: (_plain_dtype(job, name), local)}, None, shape, cut, last)
+                yield _Piece(
+                    name,
+                    index,
+                    relative,
+                    {name: (_plain_dtype(job, name), local)},
+                    None,
+                    shape,
+                    cut,
+                    last,
+                )
 
 
 def _plain_dtype(job: PackJob, name: str) -> str:
-    """What an unquantised tensor is written in: as it is stored, or in the 16 bits that a plain checkpoint is to have."""
+    """What an unquantised tensor is written in: as it is stored, or in the 16 bits that a plain
+    checkpoint is to have."""
     if job.format.dtype not in (None, "float32"):
         return SAFETENSORS_DTYPE[str(job.format.dtype)]
-    return SAFETENSORS_DTYPE[job.checkpoint.config.dtype] if name in job.unpacked else job.checkpoint.dtype_of(name)
+    return (
+        SAFETENSORS_DTYPE[job.checkpoint.config.dtype]
+        if name in job.unpacked
+        else job.checkpoint.dtype_of(name)
+    )
 
 
 def _load(piece: _Piece, job: PackJob, results: Results) -> _Loaded:
@@ -229,7 +281,9 @@ def _load(piece: _Piece, job: PackJob, results: Results) -> _Loaded:
     changed = results.changed(piece.layer, piece.relative)
     value = job.checkpoint.tensor(piece.name) if changed is None else changed
     value = shard_plain(piece.name, value, piece.cut, job.rank, job.tp)
-    value, error = converted(piece.name, value, torch_dtype(piece.specs[piece.name][0]), rounded=job.rounded)
+    value, error = converted(
+        piece.name, value, torch_dtype(piece.specs[piece.name][0]), rounded=job.rounded
+    )
     return {piece.name: value}, {piece.name: error}
 
 
@@ -256,13 +310,17 @@ def _kv_pieces(job: PackJob, index: int) -> Iterator[_Piece]:
     if job.kv and job.kv_scales:
         attention = f"{job.checkpoint.architecture.layer_prefix(index)}.self_attn"
         scales = {name: job.kv[name] for name in (f"{attention}.k_scale", f"{attention}.v_scale")}
-        specs: dict[str, Spec] = {name: (dtype_name(scale.dtype), tuple(scale.shape)) for name, scale in scales.items()}
+        specs: dict[str, Spec] = {
+            name: (dtype_name(scale.dtype), tuple(scale.shape)) for name, scale in scales.items()
+        }
         yield _Piece(attention, index, _KV, specs)
 
 
 def _write_configs(folder: Path, job: PackJob) -> None:
     quantization = quantization_config(job)
-    config: dict[str, Any] = dict(job.checkpoint.architecture.native_config(job.checkpoint.raw_config))
+    config: dict[str, Any] = dict(
+        job.checkpoint.architecture.native_config(job.checkpoint.raw_config)
+    )
     for key in ("auto_map", "quantization_config", "compression_config"):
         config.pop(key, None)
     if quantization:
@@ -272,4 +330,7 @@ def _write_configs(folder: Path, job: PackJob) -> None:
         config["torch_dtype"] = job.format.dtype
     write = {"config.json": config, **job.format.extra_files(quantization)}
     for name, value in write.items():
-        write_text(folder / name, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=name == "config.json") + "\n")
+        write_text(
+            folder / name,
+            json.dumps(value, indent=2, ensure_ascii=False, sort_keys=name == "config.json") + "\n",
+        )

@@ -1,4 +1,5 @@
-"""One checkpoint to write: in which schemes, into what, and everything that stands against it before a weight is read."""
+"""One checkpoint to write: in which schemes, into what, and everything that stands against it
+before a weight is read."""
 
 from __future__ import annotations
 
@@ -26,12 +27,13 @@ Held = Mapping[int, Mapping[str, Scheme]]  # layer -> name in the layer -> schem
 
 @dataclass(frozen=True)
 class PackJob:
-    """One checkpoint to write. schemes: layer -> relative name -> scheme. outer: module -> scheme of what is quantised outside the
-    layers. has_index: tensors carry a group index. ranks: how many there will be; rank, tp: which one this is, of how many, where it is
-    not the whole. kv: what the checkpoint holds of the KV cache: a workspace int8 parameters, `[]` or `[ranks]`; others scales, `[1]`, of
-    the kind kv_scales, one of the format's own.
-    unpacked: weights outside the layers that the source holds quantised and the format does not. rounded: what a dtype does not hold
-    exactly is rounded."""
+    """One checkpoint to write. schemes: layer -> relative name -> scheme. outer: module -> scheme
+    of what is quantised outside the layers. has_index: tensors carry a group index. ranks: how many
+    there will be; rank, tp: which one this is, of how many, where it is not the whole. kv: what the
+    checkpoint holds of the KV cache: a workspace int8 parameters, `[]` or `[ranks]`; others scales,
+    `[1]`, of the kind kv_scales, one of the format's own.
+    unpacked: weights outside the layers that the source holds quantised and the format does not.
+    rounded: what a dtype does not hold exactly is rounded."""
 
     checkpoint: Checkpoint
     format: Format
@@ -51,18 +53,27 @@ class PackJob:
     @property
     def modules(self) -> dict[str, Scheme]:
         """The scheme of every quantised module by its full name, those outside the layers last."""
-        prefixes = {index: self.checkpoint.architecture.layer_prefix(index) for index in self.schemes}
-        return {f"{prefixes[i]}.{name}": scheme for i, layer in self.schemes.items() for name, scheme in layer.items()} | dict(self.outer)
+        prefixes = {
+            index: self.checkpoint.architecture.layer_prefix(index) for index in self.schemes
+        }
+        return {
+            f"{prefixes[i]}.{name}": scheme
+            for i, layer in self.schemes.items()
+            for name, scheme in layer.items()
+        } | dict(self.outer)
 
     @property
     def request(self) -> ConfigRequest:
         """What its configuration is to say."""
         dtype = self.checkpoint.config.dtype
-        return ConfigRequest(self.modules, _ignored(self), self.default, self.kv_scales, self.has_index, dtype)
+        return ConfigRequest(
+            self.modules, _ignored(self), self.default, self.kv_scales, self.has_index, dtype
+        )
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
-        """What engines are known not to load of it, each in a sentence. It is right all the same, and is written."""
+        """What engines are known not to load of it, each in a sentence. It is right all the same,
+        and is written."""
         return tuple(f"{self.format.name}, {doubt}" for doubt in self.format.doubts(self.request))
 
 
@@ -76,13 +87,23 @@ class Prepared:
 
 
 def prepare(
-    checkpoint: Checkpoint, form: Format, held: Held, *, indexed: Callable[[str], bool], max_shard_bytes: int, ranks: int = 1,
-    requantize: bool = False, default: Scheme | None = None, outer: Mapping[str, Scheme] | None = None,
-) -> Prepared:  # fmt: skip
+    checkpoint: Checkpoint,
+    form: Format,
+    held: Held,
+    *,
+    indexed: Callable[[str], bool],
+    max_shard_bytes: int,
+    ranks: int = 1,
+    requantize: bool = False,
+    default: Scheme | None = None,
+    outer: Mapping[str, Scheme] | None = None,
+) -> Prepared:
     """The job that writes `held` in `form`.
 
-    held: the schemes as they are; outer: those of quantised modules outside the layers. indexed: whether a module carries a group index.
-    requantize: modules may take the format's nearest scheme, and numbers may be rounded. default: the scheme that needs no naming.
+    held: the schemes as they are; outer: those of quantised modules outside the layers. indexed:
+    whether a module carries a group index.
+    requantize: modules may take the format's nearest scheme, and numbers may be rounded. default:
+    the scheme that needs no naming.
     """
     wanted: dict[str, _Wanted] = {}
     for index, layer in held.items():
@@ -90,15 +111,21 @@ def prepare(
         for name, scheme in layer.items():
             module = f"{checkpoint.architecture.layer_prefix(index)}.{name}"
             spec = linears[name]
-            wanted[module] = _Wanted(index, name, spec.shape, scheme, spec.cut if ranks > 1 else None, indexed(module))
+            wanted[module] = _Wanted(
+                index, name, spec.shape, scheme, spec.cut if ranks > 1 else None, indexed(module)
+            )
     problems: list[Problem] = []
     if requantize:  # from a grid that the weight must have first
         for module, own in wanted.items():
-            problems += grid_problems(module, own.shape, own.scheme, 1, None, False, kinds=(own.scheme.kind,))
+            problems += grid_problems(
+                module, own.shape, own.scheme, 1, None, False, kinds=(own.scheme.kind,)
+            )
         if not problems:
             wanted = _settled(form, wanted, ranks)
     for module, own in wanted.items():
-        problems += form.check(module, own.shape, own.scheme, act_order_index=own.index, tp=ranks, tp_dim=own.cut)
+        problems += form.check(
+            module, own.shape, own.scheme, act_order_index=own.index, tp=ranks, tp_dim=own.cut
+        )
     kept, unpacked, refused = _outside(checkpoint, form, outer or {}, indexed, requantize)
     schemes: dict[int, dict[str, Scheme]] = {index: {} for index in held}
     for own in wanted.values():
@@ -107,7 +134,18 @@ def prepare(
     if default is None or default not in found:
         default = Counter(found).most_common(1)[0][0] if found else Scheme(4, 128, False)
     has_index = form.holds_index and any(own.index for own in wanted.values())
-    job = PackJob(checkpoint, form, schemes, default, max_shard_bytes, has_index, ranks, outer=kept, unpacked=unpacked, rounded=requantize)
+    job = PackJob(
+        checkpoint,
+        form,
+        schemes,
+        default,
+        max_shard_bytes,
+        has_index,
+        ranks,
+        outer=kept,
+        unpacked=unpacked,
+        rounded=requantize,
+    )
     return Prepared(job, problems, refused + _whole_problems(job))
 
 
@@ -122,7 +160,8 @@ class _Wanted:
 
 
 def _settled(form: Format, wanted: Mapping[str, _Wanted], ranks: int) -> dict[str, _Wanted]:
-    """Each module in the format's nearest scheme, and those that must be alike in one: the commonest, its groups small enough for all."""
+    """Each module in the format's nearest scheme, and those that must be alike in one: the
+    commonest, its groups small enough for all."""
     inputs = {module: rank_shape(own.shape, ranks, own.cut)[1] for module, own in wanted.items()}
     near = {m: form.nearest(m, own.scheme, (own.shape[0], inputs[m])) for m, own in wanted.items()}
     alike = [module for module in wanted if form.shares_scheme(module)]
@@ -132,21 +171,43 @@ def _settled(form: Format, wanted: Mapping[str, _Wanted], ranks: int) -> dict[st
         size = common.group_size
         if size != PER_CHANNEL or any(near[module].group_size != PER_CHANNEL for module in alike):
             size = fitting_group(k, min(k, 128) if size == PER_CHANNEL else size)
-        near |= {module: replace(common, group_size=size, symmetric=near[module].symmetric) for module in alike}
-    return {m: replace(own, scheme=near[m], index=own.index and form.holds_index) for m, own in wanted.items()}
+        near |= {
+            module: replace(common, group_size=size, symmetric=near[module].symmetric)
+            for module in alike
+        }
+    return {
+        m: replace(own, scheme=near[m], index=own.index and form.holds_index)
+        for m, own in wanted.items()
+    }
 
 
 def _outside(
-    checkpoint: Checkpoint, form: Format, outer: Mapping[str, Scheme], indexed: Callable[[str], bool], requantize: bool
+    checkpoint: Checkpoint,
+    form: Format,
+    outer: Mapping[str, Scheme],
+    indexed: Callable[[str], bool],
+    requantize: bool,
 ) -> tuple[dict[str, Scheme], frozenset[str], list[Problem]]:
-    """What becomes of quantised modules outside the layers: kept in their scheme, or unpacked, or the reasons why neither."""
+    """What becomes of quantised modules outside the layers: kept in their scheme, or unpacked, or
+    the reasons why neither."""
     kept: dict[str, Scheme] = {}
     unpacked, problems = set(), []
     for module, scheme in outer.items():
         n, k = checkpoint.shape_of(f"{module}.weight")
         found = form.check(module, (n, k), scheme, act_order_index=indexed(module))
-        if module == checkpoint.architecture.embedding and form.dtype is None and form.container != "gguf":
-            found.append(Problem(module, "a quantised embedding", "a plain one", f"{form.name} quantises linears alone"))
+        if (
+            module == checkpoint.architecture.embedding
+            and form.dtype is None
+            and form.container != "gguf"
+        ):
+            found.append(
+                Problem(
+                    module,
+                    "a quantised embedding",
+                    "a plain one",
+                    f"{form.name} quantises linears alone",
+                )
+            )
         if not found:
             kept[module] = scheme
         elif requantize:
@@ -157,7 +218,8 @@ def _outside(
 
 
 def _whole_problems(job: PackJob) -> list[Problem]:
-    """What stands against the checkpoint as a whole: in its container, in the format's config, in its ranks."""
+    """What stands against the checkpoint as a whole: in its container, in the format's config, in
+    its ranks."""
     checkpoint, form = job.checkpoint, job.format
     config, modules = checkpoint.architecture.native_config(checkpoint.raw_config), job.modules
     problems = _rank_problems(job)
@@ -169,15 +231,40 @@ def _whole_problems(job: PackJob) -> list[Problem]:
             except (FormatError, ModelError) as error:
                 problems += error.problems
     if form.container == "workspace":
-        problems += workspace_problems(checkpoint.config, tp=job.ranks, int4=bool(modules), group_size=job.default.group_size)
-        plain = [linear for linear in _linears(checkpoint) if linear not in modules] if modules else []
+        problems += workspace_problems(
+            checkpoint.config, tp=job.ranks, int4=bool(modules), group_size=job.default.group_size
+        )
+        plain = (
+            [linear for linear in _linears(checkpoint) if linear not in modules] if modules else []
+        )
         if plain:
             more = f" and {len(plain) - 1} more" if len(plain) > 1 else ""
-            problems.append(Problem(f"{plain[0]}{more}", "plain, where other linears are int4", "all linears of the layers of one kind"))
-    alike = {replace(scheme, symmetric=True) for module, scheme in modules.items() if form.shares_scheme(module)}
+            problems.append(
+                Problem(
+                    f"{plain[0]}{more}",
+                    "plain, where other linears are int4",
+                    "all linears of the layers of one kind",
+                )
+            )
+    alike = {
+        replace(scheme, symmetric=True)
+        for module, scheme in modules.items()
+        if form.shares_scheme(module)
+    }
     if len(alike) > 1:
-        found = ", ".join(sorted({str(scheme) for module, scheme in modules.items() if form.shares_scheme(module)}))
-        problems.append(Problem(form.name, f"several schemes ({found})", "one width and group size", "Use gptq or compressed-tensors"))
+        found = ", ".join(
+            sorted(
+                {str(scheme) for module, scheme in modules.items() if form.shares_scheme(module)}
+            )
+        )
+        problems.append(
+            Problem(
+                form.name,
+                f"several schemes ({found})",
+                "one width and group size",
+                "Use gptq or compressed-tensors",
+            )
+        )
         return problems
     try:
         quantization_config(job)
@@ -192,16 +279,26 @@ def _rank_problems(job: PackJob) -> list[Problem]:
         return []
     where = f"tp {tp}"
     if not job.format.parallel:
-        return [Problem(where, f"{job.format.name} has no ranks", "1", "What reads it cuts the whole itself")]
+        return [
+            Problem(
+                where, f"{job.format.name} has no ranks", "1", "What reads it cuts the whole itself"
+            )
+        ]
     config = checkpoint.config
     counts = (("attention heads", config.heads), ("KV heads", config.kv_heads))
-    problems = [Problem(where, f"{count} {name}", f"a multiple of {tp}") for name, count in counts if count % tp]
+    problems = [
+        Problem(where, f"{count} {name}", f"a multiple of {tp}")
+        for name, count in counts
+        if count % tp
+    ]
     modules = job.modules
     for linear, spec in _linears(checkpoint).items():
         channels = spec.shape[spec.cut]
         if linear not in modules and channels % tp:
             kind = ("output", "input")[spec.cut]
-            problems.append(Problem(linear, f"{channels} {kind} channels", f"a multiple of tp = {tp}"))
+            problems.append(
+                Problem(linear, f"{channels} {kind} channels", f"a multiple of tp = {tp}")
+            )
     return problems
 
 
@@ -215,7 +312,8 @@ def _linears(checkpoint: Checkpoint) -> dict[str, LinearSpec]:
 
 
 def quantization_config(job: PackJob) -> dict[str, Any]:
-    """The `quantization_config`; {} where nothing is quantised. Raises FormatError for what the format cannot say."""
+    """The `quantization_config`; {} where nothing is quantised. Raises FormatError for what the
+    format cannot say."""
     return job.format.quantization_config(job.request) if job.modules else {}
 
 
@@ -226,7 +324,11 @@ def _ignored(job: PackJob) -> list[str]:
     ignored = [] if architecture.head in modules else [architecture.head]
     for index in range(checkpoint.config.layers):
         prefix = architecture.layer_prefix(index)
-        ignored += [f"{prefix}.{linear}" for linear in checkpoint.linears(index) if f"{prefix}.{linear}" not in modules]
+        ignored += [
+            f"{prefix}.{linear}"
+            for linear in checkpoint.linears(index)
+            if f"{prefix}.{linear}" not in modules
+        ]
         if checkpoint.config.is_moe(index):
             ignored.append(f"{prefix}.{architecture.layer.router}")
     return ignored

@@ -1,5 +1,5 @@
-"""Weights on another grid, where a format cannot hold their own and that was asked for: for `export --requantize` and a recipe's
-`pack: {requantize: true}`."""
+"""Weights on another grid, where a format cannot hold their own and that was asked for: for `export
+--requantize` and a recipe's `pack: {requantize: true}`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from quantflow.stages.pack_job import PackJob
 
 @dataclass(frozen=True)
 class Requantizing:
-    """`source`'s tensors, as `pack` asks for them: its own where the format holds them exactly, else on the grid of the job's scheme.
+    """`source`'s tensors, as `pack` asks for them: its own where the format holds them exactly,
+    else on the grid of the job's scheme.
 
-    plain: gives a weight that `source` does not hold quantised. errors: module -> relative error of what another grid made inexact.
+    plain: gives a weight that `source` does not hold quantised. errors: module -> relative error of
+    what another grid made inexact.
     """
 
     source: Results
@@ -34,17 +36,24 @@ class Requantizing:
         checkpoint, target = self.job.checkpoint, self.job.format
         if index is None:
             return self.source.linear(index, name, in_features)
-        module, wanted = f"{checkpoint.architecture.layer_prefix(index)}.{name}", self.job.schemes[index][name]
+        module, wanted = (
+            f"{checkpoint.architecture.layer_prefix(index)}.{name}",
+            self.job.schemes[index][name],
+        )
         source = None if self.plain else self.source.linear(index, name, in_features)
         if source is not None and target.dtype:
-            _, error = converted(f"{module}.weight", source.dequantize(), getattr(torch, target.dtype), rounded=True)
+            _, error = converted(
+                f"{module}.weight", source.dequantize(), getattr(torch, target.dtype), rounded=True
+            )
             if error:
                 self.errors[module] = error
             return source
         if source is not None and source.scheme == wanted and self._holds(module, source):
             return source
         weight = self.plain(f"{module}.weight").float() if self.plain else source.dequantize()  # type: ignore[union-attr]
-        rules = GridRules((getattr(torch, target.scale_dtype(checkpoint.config.dtype)),), target.min_zero)
+        rules = GridRules(
+            (getattr(torch, target.scale_dtype(checkpoint.config.dtype)),), target.min_zero
+        )
         found = requantize(weight, source, wanted, rules)
         if error := relative_error(found, weight):
             self.errors[module] = error

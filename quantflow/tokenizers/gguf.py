@@ -1,4 +1,5 @@
-"""A tokenizer from GGUF's metadata: the way back from `gguf_vocabulary.py`, and the only one for files that others wrote."""
+"""A tokenizer from GGUF's metadata: the way back from `gguf_vocabulary.py`, and the only one for
+files that others wrote."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ from quantflow.tokenizers.sentencepiece_model import (
     SentencePieceModel,
     check_sentencepiece,
 )
-from quantflow.tokenizers.tokenizer import Declared, Loaded, add_template, check_bytes, guarded, sentencepiece_tokenizer
+from quantflow.tokenizers.tokenizer import (
+    Declared,
+    Loaded,
+    add_template,
+    check_bytes,
+    guarded,
+    sentencepiece_tokenizer,
+)
 
 _ROLES = {
     "bos": "bos",
@@ -38,7 +46,8 @@ _HINT = "Put the model's own tokenizer.json and tokenizer_config.json beside the
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any], file: Path) -> Loaded:
-    """The tokenizer of the `tokenizer.ggml.…` keys, which splits as llama.cpp does, and the tokens of the roles. file: where they stood.
+    """The tokenizer of the `tokenizer.ggml.…` keys, which splits as llama.cpp does, and the tokens
+    of the roles. file: where they stood.
 
     Raises ModelError for a kind that is not translated, and for keys that contradict each other.
     """
@@ -54,16 +63,44 @@ def _tokens(metadata: Mapping[str, Any], file: Path) -> tuple[list[str], list[in
     """The tokens and their types, without those that only fill up the embedding."""
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list):
-        raise ModelError(Problem(f"{file} tokenizer.ggml.tokens", f"{tokens!r}"[:80], "a list of tokens", _HINT))
+        raise ModelError(
+            Problem(f"{file} tokenizer.ggml.tokens", f"{tokens!r}"[:80], "a list of tokens", _HINT)
+        )
     types = array("i", [NORMAL] * len(tokens)) if types is None else types
-    if not isinstance(types, array) or len(types) != len(tokens) or not set(types) <= set(range(NORMAL, BYTE + 1)):
-        raise ModelError(Problem(f"{file} tokenizer.ggml.token_type", f"{types!r}"[:80], f"{len(tokens)} numbers from 1 to 6", _HINT))
+    if (
+        not isinstance(types, array)
+        or len(types) != len(tokens)
+        or not set(types) <= set(range(NORMAL, BYTE + 1))
+    ):
+        raise ModelError(
+            Problem(
+                f"{file} tokenizer.ggml.token_type",
+                f"{types!r}"[:80],
+                f"{len(tokens)} numbers from 1 to 6",
+                _HINT,
+            )
+        )
     used = max((i + 1 for i, kind in enumerate(types) if kind != UNUSED), default=0)
     tokens = tokens[:used]
-    wrong = next((token for token in tokens if not token or any("\ud800" <= letter <= "\udfff" for letter in token)), None)
+    wrong = next(
+        (
+            token
+            for token in tokens
+            if not token or any("\ud800" <= letter <= "\udfff" for letter in token)
+        ),
+        None,
+    )
     if wrong is not None or len(set(tokens)) < used or not used:
-        found = "no token" if not used else "two tokens that are the same" if wrong is None else f"the token {wrong!r}"[:80]
-        raise ModelError(Problem(f"{file} tokenizer.ggml.tokens", found, "different tokens, in UTF-8", _HINT))
+        found = (
+            "no token"
+            if not used
+            else "two tokens that are the same"
+            if wrong is None
+            else f"the token {wrong!r}"[:80]
+        )
+        raise ModelError(
+            Problem(f"{file} tokenizer.ggml.tokens", found, "different tokens, in UTF-8", _HINT)
+        )
     return tokens, list(types[:used])
 
 
@@ -79,13 +116,23 @@ def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
 
 def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
     numbers = {role: _number(metadata, f"{key}_token_id") for key, role in _ROLES.items()}
-    return {f"{role}_token": tokens[number] for role, number in numbers.items() if 0 <= number < len(tokens)}
+    return {
+        f"{role}_token": tokens[number]
+        for role, number in numbers.items()
+        if 0 <= number < len(tokens)
+    }
 
 
-def _sentencepiece(metadata: Mapping[str, Any], file: Path, tokens: list[str], types: list[int]) -> Loaded:
+def _sentencepiece(
+    metadata: Mapping[str, Any], file: Path, tokens: list[str], types: list[int]
+) -> Loaded:
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, array) or len(scores) < len(tokens):
-        raise ModelError(Problem(f"{file} tokenizer.ggml.scores", f"{scores!r}"[:80], f"{len(tokens)} numbers", _HINT))
+        raise ModelError(
+            Problem(
+                f"{file} tokenizer.ggml.scores", f"{scores!r}"[:80], f"{len(tokens)} numbers", _HINT
+            )
+        )
     model = SentencePieceModel(
         tuple(Piece(*piece) for piece in zip(tokens, scores, types, strict=False)),
         kind=BPE,
@@ -102,14 +149,21 @@ def _sentencepiece(metadata: Mapping[str, Any], file: Path, tokens: list[str], t
     try:
         check_sentencepiece(model)
     except ValueError as error:
-        raise ModelError(Problem(f"{file} tokenizer.ggml", f"{error}", "a SentencePiece vocabulary", _HINT)) from error
+        raise ModelError(
+            Problem(f"{file} tokenizer.ggml", f"{error}", "a SentencePiece vocabulary", _HINT)
+        ) from error
     declared = Declared(
-        {}, _roles(metadata, tokens), add_bos=_flag(metadata, "add_bos_token", True), add_eos=_flag(metadata, "add_eos_token", False)
+        {},
+        _roles(metadata, tokens),
+        add_bos=_flag(metadata, "add_bos_token", True),
+        add_eos=_flag(metadata, "add_eos_token", False),
     )
     return sentencepiece_tokenizer(file, file, model, declared)
 
 
-def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], types: list[int]) -> Loaded:
+def _byte_level(
+    metadata: Mapping[str, Any], file: Path, tokens: list[str], types: list[int]
+) -> Loaded:
     name = metadata.get("tokenizer.ggml.pre")
     splitter = SPLITTERS.get(name) if isinstance(name, str) else None
     if splitter is None:
@@ -121,11 +175,20 @@ def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], type
     merges = metadata.get("tokenizer.ggml.merges")
     pairs = [tuple(merge.split(" ")) for merge in merges] if isinstance(merges, list) else []
     if not isinstance(merges, list) or any(len(pair) != 2 for pair in pairs):
-        raise ModelError(Problem(f"{file} tokenizer.ggml.merges", "not there, or no pairs of tokens", "pairs of tokens", _HINT))
+        raise ModelError(
+            Problem(
+                f"{file} tokenizer.ggml.merges",
+                "not there, or no pairs of tokens",
+                "pairs of tokens",
+                _HINT,
+            )
+        )
     tokenizer = guarded(
         file,
         "merges of its own tokens",
-        lambda: Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=splitter.whole_words)),
+        lambda: Tokenizer(
+            models.BPE(vocab=vocab, merges=pairs, ignore_merges=splitter.whole_words)
+        ),
     )
     if splitter.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -139,5 +202,10 @@ def _byte_level(metadata: Mapping[str, Any], file: Path, tokens: list[str], type
         ]
     )
     roles = _roles(metadata, tokens)
-    add_template(tokenizer, roles, _flag(metadata, "add_bos_token", splitter.begins), _flag(metadata, "add_eos_token", False))
+    add_template(
+        tokenizer,
+        roles,
+        _flag(metadata, "add_bos_token", splitter.begins),
+        _flag(metadata, "add_eos_token", False),
+    )
     return Loaded(tokenizer, roles, made=True)

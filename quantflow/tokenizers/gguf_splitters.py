@@ -1,8 +1,10 @@
-r"""How llama.cpp cuts a text into words before byte-level BPE: its names of `tokenizer.ggml.pre`, and what each of them does.
+r"""How llama.cpp cuts a text into words before byte-level BPE: its names of `tokenizer.ggml.pre`,
+and what each of them does.
 
-The facts are those of llama.cpp as it lies in llama-cpp-python 0.3.36; tests/tokenizers/test_gguf_splitters.py holds every name against its
-tokens. What stands here is what llama.cpp *does*, since that is what a file's user sees, also where it departs from the tokenizer.json
-of the models that the name was made for:
+The facts are those of llama.cpp as it lies in llama-cpp-python 0.3.36;
+tests/tokenizers/test_gguf_splitters.py holds every name against its tokens. What stands here is
+what llama.cpp *does*, since that is what a file's user sees, also where it departs from the
+tokenizer.json of the models that the name was made for:
 
 - `tekken`, `gpt-4o`: letters outside ASCII are both large and small, so `éÉ` is one word, and a combining mark ends a word.
 - `kimi-k2`, `tiny_aya`, `youtu`: letters have no case at all. For the first, too, a combining mark ends a word.
@@ -13,7 +15,8 @@ of the models that the name was made for:
   expressions' ranges. The digits of a number are one word for the first.
 - A contraction consists of ASCII: `'ſ` is none.
 
-One thing is the models' own: `qwen2`, `qwen35` and their further names normalise to NFC, as these were trained; llama.cpp leaves it out.
+One thing is the models' own: `qwen2`, `qwen35` and their further names normalise to NFC, as these
+were trained; llama.cpp leaves it out.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from quantflow.tokenizers.tokenizer import byte_letters
 
 @dataclass(frozen=True)
 class Splitter:
-    """expressions: each cuts every piece that the one before it left into its matches and what lies between them. whole_words: a word
-    that is a token is not merged. begins: BOS goes before a text where the file does not say. nfc: the text is normalised to NFC."""
+    """expressions: each cuts every piece that the one before it left into its matches and what lies
+    between them. whole_words: a word that is a token is not merged. begins: BOS goes before a text
+    where the file does not say. nfc: the text is normalised to NFC."""
 
     expressions: tuple[str, ...]
     whole_words: bool = False
@@ -84,8 +88,13 @@ _DEEPSEEK3 = (_THREE, _KANA, rf"{_WORDS}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}")
 
 
 def _mixed(letter: str, ending: str = "") -> str:
-    """Letters that are not small, then letters that are not large; one of the two may be missing."""
-    large, small, before = f"(?:(?={letter})[^a-z])", f"(?:(?={letter})[^A-Z])", r"[^\r\n\p{L}\p{N}]?"
+    """Letters that are not small, then letters that are not large; one of the two may be
+    missing."""
+    large, small, before = (
+        f"(?:(?={letter})[^a-z])",
+        f"(?:(?={letter})[^A-Z])",
+        r"[^\r\n\p{L}\p{N}]?",
+    )
     return f"{before}{large}*{small}+{ending}|{before}{large}+{small}*{ending}"
 
 
@@ -95,66 +104,109 @@ def _gpt4o(letter: str) -> str:
 
 # The first of each line's names is the one that is written.
 _NAMES = {
-    Splitter((_GPT2,)): "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4 modern-bert jina-es jina-de"
-    " jina-v1-en roberta-bpe",
-    Splitter((_LLAMA3,), whole_words=True, begins=True): "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
+    Splitter((_GPT2,)): (
+        "gpt-2 phi-2 mpt olmo jais trillion granite-docling gigachat a.x-4.0 mellum exaone4"
+        " modern-bert jina-es jina-de jina-v1-en roberta-bpe"
+    ),
+    Splitter(
+        (_LLAMA3,), whole_words=True, begins=True
+    ): "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano",
     Splitter((_LLAMA3,)): "smaug-bpe dbrx chatglm-bpe",
     Splitter((_LLAMA3,), whole_words=True): "glm4 glm5",
     Splitter((_QWEN2,), nfc=True): "qwen2 deepseek-r1-qwen f2llmv2",
-    Splitter((_QWEN2,)): "hunyuan stablelm2 solar-open grok-2 megrez kormo bailingmoe bailingmoe2 llada-moe",
-    Splitter((rf"{_SHORT}|{_MARKED}|{_ONE}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",), nfc=True): "qwen35",
-    Splitter((_ONE, _GPT2)): "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
-    Splitter((rf"{_mixed(_LETTER)}|{_ONE}|{_OTHERS}[\r\n/]*|{_SPACES}",), whole_words=True, begins=True): "tekken",
+    Splitter(
+        (_QWEN2,)
+    ): "hunyuan stablelm2 solar-open grok-2 megrez kormo bailingmoe bailingmoe2 llada-moe",
+    Splitter(
+        (rf"{_SHORT}|{_MARKED}|{_ONE}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",), nfc=True
+    ): "qwen35",
+    Splitter(
+        (_ONE, _GPT2)
+    ): "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
+    Splitter(
+        (rf"{_mixed(_LETTER)}|{_ONE}|{_OTHERS}[\r\n/]*|{_SPACES}",), whole_words=True, begins=True
+    ): "tekken",
     Splitter((_gpt4o(_LETTER),)): "gpt-4o llama4 kanana2 talkie minimax-m2",
     Splitter((_gpt4o(r"[\p{L}\p{M}]"),), whole_words=True): "granite-embed-multi-97m",
     Splitter(_DEEPSEEK3): "deepseek-v3 hunyuan-dense joyai-llm hy_v4",
-    Splitter((_THREE, _KANA, rf"{_WORDS}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+", _ONE)): "spark2_5",
+    Splitter(
+        (_THREE, _KANA, rf"{_WORDS}| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+", _ONE)
+    ): "spark2_5",
     Splitter((_ENDS, r"\s?\p{L}+", r"\s?\p{P}+", _HANGUL, _ONE)): "deepseek-coder",
     Splitter(
-        (_ENDS, rf"\s?[{_CASED}]+", "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+", r"\s+\z", _HANGUL, r"\p{N}+")
+        (
+            _ENDS,
+            rf"\s?[{_CASED}]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+",
+            r"\s+\z",
+            _HANGUL,
+            r"\p{N}+",
+        )
     ): "deepseek-llm",
     Splitter(
         (
             rf"[{_HAN}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN}]]+(?:{_SHORT})?|{_THREE}|{_OTHERS}[\r\n]*|{_SPACES}",
         )
     ): "kimi-k2",
-    Splitter((_YOUTU, rf"{_MARKED}(?:{_SHORT})?|{_ONE}|{_OTHERS}[\r\n/]*|{_SPACES}"), whole_words=True): "youtu",
-    Splitter((_FROM_RIGHT, rf"{_MARKED}(?:{_SHORT})?|{_THREE}|{_OTHERS}[\r\n/]*|{_SPACES}")): "tiny_aya cohere2moe",
+    Splitter(
+        (_YOUTU, rf"{_MARKED}(?:{_SHORT})?|{_ONE}|{_OTHERS}[\r\n/]*|{_SPACES}"), whole_words=True
+    ): "youtu",
+    Splitter(
+        (_FROM_RIGHT, rf"{_MARKED}(?:{_SHORT})?|{_THREE}|{_OTHERS}[\r\n/]*|{_SPACES}")
+    ): "tiny_aya cohere2moe",
     Splitter((_FROM_RIGHT, _ASIAN, _DEEPSEEK3[-1])): "afmoe",
     Splitter((r"\p{N}+", "(?=(?:[0-9]{3})+(?![0-9]))")): "superbpe",
     Splitter((rf"{_SHORT}|{_LETTERS}|{_ONE}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)): "seed-coder",
     Splitter((rf"{_LETTERS}|{_ONE}|{_OTHERS}[\r\n]*|{_SPACES}",)): "ufakzeka",
     Splitter((_LINES, _QWEN2)): "laguna",
     Splitter(
-        (rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|{_ONE}|{_OTHERS}[\r\n/]?|{_SPACES}",)
-    ): "exaone-moe",
-    Splitter((_THREE, rf"{_SHORT}|{_LETTERS}|\p{{N}}+|{_OTHERS}[\r\n]*|{_SPACES}"), whole_words=True): "minicpm5",
-    Splitter(
         (
-            rf"{_SHORT}|{_LETTERS}|{_THREE}|{_OTHERS}[\r\n]*|\s*[\r\n]+|{_HALVES}|\s{{1,2}}(?!\S)|\s",
+            (
+                rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?:"
+                rf" \p{{L}}\p{{M}}*)*)+|{_ONE}|{_OTHERS}[\r\n/]?|{_SPACES}"
+            ),
         )
+    ): "exaone-moe",
+    Splitter(
+        (_THREE, rf"{_SHORT}|{_LETTERS}|\p{{N}}+|{_OTHERS}[\r\n]*|{_SPACES}"), whole_words=True
+    ): "minicpm5",
+    Splitter(
+        (rf"{_SHORT}|{_LETTERS}|{_THREE}|{_OTHERS}[\r\n]*|\s*[\r\n]+|{_HALVES}|\s{{1,2}}(?!\S)|\s",)
     ): "jais-2",
     Splitter((_SENTENCES,)): "bloom poro-chat gpt3-finnish",
     Splitter((_SENTENCES, _ONE)): "viking",
     Splitter((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9]{3}")): "falcon",
     Splitter(
         (
-            "<sentinel:[0-9]+>", "IMGIMG[A-I]{1,4}Z", r"[\t\n]|    |  ", _ONE, r"[\p{P}!-/:-@\[-`{-~]", _GPT2,
+            "<sentinel:[0-9]+>",
+            "IMGIMG[A-I]{1,4}Z",
+            r"[\t\n]|    |  ",
+            _ONE,
+            r"[\p{P}!-/:-@\[-`{-~]",
+            _GPT2,
         ),
         begins=True,
     ): "chameleon",
     Splitter((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9]{3}")): "default",
-}  # fmt: skip
+}
 SPLITTERS = {name: splitter for splitter, names in _NAMES.items() for name in names.split()}
-EXPECTED = f"one of {len(SPLITTERS)} names of llama.cpp's, such as gpt-2, llama-bpe, qwen2, smollm or tekken"
+EXPECTED = (
+    f"one of {len(SPLITTERS)} names of llama.cpp's, such as gpt-2, llama-bpe, qwen2, smollm or"
+    " tekken"
+)
 # Its names that are not read, and why
 REFUSED = dict.fromkeys(
-    ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"), "BPE of letters in place of bytes"
-) | dict.fromkeys(("jina-v2-es", "jina-v2-de", "jina-v2-code"), "an encoder whose <mask> swallows the spaces before it")
+    ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace"),
+    "BPE of letters in place of bytes",
+) | dict.fromkeys(
+    ("jina-v2-es", "jina-v2-de", "jina-v2-code"),
+    "an encoder whose <mask> swallows the spaces before it",
+)
 
 
-# How tokenizer.json files spell the same things, after which theirs are ours. The last ones are what `tekken` and `gpt-4o` depart from:
-# llama.cpp's own converter gives these models the names, too.
+# How tokenizer.json files spell the same things, after which theirs are ours. The last ones are
+# what `tekken` and `gpt-4o` depart from: llama.cpp's own converter gives these models the names,
+# too.
 _LARGE, _SMALL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SPELLINGS = {
     "\r": r"\r",
@@ -174,18 +226,27 @@ _SPELLINGS = {
 
 
 def splitter_names(expressions: tuple[str, ...]) -> list[str]:
-    """llama.cpp's names, one of each `Splitter`, of the splitters that cut at these expressions of a tokenizer.json."""
+    """llama.cpp's names, one of each `Splitter`, of the splitters that cut at these expressions of
+    a tokenizer.json."""
     spelled = []
     for each in expressions:
         for theirs, ours in _SPELLINGS.items():
             each = each.replace(theirs, ours)
         spelled.append(each)
-    return [names.split()[0] for splitter, names in _NAMES.items() if splitter.expressions == tuple(spelled)]
+    return [
+        names.split()[0]
+        for splitter, names in _NAMES.items()
+        if splitter.expressions == tuple(spelled)
+    ]
 
 
-def word_splitter(expressions: tuple[str, ...], vocabulary: Collection[str]) -> pre_tokenizers.PreTokenizer:
+def word_splitter(
+    expressions: tuple[str, ...], vocabulary: Collection[str]
+) -> pre_tokenizers.PreTokenizer:
     """The pre-tokenizer of byte-level BPE that cuts at these expressions, one after the other."""
-    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(each), "isolated") for each in expressions]
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(each), "isolated") for each in expressions
+    ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     if apart := missing_bytes(vocabulary):
         steps.append(pre_tokenizers.Split(Regex(apart), "isolated"))
@@ -193,10 +254,12 @@ def word_splitter(expressions: tuple[str, ...], vocabulary: Collection[str]) -> 
 
 
 def missing_bytes(vocabulary: Collection[str]) -> str:
-    """An expression for the bytes, written in GPT-2's letters, that no token stands for; empty where there are none.
+    """An expression for the bytes, written in GPT-2's letters, that no token stands for; empty
+    where there are none.
 
-    llama.cpp and the tokenizers library leave them out of a text. The library then merges what stood on both sides of one, llama.cpp does
-    not: what this matches is to stand apart before there is anything to merge.
+    llama.cpp and the tokenizers library leave them out of a text. The library then merges what
+    stood on both sides of one, llama.cpp does not: what this matches is to stand apart before there
+    is anything to merge.
     """
     missing = [letter for letter in byte_letters() if letter not in vocabulary]
     return f"[{re.escape(''.join(missing))}]" if missing else ""

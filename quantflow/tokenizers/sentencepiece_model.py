@@ -49,14 +49,18 @@ def read_sentencepiece(data: bytes) -> SentencePieceModel:
         if number == 1:
             piece = dict(_fields(_bytes(value)))
             score = struct.unpack("<f", _bytes(piece.get(2, bytes(4)), 4))[0]
-            pieces.append(Piece(_bytes(piece.get(1, b"")).decode("utf-8"), score, _int(piece.get(3, NORMAL))))
+            pieces.append(
+                Piece(_bytes(piece.get(1, b"")).decode("utf-8"), score, _int(piece.get(3, NORMAL)))
+            )
         elif number == 2:
             trainer = dict(_fields(_bytes(value)))
         elif number == 3:
             normalizer = dict(_fields(_bytes(value)))
     # They follow the pieces: a file without them was cut.
     if not pieces or trainer is None or normalizer is None:
-        raise ValueError("pieces, trainer or normalizer missing: cut off, or no SentencePiece model")
+        raise ValueError(
+            "pieces, trainer or normalizer missing: cut off, or no SentencePiece model"
+        )
     model = SentencePieceModel(
         tuple(pieces),
         kind=_int(trainer.get(3, UNIGRAM)),
@@ -90,12 +94,15 @@ def check_sentencepiece(model: SentencePieceModel) -> None:
         raise ValueError(f"pieces of types {sorted(set(kinds))}: only 1, 2, 3, 4 and 6 can be read")
     if not all(math.isfinite(piece.score) for piece in model.pieces):
         raise ValueError("a score that is not finite")
-    if model.byte_fallback and {piece.text for piece in model.pieces if piece.kind == BYTE} != {f"<0x{i:02X}>" for i in range(256)}:
+    if model.byte_fallback and {piece.text for piece in model.pieces if piece.kind == BYTE} != {
+        f"<0x{i:02X}>" for i in range(256)
+    }:
         raise ValueError("byte fallback without a piece for each of the 256 bytes")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Field number and value of a protobuf message: integers of varints, the bytes of anything else."""
+    """Field number and value of a protobuf message: integers of varints, the bytes of anything
+    else."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -113,7 +120,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         else:
             raise ValueError(f"wire type {wire} at byte {at}")
         if at + size > len(data):
-            raise ValueError(f"a field of {size} bytes at byte {at}, where {len(data) - at} are left")
+            raise ValueError(
+                f"a field of {size} bytes at byte {at}, where {len(data) - at} are left"
+            )
         yield number, data[at : at + size]
         at += size
 

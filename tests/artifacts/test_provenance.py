@@ -1,4 +1,5 @@
-"""The statement's parts: the commit of the source, names and sums. A whole one is checked in tests/pipeline/test_release.py."""
+"""The statement's parts: the commit of the source, names and sums. A whole one is checked in
+tests/pipeline/test_release.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,12 @@ IDENTITY = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit
 
 
 def git(folder: Path, *arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *IDENTITY, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *IDENTITY, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -33,15 +39,23 @@ def package(tmp_path: Path) -> Path:
 
 def test_the_commit_of_a_checkout(package: Path) -> None:
     assert own_source(package) == {
-        "name": "quantflow", "digest": {"gitCommit": git(package, "rev-parse", "HEAD")}, "annotations": {"role": "source"},
-    }  # fmt: skip
+        "name": "quantflow",
+        "digest": {"gitCommit": git(package, "rev-parse", "HEAD")},
+        "annotations": {"role": "source"},
+    }
 
 
-@pytest.mark.parametrize(("file", "counts"), [("package/__init__.py", True), ("kernels/file", True), ("docs/file", False)])
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [("package/__init__.py", True), ("kernels/file", True), ("docs/file", False)],
+)
 def test_a_change_of_what_computes_is_told(package: Path, file: str, counts: bool) -> None:
     (package.parent / file).write_text("changed = True")
     found = own_source(package)
-    assert found is not None and found["annotations"] == {"role": "source", **({"modified": True} if counts else {})}
+    assert found is not None and found["annotations"] == {
+        "role": "source",
+        **({"modified": True} if counts else {}),
+    }
 
 
 @pytest.mark.parametrize(
@@ -56,7 +70,9 @@ def test_a_change_of_what_computes_is_told(package: Path, file: str, counts: boo
         ("me@example.org:/a/b", "git+ssh://example.org/a/b"),
     ],
 )
-def test_a_remote_is_named_without_passwords_and_places(package: Path, remote: str, uri: str | None) -> None:
+def test_a_remote_is_named_without_passwords_and_places(
+    package: Path, remote: str, uri: str | None
+) -> None:
     git(package, "remote", "add", "origin", remote)
     found = own_source(package)
     assert found is not None and found.get("uri") == uri
@@ -82,7 +98,13 @@ def test_resources_leave_out_what_is_not_known() -> None:
 
 @pytest.mark.parametrize(
     ("text", "is_one"),
-    [("https://example.org/x", True), ("urn:a:b", True), ("example.org/x", False), ("HTTPS://x", False), ("a: b", False)],
+    [
+        ("https://example.org/x", True),
+        ("urn:a:b", True),
+        ("example.org/x", False),
+        ("HTTPS://x", False),
+        ("a: b", False),
+    ],
 )
 def test_uris(text: str, is_one: bool) -> None:
     assert is_uri(text) is is_one

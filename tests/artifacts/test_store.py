@@ -1,4 +1,5 @@
-"""Results are written at once or not at all, and found again under the hash of what they depend on."""
+"""Results are written at once or not at all, and found again under the hash of what they depend
+on."""
 
 from __future__ import annotations
 
@@ -18,7 +19,16 @@ from safetensors.torch import save
 
 import quantflow.artifacts.store as store_module
 from quantflow.artifacts import fingerprint
-from quantflow.artifacts.artifact import MANIFEST, MANIFEST_KEYS, RUN, building, file_entries, foreign_files, is_whole, read_manifest
+from quantflow.artifacts.artifact import (
+    MANIFEST,
+    MANIFEST_KEYS,
+    RUN,
+    building,
+    file_entries,
+    foreign_files,
+    is_whole,
+    read_manifest,
+)
 from quantflow.artifacts.fingerprint import closure, code_digest, digest, file_digest, source_digest
 from quantflow.artifacts.store import Store, write_atomic, write_json
 from quantflow.checkpoints.directory import Directory
@@ -44,7 +54,9 @@ def test_write_atomic_makes_folders_and_leaves_nothing_else(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+def test_a_write_that_fails_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"b": 1})
 
@@ -54,12 +66,16 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, failing, fail)
     with pytest.raises(OSError, match="No space left"):
         write_json(path, {"b": 2})
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads(path.read_text()) == {"b": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads(path.read_text()) == {
+        "b": 1
+    }
 
 
 def test_json_keeps_the_order_of_keys(tmp_path: Path) -> None:
     write_json(tmp_path / "a", {"é": [1.5, None], "a": 1})
-    assert (tmp_path / "a").read_bytes() == '{\n  "é": [\n    1.5,\n    null\n  ],\n  "a": 1\n}\n'.encode()
+    assert (
+        tmp_path / "a"
+    ).read_bytes() == '{\n  "é": [\n    1.5,\n    null\n  ],\n  "a": 1\n}\n'.encode()
 
 
 # Layers
@@ -78,11 +94,19 @@ def test_finished_layers_stop_at_the_first_gap(store: Store) -> None:
 
 
 def test_drop_streams(store: Store) -> None:
-    names = ["stream-00000.bin", "stream-00001.bin", "layer-00001.safetensors", ".work-x.bin", "quality.json"]
+    names = [
+        "stream-00000.bin",
+        "stream-00001.bin",
+        "layer-00001.safetensors",
+        ".work-x.bin",
+        "quality.json",
+    ]
     for name in names:
         write_atomic(store.folder(KEY) / name, b"x")
     store.drop_streams(KEY, keep=1)
-    assert {p.name for p in store.folder(KEY).iterdir()} == set(names[1:]), "scratch files may be in use"
+    assert {p.name for p in store.folder(KEY).iterdir()} == set(names[1:]), (
+        "scratch files may be in use"
+    )
     store.drop_streams(KEY)
     assert {p.name for p in store.folder(KEY).iterdir()} == set(names[2:])
     store.drop_streams("f" * 32)  # nothing there: nothing to do
@@ -152,8 +176,13 @@ def test_content_hashes_are_computed_once(store: Store, tmp_path: Path, hashed: 
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b", data=b"other")
     assert store.cached_digests([a]) is None and hashed == []
     found = store.digests([a, b])
-    assert found == {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (a, b)} and hashed == [a, b]
-    assert Store(store.root).digests([b, a]) == found == store.cached_digests([a, b]) and hashed == [a, b]
+    assert found == {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (a, b)} and hashed == [
+        a,
+        b,
+    ]
+    assert Store(store.root).digests([b, a]) == found == store.cached_digests(
+        [a, b]
+    ) and hashed == [a, b]
     c = weights(tmp_path / "c")
     assert store.cached_digests([a, c]) is None
     store.digests([a, c])
@@ -161,7 +190,9 @@ def test_content_hashes_are_computed_once(store: Store, tmp_path: Path, hashed: 
 
 
 @pytest.mark.parametrize("change", ["size", "mtime", "header"])
-def test_a_file_that_changed_is_hashed_again(store: Store, tmp_path: Path, hashed: list[Path], change: str) -> None:
+def test_a_file_that_changed_is_hashed_again(
+    store: Store, tmp_path: Path, hashed: list[Path], change: str
+) -> None:
     path = weights(tmp_path / "a")
     store.digests([path])
     status = path.stat()
@@ -179,7 +210,9 @@ def test_a_file_that_changed_is_hashed_again(store: Store, tmp_path: Path, hashe
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": ', "\x00"])
-def test_a_damaged_cache_of_hashes_is_as_good_as_none(store: Store, tmp_path: Path, content: str) -> None:
+def test_a_damaged_cache_of_hashes_is_as_good_as_none(
+    store: Store, tmp_path: Path, content: str
+) -> None:
     path = weights(tmp_path / "a")
     write_atomic(store.root / "hashes.json", content.encode())
     assert store.cached_digests([path]) is None
@@ -191,17 +224,26 @@ def test_a_damaged_cache_of_hashes_is_as_good_as_none(store: Store, tmp_path: Pa
 
 def test_digest_leaves_out_the_order_of_mappings_and_nothing_else() -> None:
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
-    values = [{"a": 1}, {"a": 2}, {"a": "1"}, {"a": 1.5}, {"b": 1}, ["a", 1], {"a": [1, 2]}, {"a": [2, 1]}, {"a": None}, {"a": True}, {}]
+    values = [
+        {"a": 1}, {"a": 2}, {"a": "1"}, {"a": 1.5}, {"b": 1}, ["a", 1], {"a": [1, 2]},
+        {"a": [2, 1]}, {"a": None}, {"a": True}, {},
+    ]  # fmt: skip
     assert len({digest(v) for v in values}) == len(values)
     assert digest("é") == hashlib.sha256('"é"'.encode()).hexdigest()
 
 
 def test_source_digest_sees_names_and_contents() -> None:
     whole, one = source_digest("quant"), source_digest("quant/kv.py")
-    assert whole == source_digest("quant") and len({whole, one, source_digest("quant/grid.py"), source_digest("quant", "errors.py")}) == 4
+    assert (
+        whole == source_digest("quant")
+        and len({whole, one, source_digest("quant/grid.py"), source_digest("quant", "errors.py")})
+        == 4
+    )
 
 
-def test_source_digest_sees_what_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_digest_sees_what_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "quantflow_kernels"
     shutil.copytree(fingerprint._kernels(), folder, ignore=shutil.ignore_patterns("__pycache__"))
     known = source_digest("kernels")
@@ -216,13 +258,24 @@ def test_source_digest_sees_what_is_compiled(tmp_path: Path, monkeypatch: pytest
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package in place of ours, and kernels in place of those."""
     files = {
-        "quantflow/__init__.py": "", "quantflow/quant/__init__.py": "from quantflow.quant import shared", "quantflow/quant/shared.py": "",
-        "quantflow/quant/a.py": "import torch\ndef f():\n    try:\n        from quantflow.quant.b import x\n    finally:\n        pass",
-        "quantflow/quant/b.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from quantflow import typed\n"
-        "from quantflow_kernels import (\n    fast,\n)",
-        "quantflow/typed.py": "", "quantflow/other.py": "from quantflow.quant import a", "quantflow_kernels/__init__.py": "",
-        "quantflow_kernels/fast.py": "", "quantflow_kernels/fast.c": "", "quantflow_kernels/slow.c": "",
-    }  # fmt: skip
+        "quantflow/__init__.py": "",
+        "quantflow/quant/__init__.py": "from quantflow.quant import shared",
+        "quantflow/quant/shared.py": "",
+        "quantflow/quant/a.py": (
+            "import torch\ndef f():\n    try:\n        from quantflow.quant.b import x\n   "
+            " finally:\n        pass"
+        ),
+        "quantflow/quant/b.py": (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from quantflow import typed\n"
+            "from quantflow_kernels import (\n    fast,\n)"
+        ),
+        "quantflow/typed.py": "",
+        "quantflow/other.py": "from quantflow.quant import a",
+        "quantflow_kernels/__init__.py": "",
+        "quantflow_kernels/fast.py": "",
+        "quantflow_kernels/fast.c": "",
+        "quantflow_kernels/slow.c": "",
+    }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -232,9 +285,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_closure_of_imports_by_hand(package: Path) -> None:
-    used = ("quantflow.quant", "quantflow.quant.a", "quantflow.quant.b", "quantflow.quant.shared", "quantflow_kernels.fast")
+    used = (
+        "quantflow.quant",
+        "quantflow.quant.a",
+        "quantflow.quant.b",
+        "quantflow.quant.shared",
+        "quantflow_kernels.fast",
+    )
     assert tuple(sorted(closure("quantflow.quant.a"))) == used
-    assert closure("quantflow.quant.a")["quantflow_kernels.fast"] == package / "quantflow_kernels" / "fast.py"
+    assert (
+        closure("quantflow.quant.a")["quantflow_kernels.fast"]
+        == package / "quantflow_kernels" / "fast.py"
+    )
     with pytest.raises(ModuleNotFoundError, match=r"quantflow\.gone"):
         closure("quantflow.quant.a", "quantflow.gone")
 
@@ -242,11 +304,18 @@ def test_the_closure_of_imports_by_hand(package: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "seen"),
     [
-        ("quantflow/quant/b.py", True), ("quantflow/quant/__init__.py", True), ("quantflow_kernels/fast.c", True),
-        ("quantflow/typed.py", False), ("quantflow/other.py", False), ("quantflow_kernels/slow.c", False), ("quantflow/__init__.py", False),
+        ("quantflow/quant/b.py", True),
+        ("quantflow/quant/__init__.py", True),
+        ("quantflow_kernels/fast.c", True),
+        ("quantflow/typed.py", False),
+        ("quantflow/other.py", False),
+        ("quantflow_kernels/slow.c", False),
+        ("quantflow/__init__.py", False),
     ],
-)  # fmt: skip
-def test_an_identity_changes_with_what_can_change_a_result(package: Path, file: str, seen: bool) -> None:
+)
+def test_an_identity_changes_with_what_can_change_a_result(
+    package: Path, file: str, seen: bool
+) -> None:
     before = code_digest.__wrapped__("quantflow.quant.a")
     assert code_digest.__wrapped__("quantflow.quant.a") == before
     assert code_digest.__wrapped__("quantflow.quant.a", alone=("quantflow.other",)) != before
@@ -254,9 +323,15 @@ def test_an_identity_changes_with_what_can_change_a_result(package: Path, file: 
     assert (code_digest.__wrapped__("quantflow.quant.a") != before) == seen
 
 
-def test_an_identity_changes_with_the_libraries(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_identity_changes_with_the_libraries(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = set()
-    for installed in ({"torch": "2.13.0", "triton": "3.6"}, {"torch": "2.14.0", "triton": "3.6"}, {"torch": "2.13.0", "triton": ""}):
+    for installed in (
+        {"torch": "2.13.0", "triton": "3.6"},
+        {"torch": "2.14.0", "triton": "3.6"},
+        {"torch": "2.13.0", "triton": ""},
+    ):
         monkeypatch.setattr(fingerprint, "_version", installed.__getitem__)
         found.add(code_digest.__wrapped__("quantflow.quant.a"))
     assert len(found) == 3
@@ -270,7 +345,10 @@ def fill(folder: Path, content: bytes = b"new") -> None:
     (folder / "sub" / "a.bin").write_bytes(content)
     (folder / RUN).write_text("{}")
     keys = {key: kind() for key, kind in MANIFEST_KEYS.items()}
-    write_json(folder / MANIFEST, {**keys, "source": {"model": "m", "weights": None}, "files": file_entries(folder)})
+    write_json(
+        folder / MANIFEST,
+        {**keys, "source": {"model": "m", "weights": None}, "files": file_entries(folder)},
+    )
 
 
 def test_an_artifact_appears_at_once(tmp_path: Path) -> None:
@@ -279,7 +357,9 @@ def test_an_artifact_appears_at_once(tmp_path: Path) -> None:
         assert folder.parent == output.parent
         fill(folder)
         assert not output.exists()
-    assert (output / "sub" / "a.bin").read_bytes() == b"new" and [p.name for p in output.parent.iterdir()] == ["artifact"]
+    assert (output / "sub" / "a.bin").read_bytes() == b"new" and [
+        p.name for p in output.parent.iterdir()
+    ] == ["artifact"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt(), ModelError("a: b")])
@@ -290,7 +370,9 @@ def test_a_build_that_fails_changes_nothing(tmp_path: Path, error: BaseException
     with pytest.raises(type(error)), building(output) as folder:
         fill(folder)
         raise error
-    assert (output / "sub" / "a.bin").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["artifact"]
+    assert (output / "sub" / "a.bin").read_bytes() == b"old" and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["artifact"]
 
 
 def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
@@ -313,7 +395,11 @@ def test_the_old_artifact_is_replaced_whole(tmp_path: Path) -> None:
         (folder / "only-in-old").write_bytes(b"")
     with building(output) as folder:
         fill(folder)
-    assert sorted(str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()) == [MANIFEST, RUN, "sub/a.bin"]
+    assert sorted(str(p.relative_to(output)) for p in output.rglob("*") if p.is_file()) == [
+        MANIFEST,
+        RUN,
+        "sub/a.bin",
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
 
 
@@ -323,7 +409,9 @@ def test_other_peoples_folders_are_not_replaced(tmp_path: Path) -> None:
     (output / "chapter.tex").write_text("years")
     with pytest.raises(OutputError, match="other content"), building(output) as folder:
         fill(folder)
-    assert (output / "chapter.tex").read_text() == "years" and [p.name for p in tmp_path.iterdir()] == ["thesis"]
+    assert (output / "chapter.tex").read_text() == "years" and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["thesis"]
     (tmp_path / "empty").mkdir()
     with building(tmp_path / "empty") as folder:
         fill(folder)
@@ -333,7 +421,9 @@ def test_other_peoples_folders_are_not_replaced(tmp_path: Path) -> None:
 def test_file_entries_and_is_whole(tmp_path: Path) -> None:
     fill(tmp_path, b"abc")
     manifest = read_manifest(tmp_path)
-    assert manifest is not None and manifest["files"] == {"sub/a.bin": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
+    assert manifest is not None and manifest["files"] == {
+        "sub/a.bin": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    }
     assert is_whole(tmp_path, manifest) and foreign_files(tmp_path) == []
     (tmp_path / "sub" / "a.bin").write_bytes(b"ab")
     assert not is_whole(tmp_path, manifest)
@@ -353,16 +443,25 @@ def test_foreign_files(tmp_path: Path) -> None:
     assert foreign_files(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["x" * 256, "a/" + "x" * 300, "a/" * 600, "a\0b", "../x", "/x", "a/../../x"], ids=range(7))
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 256, "a/" + "x" * 300, "a/" * 600, "a\0b", "../x", "/x", "a/../../x"],
+    ids=range(7),
+)
 def test_places_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     """They come from a file: the system's own objection to one would be no message."""
-    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"t": f"{name}.safetensors"}})
+    write_json(
+        tmp_path / "model.safetensors.index.json", {"weight_map": {"t": f"{name}.safetensors"}}
+    )
     write_json(tmp_path / "config.json", {})
     with pytest.raises(ModelError, match="weight file"):
         Directory(tmp_path)
     (tmp_path / "config.json").unlink()
     manifest = {key: kind() for key, kind in MANIFEST_KEYS.items()}
-    for changed in ({"formats": {"awq": name}}, {"formats": {"awq": "a"}, "files": {name: {"bytes": 1}}}):
+    for changed in (
+        {"formats": {"awq": name}},
+        {"formats": {"awq": "a"}, "files": {name: {"bytes": 1}}},
+    ):
         write_json(tmp_path / MANIFEST, {**manifest, **changed})
         with pytest.raises(ModelError, match="a place in the artifact"):
             read_manifest(tmp_path)
@@ -375,13 +474,31 @@ def test_places_that_no_file_can_have(tmp_path: Path, name: str) -> None:
     ("changes", "said"),
     [
         ({"source": {}}, ["source model: None; expected a text"]),
-        ({"source": {"model": "m", "weights": 3}}, ["source weights: 3; expected a digest, or null"]),
-        ({"kv_qparams": {"bits": 8}}, ["kv_qparams: {'bits': 8}; expected bits, granularity and symmetric"]),
-        ({"kind": "export", "source": {}}, ["source model: None", "source format: None", "formats: 0 formats; expected one"]),
-        ({"kind": "export", "formats": {"awq": ".", "gptq": "g"}, "source": {"model": "m", "format": "awq"}}, ["formats: 2 formats"]),
+        (
+            {"source": {"model": "m", "weights": 3}},
+            ["source weights: 3; expected a digest, or null"],
+        ),
+        (
+            {"kv_qparams": {"bits": 8}},
+            ["kv_qparams: {'bits': 8}; expected bits, granularity and symmetric"],
+        ),
+        (
+            {"kind": "export", "source": {}},
+            ["source model: None", "source format: None", "formats: 0 formats; expected one"],
+        ),
+        (
+            {
+                "kind": "export",
+                "formats": {"awq": ".", "gptq": "g"},
+                "source": {"model": "m", "format": "awq"},
+            },
+            ["formats: 2 formats"],
+        ),
     ],
 )
-def test_a_manifest_of_another_shape_is_a_message(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+def test_a_manifest_of_another_shape_is_a_message(
+    tmp_path: Path, changes: dict[str, Any], said: list[str]
+) -> None:
     """Wherever it is read: `inspect` and `compare` had tracebacks."""
     keys = {key: kind() for key, kind in MANIFEST_KEYS.items()}
     write_json(tmp_path / MANIFEST, {**keys, "source": {"model": "m"}, **changes})
@@ -393,16 +510,23 @@ def test_a_manifest_of_another_shape_is_a_message(tmp_path: Path, changes: dict[
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_place_that_cannot_be_written_is_the_users_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_place_that_cannot_be_written_is_the_users_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     def refuse(self: Path, *_: Any, **__: Any) -> None:
         raise OSError(code, os.strerror(code), str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(OutputError, match=f"^{re.escape(str(tmp_path))}: not writable .*--output"), building(tmp_path / "out"):
+    with (
+        pytest.raises(OutputError, match=f"^{re.escape(str(tmp_path))}: not writable .*--output"),
+        building(tmp_path / "out"),
+    ):
         pytest.fail("nothing was made")
 
 
-def test_a_full_disk_is_named_though_the_write_does_not_say_of_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_though_the_write_does_not_say_of_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left") as raised, building(tmp_path / "out"):
         raise full

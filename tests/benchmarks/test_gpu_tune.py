@@ -12,7 +12,9 @@ pytest.importorskip("triton")
 from benchmarks.gpu_tune import best, geometric_mean, splits, tiles
 
 
-def test_the_least_comes_first_and_failures_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_least_comes_first_and_failures_are_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def score(x: int) -> float:
         if x == 2:
             raise ArithmeticError("relative error 0.3")
@@ -28,7 +30,9 @@ def test_candidates_differ() -> None:
     assert len(set(first)) == len(first) > 36 and all(c.block_m == 16 for c in first)
     assert all(bool(c.programs) == (c.block_n >= 64) for c in first)
     assert not any(c.programs for c in tiles(128))
-    assert {c.programs for c in splits(first[0])} >= {0, 264} and len({c.block_n for c in splits(first[0])}) == 1
+    assert {c.programs for c in splits(first[0])} >= {0, 264} and len(
+        {c.block_n for c in splits(first[0])}
+    ) == 1
 
 
 def test_the_mean() -> None:

@@ -1,4 +1,5 @@
-"""Calibration text: every kind of file, windows cut as `divergence.py` cuts them, and what is said where the text is too short."""
+"""Calibration text: every kind of file, windows cut as `divergence.py` cuts them, and what is said
+where the text is too short."""
 
 from __future__ import annotations
 
@@ -40,22 +41,49 @@ class Letters:
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[Any]:
         self.texts += len(texts)
-        return [type("Encoding", (), {"ids": [1] * add_special_tokens + [*map(ord, text)]}) for text in texts]
+        return [
+            type("Encoding", (), {"ids": [1] * add_special_tokens + [*map(ord, text)]})
+            for text in texts
+        ]
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.txt", "First.\nStill the first.\n<|endoftext|>Zweites — ß<|endoftext|>\n \n<|endoftext|>第三\n<|endoftext|>\na  b\n"),
+        (
+            "a.txt",
+            (
+                "First.\nStill the first.\n<|endoftext|>Zweites — ß<|endoftext|>\n"
+                " \n<|endoftext|>第三\n<|endoftext|>\na  b\n"
+            ),
+        ),
         ("a.jsonl", "\n".join([json.dumps({"id": 1, "text": d}) for d in DOCUMENTS]) + "\n\n"),
         ("a.jsonl", "\r\n".join([json.dumps({"text": d}, ensure_ascii=False) for d in DOCUMENTS])),
         ("b.jsonl", "\n".join([json.dumps(f" {d}\n") for d in DOCUMENTS])),
         (
             "c.jsonl",
-            "\n".join(json.dumps({k: d, "n": 3}) for k, d in zip(("content", "sentence", "document", "prompt"), DOCUMENTS, strict=True)),
+            "\n".join(
+                json.dumps({k: d, "n": 3})
+                for k, d in zip(
+                    ("content", "sentence", "document", "prompt"), DOCUMENTS, strict=True
+                )
+            ),
         ),
-        ("a.json", json.dumps([{"text": DOCUMENTS[0]}, DOCUMENTS[1], {"text": "  "}, {"content": DOCUMENTS[2]}, DOCUMENTS[3]], indent=2)),
-        ("c4.json", "\n".join(json.dumps({"text": d, "url": "http://x"}) for d in DOCUMENTS)),  # lines, as c4 has it
+        (
+            "a.json",
+            json.dumps(
+                [
+                    {"text": DOCUMENTS[0]},
+                    DOCUMENTS[1],
+                    {"text": "  "},
+                    {"content": DOCUMENTS[2]},
+                    DOCUMENTS[3],
+                ],
+                indent=2,
+            ),
+        ),
+        # lines, as c4 has it
+        ("c4.json", "\n".join(json.dumps({"text": d, "url": "http://x"}) for d in DOCUMENTS)),
     ],
 )
 def test_every_kind_of_file(tmp_path: Path, name: str, content: str) -> None:
@@ -64,7 +92,8 @@ def test_every_kind_of_file(tmp_path: Path, name: str, content: str) -> None:
     packed.write_bytes(gzip.compress(content.encode()))
     for path in (plain, packed):
         assert list(documents(str(path))) == DOCUMENTS
-        assert list(documents("c4", str(path))) == DOCUMENTS  # the file in the place of a known name
+        # the file in the place of a known name
+        assert list(documents("c4", str(path))) == DOCUMENTS
         assert list(documents("no such name", str(path))) == DOCUMENTS
 
 
@@ -94,7 +123,10 @@ def zstandard(data: bytes) -> bytes:
         ("a.csv", CSV.encode()),
         ("a.csv", b"\xef\xbb\xbf" + CSV.replace("\n4", "\r\n4").encode()),
         ("a.CSV.gz", gzip.compress(CSV.encode())),
-        ("a.tsv", 'text\tid\n"First.\nStill the first."\t1\nZweites — ß\t2\n第三\t3\na  b\t4\n'.encode()),
+        (
+            "a.tsv",
+            'text\tid\n"First.\nStill the first."\t1\nZweites — ß\t2\n第三\t3\na  b\t4\n'.encode(),
+        ),
         ("a.md", "<|endoftext|>".join(DOCUMENTS).encode()),
         ("a.text", "<|endoftext|>".join(DOCUMENTS).encode()),
         ("a", "<|endoftext|>".join(DOCUMENTS).encode()),
@@ -111,7 +143,10 @@ def test_tables_that_other_software_writes(tmp_path: Path) -> None:
     """As `datasets` saves them: Parquet, Arrow in a folder, JSON lines, CSV."""
     from datasets import Dataset
 
-    turns = [[{"role": "user", "content": d}, {"role": "assistant", "content": "Yes."}] for d in DOCUMENTS]
+    turns = [
+        [{"role": "user", "content": d}, {"role": "assistant", "content": "Yes."}]
+        for d in DOCUMENTS
+    ]
     table = Dataset.from_dict({"id": list(range(4)), "text": DOCUMENTS})
     talks = Dataset.from_dict({"id": list(range(4)), "messages": turns, "n": [None, 1, 2, 3]})
     table.to_parquet(tmp_path / "a.parquet")
@@ -131,15 +166,21 @@ def test_lines_end_at_line_feeds_alone(tmp_path: Path, name: str) -> None:
     """JSON allows U+2028, U+2029 and U+0085 in strings."""
     texts = ["one\u2028two\u0085three", "a\u2029b\x1cc\x0bd"]
     path = tmp_path / name
-    path.write_bytes("\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts).encode())
+    path.write_bytes(
+        "\r\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts).encode()
+    )
     assert list(documents(str(path))) == texts
 
 
-def test_a_text_is_split_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_is_split_wherever_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.txt"
     text = "ab<|endoftext|>c<|endof<|endoftext|><|endoftext|>text|>\r\nd<|endoftext|"
     path.write_bytes(text.encode())
-    expected = [part.strip() for part in text.replace("\r\n", "\n").split("<|endoftext|>") if part.strip()]
+    expected = [
+        part.strip() for part in text.replace("\r\n", "\n").split("<|endoftext|>") if part.strip()
+    ]
     for size in (*range(1, 40), 1000):
         monkeypatch.setattr("quantflow.calibration.rows.READ", size)
         assert list(documents(str(path))) == expected
@@ -156,7 +197,15 @@ def test_lines_are_read_as_they_are_needed(tmp_path: Path) -> None:
 
 def test_texts_that_look_like_something_else(tmp_path: Path) -> None:
     """HTML and XML are texts; so is JSON among other documents, and a brace or a bracket."""
-    for text in ("<!DOCTYPE html><p>A page</p>", '<?xml version="1.0"?><a/>', "<html>", "{braces}", "[1] A note", "{", '["a"]'):
+    for text in (
+        "<!DOCTYPE html><p>A page</p>",
+        '<?xml version="1.0"?><a/>',
+        "<html>",
+        "{braces}",
+        "[1] A note",
+        "{",
+        '["a"]',
+    ):
         (tmp_path / "a.txt").write_text(text)
         assert list(documents(str(tmp_path / "a.txt"))) == [text]
     (tmp_path / "a.txt").write_text('{"text": "hello"}<|endoftext|>b')
@@ -164,7 +213,8 @@ def test_texts_that_look_like_something_else(tmp_path: Path) -> None:
 
 
 def test_cells_that_are_missing(tmp_path: Path) -> None:
-    """A row with fewer cells has no text; columns without a name, as a comma at the end makes them, are nobody's."""
+    """A row with fewer cells has no text; columns without a name, as a comma at the end makes them,
+    are nobody's."""
     path = tmp_path / "a.csv"
     path.write_text("id,text,,\n1,a,,\n2\n3,b\n")
     assert list(documents(str(path))) == ["a", "b"]
@@ -185,7 +235,9 @@ def test_a_quote_that_does_not_end(tmp_path: Path, name: str, end: str) -> None:
     """It would make one document of all that follows."""
     path, line_break = tmp_path / name, end or "\n"
     lines = ["id,text,more", '1,"a', 'b",c', "", '2,"d', 'e","f', "3,g,h", "4,i,j"]
-    path.write_bytes((line_break.join(lines) + end).replace(",", "\t" if name == "a.tsv" else ",").encode())
+    path.write_bytes(
+        (line_break.join(lines) + end).replace(",", "\t" if name == "a.tsv" else ",").encode()
+    )
     with pytest.raises(DataError, match=rf'{name}:6: a cell whose quote \("\) does not end'):
         list(documents(str(path)))
     path.write_bytes(f'"text{line_break}a{line_break}b{end}'.encode())
@@ -198,13 +250,21 @@ def test_a_quote_that_does_not_end(tmp_path: Path, name: str, end: str) -> None:
 def test_an_encoding_is_named_by_its_mark(tmp_path: Path, name: str, encoding: str) -> None:
     data = '{"text": "a"}\n'.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    with pytest.raises(DataError, match=rf"{encoding}, by its byte order mark; expected UTF-8. `iconv -f {encoding} -t UTF-8 OLD > NEW`"):
+    with pytest.raises(
+        DataError,
+        match=(
+            rf"{encoding}, by its byte order mark; expected UTF-8. `iconv -f {encoding} -t UTF-8"
+            r" OLD > NEW`"
+        ),
+    ):
         list(documents(str(tmp_path / name)))
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(DataError, match=r"a\.txt: a pipe; expected a file of text.*write it into a file first"):
+    with pytest.raises(
+        DataError, match=r"a\.txt: a pipe; expected a file of text.*write it into a file first"
+    ):
         list(documents(str(tmp_path / "a.txt")))
     with pytest.raises(DataError, match="/dev/null: a device"):
         list(documents("/dev/null"))
@@ -229,7 +289,10 @@ def test_a_cell_of_any_length(tmp_path: Path) -> None:
 
 def test_the_bundled_text() -> None:
     calibration, evaluation = list(documents("demo")), list(documents("demo-new"))
-    assert len(calibration) == 47 and len(evaluation) == 56 and not set(calibration) & set(evaluation)  # as calib_data/README.md says
+    # as calib_data/README.md says
+    assert (
+        len(calibration) == 47 and len(evaluation) == 56 and not set(calibration) & set(evaluation)
+    )
     assert bundled.text("c4") is None
 
 
@@ -243,11 +306,19 @@ def test_the_bundled_text() -> None:
         ("a.json", b'[{"text": "a"}', "not JSON"),
         ("a.json", b"[" * 100_000, "not JSON"),
         ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "not JSON"),
-        ("a.txt", b"abc \xff def", "`iconv -f ENCODING -t UTF-8 OLD > NEW` writes it so; ENCODING is LATIN1"),
+        (
+            "a.txt",
+            b"abc \xff def",
+            "`iconv -f ENCODING -t UTF-8 OLD > NEW` writes it so; ENCODING is LATIN1",
+        ),
         ("a.jsonl", b'{"text": "\xe4"}', "UTF-8"),
         ("a.txt.gz", b"not gzip at all", "gzip"),
         ("a.txt.gz", b"\x00\x01not gzip", "gzip"),
-        ("a.json", b'{\n  "text": "a"\n}\n', "over several lines; expected a list of objects, or one object a line"),
+        (
+            "a.json",
+            b'{\n  "text": "a"\n}\n',
+            "over several lines; expected a list of objects, or one object a line",
+        ),
         ("a.json", b'{"data": [\n  {"text": "a"}\n]}\n', "over several lines"),
         ("a.json", b'\n{"text" "a"}\n', ":2: not JSON"),
         ("a.csv", b"a text\nwithout a header\n", "the fields a text (text)"),
@@ -261,20 +332,38 @@ def test_the_bundled_text() -> None:
         ("a.yaml", b"text: a", "a name that ends with .yaml; expected .txt, .text"),
         ("a.docx", b"PK", ".docx"),
         ("train", b'{"text": "a"}\n', "Call it .jsonl"),
-        ("a.txt", b'{"text": "hello"}\n{"text": "b"}\n', "JSON in a file whose name does not say so; expected a text. Call it .jsonl"),
+        (
+            "a.txt",
+            b'{"text": "hello"}\n{"text": "b"}\n',
+            "JSON in a file whose name does not say so; expected a text. Call it .jsonl",
+        ),
         ("a.md", b'\n[\n  {\n    "text": "hello"}]', "JSON in a file whose name does not say so"),
-        ("a.raw.gz", gzip.compress(b'[{"text": "hello"}]'), "JSON in a file whose name does not say so"),
-        ("a.csv", b"text,id,text\na,1,b\n", "more than one column text; expected a name of its own for each column"),
+        (
+            "a.raw.gz",
+            gzip.compress(b'[{"text": "hello"}]'),
+            "JSON in a file whose name does not say so",
+        ),
+        (
+            "a.csv",
+            b"text,id,text\na,1,b\n",
+            "more than one column text; expected a name of its own for each column",
+        ),
         ("a.tsv", b"id\ttext\tid\n1\ta\t2\n", "more than one column id"),
         ("a.csv", b"<!doctype html><html>", "a web page"),
         ("a.jsonl", b"<html>", "a web page"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n", "a Git LFS pointer"),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n",
+            "a Git LFS pointer",
+        ),
         ("a.parquet", b"<!doctype html><html>", "a web page"),
         ("a.txt.gz", gzip.compress(b"some text " * 1000, mtime=0)[:-20], "end-of-stream"),
         ("a.txt.gz", gzip.compress(bytes(range(250)) * 40, mtime=0)[:30] + b"\xff" * 60, ""),
     ],
 )
-def test_broken_files_are_refused_with_their_place(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_broken_files_are_refused_with_their_place(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -300,7 +389,12 @@ def test_a_hub_that_cannot_be_reached(name: str, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(DataError) as caught:
         list(documents(name))
     text = str(caught.value)
-    assert name in text and "Couldn't reach the Hub" in text and "at all" not in text and f"{name}.jsonl" in text
+    assert (
+        name in text
+        and "Couldn't reach the Hub" in text
+        and "at all" not in text
+        and f"{name}.jsonl" in text
+    )
     # Without the package, the same way out.
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=rf"not installed.*{name}\.jsonl"):
@@ -331,7 +425,9 @@ def test_windows_by_hand() -> None:
     expected = [[1, *map(ord, "ab"), 1], [*map(ord, "cde"), 1], [ord("f"), 1, *map(ord, "gh")]]
     assert windows.tokens == expected
     assert windows.documents == {hashlib.sha256(t.encode()).hexdigest() for t in texts[:4]}
-    assert cut_windows(Letters(), texts, count=1, length=4, skip=3).tokens == [[1, *map(ord, "ghi")]]
+    assert cut_windows(Letters(), texts, count=1, length=4, skip=3).tokens == [
+        [1, *map(ord, "ghi")]
+    ]
     # The last window may take the last token.
     assert len(cut_windows(Letters(), texts, count=9, length=2).tokens) == 9
     assert cut_windows(Letters(), texts, count=1, length=18).tokens[0][-1] == ord("m")
@@ -347,7 +443,12 @@ def test_one_document_gives_several_windows_and_only_what_is_needed_is_read() ->
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.text("abc", max_size=9), max_size=150), st.integers(1, 6), st.integers(1, 12), st.integers(0, 5))
+@given(
+    st.lists(st.text("abc", max_size=9), max_size=150),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.integers(0, 5),
+)
 def test_windows_are_the_text_cut(texts: list[str], count: int, length: int, skip: int) -> None:
     ids = [i for text in texts[skip:] for i in (1, *map(ord, text))]
     if len(ids) < count * length:
@@ -363,7 +464,11 @@ def test_too_short_says_all_the_numbers() -> None:
         cut_windows(Letters(), ["ab", "cde", "f"], count=3, length=4, skip=1, source="calib.txt")
     text = str(caught.value)
     # Two documents after one is skipped, with 4 + 2 tokens: one window of the three.
-    for part in ("calib.txt", "2 documents with 6 tokens (after skipping 1): 1 windows", "3 windows of 4 tokens"):
+    for part in (
+        "calib.txt",
+        "2 documents with 6 tokens (after skipping 1): 1 windows",
+        "3 windows of 4 tokens",
+    ):
         assert part in text
     for texts, skip in (([], 0), (["ab"], 5)):
         with pytest.raises(DataError, match="0 documents with 0 tokens"):
@@ -371,9 +476,15 @@ def test_too_short_says_all_the_numbers() -> None:
 
 
 def test_the_digest_is_that_of_the_tokens() -> None:
-    a, b, c = (cut_windows(Letters(), texts, count=2, length=3) for texts in (["ab", "cd"], ["ab", "cd", "more"], ["ab", "ce"]))
+    a, b, c = (
+        cut_windows(Letters(), texts, count=2, length=3)
+        for texts in (["ab", "cd"], ["ab", "cd", "more"], ["ab", "ce"])
+    )
     assert a.digest == b.digest != c.digest
-    assert cut_windows(Letters(), ["abcde"], count=1, length=6).digest != cut_windows(Letters(), ["abcde"], count=2, length=3).digest
+    assert (
+        cut_windows(Letters(), ["abcde"], count=1, length=6).digest
+        != cut_windows(Letters(), ["abcde"], count=2, length=3).digest
+    )
 
 
 def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
@@ -381,20 +492,33 @@ def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "half a pair: \\ud83d"}\n' * 20)
     with pytest.raises(DataError, match="Unicode"):
-        cut_windows(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), documents(str(path)), count=1, length=16, source=str(path))
+        cut_windows(
+            Tokenizer.from_file(str(tmp_path / "tokenizer.json")),
+            documents(str(path)),
+            count=1,
+            length=16,
+            source=str(path),
+        )
 
 
 def test_windows_of_a_real_tokenizer(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     path = write_text(tmp_path / "a.txt")
-    ids = [i for d in path.read_text().split("<|endoftext|>")[3:] for i in [0, *tokenizer.encode(d.strip(), add_special_tokens=False).ids]]
+    ids = [
+        i
+        for d in path.read_text().split("<|endoftext|>")[3:]
+        for i in [0, *tokenizer.encode(d.strip(), add_special_tokens=False).ids]
+    ]
     windows = cut_windows(tokenizer, documents(str(path)), count=5, length=24, skip=3)
     assert windows.tokens == [ids[i * 24 : (i + 1) * 24] for i in range(5)]
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not (SHARED / "tools" / "divergence.py").is_file(), reason="the project's shared tools and models are not here")
+@pytest.mark.skipif(
+    not (SHARED / "tools" / "divergence.py").is_file(),
+    reason="the project's shared tools and models are not here",
+)
 @pytest.mark.filterwarnings("ignore")  # the tool leaves its files open
 @pytest.mark.parametrize(
     ("model", "text", "count", "length", "skip"),
@@ -404,30 +528,48 @@ def test_windows_of_a_real_tokenizer(tmp_path: Path) -> None:
         ("docs-llama-16m", "models/docs-llama-16m/eval.txt", 8, 512, 0),
     ],
 )
-def test_windows_are_those_of_the_independent_tool(model: str, text: str, count: int, length: int, skip: int) -> None:
+def test_windows_are_those_of_the_independent_tool(
+    model: str, text: str, count: int, length: int, skip: int
+) -> None:
     from transformers import AutoTokenizer
 
-    spec = importlib.util.spec_from_file_location("divergence_tool", SHARED / "tools" / "divergence.py")
+    spec = importlib.util.spec_from_file_location(
+        "divergence_tool", SHARED / "tools" / "divergence.py"
+    )
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     folder = SHARED / "models" / model
-    expected = tool.windows(AutoTokenizer.from_pretrained(folder), SHARED / text, count, length, skip)
+    expected = tool.windows(
+        AutoTokenizer.from_pretrained(folder), SHARED / text, count, length, skip
+    )
     found = cut_windows(
-        Tokenizer.from_file(str(folder / "tokenizer.json")), documents(str(SHARED / text)), count=count, length=length, skip=skip
+        Tokenizer.from_file(str(folder / "tokenizer.json")),
+        documents(str(SHARED / text)),
+        count=count,
+        length=length,
+        skip=skip,
     )
     assert found.tokens == expected and len(expected) == count
 
 
 def test_a_line_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few kilobytes of a compressed file can be gigabytes of one line, which nobody wrote. A list may be a long line."""
+    """A few kilobytes of a compressed file can be gigabytes of one line, which nobody wrote. A list
+    may be a long line."""
     monkeypatch.setattr("quantflow.calibration.rows.LONGEST_LINE", 2**12)
-    for kind, content in (("jsonl", '{"text": "%s"}'), ("csv", 'text\n"%s"\n'), ("ndjson", '"%s"'), ("json", '{"text": "%s"}')):
+    for kind, content in (
+        ("jsonl", '{"text": "%s"}'),
+        ("csv", 'text\n"%s"\n'),
+        ("ndjson", '"%s"'),
+        ("json", '{"text": "%s"}'),
+    ):
         path = tmp_path / f"long.{kind}.gz"
         for letters, long in ((2**11, False), (2**20, True)):
             path.write_bytes(gzip.compress((content % ("a" * letters)).encode()))
             if long:
-                with pytest.raises(DataError, match=rf"{path.name}:\d: a line of 4096 letters or more"):
+                with pytest.raises(
+                    DataError, match=rf"{path.name}:\d: a line of 4096 letters or more"
+                ):
                     list(documents(str(path)))
             else:
                 assert list(documents(str(path))) == ["a" * letters]
@@ -450,7 +592,13 @@ def test_a_document_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     path.write_bytes(gzip.compress("<|endoftext|>".join(["a" * 2**11] * 9).encode()))
     assert list(documents(str(path))) == ["a" * 2**11] * 9
     path.write_bytes(gzip.compress(b"b<|endoftext|>" + b"a" * 2**14))
-    with pytest.raises(DataError, match=r"long\.txt\.gz document 2: a document of more than 4096 letters; expected documents with"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"long\.txt\.gz document 2: a document of more than 4096 letters; expected documents"
+            r" with"
+        ),
+    ):
         list(documents(str(path)))
     path = tmp_path / "cell.csv"  # of short lines
     path.write_text('text\n"' + "a\n" * 2**12 + '"\n')

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantflow.calibration.statistics import HESSIAN_BLOCK, HESSIAN_ROWS, BlockHessian, ChannelStatistics, Hessian, KVStatistics
+from quantflow.calibration.statistics import (
+    HESSIAN_BLOCK,
+    HESSIAN_ROWS,
+    BlockHessian,
+    ChannelStatistics,
+    Hessian,
+    KVStatistics,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,8 +39,15 @@ def test_channel_statistics_by_hand() -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.sampled_from(FLOATS), st.integers(0, 999), st.floats(-20, 20))
-def test_channel_statistics_over_chunks(lengths: list[int], dtype: torch.dtype, seed: int, shift: float) -> None:
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    st.sampled_from(FLOATS),
+    st.integers(0, 999),
+    st.floats(-20, 20),
+)
+def test_channel_statistics_over_chunks(
+    lengths: list[int], dtype: torch.dtype, seed: int, shift: float
+) -> None:
     chunks = [(random(n, 5, seed=seed + i) + shift).to(dtype) for i, n in enumerate(lengths)]
     found = ChannelStatistics()
     for chunk in chunks:
@@ -42,17 +56,30 @@ def test_channel_statistics_over_chunks(lengths: list[int], dtype: torch.dtype, 
     if not len(rows):
         assert found.result() == {}
         return
-    expected = {"max": rows.amax(0), "min": rows.amin(0), "mean": rows.mean(0), "absmax": rows.abs().amax(0), "absmean": rows.abs().mean(0)}
+    expected = {
+        "max": rows.amax(0),
+        "min": rows.amin(0),
+        "mean": rows.mean(0),
+        "absmax": rows.abs().amax(0),
+        "absmean": rows.abs().mean(0),
+    }
     result = found.result()
     assert list(result) == list(expected)
     for name, value in expected.items():
         assert result[name].dtype == torch.float32
         exact = name in ("max", "min", "absmax")
-        torch.testing.assert_close(result[name].double(), value, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-5, msg=name)
+        torch.testing.assert_close(
+            result[name].double(),
+            value,
+            rtol=0 if exact else 1e-5,
+            atol=0 if exact else 1e-5,
+            msg=name,
+        )
 
 
 def test_means_of_many_chunks_do_not_drift() -> None:
-    # Each chunk's sum, 129129 / 128, is exact in float32; added up in float32, hundreds of them are not.
+    # Each chunk's sum, 129129 / 128, is exact in float32; added up in float32, hundreds of them are
+    # not.
     found = ChannelStatistics()
     chunk = torch.full((1001, 1), 1 + 2.0**-7, dtype=torch.bfloat16)
     for _ in range(1000):
@@ -65,20 +92,29 @@ def test_kv_statistics(dtype: torch.dtype) -> None:
     kv = KVStatistics()
     assert kv.result() == {}
     pairs = [
-        ((random(2, 3, length, 4, seed=length) - 1).to(dtype), (random(2, 3, length, 4, seed=9 + length) + 5).to(dtype))
+        (
+            (random(2, 3, length, 4, seed=length) - 1).to(dtype),
+            (random(2, 3, length, 4, seed=9 + length) + 5).to(dtype),
+        )
         for length in (5, 1, 7)
     ]
     for k, v in pairs:
         same_k, same_v = kv(k, v)
         assert same_k is k and same_v is v
     result = kv.result()
-    assert set(result) == {f"{name}.{kind}" for name in ("key", "value") for kind in ("max", "min", "absmax")}
+    assert set(result) == {
+        f"{name}.{kind}" for name in ("key", "value") for kind in ("max", "min", "absmax")
+    }
     for which, name in enumerate(("key", "value")):
         for head in range(3):
             for channel in range(4):
-                values = [float(x) for pair in pairs for x in pair[which][:, head, :, channel].flatten()]
+                values = [
+                    float(x) for pair in pairs for x in pair[which][:, head, :, channel].flatten()
+                ]
                 at = (head, channel)
-                assert float(result[f"{name}.max"][at]) == max(values) and float(result[f"{name}.min"][at]) == min(values)
+                assert float(result[f"{name}.max"][at]) == max(values) and float(
+                    result[f"{name}.min"][at]
+                ) == min(values)
                 assert float(result[f"{name}.absmax"][at]) == max(abs(x) for x in values)
     assert all(value.shape == (3, 4) and value.dtype == torch.float32 for value in result.values())
 
@@ -89,13 +125,19 @@ def relative_to_diagonal(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float(((found.double() - exact).abs() / (size[..., :, None] * size[..., None, :])).max())
 
 
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 1e-6}
+TOLERANCES = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float64: 1e-6,
+}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_hessian_is_that_of_all_rows(dtype: torch.dtype) -> None:
     chunks = [
-        (random(*shape, 12, seed=i) * random(12, seed=77).exp() + 0.3).to(dtype) for i, shape in enumerate(((2, 40), (1, 7), (3, 900)))
+        (random(*shape, 12, seed=i) * random(12, seed=77).exp() + 0.3).to(dtype)
+        for i, shape in enumerate(((2, 40), (1, 7), (3, 900)))
     ]
     found = Hessian(12)
     for chunk in [*chunks, torch.empty(0, 12, dtype=dtype)]:
@@ -135,7 +177,12 @@ def test_blocks_are_the_hessians() -> None:
             whole.add(part)
         for g in range(3):
             part = slice(4 * g, 4 * g + 4)
-            torch.testing.assert_close(blocks.matrix[g], whole.matrix[part, part], rtol=TOLERANCES[dtype], atol=20 * TOLERANCES[dtype])
+            torch.testing.assert_close(
+                blocks.matrix[g],
+                whole.matrix[part, part],
+                rtol=TOLERANCES[dtype],
+                atol=20 * TOLERANCES[dtype],
+            )
 
 
 def test_large_float16_activations_do_not_overflow() -> None:

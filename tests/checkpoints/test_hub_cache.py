@@ -1,4 +1,5 @@
-"""A model given by its place in the hub's cache; the caches made here are such by huggingface_hub's own reckoning."""
+"""A model given by its place in the hub's cache; the caches made here are such by huggingface_hub's
+own reckoning."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ OLD, NEW = "0a" * 20, "1b" * 20
 
 
 def cached(hub: Path, name: str, *revisions: str, main: str = "") -> Path:
-    """A repository of the cache: blobs, snapshots of links to them, and what refs/main says, if anything."""
+    """A repository of the cache: blobs, snapshots of links to them, and what refs/main says, if
+    anything."""
     repository = hub / f"models--{name.replace('/', '--')}"
     for seed, revision in enumerate(revisions):
         snapshot = repository / "snapshots" / revision
@@ -44,7 +46,15 @@ def test_every_place_that_stands_for_a_model(hub: Path) -> None:
     (info,) = scan_cache_dir(hub).repos
     assert info.repo_id == "org/name" and info.refs["main"].commit_hash == NEW
     wanted = repository / "snapshots" / NEW
-    places = (repository, repository / "snapshots", wanted, hub, hub.parent, hub / "org" / "name", hub.parent / "org" / "name")
+    places = (
+        repository,
+        repository / "snapshots",
+        wanted,
+        hub,
+        hub.parent,
+        hub / "org" / "name",
+        hub.parent / "org" / "name",
+    )
     for place in places:
         assert resolve_model(str(place)) == wanted, place
     assert resolve_model(str(repository / "snapshots" / OLD)).name == OLD
@@ -55,7 +65,11 @@ def test_every_place_that_stands_for_a_model(hub: Path) -> None:
 
 def test_the_only_snapshot_needs_no_ref(hub: Path) -> None:
     repository = cached(hub, "org/name", OLD)
-    assert resolve_model(str(repository)).name == resolve_model(str(repository / "snapshots")).name == OLD
+    assert (
+        resolve_model(str(repository)).name
+        == resolve_model(str(repository / "snapshots")).name
+        == OLD
+    )
 
 
 def test_what_leaves_a_choice_is_refused(hub: Path) -> None:
@@ -63,7 +77,10 @@ def test_what_leaves_a_choice_is_refused(hub: Path) -> None:
     with pytest.raises(ModelError, match=rf"2 snapshots and no refs/main: {OLD}, {NEW}"):
         resolve_model(str(repository))
     cached(hub, "org/other--name", "2c" * 20)
-    with pytest.raises(ModelError, match=r"a cache of 2 models: org/name, org/other--name;.* Name it: .*models--org--name"):
+    with pytest.raises(
+        ModelError,
+        match=r"a cache of 2 models: org/name, org/other--name;.* Name it: .*models--org--name",
+    ):
         resolve_model(str(hub))
 
 
@@ -71,7 +88,9 @@ def test_what_leaves_a_choice_is_refused(hub: Path) -> None:
 def test_a_ref_that_leads_nowhere(hub: Path, main: str) -> None:
     repository = cached(hub, "org/name", OLD, main="x")
     (repository / "refs" / "main").write_text(main)
-    with pytest.raises(ModelError, match=rf"refs/main: revision .*which has no snapshot; expected one of {OLD}"):
+    with pytest.raises(
+        ModelError, match=rf"refs/main: revision .*which has no snapshot; expected one of {OLD}"
+    ):
         resolve_model(str(repository))
 
 
@@ -93,11 +112,15 @@ def test_a_model_directory_of_any_name_is_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("main", [OLD, NEW, ""])
-def test_a_link_among_the_snapshots_names_nothing_of_the_readers(hub: Path, tmp_path: Path, main: str) -> None:
+def test_a_link_among_the_snapshots_names_nothing_of_the_readers(
+    hub: Path, tmp_path: Path, main: str
+) -> None:
     repository = cached(hub, "org/name", OLD, main=main)
     (repository / "snapshots" / NEW).symlink_to(write_llama(tmp_path / "elsewhere"))
     if main == NEW:
-        with pytest.raises(ModelError, match=rf"revision '{NEW}', which has no snapshot; expected one of {OLD}"):
+        with pytest.raises(
+            ModelError, match=rf"revision '{NEW}', which has no snapshot; expected one of {OLD}"
+        ):
             resolve_model(str(repository))
     else:
         assert resolve_model(str(repository)).name == OLD
@@ -106,10 +129,15 @@ def test_a_link_among_the_snapshots_names_nothing_of_the_readers(hub: Path, tmp_
 def test_the_cache_itself_may_be_a_link(hub: Path, tmp_path: Path) -> None:
     repository = cached(hub, "org/name", OLD, main=OLD)
     (tmp_path / "link").symlink_to(hub)
-    assert resolve_model(str(tmp_path / "link" / "org" / "name")).resolve() == (repository / "snapshots" / OLD).resolve()
+    assert (
+        resolve_model(str(tmp_path / "link" / "org" / "name")).resolve()
+        == (repository / "snapshots" / OLD).resolve()
+    )
 
 
-def test_a_ref_that_cannot_be_read_is_no_traceback(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ref_that_cannot_be_read_is_no_traceback(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository = cached(hub, "org/name", OLD, main=OLD)
 
     def refuse(*arguments: object, **options: object) -> object:

@@ -1,4 +1,5 @@
-"""Safetensors files read and written here, against the safetensors package and against files made byte by byte."""
+"""Safetensors files read and written here, against the safetensors package and against files made
+byte by byte."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import load_file, save_file
 
-from quantflow.checkpoints.tensor_file import ITEM_BITS, ITEM_BYTES, TensorFile, TensorWriter, dtype_name, save_tensors, torch_dtype
+from quantflow.checkpoints.tensor_file import (
+    ITEM_BITS,
+    ITEM_BYTES,
+    TensorFile,
+    TensorWriter,
+    dtype_name,
+    save_tensors,
+    torch_dtype,
+)
 from quantflow.errors import ModelError
 
 DTYPES = [torch_dtype(name) for name in ITEM_BYTES]
@@ -31,14 +40,26 @@ def tensors_of_all_kinds() -> dict[str, torch.Tensor]:
             if dtype.is_floating_point:
                 value = torch.randn(shape, generator=generator).to(dtype)
             else:
-                value = torch.randint(0, 2 if dtype == torch.bool else 100, shape, generator=generator).to(dtype)
+                value = torch.randint(
+                    0, 2 if dtype == torch.bool else 100, shape, generator=generator
+                ).to(dtype)
             found[f"{name}.{'x'.join(map(str, shape)) or 'scalar'}"] = value
         if dtype.is_floating_point:
             found[f"{name}.ends"] = torch.tensor(
-                [torch.finfo(dtype).max, torch.finfo(dtype).min, torch.finfo(dtype).tiny, float("inf"), float("nan"), -0.0], dtype=dtype
+                [
+                    torch.finfo(dtype).max,
+                    torch.finfo(dtype).min,
+                    torch.finfo(dtype).tiny,
+                    float("inf"),
+                    float("nan"),
+                    -0.0,
+                ],
+                dtype=dtype,
             )
         elif dtype != torch.bool and not dtype.is_complex:
-            found[f"{name}.ends"] = torch.tensor([torch.iinfo(dtype).max, torch.iinfo(dtype).min], dtype=dtype)
+            found[f"{name}.ends"] = torch.tensor(
+                [torch.iinfo(dtype).max, torch.iinfo(dtype).min], dtype=dtype
+            )
     return found
 
 
@@ -55,7 +76,11 @@ def test_reads_what_the_package_wrote(tmp_path: Path) -> None:
     assert file.metadata == {"format": "pt", "ß": "日本"} and set(file.tensors) == set(tensors)
     for name, tensor in tensors.items():
         info = file.tensors[name]
-        assert torch_dtype(info.dtype) == tensor.dtype and info.shape == tuple(tensor.shape) and info.nbytes == tensor.nbytes
+        assert (
+            torch_dtype(info.dtype) == tensor.dtype
+            and info.shape == tuple(tensor.shape)
+            and info.nbytes == tensor.nbytes
+        )
         assert dtype_name(tensor.dtype) == info.dtype
         assert_same(file.read(name), tensor)
 
@@ -77,15 +102,28 @@ def test_writes_what_the_package_reads(tmp_path: Path) -> None:
 
 def test_an_empty_file_of_tensors(tmp_path: Path) -> None:
     save_tensors(tmp_path / "a.safetensors", {})
-    assert load_file(tmp_path / "a.safetensors") == {} and TensorFile(tmp_path / "a.safetensors").tensors == {}
+    assert (
+        load_file(tmp_path / "a.safetensors") == {}
+        and TensorFile(tmp_path / "a.safetensors").tensors == {}
+    )
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.dictionaries(st.text(max_size=8).filter(lambda s: s != "__metadata__" and s.isprintable()),
-                       st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)), max_size=6))  # fmt: skip
-def test_any_names_and_shapes(tmp_path_factory: pytest.TempPathFactory, specs: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+@given(
+    st.dictionaries(
+        st.text(max_size=8).filter(lambda s: s != "__metadata__" and s.isprintable()),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 4), max_size=3)),
+        max_size=6,
+    )
+)
+def test_any_names_and_shapes(
+    tmp_path_factory: pytest.TempPathFactory, specs: dict[str, tuple[torch.dtype, list[int]]]
+) -> None:
     path = tmp_path_factory.mktemp("t") / "a.safetensors"
-    tensors = {n: torch.arange(torch.Size(shape).numel()).view(shape).to(dtype) for n, (dtype, shape) in specs.items()}
+    tensors = {
+        n: torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+        for n, (dtype, shape) in specs.items()
+    }
     save_tensors(path, tensors)
     found, ours = load_file(path), TensorFile(path)
     assert set(found) == set(tensors) == set(ours.tensors)
@@ -104,7 +142,12 @@ def test_one_slice(tmp_path: Path) -> None:
 
 def test_tensors_that_are_views(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
-    views = {"t": whole.t(), "column": whole[:, 1], "row": whole[1], "expanded": torch.tensor(7.0).expand(2, 2)}
+    views = {
+        "t": whole.t(),
+        "column": whole[:, 1],
+        "row": whole[1],
+        "expanded": torch.tensor(7.0).expand(2, 2),
+    }
     save_tensors(tmp_path / "a.safetensors", views)
     found = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(found[n], v) for n, v in views.items())
@@ -135,12 +178,20 @@ def test_the_writer_takes_any_order_and_checks(tmp_path: Path) -> None:
     with TensorWriter(path, specs) as writer:
         writer.write("c", torch.tensor([1, 2, 3], dtype=torch.uint8))
         writer.write("a", torch.tensor([1.0, 2.0]))
-        for name, wrong in (("b", torch.tensor(1.0)), ("b", torch.tensor([1])), ("a", torch.tensor([1.0, 2.0]))):
+        for name, wrong in (
+            ("b", torch.tensor(1.0)),
+            ("b", torch.tensor([1])),
+            ("a", torch.tensor([1.0, 2.0])),
+        ):
             with pytest.raises(ValueError, match=name):
                 writer.write(name, wrong)
         writer.write("b", torch.tensor(-7))
     found = load_file(path)
-    assert found["a"].tolist() == [1.0, 2.0] and found["b"].item() == -7 and found["c"].tolist() == [1, 2, 3]
+    assert (
+        found["a"].tolist() == [1.0, 2.0]
+        and found["b"].item() == -7
+        and found["c"].tolist() == [1, 2, 3]
+    )
     with pytest.raises(ValueError, match="never written: a"), TensorWriter(path, specs) as writer:
         writer.write("b", torch.tensor(1))
 
@@ -184,7 +235,9 @@ def test_every_dtype_of_the_package_is_known(tmp_path: Path) -> None:
 # Damaged files.
 
 
-def file_of(header: Any, data: bytes = b"\0" * 64, *, raw: bytes | None = None, length: int | None = None) -> bytes:
+def file_of(
+    header: Any, data: bytes = b"\0" * 64, *, raw: bytes | None = None, length: int | None = None
+) -> bytes:
     text = json.dumps(header).encode() if raw is None else raw
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
@@ -223,7 +276,9 @@ DAMAGED = {
     "shape is a number": file_of({"a": entry(shape=4)}),
     "shape is a string": file_of({"a": entry(shape="4")}),
     "shape has a fraction": file_of({"a": entry(shape=[4.5])}),
-    "shape has infinity": file_of(None, raw=b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 16]}}'),
+    "shape has infinity": file_of(
+        None, raw=b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 16]}}'
+    ),
     "shape has a string": file_of({"a": entry(shape=["x"])}),
     "shape is negative": file_of({"a": entry(shape=[-2, -2])}),
     "shape is too large": file_of({"a": entry(shape=[2**62, 4])}),
@@ -238,7 +293,9 @@ DAMAGED = {
     "ends after the file": file_of({"a": entry(offsets=[56, 72])}),
     "starts after the file": file_of({"a": entry(offsets=[640, 656])}),
     "overlapping": file_of({"a": entry(), "b": entry(offsets=[8, 24])}),
-    "one inside another": file_of({"a": entry(shape=[16], offsets=[0, 64]), "b": entry(shape=[1], offsets=[4, 8])}),
+    "one inside another": file_of(
+        {"a": entry(shape=[16], offsets=[0, 64]), "b": entry(shape=[1], offsets=[4, 8])}
+    ),
     "the same bytes twice": file_of({"a": entry(), "b": entry()}),
 }
 
@@ -280,9 +337,13 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 200), st.integers(0, 255))
-def test_no_changed_byte_of_the_header_crashes(tmp_path_factory: pytest.TempPathFactory, at: int, value: int) -> None:
+def test_no_changed_byte_of_the_header_crashes(
+    tmp_path_factory: pytest.TempPathFactory, at: int, value: int
+) -> None:
     path = tmp_path_factory.mktemp("t") / "weights.safetensors"
-    save_file({"a": torch.arange(4.0), "b": torch.arange(3, dtype=torch.uint8)}, path, {"format": "pt"})
+    save_file(
+        {"a": torch.arange(4.0), "b": torch.arange(3, dtype=torch.uint8)}, path, {"format": "pt"}
+    )
     whole = bytearray(path.read_bytes())
     whole[at % (8 + int.from_bytes(whole[:8], "little"))] = value
     path.write_bytes(whole)

@@ -1,4 +1,5 @@
-"""Which files of a directory are read: those that transformers itself opens, and what it does not see is named or refused."""
+"""Which files of a directory are read: those that transformers itself opens, and what it does not
+see is named or refused."""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ def weights(folder: Path, name: str = WHOLE) -> dict[str, Tensor]:
     return load_file(folder / name)
 
 
-def shards(folder: Path, *, index: bool = True, whole: bool = False, change: bool = False) -> dict[str, Tensor]:
+def shards(
+    folder: Path, *, index: bool = True, whole: bool = False, change: bool = False
+) -> dict[str, Tensor]:
     """The weights in two shards; with `change`, other weights. whole: beside what was there."""
     tensors = {name: tensor + 1 if change else tensor for name, tensor in weights(folder).items()}
     names = sorted(tensors)
@@ -51,7 +54,9 @@ def shards(folder: Path, *, index: bool = True, whole: bool = False, change: boo
 
 def as_transformers_reads(folder: Path) -> None:
     """The weights are those of the model that transformers makes of the directory."""
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True
+    ).state_dict()
     ours = Checkpoint(folder)
     assert not ours.problems()
     for name in ours.expected:
@@ -63,17 +68,32 @@ def as_transformers_reads(folder: Path) -> None:
     [
         ("consolidated.safetensors", MISTRAL, "model.safetensors is what transformers opens"),
         ("adapter_model.safetensors", LORA, "an adapter, which is not merged"),
-        ("model.fp16.safetensors", {"lm_head.weight": torch.ones(320, 64)}, "model.safetensors is what transformers opens"),
-        ("extra-00001-of-00002.safetensors", {"lm_head.weight": torch.ones(320, 64)}, "model.safetensors is what transformers opens"),
+        (
+            "model.fp16.safetensors",
+            {"lm_head.weight": torch.ones(320, 64)},
+            "model.safetensors is what transformers opens",
+        ),
+        (
+            "extra-00001-of-00002.safetensors",
+            {"lm_head.weight": torch.ones(320, 64)},
+            "model.safetensors is what transformers opens",
+        ),
     ],
 )
-def test_a_stray_file_is_left_out_and_named(folder: Path, name: str, tensors: dict[str, Tensor], why: str) -> None:
+def test_a_stray_file_is_left_out_and_named(
+    folder: Path, name: str, tensors: dict[str, Tensor], why: str
+) -> None:
     save_file(tensors, folder / name)
     as_transformers_reads(folder)
     assert Directory(folder).left_out_files == {name: why}
     assert f"not read: {name} ({why})" in Checkpoint(folder).notes
-    assert f"not read: {name}" in " ".join(invoke("inspect", folder).stdout.replace("│", " ").split())
-    assert f"note: not read: {name}" in invoke("generate", folder, "--prompt", "The", "--max-tokens", 1).stderr
+    assert f"not read: {name}" in " ".join(
+        invoke("inspect", folder).stdout.replace("│", " ").split()
+    )
+    assert (
+        f"note: not read: {name}"
+        in invoke("generate", folder, "--prompt", "The", "--max-tokens", 1).stderr
+    )
 
 
 def test_beside_what_an_index_names(folder: Path) -> None:
@@ -81,12 +101,20 @@ def test_beside_what_an_index_names(folder: Path) -> None:
     save_file(LORA, folder / "adapter_model.safetensors")
     save_file({"lm_head.weight": torch.ones(320, 64)}, folder / "head.safetensors")
     as_transformers_reads(folder)
-    said = {"adapter_model.safetensors": "an adapter, which is not merged", "head.safetensors": f"{INDEX} does not name it"}
+    said = {
+        "adapter_model.safetensors": "an adapter, which is not merged",
+        "head.safetensors": f"{INDEX} does not name it",
+    }
     assert Directory(folder).left_out_files == said
 
 
 def test_other_formats_are_named_and_what_is_no_model_is_not(folder: Path) -> None:
-    for name in ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "consolidated.00.pth", "model.gguf"):
+    for name in (
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model-00002-of-00002.bin",
+        "consolidated.00.pth",
+        "model.gguf",
+    ):
         (folder / name).write_bytes(b"anything")
     for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "._model.safetensors"):
         (folder / name).write_bytes(b"anything")
@@ -110,7 +138,13 @@ def test_shards_beside_the_whole_that_say_the_same(folder: Path, index: bool) ->
 @pytest.mark.parametrize("index", [True, False])
 def test_shards_beside_the_whole_that_say_something_else(folder: Path, index: bool) -> None:
     shards(folder, index=index, whole=True, change=True)
-    with pytest.raises(ModelError, match=rf"model\.safetensors and shards such as {FIRST}, which differ in lm_head\.weight.*move away"):
+    with pytest.raises(
+        ModelError,
+        match=(
+            rf"model\.safetensors and shards such as {FIRST}, which differ in lm_head\.weight.*move"
+            r" away"
+        ),
+    ):
         Directory(folder)
 
 
@@ -131,7 +165,9 @@ def test_one_byte_anywhere_makes_another_copy(folder: Path, where: int) -> None:
 
 def test_shards_beside_the_whole_that_say_more(folder: Path) -> None:
     save_file({"model.layers.2.input_layernorm.weight": torch.ones(64)}, folder / FIRST)
-    with pytest.raises(ModelError, match=r"which differ in model\.layers\.2\.input_layernorm\.weight"):
+    with pytest.raises(
+        ModelError, match=r"which differ in model\.layers\.2\.input_layernorm\.weight"
+    ):
         Directory(folder)
 
 
@@ -143,7 +179,9 @@ def test_shards_without_an_index(folder: Path) -> None:
     assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in checkpoint.expected)
     assert set(Directory(folder).left_out_files) == {"consolidated.safetensors"}
     (folder / FIRST).unlink()
-    with pytest.raises(ModelError, match=rf"missing shard {FIRST}; expected all of 2, as {SECOND} says"):
+    with pytest.raises(
+        ModelError, match=rf"missing shard {FIRST}; expected all of 2, as {SECOND} says"
+    ):
         Directory(folder)
 
 
@@ -161,18 +199,34 @@ def test_a_single_file_of_another_name(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     assert all(torch.equal(checkpoint.tensor(name), tensors[name]) for name in checkpoint.expected)
     shutil.copy(folder / "weights.safetensors", folder / "model.fp16.safetensors")
-    with pytest.raises(ModelError, match=r"2 files or sets of shards: model\.fp16\.safetensors, weights\.safetensors;.*Call the one that"):
+    with pytest.raises(
+        ModelError,
+        match=(
+            r"2 files or sets of shards: model\.fp16\.safetensors, weights\.safetensors;.*Call the"
+            r" one that"
+        ),
+    ):
         Directory(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "tensors", "said"),
     [
-        ("adapter_model.safetensors", LORA, r"adapter_model\.safetensors alone, an adapter.*merge_and_unload"),
-        ("consolidated.safetensors", MISTRAL, r"consolidated\.safetensors alone, in Mistral's own layout"),
+        (
+            "adapter_model.safetensors",
+            LORA,
+            r"adapter_model\.safetensors alone, an adapter.*merge_and_unload",
+        ),
+        (
+            "consolidated.safetensors",
+            MISTRAL,
+            r"consolidated\.safetensors alone, in Mistral's own layout",
+        ),
     ],
 )
-def test_what_is_no_model_alone(folder: Path, name: str, tensors: dict[str, Tensor], said: str) -> None:
+def test_what_is_no_model_alone(
+    folder: Path, name: str, tensors: dict[str, Tensor], said: str
+) -> None:
     (folder / WHOLE).unlink()
     save_file(tensors, folder / name)
     with pytest.raises(ModelError, match=said):
@@ -191,10 +245,16 @@ def test_a_tensor_that_the_index_forgot(folder: Path) -> None:
 def test_a_tensor_in_two_shards_of_an_index(folder: Path) -> None:
     shards(folder)
     first, second = weights(folder, FIRST), weights(folder, SECOND)
-    save_file(second | {"lm_head.weight": first["lm_head.weight"]}, folder / SECOND, {"format": "pt"})
+    save_file(
+        second | {"lm_head.weight": first["lm_head.weight"]}, folder / SECOND, {"format": "pt"}
+    )
     as_transformers_reads(folder)
-    save_file(second | {"lm_head.weight": first["lm_head.weight"] + 1}, folder / SECOND, {"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{SECOND}: tensor lm_head\.weight stands in two files, also in {FIRST}"):
+    save_file(
+        second | {"lm_head.weight": first["lm_head.weight"] + 1}, folder / SECOND, {"format": "pt"}
+    )
+    with pytest.raises(
+        ModelError, match=rf"{SECOND}: tensor lm_head\.weight stands in two files, also in {FIRST}"
+    ):
         Directory(folder)
 
 
@@ -210,11 +270,20 @@ def test_a_tensor_in_two_shards_of_an_index(folder: Path) -> None:
 def test_a_directory_without_a_config(tmp_path: Path, there: str, said: str) -> None:
     (tmp_path / there).parent.mkdir(exist_ok=True)
     (tmp_path / there).write_text("{}")
-    with pytest.raises(ModelError, match=rf"config\.json: No such file or directory; expected a model directory\. {said}"):
+    with pytest.raises(
+        ModelError,
+        match=rf"config\.json: No such file or directory; expected a model directory\. {said}",
+    ):
         Directory(tmp_path)
 
 
 @pytest.mark.parametrize("name", [WHOLE, "config.json"])
 def test_a_file_in_place_of_its_directory(folder: Path, name: str) -> None:
-    with pytest.raises(ModelError, match=rf"a file; expected a model directory, or a \.gguf file\. Give the directory .*: {folder}"):
+    with pytest.raises(
+        ModelError,
+        match=(
+            r"a file; expected a model directory, or a \.gguf file\. Give the directory .*:"
+            rf" {folder}"
+        ),
+    ):
         resolve_model(str(folder / name))

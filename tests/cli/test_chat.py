@@ -72,7 +72,9 @@ def test_a_dialogue_is_remembered() -> None:
     chat.turn("/reset")  # as it is called elsewhere
     chat.turn("/etc/passwd is what")
     chat.turn("/help me\nwith two lines")
-    assert [m["content"] for m in echo.heard[-1][1:]] == ["/etc/passwd is what"] * 2 + ["/help me\nwith two lines"]
+    assert [m["content"] for m in echo.heard[-1][1:]] == ["/etc/passwd is what"] * 2 + [
+        "/help me\nwith two lines"
+    ]
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came() -> None:
@@ -86,7 +88,9 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came() -> None:
 def test_what_was_refused_is_forgotten(capfd: pytest.CaptureFixture[str]) -> None:
     chat, echo, said = made()
     chat.turn("what?")
-    assert "not finished, and forgotten" in said[-1] and "messages: too long" in capfd.readouterr().err
+    assert (
+        "not finished, and forgotten" in said[-1] and "messages: too long" in capfd.readouterr().err
+    )
     chat.turn("x")
     assert len(echo.heard[-1]) == 1
 
@@ -105,7 +109,11 @@ def test_a_question_is_answered_anew(capfd: pytest.CaptureFixture[str]) -> None:
     assert echo.heard[-1] == echo.heard[-2] and chat.messages == kept
     echo.stream = lambda *_: iter(["3"])  # type: ignore[method-assign]
     chat.turn("/regen")
-    assert chat.messages == [*kept, {"role": "user", "content": "thr?ee"}, {"role": "assistant", "content": "3"}]
+    assert chat.messages == [
+        *kept,
+        {"role": "user", "content": "thr?ee"},
+        {"role": "assistant", "content": "3"},
+    ]
     echo.stream = Echo().stream  # type: ignore[method-assign]
     chat.turn("/regen")
     assert chat.messages[-1]["content"] == "3", "an answer stays where there is no other"
@@ -113,9 +121,19 @@ def test_a_question_is_answered_anew(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_parameters_are_set(capfd: pytest.CaptureFixture[str]) -> None:
     chat, echo, said = made()
-    for line in ("/set temperature 0.5", "/set parameter top_k 7", "/set seed 3", "/set seed none", '/set system "Be short."', "x"):
+    for line in (
+        "/set temperature 0.5",
+        "/set parameter top_k 7",
+        "/set seed 3",
+        "/set seed none",
+        '/set system "Be short."',
+        "x",
+    ):
         chat.turn(line)
-    assert echo.told == [{"temperature": 0.5, "top_k": 7, "seed": None}] and echo.heard[0][0]["content"] == "Be short."
+    assert (
+        echo.told == [{"temperature": 0.5, "top_k": 7, "seed": None}]
+        and echo.heard[0][0]["content"] == "Be short."
+    )
     assert capfd.readouterr().err == ""
     for line, wrong in (
         ("temperature hot", "a number"),
@@ -151,16 +169,31 @@ def test_a_dialogue_is_saved(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == chat.messages
     chat.command(f"/save {tmp_path / 'a.txt'}")
     assert (tmp_path / "a.txt").read_text() == "user: täble\n\nassistant: täble\n"
-    for wrong, error in (("/save", RequestError), (f"/save {tmp_path}/none/a", OutputError), ("/nope", RequestError)):
+    for wrong, error in (
+        ("/save", RequestError),
+        (f"/save {tmp_path}/none/a", OutputError),
+        ("/nope", RequestError),
+    ):
         with pytest.raises(error):
             chat.command(wrong)
 
 
-def run(target: str, text: str, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "quantflow.cli.main", "chat", target, "--max-tokens", "12", "--temperature", "0", *options]
+def run(
+    target: str, text: str, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable, "-m", "quantflow.cli.main", "chat", target, "--max-tokens", "12",
+        "--temperature", "0", *options,
+    ]  # fmt: skip
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.run(
-        command, input=text, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **paths, **environment}
+        command,
+        input=text,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **paths, **environment},
     )
 
 
@@ -182,22 +215,43 @@ def test_a_server_says_what_the_model_says_here(server: Running) -> None:
 
 def test_what_is_wrong_is_said(server: Running, tmp_path: Path) -> None:
     for target, said, code in (
-        (server.address, "QUANTFLOW_API_KEY", 2), ("127.0.0.1:9", "nothing listens there", 4), ("no-such-model", "no-such-model", 2)
-    ):  # fmt: skip
+        (server.address, "QUANTFLOW_API_KEY", 2),
+        ("127.0.0.1:9", "nothing listens there", 4),
+        ("no-such-model", "no-such-model", 2),
+    ):
         done = run(target, "x\n\n")
-        assert ("no answer from the server" in done.stderr) == (code == 4) and "not enough" not in done.stderr
+        assert ("no answer from the server" in done.stderr) == (
+            code == 4
+        ) and "not enough" not in done.stderr
         assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
     for target in (server.address, str(DEMO)):
         long = run(target, "word " * 2000 + "\n\nshort\n\n", QUANTFLOW_API_KEY=KEY)
-        assert long.returncode == 2 and "fewer than 1024" in long.stderr and len(long.stdout) > 10, "the rest are answered"
+        assert (
+            long.returncode == 2 and "fewer than 1024" in long.stderr and len(long.stdout) > 10
+        ), "the rest are answered"
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_ctrl_c_stops_the_answer_and_not_the_program(server: Running, remote: bool) -> None:
     target = server.address if remote else str(DEMO)
-    command = [sys.executable, "-m", "quantflow.cli.main", "chat", target, "--temperature", "0", "--max-tokens", "900", "--system", "x"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "QUANTFLOW_API_KEY": KEY, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    command = [
+        sys.executable, "-m", "quantflow.cli.main", "chat", target, "--temperature", "0",
+        "--max-tokens", "900", "--system", "x",
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "QUANTFLOW_API_KEY": KEY,
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
     try:
         assert process.stdin and process.stdout
         process.stdin.write(b"Tell me all about tables, at great length.\n\n")
@@ -217,9 +271,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(server: Running, remote: bo
 
 @pytest.mark.parametrize(
     "event",
-    ['{"error": "text"}', '{"error": {"message": "bad\x1b[2J"}}', "5", "[]", "nonsense", '{"choices": 5}', '{"choices": [{"delta": null}]}',
-     '{"choices": [{"delta": {"content": {}}}], "usage": []}'],
-)  # fmt: skip
+    [
+        '{"error": "text"}',
+        '{"error": {"message": "bad\x1b[2J"}}',
+        "5",
+        "[]",
+        "nonsense",
+        '{"choices": 5}',
+        '{"choices": [{"delta": null}]}',
+        '{"choices": [{"delta": {"content": {}}}], "usage": []}',
+    ],
+)
 def test_a_server_that_talks_nonsense_does_not_end_the_dialogue(event: str) -> None:
     class Nonsense(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -249,12 +311,22 @@ def test_a_server_that_talks_nonsense_does_not_end_the_dialogue(event: str) -> N
     assert codes == [4, 4] and "\x1b" not in "".join(said)
 
 
-def test_out_of_a_pipe_the_first_failure_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    for text, code, answered in (("a\n\nb", 0, 2), ("a\n\n/nothing\nb", 2, 2), ("down\n\na?\n\nb", 4, 3), ("a?\n\ndown", 2, 2), ("", 0, 0)):
+def test_out_of_a_pipe_the_first_failure_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for text, code, answered in (
+        ("a\n\nb", 0, 2),
+        ("a\n\n/nothing\nb", 2, 2),
+        ("down\n\na?\n\nb", 4, 3),
+        ("a?\n\ndown", 2, 2),
+        ("", 0, 0),
+    ):
         chat, echo, _ = made()
         say = echo.stream
 
-        def stream(messages: Sequence[Message], parameters: Parameters, say: Any = say) -> Iterator[str]:
+        def stream(
+            messages: Sequence[Message], parameters: Parameters, say: Any = say
+        ) -> Iterator[str]:
             yield from say(messages, parameters)
             if messages[-1]["content"] == "down":
                 raise ServerError(Problem("server", "gone"))
@@ -273,9 +345,19 @@ def test_a_file_with_no_name_for_it() -> None:
 def test_what_is_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model:4").mkdir()
-    assert [is_address(text) for text in ("http://x", "https://x/v1", "localhost:80", "a.b:80/v1", "model:4", "a/b", "a:b", "./x")] == [
-        True, True, True, True, False, False, False, False
-    ]  # fmt: skip
+    assert [
+        is_address(text)
+        for text in (
+            "http://x",
+            "https://x/v1",
+            "localhost:80",
+            "a.b:80/v1",
+            "model:4",
+            "a/b",
+            "a:b",
+            "./x",
+        )
+    ] == [True, True, True, True, False, False, False, False]
 
 
 def test_help_names_every_command() -> None:

@@ -1,4 +1,5 @@
-"""What a long run shows: it moves within a layer, its columns have names, and lines break between words."""
+"""What a long run shows: it moves within a layer, its columns have names, and lines break between
+words."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ from quantflow.recipe import load_recipe
 from tests.helpers.runs import blank_pages, invoke, make_bench
 from tests.helpers.tiny import write_llama
 
-LINEARS = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+LINEARS = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+]
 
 
 class Told:
-    """Keeps what it is told: phase -> (total, unit), and its events: ("step", 1.0, detail) or ("advance", share, detail)."""
+    """Keeps what it is told: phase -> (total, unit), and its events: ("step", 1.0, detail) or
+    ("advance", share, detail)."""
 
     def __init__(self) -> None:
         self.phases: dict[str, tuple[int, str]] = {}
@@ -43,15 +47,21 @@ class Told:
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn", "awq"])
-def test_a_layer_moves_as_each_of_its_linears_is_done(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_moves_as_each_of_its_linears_is_done(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blank_pages(monkeypatch)
     bench, told = make_bench(tmp_path), Told()
     stages = [{"awq": {"grid": 2}}, "rtn"] if method == "awq" else [method]
     stages = ["calibrate", *stages, {"pack": {"format": "compressed-tensors"}}, bench.evaluate()]
     run(make_plan(load_recipe(bench.recipe(stages=stages)), device="cpu"), told)
     assert told.phases == {
-        "hash": (1, "files"), "calibrate": (2, "layers"), "quantise": (2, "layers"), "pack": (2, "layers"), "evaluate": (4, "layers")
-    }  # fmt: skip
+        "hash": (1, "files"),
+        "calibrate": (2, "layers"),
+        "quantise": (2, "layers"),
+        "pack": (2, "layers"),
+        "evaluate": (4, "layers"),
+    }
     events = told.events["quantise"]
     ends = [i for i, (kind, _, _) in enumerate(events) if kind == "step"]
     assert len(ends) == 2 and ends[1] == len(events) - 1
@@ -61,16 +71,33 @@ def test_a_layer_moves_as_each_of_its_linears_is_done(method: str, tmp_path: Pat
         searched = [detail for detail in details if detail.startswith("scales of ")]
         assert len(searched) == (4 if method == "awq" else 0)
         assert sum(share for _, share, _ in layer) == pytest.approx(1)
-    assert all(detail.startswith("output error") for kind, _, detail in events if kind == "step" and method != "rtn")
-    assert sum(share for kind, share, _ in told.events["evaluate"] if kind == "advance") == pytest.approx(4)  # two models of two layers
+    assert all(
+        detail.startswith("output error")
+        for kind, _, detail in events
+        if kind == "step" and method != "rtn"
+    )
+    # two models of two layers
+    assert sum(
+        share for kind, share, _ in told.events["evaluate"] if kind == "advance"
+    ) == pytest.approx(4)
     parts = [share for kind, share, _ in told.events["calibrate"] if kind == "advance"]
     assert sum(parts) == pytest.approx(2) and len(parts) >= 2
 
 
 @contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch, width: int, *, real: bool = True) -> Iterator[StringIO]:
+def terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int, *, real: bool = True
+) -> Iterator[StringIO]:
     written = StringIO()
-    console = _Words(file=written, force_terminal=real, width=width, highlight=False, soft_wrap=True, markup=False, color_system=None)
+    console = _Words(
+        file=written,
+        force_terminal=real,
+        width=width,
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+        color_system=None,
+    )
     monkeypatch.setattr(shown, "errors", console)
     yield written
 
@@ -89,8 +116,12 @@ def test_a_log_hears_of_tenths_and_of_long_steps(monkeypatch: pytest.MonkeyPatch
     lines = written.getvalue().splitlines()
     assert lines[0] == "quantise: 40 layers"
     assert len(lines) == 1 + 10 + 1  # one within the long layer, and the tenths
-    assert re.fullmatch(r"quantise: 1\.\d+ of 40 layers, 1\d\.\d s, memory \d+ MiB, linear \d", lines[1])
-    assert re.fullmatch(r"quantise: 40 of 40 layers, \d+\.\d s, memory \d+ MiB, linear 3", lines[-1])
+    assert re.fullmatch(
+        r"quantise: 1\.\d+ of 40 layers, 1\d\.\d s, memory \d+ MiB, linear \d", lines[1]
+    )
+    assert re.fullmatch(
+        r"quantise: 40 of 40 layers, \d+\.\d s, memory \d+ MiB, linear 3", lines[-1]
+    )
 
 
 def test_a_log_of_few_steps_has_a_line_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +140,9 @@ def test_a_log_of_few_steps_has_a_line_for_each(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_bars_have_named_columns_within_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_have_named_columns_within_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with terminal(monkeypatch, width) as written, progress() as bars:
         bars.phase("quantise", 32, "layers")
         bars.advance(0.5, "self_attn.q_proj")
@@ -118,14 +151,24 @@ def test_bars_have_named_columns_within_the_terminal(width: int, monkeypatch: py
         bars.advance(0.25, "mlp.down_proj")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
     last = text.replace("\r", "\n").rstrip("\n").split("\n")[-2:]
-    assert last[0].split() == ["phase", "done", "time", "left", *(["memory"] if width >= 72 else []), "at"]
+    assert last[0].split() == [
+        "phase",
+        "done",
+        "time",
+        "left",
+        *(["memory"] if width >= 72 else []),
+        "at",
+    ]
     assert "1/32 layers" in last[1] and last[1].startswith("quantise")
     assert all(len(line) <= width for line in text.replace("\r", "\n").split("\n"))
 
 
 def test_lines_break_between_words_and_paths_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     path = "/a/long/place/" + "x" * 90 + "/report.html"
-    text = f"The artifact was written, and what there is to look at lies in {path} where it stays until it is removed by somebody."
+    text = (
+        f"The artifact was written, and what there is to look at lies in {path} where it stays"
+        " until it is removed by somebody."
+    )
     with terminal(monkeypatch, 60) as written:
         shown.errors.print(text)
     lines = written.getvalue().splitlines()
@@ -137,18 +180,26 @@ def test_lines_break_between_words_and_paths_stay_whole(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_a_long_path_in_a_table_is_shown_whole(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_path_in_a_table_is_shown_whole(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over lines, where it is wider than the terminal: cut, it would be another path."""
     monkeypatch.setenv("COLUMNS", str(width))
     model = tmp_path / ("long-name-of-a-model-" * 6)
     write_llama(model)
-    (tmp_path / "r.yaml").write_text("name: r\nweights: {group_size: 16}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n")
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nweights: {group_size: 16}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n"
+    )
     planned = invoke("plan", tmp_path / "r.yaml", "--model", model, "--output", tmp_path / "out")
     verified = invoke("verify", model, "--device", "cpu")
     for found in (planned, verified):
         assert found.exit_code == 0, found.stderr
         whole = (str(model), "Warning: ")  # lines that the terminal wraps
-        wide = [line for line in found.stdout.splitlines() if len(line) > width and not any(part in line for part in whole)]
+        wide = [
+            line
+            for line in found.stdout.splitlines()
+            if len(line) > width and not any(part in line for part in whole)
+        ]
         assert wide == []
         assert "…" not in found.stdout
     cells = [line.strip("│").partition("│")[2].strip() for line in planned.stdout.splitlines()]

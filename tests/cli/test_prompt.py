@@ -70,7 +70,10 @@ def test_quotes_that_are_a_part_of_the_text_stay() -> None:
         ("a", ["a"]),
         ("a\r\nb\n\nc\n\n\n\n", ["a\nb", "c"]),
         ("\n\na\n\nexit\nb\n", ["a"]),
-        ("/clear\na\n/no command\n\n /stats\n\n/stats\n/bye\n/stats", ["/clear", "a\n/no command", " /stats", "/stats"]),
+        (
+            "/clear\na\n/no command\n\n /stats\n\n/stats\n/bye\n/stats",
+            ["/clear", "a\n/no command", " /stats", "/stats"],
+        ),
         ("a\nexit\n", ["a\nexit"]),
         ('"""\na\n', ['"""\na']),
         ("a\udcffb", ["a?b"]),
@@ -127,18 +130,29 @@ def address() -> Iterator[str]:
 
 
 def test_a_real_terminal(address: str) -> None:
-    """A paste does not send, Ctrl-C stops an answer that would never end, and at an empty prompt says how to leave."""
+    """A paste does not send, Ctrl-C stops an answer that would never end, and at an empty prompt
+    says how to leave."""
     environment = {
-        **os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "NO_PROXY": "*",
-        "COLUMNS": "80", "LINES": "24",
-    }  # fmt: skip
+        **os.environ,
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "NO_PROXY": "*",
+        "COLUMNS": "80",
+        "LINES": "24",
+    }
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execvpe(sys.executable, [sys.executable, "-m", "quantflow.cli.main", "chat", address], environment)
+        os.execvpe(
+            sys.executable,
+            [sys.executable, "-m", "quantflow.cli.main", "chat", address],
+            environment,
+        )
     seen = ""
 
     def await_(text: str, again: str = "") -> None:
-        """again: keys to press once more where nothing came of them: what was asked before is loaded beside the prompt."""
+        """again: keys to press once more where nothing came of them: what was asked before is
+        loaded beside the prompt."""
         nonlocal seen
         until, patience = time.monotonic() + 30, time.monotonic() + 5
         while not re.search(text, seen):

@@ -34,9 +34,14 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("length", [1, 7, QUERY_BLOCK, 2 * QUERY_BLOCK + 5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
-def test_against_the_textbook(window: int | None, heads: int, kv_heads: int, length: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_against_the_textbook(
+    window: int | None, heads: int, kv_heads: int, length: int, dtype: torch.dtype, tolerance: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, length, n, 16, generator=generator).to(dtype).transpose(1, 2) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (
+        torch.randn(2, length, n, 16, generator=generator).to(dtype).transpose(1, 2)
+        for n in (heads, kv_heads, kv_heads)
+    )
     found = causal_attention(q, k, v, window)
     assert found.dtype == dtype and found.shape == q.shape
     torch.testing.assert_close(found.double(), textbook(q, k, v, window), rtol=0, atol=tolerance)
@@ -44,7 +49,10 @@ def test_against_the_textbook(window: int | None, heads: int, kv_heads: int, len
 
 def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_causal, "supports", lambda x: False)
-    q, k, v = (torch.randn(2, n, 300, 16, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (6, 2, 2))
+    q, k, v = (
+        torch.randn(2, n, 300, 16, generator=torch.Generator().manual_seed(n)).bfloat16()
+        for n in (6, 2, 2)
+    )
     whole = causal_attention(q, k, v)
     monkeypatch.setattr("quantflow.decoder.attention.SCORES_AT_ONCE", 1)
     torch.testing.assert_close(causal_attention(q, k, v), whole, rtol=0, atol=0.01)

@@ -1,4 +1,5 @@
-"""The decoder in bfloat16, as calibration runs it, by compiled kernels and by torch, against float64."""
+"""The decoder in bfloat16, as calibration runs it, by compiled kernels and by torch, against
+float64."""
 
 from __future__ import annotations
 
@@ -21,13 +22,19 @@ def test_a_model_in_bfloat16(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     exact = decoder_logits(weights, tokens, torch.float64)
 
     def error() -> float:
-        return float((decoder_logits(weights, tokens, torch.bfloat16).double() - exact).norm() / exact.norm())
+        return float(
+            (decoder_logits(weights, tokens, torch.bfloat16).double() - exact).norm() / exact.norm()
+        )
 
     called: set[str] = set()
     for module in (cpu_kernels, cpu_causal):
         for function in (name for name in COMPILED if hasattr(module, name)):
             original = getattr(module, function)
-            monkeypatch.setattr(module, function, lambda *a, f=original, n=function, **k: called.add(n) or f(*a, **k))
+            monkeypatch.setattr(
+                module,
+                function,
+                lambda *a, f=original, n=function, **k: called.add(n) or f(*a, **k),
+            )
     compiled = error()
     if cpu_causal.supports(torch.zeros(weights.checkpoint.config.head_dim, dtype=torch.bfloat16)):
         assert called == set(COMPILED)

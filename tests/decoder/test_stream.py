@@ -44,7 +44,9 @@ def test_writing_over_one_window_leaves_the_others(tmp_path: Path, dtype: torch.
         stream.write(0, expected)
         stream.write(3, other)
         assert torch.equal(stream.read(3, 5), other)
-        assert torch.equal(stream.read(0, 3), expected[:3]) and torch.equal(stream.read(5, 7), expected[5:])
+        assert torch.equal(stream.read(0, 3), expected[:3]) and torch.equal(
+            stream.read(5, 7), expected[5:]
+        )
 
 
 def test_views_and_other_strides_can_be_written(tmp_path: Path) -> None:
@@ -65,7 +67,10 @@ def test_save_and_load_between_all_kinds(tmp_path: Path, dtype: torch.dtype) -> 
             saved = tmp_path / f"saved{i}"
             checksums.add(stream.save(saved, batch))
             contents.add(saved.read_bytes())
-            for other in (Stream(SHAPE, dtype, CPU, None), Stream(SHAPE, dtype, CPU, tmp_path / "other.bin")):
+            for other in (
+                Stream(SHAPE, dtype, CPU, None),
+                Stream(SHAPE, dtype, CPU, tmp_path / "other.bin"),
+            ):
                 assert other.load(saved, next(iter(checksums)), 2)
                 assert torch.equal(other.read(0, 7), expected)
     assert len(checksums) == len(contents) == 1  # whatever the batch and the kind of stream
@@ -97,7 +102,9 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert not Stream((7, 5, 4), torch.float32, CPU, None).load(saved, checksum, 2)
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = Stream(SHAPE, torch.float32, CPU, None)
     stream.write(0, random(torch.float32))
     saved = tmp_path / "saved"

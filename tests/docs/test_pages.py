@@ -31,13 +31,20 @@ def source_texts() -> list[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
             elif isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                found.append(
+                    "".join(
+                        part.value if isinstance(part, ast.Constant) else "…"
+                        for part in node.values
+                    )
+                )
     return found
 
 
 def test_quoted_messages_are_ours() -> None:
     texts, quoted = source_texts(), quoted_messages()
-    assert len(quoted) == sum(page.read_text(encoding="utf-8").count("\n> ") for page in pages()) > 0
+    assert (
+        len(quoted) == sum(page.read_text(encoding="utf-8").count("\n> ") for page in pages()) > 0
+    )
     for page, message in quoted:
         parts = [re.escape(part) for part in message.split("…")]
         pattern = re.compile(".*".join(parts))
@@ -55,15 +62,26 @@ def test_named_files_exist(page: Path) -> None:
 
 
 def definitions(path: Path) -> set[str]:
-    """Functions, classes, their methods (`Class.method`, and `method`), and names at the top of a module."""
+    """Functions, classes, their methods (`Class.method`, and `method`), and names at the top of a
+    module."""
     found: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
-            methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+            methods = [
+                part.name
+                for part in node.body
+                if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)
+            ]
             found |= {*methods, *(f"{node.name}.{method}" for method in methods)}
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, ast.AnnAssign)
+            else []
+        )
         found |= {target.id for target in targets if isinstance(target, ast.Name)}
     return found
 
@@ -71,7 +89,11 @@ def definitions(path: Path) -> set[str]:
 def items(page: str) -> list[str]:
     """Numbered points and rows of tables: what stands in one belongs together."""
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
-    return [found for found in re.split(r"^(?=\d+\. |\|)|\n\n", text, flags=re.M) if re.match(r"\d+\. |\|", found)]
+    return [
+        found
+        for found in re.split(r"^(?=\d+\. |\|)|\n\n", text, flags=re.M)
+        if re.match(r"\d+\. |\|", found)
+    ]
 
 
 @pytest.mark.parametrize("page", ["docs/how_it_works.md", "docs/extending.md"])
@@ -80,17 +102,24 @@ def test_named_functions_and_classes_are_in_a_file_named_beside_them(page: str) 
         files = [ROOT / name for name in re.findall(rf"`({FILE}\.py)`", item)]
         known = set().union(*(definitions(path) for path in files)) if files else set()
         for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)(?:\(\))?`", item):
-            if files and not re.fullmatch(r"[a-z]\w{0,2}|native_config|read_config|run|encode|check", name):
-                assert name in known | ARGUABLE, f"{page}: {name} is not in {[path.name for path in files]}"
+            if files and not re.fullmatch(
+                r"[a-z]\w{0,2}|native_config|read_config|run|encode|check", name
+            ):
+                assert name in known | ARGUABLE, (
+                    f"{page}: {name} is not in {[path.name for path in files]}"
+                )
 
 
 def test_every_step_of_how_it_works_names_what_to_read() -> None:
-    """A file and something in it; and every folder of the package, and every file of those that run things, is somewhere on the page."""
+    """A file and something in it; and every folder of the package, and every file of those that run
+    things, is somewhere on the page."""
     page = "docs/how_it_works.md"
     text = (ROOT / page).read_text(encoding="utf-8")
     steps = [item for item in items(page) if re.match(r"\d+\. ", item)]
     for step in steps:
-        known = set().union(*(definitions(ROOT / name) for name in re.findall(rf"`({FILE}\.py)`", step)))
+        known = set().union(
+            *(definitions(ROOT / name) for name in re.findall(rf"`({FILE}\.py)`", step))
+        )
         assert known & set(re.findall(r"`([A-Za-z_][\w.]*)(?:\(\))?`", step)), step
     assert [int(step.partition(".")[0]) for step in steps] == [*range(1, 11), *range(1, 10)]
     modules = [path for path in (ROOT / "quantflow").rglob("*.py") if path.name != "__init__.py"]
@@ -98,7 +127,9 @@ def test_every_step_of_how_it_works_names_what_to_read() -> None:
         assert f"| `{folder.relative_to(ROOT)}` |" in text
     for path in modules:
         if path.parent.name in ("pipeline", "evaluate", "report"):
-            assert f"`{path.relative_to(ROOT)}`" in text, f"{page} does not say where {path.relative_to(ROOT)} comes in"
+            assert f"`{path.relative_to(ROOT)}`" in text, (
+                f"{page} does not say where {path.relative_to(ROOT)} comes in"
+            )
 
 
 ARGUABLE = {"BAICHUAN", *STAGE_TYPES}
@@ -116,5 +147,9 @@ def test_links_lead_somewhere() -> None:
 
 def test_the_index_has_every_page() -> None:
     index = ROOT / "docs" / "README.md"
-    linked = {(page.parent / target.partition("#")[0]).resolve() for page, target in links() if page == index}
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page, target in links()
+        if page == index
+    }
     assert {page for page in every_page() if page.parent != ROOT} - {index} <= linked

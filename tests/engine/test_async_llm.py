@@ -1,4 +1,5 @@
-"""The engine in asyncio: tokens arrive, leaving gives blocks back, and whatever happens nobody waits for ever."""
+"""The engine in asyncio: tokens arrive, leaving gives blocks back, and whatever happens nobody
+waits for ever."""
 
 from __future__ import annotations
 
@@ -35,12 +36,16 @@ def slowly(llm: AsyncLLM) -> None:
 
 def test_many_at_once_are_what_each_is_alone(tiny: Path) -> None:
     prompts = [[3 + i, 9, 4] * (i + 1) for i in range(12)]
-    params = [SamplingParams(max_tokens=5 + i, temperature=0.5, seed=i, n=1 + i % 2) for i in range(12)]
+    params = [
+        SamplingParams(max_tokens=5 + i, temperature=0.5, seed=i, n=1 + i % 2) for i in range(12)
+    ]
     expected = [o.completions for o in LLM(tiny, device="cpu").generate(prompts, params)]
 
     async def run() -> list[Any]:
         async with AsyncLLM(tiny, device="cpu") as llm:
-            return await asyncio.gather(*(llm.generate(p, s) for p, s in zip(prompts, params, strict=True)))
+            return await asyncio.gather(
+                *(llm.generate(p, s) for p, s in zip(prompts, params, strict=True))
+            )
 
     assert [o.completions for o in within(60, run())] == expected
 
@@ -79,7 +84,10 @@ def test_who_leaves_costs_one_step_at_most(tiny: Path) -> None:
                 await stream.some()
                 left = time.monotonic()
                 stream.close()
-                assert await asyncio.wrap_future(llm.call(lambda engine: engine.blocks.used_blocks)) == 0
+                assert (
+                    await asyncio.wrap_future(llm.call(lambda engine: engine.blocks.used_blocks))
+                    == 0
+                )
                 assert sum(at > left for at in begun) <= 1
 
     within(30, run())
@@ -105,7 +113,9 @@ def test_tokens_gather_while_nobody_takes_them(tiny: Path) -> None:
 def test_who_wants_all_at_once_is_woken_once(tiny: Path) -> None:
     async def run() -> None:
         async with AsyncLLM(tiny, device="cpu") as llm:
-            stream = await llm.open(PROMPT, SamplingParams(max_tokens=30, ignore_eos=True, n=2), whole=True)
+            stream = await llm.open(
+                PROMPT, SamplingParams(max_tokens=30, ignore_eos=True, n=2), whole=True
+            )
             assert len(await stream.some()) == 60 and stream.done
 
     within(30, run())
@@ -140,7 +150,9 @@ def test_one_event_for_several_streams(tiny: Path) -> None:
     async def run() -> None:
         async with AsyncLLM(tiny, device="cpu") as llm:
             arrived, params = asyncio.Event(), SamplingParams(max_tokens=9, ignore_eos=True)
-            streams = await llm.open_by(lambda engine: engine.submit_all([PROMPT, PROMPT[:2], [7]], params), arrived=arrived)
+            streams = await llm.open_by(
+                lambda engine: engine.submit_all([PROMPT, PROMPT[:2], [7]], params), arrived=arrived
+            )
             got: list[list[int | None]] = [[], [], []]
             while not all(stream.done for stream in streams):
                 await arrived.wait()
@@ -148,7 +160,9 @@ def test_one_event_for_several_streams(tiny: Path) -> None:
                 for tokens, stream in zip(got, streams, strict=True):
                     tokens += [token.token for token in stream.take()]
             expected = LLM(tiny, device="cpu").generate([PROMPT, PROMPT[:2], [7]], params)
-            assert [tuple(tokens) for tokens in got] == [output.completions[0].token_ids for output in expected]
+            assert [tuple(tokens) for tokens in got] == [
+                output.completions[0].token_ids for output in expected
+            ]
 
     within(30, run())
 
@@ -175,7 +189,10 @@ def test_a_dead_engine_answers_everybody(tiny: Path) -> None:
             return step()
 
         llm.engine.step = broken  # type: ignore[method-assign]
-        waiting = [asyncio.create_task(llm.generate(PROMPT, SamplingParams(ignore_eos=True, n=n))) for n in (1, 3)]
+        waiting = [
+            asyncio.create_task(llm.generate(PROMPT, SamplingParams(ignore_eos=True, n=n)))
+            for n in (1, 3)
+        ]
         for task in waiting:
             with pytest.raises(ResourceError, match="shapes do not match"):
                 await task
@@ -232,7 +249,8 @@ def test_a_loop_that_is_closed_does_not_stop_the_engine(tiny: Path) -> None:
 
 
 def test_waiters_of_the_step_that_failed_are_answered(tiny: Path) -> None:
-    """One text ends in the very step that raises for another: its end is lost, and both are told."""
+    """One text ends in the very step that raises for another: its end is lost, and both are
+    told."""
 
     async def run() -> None:
         llm = AsyncLLM(tiny, device="cpu")
@@ -246,7 +264,10 @@ def test_waiters_of_the_step_that_failed_are_answered(tiny: Path) -> None:
 
         llm.engine._append = broken  # type: ignore[method-assign]
         llm.engine.step, step = (lambda: []), llm.engine.step  # type: ignore[method-assign]
-        waiting = [asyncio.create_task(llm.generate(PROMPT, SamplingParams(max_tokens=1))) for _ in range(2)]
+        waiting = [
+            asyncio.create_task(llm.generate(PROMPT, SamplingParams(max_tokens=1)))
+            for _ in range(2)
+        ]
         await asyncio.sleep(0.1)
         llm.engine.step = step  # type: ignore[method-assign]
         for task in waiting:
@@ -263,7 +284,9 @@ def test_an_id_may_be_used_again(tiny: Path) -> None:
             await old.__anext__()
             while await asyncio.wrap_future(llm.call(lambda engine: engine.has_work)):
                 await asyncio.sleep(0.01)
-            new = asyncio.create_task(llm.generate(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True), id="mine"))
+            new = asyncio.create_task(
+                llm.generate(PROMPT, SamplingParams(max_tokens=60, ignore_eos=True), id="mine")
+            )
             await asyncio.sleep(0.02)
             await old.aclose()
             assert len((await new).completions[0].token_ids) == 60

@@ -105,9 +105,15 @@ def test_a_leak_and_a_double_owner_are_seen() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(0, 1), min_size=1, max_size=9)), max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.lists(st.integers(0, 1), min_size=1, max_size=9)),
+        max_size=40,
+    )
+)
 def test_the_books_stay_right_whatever_happens(actions: list[tuple[int, list[int]]]) -> None:
-    """Sequences over two letters come, share what they can, grow and go; a matched block always holds the tokens asked for."""
+    """Sequences over two letters come, share what they can, grow and go; a matched block always
+    holds the tokens asked for."""
     blocks, owned = BlockManager(6, 2), []  # type: ignore[var-annotated]
     content: dict[int, tuple[int, ...]] = {}  # what a block holds, with all that precedes it
     for action, tokens in actions:

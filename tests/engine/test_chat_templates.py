@@ -1,4 +1,5 @@
-"""Chat templates beside transformers: the same text, whatever a template uses of its environment, and the same template of several."""
+"""Chat templates beside transformers: the same text, whatever a template uses of its environment,
+and the same template of several."""
 
 from __future__ import annotations
 
@@ -14,28 +15,57 @@ from quantflow.errors import ModelError, RequestError
 from quantflow.tokenizers.tokenizer import chat_template, export_tokenizer, tokenizer_files
 
 PARAMETERS = {
-    "type": "object", "required": ["city"],
-    "properties": {"city": {"type": "string", "description": "The <b>city</b>, e.g. Zürich"}, "days": {"type": ["integer", "null"]},
-                   "units": {"type": "array", "items": {"type": "string"}}},
-}  # fmt: skip
+    "type": "object",
+    "required": ["city"],
+    "properties": {
+        "city": {"type": "string", "description": "The <b>city</b>, e.g. Zürich"},
+        "days": {"type": ["integer", "null"]},
+        "units": {"type": "array", "items": {"type": "string"}},
+    },
+}
 TOOLS: list[dict[str, Any]] = [
-    {"type": "function", "function": {"name": "weather", "description": 'It\'s the "weather"', "parameters": PARAMETERS}},
-    {"type": "function", "function": {"name": "time", "description": "", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": 'It\'s the "weather"',
+            "parameters": PARAMETERS,
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "time",
+            "description": "",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    },
 ]
-CALL = {"type": "function", "id": "abc123def", "function": {"name": "weather", "arguments": {"city": "Zürich & Bern", "days": 2}}}
+CALL = {
+    "type": "function",
+    "id": "abc123def",
+    "function": {"name": "weather", "arguments": {"city": "Zürich & Bern", "days": 2}},
+}
 USER = {"role": "user", "content": "  Hi <there> & 你好\n"}
 BOT = {"role": "assistant", "content": "Yes?"}
 TALKS: dict[str, list[dict[str, Any]]] = {
     "one": [USER],
     "answered": [USER, BOT],
-    "with a system text": [{"role": "system", "content": "Be brief."}, USER, BOT, {"role": "user", "content": "Why"}],
+    "with a system text": [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        BOT,
+        {"role": "user", "content": "Why"},
+    ],
     "a call": [
-        USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "tool", "name": "weather", "tool_call_id": "abc123def", "content": "rain"}, BOT,
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "name": "weather", "tool_call_id": "abc123def", "content": "rain"},
+        BOT,
     ],
     "reasoning": [USER, {"role": "assistant", "content": "4", "reasoning": "2 + 2"}, USER],
     "two users": [USER, USER],
-}  # fmt: skip
+}
 
 # Written here, in the manner of the families named.
 LLAMA3 = """{{- bos_token }}
@@ -160,30 +190,65 @@ MISTRAL = """{%- if messages[0]["role"] == "system" %}{% set system = messages[0
     {%- else %}{{ raise_exception("no such role: " + message.role) }}{% endif %}
 {%- endfor %}"""
 TEMPLATES = {
-    "Llama 3.1": LLAMA3, "Qwen": QWEN, "Hermes": HERMES, "Mistral": MISTRAL,
-    "blocks trimmed": "{% for m in messages %}\n    {% if m.role == 'user' %}\n  U: {{ m.role }}\n    {% endif %}\n{% endfor %}\nend\n\n",
+    "Llama 3.1": LLAMA3,
+    "Qwen": QWEN,
+    "Hermes": HERMES,
+    "Mistral": MISTRAL,
+    "blocks trimmed": (
+        "{% for m in messages %}\n    {% if m.role == 'user' %}\n  U: {{ m.role }}\n    {% endif"
+        " %}\n{% endfor %}\nend\n\n"
+    ),
     "year": "{{ strftime_now('%Y') }} {{ strftime_now is defined }}",
-    "generation": "{% for m in messages %}{%- generation -%} {{ m.content or '-' }}{% set x = 1 %} {%- endgeneration %}{{ x }}{% endfor %}",
-    "a namespace":
-        "{% set n = namespace(n=0) %}{% for m in 'ab' %}{% generation %}{% set n.n = loop.index %}{% endgeneration %}{% endfor %}{{ n.n }}",
+    "generation": (
+        "{% for m in messages %}{%- generation -%} {{ m.content or '-' }}{% set x = 1 %} {%-"
+        " endgeneration %}{{ x }}{% endfor %}"
+    ),
+    "a namespace": (
+        "{% set n = namespace(n=0) %}{% for m in 'ab' %}{% generation %}{% set n.n = loop.index"
+        " %}{% endgeneration %}{% endfor %}{{ n.n }}"
+    ),
     "tojson": "{{ tools | tojson }}|{{ messages | tojson(indent=2) }}",
-    "tojson, all of it": "{{ tools | tojson(ensure_ascii=True, indent=None, separators=(',', ':'), sort_keys=True) }}{{ 'é<&>' | tojson }}",
+    "tojson, all of it": (
+        "{{ tools | tojson(ensure_ascii=True, indent=None, separators=(',', ':'), sort_keys=True)"
+        " }}{{ 'é<&>' | tojson }}"
+    ),
     "tojson by place": "{{ messages | tojson(False, 1) }}",
-    "given or not": "{{ tools is none }} {{ documents is none }} {{ tools is defined }} {{ add_generation_prompt }} {{ xyz is defined }}",
-    "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% elif loop.last %}{% break %}{% endif %}!{% endfor %}",
+    "given or not": (
+        "{{ tools is none }} {{ documents is none }} {{ tools is defined }} {{"
+        " add_generation_prompt }} {{ xyz is defined }}"
+    ),
+    "loop controls": (
+        "{% for m in messages %}{% if loop.first %}{% continue %}{% elif loop.last %}{% break %}{%"
+        " endif %}!{% endfor %}"
+    ),
     "special tokens": "{{ bos_token }}{{ eos_token }}{{ cls_token is defined }}{{ mask_token }}",
-    "keys that are null": "{% for m in messages %}{{ 'content' in m }}{{ m.content is defined }}{{ m.get('tool_calls') }}{% endfor %}",
-    "dict and namespace": "{{ dict(a=1, **{'b': 2}) }}{{ dict.fromkeys(['a'], 3) }}{% set n = namespace(self=1) %}{{ n.self }}",
+    "keys that are null": (
+        "{% for m in messages %}{{ 'content' in m }}{{ m.content is defined }}{{"
+        " m.get('tool_calls') }}{% endfor %}"
+    ),
+    "dict and namespace": (
+        "{{ dict(a=1, **{'b': 2}) }}{{ dict.fromkeys(['a'], 3) }}{% set n = namespace(self=1) %}{{"
+        " n.self }}"
+    ),
     "a namespace's hidden names": "{% set n = namespace(_x=1) %}",
     "the class of things": "{{ messages.__class__ }}{{ namespace.__init__ }}",
     "a list changed": "{{ messages.append(1) }}",
-    "reasoning": "{% for m in messages %}[{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }}]{% endfor %}",
-    "call blocks": "{% macro box() %}[{{ caller() }}]{% endmacro %}{% call box() %}{{ messages[0].content }}{% endcall %}",
-    "filters": "{{ messages | map(attribute='role') | unique | join(',') }}{{ messages[0].content | e }}{{ messages[-1].role | upper }}",
+    "reasoning": (
+        "{% for m in messages %}[{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }}]{%"
+        " endfor %}"
+    ),
+    "call blocks": (
+        "{% macro box() %}[{{ caller() }}]{% endmacro %}{% call box() %}{{ messages[0].content }}{%"
+        " endcall %}"
+    ),
+    "filters": (
+        "{{ messages | map(attribute='role') | unique | join(',') }}{{ messages[0].content | e }}{{"
+        " messages[-1].role | upper }}"
+    ),
     "refused": "{{ raise_exception('not with ' ~ messages[0].role) }}",
     "not whole": "{% generation %}",
     "an end of nothing": "{% endgeneration %}",
-}  # fmt: skip
+}
 
 
 def files(tiny: Path, folder: Path, config: dict[str, Any] | None = None, **more: str) -> Path:
@@ -194,7 +259,9 @@ def files(tiny: Path, folder: Path, config: dict[str, Any] | None = None, **more
     said = json.loads((tiny / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**said, **(config or {})}))
     for name, text in more.items():
-        path = folder / name.replace("__", "/").replace("_jinja", ".jinja").replace("_json", ".json")
+        path = folder / name.replace("__", "/").replace("_jinja", ".jinja").replace(
+            "_json", ".json"
+        )
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     return folder
@@ -209,7 +276,9 @@ def test_templates_are_rendered_as_transformers_does(tiny: Path, tmp_path: Path,
         for tools in (None, TOOLS, []):
             for answer in (True, False):
                 try:
-                    expected = theirs.apply_chat_template(talk, tools=tools, add_generation_prompt=answer, tokenize=False)
+                    expected = theirs.apply_chat_template(
+                        talk, tools=tools, add_generation_prompt=answer, tokenize=False
+                    )
                 except Exception:  # of a template's many kinds
                     with pytest.raises(RequestError, match="chat template refused"):
                         ours.render(talk, tools=tools, add_generation_prompt=answer)
@@ -217,29 +286,49 @@ def test_templates_are_rendered_as_transformers_does(tiny: Path, tmp_path: Path,
                 else:
                     assert ours.render(talk, tools=tools, add_generation_prompt=answer) == expected
                     outcomes.add("rendered")
-    if name in ("refused", "not whole", "an end of nothing", "a namespace's hidden names", "a list changed"):
+    if name in (
+        "refused",
+        "not whole",
+        "an end of nothing",
+        "a namespace's hidden names",
+        "a list changed",
+    ):
         assert outcomes == {"refused"}
     else:
         assert "rendered" in outcomes
 
 
 DEFAULT, TOOL_USE = "default {{ messages[0].content }}", "tools {{ tools | length }}"
-LIST = [{"name": "default", "template": DEFAULT}, {"name": "tool_use", "template": TOOL_USE}, {"name": "rag", "template": "rag"}]
+LIST = [
+    {"name": "default", "template": DEFAULT},
+    {"name": "tool_use", "template": TOOL_USE},
+    {"name": "rag", "template": "rag"},
+]
 PLACES: dict[str, dict[str, Any]] = {
     "one": {"config": {"chat_template": DEFAULT}},
     "a list": {"config": {"chat_template": LIST}},
     "a list without tool_use": {"config": {"chat_template": LIST[:1]}},
-    "a folder": {"chat_template_jinja": DEFAULT, "additional_chat_templates__tool_use_jinja": TOOL_USE},
-    "files before the list": {"config": {"chat_template": LIST}, "chat_template_jinja": "file {{ tools }}"},
-    "the folder before the list": {
-        "config": {"chat_template": LIST}, "chat_template_jinja": "file",
-        "additional_chat_templates__tool_use_jinja": "folder", "additional_chat_templates__rag_jinja": "x",
+    "a folder": {
+        "chat_template_jinja": DEFAULT,
+        "additional_chat_templates__tool_use_jinja": TOOL_USE,
     },
-}  # fmt: skip
+    "files before the list": {
+        "config": {"chat_template": LIST},
+        "chat_template_jinja": "file {{ tools }}",
+    },
+    "the folder before the list": {
+        "config": {"chat_template": LIST},
+        "chat_template_jinja": "file",
+        "additional_chat_templates__tool_use_jinja": "folder",
+        "additional_chat_templates__rag_jinja": "x",
+    },
+}
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_template_of_several_that_transformers_takes(tiny: Path, tmp_path: Path, place: str) -> None:
+def test_the_template_of_several_that_transformers_takes(
+    tiny: Path, tmp_path: Path, place: str
+) -> None:
     folder = files(tiny, tmp_path / "model", **PLACES[place])
     exported = tmp_path / "exported"
     export_tokenizer(folder, exported)
@@ -253,15 +342,22 @@ def test_the_template_of_several_that_transformers_takes(tiny: Path, tmp_path: P
     # Nothing of the source is lost on the way.
     ours = chat_template(folder)
     assert ours is not None and chat_template(exported) == ours
-    assert ours.templates == (theirs.chat_template if isinstance(theirs.chat_template, dict) else {"default": theirs.chat_template})
+    assert ours.templates == (
+        theirs.chat_template
+        if isinstance(theirs.chat_template, dict)
+        else {"default": theirs.chat_template}
+    )
 
 
 def test_a_folder_alone_adds_to_the_default_one(tiny: Path, tmp_path: Path) -> None:
     """Which transformers cannot do: it would have no default one left."""
     more = {"additional_chat_templates__tool_use_jinja": TOOL_USE}
     folder = files(tiny, tmp_path / "model", {"chat_template": DEFAULT}, **more)
-    assert Text(folder).render([USER], tools=TOOLS) == "tools 2" and Text(folder).render([USER]).startswith("default")
-    assert "additional_chat_templates/tool_use.jinja" in tokenizer_files(folder)  # an artifact's identity has it
+    assert Text(folder).render([USER], tools=TOOLS) == "tools 2" and Text(folder).render(
+        [USER]
+    ).startswith("default")
+    # an artifact's identity has it
+    assert "additional_chat_templates/tool_use.jinja" in tokenizer_files(folder)
 
 
 def test_several_templates_and_none_for_this(tiny: Path, tmp_path: Path) -> None:
@@ -271,7 +367,9 @@ def test_several_templates_and_none_for_this(tiny: Path, tmp_path: Path) -> None
         text.render([USER])
 
 
-@pytest.mark.parametrize("wrong", [[{"name": "default"}], ["x"], 7, {"default": 1}, [{"name": 1, "template": "x"}]])
+@pytest.mark.parametrize(
+    "wrong", [[{"name": "default"}], ["x"], 7, {"default": 1}, [{"name": 1, "template": "x"}]]
+)
 def test_a_template_of_another_shape_is_refused(tiny: Path, tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(ModelError, match="chat_template"):
         chat_template(files(tiny, tmp_path / "model", {"chat_template": wrong}))

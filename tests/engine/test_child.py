@@ -21,7 +21,10 @@ def crowded() -> Iterator[None]:
     wanted = MANY + 200
     if hard != resource.RLIM_INFINITY and hard < wanted:
         pytest.skip(f"at most {hard} files may be open here")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted) if soft != resource.RLIM_INFINITY else soft, hard))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE,
+        (max(soft, wanted) if soft != resource.RLIM_INFINITY else soft, hard),
+    )
     opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(MANY)]
     try:
         yield

@@ -20,10 +20,14 @@ PROMPT = [5, 9, 13, 17, 21]
 
 
 def make(folder: Path, **options: Any) -> Engine:
-    return Engine(folder, EngineConfig(**{"device": "cpu", "block_size": 16, "check": True, **options}))
+    return Engine(
+        folder, EngineConfig(**{"device": "cpu", "block_size": 16, "check": True, **options})
+    )
 
 
-def run(engine: Engine, prompt: list[int] | str = PROMPT, session: int | None = None, **params: Any) -> Completion:
+def run(
+    engine: Engine, prompt: list[int] | str = PROMPT, session: int | None = None, **params: Any
+) -> Completion:
     collector = Collector(engine.submit(prompt, SamplingParams(**params), session=session))
     for token in engine.tokens():
         collector.add(token)
@@ -49,7 +53,8 @@ def test_an_end_token_ends_a_text_unless_it_is_ignored_or_too_early(engine: Engi
     forced = {"logit_bias": {1: 100.0}}  # </s>
     found = run(engine, max_tokens=5, **forced)
     assert (found.finish, found.token_ids, found.text, found.stop) == (Finish.stop, (1,), "", None)
-    assert run(engine, max_tokens=5, stop_token_ids=(1,), **forced).stop is None  # it ends every text
+    # it ends every text
+    assert run(engine, max_tokens=5, stop_token_ids=(1,), **forced).stop is None
     assert run(engine, max_tokens=5, stop_token_ids=(1,), ignore_eos=True, **forced).stop == 1
     assert run(engine, max_tokens=5, ignore_eos=True, **forced).token_ids == (1,) * 5
     late = run(engine, max_tokens=5, min_tokens=3, **forced)
@@ -59,7 +64,9 @@ def test_an_end_token_ends_a_text_unless_it_is_ignored_or_too_early(engine: Engi
 def test_stop_tokens(engine: Engine) -> None:
     whole = run(engine, max_tokens=12, ignore_eos=True).token_ids
     found = run(engine, max_tokens=12, ignore_eos=True, stop_token_ids=(whole[5],))
-    assert (found.finish, found.stop) == (Finish.stop, whole[5]) and found.token_ids == whole[: whole.index(whole[5]) + 1]
+    assert (found.finish, found.stop) == (Finish.stop, whole[5]) and found.token_ids == whole[
+        : whole.index(whole[5]) + 1
+    ]
 
 
 def test_what_ends_a_text_is_shown_where_that_is_asked_for(engine: Engine) -> None:
@@ -69,10 +76,19 @@ def test_what_ends_a_text_is_shown_where_that_is_asked_for(engine: Engine) -> No
         found = run(engine, max_tokens=30, ignore_eos=True, stop=(stop,), include_stop=True)
         assert (found.stop, found.text) == (stop, whole.text[: whole.text.index(stop) + 6])
     count = whole.token_ids.index(whole.token_ids[5]) + 1
-    found = run(engine, max_tokens=30, ignore_eos=True, stop_token_ids=(whole.token_ids[5],), include_stop=True)
+    found = run(
+        engine,
+        max_tokens=30,
+        ignore_eos=True,
+        stop_token_ids=(whole.token_ids[5],),
+        include_stop=True,
+    )
     assert found.text == run(engine, max_tokens=count, ignore_eos=True).text
     end: dict[str, Any] = {"logit_bias": {1: 100.0}, "max_tokens": 5, "include_stop": True}  # </s>
-    assert [run(engine, **end, skip_special_tokens=skip).text for skip in (True, False)] == ["", "</s>"]
+    assert [run(engine, **end, skip_special_tokens=skip).text for skip in (True, False)] == [
+        "",
+        "</s>",
+    ]
 
 
 def test_stop_strings_may_span_tokens_and_are_not_shown(engine: Engine) -> None:
@@ -81,7 +97,9 @@ def test_stop_strings_may_span_tokens_and_are_not_shown(engine: Engine) -> None:
     for start in range(2, len(text) - 6, 3):
         stop = text[start : start + 6]
         found = run(engine, max_tokens=30, ignore_eos=True, stop=(stop, "never there"))
-        assert (found.finish, found.stop) == (Finish.stop, stop) and found.text == text[: text.index(stop)]
+        assert (found.finish, found.stop) == (Finish.stop, stop) and found.text == text[
+            : text.index(stop)
+        ]
     half = text[-3:] + "§"  # its beginning is held back, and shown in the end
     assert run(engine, max_tokens=30, ignore_eos=True, stop=(half,)).text == text
     assert whole.stop is None
@@ -92,7 +110,10 @@ def test_what_is_streamed_adds_up_to_the_text(tiny: Path) -> None:
     for stop in ((), ("zz", "the")):
         params = SamplingParams(max_tokens=40, temperature=1.5, seed=4, stop=stop)
         parts = [token.text for token in llm.stream("The small cat", params)]
-        assert "".join(parts) == llm.generate("The small cat", params)[0].text and len([p for p in parts if p]) > 3
+        assert (
+            "".join(parts) == llm.generate("The small cat", params)[0].text
+            and len([p for p in parts if p]) > 3
+        )
 
 
 # --- several texts, log-probabilities
@@ -105,7 +126,10 @@ def test_siblings_are_the_texts_of_their_own_random_numbers(engine: Engine) -> N
         collector.add(token)
     texts = [c.token_ids for c in collector.output().completions]
     assert len(set(texts)) == 4 and [len(t) for t in texts] == [9] * 4
-    assert texts[0] == run(engine, list(range(3, 40)), max_tokens=9, temperature=1.5, seed=11).token_ids
+    assert (
+        texts[0]
+        == run(engine, list(range(3, 40)), max_tokens=9, temperature=1.5, seed=11).token_ids
+    )
 
 
 def test_seeds(engine: Engine) -> None:
@@ -118,7 +142,9 @@ def test_seeds(engine: Engine) -> None:
 
 
 def test_log_probabilities_are_the_models_own(engine: Engine) -> None:
-    params = SamplingParams(max_tokens=4, temperature=3.0, seed=5, logprobs=3, prompt_logprobs=2, logit_bias={7: 3.0})
+    params = SamplingParams(
+        max_tokens=4, temperature=3.0, seed=5, logprobs=3, prompt_logprobs=2, logit_bias={7: 3.0}
+    )
     collector = Collector(engine.submit(PROMPT, params))
     for token in engine.tokens():
         collector.add(token)
@@ -130,7 +156,9 @@ def test_log_probabilities_are_the_models_own(engine: Engine) -> None:
         scored.add(token)
     expected = scored.output().prompt_logprobs
     assert output.prompt_logprobs[0] is None and expected[0] is None
-    assert [p.logprob for p in output.prompt_logprobs[1:] if p] == [p.logprob for p in expected[1 : len(PROMPT)] if p]
+    assert [p.logprob for p in output.prompt_logprobs[1:] if p] == [
+        p.logprob for p in expected[1 : len(PROMPT)] if p
+    ]
     assert output.completions[0].logprobs == tuple(expected[len(PROMPT) :])
     for found in output.completions[0].logprobs:
         assert len(found.top) == 3 and found.top[0][1] >= found.top[1][1] >= found.top[2][1]
@@ -149,7 +177,8 @@ def test_a_prompt_is_scored_without_a_text(engine: Engine) -> None:
     found = scored(engine, PROMPT, max_tokens=0)
     assert found.prompt_logprobs == expected and len(expected) == len(PROMPT)
     assert found.completions[0].token_ids == () and found.completions[0].finish == Finish.length
-    # From some token on: the same numbers, whether the tokens before come from the prefix cache or not.
+    # From some token on: the same numbers, whether the tokens before come from the prefix cache or
+    # not.
     first = scored(engine, PROMPT, max_tokens=0, prompt_logprobs_from=len(PROMPT) - 2)
     assert first.prompt_logprobs == (*[None] * (len(PROMPT) - 2), *expected[-2:])
     assert not engine.has_work and engine.problems() == []
@@ -172,7 +201,10 @@ def test_the_last_token_of_a_scored_prompt_needs_no_room(tiny: Path) -> None:
     found = scored(engine, tokens, max_tokens=0)
     assert found.prompt_logprobs[:19] == scored(engine, tokens[:19], max_tokens=1).prompt_logprobs
     assert found.prompt_logprobs[20] is not None and found.prompt_logprobs[20].token == tokens[20]
-    for wrong, said in (([*tokens, 3], "2 to 21: the model's context is 20"), ([3], "1 tokens to score")):
+    for wrong, said in (
+        ([*tokens, 3], "2 to 21: the model's context is 20"),
+        ([3], "1 tokens to score"),
+    ):
         with pytest.raises(RequestError, match=said):
             scored(engine, wrong, max_tokens=0)
     with pytest.raises(RequestError, match="less than the prompt's 3 tokens"):
@@ -219,7 +251,11 @@ def test_sessions_that_are_idle_give_their_blocks_up(tiny: Path) -> None:
 
 def test_what_sessions_refuse(engine: Engine) -> None:
     engine.submit(PROMPT, SamplingParams(max_tokens=3), session=5, id="busy")
-    for action in (lambda: engine.submit(PROMPT, session=5), lambda: engine.end(5), lambda: engine.rewind(5, 0)):
+    for action in (
+        lambda: engine.submit(PROMPT, session=5),
+        lambda: engine.end(5),
+        lambda: engine.rewind(5, 0),
+    ):
         with pytest.raises(RequestError, match="running"):
             action()
     with pytest.raises(RequestError, match="not known"):
@@ -250,7 +286,9 @@ def test_what_sessions_refuse(engine: Engine) -> None:
         ([3], {"logit_bias": {10**400: 1.0}}, "logit_bias"),
     ],
 )
-def test_a_request_that_can_never_be_served_is_refused_at_once(tiny: Path, prompt: list[int], params: dict[str, Any], said: str) -> None:
+def test_a_request_that_can_never_be_served_is_refused_at_once(
+    tiny: Path, prompt: list[int], params: dict[str, Any], said: str
+) -> None:
     engine = make(tiny, max_batch_size=4)
     with pytest.raises(RequestError, match=said):
         engine.submit(prompt, SamplingParams(**params))
@@ -260,15 +298,37 @@ def test_a_request_that_can_never_be_served_is_refused_at_once(tiny: Path, promp
 @pytest.mark.parametrize(
     "params",
     [
-        {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": True}, {"temperature": -0.1},
+        {"max_tokens": 0},
+        {"max_tokens": -1},
+        {"max_tokens": 1.5},
+        {"max_tokens": True},
+        {"temperature": -0.1},
         {"temperature": float("nan")},
-        {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}, {"min_p": 2},
-        {"repetition_penalty": 0}, {"presence_penalty": 3}, {"frequency_penalty": float("nan")}, {"logit_bias": {1: float("nan")}},
-        {"logit_bias": {"1": 1.0}}, {"logit_bias": {i: 0.0 for i in range(2000)}}, {"n": 0}, {"n": 10**9}, {"stop": ("",)},
-        {"stop": ("x",) * 100}, {"stop": ("x" * 10**6,)}, {"logprobs": 10**6}, {"min_tokens": 5, "max_tokens": 4}, {"seed": 2**70},
-        {"max_tokens": 0, "prompt_logprobs": 0, "n": 2}, {"prompt_logprobs_from": 3}, {"prompt_logprobs_from": -1, "prompt_logprobs": 0},
+        {"temperature": float("inf")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"top_k": -1},
+        {"min_p": 2},
+        {"repetition_penalty": 0},
+        {"presence_penalty": 3},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": {1: float("nan")}},
+        {"logit_bias": {"1": 1.0}},
+        {"logit_bias": {i: 0.0 for i in range(2000)}},
+        {"n": 0},
+        {"n": 10**9},
+        {"stop": ("",)},
+        {"stop": ("x",) * 100},
+        {"stop": ("x" * 10**6,)},
+        {"logprobs": 10**6},
+        {"min_tokens": 5, "max_tokens": 4},
+        {"seed": 2**70},
+        {"max_tokens": 0, "prompt_logprobs": 0, "n": 2},
+        {"prompt_logprobs_from": 3},
+        {"prompt_logprobs_from": -1, "prompt_logprobs": 0},
     ],
-)  # fmt: skip
+)
 def test_parameters_out_of_bounds_are_refused_by_name(params: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
         SamplingParams(**params)
@@ -281,7 +341,11 @@ def test_everything_wrong_is_said_at_once() -> None:
     assert [p.where for p in caught.value.problems] == ["temperature", "top_p", "n"]
     with pytest.raises(UserError) as wrong:
         EngineConfig(mode="quick", block_size=24, cache_max_entry_count=2.0)  # type: ignore[arg-type]
-    assert [p.where for p in wrong.value.problems] == ["mode", "block_size", "cache_max_entry_count"]
+    assert [p.where for p in wrong.value.problems] == [
+        "mode",
+        "block_size",
+        "cache_max_entry_count",
+    ]
 
 
 # --- faults
@@ -299,12 +363,17 @@ def test_a_model_that_gives_nan_fails_that_request_alone(tiny: Path) -> None:
         return found
 
     engine.runner.logits = broken  # type: ignore[method-assign]
-    collectors = [Collector(engine.submit(PROMPT, SamplingParams(max_tokens=6, ignore_eos=True))) for _ in range(2)]
+    collectors = [
+        Collector(engine.submit(PROMPT, SamplingParams(max_tokens=6, ignore_eos=True)))
+        for _ in range(2)
+    ]
     for token in engine.tokens():
         next(c for c in collectors if c.request.id == token.request).add(token)
     first, second = (c.output().completions[0] for c in collectors)
     assert first.token_ids == expected
-    assert second.finish == Finish.error and "not finite" in second.reason and second.token_ids == ()
+    assert (
+        second.finish == Finish.error and "not finite" in second.reason and second.token_ids == ()
+    )
     assert engine.problems() == [] and engine.blocks.used_blocks == 0
 
 
@@ -316,7 +385,9 @@ def test_out_of_memory_fails_one_request_and_the_engine_goes_on(tiny: Path) -> N
     def short(step: Any) -> Any:
         if any(work.count > 30 for work in step.work):
             failures.append(len(step.work))
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+            )
         return forward(step)
 
     engine.runner.run = short  # type: ignore[method-assign]
@@ -326,7 +397,10 @@ def test_out_of_memory_fails_one_request_and_the_engine_goes_on(tiny: Path) -> N
         (small if token.request == small.request.id else large).add(token)
     assert failures == [2]
     assert small.output().completions[0].token_ids == expected
-    assert large.output().completions[0].finish == Finish.error and "out of memory" in large.output().completions[0].reason
+    assert (
+        large.output().completions[0].finish == Finish.error
+        and "out of memory" in large.output().completions[0].reason
+    )
     assert engine.problems() == [] and engine.blocks.used_blocks == 0
 
 
@@ -362,7 +436,8 @@ def test_leaving_a_stream_gives_its_blocks_back(tiny: Path) -> None:
 
 
 def test_two_thousand_requests_leave_no_block_behind(tiny: Path) -> None:
-    """With aborts, priorities, sessions, siblings and preemptions; the books are checked after every step."""
+    """With aborts, priorities, sessions, siblings and preemptions; the books are checked after
+    every step."""
     engine = make(tiny, max_batch_size=6, step_tokens=40)
     engine.blocks.__init__(12, 16)  # type: ignore[misc]
     picked, live, finished = random.Random(0), [], 0  # type: ignore[var-annotated]
@@ -370,10 +445,17 @@ def test_two_thousand_requests_leave_no_block_behind(tiny: Path) -> None:
     while sent < 2000 or engine.has_work:
         while sent < 2000 and len(engine._requests) < 10:
             prompt = [picked.randrange(2, 40) for _ in range(picked.choice([1, 3, 20, 60]))]
-            params = SamplingParams(max_tokens=picked.choice([1, 2, 9, 25]), n=picked.choice([1, 1, 1, 3]), temperature=1.0, seed=sent)
+            params = SamplingParams(
+                max_tokens=picked.choice([1, 2, 9, 25]),
+                n=picked.choice([1, 1, 1, 3]),
+                temperature=1.0,
+                seed=sent,
+            )
             session = picked.randrange(5) if params.n == 1 and picked.random() < 0.3 else None
             try:
-                live.append(engine.submit(prompt, params, priority=picked.randrange(3), session=session).id)
+                live.append(
+                    engine.submit(prompt, params, priority=picked.randrange(3), session=session).id
+                )
             except RequestError as error:
                 assert session is not None and ("running" in str(error) or "context" in str(error))
                 if "context" in str(error):
@@ -401,7 +483,8 @@ def test_a_low_priority_waits_but_every_request_ends(tiny: Path) -> None:
 
 
 def test_as_many_tokens_as_fit_beside_others_on_a_stretched_model(tmp_path: Path) -> None:
-    """A text that may run to the end of a stretched context is stretched for that, and leaves its neighbours alone."""
+    """A text that may run to the end of a stretched context is stretched for that, and leaves its
+    neighbours alone."""
     engine = make(write(tmp_path, specimen("qwen")), dtype="float32", session_len=128)
     alone = run(engine, [3] * 20, max_tokens=40, ignore_eos=True).token_ids
     told = run(engine, [7, 8], max_tokens=126, ignore_eos=True).token_ids
@@ -418,12 +501,16 @@ def test_as_many_tokens_as_fit_beside_others_on_a_stretched_model(tmp_path: Path
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("more", [1, 60, 107])
 @pytest.mark.parametrize("scored", [None, 0])
-def test_a_sessions_own_blocks_never_keep_its_next_turn_out(tiny: Path, prefix_cache: bool, more: int, scored: int | None) -> None:
+def test_a_sessions_own_blocks_never_keep_its_next_turn_out(
+    tiny: Path, prefix_cache: bool, more: int, scored: int | None
+) -> None:
     engine = make(tiny, max_batch_size=1, prefix_cache=prefix_cache)
     assert engine.blocks.count == 8
     first = run(engine, [4] * 10, session=1, max_tokens=10, ignore_eos=True).token_ids
     stranger = engine.submit([9] * 100, SamplingParams(max_tokens=20, ignore_eos=True))
-    turn = engine.submit([3] * more, SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=scored), session=1)
+    turn = engine.submit(
+        [3] * more, SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=scored), session=1
+    )
     finished = []
     for _ in range(1000):
         finished += [token.request for token in engine.step() if token.finish]
@@ -435,7 +522,9 @@ def test_a_sessions_own_blocks_never_keep_its_next_turn_out(tiny: Path, prefix_c
     assert engine.blocks.used_blocks == 0
 
 
-def test_out_of_memory_while_sampling_fails_one_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_sampling_fails_one_request(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make(tiny)
     expected = run(engine, max_tokens=6, ignore_eos=True).token_ids
     draw, calls = engine._draw, []
@@ -447,10 +536,16 @@ def test_out_of_memory_while_sampling_fails_one_request(tiny: Path, monkeypatch:
         return draw(*arguments)
 
     monkeypatch.setattr(engine, "_draw", short)
-    collectors = [Collector(engine.submit(PROMPT, SamplingParams(max_tokens=6, ignore_eos=True))) for _ in range(2)]
+    collectors = [
+        Collector(engine.submit(PROMPT, SamplingParams(max_tokens=6, ignore_eos=True)))
+        for _ in range(2)
+    ]
     for token in engine.tokens():
         next(c for c in collectors if c.request.id == token.request).add(token)
-    ends = sorted((c.output().completions[0].finish, c.output().completions[0].token_ids == expected) for c in collectors)
+    ends = sorted(
+        (c.output().completions[0].finish, c.output().completions[0].token_ids == expected)
+        for c in collectors
+    )
     assert ends == [(Finish.error, False), (Finish.length, True)]
     assert engine.problems() == [] and engine.blocks.used_blocks == 0
 
@@ -469,10 +564,14 @@ def test_streams_and_generate_share_an_engine(tiny: Path) -> None:
     expected = llm.generate([PROMPT, [3]], params)
     first, second = llm.stream(PROMPT, params), llm.stream([3], params)
     found = [[next(first)], [next(second), next(second)]]
-    assert [o.completions for o in llm.generate([PROMPT, [3]], params)] == [o.completions for o in expected]
+    assert [o.completions for o in llm.generate([PROMPT, [3]], params)] == [
+        o.completions for o in expected
+    ]
     for tokens, stream in zip(found, (first, second), strict=True):
         tokens += stream
-    assert [tuple(t.token for t in tokens) for tokens in found] == [o.completions[0].token_ids for o in expected]
+    assert [tuple(t.token for t in tokens) for tokens in found] == [
+        o.completions[0].token_ids for o in expected
+    ]
     assert not llm._inboxes
 
 
@@ -498,7 +597,9 @@ def test_min_tokens_holds_stop_strings_off_too(engine: Engine) -> None:
 
 def test_aborting_before_siblings_begin_ends_them_all(engine: Engine) -> None:
     request = engine.submit(PROMPT, SamplingParams(n=3))
-    assert sorted((t.index, t.finish) for t in engine.abort(request.id)) == [(i, Finish.abort) for i in range(3)]
+    assert sorted((t.index, t.finish) for t in engine.abort(request.id)) == [
+        (i, Finish.abort) for i in range(3)
+    ]
     assert engine.abort(request.id) == [] and not engine.has_work
 
 
@@ -515,7 +616,9 @@ def test_aborting_before_siblings_begin_ends_them_all(engine: Engine) -> None:
         {"prompt": [[3]]},
     ],
 )
-def test_arguments_of_another_kind_are_refused_and_leave_nothing(engine: Engine, arguments: dict[str, Any]) -> None:
+def test_arguments_of_another_kind_are_refused_and_leave_nothing(
+    engine: Engine, arguments: dict[str, Any]
+) -> None:
     with pytest.raises(RequestError):
         engine.submit(**{"prompt": PROMPT, **arguments})
     assert not engine.has_work
@@ -538,7 +641,14 @@ def test_what_the_prefix_cache_held_is_said(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"device": "cuda:7"}, {"prefix_cache": "no"}, {"max_batch_size": 2.5}, {"session_len": 64.5}, {"tp": 0}]
+    "options",
+    [
+        {"device": "cuda:7"},
+        {"prefix_cache": "no"},
+        {"max_batch_size": 2.5},
+        {"session_len": 64.5},
+        {"tp": 0},
+    ],
 )
 def test_options_of_another_kind_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
@@ -548,9 +658,15 @@ def test_options_of_another_kind_are_refused(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "params",
-    [{"seed": 10**400}, {"stop": None}, {"stop": 5}, {"stop_token_ids": None},
-     {"temperature": 1e-39}, {"repetition_penalty": 1e-40}],
-)  # fmt: skip
+    [
+        {"seed": 10**400},
+        {"stop": None},
+        {"stop": 5},
+        {"stop_token_ids": None},
+        {"temperature": 1e-39},
+        {"repetition_penalty": 1e-40},
+    ],
+)
 def test_absurd_parameters_are_refused_too(params: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
         SamplingParams(**params)

@@ -1,4 +1,5 @@
-"""Recorded decodes, with a recorder that computes anew what a CUDA graph would replay: padding, buffers and sizes are the same."""
+"""Recorded decodes, with a recorder that computes anew what a CUDA graph would replay: padding,
+buffers and sizes are the same."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from tests.helpers.zoo import specimen, write
 
 
 class Stand:
-    """In place of CUDA graphs: `records` and `replays` are counted. A replay is into the tensor that the recording gave."""
+    """In place of CUDA graphs: `records` and `replays` are counted. A replay is into the tensor
+    that the recording gave."""
 
     def __init__(self) -> None:
         self.records = self.replays = 0
@@ -38,7 +40,9 @@ class Stand:
 
 
 def engine(folder: Path, **options: Any) -> Engine:
-    return Engine(folder, EngineConfig(device="cpu", block_size=16, check=True, session_len=128, **options))
+    return Engine(
+        folder, EngineConfig(device="cpu", block_size=16, check=True, session_len=128, **options)
+    )
 
 
 @pytest.mark.parametrize("name", ["llama3", "internlm", "qwen", "qwen2", "opt", "qwen3"])
@@ -56,16 +60,24 @@ def test_a_step_has_the_same_bits_recorded_and_eager(name: str, tmp_path: Path) 
 
 
 def test_a_text_over_several_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recording for one, two and four splits, once with the angles of all positions and once with each row's."""
+    """A recording for one, two and four splits, once with the angles of all positions and once with
+    each row's."""
     folder = write_llama(tmp_path, max_position_embeddings=512)
-    params, config = SamplingParams(max_tokens=400, ignore_eos=True, logprobs=1), EngineConfig(device="cpu", max_batch_size=2)
+    params, config = (
+        SamplingParams(max_tokens=400, ignore_eos=True, logprobs=1),
+        EngineConfig(device="cpu", max_batch_size=2),
+    )
     expected = alone(Engine(folder, config), list(range(2, 12)), params)
     for most in (2**16, 16):
         monkeypatch.setattr("quantflow.engine.graphs.MOST_POSITIONS", most)
         one, stand = Engine(folder, config), Stand()
         one.runner.record_decodes(2, one.context, stand)
         assert same(alone(one, list(range(2, 12)), params), expected)
-        assert one.runner.graphs is not None and sorted(one.runner.graphs._recorded) == [(1, 1), (1, 2), (1, 4)]
+        assert one.runner.graphs is not None and sorted(one.runner.graphs._recorded) == [
+            (1, 1),
+            (1, 2),
+            (1, 4),
+        ]
         assert stand.replays > 390
 
 
@@ -81,7 +93,11 @@ def test_rows_too_many_write_nowhere(tmp_path: Path) -> None:
     for _ in one.tokens():
         pass
     assert stand.replays
-    used = {b for b in range(one.blocks.count) if any(bool((cache.k[b] != 7).any()) for cache in one.caches)}
+    used = {
+        b
+        for b in range(one.blocks.count)
+        if any(bool((cache.k[b] != 7).any()) for cache in one.caches)
+    }
     assert len(used) == 3
     for cache in one.caches:  # 3 + 9 tokens, the last of which is not computed
         assert all(bool((part[sorted(used), :, 11:] == 7).all()) for part in (cache.k, cache.v))
@@ -91,7 +107,13 @@ class NoQuestions(TorchDispatchMode):
     """Raises where the host would have to wait for the device, as a recording would."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "item", "is_nonzero"), func
+        assert func.overloadpacket.__name__ not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "item",
+            "is_nonzero",
+        ), func
         return func(*args, **(kwargs or {}))
 
 
@@ -128,7 +150,9 @@ def test_sizes() -> None:
     assert NOWHERE < 0  # what the kernels take for no slot
 
 
-def test_a_recording_that_fails_is_said_and_decodes_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_recording_that_fails_is_said_and_decodes_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, params = write(tmp_path, specimen("llama3")), SamplingParams(max_tokens=9, logprobs=1)
     expected = alone(engine(folder), [5, 6, 7], params)
     one, tried = engine(folder), []
@@ -139,4 +163,7 @@ def test_a_recording_that_fails_is_said_and_decodes_go_on(tmp_path: Path, caplog
 
     one.runner.record_decodes(4, one.context, record)
     assert same(alone(one, [5, 6, 7], params), expected)
-    assert len(tried) == 1 and "not permitted when stream is capturing); they run eagerly" in caplog.text
+    assert (
+        len(tried) == 1
+        and "not permitted when stream is capturing); they run eagerly" in caplog.text
+    )

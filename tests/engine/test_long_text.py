@@ -1,4 +1,5 @@
-"""Long texts in a process of their own: the same tokens and letters as in this one, and an end to what takes too much."""
+"""Long texts in a process of their own: the same tokens and letters as in this one, and an end to
+what takes too much."""
 
 from __future__ import annotations
 
@@ -30,9 +31,14 @@ def test_what_comes_back_is_what_this_process_makes() -> None:
         found = texts.encode(TEXTS, special=special)
         assert found.ids == expected and found.counts == [*map(len, expected)]
     said = text.render([{"role": "user", "content": "a</s>"}], literal=True)
-    assert texts.encode([said], special=False, literal=True).ids == [text.encode(said, special=False, literal=True)]
+    assert texts.encode([said], special=False, literal=True).ids == [
+        text.encode(said, special=False, literal=True)
+    ]
     tokens = [token for ids in expected for token in ids]
-    assert json.loads(texts.decode(tokens * 3)) == text.decode(tokens * 3) and texts.decode([]) == b'""'
+    assert (
+        json.loads(texts.decode(tokens * 3)) == text.decode(tokens * 3)
+        and texts.decode([]) == b'""'
+    )
 
 
 def test_of_too_many_tokens_only_their_number_comes_back() -> None:
@@ -45,11 +51,15 @@ def test_of_too_many_tokens_only_their_number_comes_back() -> None:
 def test_several_at_once_are_not_mixed_up() -> None:
     texts = LongTexts(Text(DEMO).tokenizer)
     with ThreadPoolExecutor(4) as pool:
-        for length, found in enumerate(pool.map(lambda n: texts.encode(["x" * n], special=False), range(12))):
+        for length, found in enumerate(
+            pool.map(lambda n: texts.encode(["x" * n], special=False), range(12))
+        ):
             assert texts.decode(found.ids[0]).decode() == f'"{"x" * length}"'
 
 
-def test_a_process_ends_with_the_memory_of_a_large_question(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_ends_with_the_memory_of_a_large_question(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(long_text, "MOST_KEPT", 2000)
     texts = LongTexts(Text(DEMO).tokenizer)
     for letters, stays in ((1000, True), (3000, False), (1000, True)):
@@ -64,14 +74,20 @@ def hungry() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
     tokenizer.normalizer = normalizers.NFKC()
     split = pre_tokenizers.Split(Regex(r"\s+(?!\S)|\s+"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     return tokenizer
 
 
-def test_what_takes_too_long_is_ended_and_the_next_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_takes_too_long_is_ended_and_the_next_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(long_text, "MOST_SECONDS", 0.5)
     texts = LongTexts(hungry())
-    with pytest.raises(RequestError, match=r"1000000 letters, which take the tokenizer more than 0.5 s or .* MiB"):
+    with pytest.raises(
+        RequestError, match=r"1000000 letters, which take the tokenizer more than 0.5 s or .* MiB"
+    ):
         texts.encode(["\ufdfa" * 1_000_000], special=True)
     assert texts.encode(["a b"], special=True).ids == [hungry().encode("a b").ids]
 
@@ -98,7 +114,10 @@ def test_what_nobody_waits_for_is_ended() -> None:
 
 
 def test_what_needs_too_much_memory_or_makes_the_library_fail_is_refused() -> None:
-    gone, line = b'{"texts": ["x"], "special": true, "literal": false, "most": null}', b'{"tokens": [1]}'
+    gone, line = (
+        b'{"texts": ["x"], "special": true, "literal": false, "most": null}',
+        b'{"tokens": [1]}',
+    )
 
     class Broken:
         def __init__(self, error: BaseException) -> None:

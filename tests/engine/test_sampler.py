@@ -11,17 +11,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantflow.engine.request import Request, SamplingParams, Sequence
-from quantflow.engine.sampler import LIKELIEST, NotANumber, adjusted, candidates, logprob_of, sample, uniform
+from quantflow.engine.sampler import (
+    LIKELIEST,
+    NotANumber,
+    adjusted,
+    candidates,
+    logprob_of,
+    sample,
+    uniform,
+)
 
 
-def sequence(prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **params: Any) -> Sequence:
+def sequence(
+    prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **params: Any
+) -> Sequence:
     request = Request("r", prompt, SamplingParams(**params), 100, 0)
     return Sequence(request, 0, [*prompt, *output])
 
 
 def drawn(logits: list[float], times: int = 4000, **params: Any) -> list[float]:
     """How often each token is drawn."""
-    tokens = [sample(torch.tensor([logits]), [sequence(**params)], [seed], ())[0] for seed in range(times)]
+    tokens = [
+        sample(torch.tensor([logits]), [sequence(**params)], [seed], ())[0] for seed in range(times)
+    ]
     return [tokens.count(t) / times for t in range(len(logits))]
 
 
@@ -38,26 +50,54 @@ def test_draws_follow_the_distribution() -> None:
     flat = [p**0.5 for p in shares]
     assert drawn(logits, temperature=2.0) == pytest.approx([p / sum(flat) for p in flat], abs=0.032)
     assert drawn(logits, temperature=1.0, top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.032)
-    assert drawn(logits, temperature=1.0, top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=0.032)
-    assert drawn(logits, temperature=1.0, top_p=0.81) == pytest.approx([50 / 95, 30 / 95, 15 / 95, 0], abs=0.032)
-    assert drawn(logits, temperature=1.0, min_p=0.31) == pytest.approx([0.625, 0.375, 0, 0], abs=0.032)
+    assert drawn(logits, temperature=1.0, top_p=0.79) == pytest.approx(
+        [0.625, 0.375, 0, 0], abs=0.032
+    )
+    assert drawn(logits, temperature=1.0, top_p=0.81) == pytest.approx(
+        [50 / 95, 30 / 95, 15 / 95, 0], abs=0.032
+    )
+    assert drawn(logits, temperature=1.0, min_p=0.31) == pytest.approx(
+        [0.625, 0.375, 0, 0], abs=0.032
+    )
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([0, 1, 7, 2000]), st.sampled_from([0.1, 0.9, 1.0]), st.sampled_from([0.0, 0.2, 0.001]))
-def test_the_likeliest_first_give_what_a_whole_sort_gives(seed: int, top_k: int, top_p: float, min_p: float) -> None:
-    """Against the definitions over a sorted vocabulary that is larger than the number tried first."""
-    logits = torch.randn(3 * LIKELIEST, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(3).float()
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from([0, 1, 7, 2000]),
+    st.sampled_from([0.1, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.2, 0.001]),
+)
+def test_the_likeliest_first_give_what_a_whole_sort_gives(
+    seed: int, top_k: int, top_p: float, min_p: float
+) -> None:
+    """Against the definitions over a sorted vocabulary that is larger than the number tried
+    first."""
+    logits = (
+        torch.randn(
+            3 * LIKELIEST, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        .mul(3)
+        .float()
+    )
     params = SamplingParams(temperature=0.7, top_k=top_k, top_p=top_p, min_p=min_p)
     values, tokens = candidates(logits, params)
     order = (logits / 0.7).double().sort(descending=True, stable=True)
     kept = order.values[: top_k or None]
-    p = kept.softmax(-1) if top_k else (logits / 0.7).double().softmax(-1).sort(descending=True).values
-    by_p = int((p.cumsum(-1) - p < top_p).sum()) if top_p < 1 else len(p)  # 1 is off: no sum of so many comes to it exactly
+    p = (
+        kept.softmax(-1)
+        if top_k
+        else (logits / 0.7).double().softmax(-1).sort(descending=True).values
+    )
+    # 1 is off: no sum of so many comes to it exactly
+    by_p = int((p.cumsum(-1) - p < top_p).sum()) if top_p < 1 else len(p)
     by_min = int((order.values.softmax(-1) >= min_p * order.values.softmax(-1)[0]).sum())
     expected = max(1, min(len(kept), by_p, by_min))
-    assert abs(len(tokens) - expected) <= (0 if expected < 50 else 1)  # the last of many may lie on the edge
-    assert sorted(tokens.tolist()[:20]) == sorted(order.indices[: len(tokens)].tolist()[:20]) or len(tokens) == len(logits)
+    # the last of many may lie on the edge
+    assert abs(len(tokens) - expected) <= (0 if expected < 50 else 1)
+    assert sorted(tokens.tolist()[:20]) == sorted(
+        order.indices[: len(tokens)].tolist()[:20]
+    ) or len(tokens) == len(logits)
     assert torch.equal(values, (logits / 0.7)[tokens])
 
 
@@ -65,7 +105,9 @@ def test_penalties_as_their_papers_have_them() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
     with_repetition = adjusted(logits, sequence((0, 1), (2,), repetition_penalty=2.0), ())
     assert with_repetition.tolist() == [1.0, -4.0, 0.5, 0.5]  # prompt and output alike
-    others = adjusted(logits, sequence((0, 1), (2, 2, 3), presence_penalty=0.5, frequency_penalty=0.25), ())
+    others = adjusted(
+        logits, sequence((0, 1), (2, 2, 3), presence_penalty=0.5, frequency_penalty=0.25), ()
+    )
     assert others.tolist() == [2.0, -2.0, 1.0 - 0.5 - 0.5, 0.5 - 0.5 - 0.25]  # the output alone
     assert logits.tolist() == [2.0, -2.0, 1.0, 0.5]
 
@@ -80,11 +122,24 @@ def test_biases_and_tokens_that_may_not_come_yet() -> None:
 
 def test_rows_without_a_number_fail_alone() -> None:
     nothing = [-math.inf] * 3
-    rows = torch.tensor([[1.0, math.nan, 0.0], [0.0, 1.0, 2.0], nothing, [math.inf, 0.0, 0.0], [-math.inf, 1.0, -math.inf]])
+    rows = torch.tensor(
+        [
+            [1.0, math.nan, 0.0],
+            [0.0, 1.0, 2.0],
+            nothing,
+            [math.inf, 0.0, 0.0],
+            [-math.inf, 1.0, -math.inf],
+        ]
+    )
     found = sample(rows, [sequence(temperature=t) for t in (0.0, 1e-5, 1.0, 1.0, 1.0)], [0] * 5, ())
     assert [isinstance(f, NotANumber) for f in found] == [True, False, True, True, False]
     assert found[1] == 2 and found[4] == 1
-    assert isinstance(sample(torch.tensor([[0.0, 1.0]]), [sequence(temperature=1.0, min_tokens=1)], [0], (0, 1))[0], NotANumber)
+    assert isinstance(
+        sample(torch.tensor([[0.0, 1.0]]), [sequence(temperature=1.0, min_tokens=1)], [0], (0, 1))[
+            0
+        ],
+        NotANumber,
+    )
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
@@ -96,7 +151,12 @@ def test_a_row_does_not_depend_on_the_others() -> None:
 
 
 def test_random_numbers_depend_on_seed_text_and_step_alone() -> None:
-    found = {uniform(seed, index, step) for seed in (0, 1, 2**64 - 1) for index in (0, 1) for step in (0, 1, 2)}
+    found = {
+        uniform(seed, index, step)
+        for seed in (0, 1, 2**64 - 1)
+        for index in (0, 1)
+        for step in (0, 1, 2)
+    }
     assert len(found) == 18 and all(0 <= u < 1 for u in found)
     assert uniform(7, 3, 2) == uniform(7, 3, 2)
 

@@ -34,9 +34,18 @@ ENDLESS: list[Any] = [
     {"type": "object", "properties": {"x": SELF}, "required": ["x"]},
     {"type": "array", "minItems": 1, "items": SELF},
     {"type": "array", "minItems": 2, "prefixItems": [True, SELF]},
-    {"type": ["object", "array"], "properties": {"x": SELF}, "required": ["x"], "minItems": 1, "items": SELF},
+    {
+        "type": ["object", "array"],
+        "properties": {"x": SELF},
+        "required": ["x"],
+        "minItems": 1,
+        "items": SELF,
+    },
     {"type": "object", "properties": {"x": {"$ref": "#/properties/x"}}},
-    {"additionalProperties": {"$ref": "#/$defs/a~1b%20"}, "$defs": {"a/b ": {"$ref": "#/$defs/a~1b%20"}}},
+    {
+        "additionalProperties": {"$ref": "#/$defs/a~1b%20"},
+        "$defs": {"a/b ": {"$ref": "#/$defs/a~1b%20"}},
+    },
     {"anyOf": [{"type": "null"}, {"$ref": "#/anyOf/1"}]},
 ]
 
@@ -94,7 +103,10 @@ def test_what_may_end_is_not(schema: Any) -> None:
 
 
 def test_the_place() -> None:
-    assert endless({"type": "object", "properties": {"x": {"$ref": "#/properties/x"}}}) == "#/properties/x"
+    assert (
+        endless({"type": "object", "properties": {"x": {"$ref": "#/properties/x"}}})
+        == "#/properties/x"
+    )
     end = "#/patternProperties/^a/prefixItems/1/oneOf/0/items/additionalProperties"
     inner = {"items": {"additionalProperties": {"allOf": [{}, {"$ref": end}]}}}
     assert endless({"patternProperties": {"^a": {"prefixItems": [{}, {"oneOf": [inner]}]}}}) == end
@@ -115,11 +127,16 @@ def test_large_ones_take_no_longer_than_they_are() -> None:
         {"properties": {"k" * 30_000: {"anyOf": [True] * 6_000}}},
         {"properties": {"k" * 30_000: {"properties": {str(n): {} for n in range(3_000)}}}},
         {"type": ["object"] * 3_000, "properties": {"a": {}}, "required": ["a"] * 7_000},
-        {"type": ["array", "object"] * 1_500, "minItems": 5_000, "prefixItems": [0] * 8_000, "items": {}},
+        {
+            "type": ["array", "object"] * 1_500,
+            "minItems": 5_000,
+            "prefixItems": [0] * 8_000,
+            "items": {},
+        },
         functools.reduce(lambda inner, _: {"items": inner}, range(5_000), {}),
     ],
     ids=["branches", "siblings", "kinds", "items", "depth"],
-)  # fmt: skip
+)
 def test_a_short_one_takes_little_memory(schema: Any) -> None:
     """Of 64 KiB at most, the length that a grammar may have."""
     tracemalloc.start()
@@ -134,9 +151,17 @@ def test_they_are_refused_before_anything_is_generated() -> None:
     llm = LLM(DEMO, device="cpu", cache_bytes=2**22)
     for schema in ENDLESS[:4]:
         with pytest.raises(RequestError, match="always needs another of itself"):
-            llm.generate("x", SamplingParams(max_tokens=5, grammar=Grammar(GrammarKind.json_schema, json.dumps(schema))))
+            llm.generate(
+                "x",
+                SamplingParams(
+                    max_tokens=5, grammar=Grammar(GrammarKind.json_schema, json.dumps(schema))
+                ),
+            )
     params = SamplingParams(
-        max_tokens=400, temperature=1, seed=1, grammar=Grammar(GrammarKind.json_schema, json.dumps(Tree.model_json_schema()))
+        max_tokens=400,
+        temperature=1,
+        seed=1,
+        grammar=Grammar(GrammarKind.json_schema, json.dumps(Tree.model_json_schema())),
     )
     output = llm.generate("x", params)[0]
     assert output.completions[0].finish == "length" or Tree.model_validate_json(output.text)

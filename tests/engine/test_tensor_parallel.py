@@ -43,7 +43,9 @@ def llm(folder: Path, tp: int, **options: Any) -> Iterator[LLM]:
 
 def texts(folder: Path, tp: int, **options: Any) -> list[tuple[int, ...]]:
     with llm(folder, tp, **options) as model:
-        return [c.token_ids for output in model.generate(PROMPTS, PARAMS) for c in output.completions]
+        return [
+            c.token_ids for output in model.generate(PROMPTS, PARAMS) for c in output.completions
+        ]
 
 
 @pytest.mark.parametrize("name", ["llama_bias", "mixtral", "opt"])
@@ -55,8 +57,17 @@ def test_two_ranks_give_the_tokens_of_one(name: str, tmp_path: Path) -> None:
 def test_the_ranks_of_a_sharded_artifact(tmp_path: Path) -> None:
     """With one calibrated KV scale a head, so that it does not matter who holds the head."""
     bench = make_bench(tmp_path, intermediate_size=128)
-    stages = ["calibrate", "gptq", {"kv_qparams": {"granularity": "head"}}, {"pack": {"format": "awq"}}, {"shard": {"tp": 2}}]
-    assert invoke("run", bench.recipe(weights={"bits": 4, "group_size": 32}, stages=stages)).exit_code == 0
+    stages = [
+        "calibrate",
+        "gptq",
+        {"kv_qparams": {"granularity": "head"}},
+        {"pack": {"format": "awq"}},
+        {"shard": {"tp": 2}},
+    ]
+    assert (
+        invoke("run", bench.recipe(weights={"bits": 4, "group_size": 32}, stages=stages)).exit_code
+        == 0
+    )
     expected = texts(bench.output, 1)
     with llm(bench.output, 2) as model:
         assert model.engine._weights().checkpoint.path == bench.output / "tp2" / "rank-0"
@@ -71,8 +82,21 @@ def test_grammars_and_all_parameters_reach_every_rank(tiny: Path) -> None:
     grammar = Grammar(GrammarKind.regex, "[a-z ]{3,9}")
     params = [
         SamplingParams(max_tokens=12, temperature=1, seed=3, n=2, grammar=grammar),
-        SamplingParams(max_tokens=12, temperature=1, seed=3, logit_bias={5: 3.0}, stop=("e",), skip_special_tokens=False, min_p=0.01),
-        SamplingParams(max_tokens=12, temperature=1, seed=4, grammar=Grammar(GrammarKind.regex, "[a-z]{2}", 'start: "<" @inner ">"')),
+        SamplingParams(
+            max_tokens=12,
+            temperature=1,
+            seed=3,
+            logit_bias={5: 3.0},
+            stop=("e",),
+            skip_special_tokens=False,
+            min_p=0.01,
+        ),
+        SamplingParams(
+            max_tokens=12,
+            temperature=1,
+            seed=4,
+            grammar=Grammar(GrammarKind.regex, "[a-z]{2}", 'start: "<" @inner ">"'),
+        ),
     ]
     expected = [o.completions for o in LLM(tiny, device="cpu").generate(PROMPTS, params)]
     with llm(tiny, 2) as model:
@@ -99,12 +123,18 @@ def test_followers_end_when_the_leader_is_killed(tiny: Path) -> None:
         f"model = LLM({str(tiny)!r}, device='cpu', tp=2)\n"
         "print(model.engine.ranks.followers[0].pid, flush=True)\ntime.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as leader:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as leader:
         assert leader.stdout is not None
         follower = int(leader.stdout.readline())
         leader.send_signal(signal.SIGKILL)
     until = time.monotonic() + 20
-    while time.monotonic() < until and Path(f"/proc/{follower}/cmdline").exists() and Path(f"/proc/{follower}/cmdline").read_bytes():
+    while (
+        time.monotonic() < until
+        and Path(f"/proc/{follower}/cmdline").exists()
+        and Path(f"/proc/{follower}/cmdline").read_bytes()
+    ):
         time.sleep(0.1)
     assert time.monotonic() < until
 
@@ -115,16 +145,30 @@ def test_what_does_not_divide_is_refused(tiny: Path) -> None:
 
 
 def test_torchrun(tiny: Path) -> None:
-    arguments = ["generate", str(tiny), "--prompt", "The small cat", "--max-tokens", "8", "--device", "cpu", "--json"]
+    arguments = [
+        "generate", str(tiny), "--prompt", "The small cat", "--max-tokens", "8", "--device", "cpu",
+        "--json",
+    ]  # fmt: skip
     expected = json.loads(invoke(*arguments).stdout)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "quantflow.cli.main", *arguments, "--tp", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m",
+        "quantflow.cli.main", *arguments, "--tp", "2",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)[0]["token_ids"] == expected[0]["token_ids"]
 
 
 def test_four_ranks_are_exact_too(tmp_path: Path) -> None:
-    """A sum of four numbers has several orders: it must not depend on where in the batch a row stands."""
+    """A sum of four numbers has several orders: it must not depend on where in the batch a row
+    stands."""
     folder = write(tmp_path, specimen("internlm", torch.float32))
     params = [SamplingParams(max_tokens=10, logprobs=3, ignore_eos=True)] * 3
     with llm(folder, 4, session_len=128) as model:

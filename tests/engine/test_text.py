@@ -18,21 +18,34 @@ from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import RequestError
 from quantflow.tokenizers.dialogue import ChatTemplate
 
-TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why"}]
+TALK = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Yes?"},
+    {"role": "user", "content": "Why"},
+]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *TALK]
 
 FORMATS = {
     "internlm": "<s><|System|>:Be brief.\n<|User|>:Hi\n<|Bot|>:Yes?<eoa>\n<|User|>:Why\n<|Bot|>:",
-    "internlm2": "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
-    "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n",
-    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
-    "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n",
-    "qwen": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
-    "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n",
+    "internlm2": (
+        "<s><|im_start|>system\nBe"
+        " brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "chatml": (
+        "<|im_start|>system\nBe"
+        " brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "qwen": (
+        "<|im_start|>system\nBe"
+        " brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"
+        "<|im_start|>user\nWhy<|im_end|>\n<|im_start|>assistant\n"
+    ),
     "vicuna": "<s>Be brief. USER: Hi ASSISTANT: Yes?</s>USER: Why ASSISTANT:",
     "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes? </s><s>[INST] Why [/INST]",
     "baichuan": "Be brief.<reserved_106>Hi<reserved_107>Yes?<reserved_106>Why<reserved_107>",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -42,10 +55,18 @@ def test_formats_by_name(tiny: Path, name: str) -> None:
 
 def test_families_that_have_a_usual_system_text(tiny: Path) -> None:
     said = Text(tiny, "internlm").render(TALK[:1])
-    assert said.startswith("<s><|System|>:You are an AI assistant whose name is InternLM (书生·浦语).\n- InternLM")
+    assert said.startswith(
+        "<s><|System|>:You are an AI assistant whose name is InternLM (书生·浦语).\n- InternLM"
+    )
     assert said.endswith("such as English and 中文.\n<|User|>:Hi\n<|Bot|>:")
-    assert Text(tiny, "qwen").render(TALK[:1]).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
-    assert Text(tiny, "vicuna").render(TALK[:1]).endswith("the user's questions. USER: Hi ASSISTANT:")
+    assert (
+        Text(tiny, "qwen")
+        .render(TALK[:1])
+        .startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    )
+    assert (
+        Text(tiny, "vicuna").render(TALK[:1]).endswith("the user's questions. USER: Hi ASSISTANT:")
+    )
     assert Text(tiny, "llama2").render(TALK[:1]) == "<s>[INST] Hi [/INST]"
 
 
@@ -66,7 +87,10 @@ def with_template(tiny: Path, folder: Path, template: str) -> Text:
         ("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "letters"),
         ("{{ 'x' * 10**10 }}", "MiB"),
         ("{{ 'x'.center(10**10) }}", "MiB"),
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 1 s",
+        ),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages[7].content + 1 }}", "UndefinedError"),
         ("{% include '/etc/passwd' %}", "no loader"),
@@ -86,7 +110,16 @@ def test_a_template_that_does_not_behave_is_a_refused_request(
     assert text.render(TALK) == "Hi"  # the next one is served
 
 
-@pytest.mark.parametrize("messages", [[], ["Hi"], [{"content": "Hi"}], [{"role": 1, "content": "Hi"}], [{"role": "user", "content": 3}]])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        ["Hi"],
+        [{"content": "Hi"}],
+        [{"role": 1, "content": "Hi"}],
+        [{"role": "user", "content": 3}],
+    ],
+)
 def test_messages_of_another_shape_are_refused(tiny: Path, messages: list[Any]) -> None:
     with pytest.raises(RequestError, match="messages"):
         Text(tiny, "chatml").render(messages)
@@ -111,11 +144,16 @@ def test_letters_of_several_tokens_come_whole(tiny: Path) -> None:
     tokens = text.encode("春天 and 🦊!", special=False)
     grown = Detokenizer(text, [0], ())
     parts = [grown.add(token) for token in tokens]
-    assert "".join(parts) == "春天 and 🦊!" and not any("\ufffd" in part for part in parts) and "" in parts
+    assert (
+        "".join(parts) == "春天 and 🦊!"
+        and not any("\ufffd" in part for part in parts)
+        and "" in parts
+    )
 
 
 def test_the_space_before_a_word_after_the_prompt_stays(tmp_path: Path) -> None:
-    """SentencePiece's decoder drops the space before a first word; the first new word is not the first."""
+    """SentencePiece's decoder drops the space before a first word; the first new word is not the
+    first."""
     vocabulary = {"▁Hello": 0, "▁world": 1, "!": 2, "▁": 3}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -140,7 +178,9 @@ def test_the_space_before_a_word_after_the_prompt_stays(tmp_path: Path) -> None:
         (("zz",), ["z"], "z", None),
     ],
 )
-def test_stop_strings(tiny: Path, stops: tuple[str, ...], pieces: list[str], shown: str, stop: str | None) -> None:
+def test_stop_strings(
+    tiny: Path, stops: tuple[str, ...], pieces: list[str], shown: str, stop: str | None
+) -> None:
     text = Text(tiny)
     grown = Detokenizer(text, [0], stops)
     found = ""
@@ -153,14 +193,22 @@ def test_stop_strings(tiny: Path, stops: tuple[str, ...], pieces: list[str], sho
 
 @pytest.mark.parametrize("seed", range(100))
 def test_which_stop_string_is_found_depends_on_no_cut(seed: int) -> None:
-    """The one that is whole first, as one reads letter by letter; of two that end there, the longer."""
+    """The one that is whole first, as one reads letter by letter; of two that end there, the
+    longer."""
     drawn = random.Random(seed)
     letters = "".join(drawn.choices("abc", k=12))
     stops = ["".join(drawn.choices("abc", k=drawn.randint(2, 4))) for _ in range(3)]
-    ends = ((end, len(stop), stop) for end in range(13) for stop in sorted(stops, key=len, reverse=True) if letters[:end].endswith(stop))
+    ends = (
+        (end, len(stop), stop)
+        for end in range(13)
+        for stop in sorted(stops, key=len, reverse=True)
+        if letters[:end].endswith(stop)
+    )
     end, size, stop = next(ends, (len(letters), 0, None))
     vocabulary = {letters[a:b]: 0 for a in range(12) for b in range(a + 1, 13)} | {"?": 0}
-    tokenizer = Tokenizer(models.WordLevel({word: id for id, word in enumerate(vocabulary)}, unk_token="?"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: id for id, word in enumerate(vocabulary)}, unk_token="?")
+    )
     tokenizer.decoder = decoders.Fuse()
     text = object.__new__(Text)
     text.folder, text.tokenizer = Path("."), tokenizer
@@ -174,9 +222,22 @@ def test_which_stop_string_is_found_depends_on_no_cut(seed: int) -> None:
 
 def byte_fallback() -> Text:
     """As SentencePiece models have it: a token for each byte, and some words."""
-    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"▁the": 256, "▁": 257, "中": 258, "x": 259, "<s>": 260}
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {
+        "▁the": 256,
+        "▁": 257,
+        "中": 258,
+        "x": 259,
+        "<s>": 260,
+    }
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="x"))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
     text = object.__new__(Text)
     text.folder, text.tokenizer = Path("."), tokenizer
     return text
@@ -184,14 +245,21 @@ def byte_fallback() -> Text:
 
 @pytest.mark.parametrize("seed", range(200))
 def test_any_tokens_have_a_text(seed: int) -> None:
-    """Random bytes and words: nothing raises, and no word is lost or shown twice. (What broken bytes become depends on how many are
-    decoded together.)"""
+    """Random bytes and words: nothing raises, and no word is lost or shown twice. (What broken
+    bytes become depends on how many are decoded together.)"""
     picked, text = random.Random(seed), byte_fallback()
-    prompt = [257, *picked.choices([*range(257, 260), *range(0xE0, 0xF0), *range(0x80, 0x90)], k=picked.randrange(6))]
+    prompt = [
+        257,
+        *picked.choices(
+            [*range(257, 260), *range(0xE0, 0xF0), *range(0x80, 0x90)], k=picked.randrange(6)
+        ),
+    ]
     tokens = picked.choices([256, 259, *range(0xE0, 0xF0), *range(0x80, 0xC0), 0x41], k=20)
     grown = Detokenizer(text, prompt, ())
     found = "".join([grown.add(token) for token in tokens]) + grown.finish()
-    assert [c for c in found if c in "thex"] == [c for token in tokens if token > 255 for c in ("the" if token == 256 else "x")]
+    assert [c for c in found if c in "thex"] == [
+        c for token in tokens if token > 255 for c in ("the" if token == 256 else "x")
+    ]
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -229,7 +297,9 @@ def test_a_templates_process_that_somebody_ended_is_started_again(tiny: Path) ->
     assert text.render(TALK) == expected
 
 
-def test_a_template_that_takes_long_does_not_keep_all_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_takes_long_does_not_keep_all_others_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(template, "MOST_SECONDS", 60.0)
     renderer = Renderer()
     renderer.render("x", {})
@@ -256,13 +326,24 @@ def test_single_tokens_as_bytes_and_as_text(tiny: Path) -> None:
     for word in ("table", " x", "é", "诗", "\n"):
         assert b"".join(map(text.token_bytes, text.encode(word, special=False))) == word.encode()
     first = text.encode("诗", special=False)[0]
-    assert text.token_text(first).startswith("bytes:\\x") and text.token_text(text.encode("table", special=False)[0])
+    assert text.token_text(first).startswith("bytes:\\x") and text.token_text(
+        text.encode("table", special=False)[0]
+    )
     assert text.token_bytes(10**6) == b""
 
 
 def test_sentencepieces_bytes() -> None:
-    tokenizer = Tokenizer(models.BPE({"<unk>": 0, "<0xE8>": 1, "\u2581table": 2, "x": 3}, [], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(
+        models.BPE(
+            {"<unk>": 0, "<0xE8>": 1, "\u2581table": 2, "x": 3},
+            [],
+            byte_fallback=True,
+            unk_token="<unk>",
+        )
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     text = object.__new__(Text)
     text.tokenizer, text._added, text._byte_level = tokenizer, {0: True}, False
     assert [text.token_bytes(i) for i in range(4)] == [b"<unk>", b"\xe8", b" table", b"x"]

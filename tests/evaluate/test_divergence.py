@@ -1,4 +1,5 @@
-"""The divergence against transformers and float64, and against what must hold whatever the models."""
+"""The divergence against transformers and float64, and against what must hold whatever the
+models."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def changed(source: Path, target: Path, noise: float, **changes: torch.Tensor) -
     for name in file.tensors:
         value = file.read(name)
         if "proj" in name:
-            value = (value.float() + noise * torch.randn(value.shape, generator=generator)).to(value.dtype)
+            value = (value.float() + noise * torch.randn(value.shape, generator=generator)).to(
+                value.dtype
+            )
         tensors[name] = changes.get(name, value)
     save_tensors(target / "model.safetensors", tensors, {"format": "pt"})
     return target
@@ -47,18 +50,29 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def windows_of(count: int, length: int, seed: int = 0, vocabulary: int = 300) -> list[list[int]]:
-    return torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(
+        0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
 
 
-def by_transformers(reference: Path, model: Path, windows: list[list[int]]) -> tuple[dict[str, float], np.ndarray]:
-    """Everything but p99 token by token in float64 from transformers' logits, and the KL of each position."""
+def by_transformers(
+    reference: Path, model: Path, windows: list[list[int]]
+) -> tuple[dict[str, float], np.ndarray]:
+    """Everything but p99 token by token in float64 from transformers' logits, and the KL of each
+    position."""
     from transformers import AutoModelForCausalLM
 
-    first, second = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64, attn_implementation="eager") for p in (reference, model))
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64, attn_implementation="eager")
+        for p in (reference, model)
+    )
     kl, same, nll, reference_nll = [], [], [], []
     with torch.no_grad():
         for window in windows:
-            a, b = (m(torch.tensor([window])).logits[0].double().log_softmax(-1).numpy() for m in (first, second))
+            a, b = (
+                m(torch.tensor([window])).logits[0].double().log_softmax(-1).numpy()
+                for m in (first, second)
+            )
             for position in range(len(window)):
                 kl.append(float((np.exp(a[position]) * (a[position] - b[position])).sum()))
                 same.append(int(a[position].argmax()) == int(b[position].argmax()))
@@ -67,9 +81,12 @@ def by_transformers(reference: Path, model: Path, windows: list[list[int]]) -> t
                     nll.append(-float(b[position, following]))
                     reference_nll.append(-float(a[position, following]))
     values = {
-        "perplexity": math.exp(np.mean(nll)), "reference_perplexity": math.exp(np.mean(reference_nll)), "kl_mean": float(np.mean(kl)),
-        "top1": float(np.mean(same)), "tokens": len(kl),
-    }  # fmt: skip
+        "perplexity": math.exp(np.mean(nll)),
+        "reference_perplexity": math.exp(np.mean(reference_nll)),
+        "kl_mean": float(np.mean(kl)),
+        "top1": float(np.mean(same)),
+        "tokens": len(kl),
+    }
     return values, np.array(kl)
 
 
@@ -77,47 +94,78 @@ def by_transformers(reference: Path, model: Path, windows: list[list[int]]) -> t
 def test_equals_transformers(models: tuple[Path, Path], count: int, length: int) -> None:
     windows = windows_of(count, length)
     expected, kl = by_transformers(*models, windows)
-    found = compare(Variant(Weights(models[0])), {"noisy": Variant(Weights(models[1]))}, windows)["noisy"]
-    assert 0.001 < expected["kl_mean"] < 1 and expected["perplexity"] != pytest.approx(expected["reference_perplexity"], rel=1e-3)
+    found = compare(Variant(Weights(models[0])), {"noisy": Variant(Weights(models[1]))}, windows)[
+        "noisy"
+    ]
+    assert 0.001 < expected["kl_mean"] < 1 and expected["perplexity"] != pytest.approx(
+        expected["reference_perplexity"], rel=1e-3
+    )
     for name, value in expected.items():
         assert found.as_dict()[name] == pytest.approx(value, rel=1e-4), name
     # The least of the values that at least 99% do not exceed.
-    assert found.kl_p99 == pytest.approx(float(np.quantile(kl, 0.99, method="inverted_cdf")), rel=1e-4)
-    assert list(found.as_dict()) == ["perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1", "tokens"]
+    assert found.kl_p99 == pytest.approx(
+        float(np.quantile(kl, 0.99, method="inverted_cdf")), rel=1e-4
+    )
+    assert list(found.as_dict()) == [
+        "perplexity",
+        "reference_perplexity",
+        "kl_mean",
+        "kl_p99",
+        "top1",
+        "tokens",
+    ]
 
 
-@pytest.mark.parametrize("changes", [{"dtype": torch.bfloat16}, {"dtype": torch.float16, "tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes", [{"dtype": torch.bfloat16}, {"dtype": torch.float16, "tie_word_embeddings": True}]
+)
 def test_16_bit_and_tied_checkpoints(tmp_path: Path, changes: dict[str, object]) -> None:
     reference = write_llama(tmp_path / "reference", **changes)  # type: ignore[arg-type]
     noisy = changed(reference, tmp_path / "noisy", 0.02)
     windows = windows_of(3, 16)
     expected, _ = by_transformers(reference, noisy, windows)
-    found = compare(Variant(Weights(reference)), {"noisy": Variant(Weights(noisy))}, windows)["noisy"]
+    found = compare(Variant(Weights(reference)), {"noisy": Variant(Weights(noisy))}, windows)[
+        "noisy"
+    ]
     for name, value in expected.items():
         assert found.as_dict()[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_the_profile_is_that_of_positions_and_layers(models: tuple[Path, Path]) -> None:
-    """Against transformers: KL of each position, and the hidden states after each layer (its own last one is normalised: left out)."""
+    """Against transformers: KL of each position, and the hidden states after each layer (its own
+    last one is normalised: left out)."""
     from transformers import AutoModelForCausalLM
 
     windows = windows_of(3, 100)
     _, kl = by_transformers(*models, windows)
-    found = compare(Variant(Weights(models[0])), {"noisy": Variant(Weights(models[1]))}, windows)["noisy"].profile
+    found = compare(Variant(Weights(models[0])), {"noisy": Variant(Weights(models[1]))}, windows)[
+        "noisy"
+    ].profile
     assert found.bin == 2 and len(found.kl) == 50  # 100 positions in at most 64 bins
     assert np.allclose(found.kl, kl.reshape(3, 50, 2).mean((0, 2)), rtol=1e-3)
     states = []
     for folder in models:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.inference_mode():
-            states.append(model(torch.tensor(windows), output_hidden_states=True).hidden_states[1].reshape(-1, model.config.hidden_size))
+            states.append(
+                model(torch.tensor(windows), output_hidden_states=True)
+                .hidden_states[1]
+                .reshape(-1, model.config.hidden_size)
+            )
     ratio = (states[1] - states[0]).square().sum(-1) / states[0].square().sum(-1)
-    picked = torch.tensor([round(i * 299 / 127) for i in range(128)])  # 300 positions, of which 128 are looked at
+    # 300 positions, of which 128 are looked at
+    picked = torch.tensor([round(i * 299 / 127) for i in range(128)])
     expected = float(ratio[picked].mean())
-    assert len(found.layers) == 2 and found.layers[0] == pytest.approx(expected, rel=1e-4) and found.layers[1] > found.layers[0]
+    assert (
+        len(found.layers) == 2
+        and found.layers[0] == pytest.approx(expected, rel=1e-4)
+        and found.layers[1] > found.layers[0]
+    )
 
 
-@pytest.mark.parametrize(("count", "length"), [(128, 64), (64, 512), (128, 512), (64, 2048), (7, 100)])
+@pytest.mark.parametrize(
+    ("count", "length"), [(128, 64), (64, 512), (128, 512), (64, 2048), (7, 100)]
+)
 def test_layers_are_compared_all_over_the_windows(count: int, length: int) -> None:
     """Whole steps would meet the first position of each window again and again."""
     positions = torch.arange(length).repeat(count)[:, None].float()
@@ -127,14 +175,20 @@ def test_layers_are_compared_all_over_the_windows(count: int, length: int) -> No
     assert float(found.mean()) == pytest.approx((length - 1) / 2, rel=0.1)
 
 
-def test_a_reference_of_another_width_has_no_layers_to_compare(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_reference_of_another_width_has_no_layers_to_compare(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
     wide = write_llama(tmp_path / "wide", hidden_size=128, num_attention_heads=4)
-    found = compare(Variant(Weights(wide)), {"m": Variant(Weights(models[0]))}, windows_of(2, 16))["m"]
+    found = compare(Variant(Weights(wide)), {"m": Variant(Weights(models[0]))}, windows_of(2, 16))[
+        "m"
+    ]
     assert found.profile.layers == () and found.kl_mean > 0
 
 
 def test_a_model_is_no_different_from_itself(models: tuple[Path, Path]) -> None:
-    found = compare(Variant(Weights(models[0])), {"same": Variant(Weights(models[0]))}, windows_of(4, 16))["same"]
+    found = compare(
+        Variant(Weights(models[0])), {"same": Variant(Weights(models[0]))}, windows_of(4, 16)
+    )["same"]
     assert (found.kl_mean, found.kl_p99, found.top1, found.tokens) == (0.0, 0.0, 1.0, 64)
     assert found.perplexity == found.reference_perplexity
 
@@ -147,7 +201,10 @@ def test_a_window_is_not_predicted_across_its_end(models: tuple[Path, Path]) -> 
     alone = [compare(reference, {"m": noisy}, [w])["m"] for w in windows]
     for mean, values in (
         (math.log(together.perplexity), [math.log(d.perplexity) for d in alone]),
-        (math.log(together.reference_perplexity), [math.log(d.reference_perplexity) for d in alone]),
+        (
+            math.log(together.reference_perplexity),
+            [math.log(d.reference_perplexity) for d in alone],
+        ),
         (together.kl_mean, [d.kl_mean for d in alone]),
         (together.top1, [d.top1 for d in alone]),
     ):
@@ -155,7 +212,9 @@ def test_a_window_is_not_predicted_across_its_end(models: tuple[Path, Path]) -> 
     assert together.tokens == 48 and sum(d.tokens for d in alone) == 48
 
 
-def test_batches_make_no_difference(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_make_no_difference(
+    models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference, noisy = (Variant(Weights(m)) for m in models)
     windows = windows_of(5, 16)
     whole = compare(reference, {"m": noisy}, windows)["m"]
@@ -166,7 +225,9 @@ def test_batches_make_no_difference(models: tuple[Path, Path], monkeypatch: pyte
         assert parts.as_dict()[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_several_variants_share_the_reference_and_report_every_layer(models: tuple[Path, Path]) -> None:
+def test_several_variants_share_the_reference_and_report_every_layer(
+    models: tuple[Path, Path],
+) -> None:
     reference, noisy = (Variant(Weights(m)) for m in models)
     steps: list[float] = []
     found = compare(reference, {"a": noisy, "b": reference}, windows_of(2, 16), step=steps.append)
@@ -201,20 +262,29 @@ def test_what_the_kv_cache_does_is_in_the_forward(models: tuple[Path, Path]) -> 
 
     reference = Variant(weights)
     assert compare(reference, {"m": Variant(weights, watch)}, windows)["m"].kl_mean == 0.0
-    extremes = {i: [torch.cat([pair[j] for pair in pairs]) for j in range(2)] for i, pairs in seen.items()}
+    extremes = {
+        i: [torch.cat([pair[j] for pair in pairs]) for j in range(2)] for i, pairs in seen.items()
+    }
     assert extremes[0][0].shape == (4, 2, 16, 16)
     divergences = []
     for bits in (8, 4, 2):
 
         def of_layer(index: int, bits: int = bits) -> dict[str, object]:
             return {
-                n: kv_parameters(x.amin((0, 2)), x.amax((0, 2)), bits=bits) for n, x in zip(("key", "value"), extremes[index], strict=True)
+                n: kv_parameters(x.amin((0, 2)), x.amax((0, 2)), bits=bits)
+                for n, x in zip(("key", "value"), extremes[index], strict=True)
             }
 
-        divergences.append(compare(reference, {"m": Variant(weights, rounding(of_layer))}, windows)["m"].kl_mean)  # type: ignore[arg-type]
+        divergences.append(
+            compare(reference, {"m": Variant(weights, rounding(of_layer))}, windows)["m"].kl_mean
+        )  # type: ignore[arg-type]
     assert 0 < 20 * divergences[0] < divergences[1] < divergences[2]
     # Zeroing V alone removes attention: as far as can be.
-    gone = compare(reference, {"m": Variant(weights, lambda index: lambda k, v: (k, torch.zeros_like(v)))}, windows)["m"]
+    gone = compare(
+        reference,
+        {"m": Variant(weights, lambda index: lambda k, v: (k, torch.zeros_like(v)))},
+        windows,
+    )["m"]
     assert gone.kl_mean > divergences[1]
 
 
@@ -222,10 +292,13 @@ def broken(found: Divergence) -> bool:
     return not math.isfinite(found.kl_mean) or not math.isfinite(found.perplexity)
 
 
-def test_a_model_whose_logits_are_not_finite_is_not_called_good(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_model_whose_logits_are_not_finite_is_not_called_good(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
     reference = Variant(Weights(models[0]))
     head = TensorFile(models[0] / "model.safetensors").read("lm_head.weight")
-    # Every weight is finite, but one logit overflows float32; and one hidden channel does, from the first layer on.
+    # Every weight is finite, but one logit overflows float32; and one hidden channel does, from the
+    # first layer on.
     huge = head.clone()
     huge[7] = 3e38
     one = changed(models[0], tmp_path / "one", 0, **{"lm_head.weight": huge})

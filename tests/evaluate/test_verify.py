@@ -17,12 +17,17 @@ from tests.helpers.zoo import ZOO, specimen, write
 
 
 def found(path: Path, reference: Path | None = None) -> dict[str, bool | None]:
-    return {check.name: check.passed for check in verify(path, str(reference) if reference else None, "cpu")}
+    return {
+        check.name: check.passed
+        for check in verify(path, str(reference) if reference else None, "cpu")
+    }
 
 
 def test_an_artifact_passes(artifact: Path) -> None:
     reference = artifact.parents[1] / "model"
-    assert found(artifact, reference) == dict.fromkeys(("files", "loads", "layers", "reference", "logits", "generation"), True)
+    assert found(artifact, reference) == dict.fromkeys(
+        ("files", "loads", "layers", "reference", "logits", "generation"), True
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if not n.endswith("fused")])
@@ -43,7 +48,10 @@ def test_a_changed_file_is_seen(artifact: Path, tmp_path: Path) -> None:
     assert result.exit_code == 3
     checks = {c["name"]: c for c in json.loads(result.stdout)}
     assert checks["files"]["passed"] is False
-    assert "differs from its sha256" in checks["files"]["detail"] and "more.txt is not in the manifest" in checks["files"]["detail"]
+    assert (
+        "differs from its sha256" in checks["files"]["detail"]
+        and "more.txt is not in the manifest" in checks["files"]["detail"]
+    )
 
 
 def test_a_wrong_kernel_is_seen(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +63,9 @@ def test_a_wrong_kernel_is_seen(artifact: Path, monkeypatch: pytest.MonkeyPatch)
         seen.append(tensor)
         if len(seen) == 6:
             zeros = tensor.zeros.roll(1, 0)
-            tensor = IntegerTensor(tensor.scheme, tensor.codes, tensor.scales, zeros, tensor.group_index)
+            tensor = IntegerTensor(
+                tensor.scheme, tensor.codes, tensor.scales, zeros, tensor.group_index
+            )
         return prepare(self, tensor, bias)
 
     monkeypatch.setattr(ops.Ops, "prepare", wrong)

@@ -1,4 +1,5 @@
-"""Random quantised tensors, and the formats read by loops over single nibbles, as their description has it."""
+"""Random quantised tensors, and the formats read by loops over single nibbles, as their description
+has it."""
 
 from __future__ import annotations
 
@@ -9,9 +10,17 @@ from quantflow.quant.scheme import Scheme
 
 
 def random_tensor(
-    n: int, k: int, scheme: Scheme, *, seed: int = 0, index: bool = False, dtype: torch.dtype = torch.float16, smallest_zero: int = 0
+    n: int,
+    k: int,
+    scheme: Scheme,
+    *,
+    seed: int = 0,
+    index: bool = False,
+    dtype: torch.dtype = torch.float16,
+    smallest_zero: int = 0,
 ) -> IntegerTensor:
-    """A tensor with codes and zeros over their whole range, and scales that `dtype` holds exactly."""
+    """A tensor with codes and zeros over their whole range, and scales that `dtype` holds
+    exactly."""
     generator = torch.Generator().manual_seed(seed)
     groups = scheme.groups(k)
     codes = torch.randint(0, scheme.levels + 1, (n, k), generator=generator, dtype=torch.uint8)
@@ -19,11 +28,15 @@ def random_tensor(
     if scheme.symmetric:
         zeros = torch.full((n, groups), scheme.midpoint, dtype=torch.uint8)
     else:
-        zeros = torch.randint(smallest_zero, scheme.levels + 1, (n, groups), generator=generator, dtype=torch.uint8)
+        zeros = torch.randint(
+            smallest_zero, scheme.levels + 1, (n, groups), generator=generator, dtype=torch.uint8
+        )
         zeros[0, 0] = scheme.midpoint - 1 or 1  # never all midpoints, never 0
     group_index = None
     if index:
-        group_index = (torch.arange(k, dtype=torch.int32) // scheme.group_of(k))[torch.randperm(k, generator=generator)]
+        group_index = (torch.arange(k, dtype=torch.int32) // scheme.group_of(k))[
+            torch.randperm(k, generator=generator)
+        ]
     return IntegerTensor(scheme, codes, scales, zeros, group_index)
 
 
@@ -34,7 +47,9 @@ def assert_same(a: IntegerTensor, b: IntegerTensor) -> None:
         assert x.dtype == y.dtype and torch.equal(x, y)
     assert (a.group_index is None) == (b.group_index is None)
     if a.group_index is not None and b.group_index is not None:
-        assert a.group_index.dtype == b.group_index.dtype and torch.equal(a.group_index, b.group_index)
+        assert a.group_index.dtype == b.group_index.dtype and torch.equal(
+            a.group_index, b.group_index
+        )
 
 
 def field(words: list[int], position: int, bits: int) -> int:

@@ -19,7 +19,9 @@ AWQ = FORMATS["awq"]
 def test_every_weight_by_hand(n: int, k: int, group: int, symmetric: bool) -> None:
     tensor = random_tensor(n, k, Scheme(4, group, symmetric))
     encoded = AWQ.encode("m", tensor, torch.float16)
-    qweight, qzeros, scales = (encoded[f"m.{name}"].tolist() for name in ("qweight", "qzeros", "scales"))
+    qweight, qzeros, scales = (
+        encoded[f"m.{name}"].tolist() for name in ("qweight", "qzeros", "scales")
+    )
     weight = tensor.dequantize(torch.float64)
     group = k if group == -1 else group
     order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -46,14 +48,19 @@ def test_config() -> None:
         "version": "gemm",
         "modules_to_not_convert": None,
     }
-    assert AWQ.quantization_config(ConfigRequest({"model.q": scheme}, ["lm_head", "model.gate"], scheme))["modules_to_not_convert"] == [
-        "lm_head",
-        "model.gate",
-    ]
+    assert AWQ.quantization_config(
+        ConfigRequest({"model.q": scheme}, ["lm_head", "model.gate"], scheme)
+    )["modules_to_not_convert"] == ["lm_head", "model.gate"]
     assert AWQ.extra_files({}) == {}
 
 
 def test_other_versions_are_refused() -> None:
-    config = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemv"}
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemv",
+    }
     with pytest.raises(FormatError, match="'gemv'; expected 'gemm'"):
         AWQ.scheme_of("m", config)

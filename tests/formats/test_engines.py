@@ -1,5 +1,6 @@
-"""What engines will not load of a checkpoint that is right. Which engine refuses what was read in their code, or seen in a run
-(docs/engines.md); the rules here are written down a second time, as a table."""
+"""What engines will not load of a checkpoint that is right. Which engine refuses what was read in
+their code, or seen in a run (docs/engines.md); the rules here are written down a second time, as a
+table."""
 
 from __future__ import annotations
 
@@ -20,7 +21,15 @@ from tests.helpers.runs import invoke
 
 ROOT = Path(__file__).parents[2]
 
-PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+PARTS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 MODULES = [f"model.layers.{i}.{part}" for i in range(12) for part in PARTS]
 W4, W4A, W8 = Scheme(4, 128, True), Scheme(4, 128, False), Scheme(8, 128, True)
 FUSING, VLLM, LMDEPLOY, GPTQMODEL, TRANSFORMERS = (
@@ -32,12 +41,28 @@ FUSING, VLLM, LMDEPLOY, GPTQMODEL, TRANSFORMERS = (
 )
 
 
-def doubting(form: str, scheme: Scheme, changes: dict[str, Scheme | None] | None = None, *, act_order: bool = False) -> list[str]:
+def doubting(
+    form: str,
+    scheme: Scheme,
+    changes: dict[str, Scheme | None] | None = None,
+    *,
+    act_order: bool = False,
+) -> list[str]:
     """The engines. changes: end of a name -> another scheme, or None for what stays in 16 bits."""
-    schemes = {m: next((own for end, own in (changes or {}).items() if m.endswith(end)), scheme) for m in MODULES}
+    schemes = {
+        m: next((own for end, own in (changes or {}).items() if m.endswith(end)), scheme)
+        for m in MODULES
+    }
     modules = {m: own for m, own in schemes.items() if own is not None}
     ignored = ["lm_head", *(m for m, own in schemes.items() if own is None)]
-    return sorted({problem.where for problem in FORMATS[form].doubts(ConfigRequest(modules, list(ignored), W4A, act_order=act_order))})
+    return sorted(
+        {
+            problem.where
+            for problem in FORMATS[form].doubts(
+                ConfigRequest(modules, list(ignored), W4A, act_order=act_order)
+            )
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,9 +74,13 @@ def doubting(form: str, scheme: Scheme, changes: dict[str, Scheme | None] | None
         ("compressed-tensors", Scheme(4, 64, True), [LMDEPLOY]),
         ("compressed-tensors", W8, [LMDEPLOY]),
         ("compressed-tensors", Scheme(4, -1, False), [LMDEPLOY]),
-        ("compressed-tensors", Scheme(8, 128, False), [LMDEPLOY, VLLM]),  # Marlin has uint4 alone with zero points
+        # Marlin has uint4 alone with zero points
+        ("compressed-tensors", Scheme(8, 128, False), [LMDEPLOY, VLLM]),
         ("compressed-tensors", Scheme(4, 16, True), [LMDEPLOY, VLLM]),
-        *(("compressed-tensors", Scheme(bits, 128, True), [LMDEPLOY, VLLM]) for bits in (2, 3, 5, 6, 7)),
+        *(
+            ("compressed-tensors", Scheme(bits, 128, True), [LMDEPLOY, VLLM])
+            for bits in (2, 3, 5, 6, 7)
+        ),
         ("awq", W4, []),
         ("awq", W4A, []),
         ("awq", Scheme(4, 64, False), [LMDEPLOY]),
@@ -75,7 +104,8 @@ def test_who_does_not_load_it(form: str, scheme: Scheme, expected: list[str]) ->
 
 def test_a_group_index() -> None:
     assert doubting("gptq", W4, act_order=True) == [LMDEPLOY, VLLM]
-    assert doubting("gptq", Scheme(8, -1, True), act_order=True) == [LMDEPLOY]  # vLLM: with one group a row the order means nothing
+    # vLLM: with one group a row the order means nothing
+    assert doubting("gptq", Scheme(8, -1, True), act_order=True) == [LMDEPLOY]
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
@@ -83,8 +113,14 @@ def test_parts_that_engines_fuse(form: str) -> None:
     def fusing(changes: dict[str, Scheme | None]) -> bool:
         return FUSING in doubting(form, W4, changes)
 
-    assert fusing({".k_proj": None}) and fusing({".k_proj": W8}) and fusing({".up_proj": Scheme(4, 64, True)})
-    assert fusing({"layers.3.mlp.gate_proj": None}) and fusing({".q_proj": W8, ".k_proj": W8, ".v_proj": None})
+    assert (
+        fusing({".k_proj": None})
+        and fusing({".k_proj": W8})
+        and fusing({".up_proj": Scheme(4, 64, True)})
+    )
+    assert fusing({"layers.3.mlp.gate_proj": None}) and fusing(
+        {".q_proj": W8, ".k_proj": W8, ".v_proj": None}
+    )
     assert not fusing({".down_proj": W8, ".o_proj": None})
     assert not fusing({".q_proj": None, ".k_proj": None, ".v_proj": None})
     assert not fusing({"layers.1.mlp.gate_proj": W8, "layers.1.mlp.up_proj": W8})
@@ -97,12 +133,25 @@ class Unsearched(list[str]):
 
 def test_a_long_list_of_ignored_modules_is_not_searched_for_each() -> None:
     modules = {m: W4 for m in MODULES if "q_proj" in m}
-    assert FORMATS["gptq"].doubts(ConfigRequest(modules, Unsearched(m for m in MODULES if m not in modules), W4A))[0].where == FUSING
+    assert (
+        FORMATS["gptq"]
+        .doubts(ConfigRequest(modules, Unsearched(m for m in MODULES if m not in modules), W4A))[0]
+        .where
+        == FUSING
+    )
 
 
 def test_widths_that_need_more_than_the_engine_are_said_with_what_they_need() -> None:
-    for scheme, needed in ((Scheme(3, 128, True), "Humming"), (Scheme(8, 64, False), "Hopper"), (Scheme(4, 16, True), "Exllama")):
-        (said,) = (str(p) for p in FORMATS["compressed-tensors"].doubts(ConfigRequest({"m": scheme}, [], scheme)) if p.where == VLLM)
+    for scheme, needed in (
+        (Scheme(3, 128, True), "Humming"),
+        (Scheme(8, 64, False), "Hopper"),
+        (Scheme(4, 16, True), "Exllama"),
+    ):
+        (said,) = (
+            str(p)
+            for p in FORMATS["compressed-tensors"].doubts(ConfigRequest({"m": scheme}, [], scheme))
+            if p.where == VLLM
+        )
         assert f"loads {scheme} only" in said and needed in said
         assert ("weights.symmetric: true" in said) == (not scheme.symmetric)
 
@@ -110,28 +159,46 @@ def test_widths_that_need_more_than_the_engine_are_said_with_what_they_need() ->
 def test_no_recipe_for_an_engine_is_one_that_it_is_said_not_to_load() -> None:
     for name, target in TARGETS.items():
         offered = [found for bits in BITS for found in target.schemes(bits)]
-        assert {scheme.bits for _, scheme in offered} == {"lmdeploy": {4}, "transformers": set(BITS)}.get(name, {4, 8})
+        assert {scheme.bits for _, scheme in offered} == {
+            "lmdeploy": {4},
+            "transformers": set(BITS),
+        }.get(name, {4, 8})
         for way, scheme in offered:
             assert not FORMATS[way.format].check("m", (256, 256), scheme, act_order_index=False)
-            assert target.engine not in [problem.where for problem in FORMATS[way.format].doubts(ConfigRequest({"m": scheme}, [], scheme))]
+            assert target.engine not in [
+                problem.where
+                for problem in FORMATS[way.format].doubts(ConfigRequest({"m": scheme}, [], scheme))
+            ]
 
 
 def test_an_engine_loads_the_numbers_that_it_is_said_to() -> None:
     """Eight bits a row of integers are not those of another kind."""
     eight, nf4 = Scheme(8, -1, True), Scheme(4, 64, True, "nf4")
-    assert loads(VLLM, "compressed-tensors", eight) and not loads(VLLM, "compressed-tensors", replace(eight, kind="nf4"))
-    assert loads(BITSANDBYTES, "bitsandbytes", nf4) and not loads(BITSANDBYTES, "bitsandbytes", replace(nf4, kind="integer"))
-    assert loads(TRANSFORMERS, "huggingface", nf4) and loads(LLAMA_CPP, "gguf", Scheme(4, 32, False, "minimum"))
+    assert loads(VLLM, "compressed-tensors", eight) and not loads(
+        VLLM, "compressed-tensors", replace(eight, kind="nf4")
+    )
+    assert loads(BITSANDBYTES, "bitsandbytes", nf4) and not loads(
+        BITSANDBYTES, "bitsandbytes", replace(nf4, kind="integer")
+    )
+    assert loads(TRANSFORMERS, "huggingface", nf4) and loads(
+        LLAMA_CPP, "gguf", Scheme(4, 32, False, "minimum")
+    )
     assert {kind for row in LOADS for kind in row.kinds} == set(NUMBERS)
 
 
 def test_the_pages_table_and_the_commands_are_these() -> None:
     """And every row is of a format and of widths that the format holds."""
-    lines = [line for line in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    lines = [
+        line
+        for line in (ROOT / "docs" / "engines.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
     cells = [("format", *HEADS), *((f"`{row.format}`", *row.cells) for row in LOADS)]
     assert lines[: len(cells)] == [f"| {' | '.join(row)} |" for row in cells]
     found = json.loads(invoke("formats", "--json").stdout)
-    assert [row for ability in found.values() for row in ability["engines"]] == [json.loads(json.dumps(asdict(row))) for row in LOADS]
+    assert [row for ability in found.values() for row in ability["engines"]] == [
+        json.loads(json.dumps(asdict(row))) for row in LOADS
+    ]
     shown = " ".join(invoke("formats").stdout.split())
     assert all(row.engine in shown for row in LOADS)
     for row in LOADS:
@@ -140,17 +207,23 @@ def test_the_pages_table_and_the_commands_are_these() -> None:
             for group in row.groups or (64,):
                 scheme = Scheme(bits, group, True, row.kinds[0] if row.kinds else "integer")
                 if row.format != "gguf":
-                    assert not form.check("m", (256, 256), scheme, act_order_index=row.index and form.holds_index), row
+                    assert not form.check(
+                        "m", (256, 256), scheme, act_order_index=row.index and form.holds_index
+                    ), row
 
 
 def test_the_sentence_of_unlike_parts() -> None:
     changes = {f"layers.{i}.self_attn.k_proj": None for i in (0, 4)}
     modules = {m: W4 for m in MODULES if not m.endswith(tuple(changes))}
-    (problem,) = FORMATS["compressed-tensors"].doubts(ConfigRequest(modules, [m for m in MODULES if m not in modules], W4A))
-    assert str(problem) == (
-        "vLLM 0.32 and SGLang: does not load unlike parts of what it fuses: q_proj W4 g128 symmetric, k_proj in 16 bits, v_proj W4 g128 "
-        "symmetric (model.layers.0.self_attn and 1 more); expected one scheme, or none, for all of them. Match all of q_proj, k_proj, "
-        "v_proj in weights.ignore and overrides, or none"
+    (problem,) = FORMATS["compressed-tensors"].doubts(
+        ConfigRequest(modules, [m for m in MODULES if m not in modules], W4A)
+    )
+    assert (
+        str(problem)
+        == "vLLM 0.32 and SGLang: does not load unlike parts of what it fuses: q_proj W4 g128"
+        " symmetric, k_proj in 16 bits, v_proj W4 g128 symmetric (model.layers.0.self_attn and 1"
+        " more); expected one scheme, or none, for all of them. Match all of q_proj, k_proj,"
+        " v_proj in weights.ignore and overrides, or none"
     )
 
 
@@ -161,16 +234,27 @@ def test_unlike_parts_of_awq_are_those_left_out() -> None:
 
 
 def test_unlike_schemes_with_zero_points_in_transformers() -> None:
-    assert doubting("compressed-tensors", W4A, {".down_proj": Scheme(4, 32, False)}) == [LMDEPLOY, TRANSFORMERS]
+    assert doubting("compressed-tensors", W4A, {".down_proj": Scheme(4, 32, False)}) == [
+        LMDEPLOY,
+        TRANSFORMERS,
+    ]
     assert doubting("compressed-tensors", W4, {".down_proj": Scheme(4, 32, True)}) == [LMDEPLOY]
 
 
 def test_what_awq_skips_is_skipped_by_the_names_that_each_reader_looks_for() -> None:
-    """transformers by an expression or an ending, vLLM and SGLang by a part of the name; SGLang's modules are already fused."""
-    left = ("layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj", "layers.11.mlp.down_proj")
+    """transformers by an expression or an ending, vLLM and SGLang by a part of the name; SGLang's
+    modules are already fused."""
+    left = (
+        "layers.1.self_attn.q_proj",
+        "layers.1.self_attn.k_proj",
+        "layers.1.self_attn.v_proj",
+        "layers.11.mlp.down_proj",
+    )
     modules = {m: W4A for m in MODULES if not m.endswith(left)}
     ignored = ["lm_head", *(m for m in MODULES if m not in modules)]
-    skipped = FORMATS["awq"].quantization_config(ConfigRequest(modules, ignored, W4A))["modules_to_not_convert"]
+    skipped = FORMATS["awq"].quantization_config(ConfigRequest(modules, ignored, W4A))[
+        "modules_to_not_convert"
+    ]
     for module in [*MODULES, "lm_head"]:
         assert should_convert_module(module, skipped) == (module in modules), module
         assert any(name in module for name in skipped) == (module not in modules), module

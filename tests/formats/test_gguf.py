@@ -1,4 +1,5 @@
-"""Q4_0, Q4_1 and Q8_0 against the gguf package, and against the description read one byte at a time."""
+"""Q4_0, Q4_1 and Q8_0 against the gguf package, and against the description read one byte at a
+time."""
 
 from __future__ import annotations
 
@@ -25,19 +26,28 @@ gguf = pytest.importorskip("gguf")
 FORMAT = Gguf()
 MODULE = "model.layers.0.self_attn.q_proj"
 TYPES = {
-    "q4_0": gguf.GGMLQuantizationType.Q4_0, "q4_1": gguf.GGMLQuantizationType.Q4_1, "q8_0": gguf.GGMLQuantizationType.Q8_0,
-}  # fmt: skip
-SCHEMES = [Scheme(4, g, *rest) for g in (32, 64, 128, -1) for rest in ((True,), (False,), (False, "minimum"))]
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    "q4_1": gguf.GGMLQuantizationType.Q4_1,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+}
+SCHEMES = [
+    Scheme(4, g, *rest)
+    for g in (32, 64, 128, -1)
+    for rest in ((True,), (False,), (False, "minimum"))
+]
 SCHEMES += [Scheme(8, g, True) for g in (32, 64, 128, -1)]
 
 
 def tensor_of(scheme: Scheme, n: int, k: int, seed: int = 0) -> QuantizedTensor:
-    """Random codes on a grid that the format holds: scales of few digits, so that -zero * scale is an exact fp16."""
+    """Random codes on a grid that the format holds: scales of few digits, so that -zero * scale is
+    an exact fp16."""
     found = random_tensor(n, k, scheme, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     scales = found.scales
     if scheme.kind == "minimum":
-        return MinimumTensor(scheme, found.codes, scales, torch.randn(scales.shape, generator=generator).half())
+        return MinimumTensor(
+            scheme, found.codes, scales, torch.randn(scales.shape, generator=generator).half()
+        )
     if not scheme.symmetric:
         scales = (torch.randint(1, 128, scales.shape, generator=generator) / 4096).half()
     return IntegerTensor(scheme, found.codes, scales, found.zeros)
@@ -61,12 +71,21 @@ def same_bits(a: torch.Tensor, b: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("shape", [(1, 128), (5, 256), (32, 384)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_the_package_dequantises_to_the_same_numbers(scheme: Scheme, shape: tuple[int, int]) -> None:
+def test_the_package_dequantises_to_the_same_numbers(
+    scheme: Scheme, shape: tuple[int, int]
+) -> None:
     tensor = tensor_of(scheme, *shape)
     (name, stored), *others = FORMAT.encode(MODULE, tensor, torch.bfloat16).items()
     kind = type_of(scheme)
-    assert not others and name == f"{MODULE}.{kind}" and stored.dtype == torch.uint8 and kind is not None
-    assert FORMAT.specs(MODULE, shape, scheme, "float16", False) == {name: ("U8", tuple(stored.shape))}
+    assert (
+        not others
+        and name == f"{MODULE}.{kind}"
+        and stored.dtype == torch.uint8
+        and kind is not None
+    )
+    assert FORMAT.specs(MODULE, shape, scheme, "float16", False) == {
+        name: ("U8", tuple(stored.shape))
+    }
     assert same_bits(tensor.dequantize(), gguf.quants.dequantize(stored.numpy(), TYPES[kind]))
     assert_same(FORMAT.decode(MODULE, {name: stored}, config_of(scheme)), tensor)
 
@@ -90,7 +109,9 @@ def test_the_blocks_byte_by_byte(scheme: Scheme) -> None:
                 elif kind == "q4_0":
                     value = ((data[2 + i % 16] >> 4 * (i // 16) & 15) - 8) * d
                 else:
-                    value = (data[4 + i % 16] >> 4 * (i // 16) & 15) * d + struct.unpack_from("<e", data, 2)[0]
+                    value = (data[4 + i % 16] >> 4 * (i // 16) & 15) * d + struct.unpack_from(
+                        "<e", data, 2
+                    )[0]
                 assert value == expected[row, block * 32 + i], (row, block, i)
 
 
@@ -98,7 +119,10 @@ def test_the_blocks_byte_by_byte(scheme: Scheme) -> None:
 @given(st.sampled_from(SCHEMES), st.integers(1, 4), st.integers(1, 3), st.integers(0, 10**6))
 def test_round_trip(scheme: Scheme, n: int, k: int, seed: int) -> None:
     tensor = tensor_of(scheme, n, 128 * k, seed)
-    assert_same(FORMAT.decode(MODULE, FORMAT.encode(MODULE, tensor, torch.float16), config_of(scheme)), tensor)
+    assert_same(
+        FORMAT.decode(MODULE, FORMAT.encode(MODULE, tensor, torch.float16), config_of(scheme)),
+        tensor,
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -108,7 +132,12 @@ def test_any_scale_is_held_exactly_or_refused(seed: int) -> None:
     tensor = random_tensor(2, 64, Scheme(4, 32, False), seed=seed)
     products = tensor.zeros.double() * tensor.scales.double()
     if torch.equal(products.half().double(), products):
-        assert_same(FORMAT.decode(MODULE, FORMAT.encode(MODULE, tensor, torch.float16), config_of(tensor.scheme)), tensor)
+        assert_same(
+            FORMAT.decode(
+                MODULE, FORMAT.encode(MODULE, tensor, torch.float16), config_of(tensor.scheme)
+            ),
+            tensor,
+        )
     else:
         with pytest.raises(FormatError, match=r"no exact float16"):
             FORMAT.encode(MODULE, tensor, torch.float16)
@@ -120,20 +149,33 @@ def test_what_the_package_quantised(kind: str) -> None:
     weight = generator.standard_normal((16, 128)).astype(np.float32)
     weight[3] = 0  # scales of 0
     raw = torch.from_numpy(gguf.quants.quantize(weight, TYPES[kind]))
-    found = FORMAT.decode(MODULE, {f"{MODULE}.{kind}": raw}, {"quant_method": "gguf", "types": {MODULE: kind}})
+    found = FORMAT.decode(
+        MODULE, {f"{MODULE}.{kind}": raw}, {"quant_method": "gguf", "types": {MODULE: kind}}
+    )
     if kind == "q4_0":
         assert bool((found.scales < 0).any())
-    assert found.scheme.group_size == 32 and same_bits(found.dequantize(), gguf.quants.dequantize(raw.numpy(), TYPES[kind]))
+    assert found.scheme.group_size == 32 and same_bits(
+        found.dequantize(), gguf.quants.dequantize(raw.numpy(), TYPES[kind])
+    )
     again = FORMAT.encode(MODULE, found, torch.float16)[f"{MODULE}.{kind}"]
     assert torch.equal(again, raw)
 
 
 def test_refusals() -> None:
-    def check(scheme: Scheme, shape: tuple[int, int] = (32, 64), index: bool = False, **ranks: int) -> str:
-        return "\n".join(map(str, FORMAT.check(MODULE, shape, scheme, act_order_index=index, **ranks)))
+    def check(
+        scheme: Scheme, shape: tuple[int, int] = (32, 64), index: bool = False, **ranks: int
+    ) -> str:
+        return "\n".join(
+            map(str, FORMAT.check(MODULE, shape, scheme, act_order_index=index, **ranks))
+        )
 
     assert all(check(scheme, (32, 384)) == "" for scheme in SCHEMES)
-    for scheme in (Scheme(2, 32, True), Scheme(3, 32, False), Scheme(8, 32, False), Scheme(8, 32, False, "minimum")):
+    for scheme in (
+        Scheme(2, 32, True),
+        Scheme(3, 32, False),
+        Scheme(8, 32, False),
+        Scheme(8, 32, False, "minimum"),
+    ):
         assert "what Q4_0, Q4_1 and Q8_0 hold" in check(scheme)
     assert "with integer zero points" in check(Scheme(4, 64, False, "nf4"))
     assert "group_size 16; expected a multiple of 32" in check(Scheme(4, 16, True))
@@ -148,7 +190,12 @@ def test_refusals() -> None:
         FORMAT.quantization_config(ConfigRequest({}, [], Scheme(4, 32, True), act_order=True))
     wide = tensor_of(Scheme(4, 32, True), 2, 64)
     for scale in (1e5, 1e-9, 0.1):
-        inexact = IntegerTensor(wide.scheme, wide.codes, torch.full((2, 2), scale), torch.full((2, 2), 8, dtype=torch.uint8))
+        inexact = IntegerTensor(
+            wide.scheme,
+            wide.codes,
+            torch.full((2, 2), scale),
+            torch.full((2, 2), 8, dtype=torch.uint8),
+        )
         with pytest.raises(FormatError, match="4 of 4 scales are no exact float16"):
             FORMAT.encode(MODULE, inexact, torch.float16)
 
@@ -156,16 +203,29 @@ def test_refusals() -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        [4, 64, False, "minimum"], [4, 32, True, "integer"], [4, 16, False, "integer"], [4, 96, False, "integer"], [4, 0, False, "integer"],
-        [4, -2, False, "integer"], [True, 32, False, "integer"], [4, 32, False, "nf4"], [4, 32, False], "W4", {"bits": 4}, 7,
-        [8, 32, False, "integer"], [4, 10**30, False, "integer"],
+        [4, 64, False, "minimum"],
+        [4, 32, True, "integer"],
+        [4, 16, False, "integer"],
+        [4, 96, False, "integer"],
+        [4, 0, False, "integer"],
+        [4, -2, False, "integer"],
+        [True, 32, False, "integer"],
+        [4, 32, False, "nf4"],
+        [4, 32, False],
+        "W4",
+        {"bits": 4},
+        7,
+        [8, 32, False, "integer"],
+        [4, 10**30, False, "integer"],
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_false_schemes_are_refused(said: Any) -> None:
     """Every block below has a scale and a minimum of its own."""
     generator = torch.Generator().manual_seed(0)
-    numbers = (torch.rand(4, 4, 2, generator=generator) + 0.1).half().view(torch.uint8).view(4, 4, 4)
+    numbers = (
+        (torch.rand(4, 4, 2, generator=generator) + 0.1).half().view(torch.uint8).view(4, 4, 4)
+    )
     codes = torch.randint(0, 256, (4, 4, 16), generator=generator, dtype=torch.uint8)
     stored = torch.cat((numbers, codes), -1).view(4, -1)
     config = {"types": {MODULE: "q4_1"}, "schemes": {MODULE: said}}
@@ -188,7 +248,13 @@ def test_minimums_of_no_zero_point_and_not_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"types": []}, {"types": {MODULE: "q9"}}, {"types": {MODULE: ["q4_0"]}}, {"types": {MODULE: "q4_0"}, "schemes": 3}]
+    "config",
+    [
+        {"types": []},
+        {"types": {MODULE: "q9"}},
+        {"types": {MODULE: ["q4_0"]}},
+        {"types": {MODULE: "q4_0"}, "schemes": 3},
+    ],
 )
 def test_a_config_of_another_shape_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(FormatError, match="quantization_config"):

@@ -19,9 +19,13 @@ from tests.formats.helpers import field, random_tensor
 @pytest.mark.parametrize("index", [True, False])
 def test_every_weight_by_hand(bits: int, version: int, symmetric: bool, index: bool) -> None:
     n, k, group = 32, 96, 24
-    tensor = random_tensor(n, k, Scheme(bits, group, symmetric), index=index, smallest_zero=2 - version)
+    tensor = random_tensor(
+        n, k, Scheme(bits, group, symmetric), index=index, smallest_zero=2 - version
+    )
     encoded = FORMATS["gptq" if version == 1 else "gptq_v2"].encode("m", tensor, torch.bfloat16)
-    qweight, qzeros, scales, g_idx = (encoded[f"m.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx"))
+    qweight, qzeros, scales, g_idx = (
+        encoded[f"m.{name}"] for name in ("qweight", "qzeros", "scales", "g_idx")
+    )
     assert qweight.shape == (k * bits // 32, n) and qzeros.shape == (k // group, n * bits // 32)
     weight = tensor.dequantize(torch.float64)
     for column in range(n):
@@ -35,14 +39,18 @@ def test_every_weight_by_hand(bits: int, version: int, symmetric: bool, index: b
 
 def test_v1_differs_from_v2_by_one_in_each_field_without_carry() -> None:
     tensor = random_tensor(32, 32, Scheme(4, 16, False), smallest_zero=1)
-    one, two = (FORMATS[name].encode("m", tensor, torch.float16)["m.qzeros"] for name in ("gptq", "gptq_v2"))
+    one, two = (
+        FORMATS[name].encode("m", tensor, torch.float16)["m.qzeros"] for name in ("gptq", "gptq_v2")
+    )
     assert torch.equal(one + 0x11111111, two)
 
 
 def test_v1_refuses_a_zero_point_of_0() -> None:
     tensor = random_tensor(32, 32, Scheme(4, 16, False), smallest_zero=1)
     tensor.zeros[3, 1] = 0
-    with pytest.raises(FormatError, match=r"m\.qzeros: 1 zero points are 0, which version 1 would store as -1") as error:
+    with pytest.raises(
+        FormatError, match=r"m\.qzeros: 1 zero points are 0, which version 1 would store as -1"
+    ) as error:
         FORMATS["gptq"].encode("m", tensor, torch.float16)
     assert "gptq_v2" in str(error.value)
     FORMATS["gptq_v2"].encode("m", tensor, torch.float16)
@@ -62,16 +70,28 @@ def test_a_zero_point_of_0_is_read_where_its_writer_says_that_it_is_there(bits: 
         encoded["m.qzeros"] = FORMATS["gptq_v2"].encode("m", minus_one, torch.float16)["m.qzeros"]
     else:
         encoded["m.qzeros"] -= sum(1 << shift for shift in range(0, 32, bits))
-    for meta in ({"quantizer": ["optimum:1.20", "GPTQModel:1.4.0"]}, {"quantizer": "gptqmodel:2.0"}):
-        assert torch.equal(FORMATS["gptq"].decode("m", encoded, config | {"meta": meta}).zeros, tensor.zeros)
+    for meta in (
+        {"quantizer": ["optimum:1.20", "GPTQModel:1.4.0"]},
+        {"quantizer": "gptqmodel:2.0"},
+    ):
+        assert torch.equal(
+            FORMATS["gptq"].decode("m", encoded, config | {"meta": meta}).zeros, tensor.zeros
+        )
     for meta in ({}, None, "gptqmodel", {"quantizer": None}, {"quantizer": ["autoround:0.5"]}):
         with pytest.raises(FormatError, match=r"m\.qzeros: 2 zero points are -1"):
             FORMATS["gptq"].decode("m", encoded, config | {"meta": meta})
 
 
 def test_the_newer_name_of_the_version() -> None:
-    # A file of version 2 that is taken for version 1 is off by one in every asymmetric zero point, which nothing else would show.
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "format": "gptq_v2"}
+    # A file of version 2 that is taken for version 1 is off by one in every asymmetric zero point,
+    # which nothing else would show.
+    config = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 16,
+        "sym": False,
+        "format": "gptq_v2",
+    }
     assert detect({"quantization_config": config}) == "gptq_v2"
     assert FORMATS["gptq_v2"].scheme_of("m", config) == Scheme(4, 16, False)
     with pytest.raises(FormatError, match="'gptq_v2'; expected 'gptq'"):
@@ -101,7 +121,9 @@ def test_an_index_with_uneven_groups_is_refused() -> None:
 
 def test_config_and_its_file() -> None:
     scheme = Scheme(4, 128, False)
-    config = FORMATS["gptq"].quantization_config(ConfigRequest({"model.layers.0.q": scheme}, ["lm_head"], scheme, act_order=True))
+    config = FORMATS["gptq"].quantization_config(
+        ConfigRequest({"model.layers.0.q": scheme}, ["lm_head"], scheme, act_order=True)
+    )
     assert config == {
         "quant_method": "gptq",
         "bits": 4,
@@ -118,10 +140,14 @@ def test_config_and_its_file() -> None:
 def test_dynamic_as_its_readers_apply_it() -> None:
     default, wide = Scheme(4, 128, False), Scheme(8, -1, True)
     modules = {
-        f"model.layers.{i}.mlp.{part}": wide if part == "down_proj" else default for i in range(12) for part in ("up_proj", "down_proj")
+        f"model.layers.{i}.mlp.{part}": wide if part == "down_proj" else default
+        for i in range(12)
+        for part in ("up_proj", "down_proj")
     }
     del modules["model.layers.1.mlp.up_proj"]
-    config = FORMATS["gptq_v2"].quantization_config(ConfigRequest(modules, ["lm_head", "model.layers.1.mlp.up_proj"], default))
+    config = FORMATS["gptq_v2"].quantization_config(
+        ConfigRequest(modules, ["lm_head", "model.layers.1.mlp.up_proj"], default)
+    )
     assert config["dynamic"] == {
         r"-:^model\.layers\.1\.mlp\.up_proj$": {},
         r"+:^model\.layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": -1, "sym": True},

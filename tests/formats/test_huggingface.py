@@ -1,4 +1,5 @@
-"""Plain checkpoints: float32 holds what codes stand for; 16 bits hold it where it happens to fit, or rounded, where that is asked for."""
+"""Plain checkpoints: float32 holds what codes stand for; 16 bits hold it where it happens to fit,
+or rounded, where that is asked for."""
 
 from __future__ import annotations
 
@@ -45,9 +46,16 @@ def with_minimums(n: int, k: int, seed: int) -> MinimumTensor:
 
 def of_every_kind(seed: int) -> list[QuantizedTensor]:
     scheme = Scheme(4, 64, True, "nf4")
-    integer = (random_tensor(8, 128, Scheme(bits, 32, symmetric), seed=seed) for bits in (2, 3, 4, 8) for symmetric in (False, True))
+    integer = (
+        random_tensor(8, 128, Scheme(bits, 32, symmetric), seed=seed)
+        for bits in (2, 3, 4, 8)
+        for symmetric in (False, True)
+    )
     indexed = random_tensor(8, 128, Scheme(4, 32, False), seed=seed, index=True)
-    nf4 = (quantize_nf4(random(8, 128, seed=seed), replace(scheme, double=double)) for double in (False, True))
+    nf4 = (
+        quantize_nf4(random(8, 128, seed=seed), replace(scheme, double=double))
+        for double in (False, True)
+    )
     return [*integer, indexed, with_minimums(8, 128, seed), *nf4]
 
 
@@ -61,9 +69,24 @@ def by_hand(tensor: QuantizedTensor, row: int, column: int) -> float:
         return (code - int(tensor.zeros[row, group])) * scale
     if isinstance(tensor, MinimumTensor):
         return code * scale + float(tensor.minimums[row, group])
-    return [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-            -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-            0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0][code] * scale  # fmt: skip
+    return [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ][code] * scale
 
 
 @settings(deadline=None, max_examples=10)
@@ -73,7 +96,9 @@ def test_float32_is_what_codes_stand_for(seed: int) -> None:
     for tensor in of_every_kind(seed):
         assert form.check(MODULE, tensor.shape, tensor.scheme, act_order_index=True) == []
         encoded = form.encode(MODULE, tensor, torch.bfloat16)
-        assert form.specs(MODULE, tensor.shape, tensor.scheme, "float32", False) == {WEIGHT: ("F32", tensor.shape)}
+        assert form.specs(MODULE, tensor.shape, tensor.scheme, "float32", False) == {
+            WEIGHT: ("F32", tensor.shape)
+        }
         assert list(encoded) == [WEIGHT] and encoded[WEIGHT].dtype == torch.float32
         assert torch.equal(encoded[WEIGHT], tensor.dequantize())
         for row, column in ((0, 0), (3, 50), (7, 127)):
@@ -85,7 +110,9 @@ def test_float32_is_what_codes_stand_for(seed: int) -> None:
 def powers_of_two(n: int, k: int, seed: int, *, least: int = -6) -> IntegerTensor:
     """Integers of 4 bits times powers of two: they fit into 16 bits."""
     tensor = random_tensor(n, k, Scheme(4, 32, False), seed=seed)
-    exponents = torch.randint(least, 3, tensor.scales.shape, generator=torch.Generator().manual_seed(seed))
+    exponents = torch.randint(
+        least, 3, tensor.scales.shape, generator=torch.Generator().manual_seed(seed)
+    )
     return replace(tensor, scales=torch.exp2(exponents.float()))
 
 
@@ -93,7 +120,9 @@ def powers_of_two(n: int, k: int, seed: int, *, least: int = -6) -> IntegerTenso
 def test_16_bits_hold_what_fits(dtype: str) -> None:
     tensor = powers_of_two(8, 128, 1)
     encoded = HuggingFace(dtype=dtype).encode(MODULE, tensor, torch.float32)
-    assert encoded[WEIGHT].dtype == getattr(torch, dtype) and torch.equal(encoded[WEIGHT].double(), tensor.dequantize(torch.float64))
+    assert encoded[WEIGHT].dtype == getattr(torch, dtype) and torch.equal(
+        encoded[WEIGHT].double(), tensor.dequantize(torch.float64)
+    )
     own = HuggingFace(dtype=None)  # the model's
     assert own.scale_dtype(dtype) == dtype
     assert torch.equal(own.encode(MODULE, tensor, getattr(torch, dtype))[WEIGHT], encoded[WEIGHT])
@@ -107,10 +136,18 @@ def test_16_bits_refuse_the_rest_unless_it_may_be_rounded(dtype: str) -> None:
     codes[2, 32:64], one.zeros[2, 1] = 3, 3
     codes[2, 40] = 4
     one = replace(one, scales=scales, codes=codes)
-    with pytest.raises(FormatError, match=f"{WEIGHT}: 1 of 1024 weights are no exact {dtype}; expected numbers that fit.*float32"):
+    with pytest.raises(
+        FormatError,
+        match=(
+            f"{WEIGHT}: 1 of 1024 weights are no exact {dtype}; expected numbers that fit.*float32"
+        ),
+    ):
         HuggingFace(dtype=dtype).encode(MODULE, one, torch.float32)
     rounded = HuggingFace(dtype=dtype, rounded=True).encode(MODULE, one, torch.float32)[WEIGHT]
-    assert torch.equal(rounded, one.dequantize().to(getattr(torch, dtype))) and float(rounded[2, 40]) == 1.0
+    assert (
+        torch.equal(rounded, one.dequantize().to(getattr(torch, dtype)))
+        and float(rounded[2, 40]) == 1.0
+    )
     for tensor in of_every_kind(3):
         with pytest.raises(FormatError, match=WEIGHT):
             HuggingFace(dtype="bfloat16").encode(MODULE, tensor, torch.float32)
@@ -118,14 +155,36 @@ def test_16_bits_refuse_the_rest_unless_it_may_be_rounded(dtype: str) -> None:
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_infinities_are_never_written(rounded: bool) -> None:
-    large = Nf4Tensor(Scheme(4, 64, True, "nf4"), torch.full((2, 64), 15, dtype=torch.uint8), torch.tensor([[65504.0], [131072.0]]))
-    with pytest.raises(FormatError, match=rf"{WEIGHT}: 64 of 128 weights are beyond the range of float16; .* Use --dtype float32$"):
-        HuggingFace(dtype="float16", rounded=rounded).encode(MODULE, large, torch.float32)
-    assert HuggingFace(dtype="bfloat16", rounded=True).encode(MODULE, large, torch.float32)[WEIGHT][1, 0] == 131072
-    huge = IntegerTensor(
-        Scheme(8, 4, False), torch.full((1, 4), 255, dtype=torch.uint8), torch.tensor([[3e38]]), torch.zeros(1, 1, dtype=torch.uint8)
+    large = Nf4Tensor(
+        Scheme(4, 64, True, "nf4"),
+        torch.full((2, 64), 15, dtype=torch.uint8),
+        torch.tensor([[65504.0], [131072.0]]),
     )
-    with pytest.raises(FormatError, match=f"{WEIGHT}: 4 of 4 weights are beyond the range of float32; expected numbers that fit$"):
+    with pytest.raises(
+        FormatError,
+        match=(
+            rf"{WEIGHT}: 64 of 128 weights are beyond the range of float16; .* Use --dtype float32$"
+        ),
+    ):
+        HuggingFace(dtype="float16", rounded=rounded).encode(MODULE, large, torch.float32)
+    assert (
+        HuggingFace(dtype="bfloat16", rounded=True).encode(MODULE, large, torch.float32)[WEIGHT][
+            1, 0
+        ]
+        == 131072
+    )
+    huge = IntegerTensor(
+        Scheme(8, 4, False),
+        torch.full((1, 4), 255, dtype=torch.uint8),
+        torch.tensor([[3e38]]),
+        torch.zeros(1, 1, dtype=torch.uint8),
+    )
+    with pytest.raises(
+        FormatError,
+        match=(
+            f"{WEIGHT}: 4 of 4 weights are beyond the range of float32; expected numbers that fit$"
+        ),
+    ):
         HuggingFace(dtype="float32", rounded=rounded).encode(MODULE, huge, torch.float32)
 
 
@@ -152,18 +211,22 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     stage, weights = STAGES[request.param]
     bench = make_bench(tmp_path_factory.mktemp("plain"), intermediate_size=128)
     form = "bitsandbytes" if request.param == "NF4" else "compressed-tensors"
-    result = invoke("run", bench.recipe(stages=[stage, {"pack": {"format": form}}], weights=weights))
+    result = invoke(
+        "run", bench.recipe(stages=[stage, {"pack": {"format": form}}], weights=weights)
+    )
     assert result.exit_code == 0, result.output
     return bench
 
 
 def test_transformers_computes_the_decoders_logits(bench: Bench, tmp_path: Path) -> None:
-    """Its weights are ours bit for bit. Two implementations of a decoder agree to float32's accuracy only: attention and norms are summed
-    in other orders."""
+    """Its weights are ours bit for bit. Two implementations of a decoder agree to float32's
+    accuracy only: attention and norms are summed in other orders."""
     export(bench.output, "huggingface", tmp_path / "plain")
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", dtype=torch.float32, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
     source = Weights(bench.output)
     for name, value in model.state_dict().items():
@@ -172,16 +235,27 @@ def test_transformers_computes_the_decoders_logits(bench: Bench, tmp_path: Path)
     with torch.inference_mode():
         found = model(tokens).logits
     torch.testing.assert_close(found, zoo.decoder_logits(source, tokens), rtol=1e-4, atol=1e-5)
-    assert torch.equal(zoo.decoder_logits(Weights(tmp_path / "plain"), tokens), zoo.decoder_logits(source, tokens))
+    assert torch.equal(
+        zoo.decoder_logits(Weights(tmp_path / "plain"), tokens), zoo.decoder_logits(source, tokens)
+    )
 
 
 def test_what_an_export_says(bench: Bench, tmp_path: Path) -> None:
     done = export(bench.output, "huggingface", tmp_path / "plain")
-    assert (done.errors, done.modules) == ({}, 14) and not (tmp_path / "plain/requantized.json").exists()
+    assert (done.errors, done.modules) == ({}, 14) and not (
+        tmp_path / "plain/requantized.json"
+    ).exists()
     config = json.loads((tmp_path / "plain/config.json").read_text())
-    assert "quantization_config" not in config and config["torch_dtype"] == "float32" and "dtype" not in config
+    assert (
+        "quantization_config" not in config
+        and config["torch_dtype"] == "float32"
+        and "dtype" not in config
+    )
     stored = load_file(tmp_path / "plain/model.safetensors")
-    assert {stored[name].dtype for name in (WEIGHT, "lm_head.weight")} == {torch.float32, torch.bfloat16}
+    assert {stored[name].dtype for name in (WEIGHT, "lm_head.weight")} == {
+        torch.float32,
+        torch.bfloat16,
+    }
     assert Weights(tmp_path / "plain").format is None
 
 
@@ -190,17 +264,32 @@ def test_16_bit_exports(bench: Bench, tmp_path: Path, dtype: str) -> None:
     if dtype == "float16" and Weights(bench.output).scheme_of(MODULE) == Scheme(3, 64, True):
         # Scales of 8 bits, which bfloat16 holds, times integers of 3: float16 holds all 11.
         done = export(bench.output, "huggingface", tmp_path / "exact", Options(dtype=dtype))
-        assert done.errors == {} and Weights(tmp_path / "exact").tensor(WEIGHT).dtype == torch.float16
-        assert torch.equal(Weights(tmp_path / "exact").tensor(WEIGHT).float(), Weights(bench.output).tensor(WEIGHT))
+        assert (
+            done.errors == {} and Weights(tmp_path / "exact").tensor(WEIGHT).dtype == torch.float16
+        )
+        assert torch.equal(
+            Weights(tmp_path / "exact").tensor(WEIGHT).float(), Weights(bench.output).tensor(WEIGHT)
+        )
         return
     with pytest.raises(FormatError, match=f"weights are no exact {dtype}"):
         export(bench.output, "huggingface", tmp_path / "no", Options(dtype=dtype))
     assert not (tmp_path / "no").exists()
-    done = export(bench.output, "huggingface", tmp_path / "rounded", Options(dtype=dtype, requantize=True))
-    assert set(done.errors) == {name.removesuffix(".weight") for name in load_file(tmp_path / "rounded/model.safetensors")
-                                if "proj" in name}  # fmt: skip
+    done = export(
+        bench.output, "huggingface", tmp_path / "rounded", Options(dtype=dtype, requantize=True)
+    )
+    assert set(done.errors) == {
+        name.removesuffix(".weight")
+        for name in load_file(tmp_path / "rounded/model.safetensors")
+        if "proj" in name
+    }
     record = json.loads((tmp_path / "rounded/requantized.json").read_text())
-    assert record["relative_errors"] == dict(done.errors) and 0 < max(done.errors.values()) < torch.finfo(getattr(torch, dtype)).eps
+    assert (
+        record["relative_errors"] == dict(done.errors)
+        and 0 < max(done.errors.values()) < torch.finfo(getattr(torch, dtype)).eps
+    )
     source, rounded = Weights(bench.output), Weights(tmp_path / "rounded")
     for module in source.modules:
-        assert torch.equal(rounded.tensor(f"{module}.weight"), source.tensor(f"{module}.weight").to(getattr(torch, dtype)))
+        assert torch.equal(
+            rounded.tensor(f"{module}.weight"),
+            source.tensor(f"{module}.weight").to(getattr(torch, dtype)),
+        )

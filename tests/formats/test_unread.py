@@ -1,4 +1,5 @@
-"""Quantised checkpoints that are not read are refused as what they are: by their config, or where it is silent, by their tensors."""
+"""Quantised checkpoints that are not read are refused as what they are: by their config, or where
+it is silent, by their tensors."""
 
 from __future__ import annotations
 
@@ -49,35 +50,61 @@ def with_config(folder: Path, **config: Any) -> Path:
 
 def with_tensors(folder: Path, **tensors: torch.Tensor) -> Path:
     whole = load_file(write_llama(folder) / "model.safetensors")
-    save_file(whole | {name.replace("__", "."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        whole | {name.replace("__", "."): tensor for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8 weights with a scale a block (quant_method 'fp8')"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            "FP8 weights with a scale a block (quant_method 'fp8')",
+        ),
         ({"quant_method": "fbgemm_fp8"}, "FP8 weights with a scale a row"),
         ({"quant_method": "HQQ"}, "weights of HQQ (quant_method 'hqq')"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "ModelOpt (quant_method 'modelopt', quant_algo 'NVFP4')"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            "ModelOpt (quant_method 'modelopt', quant_algo 'NVFP4')",
+        ),
         ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, "MXFP4 weights"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "INT8 weights of bitsandbytes"),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {}}, "FP8 weights (compressed-tensors"),
         (
-            {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {
-                "group_0": {"format": "pack-quantized"}, "group_1": {"format": "nvfp4-pack-quantized"}}},
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {},
+            },
+            "FP8 weights (compressed-tensors",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "mixed-precision",
+                "config_groups": {
+                    "group_0": {"format": "pack-quantized"},
+                    "group_1": {"format": "nvfp4-pack-quantized"},
+                },
+            },
             "NVFP4 weights (compressed-tensors, format 'nvfp4-pack-quantized')",
         ),
     ],
-)  # fmt: skip
+)
 def test_by_the_config(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     assert said in refused(with_config(tmp_path, quantization_config=config))
 
 
 def test_by_what_stands_elsewhere(tmp_path: Path) -> None:
-    assert "weights of MLX" in refused(with_config(tmp_path / "a", quantization={"group_size": 64, "bits": 4}))
+    assert "weights of MLX" in refused(
+        with_config(tmp_path / "a", quantization={"group_size": 64, "bits": 4})
+    )
     twice = {"group_size": 64, "bits": 4, "mode": "affine"}  # as mlx-lm writes it
-    assert "weights of MLX" in refused(with_config(tmp_path / "b", quantization=twice, quantization_config=twice))
+    assert "weights of MLX" in refused(
+        with_config(tmp_path / "b", quantization=twice, quantization_config=twice)
+    )
     algorithm = {
         "producer": {"name": "modelopt", "version": "0.33.0"},
         "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]},
@@ -87,7 +114,15 @@ def test_by_what_stands_elsewhere(tmp_path: Path) -> None:
 
 
 def test_every_method_that_transformers_loads_is_read_or_said() -> None:
-    known = {"gptq", "awq", "compressed-tensors", "bitsandbytes_4bit", "bitsandbytes_8bit", "gguf", "auto-round"}
+    known = {
+        "gptq",
+        "awq",
+        "compressed-tensors",
+        "bitsandbytes_4bit",
+        "bitsandbytes_8bit",
+        "gguf",
+        "auto-round",
+    }
     for method in set(AUTO_QUANTIZATION_CONFIG_MAPPING) - known:
         assert unread_method("config.json", {"quant_method": method}) is not None, method
     for method in FORMATS:
@@ -97,7 +132,9 @@ def test_every_method_that_transformers_loads_is_read_or_said() -> None:
 def test_every_layout_of_compressed_tensors_is_read_or_said() -> None:
     read = {"pack-quantized", "dense", "mixed-precision"}
     for layout in CompressionFormat:
-        problem = unread_method("config.json", {"quant_method": "compressed-tensors", "format": layout.value})
+        problem = unread_method(
+            "config.json", {"quant_method": "compressed-tensors", "format": layout.value}
+        )
         assert (problem is None) == (layout.value in read), layout
 
 
@@ -107,12 +144,34 @@ FP8 = torch.zeros(64, 64).to(torch.float8_e4m3fn)
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": torch.ones(1, 1)}, "FP8 weights with a scale a block"),
-        ({f"{Q}.weight": FP8}, f"FP8 weights: 1 of 21 tensors, such as {Q}.weight of dtype F8_E4M3; expected F32, F16 or BF16"),
+        (
+            {f"{Q}.weight": FP8, f"{Q}.weight_scale_inv": torch.ones(1, 1)},
+            "FP8 weights with a scale a block",
+        ),
+        (
+            {f"{Q}.weight": FP8},
+            (
+                f"FP8 weights: 1 of 21 tensors, such as {Q}.weight of dtype F8_E4M3; expected F32,"
+                " F16 or BF16"
+            ),
+        ),
         ({f"{Q}.weight": FP8.to(torch.float8_e5m2)}, "dtype F8_E5M2"),
-        ({f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8), f"{Q}.SCB": torch.ones(64)}, "INT8 weights of bitsandbytes"),
-        ({"model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(2, 2, dtype=torch.uint8)}, "MXFP4 weights"),
-        ({f"{Q}.weight": torch.zeros(64, 8).to(torch.uint32), f"{Q}.biases": torch.ones(64, 1)}, "weights of MLX"),
+        (
+            {f"{Q}.weight": torch.zeros(64, 64, dtype=torch.int8), f"{Q}.SCB": torch.ones(64)},
+            "INT8 weights of bitsandbytes",
+        ),
+        (
+            {
+                "model.layers.0.mlp.experts.gate_up_proj_blocks": torch.zeros(
+                    2, 2, dtype=torch.uint8
+                )
+            },
+            "MXFP4 weights",
+        ),
+        (
+            {f"{Q}.weight": torch.zeros(64, 8).to(torch.uint32), f"{Q}.biases": torch.ones(64, 1)},
+            "weights of MLX",
+        ),
     ],
 )
 def test_by_the_tensors(tmp_path: Path, tensors: dict[str, torch.Tensor], said: str) -> None:

@@ -1,6 +1,7 @@
-"""A checkpoint of ours in vLLM's own hands, where one is installed: QUANTFLOW_VLLM_PYTHON names the interpreter that imports it. Its build
-for CPUs does; the kernel that it has for those takes 4 bits, and inputs and outputs that are multiples of 32. In float16, since with
-bfloat16 that kernel quantises activations to 8 bits too."""
+"""A checkpoint of ours in vLLM's own hands, where one is installed: QUANTFLOW_VLLM_PYTHON names the
+interpreter that imports it. Its build for CPUs does; the kernel that it has for those takes 4 bits,
+and inputs and outputs that are multiples of 32. In float16, since with bfloat16 that kernel
+quantises activations to 8 bits too."""
 
 from __future__ import annotations
 
@@ -41,21 +42,47 @@ if __name__ == "__main__":
 def test_vllm_goes_on_as_the_engine_here_does(symmetric: bool, tmp_path: Path) -> None:
     bench = make_bench(tmp_path, hidden_size=256, intermediate_size=512)
     weights = {"bits": 4, "group_size": 128, "symmetric": symmetric}
-    made = invoke("run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "compressed-tensors"}}]))
+    made = invoke(
+        "run",
+        bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "compressed-tensors"}}]),
+    )
     assert made.exit_code == 0, made.output
     params = SamplingParams(temperature=0, max_tokens=NEW, logprobs=2, ignore_eos=True)
-    ours = [output.completions[0] for output in LLM(bench.output, device="cpu").generate(PROMPTS, params)]
+    ours = [
+        output.completions[0]
+        for output in LLM(bench.output, device="cpu").generate(PROMPTS, params)
+    ]
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     own = {
-        "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            }  # fmt: skip
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
-    arguments = [tmp_path / "script.py", bench.output, json.dumps(PROMPTS), str(NEW), tmp_path / "theirs.json"]
-    done = subprocess.run([PYTHON, *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False)
+    arguments = [
+        tmp_path / "script.py",
+        bench.output,
+        json.dumps(PROMPTS),
+        str(NEW),
+        tmp_path / "theirs.json",
+    ]
+    done = subprocess.run(
+        [PYTHON, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     alike = 0
-    for answer, theirs in zip(ours, json.loads((tmp_path / "theirs.json").read_text()), strict=True):
-        for token, said, (other, logprob) in zip(answer.token_ids, answer.logprobs, theirs, strict=True):
+    for answer, theirs in zip(
+        ours, json.loads((tmp_path / "theirs.json").read_text()), strict=True
+    ):
+        for token, said, (other, logprob) in zip(
+            answer.token_ids, answer.logprobs, theirs, strict=True
+        ):
             (_, first), (_, second) = said.top
             if first - second < 2 * NEAR:
                 break  # either may be chosen, and what follows is another text

@@ -1,8 +1,10 @@
-"""Changes of an input that keep what it is made of: JSON stays JSON, a length still says how long something is.
+"""Changes of an input that keep what it is made of: JSON stays JSON, a length still says how long
+something is.
 
-Plain flips of bytes seldom come past a parser's first check. Each function here takes the bytes of one file, changes a part of what they
-mean and writes them again; where they cannot be taken apart, `plain` changes the bytes. donors: other files of the kind, whose parts may
-be put in. Every choice comes from `rng`.
+Plain flips of bytes seldom come past a parser's first check. Each function here takes the bytes of
+one file, changes a part of what they mean and writes them again; where they cannot be taken apart,
+`plain` changes the bytes. donors: other files of the kind, whose parts may be put in. Every choice
+comes from `rng`.
 """
 
 from __future__ import annotations
@@ -23,15 +25,61 @@ from typing import Any
 Plain = Callable[[bytes, Random], bytes]
 Mutator = Callable[[bytes, Random, Sequence[bytes], Plain], bytes]
 
-INTEGERS = (0, 1, -1, 2, 3, 7, 31, 32, 127, 128, 255, 256, 65535, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53 + 1, 2**62, 2**63, 2**64)
-ODD: tuple[Any, ...] = (
-    None, True, False, *INTEGERS, -(2**31), 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, math.nan, math.inf, -math.inf,
-    "", "a", " ", "0", "1", "-1", "1e999", "true", "null", "\0", "\n", "\ud800", "é", "\u2028", "▁", "😀",
-    "x" * 300, "../x", "/etc/passwd", "a b",
-    "(a+)+$", "(", "[", "{}", "{i}", "$A", "re:.*", "-:.*", [], {}, [[]], [{}], {"": None}, [0], [0, 0], ["a"], {"a": 1}, {"content": "a"},
+INTEGERS = (
+    0, 1, -1, 2, 3, 7, 31, 32, 127, 128, 255, 256, 65535, 2**16, 2**31 - 1, 2**31, 2**32 - 1,
+    2**32, 2**53 + 1, 2**62, 2**63, 2**64,
 )  # fmt: skip
-LETTERS = ("", "0", "9", "-", "a", "Z", " ", "\t", "\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\ufeff", "\ud7ff", "é", "▁", "😀",
-           ":", "=", "#", "%", "&", "*", "!", "|", ">", "'", '"', "\\", "[", "]", "{", "}", ",", "<", "?", ".", "@", "`", "~")  # fmt: skip
+ODD: tuple[Any, ...] = (
+    None, True, False, *INTEGERS, -(2**31), 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, 1e-320, 1e308,
+    math.nan, math.inf, -math.inf, "", "a", " ", "0", "1", "-1", "1e999", "true", "null", "\0",
+    "\n", "\ud800", "é", "\u2028", "▁", "😀", "x" * 300, "../x", "/etc/passwd", "a b", "(a+)+$",
+    "(", "[", "{}", "{i}", "$A", "re:.*", "-:.*", [], {}, [[]], [{}], {"": None}, [0], [0, 0],
+    ["a"], {"a": 1}, {"content": "a"},
+)  # fmt: skip
+LETTERS = (
+    "",
+    "0",
+    "9",
+    "-",
+    "a",
+    "Z",
+    " ",
+    "\t",
+    "\n",
+    "\r",
+    "\0",
+    "\x1b",
+    "\x85",
+    "\u2028",
+    "\ufeff",
+    "\ud7ff",
+    "é",
+    "▁",
+    "😀",
+    ":",
+    "=",
+    "#",
+    "%",
+    "&",
+    "*",
+    "!",
+    "|",
+    ">",
+    "'",
+    '"',
+    "\\",
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    "<",
+    "?",
+    ".",
+    "@",
+    "`",
+    "~",
+)
 
 
 def flip(data: bytes, rng: Random) -> bytes:
@@ -42,7 +90,10 @@ def flip(data: bytes, rng: Random) -> bytes:
         size = rng.choice((1, 1, 2, 4, 8, 64))
         match rng.randrange(5):
             case 0:
-                found[at : at + size] = bytes(rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256))) for _ in found[at : at + size])
+                found[at : at + size] = bytes(
+                    rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+                    for _ in found[at : at + size]
+                )
             case 1:
                 del found[at : at + size]
             case 2:
@@ -60,7 +111,8 @@ def flip(data: bytes, rng: Random) -> bytes:
 
 
 def _walk(value: Any, rng: Random) -> tuple[Any, Any]:
-    """A container and a key of it, anywhere in `value`; (None, None) where there is no container that holds something."""
+    """A container and a key of it, anywhere in `value`; (None, None) where there is no container
+    that holds something."""
     holder, key = None, None
     while isinstance(value, (dict, list)) and value and (holder is None or rng.random() < 0.75):
         key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
@@ -85,7 +137,8 @@ def _text(text: str, rng: Random) -> str:
 
 def _number(value: float, rng: Random) -> Any:
     changes: tuple[Callable[[Any], Any], ...] = (
-        lambda v: v + 1, lambda v: v - 1, lambda v: v * 2, lambda v: -v, lambda v: v / 2, str, lambda v: [v], lambda v: v * 10**9,
+        lambda v: v + 1, lambda v: v - 1, lambda v: v * 2, lambda v: -v, lambda v: v / 2, str,
+        lambda v: [v], lambda v: v * 10**9,
     )  # fmt: skip
     try:
         return rng.choice(changes)(value)
@@ -114,7 +167,11 @@ def change_value(value: Any, rng: Random, donors: Sequence[Any] = ()) -> Any:
             other, name = _walk(rng.choice([value, *donors]), rng)
             if other is not None:
                 part = deepcopy(other[name])
-                holder[name if isinstance(holder, dict) and isinstance(other, dict) and rng.random() < 0.7 else key] = part
+                holder[
+                    name
+                    if isinstance(holder, dict) and isinstance(other, dict) and rng.random() < 0.7
+                    else key
+                ] = part
         case 4 if isinstance(old, str):
             holder[key] = _text(old, rng)
         case 5 if isinstance(old, (int, float)) and not isinstance(old, bool):
@@ -127,7 +184,9 @@ def change_value(value: Any, rng: Random, donors: Sequence[Any] = ()) -> Any:
         case 7 if isinstance(old, list):
             rng.shuffle(old)
         case _:
-            holder[key] = rng.choice(INTEGERS) if isinstance(old, int) else deepcopy(rng.choice(ODD))
+            holder[key] = (
+                rng.choice(INTEGERS) if isinstance(old, int) else deepcopy(rng.choice(ODD))
+            )
     return value
 
 
@@ -163,11 +222,14 @@ def json_file(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -
 
 
 def _word_changed(line: str, rng: Random, other: str) -> str:
-    """A line with one of its words replaced: by a number near it, an odd value, or a word of the other line."""
+    """A line with one of its words replaced: by a number near it, an odd value, or a word of the
+    other line."""
     words = re.split(r"([\s:=,]+)", line)  # every second one lies between two words
     at = rng.randrange(0, len(words), 2)
     try:
-        near = _number(int(words[at]) if words[at].lstrip("-").isdecimal() else float(words[at]), rng)
+        near = _number(
+            int(words[at]) if words[at].lstrip("-").isdecimal() else float(words[at]), rng
+        )
     except (ValueError, OverflowError):
         near = words[at] * 2
     odd = rng.choice(ODD)
@@ -181,7 +243,8 @@ def _word_changed(line: str, rng: Random, other: str) -> str:
 
 
 def lines(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> bytes:
-    """Text whose lines and words are moved, doubled, left out and replaced; a line that is JSON is changed as JSON."""
+    """Text whose lines and words are moved, doubled, left out and replaced; a line that is JSON is
+    changed as JSON."""
     if rng.random() < 0.1:
         return plain(data, rng)
     text = data.decode("utf-8", "surrogateescape")
@@ -189,7 +252,11 @@ def lines(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> by
     found = text.split("\n")
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(len(found))
-        strange = rng.choice(donors).decode("utf-8", "replace").split("\n") if donors and rng.random() < 0.3 else found
+        strange = (
+            rng.choice(donors).decode("utf-8", "replace").split("\n")
+            if donors and rng.random() < 0.3
+            else found
+        )
         other = rng.choice(strange)
         match rng.randrange(10):
             case 0 if len(found) > 1:
@@ -199,7 +266,9 @@ def lines(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> by
             case 2:
                 found[at] = other
             case 3 | 4 if (value := _loads(found[at].encode("utf-8", "replace"))) is not None:
-                found[at] = _dumps(_changed(value, rng, [_loads(other.encode("utf-8", "replace"))]), rng).decode("utf-8", "replace")
+                found[at] = _dumps(
+                    _changed(value, rng, [_loads(other.encode("utf-8", "replace"))]), rng
+                ).decode("utf-8", "replace")
             case 3 | 4 | 5 | 6:
                 found[at] = _word_changed(found[at], rng, other)
             case 7:
@@ -212,7 +281,8 @@ def lines(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> by
 
 
 def _bytes(text: str) -> bytes:
-    """Half a surrogate pair that stands for a byte as that byte, any other as UTF-8 would have it."""
+    """Half a surrogate pair that stands for a byte as that byte, any other as UTF-8 would have
+    it."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -227,7 +297,9 @@ def yaml_file(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -
         return lines(data, rng, donors, plain)
     try:
         value, other = yaml.safe_load(data), yaml.safe_load(rng.choice(donors)) if donors else None
-        return yaml.safe_dump(_changed(value, rng, [other]), sort_keys=False, allow_unicode=True).encode("utf-8", "replace")
+        return yaml.safe_dump(
+            _changed(value, rng, [other]), sort_keys=False, allow_unicode=True
+        ).encode("utf-8", "replace")
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return lines(data, rng, donors, plain)
 
@@ -318,7 +390,11 @@ def _message(fields: Sequence[_Field]) -> bytes:
     out = bytearray()
     for number, wire, value in fields:
         out += _varint(number << 3 | wire)
-        out += _varint(value) if isinstance(value, int) else (_varint(len(value)) if wire == 2 else b"") + value
+        out += (
+            _varint(value)
+            if isinstance(value, int)
+            else (_varint(len(value)) if wire == 2 else b"") + value
+        )
     return bytes(out)
 
 
@@ -331,7 +407,13 @@ def _change_field(found: _Field, rng: Random, plain: Plain) -> _Field:
     if wire == 2 and rng.random() < 0.5:
         return number, wire, _text(value.decode("utf-8", "replace"), rng).encode("utf-8", "replace")
     if wire == 5:
-        return number, wire, struct.pack("<f", rng.choice((0.0, -1.0, 1e30, -1e30, math.nan, math.inf, rng.random())))
+        return (
+            number,
+            wire,
+            struct.pack(
+                "<f", rng.choice((0.0, -1.0, 1e30, -1e30, math.nan, math.inf, rng.random()))
+            ),
+        )
     return number, wire, plain(value, rng)
 
 
@@ -344,7 +426,8 @@ def protobuf(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) ->
         for _ in range(rng.choice((1, 1, 2, 4))):
             if not fields:
                 break
-            late = [i for i, f in enumerate(fields) if f[0] != 1]  # pieces are many, trainer and normaliser one
+            # pieces are many, trainer and normaliser one
+            late = [i for i, f in enumerate(fields) if f[0] != 1]
             at = rng.choice(late) if late and rng.random() < 0.4 else rng.randrange(len(fields))
             match rng.randrange(7):
                 case 0:
@@ -359,7 +442,12 @@ def protobuf(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) ->
                     if inner and rng.random() < 0.9:
                         place = rng.randrange(len(inner))
                         if rng.random() < 0.2:
-                            inner.insert(place, inner[place] if rng.random() < 0.5 else (rng.choice((1, 2, 3, 4, 5, 24, 35, 43)), 0, 1))
+                            inner.insert(
+                                place,
+                                inner[place]
+                                if rng.random() < 0.5
+                                else (rng.choice((1, 2, 3, 4, 5, 24, 35, 43)), 0, 1),
+                            )
                         elif rng.random() < 0.2:
                             del inner[place]
                         else:
@@ -441,7 +529,14 @@ def _read_gguf(data: bytes) -> _Gguf:
         name, dims = cursor.text(), cursor.number("I")
         if dims > 8:
             raise ValueError(dims)
-        found.tensors.append(_Tensor(name, [cursor.number("Q") for _ in range(dims)], cursor.number("I"), cursor.number("Q")))
+        found.tensors.append(
+            _Tensor(
+                name,
+                [cursor.number("Q") for _ in range(dims)],
+                cursor.number("I"),
+                cursor.number("Q"),
+            )
+        )
     cursor.at = min(len(data), cursor.at + -cursor.at % 32)
     found.body = data[cursor.at :]
     return found
@@ -465,15 +560,22 @@ def _packed(kind: int, value: Any) -> bytes:
 
 def _write_gguf(found: _Gguf, slips: int = 0) -> bytes:
     """slips: added to the number of pairs, so that it is wrong."""
-    out = bytearray(b"GGUF" + struct.pack("<IQQ", found.version, len(found.tensors), (len(found.pairs) + slips) % 2**64))
+    out = bytearray(
+        b"GGUF"
+        + struct.pack("<IQQ", found.version, len(found.tensors), (len(found.pairs) + slips) % 2**64)
+    )
     for pair in found.pairs:
         out += _packed(8, pair.key) + struct.pack("<I", pair.kind)
         if pair.item is not None:
             out += struct.pack("<IQ", pair.item, len(pair.values))
-        out += b"".join(_packed(pair.kind if pair.item is None else pair.item, value) for value in pair.values)
+        out += b"".join(
+            _packed(pair.kind if pair.item is None else pair.item, value) for value in pair.values
+        )
     for tensor in found.tensors:
         shape = [size % 2**64 for size in tensor.shape]
-        out += _packed(8, tensor.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor.kind % 2**32, tensor.offset % 2**64)
+        out += _packed(8, tensor.name) + struct.pack(
+            f"<I{len(shape)}QIQ", len(shape), *shape, tensor.kind % 2**32, tensor.offset % 2**64
+        )
     return bytes(out) + bytes(-len(out) % 32) + found.body
 
 
@@ -493,11 +595,23 @@ def _change_pair(pair: _Pair, rng: Random, plain: Plain) -> _Pair:
     values = list(pair.values)
     choice = rng.random()
     if choice < 0.08:
-        return replace(pair, kind=rng.choice((0, 4, 5, 6, 7, 8, 10, 12, 13)), item=None, values=values[:1] or [0])
+        return replace(
+            pair,
+            kind=rng.choice((0, 4, 5, 6, 7, 8, 10, 12, 13)),
+            item=None,
+            values=values[:1] or [0],
+        )
     if choice < 0.12:
-        return replace(pair, kind=9, item=rng.choice((0, 4, 5, 6, 7, 8, 9, 12)), values=[] if rng.random() < 0.3 else values)
+        return replace(
+            pair,
+            kind=9,
+            item=rng.choice((0, 4, 5, 6, 7, 8, 9, 12)),
+            values=[] if rng.random() < 0.3 else values,
+        )
     if choice < 0.2:
-        return replace(pair, key=_text(pair.key.decode("utf-8", "replace"), rng).encode("utf-8", "replace"))
+        return replace(
+            pair, key=_text(pair.key.decode("utf-8", "replace"), rng).encode("utf-8", "replace")
+        )
     if pair.item is None or not values:
         return replace(pair, values=[_change_metadatum(value, rng, plain) for value in values])
     for _ in range(rng.choice((1, 1, 2, 8))):
@@ -510,7 +624,11 @@ def _change_pair(pair: _Pair, rng: Random, plain: Plain) -> _Pair:
             case 2:
                 values = values[:at]
             case _ if values:
-                values[at] = _change_metadatum(values[at], rng, plain) if rng.random() < 0.7 else rng.choice(values)
+                values[at] = (
+                    _change_metadatum(values[at], rng, plain)
+                    if rng.random() < 0.7
+                    else rng.choice(values)
+                )
     return replace(pair, values=values)
 
 
@@ -525,11 +643,18 @@ def _change_tensor(tensor: _Tensor, rng: Random) -> _Tensor:
         case 2 if shape:
             del shape[at]
         case 3:
-            return replace(tensor, kind=rng.choice((0, 1, 2, 3, 6, 7, 8, 10, 12, 13, 14, 30, 2**31)))
+            return replace(
+                tensor, kind=rng.choice((0, 1, 2, 3, 6, 7, 8, 10, 12, 13, 14, 30, 2**31))
+            )
         case 4:
-            return replace(tensor, offset=rng.choice((*INTEGERS, tensor.offset + 32, tensor.offset - 32)))
+            return replace(
+                tensor, offset=rng.choice((*INTEGERS, tensor.offset + 32, tensor.offset - 32))
+            )
         case _:
-            return replace(tensor, name=_text(tensor.name.decode("utf-8", "replace"), rng).encode("utf-8", "replace"))
+            return replace(
+                tensor,
+                name=_text(tensor.name.decode("utf-8", "replace"), rng).encode("utf-8", "replace"),
+            )
     return replace(tensor, shape=shape)
 
 
@@ -553,7 +678,9 @@ def gguf(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> byt
                 except (ValueError, LookupError, struct.error):
                     continue
                 pair = rng.choice(other.pairs) if other.pairs else None
-                found.pairs = [p for p in pairs if pair is None or p.key != pair.key] + ([pair] if pair else [])
+                found.pairs = [p for p in pairs if pair is None or p.key != pair.key] + (
+                    [pair] if pair else []
+                )
             case 3 if pairs:
                 pairs.append(rng.choice(pairs))
             case 4 if tensors:
@@ -574,10 +701,17 @@ def gguf(data: bytes, rng: Random, donors: Sequence[bytes], plain: Plain) -> byt
 # --- by name
 
 _BY_SUFFIX: dict[str, Mutator] = {
-    ".json": json_file, ".yaml": yaml_file, ".safetensors": safetensors, ".model": protobuf, ".gguf": gguf,
-    ".gz": _packed_lines(gzip.decompress, lambda data: gzip.compress(data, mtime=0)), ".xz": _packed_lines(lzma.decompress, lzma.compress),
-    ".zst": flipped, ".parquet": flipped, ".arrow": flipped,
-}  # fmt: skip
+    ".json": json_file,
+    ".yaml": yaml_file,
+    ".safetensors": safetensors,
+    ".model": protobuf,
+    ".gguf": gguf,
+    ".gz": _packed_lines(gzip.decompress, lambda data: gzip.compress(data, mtime=0)),
+    ".xz": _packed_lines(lzma.decompress, lzma.compress),
+    ".zst": flipped,
+    ".parquet": flipped,
+    ".arrow": flipped,
+}
 
 
 def of_file(name: str) -> Mutator:
@@ -592,17 +726,24 @@ _MARK = re.compile(rb"^%% (.+)\n", re.MULTILINE)
 
 def joined(files: dict[str, bytes]) -> bytes:
     """Files as one input, which can be read and edited: each behind a line with its name."""
-    return b"".join(b"%% " + name.encode() + b"\n" + content + b"\n" for name, content in files.items())
+    return b"".join(
+        b"%% " + name.encode() + b"\n" + content + b"\n" for name, content in files.items()
+    )
 
 
 def split(data: bytes, names: Sequence[str]) -> dict[str, bytes]:
     """The files of an input, those in `names` alone; the last of two of one name."""
     parts = _MARK.split(data)[1:]
-    found = {name.decode("utf-8", "replace"): content.removesuffix(b"\n") for name, content in zip(parts[::2], parts[1::2], strict=True)}
+    found = {
+        name.decode("utf-8", "replace"): content.removesuffix(b"\n")
+        for name, content in zip(parts[::2], parts[1::2], strict=True)
+    }
     return {name: content for name, content in found.items() if name in names}
 
 
-def mutated(data: bytes, rng: Random, names: Sequence[str], donors: Sequence[bytes], plain: Plain = flip) -> bytes:
+def mutated(
+    data: bytes, rng: Random, names: Sequence[str], donors: Sequence[bytes], plain: Plain = flip
+) -> bytes:
     """`data` changed in one of its files; one file alone is the input itself."""
     if len(names) == 1:
         return of_file(names[0])(data, rng, donors, plain)
@@ -620,5 +761,7 @@ def mutated(data: bytes, rng: Random, names: Sequence[str], donors: Sequence[byt
     elif choice < 0.12:
         return plain(data, rng)
     else:
-        files[name] = of_file(name)(files[name], rng, [others[name]] if name in others else [], plain)
+        files[name] = of_file(name)(
+            files[name], rng, [others[name]] if name in others else [], plain
+        )
     return joined(files)

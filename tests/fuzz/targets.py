@@ -1,8 +1,8 @@
 """What is fuzzed: every parser of bytes that come from somewhere else, and a server's requests. A
 target reads all there is in the files of one input.
 
-Only errors that name what the user can mend (`UserError`) may come out, with a message of a readable length; nothing may take long, or
-much memory. Whatever else happens is a `Finding`.
+Only errors that name what the user can mend (`UserError`) may come out, with a message of a
+readable length; nothing may take long, or much memory. Whatever else happens is a `Finding`.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ TEXTS = ("", "The river 42 — 春天\n\tdef f(x): return x  # 😀", "<s>a</s><
 
 @dataclass(frozen=True)
 class Target:
-    """use: reads the files in a folder. files: names that an input may have; of one alone, the input is its bytes. covers: the product's
-    files whose branches are counted."""
+    """use: reads the files in a folder. files: names that an input may have; of one alone, the
+    input is its bytes. covers: the product's files whose branches are counted."""
 
     use: Callable[[Path], None]
     files: tuple[str, ...]
@@ -97,13 +97,16 @@ def _tokenizer(place: Path) -> None:
 
 
 def _config(place: Path) -> None:
-    """What planning asks of a config.json: the decoder, its tensors, the artifact's config, the quantisation of each linear."""
+    """What planning asks of a config.json: the decoder, its tensors, the artifact's config, the
+    quantisation of each linear."""
     checkpoint = Checkpoint(place, config_only=True)
     config, architecture = checkpoint.config, checkpoint.architecture
     architecture.native_config(checkpoint.raw_config)
     found = recognise(checkpoint)
     for layer in range(min(config.layers, 3)):
-        for name in islice((n for segment in segments(architecture, config, layer) for n in segment.names), 20):
+        for name in islice(
+            (n for segment in segments(architecture, config, layer) for n in segment.names), 20
+        ):
             module = f"{architecture.layer_prefix(layer)}.{name}"
             if found:
                 FORMATS[found[0]].scheme_of(module, found[1])
@@ -111,7 +114,9 @@ def _config(place: Path) -> None:
     if config.family != "opt" and config.head_dim <= 1024:
         for length in (8, 2 * min(config.max_positions, 2**12)):
             cos, sin = rotary_table(config, length)
-            assert bool(cos.isfinite().all()) and bool(sin.isfinite().all()), f"{config.rope} gives what is not finite"
+            assert bool(cos.isfinite().all()) and bool(sin.isfinite().all()), (
+                f"{config.rope} gives what is not finite"
+            )
 
 
 def _recipe(place: Path) -> None:
@@ -129,7 +134,8 @@ def _calibration(place: Path) -> None:
 
 
 def _workspace(place: Path) -> None:
-    """The numbers, and which files they ask for; without these, as here, there is no more to read."""
+    """The numbers, and which files they ask for; without these, as here, there is no more to
+    read."""
     read_ini(place / WEIGHTS / CONFIG)
     with suppress(UserError):
         Workspace(place)
@@ -157,73 +163,132 @@ def _release(place: Path) -> None:
 
 
 _TOKENIZER_FILES = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "config.json", "chat_template.json"
-)  # fmt: skip
-_SERVED = (
-    "app",
-    "body",
-    "protocol",
-    "answer",
-    "chat",
-    "completion",
-    "interactive",
-    "generate",
-    "tools",
-    "sampling",
-    "service",
-    "errors",
-    "wire",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "config.json",
+    "chat_template.json",
 )
+_SERVED = (
+    "app", "body", "protocol", "answer", "chat", "completion", "interactive", "generate", "tools",
+    "sampling", "service", "errors", "wire",
+)  # fmt: skip
 _FORMATS = ("awq", "base", "bitsandbytes", "compressed_tensors", "gptq", "recognise")
 TARGETS = {
     "safetensors": Target(_safetensors, ("model.safetensors",), ("checkpoints/tensor_file.py",)),
     "directory": Target(
         _read_all,
-        ("model.safetensors.index.json", "config.json", "a.safetensors", "b.safetensors", "quantize_config.json", "tensor_parallel.json"),
-        ("checkpoints/directory.py", "checkpoints/checkpoint.py", "formats/reader.py", *(f"formats/{name}.py" for name in _FORMATS)),
+        (
+            "model.safetensors.index.json",
+            "config.json",
+            "a.safetensors",
+            "b.safetensors",
+            "quantize_config.json",
+            "tensor_parallel.json",
+        ),
+        (
+            "checkpoints/directory.py",
+            "checkpoints/checkpoint.py",
+            "formats/reader.py",
+            *(f"formats/{name}.py" for name in _FORMATS),
+        ),
     ),
     "gguf": Target(
-        _gguf, ("model.gguf",), ("checkpoints/gguf/file.py", "tokenizers/gguf.py", "checkpoints/gguf/superblocks.py", "formats/gguf.py")
+        _gguf,
+        ("model.gguf",),
+        (
+            "checkpoints/gguf/file.py",
+            "tokenizers/gguf.py",
+            "checkpoints/gguf/superblocks.py",
+            "formats/gguf.py",
+        ),
     ),
-    "sentencepiece": Target(_use_tokenizer, ("tokenizer.model",), ("tokenizers/sentencepiece_model.py",)),
-    "tokenizer": Target(_tokenizer, ("tokenizer.json", *_TOKENIZER_FILES), ("tokenizers/tokenizer.py", "engine/text.py")),
+    "sentencepiece": Target(
+        _use_tokenizer, ("tokenizer.model",), ("tokenizers/sentencepiece_model.py",)
+    ),
+    "tokenizer": Target(
+        _tokenizer,
+        ("tokenizer.json", *_TOKENIZER_FILES),
+        ("tokenizers/tokenizer.py", "engine/text.py"),
+    ),
     "vocabulary": Target(
-        _tokenizer, ("vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", *_TOKENIZER_FILES), ("tokenizers/tokenizer.py",)
+        _tokenizer,
+        ("vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", *_TOKENIZER_FILES),
+        ("tokenizers/tokenizer.py",),
     ),
     "config": Target(
         _config,
         ("config.json", "quantize_config.json", "quant_config.json"),
-        (*(f"models/{name}.py" for name in ("config", "llama", "internlm", "qwen", "mixture", "opt", "rope")),
-         *(f"formats/{name}.py" for name in _FORMATS)),
+        (
+            *(
+                f"models/{name}.py"
+                for name in ("config", "llama", "internlm", "qwen", "mixture", "opt", "rope")
+            ),
+            *(f"formats/{name}.py" for name in _FORMATS),
+        ),
     ),
     "recipe": Target(_recipe, ("recipe.yaml",), ("recipe/loader.py", "recipe/schema.py")),
     "calibration": Target(
         _calibration,
-        tuple(f"text.{end}" for end in ("jsonl", "json", "txt", "csv", "tsv", "parquet", "arrow", "jsonl.gz", "jsonl.zst", "jsonl.xz")),
-        ("calibration/data.py", "calibration/rows.py", "calibration/shapes.py", "calibration/beginnings.py"),
+        tuple(
+            f"text.{end}"
+            for end in (
+                "jsonl",
+                "json",
+                "txt",
+                "csv",
+                "tsv",
+                "parquet",
+                "arrow",
+                "jsonl.gz",
+                "jsonl.zst",
+                "jsonl.xz",
+            )
+        ),
+        (
+            "calibration/data.py",
+            "calibration/rows.py",
+            "calibration/shapes.py",
+            "calibration/beginnings.py",
+        ),
     ),
-    "workspace": Target(_workspace, (f"{WEIGHTS / CONFIG}",), ("checkpoints/turbomind/config.py", "checkpoints/turbomind/workspace.py")),
+    "workspace": Target(
+        _workspace,
+        (f"{WEIGHTS / CONFIG}",),
+        ("checkpoints/turbomind/config.py", "checkpoints/turbomind/workspace.py"),
+    ),
     "artifact": Target(
-        _artifact, ("quantflow.json", "report.json", "release.json"),
+        _artifact,
+        ("quantflow.json", "report.json", "release.json"),
         ("artifacts/artifact.py", "pipeline/release_comparison.py"),
     ),
     "request": Target(
-        server.request, tuple(server.FILES), (*(f"serve/{name}.py" for name in _SERVED), "serve/messages/*.py", "serve/responses/*.py")
+        server.request,
+        tuple(server.FILES),
+        (*(f"serve/{name}.py" for name in _SERVED), "serve/messages/*.py", "serve/responses/*.py"),
     ),
-    "headers": Target(server.headers, ("request.http",), ("serve/guard.py", "serve/connection.py", "serve/errors.py")),
-}  # fmt: skip
+    "headers": Target(
+        server.headers,
+        ("request.http",),
+        ("serve/guard.py", "serve/connection.py", "serve/errors.py"),
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one input did that none may do. name: the same for inputs that go wrong in the same way."""
+    """What one input did that none may do. name: the same for inputs that go wrong in the same
+    way."""
 
     name: str
     text: str
 
 
 def _check_message(error: UserError) -> None:
-    assert len(str(error)) <= LONGEST_MESSAGE, f"a message of {len(str(error))} letters: {str(error)[:200]}"
+    assert len(str(error)) <= LONGEST_MESSAGE, (
+        f"a message of {len(str(error))} letters: {str(error)[:200]}"
+    )
 
 
 def lay_out(data: bytes, files: Sequence[str], place: Path) -> None:
@@ -250,7 +315,11 @@ def judge(target: Target, data: bytes, place: Path) -> Finding | None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the tokenizers library is no Exception
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/quantflow/" in f.filename or "/fuzz/" in f.filename]
+        frames = [
+            f
+            for f in traceback.extract_tb(error.__traceback__)
+            if "/quantflow/" in f.filename or "/fuzz/" in f.filename
+        ]
         at = f"{Path(frames[-1].filename).name} {frames[-1].name}" if frames else ""
         return Finding(f"{type(error).__name__} {at}", "".join(traceback.format_exception(error)))
     seconds = time.process_time() - began

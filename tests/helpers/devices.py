@@ -1,4 +1,5 @@
-"""Where kernels run in the tests: on a GPU where there is one, else in Triton's interpreter (tests/conftest.py)."""
+"""Where kernels run in the tests: on a GPU where there is one, else in Triton's interpreter
+(tests/conftest.py)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What llama.cpp makes of awkward texts, by every name of `tokenizer.ggml.pre`: `python -m tests.helpers.llama_tokens` writes it down.
+"""What llama.cpp makes of awkward texts, by every name of `tokenizer.ggml.pre`: `python -m
+tests.helpers.llama_tokens` writes it down.
 
-It needs llama-cpp-python. The vocabulary has a token for all but a few bytes, and merges that go across what splitters cut at, so that
-each cut shows in the tokens.
+It needs llama-cpp-python. The vocabulary has a token for all but a few bytes, and merges that go
+across what splitters cut at, so that each cut shows in the tokens.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 FILE = Path(__file__).parents[1] / "tokenizers" / "vectors" / "llama_tokens.json"
-MISSING = [0x00, 0x04, 0x1D, 0x7F, 0xC0, 0xF5]  # bytes without a token; 0x7F stands in many texts, and within words
+# bytes without a token; 0x7F stands in many texts, and within words
+MISSING = [0x00, 0x04, 0x1D, 0x7F, 0xC0, 0xF5]
 
 TEXTS = [
     "",
-    "Hello world! It's John's, we'll see; they've been. I'M SURE YOU'RE HE'LL 'Twas rock 'n' roll don'T",
+    (
+        "Hello world! It's John's, we'll see; they've been. I'M SURE YOU'RE HE'LL 'Twas rock 'n'"
+        " roll don'T"
+    ),
     "'ſ 'S 's's 'LL'Ve it'sit 'r 'v 'l 're've 'mx",
     "    four spaces,  two, one , \t tabs\t\there \t",
     "trailing   ",
@@ -31,13 +36,19 @@ TEXTS = [
     "1 12 123 1234 12345 123456 1234567 3.14159 1,000,000 x86 a1b22c333d4444 0x1F 2024-01-02T03:04",
     "12345\n678 ٣٤٥٦ ½²³ Ⅷ ⑳ 1e10 100% 5$ $6",
     "the   7 and  77   777    7777 cats",
-    '!!! ??? ... --- === `code` ~x~ a^b <tag> [x] {y} |z| \\n "q" #1 @me &amp; _u_ *b* (p) +c /d /e/f 1/2',
+    (
+        '!!! ??? ... --- === `code` ~x~ a^b <tag> [x] {y} |z| \\n "q" #1 @me &amp; _u_ *b* (p) +c'
+        " /d /e/f 1/2"
+    ),
     "!a ?B .com ,x (y )z 'w \"v/w/ a/\n// \r\n/* x */",
     "camelCase HelloWorld XMLHttpRequest iPhone ÉCOLE École éÉ ÀÉÎ ßẞ ǅ ΑΒΓ αβγ АБВ абв İı",
     "naïve café cafe\u0301 e\u0301e\u0301 n\u0303 \u0301x \u0301\u0302 Z\u0350a\u0351l\u0352go",
     "हिन्दी में लिखा বাংলা ภาษาไทย ខ្មែរ မြန်မာ தமிழ் తెలుగు ລາວ",
     "العربية مَرْحَبًا، كيف؟ ۔ עברית שָׁלוֹם",
-    "中文漢字。你好，世界！「引用」 日本語ひらがなカタカナ 한국어 한글 ㄱㄴㄷ ㄅㄆㄇ 㐀䶵 豈 𠀀𪛖𫝀 ｱｲｳ ＡＢＣ１２３",
+    (
+        "中文漢字。你好，世界！「引用」 日本語ひらがなカタカナ 한국어 한글 ㄱㄴㄷ ㄅㄆㄇ 㐀䶵 豈"
+        " 𠀀𪛖𫝀 ｱｲｳ ＡＢＣ１２３"
+    ),
     "中文abc中文ABC's中文123中文 中 文\n中",
     "ꀀꀁ ꔀ ꙁ ꜣ ꠀ ꡀ ꯀ \ue000\ue001 \uf8ff",
     "😀 👨\u200d👩\u200d👧 🏳️\u200d🌈 🇫🇷 👍🏽 ☺️ ☃ ♥ → ∑ √ ± × ÷ © ™ € £ ¥",
@@ -60,7 +71,9 @@ TEXTS = [
 def random_texts(count: int = 24, seed: int = 16) -> list[str]:
     """Pieces of all kinds, one after the other without order."""
     generator = random.Random(seed)
-    pieces = " |  |   |\n|\r\n|\t|a|B|é|É|中|あ|한|ह|\u0301|1|22|333|4444|'s|'LL|'|!|...|/|$|\0|_|😀".split("|")
+    pieces = " |  |   |\n|\r\n|\t|a|B|é|É|中|あ|한|ह|\u0301|1|22|333|4444|'s|'LL|'|!|...|/|$|\0|_|😀".split(
+        "|"
+    )
     pieces += "\u3000|\u2003|\u00a0|\u2028|the|ABC|xYz|ſ|٣|-".split("|")
     return ["".join(generator.choices(pieces, k=generator.randint(4, 14))) for _ in range(count)]
 
@@ -73,8 +86,13 @@ def vocabulary() -> tuple[list[str], list[str]]:
     missing = {letters[byte] for byte in MISSING}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=letters, show_progress=False, max_token_length=6)
-    tokenizer.train_from_iterator([" ".join(text.split("\n")[0][:40] for text in TEXTS), *TEXTS, *random_texts(200, seed=7)], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=letters, show_progress=False, max_token_length=6
+    )
+    tokenizer.train_from_iterator(
+        [" ".join(text.split("\n")[0][:40] for text in TEXTS), *TEXTS, *random_texts(200, seed=7)],
+        trainer,
+    )
     model = json.loads(tokenizer.to_str())["model"]
     tokens = [token for token in model["vocab"] if not missing & set(token)]
     merges = [" ".join(pair) for pair in model["merges"] if not missing & set("".join(pair))]
@@ -93,7 +111,9 @@ def metadata(name: str, tokens: Sequence[str], merges: Sequence[str]) -> dict[st
     }
 
 
-def llama_ids(name: str, tokens: Sequence[str], merges: Sequence[str], texts: Sequence[str], folder: Path) -> list[list[int]]:
+def llama_ids(
+    name: str, tokens: Sequence[str], merges: Sequence[str], texts: Sequence[str], folder: Path
+) -> list[list[int]]:
     """llama.cpp's tokens of each text, with what it puts around one by default."""
     import gguf
     import llama_cpp
@@ -122,10 +142,18 @@ def main() -> None:
     rows: list[dict[str, list[str]]] = [{} for _ in texts]
     with tempfile.TemporaryDirectory() as folder:
         for name in SPLITTERS:
-            for row, ids in zip(rows, llama_ids(name, tokens, merges, texts, Path(folder)), strict=True):
+            for row, ids in zip(
+                rows, llama_ids(name, tokens, merges, texts, Path(folder)), strict=True
+            ):
                 row.setdefault(" ".join(map(str, ids)), []).append(name)
-    known = [{"text": text, "ids": {ids: " ".join(names) for ids, names in row.items()}} for text, row in zip(texts, rows, strict=True)]
-    made = f"llama.cpp in llama-cpp-python {llama_cpp.__version__}, by python -m tests.helpers.llama_tokens"
+    known = [
+        {"text": text, "ids": {ids: " ".join(names) for ids, names in row.items()}}
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    made = (
+        f"llama.cpp in llama-cpp-python {llama_cpp.__version__}, by python -m"
+        " tests.helpers.llama_tokens"
+    )
     content = {"made": made, "tokens": tokens, "merges": merges, "texts": known}
     FILE.write_text(json.dumps(content, ensure_ascii=True, separators=(",", ":")) + "\n")
 

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 SPECIFICATION = Path(__file__).parents[3] / "shared" / "openapi" / "openapi.yaml"
-shared = pytest.mark.skipif(not SPECIFICATION.is_file(), reason="OpenAI's specification is not there")
+shared = pytest.mark.skipif(
+    not SPECIFICATION.is_file(), reason="OpenAI's specification is not there"
+)
 
 
 @functools.lru_cache
@@ -49,6 +51,8 @@ def properties(name: str) -> set[str]:
     def of(schema: Any) -> set[str]:
         if "$ref" in schema:
             return of(specification()[schema["$ref"].rsplit("/", 1)[1]])
-        return set(schema.get("properties", ())).union(*(of(part) for part in schema.get("allOf", ())))
+        return set(schema.get("properties", ())).union(
+            *(of(part) for part in schema.get("allOf", ()))
+        )
 
     return of(specification()[name])

@@ -26,17 +26,20 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def pages() -> list[Path]:
-    """README.md, SECURITY.md and everything under docs/ that is English: what a translation shows, its English page shows too."""
+    """README.md, SECURITY.md and everything under docs/ that is English: what a translation shows,
+    its English page shows too."""
     found = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [page for page in found if page not in translations()]
 
 
 @cache
 def translations() -> dict[Path, Path]:
-    """Chinese page -> the English one: README.zh-CN.md -> README.md, docs/zh-CN/x.md -> docs/x.md."""
+    """Chinese page -> the English one: README.zh-CN.md -> README.md, docs/zh-CN/x.md ->
+    docs/x.md."""
     docs = ROOT / "docs"
     return {ROOT / "README.zh-CN.md": ROOT / "README.md"} | {
-        page: docs / page.relative_to(docs / "zh-CN") for page in sorted((docs / "zh-CN").rglob("*.md"))
+        page: docs / page.relative_to(docs / "zh-CN")
+        for page in sorted((docs / "zh-CN").rglob("*.md"))
     }
 
 
@@ -61,7 +64,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """A command of a fenced block. text: without its comment and without what stands in brackets, which may be left out; whole: with it."""
+    """A command of a fenced block. text: without its comment and without what stands in brackets,
+    which may be left out; whole: with it."""
 
     page: str
     line: int
@@ -84,7 +88,8 @@ def blocks() -> Iterator[Block]:
 
 
 def commands() -> list[Command]:
-    """Every command of a program of `OURS` or `FOREIGN`, in the order of the pages. Lines of other words are output."""
+    """Every command of a program of `OURS` or `FOREIGN`, in the order of the pages. Lines of other
+    words are output."""
     found = []
     for block in blocks():
         if block.language not in SHELLS:
@@ -100,7 +105,8 @@ def commands() -> list[Command]:
             words = text.split()
             if not text.startswith(" ") and words and words[0] in (*OURS, *FOREIGN):
                 whole = _uncommented(text)
-                bare = re.sub(r"\s*\[[^\]]*\]", "", whole) if "'" not in whole else whole  # JSON has brackets of its own
+                # JSON has brackets of its own
+                bare = re.sub(r"\s*\[[^\]]*\]", "", whole) if "'" not in whole else whole
                 found.append(Command(block.page, block.line + first, bare, whole))
     return found
 
@@ -124,8 +130,13 @@ def inline_commands(program: str = "quantflow") -> list[tuple[str, str]]:
 
 
 def inline_settings() -> list[tuple[str, str]]:
-    """(page, YAML) of every span that looks like a section or a stage with settings in braces, such as `weights: {bits: 4}`."""
-    return [(name, span) for name, span in _spans() if re.fullmatch(r"[a-z_0-9]+: \{.*\}", span) and "…" not in span]
+    """(page, YAML) of every span that looks like a section or a stage with settings in braces, such
+    as `weights: {bits: 4}`."""
+    return [
+        (name, span)
+        for name, span in _spans()
+        if re.fullmatch(r"[a-z_0-9]+: \{.*\}", span) and "…" not in span
+    ]
 
 
 def _spans() -> Iterator[tuple[str, str]]:
@@ -135,10 +146,14 @@ def _spans() -> Iterator[tuple[str, str]]:
 
 
 def quoted_messages() -> list[tuple[str, str]]:
-    """(page, message) of every blockquote that is one span: a message of QuantFlow's, `…` for what differs."""
+    """(page, message) of every blockquote that is one span: a message of QuantFlow's, `…` for what
+    differs."""
     found = []
     for page in pages():
-        found += [(name_of(page), text) for text in re.findall(r"^> `(.+)`$", page.read_text(encoding="utf-8"), re.M)]
+        found += [
+            (name_of(page), text)
+            for text in re.findall(r"^> `(.+)`$", page.read_text(encoding="utf-8"), re.M)
+        ]
     return found
 
 

@@ -1,4 +1,5 @@
-"""A server in this process, on a free port of the loopback address, and the plainest HTTP client."""
+"""A server in this process, on a free port of the loopback address, and the plainest HTTP
+client."""
 
 from __future__ import annotations
 
@@ -22,27 +23,32 @@ from quantflow.serve.service import Service
 
 DEMO = Path(__file__).parents[2] / "calib_data" / "demo_model"
 LMDEPLOY_BODY = {
-    "model": "internlm-chat-7b", "messages": "写一首春天的诗", "temperature": 0.7, "top_p": 1, "n": 1, "max_tokens": 512, "stop": False,
-    "stream": False, "presence_penalty": 0, "frequency_penalty": 0, "user": "string", "repetition_penalty": 1, "renew_session": False,
+    "model": "internlm-chat-7b", "messages": "写一首春天的诗", "temperature": 0.7, "top_p": 1, "n": 1,
+    "max_tokens": 512, "stop": False, "stream": False, "presence_penalty": 0,
+    "frequency_penalty": 0, "user": "string", "repetition_penalty": 1, "renew_session": False,
     "ignore_eos": False,
 }  # fmt: skip
 NEUTRAL_IN_CHAT = {  # as those send it who give every parameter of chat completions its default
-    "priority": 0, "min_tokens": 0, "min_new_tokens": 0, "stop_token_ids": [], "logit_bias": {}, "skip_special_tokens": True,
-    "include_stop_str_in_output": False, "return_token_ids": False, "prompt_logprobs": None, "do_sample": True, "presence_penalty": 0,
-    "frequency_penalty": 0.0, "repetition_penalty": 1.0, "n": 1, "stop": [], "ignore_eos": False, "min_p": 0, "logprobs": False,
-    "top_logprobs": 0, "response_format": {"type": "text"}, "parallel_tool_calls": True, "guided_json": None, "best_of": 1,
+    "priority": 0, "min_tokens": 0, "min_new_tokens": 0, "stop_token_ids": [], "logit_bias": {},
+    "skip_special_tokens": True, "include_stop_str_in_output": False, "return_token_ids": False,
+    "prompt_logprobs": None, "do_sample": True, "presence_penalty": 0, "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0, "n": 1, "stop": [], "ignore_eos": False, "min_p": 0,
+    "logprobs": False, "top_logprobs": 0, "response_format": {"type": "text"},
+    "parallel_tool_calls": True, "guided_json": None, "best_of": 1,
     "stream_options": {"include_usage": True},
 }  # fmt: skip
 
 TOOL_TEMPLATE = (
-    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}Answer in <tool_call></tool_call>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}Answer in"
+    " <tool_call></tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{"
+    " m.content }}{% for c in m.tool_calls or [] %}{{ c | tojson }}{% endfor %}<|im_end|>\n{%"
+    " endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def with_tools(folder: Path) -> Path:
-    """The demo model with a dialogue format that knows tools, which it was not trained for: it calls those that it must."""
+    """The demo model with a dialogue format that knows tools, which it was not trained for: it
+    calls those that it must."""
     shutil.copytree(DEMO, folder)
     (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
     return folder
@@ -87,7 +93,9 @@ class Running:
             given = {name.replace("_", "-"): value for name, value in headers.items()}
             connection.request(method, path, data, {"content-type": "application/json", **given})
             response = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            return Answer(
+                response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+            )
         finally:
             connection.close()
 
@@ -98,22 +106,34 @@ class Running:
         return self.send("POST", path, body, **headers)
 
     def complete(self, **body: Any) -> Answer:
-        return self.post("/v1/completions", {"prompt": "The table", "max_tokens": 8, "temperature": 0, **body})
+        return self.post(
+            "/v1/completions", {"prompt": "The table", "max_tokens": 8, "temperature": 0, **body}
+        )
 
     def chat(self, **body: Any) -> Answer:
-        given = {"messages": [{"role": "user", "content": "What is a table?"}], "max_tokens": 8, "temperature": 0}
+        given = {
+            "messages": [{"role": "user", "content": "What is a table?"}],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
         return self.post("/v1/chat/completions", {**given, **body})
 
     def socket(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def metric(self, name: str) -> float:
-        found = [line for line in self.get("/metrics").body.decode().splitlines() if line.startswith((f"{name} ", f"{name}{{"))]
+        found = [
+            line
+            for line in self.get("/metrics").body.decode().splitlines()
+            if line.startswith((f"{name} ", f"{name}{{"))
+        ]
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
 
 @contextmanager
-def serving(model: Path = DEMO, config: ServerConfig | None = None, **options: Any) -> Iterator[Running]:
+def serving(
+    model: Path = DEMO, config: ServerConfig | None = None, **options: Any
+) -> Iterator[Running]:
     """options: those of EngineConfig."""
     llm = AsyncLLM(model, device="cpu", **{"cache_bytes": 2**26, "max_batch_size": 8, **options})
     config = config or ServerConfig(port=0)
@@ -137,7 +157,10 @@ def serving(model: Path = DEMO, config: ServerConfig | None = None, **options: A
 
 def request(body: Any, path: str = "/v1/completions") -> bytes:
     data = json.dumps(body).encode()
-    lines = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    lines = (
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+        f" application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    )
     return lines.encode() + data
 
 

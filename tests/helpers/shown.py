@@ -19,12 +19,14 @@ FEWER: dict[str, list[str]] = {
     "chat": ["--max-tokens", "4"],
     "serve": ["--port", "0", "--cache-max-entry-count", "0.01"],
 }
-"""What is put behind a verb's arguments, where the last of two counts; behind those of a verb with an option, where it has that."""
+"""What is put behind a verb's arguments, where the last of two counts; behind those of a verb with
+an option, where it has that."""
 TYPED = "What is a table?\n\n/stats\nexit\n"  # to `quantflow chat`
 
 
 def run_quantflow(text: str, places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the command prints; that it ends well is asserted. places: words of the page -> what they are here."""
+    """What the command prints; that it ends well is asserted. places: words of the page -> what
+    they are here."""
     _in_this_process(monkeypatch)
     words = [places.get(word, word) for word in shlex.split(text)[1:]]
     options = [f"{words[0]} {word}" for word in words if f"{words[0]} {word}" in FEWER]

@@ -1,4 +1,5 @@
-"""What two pages must have in common for one to be the other's translation. Words are not compared: everything else of a section is."""
+"""What two pages must have in common for one to be the other's translation. Words are not compared:
+everything else of a section is."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ LANGUAGES = re.compile(r"English \| \[简体中文\]\(\S+\)|\[English\]\(\S+\) \
 """The line below a page's title."""
 
 _CHINESE = re.compile(r"[\u4e00-\u9fff]")
-_ENGLISH = re.compile(r"\b(?:the|of|and|or|is|are|to|an?|by|with|in|for|not|on|at|as|from|each)\b", re.A)
+_ENGLISH = re.compile(
+    r"\b(?:the|of|and|or|is|are|to|an?|by|with|in|for|not|on|at|as|from|each)\b", re.A
+)
 _COMMENT = re.compile(r"(?:^|\s{2,})# (.*)$")
 _WORD = re.compile(r"[A-Za-z](?:[\w.+-]*\w)?", re.A)
 _FIGURE = re.compile(
@@ -34,8 +37,15 @@ _FIGURE = re.compile(
 def sections(text: str) -> list[str]:
     """A page in parts that begin with a heading of the first or second level."""
     lines = text.splitlines(keepends=True)
-    starts = [token.map[0] for token in MARKDOWN.parse(text) if token.type == "heading_open" and token.tag in ("h1", "h2") and token.map]
-    return ["".join(lines[start:end]) for start, end in zip([0, *starts[1:]], [*starts[1:], None], strict=True)]
+    starts = [
+        token.map[0]
+        for token in MARKDOWN.parse(text)
+        if token.type == "heading_open" and token.tag in ("h1", "h2") and token.map
+    ]
+    return [
+        "".join(lines[start:end])
+        for start, end in zip([0, *starts[1:]], [*starts[1:], None], strict=True)
+    ]
 
 
 def digest(section: str) -> str:
@@ -44,23 +54,34 @@ def digest(section: str) -> str:
 
 
 def stamp(section: str) -> str:
-    """The digest of the English section that a Chinese one was made from, which it carries in a comment; "" without one."""
+    """The digest of the English section that a Chinese one was made from, which it carries in a
+    comment; "" without one."""
     found = re.search(r"^<!-- en: ([0-9a-f]{8}) -->$", section, re.M)
     return found[1] if found else ""
 
 
 def figures(text: str) -> list[str]:
-    """Numbers, each with its unit: `8.4`, `96 %`, `4 bit`. The word for bits is translated; symbols such as MiB and tokens/s are not."""
-    return [f"{m['number']} {m['unit'] or ('bit' if m['bits'] else '')}".rstrip() for m in _FIGURE.finditer(text)]
+    """Numbers, each with its unit: `8.4`, `96 %`, `4 bit`. The word for bits is translated; symbols
+    such as MiB and tokens/s are not."""
+    return [
+        f"{m['number']} {m['unit'] or ('bit' if m['bits'] else '')}".rstrip()
+        for m in _FIGURE.finditer(text)
+    ]
 
 
 def names(text: str) -> set[str]:
-    """Words with a digit, or with a capital that is not the first letter: `int8`, `Q4_0`, `vLLM`, `KV`."""
-    return {re.sub(r"(?<=[A-Z])s$", "", word) for word in _WORD.findall(text) if re.search(r"\d|(?<=.)[A-Z]", word)}
+    """Words with a digit, or with a capital that is not the first letter: `int8`, `Q4_0`, `vLLM`,
+    `KV`."""
+    return {
+        re.sub(r"(?<=[A-Z])s$", "", word)
+        for word in _WORD.findall(text)
+        if re.search(r"\d|(?<=.)[A-Z]", word)
+    }
 
 
 def differences(english: str, chinese: str, places: tuple[Path, Path]) -> Iterator[str]:
-    """Why one section isn't the other's translation. places: the files that the two are of, for their links."""
+    """Why one section isn't the other's translation. places: the files that the two are of, for
+    their links."""
     wanted, here = _parsed(english), _parsed(chinese)
     for pair in zip_longest(_shape(wanted), _shape(here)):
         if pair[0] != pair[1]:
@@ -81,21 +102,28 @@ def _parsed(section: str) -> list[Token]:
 
 def _shape(tokens: list[Token]) -> list[str]:
     """The blocks in their order: kinds, levels of headings, languages of fences."""
-    return [f"{token.type} {token.tag} {token.info}".rstrip() for token in tokens if token.type not in ("inline", "html_block")]
+    return [
+        f"{token.type} {token.tag} {token.info}".rstrip()
+        for token in tokens
+        if token.type not in ("inline", "html_block")
+    ]
 
 
 def _leaves(tokens: list[Token]) -> list[tuple[str, Token]]:
     """(tag around it, block) of what holds text, but for the line of languages."""
     found, tag = [], ""
     for token in tokens:
-        if token.type == "fence" or (token.type == "inline" and not LANGUAGES.fullmatch(token.content)):
+        if token.type == "fence" or (
+            token.type == "inline" and not LANGUAGES.fullmatch(token.content)
+        ):
             found.append((tag, token))
         tag = token.tag
     return found
 
 
 def _differences_of_blocks(english: str, chinese: str, places: tuple[Path, Path]) -> Iterator[str]:
-    """Byte for byte, but for the words of comments. What `$` marks as a command and its output has none."""
+    """Byte for byte, but for the words of comments. What `$` marks as a command and its output has
+    none."""
     output = re.search(r"^\$ ", english, re.M)
     for wanted, here in zip_longest(english.split("\n"), chinese.split("\n"), fillvalue=""):
         comments = [None if output else _COMMENT.search(line) for line in (wanted, here)]
@@ -107,20 +135,33 @@ def _differences_of_blocks(english: str, chinese: str, places: tuple[Path, Path]
             yield f"{here}\n    in English {wanted}"
 
 
-def _differences_of_text(english: Token, chinese: Token, places: tuple[Path, Path], ordered: bool) -> Iterator[str]:
-    """ordered: figures come in one order, as they do within a cell. Grammar may turn round those of a sentence."""
+def _differences_of_text(
+    english: Token, chinese: Token, places: tuple[Path, Path], ordered: bool
+) -> Iterator[str]:
+    """ordered: figures come in one order, as they do within a cell. Grammar may turn round those of
+    a sentence."""
     gather: Any = list if ordered else Counter
     said, here = _prose(english), _prose(chinese)
     there = {source: page for page, source in translations().items()}
     for what, one, other in (
         ("code", Counter(_of(english, "code_inline")), Counter(_of(chinese, "code_inline"))),
         ("figures", gather(figures(said)), gather(figures(here))),
-        ("links", *(Counter(_target(place, href, to) for href in _of(token, "link_open"))
-                    for token, place, to in ((english, places[0], there), (chinese, places[1], {})))),
-        ("images", *([_target(place, source, {}) for source in _of(token, "image")]
-                     for token, place in zip((english, chinese), places, strict=True))),
+        (
+            "links",
+            *(
+                Counter(_target(place, href, to) for href in _of(token, "link_open"))
+                for token, place, to in ((english, places[0], there), (chinese, places[1], {}))
+            ),
+        ),
+        (
+            "images",
+            *(
+                [_target(place, source, {}) for source in _of(token, "image")]
+                for token, place in zip((english, chinese), places, strict=True)
+            ),
+        ),
         ("bold", len(_of(english, "strong_open")), len(_of(chinese, "strong_open"))),
-    ):  # fmt: skip
+    ):
         if one != other:
             yield f"{what}: {_said(other, one)}, in English {_said(one, other)}"
     if lost := names(said) - names(here):
@@ -145,7 +186,11 @@ def _within(token: Token) -> Iterator[Token]:
 
 def _of(token: Token, kind: str) -> list[str]:
     """What the inline tokens of a kind say: code, where a link leads, where an image lies."""
-    return [str(child.attrs.get("href") or child.attrs.get("src") or child.content) for child in _within(token) if child.type == kind]
+    return [
+        str(child.attrs.get("href") or child.attrs.get("src") or child.content)
+        for child in _within(token)
+        if child.type == kind
+    ]
 
 
 def _prose(token: Token) -> str:
@@ -159,8 +204,8 @@ def _folded(text: str) -> str:
 
 
 def _target(place: Path, href: str, translated: dict[Path, Path]) -> str:
-    """Where a link on a page leads, said in one way for both languages: for a page the one it is translated by, for its headings their
-    places."""
+    """Where a link on a page leads, said in one way for both languages: for a page the one it is
+    translated by, for its headings their places."""
     path, _, anchor = href.partition("#")
     if ":" in path:
         return href

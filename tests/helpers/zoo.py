@@ -1,7 +1,9 @@
-"""Two-layer random checkpoints of every architecture, under the tensor names and config keys that the family has on the hub.
+"""Two-layer random checkpoints of every architecture, under the tensor names and config keys that
+the family has on the hub.
 
-Everything is small: hidden 64, four heads, a vocabulary of 320, and 32 divides every input dimension. The files are written without
-`quantflow.models`: what they look like is written down a second time.
+Everything is small: hidden 64, four heads, a vocabulary of 320, and 32 divides every input
+dimension. The files are written without `quantflow.models`: what they look like is written down a
+second time.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from quantflow.decoder.native import DecoderLayer, embed, logits, sequences
 from quantflow.formats.reader import Weights
 from tests.helpers.tiny import write_tokenizer
 
-HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, LAYERS, EXPERTS, EXPERT_INNER = 64, 96, 4, 2, 320, 2, 4, 32
+HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, LAYERS, EXPERTS, EXPERT_INNER = (
+    64, 96, 4, 2, 320, 2, 4, 32,
+)  # fmt: skip
 TRAINED = 24  # positions, in the families that stretch their rotary embedding beyond it
 WINDOW = 8
 
@@ -36,26 +40,44 @@ class Specimen:
 
 
 class _Random:
-    """Tensors of one generator. Channels differ in size, by their norms and by the rows that write them: else AWQ finds nothing to do."""
+    """Tensors of one generator. Channels differ in size, by their norms and by the rows that write
+    them: else AWQ finds nothing to do."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype, self._generator = dtype, torch.Generator().manual_seed(11)
 
     def __call__(self, *shape: int, scale: float = 0.1) -> Tensor:
-        sizes = torch.randn(*shape[:-1], 1, generator=self._generator).mul(0.5).exp() if len(shape) > 1 else 1.0
+        sizes = (
+            torch.randn(*shape[:-1], 1, generator=self._generator).mul(0.5).exp()
+            if len(shape) > 1
+            else 1.0
+        )
         return (torch.randn(shape, generator=self._generator) * sizes * scale).to(self.dtype)
 
     def norm(self, size: int = HIDDEN) -> Tensor:
         return torch.randn(size, generator=self._generator).mul(0.6).exp().to(self.dtype)
 
     def outer(self, embedding: str, norm: str, head: str = "") -> Tensors:
-        found = {embedding: self(VOCABULARY, HIDDEN, scale=0.25 if head else 0.1), norm: self.norm()}
+        found = {
+            embedding: self(VOCABULARY, HIDDEN, scale=0.25 if head else 0.1),
+            norm: self.norm(),
+        }
         return found | ({head: self(VOCABULARY, HIDDEN)} if head else {})
 
     def llama_layer(
-        self, p: str, *, size: int = 16, kv: int = KV_HEADS, qkv_bias: bool = False, o_bias: bool = False, mlp: bool = True
+        self,
+        p: str,
+        *,
+        size: int = 16,
+        kv: int = KV_HEADS,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        mlp: bool = True,
     ) -> Tensors:
-        found = {f"{p}.input_layernorm.weight": self.norm(), f"{p}.post_attention_layernorm.weight": self.norm()}
+        found = {
+            f"{p}.input_layernorm.weight": self.norm(),
+            f"{p}.post_attention_layernorm.weight": self.norm(),
+        }
         for name, heads in (("q", HEADS), ("k", kv), ("v", kv)):
             found[f"{p}.self_attn.{name}_proj.weight"] = self(heads * size, HIDDEN)
             if qkv_bias:
@@ -72,14 +94,32 @@ class _Random:
         }  # fmt: skip
 
 
-def _llama_like(model_type: str, architecture: str, random: _Random, **changes: Any) -> dict[str, Any]:
+def _llama_like(
+    model_type: str, architecture: str, random: _Random, **changes: Any
+) -> dict[str, Any]:
     return {
-        "architectures": [architecture], "model_type": model_type, "hidden_size": HIDDEN, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "hidden_act": "silu", "rope_theta": 10000.0, "rope_scaling": None,
-        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "use_cache": True, "initializer_range": 0.02,
-        "torch_dtype": str(random.dtype).removeprefix("torch."), "transformers_version": "4.45.0", **changes,
-    }  # fmt: skip
+        "architectures": [architecture],
+        "model_type": model_type,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "use_cache": True,
+        "initializer_range": 0.02,
+        "torch_dtype": str(random.dtype).removeprefix("torch."),
+        "transformers_version": "4.45.0",
+        **changes,
+    }
 
 
 def _native(random: _Random, head: str = "lm_head.weight", **options: Any) -> Tensors:
@@ -92,12 +132,25 @@ def _native(random: _Random, head: str = "lm_head.weight", **options: Any) -> Te
 def _llama3(random: _Random) -> Specimen:
     """Llama 3.2: tied head, scaled rotary embedding, head_dim spelled out."""
     scaling = {
-        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 64, "rope_type": "llama3"
-    }  # fmt: skip
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 64,
+        "rope_type": "llama3",
+    }
     config = _llama_like(
-        "llama", "LlamaForCausalLM", random, tie_word_embeddings=True, rope_theta=500000.0, rope_scaling=scaling, head_dim=16,
-        attention_bias=False, mlp_bias=False, pretraining_tp=1, max_position_embeddings=131072,
-    )  # fmt: skip
+        "llama",
+        "LlamaForCausalLM",
+        random,
+        tie_word_embeddings=True,
+        rope_theta=500000.0,
+        rope_scaling=scaling,
+        head_dim=16,
+        attention_bias=False,
+        mlp_bias=False,
+        pretraining_tp=1,
+        max_position_embeddings=131072,
+    )
     return Specimen(config, _native(random, head=""))
 
 
@@ -107,12 +160,22 @@ def _llama_bias(random: _Random) -> Specimen:
 
 
 def _internlm(random: _Random) -> Specimen:
-    """InternLM-7B: one KV head a head, biases on q, k, v and o, remote code, the rotary buffers that old files hold."""
+    """InternLM-7B: one KV head a head, biases on q, k, v and o, remote code, the rotary buffers
+    that old files hold."""
     config = _llama_like(
-        "internlm", "InternLMForCausalLM", random, bias=True, rotary={"base": 10000, "type": "dynamic"}, max_position_embeddings=TRAINED,
-        num_key_value_heads=HEADS, rms_norm_eps=1e-6,
-        auto_map={"AutoConfig": "configuration_internlm.InternLMConfig", "AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM"},
-    )  # fmt: skip
+        "internlm",
+        "InternLMForCausalLM",
+        random,
+        bias=True,
+        rotary={"base": 10000, "type": "dynamic"},
+        max_position_embeddings=TRAINED,
+        num_key_value_heads=HEADS,
+        rms_norm_eps=1e-6,
+        auto_map={
+            "AutoConfig": "configuration_internlm.InternLMConfig",
+            "AutoModelForCausalLM": "modeling_internlm.InternLMForCausalLM",
+        },
+    )
     for key in ("rope_theta", "rope_scaling"):
         del config[key]
     tensors = _native(random, kv=HEADS, qkv_bias=True, o_bias=True)
@@ -123,61 +186,109 @@ def _internlm(random: _Random) -> Specimen:
 
 def _internlm2(random: _Random) -> Specimen:
     config = _llama_like(
-        "internlm2", "InternLM2ForCausalLM", random, bias=False, rope_theta=1000000, rope_scaling={"type": "dynamic", "factor": 2.0},
-        max_position_embeddings=TRAINED, attn_implementation="eager", pad_token_id=1,
+        "internlm2",
+        "InternLM2ForCausalLM",
+        random,
+        bias=False,
+        rope_theta=1000000,
+        rope_scaling={"type": "dynamic", "factor": 2.0},
+        max_position_embeddings=TRAINED,
+        attn_implementation="eager",
+        pad_token_id=1,
         auto_map={
-            "AutoConfig": "configuration_internlm2.InternLM2Config", "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"
+            "AutoConfig": "configuration_internlm2.InternLM2Config",
+            "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
         },
-    )  # fmt: skip
+    )
     tensors = random.outer("model.tok_embeddings.weight", "model.norm.weight", "output.weight")
     for i in range(LAYERS):
         p = f"model.layers.{i}"
         tensors |= {
-            f"{p}.attention_norm.weight": random.norm(), f"{p}.ffn_norm.weight": random.norm(),
-            f"{p}.attention.wqkv.weight": random((HEADS + 2 * KV_HEADS) * 16, HIDDEN), f"{p}.attention.wo.weight": random(HIDDEN, HIDDEN),
-            f"{p}.feed_forward.w1.weight": random(INNER, HIDDEN), f"{p}.feed_forward.w3.weight": random(INNER, HIDDEN),
+            f"{p}.attention_norm.weight": random.norm(),
+            f"{p}.ffn_norm.weight": random.norm(),
+            f"{p}.attention.wqkv.weight": random((HEADS + 2 * KV_HEADS) * 16, HIDDEN),
+            f"{p}.attention.wo.weight": random(HIDDEN, HIDDEN),
+            f"{p}.feed_forward.w1.weight": random(INNER, HIDDEN),
+            f"{p}.feed_forward.w3.weight": random(INNER, HIDDEN),
             f"{p}.feed_forward.w2.weight": random(HIDDEN, INNER),
-        }  # fmt: skip
+        }
     return Specimen(config, tensors)
 
 
 def _mistral(random: _Random) -> Specimen:
-    return Specimen(_llama_like("mistral", "MistralForCausalLM", random, sliding_window=WINDOW), _native(random))
+    return Specimen(
+        _llama_like("mistral", "MistralForCausalLM", random, sliding_window=WINDOW), _native(random)
+    )
 
 
 def _qwen(random: _Random) -> Specimen:
-    """Qwen-7B-Chat: q, k and v in one biased linear; intermediate_size counts gate and up together."""
+    """Qwen-7B-Chat: q, k and v in one biased linear; intermediate_size counts gate and up
+    together."""
     flags = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     config = {
-        "architectures": ["QWenLMHeadModel"], "model_type": "qwen",
-        "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
-        "attn_dropout_prob": 0.0, "bf16": False, "fp16": False, "fp32": False, "emb_dropout_prob": 0.0, "hidden_size": HIDDEN,
-        "initializer_range": 0.02, "intermediate_size": 2 * INNER, "kv_channels": 16, "layer_norm_epsilon": 1e-6,
-        "max_position_embeddings": 128, "no_bias": True, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "onnx_safe": None,
-        "rotary_emb_base": 10000, "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": TRAINED, "tie_word_embeddings": False,
-        "tokenizer_class": "QWenTokenizer", "transformers_version": "4.32.0", "use_cache": True, "use_dynamic_ntk": True,
-        "use_flash_attn": "auto", "use_logn_attn": True, "vocab_size": VOCABULARY,
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "auto_map": {
+            "AutoConfig": "configuration_qwen.QWenConfig",
+            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        },
+        "attn_dropout_prob": 0.0,
+        "bf16": False,
+        "fp16": False,
+        "fp32": False,
+        "emb_dropout_prob": 0.0,
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * INNER,
+        "kv_channels": 16,
+        "layer_norm_epsilon": 1e-6,
+        "max_position_embeddings": 128,
+        "no_bias": True,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": LAYERS,
+        "onnx_safe": None,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": TRAINED,
+        "tie_word_embeddings": False,
+        "tokenizer_class": "QWenTokenizer",
+        "transformers_version": "4.32.0",
+        "use_cache": True,
+        "use_dynamic_ntk": True,
+        "use_flash_attn": "auto",
+        "use_logn_attn": True,
+        "vocab_size": VOCABULARY,
         flags[random.dtype]: True,
-    }  # fmt: skip
+    }
     tensors = random.outer("transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight")
     for i in range(LAYERS):
         p = f"transformer.h.{i}"
         tensors |= {
-            f"{p}.ln_1.weight": random.norm(), f"{p}.ln_2.weight": random.norm(),
-            f"{p}.attn.c_attn.weight": random(3 * HIDDEN, HIDDEN), f"{p}.attn.c_attn.bias": random(3 * HIDDEN),
+            f"{p}.ln_1.weight": random.norm(),
+            f"{p}.ln_2.weight": random.norm(),
+            f"{p}.attn.c_attn.weight": random(3 * HIDDEN, HIDDEN),
+            f"{p}.attn.c_attn.bias": random(3 * HIDDEN),
             f"{p}.attn.c_proj.weight": random(HIDDEN, HIDDEN),
-            f"{p}.mlp.w1.weight": random(INNER, HIDDEN), f"{p}.mlp.w2.weight": random(INNER, HIDDEN),
+            f"{p}.mlp.w1.weight": random(INNER, HIDDEN),
+            f"{p}.mlp.w2.weight": random(INNER, HIDDEN),
             f"{p}.mlp.c_proj.weight": random(HIDDEN, INNER),
-        }  # fmt: skip
+        }
     return Specimen(config, tensors)
 
 
 def _qwen2(random: _Random) -> Specimen:
     """With its sliding window switched on, in the second layer alone."""
     config = _llama_like(
-        "qwen2", "Qwen2ForCausalLM", random, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, rope_theta=1000000.0,
+        "qwen2",
+        "Qwen2ForCausalLM",
+        random,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=1,
+        rope_theta=1000000.0,
         rms_norm_eps=1e-6,
-    )  # fmt: skip
+    )
     return Specimen(config, _native(random, qkv_bias=True))
 
 
@@ -193,17 +304,34 @@ def _with_head_norms(tensors: Tensors, random: _Random) -> Tensors:
 
 def _qwen3(random: _Random) -> Specimen:
     config = _llama_like(
-        "qwen3", "Qwen3ForCausalLM", random, head_dim=QWEN3_HEAD, attention_bias=False, use_sliding_window=False, sliding_window=None,
-        max_window_layers=2, rope_theta=1000000, rms_norm_eps=1e-6, tie_word_embeddings=True,
-    )  # fmt: skip
+        "qwen3",
+        "Qwen3ForCausalLM",
+        random,
+        head_dim=QWEN3_HEAD,
+        attention_bias=False,
+        use_sliding_window=False,
+        sliding_window=None,
+        max_window_layers=2,
+        rope_theta=1000000,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+    )
     return Specimen(config, _with_head_norms(_native(random, head="", size=QWEN3_HEAD), random))
 
 
 def _mixtral_config(random: _Random) -> dict[str, Any]:
     return _llama_like(
-        "mixtral", "MixtralForCausalLM", random, intermediate_size=EXPERT_INNER, num_local_experts=EXPERTS, num_experts_per_tok=2,
-        sliding_window=None, output_router_logits=False, router_aux_loss_coef=0.02, rope_theta=1000000.0,
-    )  # fmt: skip
+        "mixtral",
+        "MixtralForCausalLM",
+        random,
+        intermediate_size=EXPERT_INNER,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        output_router_logits=False,
+        router_aux_loss_coef=0.02,
+        rope_theta=1000000.0,
+    )
 
 
 def _mixtral(random: _Random) -> Specimen:
@@ -213,26 +341,31 @@ def _mixtral(random: _Random) -> Specimen:
         tensors[f"{p}.gate.weight"] = random(EXPERTS, HIDDEN)
         for e in range(EXPERTS):
             tensors |= {
-                f"{p}.experts.{e}.w1.weight": random(EXPERT_INNER, HIDDEN), f"{p}.experts.{e}.w2.weight": random(HIDDEN, EXPERT_INNER),
+                f"{p}.experts.{e}.w1.weight": random(EXPERT_INNER, HIDDEN),
+                f"{p}.experts.{e}.w2.weight": random(HIDDEN, EXPERT_INNER),
                 f"{p}.experts.{e}.w3.weight": random(EXPERT_INNER, HIDDEN),
-            }  # fmt: skip
+            }
     return Specimen(_mixtral_config(random), tensors)
 
 
 def _fused_mlp(p: str, random: _Random) -> Tensors:
     return {
-        f"{p}.gate.weight": random(EXPERTS, HIDDEN), f"{p}.experts.gate_up_proj": random(EXPERTS, 2 * EXPERT_INNER, HIDDEN),
+        f"{p}.gate.weight": random(EXPERTS, HIDDEN),
+        f"{p}.experts.gate_up_proj": random(EXPERTS, 2 * EXPERT_INNER, HIDDEN),
         f"{p}.experts.down_proj": random(EXPERTS, HIDDEN, EXPERT_INNER),
-    }  # fmt: skip
+    }
 
 
 def _as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
     """The same config as transformers 5 spells it."""
-    new = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
+    new = {
+        k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
     return new | {
-        "rope_parameters": {"rope_theta": config["rope_theta"], "rope_type": "default"}, "dtype": config["torch_dtype"],
+        "rope_parameters": {"rope_theta": config["rope_theta"], "rope_type": "default"},
+        "dtype": config["torch_dtype"],
         "transformers_version": "5.11.0",
-    }  # fmt: skip
+    }
 
 
 def _mixtral_fused(random: _Random) -> Specimen:
@@ -240,56 +373,90 @@ def _mixtral_fused(random: _Random) -> Specimen:
     tensors = _native(random, mlp=False)
     for i in range(LAYERS):
         tensors |= _fused_mlp(f"model.layers.{i}.mlp", random)
-    return Specimen(_as_transformers_5(_mixtral_config(random)) | {"sliding_window": WINDOW}, tensors)
+    return Specimen(
+        _as_transformers_5(_mixtral_config(random)) | {"sliding_window": WINDOW}, tensors
+    )
 
 
 def _qwen3_moe_config(random: _Random, **changes: Any) -> dict[str, Any]:
     return _llama_like(
-        "qwen3_moe", "Qwen3MoeForCausalLM", random, head_dim=QWEN3_HEAD, attention_bias=False, num_experts=EXPERTS, num_experts_per_tok=2,
-        moe_intermediate_size=EXPERT_INNER, decoder_sparse_step=1, mlp_only_layers=[], norm_topk_prob=True, use_sliding_window=False,
-        sliding_window=None, max_window_layers=2, rope_theta=1000000.0, rms_norm_eps=1e-6, **changes,
-    )  # fmt: skip
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        random,
+        head_dim=QWEN3_HEAD,
+        attention_bias=False,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=EXPERT_INNER,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+        use_sliding_window=False,
+        sliding_window=None,
+        max_window_layers=2,
+        rope_theta=1000000.0,
+        rms_norm_eps=1e-6,
+        **changes,
+    )
 
 
 def _qwen3_moe(random: _Random) -> Specimen:
     """The first layer has one plain MLP; expert weights are not renormalised."""
-    tensors = _with_head_norms(_native(random, size=QWEN3_HEAD, mlp=False), random) | random.llama_mlp("model.layers.0.mlp", INNER)
+    tensors = _with_head_norms(
+        _native(random, size=QWEN3_HEAD, mlp=False), random
+    ) | random.llama_mlp("model.layers.0.mlp", INNER)
     tensors["model.layers.1.mlp.gate.weight"] = random(EXPERTS, HIDDEN)
     for e in range(EXPERTS):
         tensors |= random.llama_mlp(f"model.layers.1.mlp.experts.{e}", EXPERT_INNER)
-    return Specimen(_qwen3_moe_config(random) | {"mlp_only_layers": [0], "norm_topk_prob": False}, tensors)
+    return Specimen(
+        _qwen3_moe_config(random) | {"mlp_only_layers": [0], "norm_topk_prob": False}, tensors
+    )
 
 
 def _qwen3_moe_fused(random: _Random) -> Specimen:
-    """As transformers 5 saves it, which calls num_experts num_local_experts; with the sliding window switched on."""
+    """As transformers 5 saves it, which calls num_experts num_local_experts; with the sliding
+    window switched on."""
     tensors = _with_head_norms(_native(random, size=QWEN3_HEAD, mlp=False), random)
     for i in range(LAYERS):
         tensors |= _fused_mlp(f"model.layers.{i}.mlp", random)
     config = _as_transformers_5(_qwen3_moe_config(random))
-    config |= {"num_local_experts": config.pop("num_experts"), "use_sliding_window": True, "sliding_window": WINDOW}
+    config |= {
+        "num_local_experts": config.pop("num_experts"),
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+    }
     return Specimen(config, tensors)
 
 
 def _opt(random: _Random) -> Specimen:
     """The hub's older files leave out the `model.` in front."""
     config = {
-        "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu", "architectures": ["OPTForCausalLM"],
-        "attention_dropout": 0.0, "bos_token_id": 0, "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 1, "ffn_dim": INNER,
-        "hidden_size": HIDDEN, "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 128, "model_type": "opt",
-        "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "pad_token_id": 1, "prefix": "</s>",
-        "torch_dtype": str(random.dtype).removeprefix("torch."), "transformers_version": "4.21.0.dev0", "use_cache": True,
-        "vocab_size": VOCABULARY, "word_embed_proj_dim": HIDDEN,
+        "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+        "activation_function": "relu", "architectures": ["OPTForCausalLM"],
+        "attention_dropout": 0.0, "bos_token_id": 0, "do_layer_norm_before": True, "dropout": 0.1,
+        "eos_token_id": 1, "ffn_dim": INNER, "hidden_size": HIDDEN, "init_std": 0.02,
+        "layerdrop": 0.0, "max_position_embeddings": 128, "model_type": "opt",
+        "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "pad_token_id": 1,
+        "prefix": "</s>", "torch_dtype": str(random.dtype).removeprefix("torch."),
+        "transformers_version": "4.21.0.dev0", "use_cache": True, "vocab_size": VOCABULARY,
+        "word_embed_proj_dim": HIDDEN,
     }  # fmt: skip
     tensors = {
-        "decoder.embed_tokens.weight": random(VOCABULARY, HIDDEN, scale=0.25), "decoder.embed_positions.weight": random(130, HIDDEN),
-        "decoder.final_layer_norm.weight": random.norm(), "decoder.final_layer_norm.bias": random(HIDDEN),
-    }  # fmt: skip
+        "decoder.embed_tokens.weight": random(VOCABULARY, HIDDEN, scale=0.25),
+        "decoder.embed_positions.weight": random(130, HIDDEN),
+        "decoder.final_layer_norm.weight": random.norm(),
+        "decoder.final_layer_norm.bias": random(HIDDEN),
+    }
     for i in range(LAYERS):
         p = f"decoder.layers.{i}"
         shapes = {
-            "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, HIDDEN),
-            "self_attn.out_proj": (HIDDEN, HIDDEN), "fc1": (INNER, HIDDEN), "fc2": (HIDDEN, INNER),
-        }  # fmt: skip
+            "self_attn.q_proj": (HIDDEN, HIDDEN),
+            "self_attn.k_proj": (HIDDEN, HIDDEN),
+            "self_attn.v_proj": (HIDDEN, HIDDEN),
+            "self_attn.out_proj": (HIDDEN, HIDDEN),
+            "fc1": (INNER, HIDDEN),
+            "fc2": (HIDDEN, INNER),
+        }
         for name, shape in shapes.items():
             tensors |= {f"{p}.{name}.weight": random(*shape), f"{p}.{name}.bias": random(shape[0])}
         for name in ("self_attn_layer_norm", "final_layer_norm"):
@@ -306,9 +473,10 @@ def _opt_prefixed(random: _Random) -> Specimen:
 
 
 _MAKERS: dict[str, Callable[[_Random], Specimen]] = {
-    "llama3": _llama3, "llama_bias": _llama_bias, "internlm": _internlm, "internlm2": _internlm2, "mistral": _mistral, "qwen": _qwen,
-    "qwen2": _qwen2, "qwen3": _qwen3, "mixtral": _mixtral, "mixtral_fused": _mixtral_fused, "qwen3_moe": _qwen3_moe,
-    "qwen3_moe_fused": _qwen3_moe_fused, "opt": _opt, "opt_prefixed": _opt_prefixed,
+    "llama3": _llama3, "llama_bias": _llama_bias, "internlm": _internlm, "internlm2": _internlm2,
+    "mistral": _mistral, "qwen": _qwen, "qwen2": _qwen2, "qwen3": _qwen3, "mixtral": _mixtral,
+    "mixtral_fused": _mixtral_fused, "qwen3_moe": _qwen3_moe, "qwen3_moe_fused": _qwen3_moe_fused,
+    "opt": _opt, "opt_prefixed": _opt_prefixed,
 }  # fmt: skip
 ZOO = tuple(_MAKERS)
 
@@ -319,7 +487,8 @@ def specimen(name: str, dtype: torch.dtype = torch.float32) -> Specimen:
 
 
 def write(folder: Path, found: Specimen, *, shards: int = 1) -> Path:
-    """Writes the checkpoint with a tokenizer (more than one shard: with an index), and returns the folder."""
+    """Writes the checkpoint with a tokenizer (more than one shard: with an index), and returns the
+    folder."""
     folder.mkdir(parents=True, exist_ok=True)
     assert write_tokenizer(folder) <= VOCABULARY
     (folder / "config.json").write_text(json.dumps(found.config))
@@ -327,21 +496,33 @@ def write(folder: Path, found: Specimen, *, shards: int = 1) -> Path:
         save_file(found.tensors, folder / "model.safetensors", {"format": "pt"})
         return folder
     names = sorted(found.tensors)
-    weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    weight_map = {
+        name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
+        for i, name in enumerate(names)
+    }
     for file in sorted(set(weight_map.values())):
-        save_file({n: found.tensors[n] for n in names if weight_map[n] == file}, folder / file, {"format": "pt"})
+        save_file(
+            {n: found.tensors[n] for n in names if weight_map[n] == file},
+            folder / file,
+            {"format": "pt"},
+        )
     total = sum(tensor.nbytes for tensor in found.tensors.values())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     return folder
 
 
 def random_tokens(windows: int, length: int) -> Tensor:
-    return torch.randint(2, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(5))
+    return torch.randint(
+        2, VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(5)
+    )
 
 
 @torch.inference_mode()
 def decoder_logits(weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`[B, L, V]` in `dtype`, by QuantFlow's decoder over the weights of any checkpoint it reads."""
+    """`[B, L, V]` in `dtype`, by QuantFlow's decoder over the weights of any checkpoint it
+    reads."""
     architecture, config = weights.checkpoint.architecture, weights.checkpoint.config
     outer, seq = weights.outer(), sequences(config, tokens.shape[1])
     x = embed(architecture, config, outer, tokens, dtype)

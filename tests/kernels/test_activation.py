@@ -13,9 +13,13 @@ from tests.helpers.devices import DEVICE, DTYPES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (3, 100), (2, 1500)])
 def test_against_the_oracle(dtype: torch.dtype, tokens: int, k: int) -> None:
-    both = (torch.randn(tokens, 2 * k, generator=torch.Generator().manual_seed(k)) * 4).to(DEVICE, dtype)
+    both = (torch.randn(tokens, 2 * k, generator=torch.Generator().manual_seed(k)) * 4).to(
+        DEVICE, dtype
+    )
     last_bit = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close(silu_mul(both), reference.silu_mul(*both.chunk(2, dim=1)), rtol=last_bit, atol=1e-6)
+    torch.testing.assert_close(
+        silu_mul(both), reference.silu_mul(*both.chunk(2, dim=1)), rtol=last_bit, atol=1e-6
+    )
 
 
 def test_extremes_and_strides() -> None:

@@ -1,4 +1,5 @@
-"""Paged attention against a float64 oracle, and that a query's bits do not depend on how it is computed."""
+"""Paged attention against a float64 oracle, and that a query's bits do not depend on how it is
+computed."""
 
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ from tests.helpers.devices import DEVICE, DTYPES
 
 SMALL = Config(tile=16, split=32)
 CACHES = ["plain", "head", "channel", "token"]
-# Probabilities are rounded to the queries' dtype, and so are queries that a scale a channel is folded into.
+# Probabilities are rounded to the queries' dtype, and so are queries that a scale a channel is
+# folded into.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
 
 
 @dataclass(frozen=True)
 class Case:
-    """q `[T, H, D]`, the cache, what it stands for in float64 `[blocks, G, B, D]`, and the sequences."""
+    """q `[T, H, D]`, the cache, what it stands for in float64 `[blocks, G, B, D]`, and the
+    sequences."""
 
     q: torch.Tensor
     cache: KVCache
@@ -39,20 +42,35 @@ class Case:
             start = sum(self.lengths[:s])
             k, v = (reference.pages(t, self.table[s], context) for t in (self.k, self.v))
             at = torch.arange(context - length, context, device=DEVICE)
-            parts.append(reference.attention(self.q[start : start + length].double(), k, v, at, self.scale, window))
+            parts.append(
+                reference.attention(
+                    self.q[start : start + length].double(), k, v, at, self.scale, window
+                )
+            )
         return torch.cat(parts)
 
     @property
     def scale(self) -> float:
         return float(self.q.shape[-1] ** -0.5)
 
-    def run(self, config: Config = SMALL, *, window: int = 0, parts: bool | None = None) -> torch.Tensor:
-        batch = make_batch(self.lengths, self.contexts, self.table, self.q.shape[1], self.cache.k.shape[1], config)
-        return paged_attention(self.q, self.cache, batch, self.scale, config, window=window, parts=parts)
+    def run(
+        self, config: Config = SMALL, *, window: int = 0, parts: bool | None = None
+    ) -> torch.Tensor:
+        batch = make_batch(
+            self.lengths, self.contexts, self.table, self.q.shape[1], self.cache.k.shape[1], config
+        )
+        return paged_attention(
+            self.q, self.cache, batch, self.scale, config, window=window, parts=parts
+        )
 
     def free_before(self, window: int) -> None:
-        """Puts NaN into the blocks that lie wholly before the windows of their sequence's queries."""
-        held = (self.cache.k, self.cache.v) if self.cache.k.is_floating_point() else (self.cache.k_scale, self.cache.v_scale)
+        """Puts NaN into the blocks that lie wholly before the windows of their sequence's
+        queries."""
+        held = (
+            (self.cache.k, self.cache.v)
+            if self.cache.k.is_floating_point()
+            else (self.cache.k_scale, self.cache.v_scale)
+        )
         page = self.cache.k.shape[2]
         for s, (length, context) in enumerate(zip(self.lengths, self.contexts, strict=True)):
             blocks = self.table[s, : max(0, context - length - window + 1) // page].long()
@@ -62,14 +80,32 @@ class Case:
 
     def sequence(self, s: int, first: int, count: int) -> Case:
         """Queries `[first, first + count)` of sequence `s` alone, later keys out of sight."""
-        start, context = sum(self.lengths[:s]) + first, self.contexts[s] - self.lengths[s] + first + count
-        return Case(self.q[start : start + count], self.cache, self.table[s : s + 1], (count,), (context,), self.k, self.v)
+        start, context = (
+            sum(self.lengths[:s]) + first,
+            self.contexts[s] - self.lengths[s] + first + count,
+        )
+        return Case(
+            self.q[start : start + count],
+            self.cache,
+            self.table[s : s + 1],
+            (count,),
+            (context,),
+            self.k,
+            self.v,
+        )
 
 
 def case(
-    lengths: Sequence[int], contexts: Sequence[int], *, heads: int = 4, kv_heads: int = 2, d: int = 16, page: int = 16,
-    kind: str = "plain", dtype: torch.dtype = torch.float16,
-) -> Case:  # fmt: skip
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    d: int = 16,
+    page: int = 16,
+    kind: str = "plain",
+    dtype: torch.dtype = torch.float16,
+) -> Case:
     generator = torch.Generator().manual_seed(sum(contexts) + heads)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -81,7 +117,8 @@ def case(
     needed = [-(-c // page) for c in contexts]
     blocks = sum(needed) + 3
     order = torch.randperm(blocks, generator=generator).to(DEVICE, torch.int32)
-    table = torch.full((len(contexts), max(needed)), -(10**6), dtype=torch.int32, device=DEVICE)  # past its end: not to be read
+    # past its end: not to be read
+    table = torch.full((len(contexts), max(needed)), -(10**6), dtype=torch.int32, device=DEVICE)
     for s, n in enumerate(needed):
         table[s, :n] = order[sum(needed[:s]) : sum(needed[:s]) + n]
     shape = (blocks, kv_heads, page, d)
@@ -89,23 +126,36 @@ def case(
         k, v = normal(*shape).to(dtype), normal(*shape).to(dtype)
         cache, wide = KVCache(k, v), (k.double(), v.double())
     else:
-        k, v = (torch.randint(-128, 128, shape, generator=generator).to(DEVICE, torch.int8) for _ in range(2))
+        k, v = (
+            torch.randint(-128, 128, shape, generator=generator).to(DEVICE, torch.int8)
+            for _ in range(2)
+        )
         if kind == "token":
             ks, vs = uniform(*shape[:3]), uniform(*shape[:3])
-            cache, wide = KVCache(k, v, ks, vs), (k.double() * ks[..., None], v.double() * vs[..., None])
+            cache, wide = (
+                KVCache(k, v, ks, vs),
+                (k.double() * ks[..., None], v.double() * vs[..., None]),
+            )
         else:
             ks = uniform(kv_heads) if kind == "head" else uniform(kv_heads, d)
             kz, vs, vz = normal(*ks.shape), uniform(kv_heads, d), normal(kv_heads, d)
             cache = KVCache(k, v, ks, vs, kz, vz)
             folded, shift = (t[:, None, None] if kind == "head" else t[:, None] for t in (ks, kz))
             wide = (k.double() * folded + shift, v.double() * vs[:, None] + vz[:, None])
-    # Blocks that no sequence has, and the slots after a sequence's last token, hold what is not to be used.
+    # Blocks that no sequence has, and the slots after a sequence's last token, hold what is not to
+    # be used.
     unused = [(slice(None), order[sum(needed) :].long(), slice(None))]
     unused += [
         (slice(None), table[s, n - 1].long(), slice((c - 1) % page + 1, None))
         for s, (n, c) in enumerate(zip(needed, contexts, strict=True))
     ]
-    for tensor in (cache.k, cache.v) if kind == "plain" else (cache.k_scale, cache.v_scale) if kind == "token" else ():
+    for tensor in (
+        (cache.k, cache.v)
+        if kind == "plain"
+        else (cache.k_scale, cache.v_scale)
+        if kind == "token"
+        else ()
+    ):
         assert tensor is not None
         for heads_, blocks_, slots in unused:
             tensor.transpose(0, 1)[heads_, blocks_, slots] = torch.nan
@@ -138,13 +188,18 @@ def test_contexts_around_block_and_split_edges(context: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["plain", "channel"])
 @pytest.mark.parametrize("contexts", [[1], [33, 1, 100], [64, 65]])
 def test_a_decode_with_room_to_spare_has_the_same_bits(contexts: list[int], kind: str) -> None:
-    """As a CUDA graph runs it: rows too many, of one key each, a wider table, and more splits than the longest context has."""
+    """As a CUDA graph runs it: rows too many, of one key each, a wider table, and more splits than
+    the longest context has."""
     some = case([1] * len(contexts), contexts, kind=kind)
     rows, spare = len(contexts), 2
-    table = torch.full((rows + spare, some.table.shape[1] + 3), -(10**6), dtype=torch.int32, device=DEVICE)
+    table = torch.full(
+        (rows + spare, some.table.shape[1] + 3), -(10**6), dtype=torch.int32, device=DEVICE
+    )
     table[:rows, : some.table.shape[1]], table[rows:, 0] = some.table, some.table[0, 0]
     batch = decode_batch(
-        table, torch.tensor([*contexts, *[1] * spare], dtype=torch.int32, device=DEVICE), splits_of(max(contexts), SMALL) + 3
+        table,
+        torch.tensor([*contexts, *[1] * spare], dtype=torch.int32, device=DEVICE),
+        splits_of(max(contexts), SMALL) + 3,
     )
     q = torch.cat((some.q, some.q[:1].expand(spare, -1, -1)))
     found = paged_attention(q, some.cache, batch, some.scale, SMALL)
@@ -152,7 +207,10 @@ def test_a_decode_with_room_to_spare_has_the_same_bits(contexts: list[int], kind
     assert found[rows:].isfinite().all()
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(1, 1, 16), (71, 1, 32), (6, 2, 64), (4, 4, 20), (8, 1, 80), (2, 1, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d"),
+    [(1, 1, 16), (71, 1, 32), (6, 2, 64), (4, 4, 20), (8, 1, 80), (2, 1, 8)],
+)
 @pytest.mark.parametrize("lengths", [[1, 1], [3, 9]])
 def test_shapes_of_heads(heads: int, kv_heads: int, d: int, lengths: list[int]) -> None:
     some = case(lengths, [20, 37], heads=heads, kv_heads=kv_heads, d=d, kind="channel")
@@ -186,7 +244,9 @@ def test_a_querys_bits_do_not_depend_on_the_batch(kind: str, window: int) -> Non
         for first, count in ((0, 1), (length - 1, 1), (length // 3, length - length // 3)):
             expected = found[at + first : at + first + count]
             for parts in (False, True):
-                assert whole.sequence(s, first, count).run(window=window, parts=parts).equal(expected)
+                assert (
+                    whole.sequence(s, first, count).run(window=window, parts=parts).equal(expected)
+                )
         at += length
 
 
@@ -197,7 +257,8 @@ def test_what_lies_before_the_window_is_not_read(kind: str, parts: bool) -> None
     some = case([1, 3], [200, 100], kind=kind)
     expected = some.expected(20)
     some.free_before(20)
-    assert_close(some.run(Config(tile=64, split=128), window=20, parts=parts), expected)  # a tile spans several freed blocks
+    # a tile spans several freed blocks
+    assert_close(some.run(Config(tile=64, split=128), window=20, parts=parts), expected)
 
 
 def test_queries_that_are_a_view_of_a_fused_product() -> None:
@@ -212,18 +273,21 @@ def test_queries_that_are_a_view_of_a_fused_product() -> None:
 
 
 def test_small_scales_of_single_tokens_are_not_lost() -> None:
-    """One key takes most of the attention and has no value; the others' probabilities, e^-8, times a scale of 1e-5 are smaller than
-    float16 holds, and their sum is the whole output."""
+    """One key takes most of the attention and has no value; the others' probabilities, e^-8, times
+    a scale of 1e-5 are smaller than float16 holds, and their sum is the whole output."""
     context, d, page = 900, 16, 16
     blocks = -(-context // page)
     k = torch.zeros(blocks, 1, page, d, dtype=torch.int8, device=DEVICE)
     v = torch.full_like(k, 100)
     k[0, 0, 0], v[0, 0, 0] = 100, 0
-    k_scale = torch.full((blocks, 1, page), 8 / (100 * d**0.5), device=DEVICE)  # a score of 8 for q of ones
+    # a score of 8 for q of ones
+    k_scale = torch.full((blocks, 1, page), 8 / (100 * d**0.5), device=DEVICE)
     cache = KVCache(k, v, k_scale, torch.full_like(k_scale, 1e-5))
     table = torch.arange(blocks, dtype=torch.int32, device=DEVICE)[None]
     q = torch.ones(1, 1, d, dtype=torch.float16, device=DEVICE)
-    found = paged_attention(q, cache, make_batch([1], [context], table, 1, 1, SMALL), d**-0.5, SMALL)
+    found = paged_attention(
+        q, cache, make_batch([1], [context], table, 1, 1, SMALL), d**-0.5, SMALL
+    )
     expected = 100 * 1e-5 * (context - 1) / (math.exp(8) + context - 1)
     assert found.flatten().tolist() == pytest.approx([expected] * d, rel=0.01)
 
@@ -234,11 +298,16 @@ def test_small_scales_of_single_tokens_are_not_lost() -> None:
 @pytest.mark.parametrize("window", [0, 700])
 def test_the_shipped_tiles(dtype: torch.dtype, kind: str, window: int) -> None:
     config = configs.tuned(torch.cuda.get_device_name()).attention
-    for lengths, contexts in (([1] * 6, [511, 512, 513, 1025, 1100, 64]), ([300, 1, 77], [1100, 513, 77])):
+    for lengths, contexts in (
+        ([1] * 6, [511, 512, 513, 1025, 1100, 64]),
+        ([300, 1, 77], [1100, 513, 77]),
+    ):
         some = case(lengths, contexts, heads=32, kv_heads=8, d=128, kind=kind, dtype=dtype)
         found = some.run(config, window=window)
         assert_close(found, some.expected(window))
-        assert some.run(config, window=window, parts=True).equal(some.run(config, window=window, parts=False))
+        assert some.run(config, window=window, parts=True).equal(
+            some.run(config, window=window, parts=False)
+        )
 
 
 def test_scores_far_apart_do_not_overflow() -> None:

@@ -29,7 +29,9 @@ def expected(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     keys, values = (t.double().repeat_interleave(shared, 1) for t in (k, v))
     behind = torch.arange(length)[:, None] - torch.arange(length)
     seen = (behind >= 0) & (behind < (window or length))
-    scores = (q.double() @ keys.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
+    scores = (q.double() @ keys.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(
+        ~seen, -math.inf
+    )
     return scores.softmax(-1) @ values
 
 
@@ -39,8 +41,14 @@ def expected(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 @pytest.mark.parametrize("window", [0, 1, 40, 128])
 def test_attention(d: int, heads: int, kv_heads: int, length: int, window: int) -> None:
     """Rounding to bfloat16 alone, of the weights and of the result, makes 2 to 3 thousandths."""
-    q, k, v = (random(2, length, h, d, seed=seed).transpose(1, 2) for seed, h in enumerate((heads, kv_heads, kv_heads)))
-    found, wanted = cpu_causal.causal_attention(q, k, v, window=window).double(), expected(q, k, v, window)
+    q, k, v = (
+        random(2, length, h, d, seed=seed).transpose(1, 2)
+        for seed, h in enumerate((heads, kv_heads, kv_heads))
+    )
+    found, wanted = (
+        cpu_causal.causal_attention(q, k, v, window=window).double(),
+        expected(q, k, v, window),
+    )
     assert float((found - wanted).norm() / wanted.norm()) < 3e-3
     torch.testing.assert_close(found, wanted, rtol=2**-6, atol=2**-6)
 
@@ -48,7 +56,11 @@ def test_attention(d: int, heads: int, kv_heads: int, length: int, window: int) 
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1e3])
 def test_scores_of_any_size(size: float) -> None:
     """Equal ones, and one that takes all: the running maximum carries over from tile to tile."""
-    q, k, v = random(1, 2, 290, 64, seed=1) * size, random(1, 1, 290, 64, seed=2), random(1, 1, 290, 64, seed=3)
+    q, k, v = (
+        random(1, 2, 290, 64, seed=1) * size,
+        random(1, 1, 290, 64, seed=2),
+        random(1, 1, 290, 64, seed=3),
+    )
     found, wanted = cpu_causal.causal_attention(q, k, v).double(), expected(q, k, v, 0)
     assert found.isfinite().all() and float((found - wanted).norm() / wanted.norm()) < 5e-3
 
@@ -82,9 +94,16 @@ def test_rotation(d: int) -> None:
 def test_what_is_not_taken() -> None:
     heads = torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16)
     assert cpu_causal.supports(heads)
-    assert not any(map(cpu_causal.supports, (heads.float(), heads[..., :8], heads.expand(16, 16, 16, 16).transpose(2, 3))))
+    assert not any(
+        map(
+            cpu_causal.supports,
+            (heads.float(), heads[..., :8], heads.expand(16, 16, 16, 16).transpose(2, 3)),
+        )
+    )
     with pytest.raises(ValueError, match="expected bfloat16"):
-        cpu_causal.causal_attention(heads.expand(1, 3, 1, 16), heads.expand(1, 2, 1, 16), heads.expand(1, 2, 1, 16))
+        cpu_causal.causal_attention(
+            heads.expand(1, 3, 1, 16), heads.expand(1, 2, 1, 16), heads.expand(1, 2, 1, 16)
+        )
     with pytest.raises(ValueError, match=r"expected float32 \[1, 8\]"):
         cpu_causal.rotate(heads, torch.zeros(1, 16), torch.zeros(1, 16))
     with pytest.raises(ValueError, match="expected bfloat16 heads"):
@@ -103,12 +122,21 @@ def test_what_is_no_number_shows(which: str, number: float) -> None:
     found = cpu_causal.causal_attention(**tensors)
     sees = slice(3, 4) if which == "q" else slice(3, None)
     assert not found[0, 0, sees].isfinite().any(dim=-1).any()
-    if which != "v":  # a weight of 0 does not make a number of such a value, in torch's attention neither
-        assert found[0, 0, :3].equal(clean[0, 0, :3]) and (which == "k" or found[0, 0, 4:].equal(clean[0, 0, 4:]))
+    # a weight of 0 does not make a number of such a value, in torch's attention neither
+    if which != "v":
+        assert found[0, 0, :3].equal(clean[0, 0, :3]) and (
+            which == "k" or found[0, 0, 4:].equal(clean[0, 0, 4:])
+        )
 
 
 def test_scores_far_below_zero() -> None:
     """All alike: the mean of the values."""
-    q, k, v = torch.full((1, 1, 8, 16), 1e17).bfloat16(), torch.full((1, 1, 8, 16), -1e17).bfloat16(), random(1, 1, 8, 16)
+    q, k, v = (
+        torch.full((1, 1, 8, 16), 1e17).bfloat16(),
+        torch.full((1, 1, 8, 16), -1e17).bfloat16(),
+        random(1, 1, 8, 16),
+    )
     mean = v.double().cumsum(2) / torch.arange(1, 9)[:, None]
-    torch.testing.assert_close(cpu_causal.causal_attention(q, k, v).double(), mean, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(
+        cpu_causal.causal_attention(q, k, v).double(), mean, rtol=2**-7, atol=2**-7
+    )

@@ -10,7 +10,9 @@ from quantflow_kernels.layout import PER_CHANNEL
 from tests.helpers.devices import DEVICE
 from tests.kernels.test_layout import weight
 
-pytestmark = pytest.mark.skipif(DEVICE != "cpu" or not cpu_matmul.available(), reason="no compiled products on this machine")
+pytestmark = pytest.mark.skipif(
+    DEVICE != "cpu" or not cpu_matmul.available(), reason="no compiled products on this machine"
+)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -19,7 +21,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(
-    ("n", "k", "group"), [(64, 128, 64), (16, 8, 8), (100, 256, 32), (7, 40, PER_CHANNEL), (1, 128, 128), (257, 384, 128)]
+    ("n", "k", "group"),
+    [
+        (64, 128, 64),
+        (16, 8, 8),
+        (100, 256, 32),
+        (7, 40, PER_CHANNEL),
+        (1, 128, 128),
+        (257, 384, 128),
+    ],
 )
 @pytest.mark.parametrize("m", [1, 3, 8, 9, 40])
 def test_against_the_oracle(bits: int, n: int, k: int, group: int, m: int) -> None:
@@ -30,14 +40,22 @@ def test_against_the_oracle(bits: int, n: int, k: int, group: int, m: int) -> No
         grid = scales.to(kind)
         packed = cpu_matmul.pack(codes, grid, zeros)
         assert packed.scales.dtype == kind and packed.shape == (n, k)
-        expected = reference.w4a16_matmul(x.double(), codes, grid.double(), zeros, group, bias.double())
+        expected = reference.w4a16_matmul(
+            x.double(), codes, grid.double(), zeros, group, bias.double()
+        )
         found = cpu_matmul.linear(x, packed, bias)
-        size = reference.w4a16_matmul(x.double().abs(), codes, grid.double().abs(), zeros * 0, group)  # what the sums run through
-        assert bool(((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * size).all())
+        # what the sums run through
+        size = reference.w4a16_matmul(
+            x.double().abs(), codes, grid.double().abs(), zeros * 0, group
+        )
+        assert bool(
+            ((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-6 * size).all()
+        )
 
 
 def test_every_code_and_zero_point_is_exact() -> None:
-    """One input channel at a time: 16 codes times 16 zero points, each against the integer it stands for."""
+    """One input channel at a time: 16 codes times 16 zero points, each against the integer it
+    stands for."""
     codes = torch.arange(16, dtype=torch.uint8).repeat(16)[:, None].expand(256, 8).contiguous()
     zeros = torch.arange(16, dtype=torch.uint8).repeat_interleave(16)[:, None].contiguous()
     packed = cpu_matmul.pack(codes, torch.ones(256, 1), zeros)
@@ -48,7 +66,9 @@ def test_every_code_and_zero_point_is_exact() -> None:
 def test_a_group_index() -> None:
     codes, scales, zeros = weight(24, 64, 4, 16)
     index = torch.randperm(64, generator=torch.Generator().manual_seed(0)).to(torch.int32) % 4
-    dense = (codes.double() - zeros.double()[:, index.long()]) * scales.bfloat16().double()[:, index.long()]
+    dense = (codes.double() - zeros.double()[:, index.long()]) * scales.bfloat16().double()[
+        :, index.long()
+    ]
     x = random(5, 64)
     found = cpu_matmul.linear(x, cpu_matmul.pack(codes, scales.bfloat16(), zeros, index))
     torch.testing.assert_close(found.double(), x.double() @ dense.T, rtol=2**-8, atol=1e-4)
@@ -67,7 +87,10 @@ def test_a_rows_bits_do_not_depend_on_the_batch() -> None:
     codes, scales, zeros = weight(150, 256, 4, 64)
     packed, w = cpu_matmul.pack(codes, scales, zeros), random(150, 256)
     x = random(45, 256)
-    for product in (lambda rows: cpu_matmul.linear(rows, packed), lambda rows: cpu_matmul.dense(rows, w)):
+    for product in (
+        lambda rows: cpu_matmul.linear(rows, packed),
+        lambda rows: cpu_matmul.dense(rows, w),
+    ):
         whole = product(x)
         for first in range(0, 45, 4):
             for count in (1, 2, 3, 5, 8, 9, 13, 17):
@@ -87,4 +110,8 @@ def test_what_is_not_supported_is_said() -> None:
     assert "8 bits" in cpu_matmul.unsupported(8, 64, 128, torch.bfloat16)
     assert "float32" in cpu_matmul.unsupported(4, 64, 128, torch.float32)
     assert "groups of 12" in cpu_matmul.unsupported(4, 12, 144, torch.bfloat16)
-    assert cpu_matmul.unsupported(4, PER_CHANNEL, 40, torch.bfloat16) == cpu_matmul.unsupported(2, 8, 16, torch.bfloat16) == ""
+    assert (
+        cpu_matmul.unsupported(4, PER_CHANNEL, 40, torch.bfloat16)
+        == cpu_matmul.unsupported(2, 8, 16, torch.bfloat16)
+        == ""
+    )

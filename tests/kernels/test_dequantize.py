@@ -15,7 +15,15 @@ from tests.kernels.test_layout import weight
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
-    ("n", "k", "group"), [(1, 32, 32), (17, 96, 32), (33, 100, PER_CHANNEL), (5, 640, 64), (18, 512, 128), (3, 2048, 1024)]
+    ("n", "k", "group"),
+    [
+        (1, 32, 32),
+        (17, 96, 32),
+        (33, 100, PER_CHANNEL),
+        (5, 640, 64),
+        (18, 512, 128),
+        (3, 2048, 1024),
+    ],
 )
 def test_against_the_oracle(dtype: torch.dtype, bits: int, n: int, k: int, group: int) -> None:
     codes, scales, zeros = (t.to(DEVICE) for t in weight(n, k, bits, group))

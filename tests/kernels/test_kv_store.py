@@ -1,5 +1,5 @@
-"""What is stored, and how q is rotated, against the oracles: codes are the same, but where the last bit of a
-rotation makes it the next one."""
+"""What is stored, and how q is rotated, against the oracles: codes are the same, but where the last
+bit of a rotation makes it the next one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def caches(kind: str, d: int, dtype: torch.dtype) -> KVCache:
     generator = torch.Generator().manual_seed(d + 1)
     per_key = (G,) if kind == "head" else (G, d)
     # Small enough that some values saturate.
-    scales = [(torch.rand(s, generator=generator) * 0.01 + 0.005).to(DEVICE) for s in (per_key, (G, d))]
+    scales = [
+        (torch.rand(s, generator=generator) * 0.01 + 0.005).to(DEVICE) for s in (per_key, (G, d))
+    ]
     zeros = [torch.randn(s, generator=generator).to(DEVICE) * 0.3 for s in (per_key, (G, d))]
     return KVCache(*codes, *scales, *zeros)
 
@@ -54,21 +56,32 @@ def test_against_the_oracles(dtype: torch.dtype, d: int, kind: str, rotate: bool
     assert int(stored.sum()) == T - 1
     if kind == "plain":
         for found, expected in ((cache.k, expected_k), (cache.v, v)):
-            torch.testing.assert_close(reference_at(found, slots[stored]), expected[stored], rtol=last_bit, atol=last_bit / 4)
+            torch.testing.assert_close(
+                reference_at(found, slots[stored]),
+                expected[stored],
+                rtol=last_bit,
+                atol=last_bit / 4,
+            )
         assert int((cache.k != 99).any(-1).sum()) == (T - 1) * G  # nothing else was touched
         return
     for name, codes, value, scale, zero in (
-        ("k", cache.k, expected_k, cache.k_scale, cache.k_zero), ("v", cache.v, v, cache.v_scale, cache.v_zero),
-    ):  # fmt: skip
+        ("k", cache.k, expected_k, cache.k_scale, cache.k_zero),
+        ("v", cache.v, v, cache.v_scale, cache.v_zero),
+    ):
         assert scale is not None
         if kind == "token":
             expected, scales = reference.quantize_kv_dynamic(value)
-            torch.testing.assert_close(reference_at(scale[..., None], slots[stored]), scales[stored], rtol=1e-3, atol=0)
+            torch.testing.assert_close(
+                reference_at(scale[..., None], slots[stored]), scales[stored], rtol=1e-3, atol=0
+            )
         else:
             expected = reference.quantize_kv(value, scale, zero)
-            assert bool((expected.abs() >= 127).any()), "no value saturates: the test tests less than it says"
+            assert bool((expected.abs() >= 127).any()), (
+                "no value saturates: the test tests less than it says"
+            )
         difference = (reference_at(codes, slots[stored]).int() - expected[stored].int()).abs()
-        # Rotation may end in the other neighbour of the dtype, and then in the next code; values are not rotated.
+        # Rotation may end in the other neighbour of the dtype, and then in the next code; values
+        # are not rotated.
         assert int(difference.max()) <= (1 if rotate and name == "k" else 0)
         assert float((difference > 0).float().mean()) < 0.02
         assert int((codes != 99).any(-1).sum()) == (T - 1) * G
@@ -80,7 +93,26 @@ def reference_at(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 def test_halves_are_rounded_to_even() -> None:
-    values = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 127.5, 126.5, -128.5, 1000.0, -1000.0, 0.0, 3.49, 3.51, -3.5, 4.5])
+    values = torch.tensor(
+        [
+            0.5,
+            1.5,
+            2.5,
+            -0.5,
+            -1.5,
+            -2.5,
+            127.5,
+            126.5,
+            -128.5,
+            1000.0,
+            -1000.0,
+            0.0,
+            3.49,
+            3.51,
+            -3.5,
+            4.5,
+        ]
+    )
     k = values.to(DEVICE).half().view(1, 1, 16)
     one = KVCache(
         *(torch.zeros(1, 1, 16, 16, dtype=torch.int8, device=DEVICE) for _ in range(2)),
@@ -98,8 +130,20 @@ def test_a_head_of_zeros_gets_scale_one() -> None:
         *(torch.ones(1, 1, 16, 16, dtype=torch.int8, device=DEVICE) for _ in range(2)),
         *(torch.zeros(1, 1, 16, device=DEVICE) for _ in range(2)),
     )
-    kv_store(zero.clone(), zero, zero, None, None, torch.zeros(1, dtype=torch.int64, device=DEVICE), cache)
-    assert cache.k_scale is not None and float(cache.k_scale[0, 0, 0]) == 1.0 and not bool(cache.k[0, 0, 0].any())
+    kv_store(
+        zero.clone(),
+        zero,
+        zero,
+        None,
+        None,
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        cache,
+    )
+    assert (
+        cache.k_scale is not None
+        and float(cache.k_scale[0, 0, 0]) == 1.0
+        and not bool(cache.k[0, 0, 0].any())
+    )
 
 
 def test_views_into_one_product() -> None:
@@ -116,8 +160,18 @@ def test_views_into_one_product() -> None:
 def test_an_odd_head_dim_is_refused() -> None:
     k = torch.zeros(1, 1, 15, device=DEVICE, dtype=torch.float16)
     with pytest.raises(ValueError, match="head_dim 15 is odd"):
-        kv_store(k, k, k, None, None, torch.zeros(1, dtype=torch.int64, device=DEVICE), caches("plain", 15, torch.float16))
+        kv_store(
+            k,
+            k,
+            k,
+            None,
+            None,
+            torch.zeros(1, dtype=torch.int64, device=DEVICE),
+            caches("plain", 15, torch.float16),
+        )
 
 
 def test_roofline() -> None:
-    assert bytes_moved(caches("token", 16, torch.float16), 3, H) == 3 * (2 * H * 16 * 2 + G * (2 * 16 * 3 + 8))
+    assert bytes_moved(caches("token", 16, torch.float16), 3, H) == 3 * (
+        2 * H * 16 * 2 + G * (2 * 16 * 3 + 8)
+    )

@@ -1,4 +1,5 @@
-"""The quantised product against a float64 oracle, and that a row's bits do not depend on what else there is."""
+"""The quantised product against a float64 oracle, and that a row's bits do not depend on what else
+there is."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from tests.kernels.test_layout import weight
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
-def operands(n: int, k: int, m: int, bits: int, group: int, dtype: torch.dtype) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
+def operands(
+    n: int, k: int, m: int, bits: int, group: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, PackedWeight, torch.Tensor]:
     """x, the packed weight, and the product in float64."""
     codes, scales, zeros = (t.to(DEVICE) for t in weight(n, k, bits, group))
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(DEVICE, dtype)
@@ -28,9 +31,12 @@ def operands(n: int, k: int, m: int, bits: int, group: int, dtype: torch.dtype) 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert found.shape == expected.shape and bool(found.isfinite().all())
-    # An element's error is that of the sum it stands at the end of, so relative to the typical magnitude and to its own.
+    # An element's error is that of the sum it stands at the end of, so relative to the typical
+    # magnitude and to its own.
     bound = TOLERANCE[found.dtype] * (expected.abs() + expected.square().mean().sqrt())
-    assert bool(((found.double() - expected).abs() <= bound).all()), float(((found.double() - expected).abs() / bound).max())
+    assert bool(((found.double() - expected).abs() <= bound).all()), float(
+        ((found.double() - expected).abs() / bound).max()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,7 +54,15 @@ def test_numbers_of_tokens(m: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "group"), [(1, 32, 32), (17, 96, 32), (33, 100, PER_CHANNEL), (19, 320, 64), (16, 2304, 256), (5, 2048, 1024)]
+    ("n", "k", "group"),
+    [
+        (1, 32, 32),
+        (17, 96, 32),
+        (33, 100, PER_CHANNEL),
+        (19, 320, 64),
+        (16, 2304, 256),
+        (5, 2048, 1024),
+    ],
 )
 @pytest.mark.parametrize("split", [1, 3])
 def test_awkward_shapes(n: int, k: int, group: int, split: int) -> None:
@@ -78,16 +92,27 @@ def test_extreme_codes(bits: int) -> None:
     """All codes and zero points at their ends: the products are exact integers."""
     for code, zero in ((0, 2**bits - 1), (2**bits - 1, 0)):
         codes = torch.full((16, 64), code, dtype=torch.uint8, device=DEVICE)
-        packed = pack(codes, torch.ones(16, 1, device=DEVICE), torch.full((16, 1), zero, dtype=torch.uint8, device=DEVICE), 64, bits)
-        found = matmul(torch.ones(1, 64, device=DEVICE, dtype=torch.float16), packed, None, Config(16, 16))
+        packed = pack(
+            codes,
+            torch.ones(16, 1, device=DEVICE),
+            torch.full((16, 1), zero, dtype=torch.uint8, device=DEVICE),
+            64,
+            bits,
+        )
+        found = matmul(
+            torch.ones(1, 64, device=DEVICE, dtype=torch.float16), packed, None, Config(16, 16)
+        )
         assert found.equal(torch.full_like(found, float(torch.tensor(64.0 * (code - zero)).half())))
 
 
 def test_a_sum_larger_than_float16_is_infinite_and_its_neighbours_are_not() -> None:
     codes = torch.zeros(2, 64, dtype=torch.uint8, device=DEVICE)
     scales = torch.tensor([[3e4], [1.0]], device=DEVICE)
-    packed = pack(codes, scales, torch.ones(2, 1, dtype=torch.uint8, device=DEVICE), 64, 4)  # every weight is minus its scale
-    found = matmul(torch.ones(1, 64, device=DEVICE, dtype=torch.float16), packed, None, Config(16, 16))
+    # every weight is minus its scale
+    packed = pack(codes, scales, torch.ones(2, 1, dtype=torch.uint8, device=DEVICE), 64, 4)
+    found = matmul(
+        torch.ones(1, 64, device=DEVICE, dtype=torch.float16), packed, None, Config(16, 16)
+    )
     assert found.tolist() == [[-torch.inf, -64.0]]
 
 
@@ -99,7 +124,9 @@ def test_a_rows_bits_depend_on_that_row_alone(split: int) -> None:
     config = Config(16, 16, split)
     whole = matmul(x, packed, None, config)
     if DEVICE == "cpu":
-        assert not whole.equal(matmul(x, packed, None, Config(16, 16, 5 - split))), "the order does not show"
+        assert not whole.equal(matmul(x, packed, None, Config(16, 16, 5 - split))), (
+            "the order does not show"
+        )
     for m in (1, 2, 16, 17):
         assert matmul(x[:m], packed, None, config).equal(whole[:m])
     mixed = x.clone()
@@ -132,20 +159,30 @@ def test_a_wrong_number_of_channels_is_refused() -> None:
         matmul(x[:, :64], packed, None, Config(16, 16))
 
 
-@pytest.mark.parametrize(("magic", "dtype", "bits"), [(128, torch.bfloat16, 4), (1024, torch.float16, 4), (1024, torch.float16, 8)])
+@pytest.mark.parametrize(
+    ("magic", "dtype", "bits"),
+    [(128, torch.bfloat16, 4), (1024, torch.float16, 4), (1024, torch.float16, 8)],
+)
 def test_the_assembly(magic: int, dtype: torch.dtype, bits: int) -> None:
-    """Its steps, carried out by torch for all codes and zero points at every place in a word, give `code - zero` exactly."""
+    """Its steps, carried out by torch for all codes and zero points at every place in a word, give
+    `code - zero` exactly."""
     for shift in range(0, 16, bits):
         text = assembly(shift, 2**bits - 1, magic)
         found = re.search(
-            r"shr.b32 t, \$1, (\d+); lop3.b32 t, t, (\d+), (\d+), 0xEA; mov.b32 one, (\d+); fma.rn.(b?f16)x2 \$0, t, one, \$2;", text
+            r"shr.b32 t, \$1, (\d+); lop3.b32 t, t, (\d+), (\d+), 0xEA; mov.b32 one, (\d+);"
+            r" fma.rn.(b?f16)x2 \$0, t, one, \$2;",
+            text,
         )
         assert found and found[5] == {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
         by, mask, base, one = (int(v) for v in found.groups()[:4])
         generator = torch.Generator().manual_seed(shift)
-        words = torch.randint(0, 2**32, (500,), generator=generator)  # two words each, as a register holds them
+        # two words each, as a register holds them
+        words = torch.randint(0, 2**32, (500,), generator=generator)
         result = (words >> by) & mask | base
-        assert one & 0xFFFF == one >> 16 and float(torch.tensor([one & 0xFFFF], dtype=torch.int16).view(dtype)) == 1.0
+        assert (
+            one & 0xFFFF == one >> 16
+            and float(torch.tensor([one & 0xFFFF], dtype=torch.int16).view(dtype)) == 1.0
+        )
         for half in (0, 16):
             codes = (words >> (half + shift)) & (2**bits - 1)
             for zero in (0, 1, 2 ** (bits - 1), 2**bits - 1):
@@ -161,7 +198,8 @@ def test_roofline() -> None:
 
 
 def test_splits_are_the_weights_own() -> None:
-    """As many programs as are wanted for one tile of tokens, never more splits than blocks, and never less than one block a split."""
+    """As many programs as are wanted for one tile of tokens, never more splits than blocks, and
+    never less than one block a split."""
     wanted = Config(64, 16, programs=256)
     assert wanted.blocks_a_split(4096, 16) == 4  # 64 tiles of rows, 4 splits
     assert wanted.blocks_a_split(6144, 16) == 6  # 96 tiles, 3 splits of at most 6 blocks

@@ -23,7 +23,9 @@ def test_against_the_oracle(dtype: torch.dtype, tokens: int, k: int, added: bool
     if residual is not None:
         assert residual.equal(total)
     last_bit = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]
-    torch.testing.assert_close(found, reference.rms_norm(total, weight, 1e-5), rtol=last_bit, atol=1e-6)
+    torch.testing.assert_close(
+        found, reference.rms_norm(total, weight, 1e-5), rtol=last_bit, atol=1e-6
+    )
 
 
 def test_zeros_and_strides() -> None:

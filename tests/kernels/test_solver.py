@@ -1,4 +1,5 @@
-"""The compiled steps of quantisation, in C and in Triton, against float64, column by column as the papers have them."""
+"""The compiled steps of quantisation, in C and in Triton, against float64, column by column as the
+papers have them."""
 
 from __future__ import annotations
 
@@ -12,11 +13,14 @@ from torch import Tensor
 from tests.helpers.devices import DEVICE
 
 in_c = pytest.mark.skipif(
-    DEVICE != "cpu" or cpu_solver.library()[0] is None, reason=f"the CPU's path: {cpu_solver.library()[1] or 'there is a GPU'}"
+    DEVICE != "cpu" or cpu_solver.library()[0] is None,
+    reason=f"the CPU's path: {cpu_solver.library()[1] or 'there is a GPU'}",
 )
 
 
-@pytest.fixture(params=[pytest.param(cpu_solver, marks=in_c, id="c"), pytest.param(solver, id="triton")])
+@pytest.fixture(
+    params=[pytest.param(cpu_solver, marks=in_c, id="c"), pytest.param(solver, id="triton")]
+)
 def steps(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -30,7 +34,11 @@ def poisoned(*shape: int) -> Tensor:
 
 
 def grids(groups: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    zeros = torch.randint(0, 16, (groups, n), generator=torch.Generator().manual_seed(3)).float().to(DEVICE)
+    zeros = (
+        torch.randint(0, 16, (groups, n), generator=torch.Generator().manual_seed(3))
+        .float()
+        .to(DEVICE)
+    )
     return random(groups, n, seed=4).abs() + 0.05, -zeros, 15 - zeros
 
 
@@ -48,7 +56,9 @@ def test_gptq_columns(steps: Any, n: int, start: int, stop: int, transposed: boo
         ratios = ratios.T.contiguous().T
     scales, lowest, highest = grids(groups, n)
     codes, errors = poisoned(k, n), poisoned(k, n)
-    steps.gptq_columns(w.clone(), codes, errors, ratios, scales, lowest, highest, group_at, start, stop)
+    steps.gptq_columns(
+        w.clone(), codes, errors, ratios, scales, lowest, highest, group_at, start, stop
+    )
     value, wanted = w.double(), torch.empty(k, n, dtype=torch.float64, device=DEVICE)
     for i in range(start, stop):
         g = group_at[i]
@@ -68,11 +78,25 @@ def test_refine_columns(steps: Any, n: int, start: int, stop: int) -> None:
     hessian, (scales, lowest, highest) = x.T @ x / 40, grids(1, n)
     codes, changes = poisoned(k, n), poisoned(k, n)
     steps.refine_columns(
-        values, slope.clone(), codes, changes, hessian, scales[0], lowest[0], highest[0], hessian.diagonal().clone(), start, stop
+        values,
+        slope.clone(),
+        codes,
+        changes,
+        hessian,
+        scales[0],
+        lowest[0],
+        highest[0],
+        hessian.diagonal().clone(),
+        start,
+        stop,
     )
     left = slope.double()
     for i in range(start, stop):
-        best = ((values[i] + left[i] / hessian[i, i].double()) / scales[0]).round().clamp(lowest[0], highest[0])
+        best = (
+            ((values[i] + left[i] / hessian[i, i].double()) / scales[0])
+            .round()
+            .clamp(lowest[0], highest[0])
+        )
         assert codes[i].double().equal(best)
         change = best * scales[0] - values[i]
         torch.testing.assert_close(changes[i].double(), change, rtol=1e-4, atol=1e-4)
@@ -97,16 +121,35 @@ def test_block_losses(size: int, n: int) -> None:
 
 def test_halves_go_to_even_codes(steps: Any) -> None:
     w, ones = torch.tensor([[0.5, 1.5, 2.5, -0.5]], device=DEVICE), torch.ones(1, 4, device=DEVICE)
-    codes, errors, group_at = poisoned(1, 4), poisoned(1, 4), torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    steps.gptq_columns(w, codes, errors, torch.ones(1, 1, device=DEVICE), ones, -8 * ones, 7 * ones, group_at, 0, 1)
+    codes, errors, group_at = (
+        poisoned(1, 4),
+        poisoned(1, 4),
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+    )
+    steps.gptq_columns(
+        w, codes, errors, torch.ones(1, 1, device=DEVICE), ones, -8 * ones, 7 * ones, group_at, 0, 1
+    )
     assert codes.tolist() == [[0, 2, 2, 0]] and errors.tolist() == [[-0.5, 0.5, -0.5, 0.5]]
 
 
 @in_c
 def test_tensors_of_other_shapes_are_refused() -> None:
     k, n = 8, 4
-    good = (random(k, n), random(k, n), random(k, n), random(k, k), *grids(2, n), torch.zeros(k, dtype=torch.int64))
-    for place, wrong in ((1, random(k, n + 1)), (2, random(n, k).T), (3, random(k, k - 1)), (4, random(3, n)), (5, random(2, n).double())):
+    good = (
+        random(k, n),
+        random(k, n),
+        random(k, n),
+        random(k, k),
+        *grids(2, n),
+        torch.zeros(k, dtype=torch.int64),
+    )
+    for place, wrong in (
+        (1, random(k, n + 1)),
+        (2, random(n, k).T),
+        (3, random(k, k - 1)),
+        (4, random(3, n)),
+        (5, random(2, n).double()),
+    ):
         arguments = [*good[:place], wrong, *good[place + 1 :]]
         with pytest.raises(ValueError, match="expected"):
             cpu_solver.gptq_columns(*arguments, 0, k)
@@ -114,14 +157,32 @@ def test_tensors_of_other_shapes_are_refused() -> None:
         with pytest.raises(ValueError, match="expected some of 0 to 8"):
             cpu_solver.gptq_columns(*good, start, stop)
     with pytest.raises(ValueError, match="at most 512"):
-        cpu_solver.block_losses(random(1, 1, 513), torch.ones(1, 1), torch.ones(1, 1), 15, random(1, 513, 513))
+        cpu_solver.block_losses(
+            random(1, 1, 513), torch.ones(1, 1), torch.ones(1, 1), 15, random(1, 513, 513)
+        )
 
 
 def test_a_channel_that_hardly_curves(steps: Any) -> None:
     """A dead channel's curvature is clamped to something whose inverse float32 does not hold."""
     hessian, ones = 1e-28 * torch.eye(2, device=DEVICE), torch.ones(1, device=DEVICE)
     hessian[1, 1] = 0
-    codes, changes, values = poisoned(2, 1), poisoned(2, 1), torch.tensor([[1.4], [2.6]], device=DEVICE)
+    codes, changes, values = (
+        poisoned(2, 1),
+        poisoned(2, 1),
+        torch.tensor([[1.4], [2.6]], device=DEVICE),
+    )
     curvature = torch.tensor([1e-28, 1e-40], device=DEVICE)
-    steps.refine_columns(values, torch.zeros(2, 1, device=DEVICE), codes, changes, hessian, ones, -8 * ones, 7 * ones, curvature, 0, 2)
+    steps.refine_columns(
+        values,
+        torch.zeros(2, 1, device=DEVICE),
+        codes,
+        changes,
+        hessian,
+        ones,
+        -8 * ones,
+        7 * ones,
+        curvature,
+        0,
+        2,
+    )
     assert codes.tolist() == [[1.0], [3.0]]

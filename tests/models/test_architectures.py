@@ -1,4 +1,5 @@
-"""Every architecture against transformers: float32 logits of a two-layer random checkpoint under the family's own tensor names."""
+"""Every architecture against transformers: float32 logits of a two-layer random checkpoint under
+the family's own tensor names."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = reference(name, folder, length)(tokens).logits
         found = decoder_logits(weights, tokens)
-        assert 5 < expected.abs().max() < 50  # the comparison is of something, and its tolerance a few of float32's steps
+        # the comparison is of something, and its tolerance a few of float32's steps
+        assert 5 < expected.abs().max() < 50
         torch.testing.assert_close(found, expected, rtol=0, atol=5e-5)
 
 
@@ -60,14 +62,26 @@ def test_a_whole_checkpoint_has_no_problems(name: str, tmp_path: Path) -> None:
 # Of every family: a tensor of layer 1, to be lost, and the native tensors that its loss takes away.
 LOST = {
     "llama3": ("model.layers.1.mlp.up_proj.weight", ["model.layers.1.mlp.up_proj.weight"]),
-    "llama_bias": ("model.layers.1.self_attn.o_proj.bias", ["model.layers.1.self_attn.o_proj.bias"]),
+    "llama_bias": (
+        "model.layers.1.self_attn.o_proj.bias",
+        ["model.layers.1.self_attn.o_proj.bias"],
+    ),
     "internlm": ("model.layers.1.self_attn.k_proj.bias", ["model.layers.1.self_attn.k_proj.bias"]),
-    "internlm2": ("model.layers.1.attention.wqkv.weight", [f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkv"]),
+    "internlm2": (
+        "model.layers.1.attention.wqkv.weight",
+        [f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkv"],
+    ),
     "mistral": ("lm_head.weight", ["lm_head.weight"]),
-    "qwen": ("transformer.h.1.attn.c_attn.bias", [f"model.layers.1.self_attn.{n}_proj.bias" for n in "qkv"]),
+    "qwen": (
+        "transformer.h.1.attn.c_attn.bias",
+        [f"model.layers.1.self_attn.{n}_proj.bias" for n in "qkv"],
+    ),
     "qwen2": ("model.norm.weight", ["model.norm.weight"]),
     "qwen3": ("model.layers.1.self_attn.q_norm.weight", ["model.layers.1.self_attn.q_norm.weight"]),
-    "mixtral": ("model.layers.1.block_sparse_moe.experts.3.w2.weight", ["model.layers.1.block_sparse_moe.experts.3.w2.weight"]),
+    "mixtral": (
+        "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+        ["model.layers.1.block_sparse_moe.experts.3.w2.weight"],
+    ),
     "mixtral_fused": (
         "model.layers.1.mlp.experts.down_proj",
         [f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in range(EXPERTS)],
@@ -78,7 +92,10 @@ LOST = {
         [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(EXPERTS)],
     ),
     "opt": ("decoder.layers.1.fc1.bias", ["model.decoder.layers.1.fc1.bias"]),
-    "opt_prefixed": ("model.decoder.embed_positions.weight", ["model.decoder.embed_positions.weight"]),
+    "opt_prefixed": (
+        "model.decoder.embed_positions.weight",
+        ["model.decoder.embed_positions.weight"],
+    ),
 }
 
 
@@ -94,12 +111,18 @@ def test_lost_misshapen_and_unknown_tensors_are_problems(name: str, tmp_path: Pa
     # One row (of each expert) too few: no view fits, or the shape is another one.
     odd = found.tensors[lost]
     cut = odd[:, :-1] if odd.dim() == 3 else odd[:-1]
-    misshapen = Checkpoint(write(tmp_path / "misshapen", Specimen(found.config, found.tensors | {lost: cut.contiguous()})))
+    misshapen = Checkpoint(
+        write(
+            tmp_path / "misshapen", Specimen(found.config, found.tensors | {lost: cut.contiguous()})
+        )
+    )
     (problem,) = misshapen.problems()  # one, however many native tensors lie in it
     assert lost in problem.where and problem.hint == "config.json and weights disagree"
 
     extra = {"model.vision.patch.weight": torch.zeros(2)}
-    problems = Checkpoint(write(tmp_path / "unknown", Specimen(found.config, found.tensors | extra))).problems()
+    problems = Checkpoint(
+        write(tmp_path / "unknown", Specimen(found.config, found.tensors | extra))
+    ).problems()
     assert len(problems) == 1
     assert "model.vision.patch.weight" in problems[0].found and "does not have" in problems[0].found
 
@@ -113,10 +136,14 @@ def test_a_tensor_of_integers_is_a_problem(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", None, ["llama"]])
-def test_an_unknown_model_type_is_refused_with_what_is_missing(model_type: object, tmp_path: Path) -> None:
+def test_an_unknown_model_type_is_refused_with_what_is_missing(
+    model_type: object, tmp_path: Path
+) -> None:
     found = specimen("llama3")
     with pytest.raises(ModelError) as caught:
-        Checkpoint(write(tmp_path, Specimen(found.config | {"model_type": model_type}, found.tensors)))
+        Checkpoint(
+            write(tmp_path, Specimen(found.config | {"model_type": model_type}, found.tensors))
+        )
     (problem,) = caught.value.problems
     assert problem.found == repr(model_type)
     for known in ARCHITECTURES:
@@ -134,7 +161,11 @@ def test_an_unknown_model_type_is_refused_with_what_is_missing(model_type: objec
         ("llama3", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
         ("llama3", {"rope_scaling": {"type": "linear"}}, "no positive factor"),
         ("llama3", {"rope_scaling": {"type": "dynamic", "factor": 0}}, "no positive factor"),
-        ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "no positive low_freq_factor and high_freq_factor"),
+        (
+            "llama3",
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "no positive low_freq_factor and high_freq_factor",
+        ),
         ("llama3", {"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
         ("llama3", {"rope_theta": "big"}, "rope_theta is 'big'"),
         ("llama3", {"torch_dtype": "float8_e4m3fn"}, "'float8_e4m3fn'"),
@@ -152,7 +183,9 @@ def test_an_unknown_model_type_is_refused_with_what_is_missing(model_type: objec
         ("qwen3_moe", {"num_experts": None}, "num_experts"),
     ],
 )
-def test_a_config_that_cannot_be_followed_names_its_key(name: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_config_that_cannot_be_followed_names_its_key(
+    name: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     found = specimen(name)
     with pytest.raises(ModelError) as caught:
         Checkpoint(write(tmp_path, Specimen(found.config | changes, found.tensors)))
@@ -162,14 +195,35 @@ def test_a_config_that_cannot_be_followed_names_its_key(name: str, changes: dict
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_native_config_is_plain_and_reads_back_the_same(name: str) -> None:
-    """transformers builds its own class from it, without remote code, and the tensors it wants are the native ones."""
+    """transformers builds its own class from it, without remote code, and the tensors it wants are
+    the native ones."""
     raw = specimen(name).config
     architecture = ARCHITECTURES[raw["model_type"]]
     native = architecture.native_config(json.loads(json.dumps(raw)))
     assert "auto_map" not in native if name in REMOTE else native == raw
-    read, again = architecture.read_config(raw), ARCHITECTURES[native["model_type"]].read_config(native)
-    for field in ("hidden", "intermediate", "layers", "heads", "kv_heads", "head_dim", "vocabulary", "norm_eps", "dtype", "tied",
-                  "attention_bias", "output_bias", "mlp_bias", "qk_norm", "experts", "sliding_windows"):  # fmt: skip
+    read, again = (
+        architecture.read_config(raw),
+        ARCHITECTURES[native["model_type"]].read_config(native),
+    )
+    for field in (
+        "hidden",
+        "intermediate",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "vocabulary",
+        "norm_eps",
+        "dtype",
+        "tied",
+        "attention_bias",
+        "output_bias",
+        "mlp_bias",
+        "qk_norm",
+        "experts",
+        "sliding_windows",
+    ):
         assert getattr(read, field) == getattr(again, field), field
-    if name != "qwen":  # Qwen2 has no place for the first Qwen's way beyond the trained length; the notes say so
+    # Qwen2 has no place for the first Qwen's way beyond the trained length; the notes say so
+    if name != "qwen":
         assert (read.rope, read.max_positions) == (again.rope, again.max_positions)

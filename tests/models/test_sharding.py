@@ -19,23 +19,49 @@ def test_by_hand() -> None:
     tensor = IntegerTensor(Scheme(4, 2, False), codes, scales, zeros)
     column = tensor.cut(0, 1, 2)  # outputs 2 and 3
     assert column.codes.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
-    assert column.scales.tolist() == [[4.0, 5.0], [6.0, 7.0]] and column.zeros.tolist() == [[4, 5], [6, 7]]
+    assert column.scales.tolist() == [[4.0, 5.0], [6.0, 7.0]] and column.zeros.tolist() == [
+        [4, 5],
+        [6, 7],
+    ]
     row = tensor.cut(1, 0, 2)  # inputs 0 and 1: group 0
     assert row.codes.tolist() == [[0, 1], [4, 5], [8, 9], [12, 13]]
-    assert row.scales.tolist() == [[0.0], [2.0], [4.0], [6.0]] and row.zeros.tolist() == [[0], [2], [4], [6]]
+    assert row.scales.tolist() == [[0.0], [2.0], [4.0], [6.0]] and row.zeros.tolist() == [
+        [0],
+        [2],
+        [4],
+        [6],
+    ]
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from((2, 3, 4, 8)), st.sampled_from((PER_CHANNEL, 2, 4)), st.booleans(), st.sampled_from((0, 1)),
-    st.sampled_from((1, 2, 4)), st.booleans(), st.integers(0, 99),
-)  # fmt: skip
-def test_ranks_together_are_the_whole(bits: int, group: int, symmetric: bool, dimension: int, tp: int, index: bool, seed: int) -> None:
-    tensor = random_tensor(8, 16, Scheme(bits, group, symmetric), seed=seed, index=index and dimension == 0)
+    st.sampled_from((2, 3, 4, 8)),
+    st.sampled_from((PER_CHANNEL, 2, 4)),
+    st.booleans(),
+    st.sampled_from((0, 1)),
+    st.sampled_from((1, 2, 4)),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_ranks_together_are_the_whole(
+    bits: int, group: int, symmetric: bool, dimension: int, tp: int, index: bool, seed: int
+) -> None:
+    tensor = random_tensor(
+        8, 16, Scheme(bits, group, symmetric), seed=seed, index=index and dimension == 0
+    )
     ranks = [tensor.cut(dimension, rank, tp) for rank in range(tp)]
     for rank in ranks:
-        assert rank.scheme == tensor.scheme and rank.codes.is_contiguous() and rank.scales.is_contiguous() and rank.zeros.is_contiguous()
-        assert (rank.codes.dtype, rank.scales.dtype, rank.zeros.dtype) == (torch.uint8, tensor.scales.dtype, torch.uint8)
+        assert (
+            rank.scheme == tensor.scheme
+            and rank.codes.is_contiguous()
+            and rank.scales.is_contiguous()
+            and rank.zeros.is_contiguous()
+        )
+        assert (rank.codes.dtype, rank.scales.dtype, rank.zeros.dtype) == (
+            torch.uint8,
+            tensor.scales.dtype,
+            torch.uint8,
+        )
         assert rank.shape == ((8 // tp, 16) if dimension == 0 else (8, 16 // tp))
     assert torch.equal(torch.cat([r.codes for r in ranks], dimension), tensor.codes)
     assert torch.equal(torch.cat([r.dequantize() for r in ranks], dimension), tensor.dequantize())
@@ -45,7 +71,13 @@ def test_ranks_together_are_the_whole(bits: int, group: int, symmetric: bool, di
     if dimension == 0:
         parts = torch.cat([x @ r.dequantize(torch.float64).T for r in ranks], 1)
     else:
-        parts = sum((part @ r.dequantize(torch.float64).T for part, r in zip(x.chunk(tp, 1), ranks, strict=True)), torch.zeros_like(whole))
+        parts = sum(
+            (
+                part @ r.dequantize(torch.float64).T
+                for part, r in zip(x.chunk(tp, 1), ranks, strict=True)
+            ),
+            torch.zeros_like(whole),
+        )
     torch.testing.assert_close(parts, whole)
 
 
@@ -67,7 +99,9 @@ def test_a_rows_one_scale_is_whole_on_every_rank() -> None:
         ("embed_tokens.weight", (8, 6), None, (8, 6)),
     ],
 )
-def test_plain_tensors(name: str, shape: tuple[int, ...], dimension: int | None, expected: tuple[int, ...]) -> None:
+def test_plain_tensors(
+    name: str, shape: tuple[int, ...], dimension: int | None, expected: tuple[int, ...]
+) -> None:
     tensor = torch.arange(float(torch.Size(shape).numel())).view(shape)
     ranks = [shard_plain(name, tensor, dimension, rank, 2) for rank in range(2)]
     assert shard_shape(name, shape, dimension, 2) == expected

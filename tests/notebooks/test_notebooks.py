@@ -1,4 +1,5 @@
-"""Every notebook runs without an error, and what is committed is a run's output, small, and of no particular machine."""
+"""Every notebook runs without an error, and what is committed is a run's output, small, and of no
+particular machine."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 MOST_BYTES = 1_500_000  # of all of them
-# Places on a machine: absolute paths of Unix (no URL, no relative one, no closing tag) and Windows, and addresses of objects.
+# Places on a machine: absolute paths of Unix (no URL, no relative one, no closing tag) and Windows,
+# and addresses of objects.
 PRIVATE = re.compile(r"(?<![\w.:/<~])/[\w.-]+/|\b[A-Z]:\\|\bat 0x[0-9a-f]{6,}")
 
 
@@ -23,7 +25,10 @@ def texts(cell: nbformat.NotebookNode) -> str:
     """All that a cell's outputs say."""
     parts = []
     for output in cell.get("outputs", []):
-        parts += [output.get("text", ""), *(value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))]
+        parts += [
+            output.get("text", ""),
+            *(value for kind, value in output.get("data", {}).items() if kind.startswith("text/")),
+        ]
     return "\n".join(parts)
 
 
@@ -35,11 +40,17 @@ def test_the_index_names_them_all() -> None:
 @pytest.mark.parametrize(
     ("text", "private"),
     [
-        ("/data/models/x", True), ("in '/a/b.txt'", True), ("C:\\Users", True), ("<Figure at 0x7f12ab34cd>", True),
-        ("artifacts/first/report.html", False), ("https://example.org/a/b", False), ("</b></i>", False), ("~/x/y", False),
+        ("/data/models/x", True),
+        ("in '/a/b.txt'", True),
+        ("C:\\Users", True),
+        ("<Figure at 0x7f12ab34cd>", True),
+        ("artifacts/first/report.html", False),
+        ("https://example.org/a/b", False),
+        ("</b></i>", False),
+        ("~/x/y", False),
         ("6 / 255", False),
     ],
-)  # fmt: skip
+)
 def test_what_counts_as_a_place(text: str, private: bool) -> None:
     assert bool(PRIVATE.search(text)) is private
 
@@ -60,16 +71,19 @@ def test_it_runs(path: Path, tmp_path: Path, caches: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     monkeypatch.setenv("MPLCONFIGDIR", str(caches / "matplotlib"))
     monkeypatch.setenv("IPYTHONDIR", str(caches / "ipython"))
-    done = execute(tmp_path / "notebooks" / path.name, tmp_path / "notebooks")  # raises for a cell that fails
+    # raises for a cell that fails
+    done = execute(tmp_path / "notebooks" / path.name, tmp_path / "notebooks")
     committed = nbformat.read(path, as_version=4)
     assert [cell.source for cell in done.cells] == [cell.source for cell in committed.cells]
     for cell, kept in zip(done.cells, committed.cells, strict=True):
         kinds = [[output.output_type for output in one.get("outputs", [])] for one in (cell, kept)]
-        assert kinds[0] == kinds[1], f"`make notebooks` would write another kind of output below: {cell.source}"
+        assert kinds[0] == kinds[1], (
+            f"`make notebooks` would write another kind of output below: {cell.source}"
+        )
         assert not PRIVATE.search(texts(cell)), texts(cell)
-    assert {p.name for p in (tmp_path / "notebooks").iterdir()} - {"__pycache__"} == {p.name for p in (ROOT / "notebooks").iterdir()} - {
-        "__pycache__", ".ipynb_checkpoints",
-    }, "nothing is left behind"  # fmt: skip
+    assert {p.name for p in (tmp_path / "notebooks").iterdir()} - {"__pycache__"} == {
+        p.name for p in (ROOT / "notebooks").iterdir()
+    } - {"__pycache__", ".ipynb_checkpoints"}, "nothing is left behind"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
@@ -77,15 +91,24 @@ def test_what_is_committed(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run from top to bottom"
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), (
+        "run from top to bottom"
+    )
     assert sum(bool(cell.outputs) for cell in code) >= len(code) / 2
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(f"# {path.stem[:2]} ")
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith(
+        f"# {path.stem[:2]} "
+    )
     for cell in notebook.cells:
         assert dict(cell.metadata) == {}, "no times of execution"
         assert "\x1b" not in texts(cell) and not PRIVATE.search(texts(cell)), texts(cell)
-        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.get("outputs", []))
+        assert all(
+            output.output_type != "error" and output.get("name") != "stderr"
+            for output in cell.get("outputs", [])
+        )
     kernel, language = notebook.metadata.kernelspec, notebook.metadata.language_info
-    assert (kernel.display_name, dict(language)) == ("Python 3", {"name": "python"}), "no particular environment or version"
+    assert (kernel.display_name, dict(language)) == ("Python 3", {"name": "python"}), (
+        "no particular environment or version"
+    )
 
 
 def test_they_are_small() -> None:

@@ -1,7 +1,9 @@
-"""Every architecture from its original tensor names through calibrate → awq → gptq → kv_qparams → pack, and into transformers.
+"""Every architecture from its original tensor names through calibrate → awq → gptq → kv_qparams →
+pack, and into transformers.
 
-One run a family writes compressed-tensors, AWQ and GPTQ from the same result. transformers loads the first, without remote code, and
-must compute what QuantFlow's decoder computes over the same files.
+One run a family writes compressed-tensors, AWQ and GPTQ from the same result. transformers loads
+the first, without remote code, and must compute what QuantFlow's decoder computes over the same
+files.
 """
 
 from __future__ import annotations
@@ -30,14 +32,23 @@ from quantflow.pipeline.run import RunResult, run
 from quantflow.recipe import load_recipe
 from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.tiny import write_text
-from tests.helpers.zoo import EXPERTS, LAYERS, Specimen, decoder_logits, random_tokens, specimen, write
+from tests.helpers.zoo import (
+    EXPERTS,
+    LAYERS,
+    Specimen,
+    decoder_logits,
+    random_tokens,
+    specimen,
+    write,
+)
 
 DENSE = 2 * 7  # q, k, v, o, gate, up, down in two layers
 
 
 @dataclass(frozen=True)
 class Case:
-    """linears: how many are quantised. transformers: the class that loads the artifact. dtype: of the checkpoint."""
+    """linears: how many are quantised. transformers: the class that loads the artifact. dtype: of
+    the checkpoint."""
 
     linears: int
     transformers: str
@@ -54,9 +65,11 @@ CASES = {
     "qwen": Case(DENSE, "Qwen2ForCausalLM"),
     "qwen2": Case(DENSE, "Qwen2ForCausalLM"),
     "qwen3": Case(DENSE, "Qwen3ForCausalLM"),
-    "mixtral": Case(2 * (4 + 4 * 3), "MixtralForCausalLM", symmetric=True),  # four experts of three linears; the router stays
+    # four experts of three linears; the router stays
+    "mixtral": Case(2 * (4 + 4 * 3), "MixtralForCausalLM", symmetric=True),
     "mixtral_fused": Case(2 * (4 + 4 * 3), "MixtralForCausalLM", symmetric=True),
-    "qwen3_moe": Case(7 + (4 + 4 * 3), "Qwen3MoeForCausalLM", torch.float32, symmetric=True),  # the first layer is dense
+    # the first layer is dense
+    "qwen3_moe": Case(7 + (4 + 4 * 3), "Qwen3MoeForCausalLM", torch.float32, symmetric=True),
     "qwen3_moe_fused": Case(2 * (4 + 4 * 3), "Qwen3MoeForCausalLM", symmetric=True),
     "opt": Case(2 * 6, "OPTForCausalLM", torch.float16),  # no gate
 }
@@ -65,23 +78,38 @@ CASES = {
 FORMATS = ("compressed-tensors", "awq", "gptq")
 
 
-def quantise(root: Path, found: Specimen, symmetric: bool, formats: tuple[str, ...] = FORMATS, bits: int = 4) -> RunResult:
+def quantise(
+    root: Path, found: Specimen, symmetric: bool, formats: tuple[str, ...] = FORMATS, bits: int = 4
+) -> RunResult:
     """Runs the recipe over the checkpoint `found`; everything lies below `root`."""
     torch.set_num_threads(1)
     recipe = {
-        "name": "zoo", "model": str(write(root / "model", found)), "output": str(root / "out" / "artifact"),
-        "calibration": {"data": str(write_text(root / "calib.txt", 0, 128)), "samples": 12, "seqlen": 20},
+        "name": "zoo",
+        "model": str(write(root / "model", found)),
+        "output": str(root / "out" / "artifact"),
+        "calibration": {
+            "data": str(write_text(root / "calib.txt", 0, 128)),
+            "samples": 12,
+            "seqlen": 20,
+        },
         "weights": {"bits": bits, "group_size": 32, "symmetric": symmetric},
-        "stages": ["calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams", *({"pack": {"format": f}} for f in formats)],
-    }  # fmt: skip
+        "stages": [
+            "calibrate",
+            {"awq": {"grid": 4}},
+            "gptq",
+            "kv_qparams",
+            *({"pack": {"format": f}} for f in formats),
+        ],
+    }
     path = root / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return run(make_plan(load_recipe(path), device="cpu"), Silent())
 
 
 class AsLoaded(Weights):
-    """Weights as transformers holds them. It dequantises experts, and all of an asymmetric checkpoint, while it loads them, to the
-    dtype of their scales; other linears, at every forward, to the dtype that was asked for."""
+    """Weights as transformers holds them. It dequantises experts, and all of an asymmetric
+    checkpoint, while it loads them, to the dtype of their scales; other linears, at every forward,
+    to the dtype that was asked for."""
 
     def tensor(self, name: str) -> Tensor:
         value = super().tensor(name)
@@ -91,12 +119,15 @@ class AsLoaded(Weights):
 
 
 def loaded_logits(folder: Path, tokens: Tensor, transformers_class: str) -> Tensor:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
     assert type(model).__name__ == transformers_class
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.float()  # experts are in 16 bits still, and would be multiplied so
+            # experts are in 16 bits still, and would be multiplied so
+            parameter.data = parameter.data.float()
     with torch.inference_mode():
         return model.eval()(tokens).logits
 
@@ -125,9 +156,15 @@ def test_every_linear_is_quantised_and_nothing_fell_back(name: str, quantised: Q
     assert report["fallbacks"] == {}
     assert list(report["kept"]) == ["lm_head"]
     assert {line["method"] for line in report["linears"].values()} == {"gptq"}
-    for form, suffix in (("compressed-tensors", ".weight_packed"), ("awq", ".qweight"), ("gptq", ".qweight")):
+    for form, suffix in (
+        ("compressed-tensors", ".weight_packed"),
+        ("awq", ".qweight"),
+        ("gptq", ".qweight"),
+    ):
         written = load_file(output / form / "model.safetensors")
-        assert {n.removesuffix(suffix) for n in written if n.endswith(suffix)} == set(report["linears"])
+        assert {n.removesuffix(suffix) for n in written if n.endswith(suffix)} == set(
+            report["linears"]
+        )
         assert [n for n in written if n.removesuffix(".weight") in report["linears"]] == []
     manifest = json.loads((output / "quantflow.json").read_text())
     assert manifest["status"] == "complete"
@@ -145,7 +182,8 @@ def test_transformers_computes_what_quantflow_computes(name: str, quantised: Qua
     tokens = random_tokens(2, 20)
     theirs = loaded_logits(folder, tokens, CASES[name].transformers)
     assert float(theirs.std()) > 0.5
-    # Beyond float32's own rounding there is only that of the weights to 16 bits, which AsLoaded repeats.
+    # Beyond float32's own rounding there is only that of the weights to 16 bits, which AsLoaded
+    # repeats.
     torch.testing.assert_close(theirs, decoder_logits(AsLoaded(folder), tokens), rtol=0, atol=5e-5)
 
 
@@ -162,16 +200,28 @@ def test_awq_and_gptq_read_back_to_the_same_weights(name: str, quantised: Quanti
 
 @pytest.mark.parametrize("name", CASES)
 def test_eight_bits_compute_what_the_original_computes(name: str, tmp_path: Path) -> None:
-    """With the rounding out of the way, whatever AWQ rescaled on one side alone would show: a bias, a router, a second reader of a norm."""
-    output = quantise(tmp_path, specimen(name), CASES[name].symmetric, formats=("compressed-tensors",), bits=8).output
+    """With the rounding out of the way, whatever AWQ rescaled on one side alone would show: a bias,
+    a router, a second reader of a norm."""
+    output = quantise(
+        tmp_path, specimen(name), CASES[name].symmetric, formats=("compressed-tensors",), bits=8
+    ).output
     report = json.loads((output / "report.json").read_text())
     assert report["fallbacks"] == {}
-    assert sum(line["scale"] != "identity" for line in report["awq"]) >= LAYERS  # AWQ has rescaled something
-    windows = cut_windows(load_tokenizer(tmp_path / "model"), documents(str(tmp_path / "calib.txt")), count=4, length=20)
+    # AWQ has rescaled something
+    assert sum(line["scale"] != "identity" for line in report["awq"]) >= LAYERS
+    windows = cut_windows(
+        load_tokenizer(tmp_path / "model"),
+        documents(str(tmp_path / "calib.txt")),
+        count=4,
+        length=20,
+    )
     tokens = torch.tensor(windows.tokens)
     original = decoder_logits(Weights(tmp_path / "model"), tokens)
-    error = (decoder_logits(Weights(output), tokens) - original).norm(dim=-1) / original.norm(dim=-1)
-    assert float(error.median()) < 0.01  # the median, because rounding sends a token in a hundred to another expert
+    error = (decoder_logits(Weights(output), tokens) - original).norm(dim=-1) / original.norm(
+        dim=-1
+    )
+    # the median, because rounding sends a token in a hundred to another expert
+    assert float(error.median()) < 0.01
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_fused"])
@@ -180,14 +230,21 @@ def test_asymmetric_experts_go_where_they_can_be_read(name: str, tmp_path: Path)
     with pytest.raises(UserError) as caught:
         quantise(tmp_path / "refused", found, symmetric=False)
     assert len(caught.value.problems) == 3  # gate, up and down, not one an expert and layer
-    assert all("asymmetric expert" in p.found and "symmetric: true" in p.hint for p in caught.value.problems)
+    assert all(
+        "asymmetric expert" in p.found and "symmetric: true" in p.hint
+        for p in caught.value.problems
+    )
     assert not (tmp_path / "refused" / "out").exists()
 
-    output = quantise(tmp_path / "written", found, symmetric=False, formats=("awq", "gptq_v2")).output
+    output = quantise(
+        tmp_path / "written", found, symmetric=False, formats=("awq", "gptq_v2")
+    ).output
     awq, gptq = Weights(output / "awq"), Weights(output / "gptq_v2")
     assert len(awq.modules) == CASES[name].linears and awq.modules == gptq.modules
     for module in awq.modules:
-        torch.testing.assert_close(awq.tensor(f"{module}.weight"), gptq.tensor(f"{module}.weight"), rtol=0, atol=0)
+        torch.testing.assert_close(
+            awq.tensor(f"{module}.weight"), gptq.tensor(f"{module}.weight"), rtol=0, atol=0
+        )
 
 
 def test_the_pipeline_has_every_architecture() -> None:
@@ -195,8 +252,8 @@ def test_the_pipeline_has_every_architecture() -> None:
 
 
 def _shun(found: Specimen, expert: int) -> Specimen:
-    """The checkpoint with a first channel that is the same for every token, which nothing writes to and, of the routers' rows, only
-    that of `expert` reads: it drives the expert to the bottom."""
+    """The checkpoint with a first channel that is the same for every token, which nothing writes to
+    and, of the routers' rows, only that of `expert` reads: it drives the expert to the bottom."""
     tensors = {name: tensor.clone() for name, tensor in found.tensors.items()}
     tensors["model.embed_tokens.weight"][:, 0] = 2.0
     for name, tensor in tensors.items():
@@ -211,28 +268,44 @@ def _shun(found: Specimen, expert: int) -> Specimen:
 
 @pytest.mark.parametrize(
     ("name", "parts"),
-    [("mixtral", ("block_sparse_moe", "w1", "w2", "w3")), ("qwen3_moe_fused", ("mlp", "gate_proj", "down_proj", "up_proj"))],
+    [
+        ("mixtral", ("block_sparse_moe", "w1", "w2", "w3")),
+        ("qwen3_moe_fused", ("mlp", "gate_proj", "down_proj", "up_proj")),
+    ],
 )
-def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(name: str, parts: tuple[str, ...], tmp_path: Path) -> None:
+def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(
+    name: str, parts: tuple[str, ...], tmp_path: Path
+) -> None:
     shunned = 2
     found = _shun(specimen(name), shunned)
     output = quantise(tmp_path, found, symmetric=True).output
     report = json.loads((output / "report.json").read_text())
     block, gate, down, up = parts
-    names = {f"model.layers.{i}.{block}.experts.{shunned}.{part}" for i in range(LAYERS) for part in (gate, down, up)}
+    names = {
+        f"model.layers.{i}.{block}.experts.{shunned}.{part}"
+        for i in range(LAYERS)
+        for part in (gate, down, up)
+    }
     assert report["fallbacks"] == dict.fromkeys(names, "no calibration token: rounded to nearest")
     assert len(report["linears"]) == LAYERS * (4 + EXPERTS * 3)
     assert {n for n, line in report["linears"].items() if line["method"] == "rtn"} == names
     unreached = [line["group"] for line in report["awq"] if "no token" in line["scale"]]
-    assert unreached == [f"model.layers.{i}.{block}.experts.{shunned}.{down}" for i in range(LAYERS)]
+    assert unreached == [
+        f"model.layers.{i}.{block}.experts.{shunned}.{down}" for i in range(LAYERS)
+    ]
 
     original, artifact = Weights(tmp_path / "model"), Weights(output / "compressed-tensors")
     for module in names:
-        before, after = original.tensor(f"{module}.weight").float(), artifact.tensor(f"{module}.weight")
-        if not module.endswith(down):  # AWQ has scaled what the norm in front of the experts gives them
+        before, after = (
+            original.tensor(f"{module}.weight").float(),
+            artifact.tensor(f"{module}.weight"),
+        )
+        # AWQ has scaled what the norm in front of the experts gives them
+        if not module.endswith(down):
             norm = f"{module[: module.index(f'.{block}.')]}.post_attention_layernorm.weight"
             before = before * (original.tensor(norm).float() / artifact.tensor(norm).float())
-        # A group of 32 spans at most twice its largest value in 15 steps; the range search may clip, which costs less than it saves.
+        # A group of 32 spans at most twice its largest value in 15 steps; the range search may
+        # clip, which costs less than it saves.
         step = before.view(len(before), -1, 32).abs().amax(-1) * 2 / 15
         error = (after - before).view(len(before), -1, 32).square().mean(-1).sqrt()
         assert bool(after.isfinite().all())

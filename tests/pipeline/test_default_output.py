@@ -16,7 +16,10 @@ from quantflow.recipe import load_recipe
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
 
-RECIPE = "name: w8\nweights: {bits: 8, group_size: 32}\nstages: [rtn, {pack: {format: compressed-tensors}}]\n"
+RECIPE = (
+    "name: w8\nweights: {bits: 8, group_size: 32}\nstages: [rtn, {pack: {format:"
+    " compressed-tensors}}]\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +38,9 @@ def test_a_default_output_is_of_one_model(here: Path) -> None:
 
     run(planned(places[0]), Silent())
     planned(places[0])
-    with pytest.raises(UserError, match=r"final_w8: an artifact of another model, .*/a/final, .*Pass --output DIR") as caught:
+    with pytest.raises(
+        UserError, match=r"final_w8: an artifact of another model, .*/a/final, .*Pass --output DIR"
+    ) as caught:
         planned(places[1])
     assert len(caught.value.problems) == 1
     planned(places[1], "artifacts/final_w8")  # who says so wants it replaced
@@ -44,7 +49,8 @@ def test_a_default_output_is_of_one_model(here: Path) -> None:
     shown = invoke("plan", "r.yaml", "--model", places[1])
     assert shown.exit_code == 2 and "Pass --output DIR" in " ".join(shown.stderr.split())
     artifact = here / "artifacts" / "final_w8"
-    (artifact / "run.json").unlink()  # as another machine may have it: names are all there is to go by
+    # as another machine may have it: names are all there is to go by
+    (artifact / "run.json").unlink()
     planned(places[1])
     manifest = json.loads((artifact / "quantflow.json").read_text())
     manifest["source"]["model"] = "x/final"

@@ -24,7 +24,9 @@ DATA = Path(__file__).parents[2] / "calib_data"
 
 def run(root: Path, weights: dict[str, Any], pack: str = "compressed-tensors") -> Bench:
     bench = make_bench(root, intermediate_size=128)
-    result = invoke("run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": pack}}]))
+    result = invoke(
+        "run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": pack}}])
+    )
     assert result.exit_code == 0, result.output
     return bench
 
@@ -35,7 +37,11 @@ def tensors(folder: Path) -> dict[str, Any]:
     for name in weights.checkpoint.expected:
         if weights.is_quantised(name):
             tensor = weights.quantized(name.removesuffix(".weight"))
-            grid = tensor.minimums if isinstance(tensor, MinimumTensor) else getattr(tensor, "zeros", None)
+            grid = (
+                tensor.minimums
+                if isinstance(tensor, MinimumTensor)
+                else getattr(tensor, "zeros", None)
+            )
             found[name] = (tensor.scheme, tensor.codes, tensor.scales.double(), grid)
         else:
             found[name] = weights.tensor(name).float()
@@ -46,24 +52,35 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert set(a) == set(b)
     for name, value in a.items():
         if isinstance(value, tuple):
-            assert value[0] == b[name][0] and all(torch.equal(x, y) for x, y in zip(value[1:], b[name][1:], strict=True)), name
+            assert value[0] == b[name][0] and all(
+                torch.equal(x, y) for x, y in zip(value[1:], b[name][1:], strict=True)
+            ), name
         else:
             assert torch.equal(value, b[name]), name
 
 
 SYMMETRIC = {"bits": 4, "group_size": 32, "symmetric": True}
-MIXED = SYMMETRIC | {"overrides": [{"match": "*.down_proj", "bits": 8}, {"match": "*.o_proj", "group_size": 64}]}
+MIXED = SYMMETRIC | {
+    "overrides": [{"match": "*.down_proj", "bits": 8}, {"match": "*.o_proj", "group_size": 64}]
+}
 
 
-@pytest.mark.parametrize("weights", [SYMMETRIC, SYMMETRIC | {"group_size": -1}, MIXED], ids=["group", "channel", "mixed"])
+@pytest.mark.parametrize(
+    "weights", [SYMMETRIC, SYMMETRIC | {"group_size": -1}, MIXED], ids=["group", "channel", "mixed"]
+)
 @pytest.mark.parametrize("pack", ["compressed-tensors", "gptq_v2"])
-def test_symmetric_weights_go_there_and_back(tmp_path: Path, weights: dict[str, Any], pack: str) -> None:
+def test_symmetric_weights_go_there_and_back(
+    tmp_path: Path, weights: dict[str, Any], pack: str
+) -> None:
     bench = run(tmp_path, weights, pack)
     done = export(bench.output, "gguf", tmp_path / "gguf")
     assert (done.source_format, done.format, done.modules, done.errors) == (pack, "gguf", 14, {})
-    assert {"model.gguf", "tokenizer.json"} <= set(contents(tmp_path / "gguf")) and not (tmp_path / "gguf" / "config.json").exists()
+    assert {"model.gguf", "tokenizer.json"} <= set(contents(tmp_path / "gguf")) and not (
+        tmp_path / "gguf" / "config.json"
+    ).exists()
     assert_same(tensors(tmp_path / "gguf"), tensors(bench.output))
-    done = export(tmp_path / "gguf" / "model.gguf", pack, tmp_path / "back")  # the file, or its directory
+    # the file, or its directory
+    done = export(tmp_path / "gguf" / "model.gguf", pack, tmp_path / "back")
     assert done.source_format == "gguf" and done.errors == {}
     assert_same(tensors(tmp_path / "back"), tensors(bench.output))
     export(tmp_path / "back", "gguf", tmp_path / "again")
@@ -71,10 +88,13 @@ def test_symmetric_weights_go_there_and_back(tmp_path: Path, weights: dict[str, 
 
 
 def test_a_run_packs_what_an_export_writes(tmp_path: Path) -> None:
-    """Scales are rounded to fp16 before the weights are quantised, and every gguf file of them is the same."""
+    """Scales are rounded to fp16 before the weights are quantised, and every gguf file of them is
+    the same."""
     bench = run(tmp_path, SYMMETRIC, "gguf")
     export(bench.output, "gguf", tmp_path / "again")
-    assert (tmp_path / "again" / "model.gguf").read_bytes() == (bench.output / "model.gguf").read_bytes()
+    assert (tmp_path / "again" / "model.gguf").read_bytes() == (
+        bench.output / "model.gguf"
+    ).read_bytes()
     export(bench.output, "gptq_v2", tmp_path / "gptq")
     assert_same(tensors(tmp_path / "gptq"), tensors(bench.output))
 
@@ -85,8 +105,11 @@ def test_asymmetric_weights_are_exact_or_asked_for(tmp_path: Path) -> None:
         export(bench.output, "gguf", tmp_path / "no")
     assert not (tmp_path / "no").exists() and not list(tmp_path.glob(".no*"))
     done = export(bench.output, "gguf", tmp_path / "gguf", Options(requantize=True))
-    assert len(done.errors) > 7 and max(done.errors.values()) < 0.01  # minimums rounded to fp16, not weights to 4 bits
-    schemes = {value[0] for value in tensors(tmp_path / "gguf").values() if isinstance(value, tuple)}
+    # minimums rounded to fp16, not weights to 4 bits
+    assert len(done.errors) > 7 and max(done.errors.values()) < 0.01
+    schemes = {
+        value[0] for value in tensors(tmp_path / "gguf").values() if isinstance(value, tuple)
+    }
     assert schemes == {Scheme(4, 32, False, "minimum")}
     with pytest.raises(FormatError, match="with floating minimums"):
         export(tmp_path / "gguf", "compressed-tensors", tmp_path / "no")
@@ -94,7 +117,10 @@ def test_asymmetric_weights_are_exact_or_asked_for(tmp_path: Path) -> None:
 
 def test_what_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     bench = run(tmp_path, {"bits": 4, "group_size": 16, "symmetric": True})
-    for options, said in ((Options(), "group_size 16; expected a multiple of 32"), (Options(tp=2), "has no ranks")):
+    for options, said in (
+        (Options(), "group_size 16; expected a multiple of 32"),
+        (Options(tp=2), "has no ranks"),
+    ):
         with pytest.raises(FormatError, match=said) as refused:
             export(bench.output, "gguf", tmp_path / "no", options)
         assert "q_proj and 13 more" in str(refused.value)
@@ -110,7 +136,15 @@ def llama_cpp_logits(file: Path, windows: list[list[int]]) -> torch.Tensor:
     """`[B, L, V]`: what llama.cpp computes for each window of tokens."""
     llama_cpp = pytest.importorskip("llama_cpp")
     length = max(map(len, windows))
-    model = llama_cpp.Llama(str(file), n_ctx=length, n_batch=length, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False)
+    model = llama_cpp.Llama(
+        str(file),
+        n_ctx=length,
+        n_batch=length,
+        logits_all=True,
+        n_threads=1,
+        n_threads_batch=1,
+        verbose=False,
+    )
     found = []
     for window in windows:
         model.reset()
@@ -126,9 +160,12 @@ def agreement(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_llama_cpp_runs_the_demo_model(tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     recipe = {
-        "name": "demo", "model": str(DATA / "demo_model"), "output": str(tmp_path / "artifact"), "weights": SYMMETRIC,
+        "name": "demo",
+        "model": str(DATA / "demo_model"),
+        "output": str(tmp_path / "artifact"),
+        "weights": SYMMETRIC,
         "stages": ["rtn", {"pack": {"format": "gguf"}}],
-    }  # fmt: skip
+    }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     result = invoke("run", tmp_path / "recipe.yaml")
     assert result.exit_code == 0, result.output
@@ -142,7 +179,9 @@ def test_llama_cpp_runs_the_demo_model(tmp_path: Path) -> None:
 
     windows = [ids[start : start + 128] for start in range(0, 640, 128)]
     ours = decoder_logits(Weights(file), torch.tensor(windows))
-    assert ours.shape[:2].numel() == 640 and agreement(llama_cpp_logits(file, windows), ours) >= 0.95
+    assert (
+        ours.shape[:2].numel() == 640 and agreement(llama_cpp_logits(file, windows), ours) >= 0.95
+    )
 
     export(file, "huggingface", tmp_path / "plain", Options(dtype="float32"))
     from transformers import AutoModelForCausalLM
@@ -153,7 +192,13 @@ def test_llama_cpp_runs_the_demo_model(tmp_path: Path) -> None:
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +215,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ],
     ids=["llama3", "bias", "linear", "yarn", "llama3 scaling", "mistral", "qwen2", "qwen3"],
 )
-def test_llama_cpp_computes_every_family(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+def test_llama_cpp_computes_every_family(
+    tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
     """Plain weights in float32: what differs is the order of additions, and not the decoder."""
     found = specimen(name)
     write(tmp_path / "source", type(found)(found.config | changes, found.tensors))
@@ -179,7 +226,8 @@ def test_llama_cpp_computes_every_family(tmp_path: Path, name: str, changes: dic
     theirs = llama_cpp_logits(tmp_path / "gguf" / "model.gguf", tokens.tolist())
     ours = decoder_logits(Weights(tmp_path / "gguf"), tokens)
     assert agreement(theirs, ours) >= 0.98
-    assert float((theirs - ours).norm() / ours.norm()) < 0.02  # llama.cpp keeps keys and values in fp16
+    # llama.cpp keeps keys and values in fp16
+    assert float((theirs - ours).norm() / ours.norm()) < 0.02
 
 
 def test_the_engine_runs_a_file(tmp_path: Path) -> None:
@@ -189,4 +237,6 @@ def test_the_engine_runs_a_file(tmp_path: Path) -> None:
     export(bench.output, "gguf", tmp_path / "gguf")
     params = SamplingParams(max_tokens=8, logprobs=0)
     expected = LLM(bench.output, device="cpu").generate("The cat", params)[0].completions
-    assert LLM(tmp_path / "gguf", device="cpu").generate("The cat", params)[0].completions == expected
+    assert (
+        LLM(tmp_path / "gguf", device="cpu").generate("The cat", params)[0].completions == expected
+    )

@@ -1,4 +1,5 @@
-"""What export must not do: lose the user's files, copy the reader's, cut a head in two, round without a word, or take for ever."""
+"""What export must not do: lose the user's files, copy the reader's, cut a head in two, round
+without a word, or take for ever."""
 
 from __future__ import annotations
 
@@ -52,15 +53,28 @@ def test_what_lies_in_the_output_stays(bench: Bench, tmp_path: Path) -> None:
             export(bench.output, "gptq", place)
     with pytest.raises(OutputError, match="inside the artifact"):
         export(tmp_path / "out", "gptq", bench.output / "new")
-    assert contents(tmp_path) == before and not (bench.output / "new").exists() and time.monotonic() - began < 5
+    assert (
+        contents(tmp_path) == before
+        and not (bench.output / "new").exists()
+        and time.monotonic() - began < 5
+    )
     (tmp_path / "empty").mkdir()
     export(bench.output, "gptq", tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
-    "name", ["chat_template.jinja", "tokenizer.model", "generation_config.json", "tokenizer_config.json", "config.json"]
+    "name",
+    [
+        "chat_template.jinja",
+        "tokenizer.model",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "config.json",
+    ],
 )
-def test_links_to_the_readers_own_files_are_refused(bench: Bench, tmp_path: Path, name: str) -> None:
+def test_links_to_the_readers_own_files_are_refused(
+    bench: Bench, tmp_path: Path, name: str
+) -> None:
     export(bench.output, "gptq_v2", tmp_path / "source")
     secret = tmp_path / "secret"
     place = tmp_path / "source" / name
@@ -68,10 +82,16 @@ def test_links_to_the_readers_own_files_are_refused(bench: Bench, tmp_path: Path
     place.unlink(missing_ok=True)
     place.symlink_to(secret)
     result = invoke("export", tmp_path / "source", "--format", "awq", "--output", tmp_path / "out")
-    assert result.exit_code == 2 and "leads out of the directory" in result.output and not (tmp_path / "out").exists()
+    assert (
+        result.exit_code == 2
+        and "leads out of the directory" in result.output
+        and not (tmp_path / "out").exists()
+    )
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "quantize_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "quantize_config.json"]
+)
 def test_pipes_and_devices_are_no_files(bench: Bench, tmp_path: Path, name: str) -> None:
     export(bench.output, "gptq_v2", tmp_path / "source")
     place = tmp_path / "source" / name
@@ -81,8 +101,13 @@ def test_pipes_and_devices_are_no_files(bench: Bench, tmp_path: Path, name: str)
     os.mkfifo(place)
     began = time.monotonic()
     result = invoke("export", tmp_path / "source", "--format", "awq", "--output", tmp_path / "out")
-    assert result.exit_code in (0, 2) and "internal error" not in result.output and time.monotonic() - began < 5, result.output
-    assert (result.exit_code == 0) == (name == "quantize_config.json")  # where it is left out, the tensors say it
+    assert (
+        result.exit_code in (0, 2)
+        and "internal error" not in result.output
+        and time.monotonic() - began < 5
+    ), result.output
+    # where it is left out, the tensors say it
+    assert (result.exit_code == 0) == (name == "quantize_config.json")
 
 
 # --- what a config may do
@@ -91,25 +116,42 @@ def test_pipes_and_devices_are_no_files(bench: Bench, tmp_path: Path, name: str)
 @pytest.mark.parametrize(
     "change",
     [
-        {"group_size": 10**7}, {"group_size": 10**9 + 7}, {"group_size": 10**400}, {"dynamic": {"+:([a-z_.0-9]+)+!": {}}},
-        {"dynamic": {"+:(.*a?)*(.*b?)*$x": {}}}, {"dynamic": {"+:" + ".*" * 30 + "x": {}}}, {"dynamic": {"-:.*down_proj.*": {}}},
-        {"bits": 6}, {"dynamic": {"+:.*": []}}, {"quant_method": "awq", "modules_to_not_convert": [1]},
+        {"group_size": 10**7},
+        {"group_size": 10**9 + 7},
+        {"group_size": 10**400},
+        {"dynamic": {"+:([a-z_.0-9]+)+!": {}}},
+        {"dynamic": {"+:(.*a?)*(.*b?)*$x": {}}},
+        {"dynamic": {"+:" + ".*" * 30 + "x": {}}},
+        {"dynamic": {"-:.*down_proj.*": {}}},
+        {"bits": 6},
+        {"dynamic": {"+:.*": []}},
+        {"quant_method": "awq", "modules_to_not_convert": [1]},
         {"quant_method": "awq", "modules_to_not_convert": ["mlp"]},
     ],
-)  # fmt: skip
-def test_a_config_that_would_take_for_ever_or_contradicts_its_tensors(bench: Bench, tmp_path: Path, change: dict[str, Any]) -> None:
+)
+def test_a_config_that_would_take_for_ever_or_contradicts_its_tensors(
+    bench: Bench, tmp_path: Path, change: dict[str, Any]
+) -> None:
     export(bench.output, "gptq_v2", tmp_path / "source")
     config = json.loads((tmp_path / "source" / "config.json").read_text())["quantization_config"]
     changed_config(tmp_path / "source", quantization_config=config | change)
-    for command in (("inspect", tmp_path / "source"), ("export", tmp_path / "source", "--format", "awq", "--output", tmp_path / "out")):
+    for command in (
+        ("inspect", tmp_path / "source"),
+        ("export", tmp_path / "source", "--format", "awq", "--output", tmp_path / "out"),
+    ):
         began = time.monotonic()
         result = invoke(*command)
         assert "internal error" not in result.output and time.monotonic() - began < 5, result.output
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"ignore": [1]}, {"config_groups": None}, {"config_groups": {}}, {"ignore": ["re:.*mlp.*"]}])
-def test_compressed_tensors_that_contradict_their_config(bench: Bench, tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"ignore": [1]}, {"config_groups": None}, {"config_groups": {}}, {"ignore": ["re:.*mlp.*"]}],
+)
+def test_compressed_tensors_that_contradict_their_config(
+    bench: Bench, tmp_path: Path, change: dict[str, Any]
+) -> None:
     folder = tmp_path / "source"
     export(bench.output, "compressed-tensors", folder, Options(requantize=True))
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -133,7 +175,10 @@ def test_two_weights_of_one_module_leave_a_choice(bench: Bench, tmp_path: Path) 
 
 def test_ranks_cut_no_head_in_two(bench: Bench, tmp_path: Path) -> None:
     for source, form in ((bench.output, "gptq_v2"), (bench.model, "huggingface")):
-        for tp, said in ((4, "2 KV heads; expected a multiple of 4"), (3, "4 attention heads; expected a multiple of 3")):
+        for tp, said in (
+            (4, "2 KV heads; expected a multiple of 4"),
+            (3, "4 attention heads; expected a multiple of 3"),
+        ):
             with pytest.raises(FormatError, match=said):
                 export(source, form, tmp_path / "no", Options(tp=tp, requantize=True))
     with pytest.raises(FormatError, match="gguf has no ranks"):
@@ -142,19 +187,41 @@ def test_ranks_cut_no_head_in_two(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_parameters_of_a_workspaces_ranks_serve_everybody(tmp_path: Path) -> None:
-    """They become parameters by head, which any other number of ranks can be made of, exactly where its heads agree."""
-    config = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4, "dtype": torch.float16}
+    """They become parameters by head, which any other number of ranks can be made of, exactly where
+    its heads agree."""
+    config = {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "dtype": torch.float16,
+    }
     bench = make_bench(tmp_path / "bench", **config)
-    stages = ["calibrate", "rtn", "kv_qparams", {"pack": {"format": "turbomind"}}, {"shard": {"tp": 2}}]
-    assert invoke("run", bench.recipe(stages=stages, weights={"bits": 4, "group_size": 128, "symmetric": False})).exit_code == 0
+    stages = [
+        "calibrate",
+        "rtn",
+        "kv_qparams",
+        {"pack": {"format": "turbomind"}},
+        {"shard": {"tp": 2}},
+    ]
+    assert (
+        invoke(
+            "run",
+            bench.recipe(stages=stages, weights={"bits": 4, "group_size": 128, "symmetric": False}),
+        ).exit_code
+        == 0
+    )
     workspace = tmp_path / "workspace"
-    shutil.copytree(bench.output / "triton_models", workspace / "triton_models")  # without the artifact's own parameters
+    # without the artifact's own parameters
+    shutil.copytree(bench.output / "triton_models", workspace / "triton_models")
     kv = Weights(workspace).kv_parameters()
     name = "model.layers.0.self_attn.k_scale"
     assert kv[name].shape == (4,) and kv[name][0] == kv[name][1] != kv[name][2] == kv[name][3]
     export(workspace, "awq", tmp_path / "awq", Options(tp=2))
     assert torch.equal(load_file(tmp_path / "awq" / "kv_qparams.safetensors")[name], kv[name])
-    assert torch.equal(load_file(tmp_path / "awq/tp2/rank-1/kv_qparams.safetensors")[name], kv[name][2:])
+    assert torch.equal(
+        load_file(tmp_path / "awq/tp2/rank-1/kv_qparams.safetensors")[name], kv[name][2:]
+    )
     from quantflow import LLM
 
     assert "int8, calibrated" in LLM(tmp_path / "awq", device="cpu").engine.describe()["KV cache"]
@@ -163,12 +230,19 @@ def test_parameters_of_a_workspaces_ranks_serve_everybody(tmp_path: Path) -> Non
     with pytest.raises(FormatError, match="one scale for each layer and rank"):
         export(workspace, "turbomind", tmp_path / "one")
     done = export(workspace, "turbomind", tmp_path / "one", Options(requantize=True))
-    assert done.errors[name] > 0 and Weights(tmp_path / "one").kv_parameters()[name] >= kv[name].max()
+    assert (
+        done.errors[name] > 0 and Weights(tmp_path / "one").kv_parameters()[name] >= kv[name].max()
+    )
 
 
 def test_scales_that_are_widened_cover_all_they_replace() -> None:
     scale, zero = torch.tensor([0.5, 1.0, 2.0, 4.0]), torch.tensor([0.0, 3.0, -1.0, 2.0])
-    stored = {"a.k_scale": scale, "a.k_zero_point": zero, "a.v_scale": torch.tensor(1.0), "a.v_zero_point": torch.tensor(0.0)}
+    stored = {
+        "a.k_scale": scale,
+        "a.k_zero_point": zero,
+        "a.v_scale": torch.tensor(1.0),
+        "a.v_zero_point": torch.tensor(0.0),
+    }
     found, errors = per_rank(stored, 4, 2, rounded=True)
     for rank in range(2):
         s, z = float(found["a.k_scale"][rank]), float(found["a.k_zero_point"][rank])
@@ -188,31 +262,47 @@ def test_a_plain_checkpoint_in_16_bits_converts_every_tensor(tmp_path: Path) -> 
     found = load_file(bench.model / "model.safetensors")
     found["model.norm.weight"][0] = 2.0**-30  # a bfloat16 that float16 does not hold
     save_file(found, bench.model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match=r"model\.norm\.weight: 1 of 64 values are not exact in float16"):
+    with pytest.raises(
+        FormatError, match=r"model\.norm\.weight: 1 of 64 values are not exact in float16"
+    ):
         export(bench.model, "huggingface", tmp_path / "no", Options(dtype="float16"))
-    done = export(bench.model, "huggingface", tmp_path / "half", Options(dtype="float16", requantize=True))
+    done = export(
+        bench.model, "huggingface", tmp_path / "half", Options(dtype="float16", requantize=True)
+    )
     assert done.errors["model.norm.weight"] > 0
-    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+    assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {
+        torch.float16
+    }
     found["model.norm.weight"][0] = 1e30
     save_file(found, bench.model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match=r"model\.norm\.weight: values beyond the range of float16"):
-        export(bench.model, "huggingface", tmp_path / "no", Options(dtype="float16", requantize=True))
+    with pytest.raises(
+        FormatError, match=r"model\.norm\.weight: values beyond the range of float16"
+    ):
+        export(
+            bench.model, "huggingface", tmp_path / "no", Options(dtype="float16", requantize=True)
+        )
 
 
 def test_an_exact_widening_is_no_error(tmp_path: Path) -> None:
-    bench = made(tmp_path, "gptq_v2", ["rtn"], weights={"bits": 3, "group_size": 32, "symmetric": True})
+    bench = made(
+        tmp_path, "gptq_v2", ["rtn"], weights={"bits": 3, "group_size": 32, "symmetric": True}
+    )
     done = export(bench.output, "awq", tmp_path / "awq", Options(requantize=True))
     assert done.errors == {} and not (tmp_path / "awq" / "requantized.json").exists()
     for name, value in tensors(bench.output).items():
         if isinstance(value, tuple):
-            assert torch.equal(Weights(bench.output).tensor(name), Weights(tmp_path / "awq").tensor(name))
+            assert torch.equal(
+                Weights(bench.output).tensor(name), Weights(tmp_path / "awq").tensor(name)
+            )
 
 
 def test_what_was_inexact_once_stays_so(bench: Bench, tmp_path: Path) -> None:
     first = export(bench.output, "bitsandbytes", tmp_path / "nf4", Options(requantize=True))
     export(tmp_path / "nf4", "bitsandbytes", tmp_path / "again")
     record = json.loads((tmp_path / "again" / "requantized.json").read_text())
-    assert record["relative_errors"] == {} and record["before"]["relative_errors"] == dict(first.errors)
+    assert record["relative_errors"] == {} and record["before"]["relative_errors"] == dict(
+        first.errors
+    )
 
 
 # --- one scheme for all
@@ -221,20 +311,43 @@ def test_what_was_inexact_once_stays_so(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["awq", "turbomind", "bitsandbytes"])
 def test_groups_of_several_sizes_become_one_that_fits_all(tmp_path: Path, form: str) -> None:
     """Inputs of 128 and 192: groups of 128 fit one of them, of 64 both."""
-    bench = make_bench(tmp_path, hidden_size=128, intermediate_size=192, num_attention_heads=2, num_key_value_heads=2, dtype=torch.float16)
-    weights = {"bits": 4, "group_size": 128, "symmetric": False, "overrides": [{"match": "*.down_proj", "group_size": 32}]}
-    assert invoke("run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "gptq_v2"}}])).exit_code == 0
+    bench = make_bench(
+        tmp_path,
+        hidden_size=128,
+        intermediate_size=192,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        dtype=torch.float16,
+    )
+    weights = {
+        "bits": 4,
+        "group_size": 128,
+        "symmetric": False,
+        "overrides": [{"match": "*.down_proj", "group_size": 32}],
+    }
+    assert (
+        invoke(
+            "run", bench.recipe(weights=weights, stages=["rtn", {"pack": {"format": "gptq_v2"}}])
+        ).exit_code
+        == 0
+    )
     for source in (bench.output, bench.model):
         if source == bench.model and form == "turbomind":
             continue  # it is written as it is
         out = tmp_path / f"{form}-{source.name}"
         done = export(source, form, out, Options(requantize=True))
         schemes = {
-            Weights(out).scheme_of(f"model.layers.{i}.{linear}") for i in range(2) for linear in ("self_attn.q_proj", "mlp.down_proj")
+            Weights(out).scheme_of(f"model.layers.{i}.{linear}")
+            for i in range(2)
+            for linear in ("self_attn.q_proj", "mlp.down_proj")
         }
-        assert len({(s.bits, s.group_size) for s in schemes if s}) == 1 and None not in schemes, schemes
+        assert len({(s.bits, s.group_size) for s in schemes if s}) == 1 and None not in schemes, (
+            schemes
+        )
         assert max(done.errors.values()) < 0.15
-    recipe = bench.recipe("both", weights=weights, stages=["rtn", {"pack": {"format": form, "requantize": True}}])
+    recipe = bench.recipe(
+        "both", weights=weights, stages=["rtn", {"pack": {"format": form, "requantize": True}}]
+    )
     result = invoke("run", recipe)
     assert result.exit_code == 0, result.output
     assert (
@@ -244,8 +357,18 @@ def test_groups_of_several_sizes_become_one_that_fits_all(tmp_path: Path, form: 
 
 
 def test_a_whole_rows_scale_is_repeated_for_a_workspace(tmp_path: Path) -> None:
-    bench = make_bench(tmp_path, hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2, dtype=torch.float16)
-    recipe = bench.recipe(weights={"bits": 4, "group_size": -1, "symmetric": True}, stages=["rtn", {"pack": {"format": "gptq_v2"}}])
+    bench = make_bench(
+        tmp_path,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        dtype=torch.float16,
+    )
+    recipe = bench.recipe(
+        weights={"bits": 4, "group_size": -1, "symmetric": True},
+        stages=["rtn", {"pack": {"format": "gptq_v2"}}],
+    )
     assert invoke("run", recipe).exit_code == 0
     done = export(bench.output, "turbomind", tmp_path / "workspace", Options(requantize=True))
     assert done.errors == {} and str(done.scheme) == "W4 g128 symmetric"
@@ -259,18 +382,34 @@ def test_a_quantised_head_keeps_its_codes_or_is_refused(tmp_path: Path) -> None:
     head = Weights(source).quantized("lm_head")
     export(source, "gptq_v2", tmp_path / "same")
     again = Weights(tmp_path / "same").quantized("lm_head")
-    assert again.scheme == head.scheme and torch.equal(again.codes, head.codes) and torch.equal(again.scales, head.scales)
+    assert (
+        again.scheme == head.scheme
+        and torch.equal(again.codes, head.codes)
+        and torch.equal(again.scales, head.scales)
+    )
     with pytest.raises(FormatError, match="lm_head"):
         export(source, "awq", tmp_path / "awq")
     done = export(source, "awq", tmp_path / "awq", Options(requantize=True))
     assert 0 < done.errors["lm_head.weight"] < 2**-8
-    assert load_file(tmp_path / "awq" / "model.safetensors")["lm_head.weight"].dtype in (torch.float16, torch.bfloat16)
+    assert load_file(tmp_path / "awq" / "model.safetensors")["lm_head.weight"].dtype in (
+        torch.float16,
+        torch.bfloat16,
+    )
 
 
 def test_an_artifact_is_read_through_its_exact_format(tmp_path: Path) -> None:
     bench = make_bench(tmp_path, intermediate_size=128)
-    packs = [{"pack": {"format": "gguf", "requantize": True}}, {"pack": {"format": "huggingface"}}, {"pack": {"format": "gptq_v2"}}]
-    result = invoke("run", bench.recipe(weights={"bits": 4, "group_size": 32, "symmetric": False}, stages=["rtn", *packs]))
+    packs = [
+        {"pack": {"format": "gguf", "requantize": True}},
+        {"pack": {"format": "huggingface"}},
+        {"pack": {"format": "gptq_v2"}},
+    ]
+    result = invoke(
+        "run",
+        bench.recipe(
+            weights={"bits": 4, "group_size": 32, "symmetric": False}, stages=["rtn", *packs]
+        ),
+    )
     assert result.exit_code == 0, result.output
     assert (bench.output / "gguf" / "requantized.json").is_file()
     done = export(bench.output, "compressed-tensors", tmp_path / "again")
@@ -280,7 +419,12 @@ def test_an_artifact_is_read_through_its_exact_format(tmp_path: Path) -> None:
 
 def test_an_index_that_says_nothing_is_none(tmp_path: Path) -> None:
     """compressed-tensors of old wrote one for every module."""
-    bench = made(tmp_path, "compressed-tensors", ["rtn"], weights={"bits": 4, "group_size": 32, "symmetric": True})
+    bench = made(
+        tmp_path,
+        "compressed-tensors",
+        ["rtn"],
+        weights={"bits": 4, "group_size": 32, "symmetric": True},
+    )
     folder = tmp_path / "source"
     export(bench.output, "compressed-tensors", folder)
     found = load_file(folder / "model.safetensors")

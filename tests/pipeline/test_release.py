@@ -1,4 +1,5 @@
-"""Releases: every file is accounted for, statements follow the specifications' rules, and what is worse than before is found."""
+"""Releases: every file is accounted for, statements follow the specifications' rules, and what is
+worse than before is found."""
 
 from __future__ import annotations
 
@@ -23,11 +24,18 @@ from quantflow.pipeline.release_comparison import compare_releases, read_release
 from tests.helpers.runs import Bench, contents, invoke, make_bench
 
 ROOT = Path(__file__).parents[2]
-GPTQ: list[Any] = ["calibrate", "gptq", "kv_qparams", {"pack": {"format": "compressed-tensors"}}, {"pack": {"format": "awq"}}]
+GPTQ: list[Any] = [
+    "calibrate",
+    "gptq",
+    "kv_qparams",
+    {"pack": {"format": "compressed-tensors"}},
+    {"pack": {"format": "awq"}},
+]
 RTN: list[Any] = ["rtn", {"pack": {"format": "gptq_v2"}}]
 
-# From the texts of the specifications: in-toto's spec/v1/statement.md, resource_descriptor.md and digest_set.md, SLSA v1.0's provenance.
-# "Unrecognised fields must be ignored" is for readers: a writer has no business with others, so none are allowed here.
+# From the texts of the specifications: in-toto's spec/v1/statement.md, resource_descriptor.md and
+# digest_set.md, SLSA v1.0's provenance. "Unrecognised fields must be ignored" is for readers: a
+# writer has no business with others, so none are allowed here.
 TYPE_URI = {"type": "string", "pattern": r"^[a-z][a-z0-9+.-]*:\S+$"}
 DIGEST_SET = {
     "type": "object",
@@ -40,7 +48,12 @@ DIGEST_SET = {
 }
 DESCRIPTOR = {
     "type": "object",
-    "properties": {"name": {"type": "string", "minLength": 1}, "uri": TYPE_URI, "digest": DIGEST_SET, "annotations": {"type": "object"}},
+    "properties": {
+        "name": {"type": "string", "minLength": 1},
+        "uri": TYPE_URI,
+        "digest": DIGEST_SET,
+        "annotations": {"type": "object"},
+    },
     "anyOf": [{"required": ["uri"]}, {"required": ["digest"]}],
     "additionalProperties": False,
 }
@@ -50,7 +63,11 @@ STATEMENT = {
     "required": ["_type", "subject", "predicateType", "predicate"],
     "properties": {
         "_type": {"const": "https://in-toto.io/Statement/v1"},
-        "subject": {"type": "array", "minItems": 1, "items": {**DESCRIPTOR, "required": ["name", "digest"]}},
+        "subject": {
+            "type": "array",
+            "minItems": 1,
+            "items": {**DESCRIPTOR, "required": ["name", "digest"]},
+        },
         "predicateType": {"const": "https://slsa.dev/provenance/v1"},
         "predicate": {
             "type": "object",
@@ -76,14 +93,21 @@ STATEMENT = {
                             "required": ["id"],
                             "properties": {
                                 "id": TYPE_URI,
-                                "version": {"type": "object", "additionalProperties": {"type": "string"}},
+                                "version": {
+                                    "type": "object",
+                                    "additionalProperties": {"type": "string"},
+                                },
                                 "builderDependencies": {"type": "array", "items": DESCRIPTOR},
                             },
                             "additionalProperties": False,
                         },
                         "metadata": {
                             "type": "object",
-                            "properties": {"invocationId": {"type": "string"}, "startedOn": TIME, "finishedOn": TIME},
+                            "properties": {
+                                "invocationId": {"type": "string"},
+                                "startedOn": TIME,
+                                "finishedOn": TIME,
+                            },
                             "additionalProperties": False,
                         },
                         "byproducts": {"type": "array", "items": DESCRIPTOR},
@@ -108,7 +132,11 @@ def load(path: Path) -> Any:
 
 def files(release: Path) -> set[str]:
     """Every file of a release, the hidden store left out."""
-    return {str(p.relative_to(release)) for p in release.rglob("*") if p.is_file() and not p.relative_to(release).parts[0].startswith(".")}
+    return {
+        str(p.relative_to(release))
+        for p in release.rglob("*")
+        if p.is_file() and not p.relative_to(release).parts[0].startswith(".")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -129,16 +157,29 @@ def recipes(bench: Bench) -> list[Path]:
 def made(bench: Bench, recipes: list[Path]) -> Path:
     """Their release."""
     output = bench.root / "made"
-    result = invoke("release", *recipes, "--output", output, "--builder-id", "https://ci.example.org/q", "--invocation-id", "run 7")
+    result = invoke(
+        "release",
+        *recipes,
+        "--output",
+        output,
+        "--builder-id",
+        "https://ci.example.org/q",
+        "--invocation-id",
+        "run 7",
+    )
     assert result.exit_code == 0, result.output
     assert "first" in result.stdout and "second" in result.stdout
     return output
 
 
 def test_sums_cover_every_file(made: Path) -> None:
-    done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=made, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=made, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert {line.removesuffix(": OK") for line in done.stdout.splitlines()} == files(made) - {"SHA256SUMS"}
+    assert {line.removesuffix(": OK") for line in done.stdout.splitlines()} == files(made) - {
+        "SHA256SUMS"
+    }
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -147,59 +188,103 @@ def test_the_statement(made: Path, bench: Bench, recipes: list[Path], name: str)
     jsonschema.Draft202012Validator.check_schema(STATEMENT)
     jsonschema.validate(found, STATEMENT)
     subjects = {subject["name"]: subject["digest"]["sha256"] for subject in found["subject"]}
-    assert set(subjects) == {file for file in files(made) if file.startswith(f"{name}/")} - {f"{name}/run.json"}
+    assert set(subjects) == {file for file in files(made) if file.startswith(f"{name}/")} - {
+        f"{name}/run.json"
+    }
     assert all(sha256(made / file) == digest for file, digest in subjects.items())
 
     definition = found["predicate"]["buildDefinition"]
     recipe = yaml.safe_load((bench.root / f"{name}.yaml").read_text())
     stated = definition["externalParameters"]["recipe"]
-    assert (stated["name"], stated["model"], stated["weights"]["bits"]) == (name, "model", recipe["weights"]["bits"])
-    assert [next(iter(stage)) for stage in stated["stages"]] == [s if isinstance(s, str) else next(iter(s)) for s in recipe["stages"]]
+    assert (stated["name"], stated["model"], stated["weights"]["bits"]) == (
+        name,
+        "model",
+        recipe["weights"]["bits"],
+    )
+    assert [next(iter(stage)) for stage in stated["stages"]] == [
+        s if isinstance(s, str) else next(iter(s)) for s in recipe["stages"]
+    ]
     read = {d["name"]: d for d in definition["resolvedDependencies"]}
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert read[file]["digest"] == {"sha256": sha256(bench.model / file)}
     assert read["eval.txt"]["digest"] == {"sha256": sha256(bench.root / "eval.txt")}
     report = load(made / name / "report.json")
-    assert read["eval.txt"]["annotations"] == {"role": "evaluation", "tokens_sha256": report["evaluation"]["tokens"]}
-    assert ("calib.txt" in read) == (name == "first"), "rounding to nearest reads no calibration text"
+    assert read["eval.txt"]["annotations"] == {
+        "role": "evaluation",
+        "tokens_sha256": report["evaluation"]["tokens"],
+    }
+    assert ("calib.txt" in read) == (name == "first"), (
+        "rounding to nearest reads no calibration text"
+    )
     assert not re.search(re.escape(str(bench.root)), json.dumps(found)), "no place on this machine"
 
     details = found["predicate"]["runDetails"]
-    assert details["builder"]["id"] == "https://ci.example.org/q" and details["metadata"]["invocationId"] == "run 7"
-    assert details["metadata"]["startedOn"] <= details["metadata"]["finishedOn"] == load(made / name / "run.json")["finished"]
+    assert (
+        details["builder"]["id"] == "https://ci.example.org/q"
+        and details["metadata"]["invocationId"] == "run 7"
+    )
+    assert (
+        details["metadata"]["startedOn"]
+        <= details["metadata"]["finishedOn"]
+        == load(made / name / "run.json")["finished"]
+    )
 
 
 def test_the_index(made: Path) -> None:
     index = load(made / "release.json")
     assert list(index["artifacts"]) == ["first", "second"]
     entry, manifest = index["artifacts"]["first"], load(made / "first" / "quantflow.json")
-    assert entry["fingerprint"] == manifest["fingerprint"] and entry["status"] == "complete" and entry["quality"] == manifest["quality"]
+    assert (
+        entry["fingerprint"] == manifest["fingerprint"]
+        and entry["status"] == "complete"
+        and entry["quality"] == manifest["quality"]
+    )
     final = manifest["quality"]["weights_and_kv"]
-    assert entry["numbers"]["kl_mean"] == final["kl_mean"] and entry["numbers"]["disagreement"] == 1 - final["top1"]
+    assert (
+        entry["numbers"]["kl_mean"] == final["kl_mean"]
+        and entry["numbers"]["disagreement"] == 1 - final["top1"]
+    )
     listed = [made / "first" / file for file in manifest["files"]]
-    assert entry["numbers"]["bytes"] == sum(path.stat().st_size for path in listed) and entry["files"] == len(listed)
+    assert entry["numbers"]["bytes"] == sum(path.stat().st_size for path in listed) and entry[
+        "files"
+    ] == len(listed)
     for form, size in entry["format_bytes"].items():
-        assert size == sum(p.stat().st_size for p in (made / "first" / form).rglob("*") if p.is_file())
+        assert size == sum(
+            p.stat().st_size for p in (made / "first" / form).rglob("*") if p.is_file()
+        )
 
 
-def test_another_release_differs_in_run_details_alone(made: Path, bench: Bench, recipes: list[Path]) -> None:
+def test_another_release_differs_in_run_details_alone(
+    made: Path, bench: Bench, recipes: list[Path]
+) -> None:
     again = bench.root / "again"
-    result = invoke("release", *recipes, "--output", again, "--previous", made / "release.json", "--json")
+    result = invoke(
+        "release", *recipes, "--output", again, "--previous", made / "release.json", "--json"
+    )
     assert result.exit_code == 0, result.output
     assert not list(again.glob("*.html")), "no folder, no reports"
     comparison = json.loads(result.stdout)["comparison"]
     assert comparison == load(again / "comparison.json")
     for row in comparison["artifacts"].values():
-        assert row["worse"] == [] and row["note"] == "" and all(n["change"] == 0 for n in row["numbers"].values())
+        assert (
+            row["worse"] == []
+            and row["note"] == ""
+            and all(n["change"] == 0 for n in row["numbers"].values())
+        )
     assert load(again / "release.json") == load(made / "release.json")
     for name in ("first", "second"):
         assert contents(again / name) == contents(made / name)
         one, other = load(made / f"{name}.intoto.json"), load(again / f"{name}.intoto.json")
-        ids = [statement["predicate"].pop("runDetails")["metadata"]["invocationId"] for statement in (one, other)]
+        ids = [
+            statement["predicate"].pop("runDetails")["metadata"]["invocationId"]
+            for statement in (one, other)
+        ]
         assert one == other and ids[0] == "run 7" != ids[1]
 
 
-def test_reports_beside_the_previous_ones(made: Path, bench: Bench, recipes: list[Path], tmp_path: Path) -> None:
+def test_reports_beside_the_previous_ones(
+    made: Path, bench: Bench, recipes: list[Path], tmp_path: Path
+) -> None:
     """Of the artifacts that are in both; a report that cannot be read costs its page alone."""
     output, previous = bench.root / "beside", tmp_path / "previous"
     for name in ("first", "second"):
@@ -220,27 +305,44 @@ def test_reports_beside_the_previous_ones(made: Path, bench: Bench, recipes: lis
     assert not (output / "first.comparison.html").exists(), "it was of another release"
 
 
-def test_what_is_left_of_other_releases_is_named_and_no_part(made: Path, bench: Bench, recipes: list[Path]) -> None:
+def test_what_is_left_of_other_releases_is_named_and_no_part(
+    made: Path, bench: Bench, recipes: list[Path]
+) -> None:
     output = bench.root / "fewer"
     shutil.copytree(made, output, symlinks=True)
     result = invoke("release", recipes[0], "--output", output)
-    assert result.exit_code == 0 and "no part of this release: second, second.intoto.json" in " ".join(result.stdout.split())
+    assert (
+        result.exit_code == 0
+        and "no part of this release: second, second.intoto.json" in " ".join(result.stdout.split())
+    )
     assert "second" not in (output / "SHA256SUMS").read_text()
 
     (output / "first" / "notes.txt").write_text("somebody's")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}  # `make test` runs this
+    # `make test` runs this
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+    }
     make = ["make", "-C", str(ROOT), "assets", f"OUTPUT={output}"]
     done = subprocess.run(make, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assets = bench.root / "fewer.assets"
     assert {path.name for path in assets.iterdir()} == {
-        "SHA256SUMS", "ARCHIVES.SHA256SUMS", "release.json", "release.md", "first.intoto.json", "first.manifest.json", "first.report.json",
-        "first.report.html", "first.tar",
-    }  # fmt: skip
+        "SHA256SUMS",
+        "ARCHIVES.SHA256SUMS",
+        "release.json",
+        "release.md",
+        "first.intoto.json",
+        "first.manifest.json",
+        "first.report.json",
+        "first.report.html",
+        "first.tar",
+    }
     with tarfile.open(assets / "first.tar") as archive:
         archive.extractall(assets, filter="data")
     assert contents(assets / "first", skip=()) == contents(made / "first", skip=())
-    subprocess.run(["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=assets, check=True)
+    subprocess.run(
+        ["sha256sum", "--check", "--quiet", "--strict", "SHA256SUMS"], cwd=assets, check=True
+    )
 
 
 def test_a_second_look_builds_nothing(made: Path, bench: Bench, recipes: list[Path]) -> None:
@@ -254,20 +356,37 @@ def test_what_is_missing_is_built_and_nothing_else(made: Path, recipes: list[Pat
     shutil.rmtree(made / "second")
     (made / "SHA256SUMS").unlink()
     assert invoke("release", *recipes, "--output", made).exit_code == 0
-    assert (made / "first" / "quantflow.json").stat().st_ino == kept and contents(made / "second") == lost
-    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=made).returncode == 0
+    assert (made / "first" / "quantflow.json").stat().st_ino == kept and contents(
+        made / "second"
+    ) == lost
+    assert (
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=made).returncode == 0
+    )
 
 
 def test_a_missed_gate_keeps_nothing_from_being_run(bench: Bench, recipes: list[Path]) -> None:
     output = bench.root / "gated"
-    strict = [bench.recipe(n, name=n, stages=[*RTN, bench.evaluate(gates={"kl_mean": 1e-9, "top1": 1})]) for n in ("strict", "strict2")]
+    strict = [
+        bench.recipe(n, name=n, stages=[*RTN, bench.evaluate(gates={"kl_mean": 1e-9, "top1": 1})])
+        for n in ("strict", "strict2")
+    ]
     result = invoke("release", strict[0], recipes[1], strict[1], "--output", output)
     assert result.exit_code == 3
-    for fragment in ("strict: kl_mean is", "strict: top1 is", "strict2: kl_mean is", "The artifact is kept"):
+    for fragment in (
+        "strict: kl_mean is",
+        "strict: top1 is",
+        "strict2: kl_mean is",
+        "The artifact is kept",
+    ):
         assert fragment in result.stderr
-    status = {name: entry["status"] for name, entry in load(output / "release.json")["artifacts"].items()}
+    status = {
+        name: entry["status"] for name, entry in load(output / "release.json")["artifacts"].items()
+    }
     assert status == {"strict": "failed", "second": "complete", "strict2": "failed"}
-    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=output).returncode == 0
+    assert (
+        subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=output).returncode
+        == 0
+    )
     assert "- strict2: kl_mean is" in (output / "release.md").read_text()
 
 
@@ -279,15 +398,24 @@ def test_worse_than_before_is_a_missed_gate(made: Path, bench: Bench, recipes: l
     previous.write_text(json.dumps(index))
     arguments = ("release", *recipes, "--output", bench.root / "again", "--previous", previous)
     result = invoke(*arguments)
-    assert result.exit_code == 3 and "second: KL mean is" in result.stderr and "first:" not in result.stderr
+    assert (
+        result.exit_code == 3
+        and "second: KL mean is" in result.stderr
+        and "first:" not in result.stderr
+    )
     assert "third is no longer in the release" in result.stdout
     summary = (bench.root / "again" / "release.md").read_text()
-    assert "(+25.0%)" in summary and "- second: KL mean is" in summary and "- third: no longer" in summary
+    assert (
+        "(+25.0%)" in summary
+        and "- second: KL mean is" in summary
+        and "- third: no longer" in summary
+    )
     assert invoke(*arguments, "--tolerance", 0.3).exit_code == 0
 
 
 def test_a_text_that_fails_lets_the_others_run(bench: Bench, recipes: list[Path]) -> None:
-    """What only a run can find, here text seen in calibration, is reported at the end; there is no release."""
+    """What only a run can find, here text seen in calibration, is reported at the end; there is no
+    release."""
     output = bench.root / "overlap"
     seen = {"evaluate": {"data": str(bench.root / "calib.txt"), "windows": 4, "length": 32}}
     bad = bench.recipe("bad", name="bad", stages=[*GPTQ, seen])
@@ -304,26 +432,48 @@ def test_problems_of_all_recipes_at_once(bench: Bench, recipes: list[Path]) -> N
     two = bench.recipe("two", name="two", model=str(bench.root / "nowhere"))
     result = invoke("release", one, two, recipes[0], recipes[0], "--output", bench.root / "none")
     assert result.exit_code == 2
-    assert "one.yaml:8: " in result.stderr and "two.yaml: " in result.stderr and "2 are called first" in result.stderr
+    assert (
+        "one.yaml:8: " in result.stderr
+        and "two.yaml: " in result.stderr
+        and "2 are called first" in result.stderr
+    )
     assert not (bench.root / "none").exists()
 
 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["SHA256SUMS"], "one is called SHA256SUMS; expected another name: that is the release's own SHA256SUMS"),
+        (
+            ["SHA256SUMS"],
+            "one is called SHA256SUMS; expected another name: that is the release's own SHA256SUMS",
+        ),
         (["release.json"], "one is called release.json"),
         (["Release.MD"], "that is the release's own release.md"),
         (["comparison.json"], "one is called comparison.json"),
-        (["a", "a.intoto.json"], "one is called a.intoto.json; expected another name: that is what is written beside a"),
-        (["a.comparison.html", "A"], "one is called a.comparison.html; expected another name: that is what is written beside A"),
+        (
+            ["a", "a.intoto.json"],
+            "one is called a.intoto.json; expected another name: that is what is written beside a",
+        ),
+        (
+            ["a.comparison.html", "A"],
+            (
+                "one is called a.comparison.html; expected another name: that is what is written"
+                " beside A"
+            ),
+        ),
         (["a", "b", "A"], "a and A differ only in case"),
     ],
 )
-def test_names_that_a_folder_cannot_hold_are_refused(bench: Bench, names: list[str], said: str) -> None:
+def test_names_that_a_folder_cannot_hold_are_refused(
+    bench: Bench, names: list[str], said: str
+) -> None:
     given = [bench.recipe(f"clash{i}", name=name, stages=RTN) for i, name in enumerate(names)]
     result = invoke("release", *given, "--output", bench.root / "clash")
-    assert result.exit_code == 2 and said in " ".join(result.stderr.split()) and "1 problem\n" in result.stderr, result.stderr
+    assert (
+        result.exit_code == 2
+        and said in " ".join(result.stderr.split())
+        and "1 problem\n" in result.stderr
+    ), result.stderr
     assert not (bench.root / "clash").exists()
 
 
@@ -350,13 +500,23 @@ def test_what_is_refused(made: Path, bench: Bench, recipes: list[Path], tmp_path
 
 
 def entry(measured_on: str | None = "x", **changed: float) -> dict[str, Any]:
-    numbers = {"perplexity": 10.0, "perplexity_excess": 0.02, "kl_mean": 0.01, "kl_p99": 0.1, "disagreement": 0.05}
+    numbers = {
+        "perplexity": 10.0,
+        "perplexity_excess": 0.02,
+        "kl_mean": 0.01,
+        "kl_p99": 0.1,
+        "disagreement": 0.05,
+    }
     return {"measured_on": measured_on, "numbers": {**numbers, **changed}}
 
 
-def compared(former: dict[str, Any] | None, now: dict[str, Any], tolerance: float = 0.1) -> dict[str, Any]:
+def compared(
+    former: dict[str, Any] | None, now: dict[str, Any], tolerance: float = 0.1
+) -> dict[str, Any]:
     before = {"artifacts": {"a": former} if former else {}}
-    return compare_releases(before, {"quantflow": "1", "artifacts": {"a": now}}, tolerance)["artifacts"]["a"]
+    return compare_releases(before, {"quantflow": "1", "artifacts": {"a": now}}, tolerance)[
+        "artifacts"
+    ]["a"]
 
 
 @pytest.mark.parametrize(
@@ -372,13 +532,16 @@ def compared(former: dict[str, Any] | None, now: dict[str, Any], tolerance: floa
         (None, "numbers without kl_mean, bytes; expected those of"),
     ],
 )
-def test_a_former_release_that_no_release_wrote_is_refused(tmp_path: Path, change: str | None, said: str) -> None:
+def test_a_former_release_that_no_release_wrote_is_refused(
+    tmp_path: Path, change: str | None, said: str
+) -> None:
     own = {**entry(), "numbers": {**entry()["numbers"], "bytes": 10}}
     path = tmp_path / "release.json"
     path.write_text(json.dumps({"quantflow": "1", "artifacts": {"a": own}}))
     assert read_release(tmp_path)["artifacts"] == {"a": own}
     if change:
-        path.write_text(path.read_text().replace('"bytes": 10', f'"bytes": 10, {change}'))  # the last of two counts
+        # the last of two counts
+        path.write_text(path.read_text().replace('"bytes": 10', f'"bytes": 10, {change}'))
     else:
         del own["numbers"]["kl_mean"], own["numbers"]["bytes"]
         path.write_text(json.dumps({"artifacts": {"a": own}}))
@@ -391,7 +554,10 @@ def test_a_former_release_that_no_release_wrote_is_refused(tmp_path: Path, chang
 def test_a_former_release_without_quality_is_none_that_is_wrong(tmp_path: Path) -> None:
     """And an excess may be below 0, a divergence by rounding."""
     path = tmp_path / "release.json"
-    artifacts = {"a": {"measured_on": None, "numbers": {"bytes": 5}}, "b": entry(bytes=5, perplexity_excess=-0.1, kl_mean=-1e-9)}
+    artifacts = {
+        "a": {"measured_on": None, "numbers": {"bytes": 5}},
+        "b": entry(bytes=5, perplexity_excess=-0.1, kl_mean=-1e-9),
+    }
     path.write_text(json.dumps({"artifacts": artifacts}))
     assert read_release(path)["artifacts"] == artifacts
 
@@ -419,10 +585,17 @@ def test_what_counts_as_worse(numbers: dict[str, float], worse: list[str]) -> No
 
 
 def test_perplexity_is_judged_against_the_originals() -> None:
-    """20 to 20.1 is an excess of log(1.005) = 0.00499 nats. A tenth more, and the floor, is 20.13; a tenth of perplexity would be 22."""
+    """20 to 20.1 is an excess of log(1.005) = 0.00499 nats. A tenth more, and the floor, is 20.13;
+    a tenth of perplexity would be 22."""
 
     def at(perplexity: float) -> dict[str, Any]:
-        figures = {"perplexity": perplexity, "reference_perplexity": 20.0, "kl_mean": 0.01, "kl_p99": 0.1, "top1": 0.9}
+        figures = {
+            "perplexity": perplexity,
+            "reference_perplexity": 20.0,
+            "kl_mean": 0.01,
+            "kl_p99": 0.1,
+            "top1": 0.9,
+        }
         return {"measured_on": "x", "numbers": numbers({"weights": figures})}
 
     assert at(20.1)["numbers"]["perplexity_excess"] == pytest.approx(0.0049875, abs=1e-7)
@@ -430,12 +603,19 @@ def test_perplexity_is_judged_against_the_originals() -> None:
     (text,) = compared(at(20.1), at(20.135))["worse"]
     assert text.startswith("excess, nats is 0.0067, in the previous release 0.0050")
     # Below the original by chance: a tenth of that is no room upwards, the floor is.
-    assert compared(at(19.99), at(19.999))["worse"] == [] and compared(at(19.99), at(20.03))["worse"] != []
+    assert (
+        compared(at(19.99), at(19.999))["worse"] == []
+        and compared(at(19.99), at(20.03))["worse"] != []
+    )
 
 
 def test_changes_are_relative() -> None:
     found = compared(entry(), entry(kl_mean=0.0125))["numbers"]["kl_mean"]
-    assert found["previous"] == 0.01 and found["now"] == 0.0125 and found["change"] == pytest.approx(0.25)
+    assert (
+        found["previous"] == 0.01
+        and found["now"] == 0.0125
+        and found["change"] == pytest.approx(0.25)
+    )
     for nothing in (0.0, -0.001):
         found = compared(entry(perplexity_excess=nothing), entry())["numbers"]["perplexity_excess"]
         assert found["change"] is None, "nothing is a fraction of 0, or of less"
@@ -449,6 +629,8 @@ def test_changes_are_relative() -> None:
         (entry("x"), entry(None), "not judged: its quality was not measured"),
     ],
 )
-def test_what_cannot_be_compared_is_said(former: dict[str, Any] | None, now: dict[str, Any], note: str) -> None:
+def test_what_cannot_be_compared_is_said(
+    former: dict[str, Any] | None, now: dict[str, Any], note: str
+) -> None:
     found = compared(former, now)
     assert found["note"].startswith(note) and found["worse"] == []

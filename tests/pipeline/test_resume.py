@@ -1,4 +1,5 @@
-"""A run that is killed, interrupted or out of disk goes on where it stopped, and ends with the bytes of one that was not."""
+"""A run that is killed, interrupted or out of disk goes on where it stopped, and ends with the
+bytes of one that was not."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ KILLS = 20
 
 @dataclass(frozen=True)
 class Whole:
-    """A bench, its recipe, and what an uninterrupted run gave: the artifact's bytes, how often it touched a file, how long it took."""
+    """A bench, its recipe, and what an uninterrupted run gave: the artifact's bytes, how often it
+    touched a file, how long it took."""
 
     bench: Bench
     recipe: Path
@@ -37,9 +39,11 @@ class Whole:
     seconds: float
 
     def check_torn(self, *, published: bool = False) -> dict[str, tuple[int, int]]:
-        """After a run that did not end: no output, and only whole layers in the store; returns those.
+        """After a run that did not end: no output, and only whole layers in the store; returns
+        those.
 
-        published: the run may have been killed by the clock between giving the output its name and exiting; then it is whole.
+        published: the run may have been killed by the clock between giving the output its name and
+        exiting; then it is whole.
         """
         if published and self.bench.output.exists():
             assert contents(self.bench.output) == self.bytes
@@ -48,7 +52,8 @@ class Whole:
         return self.bench.layers()
 
     def check_finished(self, before: dict[str, tuple[int, int]]) -> None:
-        """After the next run: the same bytes, nothing left over, and the layers that were there `before` not written again."""
+        """After the next run: the same bytes, nothing left over, and the layers that were there
+        `before` not written again."""
         assert contents(self.bench.output) == self.bytes
         assert self.bench.leavings() == []
         after = self.bench.layers()
@@ -61,7 +66,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     recipe = bench.recipe(stages=[*STAGES[:5], {"shard": {"tp": 2}}, bench.evaluate()])
     found: list[dict[str, bytes]] = []
     began = 0.0
-    for environment in (FILES, MEMORY):  # the second one finds the server of processes warm, so its time is the program's own
+    # the second one finds the server of processes warm, so its time is the program's own
+    for environment in (FILES, MEMORY):
         bench.clear()
         began = time.monotonic()
         process = start(["run", recipe], bench.root, environment=environment)
@@ -70,16 +76,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
         assert bench.leavings() == []
         found.append(contents(bench.output))
     assert found[0] == found[1], "hidden states in files and in memory must give the same artifact"
-    return Whole(bench, recipe, found[0], json.loads((bench.root / "events.json").read_text()), time.monotonic() - began)
+    return Whole(
+        bench,
+        recipe,
+        found[0],
+        json.loads((bench.root / "events.json").read_text()),
+        time.monotonic() - began,
+    )
 
 
 def test_sigkill_at_random_moments(whole: Whole) -> None:
-    """Kills follow one another without clearing the store, until a run gets through; then all begins again."""
+    """Kills follow one another without clearing the store, until a run gets through; then all
+    begins again."""
     bench, chance = whole.bench, random.Random(1)
     bench.clear()
     kills, phases, before = 0, set(), dict[str, tuple[int, int]]()
     while kills < KILLS:
-        process = start(["run", whole.recipe], bench.root, environment=chance.choice((FILES, MEMORY)))
+        process = start(
+            ["run", whole.recipe], bench.root, environment=chance.choice((FILES, MEMORY))
+        )
         process.join(chance.uniform(0, 1.1 * whole.seconds))
         if process.exitcode is None:
             process.kill()
@@ -87,7 +102,9 @@ def test_sigkill_at_random_moments(whole: Whole) -> None:
         if process.exitcode == -signal.SIGKILL:
             kills += 1
             found = whole.check_torn(published=True)
-            assert {name: found[name] for name in before} == before, "finished layers were written again"
+            assert {name: found[name] for name in before} == before, (
+                "finished layers were written again"
+            )
             before = found
             phases.add(len(before))
         else:
@@ -101,17 +118,26 @@ def test_sigkill_at_random_moments(whole: Whole) -> None:
 
 
 def _numbers(seed: int, whole_events: int, count: int) -> list[int]:
-    """Half of them from the start, where the layers are worked on; packing and its many reads are most of the rest."""
+    """Half of them from the start, where the layers are worked on; packing and its many reads are
+    most of the rest."""
     chance = random.Random(seed)
     early = whole_events // 8
-    return sorted(chance.sample(range(1, early), count // 2) + chance.sample(range(early, whole_events), count - count // 2))
+    return sorted(
+        chance.sample(range(1, early), count // 2)
+        + chance.sample(range(early, whole_events), count - count // 2)
+    )
 
 
 def test_sigkill_before_a_file_operation(whole: Whole) -> None:
     bench, sweeps = whole.bench, set()
     for turn, number in enumerate(_numbers(2, whole.events["any"], 10)):
         bench.clear()
-        process = start(["run", whole.recipe], bench.root, environment=(FILES, MEMORY)[turn % 2], strike=Strike(signal.SIGKILL, number))
+        process = start(
+            ["run", whole.recipe],
+            bench.root,
+            environment=(FILES, MEMORY)[turn % 2],
+            strike=Strike(signal.SIGKILL, number),
+        )
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"operation {number}"
         before = whole.check_torn()
@@ -123,7 +149,8 @@ def test_sigkill_before_a_file_operation(whole: Whole) -> None:
 
 @pytest.mark.parametrize("from_last", [0, 1])
 def test_sigkill_while_an_artifact_takes_the_place_of_another(whole: Whole, from_last: int) -> None:
-    """Two renames end a run: the old artifact away, the new one in. Neither moment leaves a mixture."""
+    """Two renames end a run: the old artifact away, the new one in. Neither moment leaves a
+    mixture."""
     bench = whole.bench
     bench.clear()
     assert invoke("run", whole.recipe, "--set", "seed=1").exit_code == 0
@@ -136,7 +163,11 @@ def test_sigkill_while_an_artifact_takes_the_place_of_another(whole: Whole, from
 
     bench.clear()
     assert invoke("run", whole.recipe, "--set", "seed=1").exit_code == 0
-    process = start(["run", whole.recipe], bench.root, strike=Strike(signal.SIGKILL, renames - from_last, "os.rename"))
+    process = start(
+        ["run", whole.recipe],
+        bench.root,
+        strike=Strike(signal.SIGKILL, renames - from_last, "os.rename"),
+    )
     process.join()
     assert process.exitcode == -signal.SIGKILL
     if from_last:
@@ -152,11 +183,20 @@ def test_sigint_before_a_file_operation(whole: Whole) -> None:
     bench = whole.bench
     for turn, number in enumerate(_numbers(3, whole.events["any"], 4)):
         bench.clear()
-        process = start(["run", whole.recipe], bench.root, environment=(FILES, MEMORY)[turn % 2], strike=Strike(signal.SIGINT, number))
+        process = start(
+            ["run", whole.recipe],
+            bench.root,
+            environment=(FILES, MEMORY)[turn % 2],
+            strike=Strike(signal.SIGINT, number),
+        )
         process.join()
         said = (bench.root / "stderr").read_text()
         assert process.exitcode == 130, (number, said)
-        assert "quantflow: interrupted" in said and "run the same command to go on" in said and "Traceback" not in said
+        assert (
+            "quantflow: interrupted" in said
+            and "run the same command to go on" in said
+            and "Traceback" not in said
+        )
         assert [name for name in bench.leavings() if "partial" in name or "tmp" in name] == []
         before = whole.check_torn()
         assert invoke("run", whole.recipe).exit_code == 0
@@ -168,7 +208,9 @@ def test_ctrl_c_on_the_command(whole: Whole) -> None:
     bench = whole.bench
     bench.clear()
     command = [sys.executable, "-m", "quantflow.cli.main", "run", str(whole.recipe)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     limit = time.monotonic() + 60
     while not bench.layers() and time.monotonic() < limit:
         time.sleep(0.002)
@@ -183,7 +225,8 @@ def test_ctrl_c_on_the_command(whole: Whole) -> None:
 
 
 class _Disk:
-    """Takes the place of `open`: from the `limit`-th write below `root` on, half of the data and then ENOSPC."""
+    """Takes the place of `open`: from the `limit`-th write below `root` on, half of the data and
+    then ENOSPC."""
 
     def __init__(self, root: Path, limit: float) -> None:
         self.root, self.limit, self.writes, self._open = str(root), limit, 0, builtins.open
@@ -231,7 +274,12 @@ def fill(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], _Di
 
 
 @pytest.mark.parametrize("environment", [FILES, MEMORY], ids=["files", "memory"])
-def test_full_disk(whole: Whole, fill: Callable[[float], _Disk], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(
+    whole: Whole,
+    fill: Callable[[float], _Disk],
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bench = whole.bench
     bench.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -247,7 +295,11 @@ def test_full_disk(whole: Whole, fill: Callable[[float], _Disk], environment: di
             result = invoke("run", whole.recipe)
             monkeypatch.undo()
             assert result.exit_code == 4, (limit, result.stderr)
-            assert "disk full" in result.stderr and "goes on where it stopped" in result.stderr and "Traceback" not in result.stderr
+            assert (
+                "disk full" in result.stderr
+                and "goes on where it stopped" in result.stderr
+                and "Traceback" not in result.stderr
+            )
             assert [name for name in bench.leavings() if "partial" in name] == []
             before = whole.check_torn()
             sweeps.add(len(before))
@@ -271,13 +323,19 @@ def test_full_disk_leaves_the_artifact_that_was_there(
 
 @pytest.mark.parametrize("harm", ["zeros", "short", "gone"])
 def test_a_lost_stream_means_starting_over(whole: Whole, harm: str) -> None:
-    """Layers without the hidden states after the last of them are of no use; no harm must come of them."""
+    """Layers without the hidden states after the last of them are of no use; no harm must come of
+    them."""
     bench = whole.bench
     bench.clear()
-    # Renames: the hashes; stream, layer, stream, layer, layer of the calibration; stream, layer, stream of the sweep.
-    process = start(["run", whole.recipe], bench.root, strike=Strike(signal.SIGKILL, 9, "os.rename"))
+    # Renames: the hashes; stream, layer, stream, layer, layer of the calibration; stream, layer,
+    # stream of the sweep.
+    process = start(
+        ["run", whole.recipe], bench.root, strike=Strike(signal.SIGKILL, 9, "os.rename")
+    )
     process.join()
-    assert [Path(name).name for name in bench.layers()].count("layer-00000.safetensors") == 2 and len(bench.layers()) == 4
+    assert [Path(name).name for name in bench.layers()].count(
+        "layer-00000.safetensors"
+    ) == 2 and len(bench.layers()) == 4
     (stream,) = bench.store.glob("*/stream-*.bin")
     size = stream.stat().st_size
     if harm == "gone":

@@ -1,4 +1,5 @@
-"""Artifacts, stores and checkpoints that somebody changed or damaged: found, named, and never taken for good."""
+"""Artifacts, stores and checkpoints that somebody changed or damaged: found, named, and never taken
+for good."""
 
 from __future__ import annotations
 
@@ -51,7 +52,19 @@ def refused(*arguments: object) -> str:
 
 
 def evaluate(bench: Bench, folder: Path) -> list[object]:
-    return ["eval", folder, "--reference", bench.model, "--data", bench.root / "eval.txt", "--windows", 2, "--length", 32, "--json"]
+    return [
+        "eval",
+        folder,
+        "--reference",
+        bench.model,
+        "--data",
+        bench.root / "eval.txt",
+        "--windows",
+        2,
+        "--length",
+        32,
+        "--json",
+    ]
 
 
 def test_a_flipped_byte_is_found_and_mended(bench: Bench) -> None:
@@ -75,7 +88,12 @@ def test_damaged_json_of_an_artifact_is_written_anew(bench: Bench, name: str) ->
 
 def test_a_manifest_without_its_keys(bench: Bench) -> None:
     path = bench.output / "quantflow.json"
-    for changes in ({"quality": "x"}, {"failed_gates": None}, {"source": 1}, {"formats": {"a": "../../model"}}):
+    for changes in (
+        {"quality": "x"},
+        {"failed_gates": None},
+        {"source": 1},
+        {"formats": {"a": "../../model"}},
+    ):
         kept = path.read_text()
         change_json(path, **changes)
         assert "quantflow.json" in refused("inspect", bench.output)
@@ -87,7 +105,14 @@ def test_a_manifest_without_its_keys(bench: Bench) -> None:
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
 def test_what_is_copied_into_the_artifact_is_part_of_its_identity(bench: Bench, name: str) -> None:
     path = bench.model / name
-    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), "chat_template": "{{ messages }}"}))
+    path.write_text(
+        json.dumps(
+            {
+                **(json.loads(path.read_text()) if path.exists() else {}),
+                "chat_template": "{{ messages }}",
+            }
+        )
+    )
     layers = bench.layers()
     assert "written" in again(bench)
     assert "{{ messages }}" in (bench.output / name).read_text()
@@ -104,14 +129,24 @@ def test_a_torn_layer_in_the_store_is_done_again(bench: Bench) -> None:
 
 
 def test_a_rank_is_no_checkpoint(bench: Bench) -> None:
-    assert "one of 2 tensor-parallel ranks" in refused(*evaluate(bench, bench.output / "tp2" / "rank-0"))
+    assert "one of 2 tensor-parallel ranks" in refused(
+        *evaluate(bench, bench.output / "tp2" / "rank-0")
+    )
     assert "one of 2 tensor-parallel ranks" in refused("inspect", bench.output / "tp2" / "rank-0")
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_hidden_layers", 3), ("num_attention_heads", 8), ("intermediate_size", 112), ("hidden_size", 80)]
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 3),
+        ("num_attention_heads", 8),
+        ("intermediate_size", 112),
+        ("hidden_size", 80),
+    ],
 )
-def test_a_config_that_disagrees_with_the_packed_weights(bench: Bench, key: str, value: int) -> None:
+def test_a_config_that_disagrees_with_the_packed_weights(
+    bench: Bench, key: str, value: int
+) -> None:
     change_json(bench.output / "config.json", **{key: value, "head_dim": None})
     message = refused(*evaluate(bench, bench.output))
     assert str(bench.output) in message and ("config.json" in message or "does not have" in message)
@@ -137,7 +172,9 @@ def test_biases_that_writers_of_gptq_add_are_zero_or_refused(bench: Bench) -> No
     (bench.output / "model.safetensors.index.json").unlink()
     tensors = load_file(path)
     name = "model.layers.0.mlp.up_proj.bias"
-    tensors[name] = torch.zeros(tensors["model.layers.0.mlp.up_proj.scales"].shape[1], dtype=torch.bfloat16)
+    tensors[name] = torch.zeros(
+        tensors["model.layers.0.mlp.up_proj.scales"].shape[1], dtype=torch.bfloat16
+    )
     save_file(tensors, path, {"format": "pt"})
     assert invoke(*evaluate(bench, bench.output)).exit_code == 0
     tensors[name][3] = 0.5
@@ -171,7 +208,9 @@ def test_environment_variables(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
     assert "calib.txt" in refused("plan", recipe)
 
 
-@pytest.mark.parametrize("changes", [{"tie_word_embeddings": "false"}, {"num_hidden_layers": 10**9}])
+@pytest.mark.parametrize(
+    "changes", [{"tie_word_embeddings": "false"}, {"num_hidden_layers": 10**9}]
+)
 def test_config_values_that_mean_something_else(bench: Bench, changes: dict[str, Any]) -> None:
     change_json(bench.model / "config.json", **changes)
     assert next(iter(changes)) in refused("plan", bench.root / "recipe.yaml")

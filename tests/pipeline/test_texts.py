@@ -1,4 +1,5 @@
-"""Dialogues as calibration and evaluation text: in the model's own format, wherever a text is read; and what a plan shows of it."""
+"""Dialogues as calibration and evaluation text: in the model's own format, wherever a text is read;
+and what a plan shows of it."""
 
 from __future__ import annotations
 
@@ -44,9 +45,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A model with a chat template, and dialogues in ShareGPT's shape and in OpenAI's."""
     bench = make_bench(tmp_path_factory.mktemp("texts"))
     (bench.model / "chat_template.jinja").write_text(TEMPLATE)
-    sharegpt = [{"id": f"identity_{i}", "conversations": [{"from": who, "value": what} for who, what in SAID]} for i in range(40)]
+    sharegpt = [
+        {
+            "id": f"identity_{i}",
+            "conversations": [{"from": who, "value": what} for who, what in SAID],
+        }
+        for i in range(40)
+    ]
     (bench.root / "sharegpt.json").write_text(json.dumps(sharegpt))
-    lines = [json.dumps({"id": f"conversation-{i}", "messages": MESSAGES, "other": f"text {i}"}) for i in range(40)]
+    lines = [
+        json.dumps({"id": f"conversation-{i}", "messages": MESSAGES, "other": f"text {i}"})
+        for i in range(40)
+    ]
     (bench.root / "chat.JSONL").write_text("\n".join(lines))
     return bench
 
@@ -55,7 +65,8 @@ def expected(bench: Bench, count: int, length: int) -> list[list[int]]:
     """The windows by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(bench.model)
     ids = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=True)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id and ids[1] != ids[0]  # as the template says, and not twice
+    # as the template says, and not twice
+    assert ids[0] == tokenizer.bos_token_id and ids[1] != ids[0]
     stream = ids * 40
     return [stream[i * length : (i + 1) * length] for i in range(count)]
 
@@ -67,13 +78,18 @@ def evaluating(bench: Bench, **settings: Any) -> list[Any]:
 def test_every_reader_sees_the_same_tokens(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     chat, sharegpt = (str(bench.root / name) for name in ("chat.JSONL", "sharegpt.json"))
     windows = expected(bench, 6, 32)
-    recipe = bench.recipe(calibration={"data": sharegpt, "samples": 6, "seqlen": 32}, stages=evaluating(bench, data=chat))
+    recipe = bench.recipe(
+        calibration={"data": sharegpt, "samples": 6, "seqlen": 32},
+        stages=evaluating(bench, data=chat),
+    )
     plan = make_plan(load_recipe(recipe), device="cpu")
     tokenizer, evaluate = load_tokenizer(bench.model), plan.stage(Evaluate)
     assert plan.recipe.calibration and evaluate
     assert recipe_windows(plan, tokenizer, plan.recipe.calibration).tokens == windows
     assert recipe_windows(plan, tokenizer, evaluate).tokens == windows[:4]
-    job = prepare(Settings(str(bench.model), chat, samples=6, length=32, group_size=16, device="cpu"))
+    job = prepare(
+        Settings(str(bench.model), chat, samples=6, length=32, group_size=16, device="cpu")
+    )
     assert job.windows.tokens == windows
 
     taken: list[Windows] = []
@@ -85,12 +101,32 @@ def test_every_reader_sees_the_same_tokens(bench: Bench, monkeypatch: pytest.Mon
     real = data_module.cut_windows
     monkeypatch.setattr(data_module, "cut_windows", cut)
     options = ("--windows", 4, "--length", 32, "--device", "cpu")
-    assert invoke("eval", bench.model, "--reference", bench.model, "--data", chat, *options).exit_code == 0
+    assert (
+        invoke("eval", bench.model, "--reference", bench.model, "--data", chat, *options).exit_code
+        == 0
+    )
     assert taken[0].tokens == windows[:4]
     # Another field, and where a plain text stands in it.
-    assert invoke("eval", bench.model, "--reference", bench.model, "--data", chat, "--field", "other", *options).exit_code == 0
+    assert (
+        invoke(
+            "eval",
+            bench.model,
+            "--reference",
+            bench.model,
+            "--data",
+            chat,
+            "--field",
+            "other",
+            *options,
+        ).exit_code
+        == 0
+    )
     assert tokenizer.decode(taken[1].tokens[0]).startswith("text 0")
-    job = prepare(Settings(str(bench.model), chat, samples=6, length=32, group_size=16, device="cpu", field="other"))
+    job = prepare(
+        Settings(
+            str(bench.model), chat, samples=6, length=32, group_size=16, device="cpu", field="other"
+        )
+    )
     assert tokenizer.decode(job.windows.tokens[0]).startswith("text 0")
 
 
@@ -98,56 +134,97 @@ def test_tools_of_a_row_are_given_to_the_template(bench: Bench) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     path = bench.root / "tools.jsonl"
     path.write_text(json.dumps({"messages": MESSAGES, "tools": tools}))
-    theirs = AutoTokenizer.from_pretrained(bench.model).apply_chat_template(MESSAGES, tools=tools, tokenize=False)
+    theirs = AutoTokenizer.from_pretrained(bench.model).apply_chat_template(
+        MESSAGES, tools=tools, tokenize=False
+    )
     assert list(model_documents(bench.model, str(path))) == [Document(str(theirs), special=False)]
 
 
 def test_a_plan_shows_how_each_text_begins(bench: Bench) -> None:
     chat, awkward = bench.root / "chat.JSONL", bench.root / "awkward.txt"
     awkward.write_text("never\n<|endoftext|>\x1b[31mred\x07 \u202eleft\u202c [bold]x\n" + "z" * 500)
-    recipe = bench.recipe(calibration={"data": str(chat), "samples": 2, "seqlen": 32}, stages=evaluating(bench, data=str(awkward), skip=1))
+    recipe = bench.recipe(
+        calibration={"data": str(chat), "samples": 2, "seqlen": 32},
+        stages=evaluating(bench, data=str(awkward), skip=1),
+    )
     found = json.loads(invoke("plan", recipe, "--json").stdout)
     begins = f"\x1b[31mred\x07 \u202eleft\u202c [bold]x\n{'z' * 500}"[:200]
     assert found["samples"] == {"calibration": RENDERED, "evaluate": begins}
     shown = invoke("plan", recipe).stdout
     assert "\x1b" not in shown and "\x07" not in shown and "\u202e" not in shown
-    told = "".join("".join(line.strip("│┃ ") for line in shown.splitlines()).split())  # however its lines were cut
-    for part in ("[user]Whatisariver?\\n[assistant]Thesmallriver", r"\x1b[31mred\x07\u202eleft\u202c[bold]x\nzzz"):
+    # however its lines were cut
+    told = "".join("".join(line.strip("│┃ ") for line in shown.splitlines()).split())
+    for part in (
+        "[user]Whatisariver?\\n[assistant]Thesmallriver",
+        r"\x1b[31mred\x07\u202eleft\u202c[bold]x\nzzz",
+    ):
         assert part in told
 
 
 def test_a_field_that_a_recipe_names(bench: Bench) -> None:
-    calibration = {"data": str(bench.root / "chat.JSONL"), "field": "other", "samples": 2, "seqlen": 32}
-    recipe = bench.recipe(calibration=calibration, stages=evaluating(bench, data=str(bench.root / "sharegpt.json"), field="conversations"))
-    assert json.loads(invoke("plan", recipe, "--json").stdout)["samples"] == {"calibration": "text 0", "evaluate": RENDERED}
-    wrong = invoke("plan", recipe, "--set", "calibration.field=body", "--set", "stages.evaluate.field=id2")
+    calibration = {
+        "data": str(bench.root / "chat.JSONL"),
+        "field": "other",
+        "samples": 2,
+        "seqlen": 32,
+    }
+    recipe = bench.recipe(
+        calibration=calibration,
+        stages=evaluating(bench, data=str(bench.root / "sharegpt.json"), field="conversations"),
+    )
+    assert json.loads(invoke("plan", recipe, "--json").stdout)["samples"] == {
+        "calibration": "text 0",
+        "evaluate": RENDERED,
+    }
+    wrong = invoke(
+        "plan", recipe, "--set", "calibration.field=body", "--set", "stages.evaluate.field=id2"
+    )
     assert wrong.exit_code == 2
     for part in (
-        "the fields id (text), messages (list), other (text); expected text, or a dialogue, in the field body",
+        (
+            "the fields id (text), messages (list), other (text); expected text, or a dialogue, in"
+            " the field body"
+        ),
         "in the field id2",
     ):
         assert part in wrong.stderr
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
-def test_a_broken_text_is_said_though_nothing_reads_it(bench: Bench, verb: str, tmp_path: Path) -> None:
+def test_a_broken_text_is_said_though_nothing_reads_it(
+    bench: Bench, verb: str, tmp_path: Path
+) -> None:
     (tmp_path / "ids.jsonl").write_text('{"id": "row-1", "text": null}\n')
     calibration = {"data": str(tmp_path / "ids.jsonl"), "samples": 2, "seqlen": 4096}
     recipe = bench.recipe(calibration=calibration, stages=["rtn", {"pack": {"format": "gptq"}}])
     result = invoke(verb, recipe)
-    assert result.exit_code == 2 and "ids.jsonl:1: an object with the fields id (text), text (null)" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "ids.jsonl:1: an object with the fields id (text), text (null)" in result.stderr
+    )
     assert "4096" not in result.stderr  # windows that nobody cuts
 
 
 def test_a_template_that_refuses_a_row_is_said_by_the_plan(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": MESSAGES}))
     template = bench.model / "chat_template.jinja"
-    template.write_text("{% if 'river' in messages[0].content %}{{ raise_exception('roles must alternate') }}{% endif %}")
+    template.write_text(
+        "{% if 'river' in messages[0].content %}{{ raise_exception('roles must alternate') }}{%"
+        " endif %}"
+    )
     try:
-        result = invoke("plan", bench.recipe(calibration={"data": str(tmp_path / "a.jsonl"), "samples": 2, "seqlen": 32}))
+        result = invoke(
+            "plan",
+            bench.recipe(
+                calibration={"data": str(tmp_path / "a.jsonl"), "samples": 2, "seqlen": 32}
+            ),
+        )
     finally:
         template.write_text(TEMPLATE)
-    assert result.exit_code == 2 and "a.jsonl:1: the model's chat template refused them" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "a.jsonl:1: the model's chat template refused them" in result.stderr
+    )
     assert "roles must alternate" in result.stderr
 
 
@@ -158,14 +235,31 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("template", BROKEN)
-def test_a_template_that_writes_no_dialogue_is_the_models_fault(bench: Bench, template: str) -> None:
+def test_a_template_that_writes_no_dialogue_is_the_models_fault(
+    bench: Bench, template: str
+) -> None:
     """It is said once, with its file, by whatever reads dialogues; a text needs none."""
     chat, file = str(bench.root / "chat.JSONL"), bench.model / "chat_template.jinja"
-    recipe = bench.recipe(calibration={"data": chat, "samples": 2, "seqlen": 32}, stages=evaluating(bench, data=chat))
+    recipe = bench.recipe(
+        calibration={"data": chat, "samples": 2, "seqlen": 32}, stages=evaluating(bench, data=chat)
+    )
     file.write_text(template)
     try:
         found = [invoke(verb, recipe) for verb in ("plan", "run")]
-        found.append(invoke("eval", bench.model, "--reference", bench.model, "--data", chat, "--length", 32, "--device", "cpu"))
+        found.append(
+            invoke(
+                "eval",
+                bench.model,
+                "--reference",
+                bench.model,
+                "--data",
+                chat,
+                "--length",
+                32,
+                "--device",
+                "cpu",
+            )
+        )
         other = list(model_documents(bench.model, chat, field="other"))
         file.unlink()
         config = bench.model / "tokenizer_config.json"
@@ -179,7 +273,12 @@ def test_a_template_that_writes_no_dialogue_is_the_models_fault(bench: Bench, te
     for result in found:
         said = " ".join(result.stderr.split())
         assert result.exit_code == 2 and "chat.JSONL" not in said, said
-        assert said.count(f"{file}: the chat template refuses even a dialogue of one word ({BROKEN[template]}") == 1, said
+        assert (
+            said.count(
+                f"{file}: the chat template refuses even a dialogue of one word ({BROKEN[template]}"
+            )
+            == 1
+        ), said
     assert other[0] == Document("text 0")
     assert f"{config} chat_template: the chat template refuses" in str(caught.value)
 
@@ -187,9 +286,14 @@ def test_a_template_that_writes_no_dialogue_is_the_models_fault(bench: Bench, te
 def test_templates_that_want_more_than_a_question(bench: Bench, tmp_path: Path) -> None:
     """One that must end with an answer writes rows that do."""
     template = bench.model / "chat_template.jinja"
-    template.write_text("{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}" + TEMPLATE)
+    template.write_text(
+        "{% if messages[-1].role != 'assistant' %}{{ raise_exception('no answer') }}{% endif %}"
+        + TEMPLATE
+    )
     try:
-        assert next(model_documents(bench.model, str(bench.root / "chat.JSONL"))) == Document(RENDERED, special=False)
+        assert next(model_documents(bench.model, str(bench.root / "chat.JSONL"))) == Document(
+            RENDERED, special=False
+        )
     finally:
         template.write_text(TEMPLATE)
 
@@ -197,20 +301,32 @@ def test_templates_that_want_more_than_a_question(bench: Bench, tmp_path: Path) 
 def test_rows_that_a_template_refuses_are_left_out_and_said(bench: Bench, tmp_path: Path) -> None:
     """By the plan, by the run on stderr, in the report, by `eval`."""
     odd = [{"role": "user", "content": "Refuse me."}, *MESSAGES]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": odd if i == 2 else MESSAGES}) + "\n" for i in range(40)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"messages": odd if i == 2 else MESSAGES}) + "\n" for i in range(40))
+    )
     template = bench.model / "chat_template.jinja"
-    template.write_text("{% if messages[0].content == 'Refuse me.' %}{{ raise_exception('not that') }}{% endif %}" + TEMPLATE)
+    template.write_text(
+        "{% if messages[0].content == 'Refuse me.' %}{{ raise_exception('not that') }}{% endif %}"
+        + TEMPLATE
+    )
     chat = str(tmp_path / "a.jsonl")
-    recipe = bench.recipe(calibration={"data": chat, "samples": 4, "seqlen": 32}, stages=[*STAGES, bench.evaluate()])
+    recipe = bench.recipe(
+        calibration={"data": chat, "samples": 4, "seqlen": 32}, stages=[*STAGES, bench.evaluate()]
+    )
     options = ("--windows", 4, "--length", 32, "--device", "cpu")
     try:
         planned = json.loads(invoke("plan", recipe, "--json").stdout)["notes"]
         run = invoke("run", recipe)
-        evaluated = invoke("eval", bench.model, "--reference", bench.model, "--data", chat, *options)
+        evaluated = invoke(
+            "eval", bench.model, "--reference", bench.model, "--data", chat, *options
+        )
     finally:
         template.write_text(TEMPLATE)
     assert run.exit_code == 0 and evaluated.exit_code == 0, run.stderr + evaluated.stderr
-    refusal = "left out; the first: a.jsonl:3: the model's chat template refused them: TemplateError: not that"
+    refusal = (
+        "left out; the first: a.jsonl:3: the model's chat template refused them: TemplateError: not"
+        " that"
+    )
     (planned,) = [note for note in planned if note.startswith("calibration: ")]
     report = json.loads((bench.output / "report.json").read_text())
     (reported,) = [note for note in report["notes"] if note.startswith("calibration: ")]
@@ -230,10 +346,17 @@ def test_tokens_do_not_depend_on_the_date(bench: Bench, monkeypatch: pytest.Monk
     found: list[tuple[Any, str]] = []
     try:
         for day in (date(2026, 3, 1), date(2031, 12, 24)):
-            clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, day=day: datetime.combine(day, time()))})
+            clock = type(
+                "Clock",
+                (datetime,),
+                {"now": classmethod(lambda cls, day=day: datetime.combine(day, time()))},
+            )
             monkeypatch.setattr(chat_environment, "datetime", clock)
             windows = cut_windows(
-                load_tokenizer(bench.model), model_documents(bench.model, str(bench.root / "chat.JSONL")), count=3, length=16
+                load_tokenizer(bench.model),
+                model_documents(bench.model, str(bench.root / "chat.JSONL")),
+                count=3,
+                length=16,
             )
             found.append((windows, Text(bench.model).render(MESSAGES)))
     finally:
@@ -244,13 +367,24 @@ def test_tokens_do_not_depend_on_the_date(bench: Bench, monkeypatch: pytest.Monk
 
 
 def test_what_reads_texts_throws_no_stored_layer_away() -> None:
-    """The keys of layers have the code that computes them and reads their weights, and none that makes tokens of texts."""
+    """The keys of layers have the code that computes them and reads their weights, and none that
+    makes tokens of texts."""
     for modules in (plan_module.CALIBRATES, plan_module.ROUNDS):
         code = closure(*modules)
-        assert {"quantflow.quant.product", "quantflow.decoder.native", "quantflow.models.registry"} <= set(code)
+        assert {
+            "quantflow.quant.product",
+            "quantflow.decoder.native",
+            "quantflow.models.registry",
+        } <= set(code)
         assert not [name for name in code if "tokenizer" in name or "vocabulary" in name]
-        assert {name for name in code if name.startswith("quantflow.calibration.")} <= {"quantflow.calibration.statistics"}
-    assert {"quantflow.quant.gptq", "quantflow.quant.numbers.nf4", "quantflow_kernels.cpu_solver"} <= set(closure(*plan_module.ROUNDS))
+        assert {name for name in code if name.startswith("quantflow.calibration.")} <= {
+            "quantflow.calibration.statistics"
+        }
+    assert {
+        "quantflow.quant.gptq",
+        "quantflow.quant.numbers.nf4",
+        "quantflow_kernels.cpu_solver",
+    } <= set(closure(*plan_module.ROUNDS))
     # All of ours that the loop takes from stages, calibration and decoder is among them.
     loop = (PACKAGE / "pipeline" / "sweep.py").read_text()
     taken = set(re.findall(r"from (quantflow\.(?:stages|calibration|decoder)\.\w+) import", loop))

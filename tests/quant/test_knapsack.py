@@ -19,13 +19,17 @@ def every(parts: list[list[Option]], budget: int) -> float | None:
 def puzzles(count: int) -> list[tuple[list[list[Option]], int]]:
     chance, found = random.Random(3), []
     for _ in range(count):
-        parts = [[Option(chance.randint(1, 20), chance.random()) for _ in range(chance.randint(1, 4))] for _ in range(chance.randint(1, 6))]
+        parts = [
+            [Option(chance.randint(1, 20), chance.random()) for _ in range(chance.randint(1, 4))]
+            for _ in range(chance.randint(1, 6))
+        ]
         found.append((parts, chance.randint(1, 100)))
     return found
 
 
 def test_by_hand() -> None:
-    """Ten bytes: the first part's large option saves 5 for 4 bytes, the second's saves 4 for 3; both together do not fit."""
+    """Ten bytes: the first part's large option saves 5 for 4 bytes, the second's saves 4 for 3;
+    both together do not fit."""
     parts = [[Option(3, 6.0), Option(7, 1.0)], [Option(2, 5.0), Option(5, 1.0)]]
     found = choose(parts, 10)
     assert found is not None
@@ -48,7 +52,9 @@ def test_it_is_the_best_of_all_choices() -> None:
         if found and best is not None:
             solved += 1
             taken = [part[i] for part, i in zip(parts, found.options, strict=True)]
-            assert found.size == sum(o.size for o in taken) <= budget and found.cost == pytest.approx(sum(o.cost for o in taken))
+            assert found.size == sum(
+                o.size for o in taken
+            ) <= budget and found.cost == pytest.approx(sum(o.cost for o in taken))
             assert found.cost == pytest.approx(best) and found.gap == 0
             assert lower_bound(parts, budget) <= best + 1e-12
     assert solved > 100
@@ -68,9 +74,18 @@ def test_a_model_of_seventy_billion_is_exact() -> None:
     chance, parts = random.Random(0), []
     for _ in range(80):
         for n, k in ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)):
-            parts.append([Option(n * k * b // 8 + n * (k // 128) * (16 + b) // 8, chance.random() * 4.0**-b) for b in (2, 3, 4, 8)])
+            parts.append(
+                [
+                    Option(
+                        n * k * b // 8 + n * (k // 128) * (16 + b) // 8, chance.random() * 4.0**-b
+                    )
+                    for b in (2, 3, 4, 8)
+                ]
+            )
     uniform = sum(part[2].size for part in parts)
     found = choose(parts, uniform)
     assert found is not None and found.gap == 0 and found.size <= uniform
     assert found.cost < sum(part[2].cost for part in parts)
-    assert lower_bound(parts, uniform) == pytest.approx(found.cost, rel=1e-3), "two ways to the same number"
+    assert lower_bound(parts, uniform) == pytest.approx(found.cost, rel=1e-3), (
+        "two ways to the same number"
+    )

@@ -15,24 +15,60 @@ from quantflow.quant.kv import KVParameters, kv_parameters, round_kv
 def test_asymmetric_by_hand() -> None:
     low, high = torch.tensor([[-62.0, -1.0]]), torch.tensor([[3.0, 65.5]])
     parameters = kv_parameters(low, high)
-    assert (float(parameters.scale), float(parameters.zero_point), parameters.bounds) == (0.5, 1.75, (-128, 127))
+    assert (float(parameters.scale), float(parameters.zero_point), parameters.bounds) == (
+        0.5,
+        1.75,
+        (-128, 127),
+    )
     x = torch.tensor([-62.0, 65.5, 1.75, 2.0, 2.5, 2.25, 1e6, -1e6]).view(1, 1, 8, 1)
     # -127.5 goes to -128. 127.5 would go to 128, which is 127 at most. Halves go to even: 0.5 to 0, 1.5 to 2.
-    assert round_kv(x, parameters).flatten().tolist() == [-62.25, 65.25, 1.75, 1.75, 2.75, 2.25, 65.25, -62.25]
+    assert round_kv(x, parameters).flatten().tolist() == [
+        -62.25,
+        65.25,
+        1.75,
+        1.75,
+        2.75,
+        2.25,
+        65.25,
+        -62.25,
+    ]
 
 
 def test_symmetric_by_hand() -> None:
-    parameters = kv_parameters(torch.tensor([[-254.0, 1.0]]), torch.tensor([[3.0, 7.0]]), symmetric=True)
+    parameters = kv_parameters(
+        torch.tensor([[-254.0, 1.0]]), torch.tensor([[3.0, 7.0]]), symmetric=True
+    )
     assert (float(parameters.scale), float(parameters.zero_point)) == (2.0, 0.0)
     x = torch.tensor([-254.0, 254.0, 0.0, 1.0, 3.0, 300.0, -300.0]).view(1, 1, 7, 1)
-    assert round_kv(x, parameters).flatten().tolist() == [-254.0, 254.0, 0.0, 0.0, 4.0, 254.0, -256.0]
+    assert round_kv(x, parameters).flatten().tolist() == [
+        -254.0,
+        254.0,
+        0.0,
+        0.0,
+        4.0,
+        254.0,
+        -256.0,
+    ]
 
 
 def test_narrower_codes() -> None:
     parameters = kv_parameters(torch.tensor([[-7.5]]), torch.tensor([[7.5]]), bits=4)
-    assert (float(parameters.scale), float(parameters.zero_point), parameters.bounds) == (1.0, 0.0, (-8, 7))
-    assert round_kv(torch.tensor([-7.5, 7.5, 6.4]).view(1, 1, 3, 1), parameters).flatten().tolist() == [-8.0, 7.0, 6.0]
-    assert float(kv_parameters(torch.tensor([[-14.0]]), torch.tensor([[7.0]]), bits=4, symmetric=True).scale) == 2.0
+    assert (float(parameters.scale), float(parameters.zero_point), parameters.bounds) == (
+        1.0,
+        0.0,
+        (-8, 7),
+    )
+    assert round_kv(
+        torch.tensor([-7.5, 7.5, 6.4]).view(1, 1, 3, 1), parameters
+    ).flatten().tolist() == [-8.0, 7.0, 6.0]
+    assert (
+        float(
+            kv_parameters(
+                torch.tensor([[-14.0]]), torch.tensor([[7.0]]), bits=4, symmetric=True
+            ).scale
+        )
+        == 2.0
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -49,10 +85,13 @@ def test_constant_channels(value: float, granularity: str, symmetric: bool) -> N
 def test_granularities() -> None:
     low = torch.tensor([[-1.0, -2.0], [0.0, -8.0]])
     high = torch.tensor([[1.0, 6.0], [4.0, 0.0]])
-    tensor, head, channel = (kv_parameters(low, high, granularity=g) for g in ("tensor", "head", "channel"))
+    tensor, head, channel = (
+        kv_parameters(low, high, granularity=g) for g in ("tensor", "head", "channel")
+    )
     assert [p.scale.shape for p in (tensor, head, channel)] == [(), (2,), (2, 2)]
     assert all(
-        p.scale.shape == p.zero_point.shape and p.scale.dtype == p.zero_point.dtype == torch.float32 for p in (tensor, head, channel)
+        p.scale.shape == p.zero_point.shape and p.scale.dtype == p.zero_point.dtype == torch.float32
+        for p in (tensor, head, channel)
     )
     assert float(tensor.zero_point) == -1.0 and head.zero_point.tolist() == [2.0, -2.0]
     assert channel.zero_point.tolist() == [[0.0, 2.0], [2.0, -4.0]]
@@ -68,15 +107,27 @@ def test_each_head_and_channel_gets_its_own_parameters() -> None:
     zero = torch.arange(6.0).view(2, 3) / 8
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 2, 5, 3, generator=generator) * 100
-    for name, s, z in (("channel", scale, zero), ("head", scale[:, 0], zero[:, 0]), ("tensor", scale[0, 0], zero[0, 0])):
+    for name, s, z in (
+        ("channel", scale, zero),
+        ("head", scale[:, 0], zero[:, 0]),
+        ("tensor", scale[0, 0], zero[0, 0]),
+    ):
         rounded = round_kv(x, KVParameters(8, s, z))
         for b in range(2):
             for h in range(2):
                 for t in range(5):
                     for d in range(3):
                         at = {"channel": (h, d), "head": (h,), "tensor": ()}[name]
-                        code = min(max(round((float(x[b, h, t, d]) - float(z[at])) / float(s[at])), -128), 127)
-                        assert math.isclose(float(rounded[b, h, t, d]), code * float(s[at]) + float(z[at]), rel_tol=1e-6, abs_tol=1e-6)
+                        code = min(
+                            max(round((float(x[b, h, t, d]) - float(z[at])) / float(s[at])), -128),
+                            127,
+                        )
+                        assert math.isclose(
+                            float(rounded[b, h, t, d]),
+                            code * float(s[at]) + float(z[at]),
+                            rel_tol=1e-6,
+                            abs_tol=1e-6,
+                        )
 
 
 @settings(deadline=None, max_examples=60)
@@ -91,10 +142,16 @@ def test_each_head_and_channel_gets_its_own_parameters() -> None:
 def test_the_round_trip_is_within_half_a_step(
     granularity: str, symmetric: bool, bits: int, seed: int, magnitude: float, shift: float
 ) -> None:
-    x = (torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(seed)) + shift) * 10**magnitude
-    parameters = kv_parameters(x.amin((0, 2)), x.amax((0, 2)), bits=bits, symmetric=symmetric, granularity=granularity)
+    x = (
+        torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(seed)) + shift
+    ) * 10**magnitude
+    parameters = kv_parameters(
+        x.amin((0, 2)), x.amax((0, 2)), bits=bits, symmetric=symmetric, granularity=granularity
+    )
     step = (
-        parameters.scale.view(1, *parameters.scale.shape[:1], 1, *(parameters.scale.shape[1:] or (1,)))
+        parameters.scale.view(
+            1, *parameters.scale.shape[:1], 1, *(parameters.scale.shape[1:] or (1,))
+        )
         if parameters.scale.ndim
         else parameters.scale
     )

@@ -1,4 +1,5 @@
-"""Packing against loops over single bits, written from the formats' description and not from the code under test."""
+"""Packing against loops over single bits, written from the formats' description and not from the
+code under test."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 def random_codes(n: int, k: int, bits: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 2**bits, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 2**bits, (n, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def stream_of_bits(codes: list[int], bits: int) -> list[int]:
@@ -49,7 +52,8 @@ def test_pack_rows_by_hand(bits: int, codes: list[int], word: int) -> None:
 
 
 def test_three_bit_codes_straddle_words() -> None:
-    # Code 10 has its two low bits on top of word 0 and its high bit at the bottom of word 1; code 21 the other way round.
+    # Code 10 has its two low bits on top of word 0 and its high bit at the bottom of word 1; code
+    # 21 the other way round.
     codes = torch.zeros(1, 32, dtype=torch.uint8)
     codes[0, 10] = 0b111
     codes[0, 21] = 0b111
@@ -58,7 +62,9 @@ def test_three_bit_codes_straddle_words() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("k", [1, 3, 4, 7, 8, 10, 11, 16, 21, 22, 31, 32, 33, 63, 64, 96, 100, 172, 352])
+@pytest.mark.parametrize(
+    "k", [1, 3, 4, 7, 8, 10, 11, 16, 21, 22, 31, 32, 33, 63, 64, 96, 100, 172, 352]
+)
 def test_pack_rows_is_one_stream_of_bits(bits: int, k: int) -> None:
     codes = random_codes(3, k, bits)
     words = pack_rows(codes, bits)
@@ -87,8 +93,16 @@ def test_extreme_codes(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_strided_and_offset_inputs(bits: int) -> None:
     whole = random_codes(7, 65, bits)
-    for codes in (whole[1:, 1:33], whole[1:], whole.t(), whole[:, ::2], whole.flatten()[1:65].view(2, 32)):
-        assert pack_rows(codes, bits).tolist() == [stream_of_bits(row, bits) for row in codes.tolist()]
+    for codes in (
+        whole[1:, 1:33],
+        whole[1:],
+        whole.t(),
+        whole[:, ::2],
+        whole.flatten()[1:65].view(2, 32),
+    ):
+        assert pack_rows(codes, bits).tolist() == [
+            stream_of_bits(row, bits) for row in codes.tolist()
+        ]
         words = pack_rows(codes, bits)
         wide = torch.cat((words, words), 1)
         assert torch.equal(unpack_rows(wide[:, words.shape[1] :], bits, codes.shape[1]), codes)
@@ -155,7 +169,8 @@ def test_chunks(bits: int, n: int, k: int, chunk: int, monkeypatch: pytest.Monke
     assert torch.equal(pack_rows_transposed(codes, bits), whole[0].t())
     assert torch.equal(pack_columns(codes, bits), whole[1])
     assert torch.equal(unpack_rows(whole[0], bits, k), codes)
-    assert torch.equal(unpack_rows(whole[0].t().contiguous().t(), bits, k), codes)  # as GPTQ's words come
+    # as GPTQ's words come
+    assert torch.equal(unpack_rows(whole[0].t().contiguous().t(), bits, k), codes)
     assert torch.equal(unpack_columns(whole[1], bits, n), codes)
     if bits == 4 and n % 8 == 0:
         assert torch.equal(unpack_awq(pack_awq(codes)), codes)

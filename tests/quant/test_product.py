@@ -14,9 +14,13 @@ from quantflow.quant.product import FEWEST_ROWS, linear
 @pytest.mark.parametrize(("n", "k"), [(1, 64), (64, 1), (172, 64), (33, 7)])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_against_float64(shape: tuple[int, ...], n: int, k: int, biased: bool, dtype: torch.dtype) -> None:
+def test_against_float64(
+    shape: tuple[int, ...], n: int, k: int, biased: bool, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(n)
-    x, weight, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((*shape, k), (n, k), (n,)))
+    x, weight, bias = (
+        torch.randn(*s, generator=generator).to(dtype) for s in ((*shape, k), (n, k), (n,))
+    )
     found = linear(x, weight, bias if biased else None)
     assert found.dtype == dtype and found.shape == (*shape, n)
     expected = F.linear(x.double(), weight.double(), bias.double() if biased else None)
@@ -32,18 +36,27 @@ def test_rows_and_weights_that_are_parts_of_others(monkeypatch: pytest.MonkeyPat
     assert linear(x, whole).equal(F.linear(x, whole))
 
 
-AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+AVX512 = (
+    torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+)
 
 
 @pytest.mark.skipif(not AVX512, reason="a processor where torch's own product is as fast")
 def test_which_products_are_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(product.F, "conv2d", lambda *args: calls.append(args) or torch.conv2d(*args))
+    monkeypatch.setattr(
+        product.F, "conv2d", lambda *args: calls.append(args) or torch.conv2d(*args)
+    )
     x, weight = torch.randn(FEWEST_ROWS, 8), torch.randn(4, 8)
     linear(x, weight)
     linear(x.view(2, -1, 8)[:, :, :], weight, torch.zeros(4))
     assert len(calls) == 2
-    for other in ((x[1:], weight), (x.double(), weight.double()), (x.bfloat16(), weight.bfloat16()), (x, torch.randn(8, 4).T)):
+    for other in (
+        (x[1:], weight),
+        (x.double(), weight.double()),
+        (x.bfloat16(), weight.bfloat16()),
+        (x, torch.randn(8, 4).T),
+    ):
         linear(*other)
     assert len(calls) == 2
 

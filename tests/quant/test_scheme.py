@@ -10,7 +10,9 @@ from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.scheme import PER_CHANNEL, Scheme
 
 
-@pytest.mark.parametrize(("bits", "levels", "midpoint"), [(2, 3, 2), (3, 7, 4), (4, 15, 8), (8, 255, 128)])
+@pytest.mark.parametrize(
+    ("bits", "levels", "midpoint"), [(2, 3, 2), (3, 7, 4), (4, 15, 8), (8, 255, 128)]
+)
 def test_levels(bits: int, levels: int, midpoint: int) -> None:
     scheme = Scheme(bits, 32, True)
     assert (scheme.levels, scheme.midpoint) == (levels, midpoint)
@@ -18,14 +20,20 @@ def test_levels(bits: int, levels: int, midpoint: int) -> None:
 
 def test_groups() -> None:
     assert (Scheme(4, 32, False).group_of(96), Scheme(4, 32, False).groups(96)) == (32, 3)
-    assert (Scheme(4, PER_CHANNEL, False).group_of(96), Scheme(4, PER_CHANNEL, False).groups(96)) == (96, 1)
+    assert (
+        Scheme(4, PER_CHANNEL, False).group_of(96),
+        Scheme(4, PER_CHANNEL, False).groups(96),
+    ) == (96, 1)
 
 
 def test_names() -> None:
     assert str(Scheme(4, 128, False)) == "W4 g128 asymmetric"
     assert str(Scheme(8, PER_CHANNEL, True)) == "W8 channel symmetric"
     assert str(Scheme(4, 32, False, "minimum")) == "W4 g32 with minimums"
-    assert str(Scheme(4, 64, True, "nf4")) == "NF4 g64" and str(Scheme(4, 64, True, "nf4", True)) == "NF4 g64 double"
+    assert (
+        str(Scheme(4, 64, True, "nf4")) == "NF4 g64"
+        and str(Scheme(4, 64, True, "nf4", True)) == "NF4 g64 double"
+    )
 
 
 def test_what_is_written_in_files_stays_what_it_was() -> None:
@@ -33,7 +41,11 @@ def test_what_is_written_in_files_stays_what_it_was() -> None:
     assert Scheme(4, 128, False).as_list() == [4, 128, False, "integer", False]
     assert Scheme(4, 64, True, "nf4", double=True).as_list() == [4, 64, True, "nf4", True]
     assert list(NUMBERS) == ["integer", "minimum", "nf4"]
-    for scheme in (Scheme(8, PER_CHANNEL, True), Scheme(4, 32, False, "minimum"), Scheme(4, 64, True, "nf4", double=True)):
+    for scheme in (
+        Scheme(8, PER_CHANNEL, True),
+        Scheme(4, 32, False, "minimum"),
+        Scheme(4, 64, True, "nf4", double=True),
+    ):
         assert Scheme(*json.loads(json.dumps(scheme.as_list()))) == scheme
 
 

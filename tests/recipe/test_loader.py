@@ -1,4 +1,5 @@
-"""Recipes as people write them: what each mistake says and on which line, alone and together, and what `--set` does."""
+"""Recipes as people write them: what each mistake says and on which line, alone and together, and
+what `--set` does."""
 
 from __future__ import annotations
 
@@ -10,7 +11,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantflow.errors import Problem, RecipeError
-from quantflow.recipe import AUTO, Awq, Calibrate, Evaluate, Gptq, KvQparams, Pack, Recipe, Rtn, Shard, dump, load_recipe
+from quantflow.recipe import (
+    AUTO,
+    Awq,
+    Calibrate,
+    Evaluate,
+    Gptq,
+    KvQparams,
+    Pack,
+    Recipe,
+    Rtn,
+    Shard,
+    dump,
+    load_recipe,
+)
 
 GOOD = """\
 name: tiny
@@ -27,7 +41,10 @@ stages:
   - shard: {tp: 2}
   - evaluate: {data: demo}
 """
-NAME, MODEL, SEED, CALIBRATION, WEIGHTS, STAGES, CALIBRATE, AWQ, GPTQ, KV, PACK, SHARD, EVALUATE = range(1, 14)  # lines of GOOD
+# lines of GOOD
+NAME, MODEL, SEED, CALIBRATION, WEIGHTS, STAGES, CALIBRATE, AWQ, GPTQ, KV, PACK, SHARD, EVALUATE = (
+    range(1, 14)
+)
 
 
 def write(directory: Path, text: str) -> Path:
@@ -49,11 +66,17 @@ def edited(line: int, text: str) -> str:
     return "".join(lines)
 
 
-# One line of GOOD replaced: the line, what is there instead, the line that is complained about, fragments of the complaint.
+# One line of GOOD replaced: the line, what is there instead, the line that is complained about,
+# fragments of the complaint.
 EDITS: list[tuple[int, str, int, list[str]]] = [
     (NAME, "", 1, ["`name` is missing"]),
     (NAME, "nmae: tiny", 1, ["unknown key `nmae`", "Did you mean `name`?"]),
-    (NAME, "name: no", NAME, ["`name` is no, which YAML reads as false (a boolean)", "a text", 'Quote it: "no"']),
+    (
+        NAME,
+        "name: no",
+        NAME,
+        ["`name` is no, which YAML reads as false (a boolean)", "a text", 'Quote it: "no"'],
+    ),
     (NAME, "name: 7", NAME, ["`name` is 7", 'Quote it: "7"']),
     (NAME, "name: ../up", NAME, ["`name` is '../up'", "letters, digits"]),
     (NAME, "name: ''", NAME, ["`name` is ''"]),
@@ -63,99 +86,373 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
     (MODEL, "modle: x", MODEL, ["unknown key `modle`", "Did you mean `model`?"]),
     (MODEL, "bits: 4", MODEL, ["unknown key `bits`", "belongs under `weights`"]),
     (MODEL, "damp: 0.1", MODEL, ["unknown key `damp`", "belongs under `stages.gptq`"]),
-    (MODEL, "rtn: {}", MODEL, ["unknown key `rtn`", "`rtn` is a stage: write `- rtn` under `stages`"]),
+    (
+        MODEL,
+        "rtn: {}",
+        MODEL,
+        ["unknown key `rtn`", "`rtn` is a stage: write `- rtn` under `stages`"],
+    ),
     (MODEL, "5: x", MODEL, ["unknown key `5`"]),
     (SEED, "seed: -1", SEED, ["`seed` is -1", "greater than or equal to 0"]),
     (SEED, "seed: 1.5", SEED, ["`seed` is 1.5", "an integer"]),
     (SEED, 'seed: "1"', SEED, ["`seed` is '1' (a text)", "an integer", "Remove the quotes"]),
     (SEED, "seed: true", SEED, ["`seed` is true (a boolean)", "an integer"]),
     (CALIBRATION, "calibration: c4", CALIBRATION, ["`calibration` is 'c4' (a text)", "a mapping"]),
-    (CALIBRATION, "calibration: {dataset: demo, data: demo}", CALIBRATION, ["unknown key `dataset` under `calibration`", "`data`?"]),
-    (CALIBRATION, "calibration: {data: wikitext}", CALIBRATION, ["'wikitext'", "c4, c4-new, ptb", "`wikitext2`?", "{data: c4, file: "]),
-    (CALIBRATION, "calibration: {data: no/such.txt}", CALIBRATION, ["'no/such.txt'", "nor a file that exists", "A local file works"]),
-    (CALIBRATION, "calibration: {data: .}", CALIBRATION, ["`calibration.data` is '.', a directory"]),
-    (CALIBRATION, "calibration: {data: /dev/null}", CALIBRATION, ["`calibration.data` is '/dev/null', a device", "write it into a file"]),
-    (CALIBRATION, "calibration: {data: c4, file: /dev/null}", CALIBRATION, ["is '/dev/null': it is a device", "write it into a file"]),
-    (CALIBRATION, "calibration: {data: c4, file: gone.jsonl}", CALIBRATION, ["`calibration.file` is 'gone.jsonl': there is no such file"]),
-    (CALIBRATION, "calibration: {data: cc4, file: recipe.yaml}", CALIBRATION, ["'cc4'", "where `file` is given", "Did you mean `c4`?"]),
-    (CALIBRATION, "calibration: {data: on}", CALIBRATION, ["`calibration.data` is on, which YAML reads as true", 'Quote it: "on"']),
-    (CALIBRATION, "calibration:\n  data: demo\n  samples: 0", 6, ["`calibration.samples` is 0", "greater than or equal to 1"]),
-    (CALIBRATION, "calibration:\n  data: demo\n  seqlen: 15", 6, ["`calibration.seqlen` is 15", "greater than or equal to 16"]),
-    (CALIBRATION, "calibration: {seqlen: 0}", CALIBRATION, ["`calibration.seqlen` is 0", "auto, or an integer greater"]),
-    (CALIBRATION, "calibration: {seqlen: max}", CALIBRATION, ["`calibration.seqlen` is 'max'", "auto, or an integer"]),
-    (CALIBRATION, "calibration: {seqlen: '64'}", CALIBRATION, ["`calibration.seqlen` is '64'", "Remove the quotes"]),
+    (
+        CALIBRATION,
+        "calibration: {dataset: demo, data: demo}",
+        CALIBRATION,
+        ["unknown key `dataset` under `calibration`", "`data`?"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: wikitext}",
+        CALIBRATION,
+        ["'wikitext'", "c4, c4-new, ptb", "`wikitext2`?", "{data: c4, file: "],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: no/such.txt}",
+        CALIBRATION,
+        ["'no/such.txt'", "nor a file that exists", "A local file works"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: .}",
+        CALIBRATION,
+        ["`calibration.data` is '.', a directory"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: /dev/null}",
+        CALIBRATION,
+        ["`calibration.data` is '/dev/null', a device", "write it into a file"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: c4, file: /dev/null}",
+        CALIBRATION,
+        ["is '/dev/null': it is a device", "write it into a file"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: c4, file: gone.jsonl}",
+        CALIBRATION,
+        ["`calibration.file` is 'gone.jsonl': there is no such file"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: cc4, file: recipe.yaml}",
+        CALIBRATION,
+        ["'cc4'", "where `file` is given", "Did you mean `c4`?"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {data: on}",
+        CALIBRATION,
+        ["`calibration.data` is on, which YAML reads as true", 'Quote it: "on"'],
+    ),
+    (
+        CALIBRATION,
+        "calibration:\n  data: demo\n  samples: 0",
+        6,
+        ["`calibration.samples` is 0", "greater than or equal to 1"],
+    ),
+    (
+        CALIBRATION,
+        "calibration:\n  data: demo\n  seqlen: 15",
+        6,
+        ["`calibration.seqlen` is 15", "greater than or equal to 16"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {seqlen: 0}",
+        CALIBRATION,
+        ["`calibration.seqlen` is 0", "auto, or an integer greater"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {seqlen: max}",
+        CALIBRATION,
+        ["`calibration.seqlen` is 'max'", "auto, or an integer"],
+    ),
+    (
+        CALIBRATION,
+        "calibration: {seqlen: '64'}",
+        CALIBRATION,
+        ["`calibration.seqlen` is '64'", "Remove the quotes"],
+    ),
     (CALIBRATION, "calibration:\n\n  data: demo\n  skip: -1", 7, ["`calibration.skip` is -1"]),
-    (CALIBRATION, "calibration:\n  data: demo\n  seq_len: 64", 6, ["unknown key `seq_len`", "Did you mean `seqlen`?"]),
+    (
+        CALIBRATION,
+        "calibration:\n  data: demo\n  seq_len: 64",
+        6,
+        ["unknown key `seq_len`", "Did you mean `seqlen`?"],
+    ),
     (CALIBRATION, "", CALIBRATE - 1, ["calibrate, awq, gptq, kv_qparams need calibration data"]),
-    (WEIGHTS, "weights: {bits: 9}", WEIGHTS, ["`weights.bits` is 9", "one of 2, 3, 4, 5, 6, 7 or 8"]),
-    (WEIGHTS, 'weights: {bits: "4"}', WEIGHTS, ["`weights.bits` is '4'", "one of 2, 3, 4, 5, 6, 7 or 8"]),
+    (
+        WEIGHTS,
+        "weights: {bits: 9}",
+        WEIGHTS,
+        ["`weights.bits` is 9", "one of 2, 3, 4, 5, 6, 7 or 8"],
+    ),
+    (
+        WEIGHTS,
+        'weights: {bits: "4"}',
+        WEIGHTS,
+        ["`weights.bits` is '4'", "one of 2, 3, 4, 5, 6, 7 or 8"],
+    ),
     (WEIGHTS, "weights: {bits: true}", WEIGHTS, ["`weights.bits` is true"]),
     (WEIGHTS, "weights:", WEIGHTS, ["`weights` is empty", "a mapping"]),
-    (WEIGHTS, "weights: {group_size: 0}", WEIGHTS, ["`weights.group_size` is 0", "-1 (one group a row) or an integer of at least 4"]),
+    (
+        WEIGHTS,
+        "weights: {group_size: 0}",
+        WEIGHTS,
+        ["`weights.group_size` is 0", "-1 (one group a row) or an integer of at least 4"],
+    ),
     (WEIGHTS, "weights: {group_size: -2}", WEIGHTS, ["`weights.group_size` is -2"]),
-    (WEIGHTS, "weights: {group_size: 32.5}", WEIGHTS, ["`weights.group_size` is 32.5", "an integer"]),
-    (WEIGHTS, "weights: {groupsize: 32}", WEIGHTS, ["unknown key `groupsize` under `weights`", "Did you mean `group_size`?"]),
-    (WEIGHTS, 'weights: {symmetric: "yes"}', WEIGHTS, ["`weights.symmetric` is 'yes'", "true or false"]),
-    (WEIGHTS, "weights: {ignore: lm_head}", WEIGHTS, ["`weights.ignore` is 'lm_head'", "a list", "Write [lm_head]"]),
+    (
+        WEIGHTS,
+        "weights: {group_size: 32.5}",
+        WEIGHTS,
+        ["`weights.group_size` is 32.5", "an integer"],
+    ),
+    (
+        WEIGHTS,
+        "weights: {groupsize: 32}",
+        WEIGHTS,
+        ["unknown key `groupsize` under `weights`", "Did you mean `group_size`?"],
+    ),
+    (
+        WEIGHTS,
+        'weights: {symmetric: "yes"}',
+        WEIGHTS,
+        ["`weights.symmetric` is 'yes'", "true or false"],
+    ),
+    (
+        WEIGHTS,
+        "weights: {ignore: lm_head}",
+        WEIGHTS,
+        ["`weights.ignore` is 'lm_head'", "a list", "Write [lm_head]"],
+    ),
     (WEIGHTS, "weights: {ignore: [lm_head, 4]}", WEIGHTS, ["`weights.ignore[1]` is 4", "a text"]),
-    (WEIGHTS, "weights: {overrides: {match: a, bits: 8}}", WEIGHTS, ["`weights.overrides`", "a list"]),
-    (WEIGHTS, "weights:\n  overrides:\n    - match: a\n      bits: 8\n    - bits: 8", 9, ["`weights.overrides[1].match` is missing"]),
-    (WEIGHTS, "weights:\n  overrides:\n    - match: a\n      bits: 16", 8, ["`weights.overrides[0].bits` is 16"]),
-    (WEIGHTS, "weights:\n  overrides:\n    - match: a", 7, ["`weights.overrides[0]` changes nothing"]),
-    (WEIGHTS, "weights:\n  overrides:\n    - {match: a, ignore: true, bits: 8}", 7, ["gives bits to what it ignores"]),
-    (CALIBRATE, "  - calibrat", CALIBRATE, ["there is no stage `calibrat`", "Did you mean `calibrate`?"]),
-    (CALIBRATE, "  - calibrate: {samples: 8}", CALIBRATE, ["unknown key `samples`", "no settings", "belongs under `calibration`"]),
+    (
+        WEIGHTS,
+        "weights: {overrides: {match: a, bits: 8}}",
+        WEIGHTS,
+        ["`weights.overrides`", "a list"],
+    ),
+    (
+        WEIGHTS,
+        "weights:\n  overrides:\n    - match: a\n      bits: 8\n    - bits: 8",
+        9,
+        ["`weights.overrides[1].match` is missing"],
+    ),
+    (
+        WEIGHTS,
+        "weights:\n  overrides:\n    - match: a\n      bits: 16",
+        8,
+        ["`weights.overrides[0].bits` is 16"],
+    ),
+    (
+        WEIGHTS,
+        "weights:\n  overrides:\n    - match: a",
+        7,
+        ["`weights.overrides[0]` changes nothing"],
+    ),
+    (
+        WEIGHTS,
+        "weights:\n  overrides:\n    - {match: a, ignore: true, bits: 8}",
+        7,
+        ["gives bits to what it ignores"],
+    ),
+    (
+        CALIBRATE,
+        "  - calibrat",
+        CALIBRATE,
+        ["there is no stage `calibrat`", "Did you mean `calibrate`?"],
+    ),
+    (
+        CALIBRATE,
+        "  - calibrate: {samples: 8}",
+        CALIBRATE,
+        ["unknown key `samples`", "no settings", "belongs under `calibration`"],
+    ),
     (CALIBRATE, "  - 3", CALIBRATE, ["`stages[0]` is 3", "a stage's name"]),
     (CALIBRATE, "", KV - 1, ["kv_qparams without calibrate"]),
-    (CALIBRATE, "  - calibrate\n  - calibrate", CALIBRATE + 1, ["the stage calibrate is given twice"]),
-    (AWQ, "  - awq:\n    grid: 4", AWQ, ["`stages[1]` is {awq: empty, grid: 4}", "Indent the settings further than `awq`"]),
+    (
+        CALIBRATE,
+        "  - calibrate\n  - calibrate",
+        CALIBRATE + 1,
+        ["the stage calibrate is given twice"],
+    ),
+    (
+        AWQ,
+        "  - awq:\n    grid: 4",
+        AWQ,
+        ["`stages[1]` is {awq: empty, grid: 4}", "Indent the settings further than `awq`"],
+    ),
     (AWQ, "  - {awq: {}, gptq: {}}", AWQ, ["Begin each stage with a dash"]),
     (AWQ, "  - awq: {grid: 0}", AWQ, ["`stages.awq.grid` is 0", "greater than or equal to 1"]),
-    (AWQ, "  - awq: {grd: 4}", AWQ, ["unknown key `grd` under `stages.awq`", "Did you mean `grid`?"]),
+    (
+        AWQ,
+        "  - awq: {grd: 4}",
+        AWQ,
+        ["unknown key `grd` under `stages.awq`", "Did you mean `grid`?"],
+    ),
     (AWQ, "  - awq: {clip: 1}", AWQ, ["`stages.awq.clip` is 1", "true or false"]),
     (AWQ, "  - awq: [4]", AWQ, ["`stages.awq` is [4] (a list)", "a mapping"]),
     (AWQ, "  - awq: {max_tokens: 0}", AWQ, ["`stages.awq.max_tokens` is 0"]),
-    (GPTQ, "", AWQ, ["no stage rounds the weights", "exactly one of gptq, rtn, nf4", "awq only scales"]),
+    (
+        GPTQ,
+        "",
+        AWQ,
+        ["no stage rounds the weights", "exactly one of gptq, rtn, nf4", "awq only scales"],
+    ),
     (GPTQ, "  - gptq\n  - rtn", GPTQ + 1, ["both gptq and rtn round the weights"]),
     (GPTQ, "  - gptq: {damp: 1}", GPTQ, ["`stages.gptq.damp` is 1", "less than 1"]),
     (GPTQ, "  - gptq: {damp: 0}", GPTQ, ["`stages.gptq.damp` is 0", "greater than 0"]),
     (GPTQ, "  - gptq: {damp: .nan}", GPTQ, ["`stages.gptq.damp` is nan", "a finite number"]),
-    (GPTQ, '  - gptq: {damp: "1e-2"}', GPTQ, ["`stages.gptq.damp` is '1e-2' (a text)", "a number", "Remove the quotes"]),
-    (GPTQ, "  - gptq: {act_order: statc}", GPTQ, ["`stages.gptq.act_order` is 'statc'", "'none', 'static' or 'dynamic'", "`static`?"]),
-    (GPTQ, "  - gptq: {act_order: off}", GPTQ, ["`stages.gptq.act_order` is off, which YAML reads as false"]),
+    (
+        GPTQ,
+        '  - gptq: {damp: "1e-2"}',
+        GPTQ,
+        ["`stages.gptq.damp` is '1e-2' (a text)", "a number", "Remove the quotes"],
+    ),
+    (
+        GPTQ,
+        "  - gptq: {act_order: statc}",
+        GPTQ,
+        ["`stages.gptq.act_order` is 'statc'", "'none', 'static' or 'dynamic'", "`static`?"],
+    ),
+    (
+        GPTQ,
+        "  - gptq: {act_order: off}",
+        GPTQ,
+        ["`stages.gptq.act_order` is off, which YAML reads as false"],
+    ),
     (GPTQ, "  - gptq: {refine: 101}", GPTQ, ["`stages.gptq.refine` is 101"]),
-    (GPTQ, "  - gptq: {refine: -1}", GPTQ, ["`stages.gptq.refine` is -1", "greater than or equal to 0"]),
+    (
+        GPTQ,
+        "  - gptq: {refine: -1}",
+        GPTQ,
+        ["`stages.gptq.refine` is -1", "greater than or equal to 0"],
+    ),
     (GPTQ, "  - gptq: {dampening: 0.1}", GPTQ, ["unknown key `dampening`", "Did you mean `damp`?"]),
     (KV, "  - kv_qparams: {bits: 4}", KV, ["`stages.kv_qparams.bits` is 4", "8"]),
-    (KV, "  - kv_qparams: {granularity: layer}", KV, ["`stages.kv_qparams.granularity` is 'layer'", "'tensor', 'head' or 'channel'"]),
+    (
+        KV,
+        "  - kv_qparams: {granularity: layer}",
+        KV,
+        ["`stages.kv_qparams.granularity` is 'layer'", "'tensor', 'head' or 'channel'"],
+    ),
     (KV, "  - kv-qparams", KV, ["there is no stage `kv-qparams`", "Did you mean `kv_qparams`?"]),
     (PACK, "", STAGES, ["no stage writes a checkpoint"]),
     (PACK, "  - pack", PACK, ["`stages.pack.format` is missing"]),
     (PACK, "  - pack: {fmt: awq, format: awq}", PACK, ["unknown key `fmt`"]),
-    (PACK, "  - pack: {format: gguv}", PACK, ["`stages.pack.format` is 'gguv'", "'compressed-tensors', 'awq', 'gptq', 'gptq_v2'"]),
+    (
+        PACK,
+        "  - pack: {format: gguv}",
+        PACK,
+        ["`stages.pack.format` is 'gguv'", "'compressed-tensors', 'awq', 'gptq', 'gptq_v2'"],
+    ),
     (PACK, "  - pack: {format: compressed_tensors}", PACK, ["Did you mean `compressed-tensors`?"]),
-    (PACK, "  - pack: {format: awq, kv_scales: true}", PACK, ["`stages.pack.kv_scales` is true", "fp8 (true wrote int8"]),
-    (PACK, "  - pack: {format: awq, kv_scales: int8}", PACK, ["`stages.pack.kv_scales` is 'int8'", "'fp8'"]),
-    (PACK, "  - pack: {format: awq}\n  - pack: {format: awq}", PACK + 1, ["packs the format awq twice"]),
-    (PACK, "  - pack: {format: awq, max_shard_size: 5}", PACK, ["`stages.pack.max_shard_size` is 5", '"5GB"']),
-    (PACK, "  - pack: {format: awq, max_shard_size: 5 gigs}", PACK, ["is '5 gigs'", "a size such as"]),
+    (
+        PACK,
+        "  - pack: {format: awq, kv_scales: true}",
+        PACK,
+        ["`stages.pack.kv_scales` is true", "fp8 (true wrote int8"],
+    ),
+    (
+        PACK,
+        "  - pack: {format: awq, kv_scales: int8}",
+        PACK,
+        ["`stages.pack.kv_scales` is 'int8'", "'fp8'"],
+    ),
+    (
+        PACK,
+        "  - pack: {format: awq}\n  - pack: {format: awq}",
+        PACK + 1,
+        ["packs the format awq twice"],
+    ),
+    (
+        PACK,
+        "  - pack: {format: awq, max_shard_size: 5}",
+        PACK,
+        ["`stages.pack.max_shard_size` is 5", '"5GB"'],
+    ),
+    (
+        PACK,
+        "  - pack: {format: awq, max_shard_size: 5 gigs}",
+        PACK,
+        ["is '5 gigs'", "a size such as"],
+    ),
     (SHARD, "  - shard: {tp: 3}", SHARD, ["`stages.shard.tp` is 3", "one of 2, 4, 8"]),
     (SHARD, "  - shard: {tp: 1}", SHARD, ["`stages.shard.tp` is 1"]),
     (SHARD, "  - shard", SHARD, ["`stages.shard.tp` is missing"]),
-    (EVALUATE, "  - evaluate: {data: gone.txt}", EVALUATE, ["'gone.txt'", "`evaluate: {data: c4, file: ./c4.jsonl}`"]),
-    (EVALUATE, "  - evaluate: {data: demo, windows: 0}", EVALUATE, ["`stages.evaluate.windows` is 0"]),
-    (EVALUATE, "  - evaluate: {data: demo, length: 1}", EVALUATE, ["`stages.evaluate.length` is 1"]),
-    (EVALUATE, "  - evaluate: {data: demo, gates: {kl: 1}}", EVALUATE, ["`kl` under `stages.evaluate.gates`", "kl_mean, kl_p99"]),
-    (EVALUATE, "  - evaluate:\n      data: demo\n      gates:\n        top1: 90", 16, ["gates.top1` is 90", "less than or equal to 1"]),
-    (EVALUATE, "  - evaluate: {data: demo, gates: {kl_mean: 0}}", EVALUATE, ["`stages.evaluate.gates.kl_mean` is 0", "greater than 0"]),
-    (EVALUATE, "  - evaluate: {data: demo, gates: {perplexity_ratio: 0.9}}", EVALUATE, ["perplexity_ratio` is 0.9"]),
-    (EVALUATE, "  - evalute: {data: demo}", EVALUATE, ["there is no stage `evalute`", "Did you mean `evaluate`?"]),
-]  # fmt: skip
+    (
+        EVALUATE,
+        "  - evaluate: {data: gone.txt}",
+        EVALUATE,
+        ["'gone.txt'", "`evaluate: {data: c4, file: ./c4.jsonl}`"],
+    ),
+    (
+        EVALUATE,
+        "  - evaluate: {data: demo, windows: 0}",
+        EVALUATE,
+        ["`stages.evaluate.windows` is 0"],
+    ),
+    (
+        EVALUATE,
+        "  - evaluate: {data: demo, length: 1}",
+        EVALUATE,
+        ["`stages.evaluate.length` is 1"],
+    ),
+    (
+        EVALUATE,
+        "  - evaluate: {data: demo, gates: {kl: 1}}",
+        EVALUATE,
+        ["`kl` under `stages.evaluate.gates`", "kl_mean, kl_p99"],
+    ),
+    (
+        EVALUATE,
+        "  - evaluate:\n      data: demo\n      gates:\n        top1: 90",
+        16,
+        ["gates.top1` is 90", "less than or equal to 1"],
+    ),
+    (
+        EVALUATE,
+        "  - evaluate: {data: demo, gates: {kl_mean: 0}}",
+        EVALUATE,
+        ["`stages.evaluate.gates.kl_mean` is 0", "greater than 0"],
+    ),
+    (
+        EVALUATE,
+        "  - evaluate: {data: demo, gates: {perplexity_ratio: 0.9}}",
+        EVALUATE,
+        ["perplexity_ratio` is 0.9"],
+    ),
+    (
+        EVALUATE,
+        "  - evalute: {data: demo}",
+        EVALUATE,
+        ["there is no stage `evalute`", "Did you mean `evaluate`?"],
+    ),
+]
 
 
-@pytest.mark.parametrize(("line", "text", "expected_line", "fragments"), EDITS, ids=[f"{line}-{text[:50]}" for line, text, _, _ in EDITS])
+@pytest.mark.parametrize(
+    ("line", "text", "expected_line", "fragments"),
+    EDITS,
+    ids=[f"{line}-{text[:50]}" for line, text, _, _ in EDITS],
+)
 def test_a_mistake_is_one_problem_on_its_line(
-    line: int, text: str, expected_line: int, fragments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: int,
+    text: str,
+    expected_line: int,
+    fragments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path, edited(line, text))
@@ -165,7 +462,8 @@ def test_a_mistake_is_one_problem_on_its_line(
         assert fragment in str(problem)
 
 
-# Whole files: what they hold, the line that is complained about (0: none), fragments of the complaint.
+# Whole files: what they hold, the line that is complained about (0: none), fragments of the
+# complaint.
 FILES: list[tuple[str, bytes, int, list[str]]] = [
     ("empty", b"", 0, ["is empty", "a recipe"]),
     ("comments", b"# nothing\n\n", 0, ["is empty"]),
@@ -175,13 +473,38 @@ FILES: list[tuple[str, bytes, int, list[str]]] = [
     ("tab", b"name: x\nweights:\n\tbits: 4\n", 3, ["cannot be read as YAML", "no tabs"]),
     ("unclosed", b"name: x\nweights: {bits: 4\nstages: []\n", 3, ["cannot be read as YAML"]),
     ("unclosed at the end", b"name: x\nweights: {bits: 4\n", 3, ["cannot be read as YAML"]),
-    ("colon", b"name: a: b\n", 1, ["mapping values are not allowed", 'quote a text that contains ": "']),
-    ("unquoted star", b"name: x\nweights:\n  overrides: [{match: *.down_proj, bits: 8}]\n", 3, ['"*.down_proj"']),
+    (
+        "colon",
+        b"name: a: b\n",
+        1,
+        ["mapping values are not allowed", 'quote a text that contains ": "'],
+    ),
+    (
+        "unquoted star",
+        b"name: x\nweights:\n  overrides: [{match: *.down_proj, bits: 8}]\n",
+        3,
+        ['"*.down_proj"'],
+    ),
     ("unknown alias", b"name: *x\n", 1, ["undefined alias"]),
     ("two documents", b"name: x\n---\nname: y\n", 2, ["One file holds one recipe"]),
-    ("duplicate key", b"name: x\nseed: 1\nname: y\n", 3, ["the key `name` is given twice, first on line 1"]),
-    ("duplicate deep", b"stages:\n  - awq:\n      grid: 1\n      grid: 2\n", 4, ["the key `grid` is given twice, first on line 3"]),
-    ("not a plain value", b"name: !!python/object/apply:os.mkdir [pwned]\n", 1, ["could not determine a constructor", "no tags"]),
+    (
+        "duplicate key",
+        b"name: x\nseed: 1\nname: y\n",
+        3,
+        ["the key `name` is given twice, first on line 1"],
+    ),
+    (
+        "duplicate deep",
+        b"stages:\n  - awq:\n      grid: 1\n      grid: 2\n",
+        4,
+        ["the key `grid` is given twice, first on line 3"],
+    ),
+    (
+        "not a plain value",
+        b"name: !!python/object/apply:os.mkdir [pwned]\n",
+        1,
+        ["could not determine a constructor", "no tags"],
+    ),
     ("a list as a key", b"name: x\n? [a]\n: b\n", 2, ["unhashable key"]),
     ("binary", b"\x93NUMPY\x01\x00v\x00", 1, ["is not UTF-8 text"]),
     ("latin 1", b"name: x\nmodel: caf\xe9\n", 2, ["is not UTF-8 text"]),
@@ -190,12 +513,32 @@ FILES: list[tuple[str, bytes, int, list[str]]] = [
     ("too large", b"# \n" * 2**19, 0, ["is larger than"]),
     ("too deep", b"name: " + b"[" * 5000, 0, ["is nested too deeply"]),
     ("too long a number", b"seed: " + b"9" * 5000, 0, ["cannot be read as YAML"]),
-    ("merges of merges", b"x0: &m0 {a: 1}\n" + b"".join(b"x%d: &m%d {<<: [*m%d, *m%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 40)), 11,
-     ["a mapping of more than 1000 keys"]),
-    ("many keys", b"".join(b"k%d: 1\n" % i for i in range(2000)), 1, ["a mapping of more than 1000 keys"]),
-    ("many stages", b"name: x\nmodel: m\nstages:\n" + b"- rtn\n" * 20_000, 3, ["20000 stages; expected at most 100"]),
-    ("endless alias", b"name: &a [*a]\nstages: [rtn, pack: {format: gptq}]\n", 1, ["`name` is [a list]"]),
-]  # fmt: skip
+    (
+        "merges of merges",
+        b"x0: &m0 {a: 1}\n"
+        + b"".join(b"x%d: &m%d {<<: [*m%d, *m%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 40)),
+        11,
+        ["a mapping of more than 1000 keys"],
+    ),
+    (
+        "many keys",
+        b"".join(b"k%d: 1\n" % i for i in range(2000)),
+        1,
+        ["a mapping of more than 1000 keys"],
+    ),
+    (
+        "many stages",
+        b"name: x\nmodel: m\nstages:\n" + b"- rtn\n" * 20_000,
+        3,
+        ["20000 stages; expected at most 100"],
+    ),
+    (
+        "endless alias",
+        b"name: &a [*a]\nstages: [rtn, pack: {format: gptq}]\n",
+        1,
+        ["`name` is [a list]"],
+    ),
+]
 
 
 def test_an_alias_that_doubles_a_text_forty_times(tmp_path: Path) -> None:
@@ -206,8 +549,12 @@ def test_an_alias_that_doubles_a_text_forty_times(tmp_path: Path) -> None:
     assert any("`name` is [a list, a list]" in str(problem) for problem in problems_of(path))
 
 
-@pytest.mark.parametrize(("content", "line", "fragments"), [case[1:] for case in FILES], ids=[case[0] for case in FILES])
-def test_a_file_that_is_no_recipe(content: bytes, line: int, fragments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("content", "line", "fragments"), [case[1:] for case in FILES], ids=[case[0] for case in FILES]
+)
+def test_a_file_that_is_no_recipe(
+    content: bytes, line: int, fragments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
@@ -221,7 +568,11 @@ def test_a_file_that_is_no_recipe(content: bytes, line: int, fragments: list[str
 def test_no_file(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     (problem,) = problems_of(tmp_path / "recpie.yaml")
-    assert str(problem) == f"{tmp_path}/recpie.yaml: there is no such file; expected a recipe, one YAML file. Did you mean `recipe.yaml`?"
+    assert (
+        str(problem)
+        == f"{tmp_path}/recpie.yaml: there is no such file; expected a recipe, one YAML file. Did"
+        " you mean `recipe.yaml`?"
+    )
     (problem,) = problems_of(tmp_path / "nowhere" / "recipe.yaml")
     assert problem.found == "there is no such file"
     (problem,) = problems_of(tmp_path)
@@ -232,33 +583,85 @@ def test_no_file(tmp_path: Path) -> None:
 
 # Recipes with several things wrong that only show together.
 TOGETHER: list[tuple[str, str, list[tuple[int, str]]]] = [
-    ("wrong order", "name: x\ncalibration: {data: demo}\nstages:\n- gptq\n- awq\n- pack: {format: awq}\n", [(5, "awq comes after gptq")]),
-    ("pack first", "name: x\nstages:\n- pack: {format: awq}\n- rtn\n", [(4, "rtn comes after pack")]),
-    ("shard, then pack", "name: x\nstages:\n- rtn\n- shard: {tp: 2}\n- pack: {format: gptq}\n", [(5, "pack comes after shard")]),
-    ("kv before rounding", "name: x\ncalibration: {data: demo}\nstages: [calibrate, kv_qparams, rtn, pack: {format: awq}]\n",
-     [(3, "rtn comes after kv")]),
+    (
+        "wrong order",
+        "name: x\ncalibration: {data: demo}\nstages:\n- gptq\n- awq\n- pack: {format: awq}\n",
+        [(5, "awq comes after gptq")],
+    ),
+    (
+        "pack first",
+        "name: x\nstages:\n- pack: {format: awq}\n- rtn\n",
+        [(4, "rtn comes after pack")],
+    ),
+    (
+        "shard, then pack",
+        "name: x\nstages:\n- rtn\n- shard: {tp: 2}\n- pack: {format: gptq}\n",
+        [(5, "pack comes after shard")],
+    ),
+    (
+        "kv before rounding",
+        (
+            "name: x\ncalibration: {data: demo}\nstages: [calibrate, kv_qparams, rtn, pack:"
+            " {format: awq}]\n"
+        ),
+        [(3, "rtn comes after kv")],
+    ),
     ("nothing to do", "name: x\nstages: []\n", [(2, "no stage rounds"), (2, "no stage writes")]),
     ("no stages", "name: x\n", [(1, "`stages` is missing")]),
-    ("stages as a mapping", "name: x\nstages:\n  rtn: {}\n", [(2, "`stages` is {rtn: a mapping} (a mapping); expected a list")]),
-    ("gptq alone", "name: x\nstages:\n- gptq\n- pack: {format: gptq}\n", [(3, "gptq needs calibration data")]),
-    ("no calibration", "name: x\ncalibration:\nstages:\n- awq\n- rtn\n- pack: {format: awq}\n", [(4, "awq needs calibration data")]),
-    ("awq in 3 bits", "name: x\nweights:\n  bits: 3\nstages:\n- rtn\n- pack: {format: awq}\n",
-     [(6, "the format awq cannot hold 3 bits (`weights.bits`")]),
+    (
+        "stages as a mapping",
+        "name: x\nstages:\n  rtn: {}\n",
+        [(2, "`stages` is {rtn: a mapping} (a mapping); expected a list")],
+    ),
+    (
+        "gptq alone",
+        "name: x\nstages:\n- gptq\n- pack: {format: gptq}\n",
+        [(3, "gptq needs calibration data")],
+    ),
+    (
+        "no calibration",
+        "name: x\ncalibration:\nstages:\n- awq\n- rtn\n- pack: {format: awq}\n",
+        [(4, "awq needs calibration data")],
+    ),
+    (
+        "awq in 3 bits",
+        "name: x\nweights:\n  bits: 3\nstages:\n- rtn\n- pack: {format: awq}\n",
+        [(6, "the format awq cannot hold 3 bits (`weights.bits`")],
+    ),
     (
         "awq mixed",
-        "name: x\nweights:\n  overrides:\n  - {match: a, bits: 4}\n  - {match: b, bits: 8}\nstages:\n- rtn\n- pack: {format: awq}\n",
+        (
+            "name: x\nweights:\n  overrides:\n  - {match: a, bits: 4}\n  - {match: b, bits:"
+            " 8}\nstages:\n- rtn\n- pack: {format: awq}\n"
+        ),
         [(8, "the format awq cannot hold 8 bits (`weights.overrides[1].bits`")],
     ),
     (
         "awq and g_idx",
-        "name: x\ncalibration: {data: demo}\nstages:\n- gptq: {act_order: dynamic}\n- pack: {format: gptq}\n- pack: {format: awq}\n",
+        (
+            "name: x\ncalibration: {data: demo}\nstages:\n- gptq: {act_order: dynamic}\n- pack:"
+            " {format: gptq}\n- pack: {format: awq}\n"
+        ),
         [(6, "the format awq cannot hold act_order: dynamic")],
     ),
-    ("rounded twice, backwards", "name: x\ncalibration: {data: demo}\nstages: [rtn, gptq, pack: {format: awq}]\n",
-     [(3, "both gptq and rtn")]),
-    ("unknown stage", "name: x\nstages:\n- smoothquant\n- pack: {format: gptq}\n", [(3, "there is no stage `smoothquant`")]),
-    ("evaluated twice", "name: x\nstages:\n- rtn\n- pack: {format: awq}\n- evaluate: {data: c4}\n- evaluate: {data: ptb}\n",
-     [(6, "evaluate is given twice")]),
+    (
+        "rounded twice, backwards",
+        "name: x\ncalibration: {data: demo}\nstages: [rtn, gptq, pack: {format: awq}]\n",
+        [(3, "both gptq and rtn")],
+    ),
+    (
+        "unknown stage",
+        "name: x\nstages:\n- smoothquant\n- pack: {format: gptq}\n",
+        [(3, "there is no stage `smoothquant`")],
+    ),
+    (
+        "evaluated twice",
+        (
+            "name: x\nstages:\n- rtn\n- pack: {format: awq}\n- evaluate: {data: c4}\n- evaluate:"
+            " {data: ptb}\n"
+        ),
+        [(6, "evaluate is given twice")],
+    ),
     (
         "everything",
         """\
@@ -292,16 +695,22 @@ stages:
             (14, "`stages.shard.tp` is 7"),
         ],
     ),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("text", "expected"), [case[1:] for case in TOGETHER], ids=[case[0] for case in TOGETHER])
+@pytest.mark.parametrize(
+    ("text", "expected"), [case[1:] for case in TOGETHER], ids=[case[0] for case in TOGETHER]
+)
 def test_all_problems_at_once(text: str, expected: list[tuple[int, str]], tmp_path: Path) -> None:
     path = write(tmp_path, text)
     problems = problems_of(path)
-    assert [p.where for p in problems] == [f"{path}:{line}" for line, _ in expected], "\n".join(map(str, problems))
+    assert [p.where for p in problems] == [f"{path}:{line}" for line, _ in expected], "\n".join(
+        map(str, problems)
+    )
     for line, fragment in expected:
-        assert any(fragment in str(p) for p in problems if p.where == f"{path}:{line}"), "\n".join(map(str, problems))
+        assert any(fragment in str(p) for p in problems if p.where == f"{path}:{line}"), "\n".join(
+            map(str, problems)
+        )
 
 
 def test_the_good_recipe(tmp_path: Path) -> None:
@@ -315,21 +724,52 @@ def test_the_good_recipe(tmp_path: Path) -> None:
         Shard(tp=2),
         Evaluate(data="demo", windows=64, skip=0),
     )
-    assert (recipe.name, recipe.model, recipe.output, recipe.seed) == ("tiny", "some/model", "artifacts/tiny", 0)
-    assert recipe.calibration is not None and (recipe.calibration.samples, recipe.calibration.skip) == (8, 0)
-    assert (recipe.weights.bits, recipe.weights.group_size, recipe.weights.ignore) == (4, 32, ("lm_head",))
-    assert [stage.name for stage in recipe.stages] == ["calibrate", "awq", "gptq", "kv_qparams", "pack", "shard", "evaluate"]
+    assert (recipe.name, recipe.model, recipe.output, recipe.seed) == (
+        "tiny",
+        "some/model",
+        "artifacts/tiny",
+        0,
+    )
+    assert recipe.calibration is not None and (
+        recipe.calibration.samples,
+        recipe.calibration.skip,
+    ) == (8, 0)
+    assert (recipe.weights.bits, recipe.weights.group_size, recipe.weights.ignore) == (
+        4,
+        32,
+        ("lm_head",),
+    )
+    assert [stage.name for stage in recipe.stages] == [
+        "calibrate",
+        "awq",
+        "gptq",
+        "kv_qparams",
+        "pack",
+        "shard",
+        "evaluate",
+    ]
     assert hash(recipe) == hash(load_recipe(tmp_path / "recipe.yaml"))
 
 
 def test_rtn_needs_no_calibration(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, "name: x\nstages: [rtn, pack: {format: gptq_v2}, pack: {format: gptq}]\n"))
+    recipe = load_recipe(
+        write(tmp_path, "name: x\nstages: [rtn, pack: {format: gptq_v2}, pack: {format: gptq}]\n")
+    )
     assert recipe.stages[0] == Rtn(range_search=False)
     assert recipe.calibration is None and recipe.model is None
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-2", 0.01), ("1E-2", 0.01), ("5e-1", 0.5), (".5", 0.5), ("0.010", 0.01), ("1.e-1", 0.1), ("+2.5e-01", 0.25)]
+    ("text", "value"),
+    [
+        ("1e-2", 0.01),
+        ("1E-2", 0.01),
+        ("5e-1", 0.5),
+        (".5", 0.5),
+        ("0.010", 0.01),
+        ("1.e-1", 0.1),
+        ("+2.5e-01", 0.25),
+    ],
 )
 def test_numbers_are_read_as_people_mean_them(text: str, value: float, tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, edited(GPTQ, f"  - gptq: {{damp: {text}}}")))
@@ -337,7 +777,11 @@ def test_numbers_are_read_as_people_mean_them(text: str, value: float, tmp_path:
 
 
 def test_yaml_1_1_surprises(tmp_path: Path) -> None:
-    text = edited(SEED, "seed: 010\noutput: 2024-02-30").replace("{grid: 4}", "{grid: 1_000, clip: off}").replace("some/model", "12:30")
+    text = (
+        edited(SEED, "seed: 010\noutput: 2024-02-30")
+        .replace("{grid: 4}", "{grid: 1_000, clip: off}")
+        .replace("some/model", "12:30")
+    )
     recipe = load_recipe(write(tmp_path, "\ufeff" + text))
     assert recipe.seed == 10  # YAML 1.1: octal, 8
     assert recipe.output == "2024-02-30"  # YAML 1.1: a date, which does not exist
@@ -347,26 +791,45 @@ def test_yaml_1_1_surprises(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("size", "number"),
-    [("5GB", 5_000_000_000), ("512MiB", 536_870_912), ("1.5 GiB", 1_610_612_736), ("2048", 2048), ("2000 kb", 2_000_000), ("1TB", 10**12)],
+    [
+        ("5GB", 5_000_000_000),
+        ("512MiB", 536_870_912),
+        ("1.5 GiB", 1_610_612_736),
+        ("2048", 2048),
+        ("2000 kb", 2_000_000),
+        ("1TB", 10**12),
+    ],
 )
 def test_sizes(size: str, number: int, tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, edited(PACK, f"  - pack: {{format: gptq, max_shard_size: {size}}}")))
+    recipe = load_recipe(
+        write(tmp_path, edited(PACK, f"  - pack: {{format: gptq, max_shard_size: {size}}}"))
+    )
     assert recipe.stages[4] == Pack(format="gptq", max_shard_size=number)
 
 
 def test_anchors_and_merges_work(tmp_path: Path) -> None:
-    text = "name: x\nweights: &w {bits: 8}\nstages:\n- rtn\n- pack: &p {format: gptq}\n- pack: {<<: *p, format: gptq_v2}\n"
-    assert [s.format for s in load_recipe(write(tmp_path, text)).stages if isinstance(s, Pack)] == ["gptq", "gptq_v2"]
+    text = (
+        "name: x\nweights: &w {bits: 8}\nstages:\n- rtn\n- pack: &p {format: gptq}\n- pack: {<<:"
+        " *p, format: gptq_v2}\n"
+    )
+    assert [s.format for s in load_recipe(write(tmp_path, text)).stages if isinstance(s, Pack)] == [
+        "gptq",
+        "gptq_v2",
+    ]
 
 
 # Files
 
 
-def test_data_is_looked_for_in_three_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_is_looked_for_in_three_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "tiny_model").mkdir()
-    text = GOOD.replace("data: demo, samples", "data: a.txt, samples").replace("{data: demo}", "{data: c4, file: b.jsonl}")
+    text = GOOD.replace("data: demo, samples", "data: a.txt, samples").replace(
+        "{data: demo}", "{data: c4, file: b.jsonl}"
+    )
     path = write(tmp_path / "recipes", text.replace("some/model", "tiny_model"))
     for name in ("a.txt", "b.jsonl"):
         (tmp_path / name).write_text("text")
@@ -416,25 +879,40 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.stages[3] == KvQparams(granularity="head")
     assert recipe.stages[4] == Pack(format="gptq_v2")
     evaluate = recipe.stages[6]
-    assert isinstance(evaluate, Evaluate) and evaluate.gates.kl_mean == 1.0 and evaluate.windows == 3
+    assert (
+        isinstance(evaluate, Evaluate) and evaluate.gates.kl_mean == 1.0 and evaluate.windows == 3
+    )
     assert recipe.calibration is not None and recipe.calibration.samples == 32
-    assert recipe.weights.model_dump()["overrides"] == ({"match": "a", "bits": 8, "group_size": -1, "symmetric": None, "ignore": False},)
+    assert recipe.weights.model_dump()["overrides"] == (
+        {"match": "a", "bits": 8, "group_size": -1, "symmetric": None, "ignore": False},
+    )
     assert recipe.weights.ignore == ("lm_head", "*.q_proj")
-    assert (recipe.weights.bits, recipe.seed, recipe.name, recipe.model, recipe.output) == (3, 7, "other", "./here", "out")
+    assert (recipe.weights.bits, recipe.seed, recipe.name, recipe.model, recipe.output) == (
+        3,
+        7,
+        "other",
+        "./here",
+        "out",
+    )
     assert load_recipe(path, ["name=other"]).output == "artifacts/other"
     assert load_recipe(path, ["output=a"], output="b").output == "b"
 
 
 def test_overrides_make_the_sections_they_need(tmp_path: Path) -> None:
     path = write(tmp_path, "name: x\nstages: [gptq, pack: {format: gptq}]\n")
-    recipe = load_recipe(path, ["calibration.data=demo", "weights.group_size=64", "stages.gptq.refine=5"])
+    recipe = load_recipe(
+        path, ["calibration.data=demo", "weights.group_size=64", "stages.gptq.refine=5"]
+    )
     assert recipe.calibration is not None and recipe.calibration.data == "demo"
     assert recipe.weights.group_size == 64
     assert recipe.stages[0] == Gptq(refine=5)
 
 
 def test_an_override_changes_one_of_two_aliased_sections(tmp_path: Path) -> None:
-    text = "name: x\nweights: {overrides: [&o {match: a, bits: 8}, *o]}\nstages: [rtn, pack: {format: gptq}]\n"
+    text = (
+        "name: x\nweights: {overrides: [&o {match: a, bits: 8}, *o]}\nstages: [rtn, pack: {format:"
+        " gptq}]\n"
+    )
     recipe = load_recipe(write(tmp_path, text), ["weights.overrides.1.match=b"])
     assert [override.match for override in recipe.weights.overrides] == ["a", "b"]
 
@@ -474,13 +952,20 @@ def test_a_mistake_on_the_command_line(text: str, fragments: list[str], tmp_path
 def test_mistakes_of_the_command_line_come_after_the_files(tmp_path: Path) -> None:
     path = write(tmp_path, edited(SEED, "seed: -1"))
     problems = problems_of(path, "weights.bits=9", "stages.gptq.dmap=1")
-    assert [p.where for p in problems] == [f"{path}:3", "--set stages.gptq.dmap=1", "--set weights.bits=9"]
+    assert [p.where for p in problems] == [
+        f"{path}:3",
+        "--set stages.gptq.dmap=1",
+        "--set weights.bits=9",
+    ]
 
 
 def test_two_stages_of_a_name_are_told_apart_by_position(tmp_path: Path) -> None:
     path = write(tmp_path, "name: x\nstages: [rtn, pack: {format: gptq}, pack: {format: awq}]\n")
     (problem,) = problems_of(path, "stages.pack.format=gptq_v2")
-    assert (problem.found, problem.expected) == ("the recipe has 2 stages `pack`", "a position, stages.1 or stages.2")
+    assert (problem.found, problem.expected) == (
+        "the recipe has 2 stages `pack`",
+        "a position, stages.1 or stages.2",
+    )
     recipe = load_recipe(path, ["stages.1.format=gptq_v2"])
     assert [s.format for s in recipe.stages if isinstance(s, Pack)] == ["gptq_v2", "awq"]
 
@@ -496,17 +981,33 @@ def test_empty_options(option: str, value: str, tmp_path: Path) -> None:
 # Anything
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_a_mangled_recipe_gives_a_recipe_or_a_recipe_error(data: st.DataObject, tmp_path: Path) -> None:
-    """Cuts, repeats and inserts pieces of a good recipe and of YAML's syntax: nothing else than RecipeError may come out."""
+def test_a_mangled_recipe_gives_a_recipe_or_a_recipe_error(
+    data: st.DataObject, tmp_path: Path
+) -> None:
+    """Cuts, repeats and inserts pieces of a good recipe and of YAML's syntax: nothing else than
+    RecipeError may come out."""
     text = GOOD
     syntax = "{ } [ ] &a *a null true 4 1e400 ? | > \" ' --- awq overrides".split()
-    pieces = [*syntax, ": ", "- ", "<<: ", "\n", "\n  ", "!!int ", "!!bool ", "!!set ", "!!timestamp "]
-    sets = ["weights.bits=3", "stages.gptq.damp=0.1", "stages.4.format=awq", "calibration.samples=1"]
+    pieces = [
+        *syntax, ": ", "- ", "<<: ", "\n", "\n  ", "!!int ", "!!bool ", "!!set ", "!!timestamp ",
+    ]  # fmt: skip
+    sets = [
+        "weights.bits=3",
+        "stages.gptq.damp=0.1",
+        "stages.4.format=awq",
+        "calibration.samples=1",
+    ]
     for _ in range(data.draw(st.integers(1, 4))):
         start, length = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 30))
-        text = text[:start] + data.draw(st.sampled_from([*pieces, text[start : start + length]])) + text[start + length :]
+        text = (
+            text[:start]
+            + data.draw(st.sampled_from([*pieces, text[start : start + length]]))
+            + text[start + length :]
+        )
     overrides = data.draw(st.lists(st.sampled_from(sets)))
     try:
         assert isinstance(load_recipe(write(tmp_path, text), overrides), Recipe)
@@ -515,12 +1016,23 @@ def test_a_mangled_recipe_gives_a_recipe_or_a_recipe_error(data: st.DataObject, 
 
 
 def test_what_is_not_named_is_bundled_and_fits_the_model(tmp_path: Path) -> None:
-    """One recipe for any model: texts that come with QuantFlow, lengths and groups that a plan takes from the model."""
-    text = "name: x\ncalibration: {}\nweights: {group_size: auto}\nstages: [gptq, pack: {format: awq}, evaluate]\n"
+    """One recipe for any model: texts that come with QuantFlow, lengths and groups that a plan
+    takes from the model."""
+    text = (
+        "name: x\ncalibration: {}\nweights: {group_size: auto}\nstages: [gptq, pack: {format: awq},"
+        " evaluate]\n"
+    )
     recipe = load_recipe(write(tmp_path, text))
-    assert recipe.calibration is not None and (recipe.calibration.data, recipe.calibration.seqlen) == ("demo", AUTO)
+    assert recipe.calibration is not None and (
+        recipe.calibration.data,
+        recipe.calibration.seqlen,
+    ) == ("demo", AUTO)
     evaluate = recipe.stages[-1]
-    assert isinstance(evaluate, Evaluate) and (evaluate.data, evaluate.length, recipe.weights.group_size) == ("demo-new", AUTO, AUTO)
+    assert isinstance(evaluate, Evaluate) and (
+        evaluate.data,
+        evaluate.length,
+        recipe.weights.group_size,
+    ) == ("demo-new", AUTO, AUTO)
     written = dump(recipe)
     assert (written["calibration"]["seqlen"], written["weights"]["group_size"]) == ("auto", "auto")
     assert Recipe.model_validate(written) == recipe
@@ -536,9 +1048,15 @@ def test_what_is_not_named_is_bundled_and_fits_the_model(tmp_path: Path) -> None
         ("./m/SmolLM2.Q4_1.gguf", "SmolLM2.Q4_1_tiny"),
     ],
 )
-def test_an_artifact_is_named_after_its_recipe_and_the_model_that_was_given(model: str, expected: str, tmp_path: Path) -> None:
+def test_an_artifact_is_named_after_its_recipe_and_the_model_that_was_given(
+    model: str, expected: str, tmp_path: Path
+) -> None:
     path = write(tmp_path, GOOD)
-    assert load_recipe(path, model=model).output == load_recipe(path, [f"model={model}"]).output == f"artifacts/{expected}"
+    assert (
+        load_recipe(path, model=model).output
+        == load_recipe(path, [f"model={model}"]).output
+        == f"artifacts/{expected}"
+    )
     assert load_recipe(path).output == "artifacts/tiny"  # the recipe's own model is in its name
     assert load_recipe(path, model=model, output="here").output == "here"
     path.write_text(f"output: there\n{GOOD}")

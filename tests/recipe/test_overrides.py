@@ -1,4 +1,5 @@
-"""Widths as few patterns: short where layers are alike, and always just the widths that were asked for."""
+"""Widths as few patterns: short where layers are alike, and always just the widths that were asked
+for."""
 
 from __future__ import annotations
 
@@ -6,7 +7,15 @@ import random
 
 from quantflow.recipe.overrides import compact, matches
 
-LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LEAVES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 def test_layers_that_are_alike_share_a_pattern() -> None:
@@ -32,7 +41,9 @@ def test_every_module_gets_just_its_width() -> None:
         leaves = LEAVES + (experts if trial % 2 else ())
         weights = [chance.random() for _ in range(3)]
         widths = {
-            f"model.layers.{i}.{leaf}": chance.choices((2, 4, 8), weights)[0] for i in range(chance.choice((1, 2, 12))) for leaf in leaves
+            f"model.layers.{i}.{leaf}": chance.choices((2, 4, 8), weights)[0]
+            for i in range(chance.choice((1, 2, 12)))
+            for leaf in leaves
         }
         found = compact(widths)
         assert {module: found.of(module) for module in widths} == widths

@@ -1,4 +1,5 @@
-"""The published JSON schema and the recipes under recipes/: the schema accepts what the loader accepts."""
+"""The published JSON schema and the recipes under recipes/: the schema accepts what the loader
+accepts."""
 
 from __future__ import annotations
 
@@ -23,16 +24,37 @@ def errors(data: Any) -> list[str]:
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
-    data = {"name": "x", "calibration": {"data": "c4"}, "stages": ["calibrate", {"gptq": None}, {"pack": {"format": "gptq"}}]}
+    data = {
+        "name": "x",
+        "calibration": {"data": "c4"},
+        "stages": ["calibrate", {"gptq": None}, {"pack": {"format": "gptq"}}],
+    }
     return {**data, **changes}
 
 
 def test_every_promised_recipe_is_there() -> None:
     assert {path.stem for path in RECIPES} == {
-        "auto_awq", "calibrate", "demo_gguf", "demo_w4_kv8", "internlm20b_w4_kv8", "internlm2_w4_kv8", "internlm7b_w4_kv8", "kv_qparams",
-        "llama2_nf4", "llama2_w4", "mistral_w4", "mixtral_w4", "opt-125m_w4", "qwen2_gguf", "qwen2_w4", "qwen3_w4", "qwen_w4",
-        "smollm2_w4", "vicuna_w4", "w4",
-    }  # fmt: skip
+        "auto_awq",
+        "calibrate",
+        "demo_gguf",
+        "demo_w4_kv8",
+        "internlm20b_w4_kv8",
+        "internlm2_w4_kv8",
+        "internlm7b_w4_kv8",
+        "kv_qparams",
+        "llama2_nf4",
+        "llama2_w4",
+        "mistral_w4",
+        "mixtral_w4",
+        "opt-125m_w4",
+        "qwen2_gguf",
+        "qwen2_w4",
+        "qwen3_w4",
+        "qwen_w4",
+        "smollm2_w4",
+        "vicuna_w4",
+        "w4",
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
@@ -62,7 +84,14 @@ def test_the_demo_recipe_is_the_one_of_the_documentation() -> None:
             {"pack": {"format": "compressed-tensors"}},
             {"pack": {"format": "awq"}},
             {"shard": {"tp": 2}},
-            {"evaluate": {"data": "calib_data/demo_eval.txt", "windows": 64, "length": 512, "gates": {"kl_mean": 0.05, "top1": 0.9}}},
+            {
+                "evaluate": {
+                    "data": "calib_data/demo_eval.txt",
+                    "windows": 64,
+                    "length": 512,
+                    "gates": {"kl_mean": 0.05, "top1": 0.9},
+                }
+            },
         ],
     }
 
@@ -76,10 +105,21 @@ def test_the_schema_is_a_schema_and_describes_every_key() -> None:
     for section in sections:
         assert section["additionalProperties"] is False
         for key, value in section["properties"].items():
-            described = {**schema["$defs"].get(value.get("$ref", "").removeprefix("#/$defs/"), {}), **value}
+            described = {
+                **schema["$defs"].get(value.get("$ref", "").removeprefix("#/$defs/"), {}),
+                **value,
+            }
             assert described.get("description"), f"{section['title']}.{key} has no description"
     stages = schema["properties"]["stages"]["items"]["anyOf"]
-    assert [entry["const"] for entry in stages[:-1]] == ["calibrate", "awq", "gptq", "rtn", "nf4", "kv_qparams", "evaluate"]
+    assert [entry["const"] for entry in stages[:-1]] == [
+        "calibrate",
+        "awq",
+        "gptq",
+        "rtn",
+        "nf4",
+        "kv_qparams",
+        "evaluate",
+    ]
     assert list(stages[-1]["properties"]) == list(STAGE_TYPES) == [
         "calibrate", "awq", "gptq", "rtn", "nf4", "kv_qparams", "pack", "shard", "evaluate"
     ]  # fmt: skip
@@ -90,12 +130,41 @@ VALID: list[dict[str, Any]] = [
     recipe(),
     recipe(seed=3, model=None, output="out"),
     recipe(calibration=None),
-    recipe(stages=["rtn", {"kv_qparams": None}, {"pack": {"format": "awq", "max_shard_size": "5GB"}}]),
-    recipe(stages=[{"gptq": {"damp": 0.5}}, {"pack": {"format": "awq", "max_shard_size": 4096}}, {"shard": {"tp": 8}}]),
+    recipe(
+        stages=["rtn", {"kv_qparams": None}, {"pack": {"format": "awq", "max_shard_size": "5GB"}}]
+    ),
+    recipe(
+        stages=[
+            {"gptq": {"damp": 0.5}},
+            {"pack": {"format": "awq", "max_shard_size": 4096}},
+            {"shard": {"tp": 8}},
+        ]
+    ),
     recipe(stages=["rtn", {"pack": {"format": "compressed-tensors", "kv_scales": "fp8"}}]),
-    recipe(stages=["rtn", {"pack": {"format": "awq", "kv_scales": False}}, {"pack": {"format": "gptq", "kv_scales": None}}]),
-    recipe(weights={"group_size": -1, "overrides": [{"match": "*.q", "group_size": 4, "symmetric": True}]}),
-    recipe(stages=[{"evaluate": {"data": "c4", "file": "x.jsonl", "gates": {"top1": 1, "perplexity_ratio": 1}}}]),
+    recipe(
+        stages=[
+            "rtn",
+            {"pack": {"format": "awq", "kv_scales": False}},
+            {"pack": {"format": "gptq", "kv_scales": None}},
+        ]
+    ),
+    recipe(
+        weights={
+            "group_size": -1,
+            "overrides": [{"match": "*.q", "group_size": 4, "symmetric": True}],
+        }
+    ),
+    recipe(
+        stages=[
+            {
+                "evaluate": {
+                    "data": "c4",
+                    "file": "x.jsonl",
+                    "gates": {"top1": 1, "perplexity_ratio": 1},
+                }
+            }
+        ]
+    ),
 ]
 INVALID: list[tuple[dict[str, Any], str]] = [
     ({"stages": ["rtn"]}, "$"),
@@ -154,7 +223,24 @@ def test_stages_can_be_given_as_objects() -> None:
     assert dump(loaded)["stages"][0] == {"awq": {"grid": 3, "clip": True, "max_tokens": 8192}}
 
 
-@pytest.mark.parametrize("value", ["5", "GB", "5 G B", "-5GB", "1e3GB", "0.5KB", 1023, True, 5e9, None, "", "5GB\n", "9" * 400 + "GB"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "5",
+        "GB",
+        "5 G B",
+        "-5GB",
+        "1e3GB",
+        "0.5KB",
+        1023,
+        True,
+        5e9,
+        None,
+        "",
+        "5GB\n",
+        "9" * 400 + "GB",
+    ],
+)
 def test_what_is_no_size(value: Any) -> None:
     with pytest.raises(ValueError, match="a size such as"):
         parse_bytes(value)

@@ -21,9 +21,13 @@ def client(server: Running) -> Iterator[OpenAI]:
 
 @pytest.mark.parametrize("path", ABSENT)
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_each_door_that_is_not_here_is_refused_by_name(server: Running, path: str, method: str) -> None:
+def test_each_door_that_is_not_here_is_refused_by_name(
+    server: Running, path: str, method: str
+) -> None:
     for place in (path, f"{path}/some/thing"):
-        answer = server.send(method, place, b"--x\r\n", content_type="multipart/form-data; boundary=x")
+        answer = server.send(
+            method, place, b"--x\r\n", content_type="multipart/form-data; boundary=x"
+        )
         assert answer.status == 404 and answer.error["type"] == "not_found_error"
         assert answer.error["message"].startswith(f"{place}: ")
         if not path.startswith("/v1/messages"):  # Anthropic's errors have neither
@@ -40,7 +44,9 @@ def test_each_door_that_is_not_here_is_refused_by_name(server: Running, path: st
         lambda c: c.images.generate(prompt="x"),
         lambda c: c.files.list(),
         lambda c: c.files.create(file=("x.jsonl", b"{}"), purpose="batch"),
-        lambda c: c.batches.create(completion_window="24h", endpoint="/v1/chat/completions", input_file_id="x"),
+        lambda c: c.batches.create(
+            completion_window="24h", endpoint="/v1/chat/completions", input_file_id="x"
+        ),
         lambda c: c.fine_tuning.jobs.list(),
         lambda c: c.vector_stores.list(),
         lambda c: c.conversations.create(),
@@ -51,7 +57,8 @@ def test_the_client_raises_at_once(client: OpenAI, server: Running, call: Any) -
     with pytest.raises(openai.NotFoundError) as error:
         call(client)
     assert error.value.code == "unsupported_endpoint"
-    assert server.metric("quantflow_http_responses_total") == before + 2  # one, and the page of metrics: it is not tried again
+    # one, and the page of metrics: it is not tried again
+    assert server.metric("quantflow_http_responses_total") == before + 2
 
 
 @pytest.mark.parametrize(
@@ -67,16 +74,30 @@ def test_the_client_raises_at_once(client: OpenAI, server: Running, call: Any) -
         ("GET", "/v1/embeddingsx", "/openapi.json"),
     ],
 )
-def test_a_path_that_nobody_has_is_an_error_of_openais(server: Running, method: str, path: str, meant: str) -> None:
+def test_a_path_that_nobody_has_is_an_error_of_openais(
+    server: Running, method: str, path: str, meant: str
+) -> None:
     answer = server.send(method, path, b"{}")
-    assert (answer.status, answer.error["type"], answer.error["code"]) == (404, "not_found_error", "unknown_url")
+    assert (answer.status, answer.error["type"], answer.error["code"]) == (
+        404,
+        "not_found_error",
+        "unknown_url",
+    )
     assert answer.error["message"].startswith(f"{path}: ") and meant in answer.error["message"]
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "allowed"), [("GET", "/v1/chat/completions", "POST"), ("POST", "/v1/models", "GET"), ("PATCH", "/health", "GET")]
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("PATCH", "/health", "GET"),
+    ],
 )
 def test_so_is_another_method(server: Running, method: str, path: str, allowed: str) -> None:
     answer = server.send(method, path, b"{}")
     assert (answer.status, answer.error["code"]) == (405, "method_not_supported")
-    assert allowed in answer.headers["allow"] and answer.error["message"] == f"{method} {path}: expected {answer.headers['allow']}"
+    assert (
+        allowed in answer.headers["allow"]
+        and answer.error["message"] == f"{method} {path}: expected {answer.headers['allow']}"
+    )

@@ -1,4 +1,5 @@
-"""Requests while they run: who waits, who leaves, who is too slow, and that nothing is left behind."""
+"""Requests while they run: who waits, who leaves, who is too slow, and that nothing is left
+behind."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ from quantflow.serve.connection import Connection
 from quantflow.serve.errors import Refused
 from tests.helpers.serving import Running, idle, request, serving, until
 
-LONG: dict[str, Any] = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "temperature": 0}
+LONG: dict[str, Any] = {
+    "prompt": "The table",
+    "max_tokens": 900,
+    "ignore_eos": True,
+    "temperature": 0,
+}
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -34,7 +40,9 @@ def test_who_goes_away_leaves_nothing_behind(server: Running, stream: bool) -> N
         assert until(lambda: idle(server))
     finally:
         engine.step = step  # type: ignore[method-assign]
-    assert len(steps) < 60  # of the 900 that it would have taken; it takes a moment until the connection is seen to have ended
+    # of the 900 that it would have taken; it takes a moment until the connection is seen to have
+    # ended
+    assert len(steps) < 60
 
 
 def test_who_goes_away_while_waiting_leaves_the_queue() -> None:
@@ -57,12 +65,17 @@ def test_a_full_queue_says_when_to_come_again() -> None:
                 waiting = [pool.submit(running.complete, max_tokens=2) for _ in range(2)]
                 assert until(lambda: running.service.inside == 4)
                 answer = running.complete()
-                assert (answer.status, answer.headers["retry-after"], answer.error["code"]) == (429, "1", "queue_full")
+                assert (answer.status, answer.headers["retry-after"], answer.error["code"]) == (
+                    429,
+                    "1",
+                    "queue_full",
+                )
                 assert answer.error["type"] == "rate_limit_error"
                 assert running.get("/health").status == 200
                 connection.close()
                 assert [w.result().status for w in waiting] == [200, 200]
-        assert running.complete(prompt=["x"] * 5).error["code"] == "invalid_value"  # more than there can ever be room for
+        # more than there can ever be room for
+        assert running.complete(prompt=["x"] * 5).error["code"] == "invalid_value"
 
 
 def test_an_answer_that_takes_too_long() -> None:
@@ -79,7 +92,10 @@ def test_an_answer_that_takes_too_long() -> None:
 
 def test_a_silent_stream_is_kept_alive() -> None:
     """A waiting request has nothing to say: proxies would close its connection."""
-    with serving(config=ServerConfig(port=0, keep_alive_s=0.05), max_batch_size=1) as running, running.socket() as first:
+    with (
+        serving(config=ServerConfig(port=0, keep_alive_s=0.05), max_batch_size=1) as running,
+        running.socket() as first,
+    ):
         first.sendall(request({**LONG, "max_tokens": 400, "stream": True}))
         assert until(lambda: running.service.inside == 1)
         answer = running.complete(stream=True)
@@ -103,14 +119,22 @@ def test_a_slow_reader_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
             began = time.monotonic()
             assert running.complete(max_tokens=100, ignore_eos=True).status == 200
             assert time.monotonic() - began < 10
-            assert until(lambda: engine.occupancy().running == 0, 60)  # its texts are made whether it reads or not
+            # its texts are made whether it reads or not
+            assert until(lambda: engine.occupancy().running == 0, 60)
             assert running.service.inside == 2  # they wait for it, and nobody else does
         assert until(lambda: idle(running))
 
 
 def test_many_clients_get_what_each_would_get_alone(server: Running) -> None:
     bodies: list[Any] = [
-        {"prompt": f"Chapter {i}", "max_tokens": 5 + i, "temperature": 1, "seed": i, "n": 1 + i % 2, "stream": i % 3 == 0}
+        {
+            "prompt": f"Chapter {i}",
+            "max_tokens": 5 + i,
+            "temperature": 1,
+            "seed": i,
+            "n": 1 + i % 2,
+            "stream": i % 3 == 0,
+        }
         for i in range(24)
     ]
 
@@ -130,16 +154,24 @@ def test_many_clients_get_what_each_would_get_alone(server: Running) -> None:
 
 def test_metrics_count(server: Running) -> None:
     before = {
-        name: server.metric(f"quantflow_{name}") for name in ("generated_tokens_total", "prompt_tokens_total", "inter_token_seconds_count")
+        name: server.metric(f"quantflow_{name}")
+        for name in ("generated_tokens_total", "prompt_tokens_total", "inter_token_seconds_count")
     }
     firsts = server.metric("quantflow_time_to_first_token_seconds_count")
     usage = server.complete(n=2, max_tokens=6, ignore_eos=True).json["usage"]
     after = {name: server.metric(f"quantflow_{name}") for name in before}
-    assert after["generated_tokens_total"] - before["generated_tokens_total"] == usage["completion_tokens"] == 12
+    assert (
+        after["generated_tokens_total"] - before["generated_tokens_total"]
+        == usage["completion_tokens"]
+        == 12
+    )
     assert after["prompt_tokens_total"] - before["prompt_tokens_total"] == usage["prompt_tokens"]
     assert after["inter_token_seconds_count"] - before["inter_token_seconds_count"] == 10
     assert server.metric("quantflow_time_to_first_token_seconds_count") == firsts + 1
-    assert server.metric("quantflow_sequences_running") == 0 and server.metric("quantflow_kv_blocks") > 0
+    assert (
+        server.metric("quantflow_sequences_running") == 0
+        and server.metric("quantflow_kv_blocks") > 0
+    )
     assert server.metric("process_resident_memory_bytes") > 2**20
     server.get("/some/thing/else")
     assert b'path="other",status="404"' in server.get("/metrics").body
@@ -163,8 +195,11 @@ def test_a_stream_that_has_nothing_to_show_is_kept_alive(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_an_api_whose_events_have_types(monkeypatch: pytest.MonkeyPatch, server: Running, fails: bool) -> None:
-    """Each type stands in a line of its own, nothing follows the last event, and an error in the middle is an event of that API."""
+def test_an_api_whose_events_have_types(
+    monkeypatch: pytest.MonkeyPatch, server: Running, fails: bool
+) -> None:
+    """Each type stands in a line of its own, nothing follows the last event, and an error in the
+    middle is an event of that API."""
     told = list[str]()
 
     def more(self: ChatShape, text: int, tokens: Any) -> Any:
@@ -176,19 +211,31 @@ def test_an_api_whose_events_have_types(monkeypatch: pytest.MonkeyPatch, server:
     monkeypatch.setattr(ChatShape, "typed", True)
     monkeypatch.setattr(ChatShape, "start", lambda self: [{"type": "begun"}])
     monkeypatch.setattr(ChatShape, "more", more)
-    monkeypatch.setattr(ChatShape, "end", lambda self, usage: [{"type": "ended", "tokens": usage.completion}])
-    monkeypatch.setattr(ChatShape, "failed", lambda self, error: [{"type": "failed", "code": error.code}])
+    monkeypatch.setattr(
+        ChatShape, "end", lambda self, usage: [{"type": "ended", "tokens": usage.completion}]
+    )
+    monkeypatch.setattr(
+        ChatShape, "failed", lambda self, error: [{"type": "failed", "code": error.code}]
+    )
     answer = server.chat(stream=True, max_tokens=300 if fails else 3, ignore_eos=True)
     events = [line.splitlines() for line in answer.body.decode().split("\n\n") if line]
-    assert all(json.loads(data.removeprefix("data: "))["type"] == name.removeprefix("event: ") for name, data in events)
+    assert all(
+        json.loads(data.removeprefix("data: "))["type"] == name.removeprefix("event: ")
+        for name, data in events
+    )
     assert answer.events[0] == {"type": "begun"} and {"type": "more"} in answer.events
-    assert answer.events[-1] == ({"type": "failed", "code": "timeout"} if fails else {"type": "ended", "tokens": 3})
+    assert answer.events[-1] == (
+        {"type": "failed", "code": "timeout"} if fails else {"type": "ended", "tokens": 3}
+    )
 
 
 def test_prompts_of_one_request_begin_together(server: Running) -> None:
     engine, seen = server.service.llm.engine, list[int]()
     schedule = engine.scheduler.schedule
-    engine.scheduler.schedule = lambda: [seen.append(len(list(engine.scheduler.sequences()))), schedule()][1]  # type: ignore
+    engine.scheduler.schedule = lambda: [
+        seen.append(len(list(engine.scheduler.sequences()))),
+        schedule(),
+    ][1]  # type: ignore
     try:
         server.complete(prompt=["a", "b", "c", "d"], max_tokens=3, ignore_eos=True)
     finally:
@@ -198,14 +245,26 @@ def test_prompts_of_one_request_begin_together(server: Running) -> None:
 
 def test_a_draining_server_takes_nothing_new() -> None:
     admin = "key-of-an-admin-01"
-    with serving(config=ServerConfig(port=0, admin_keys=(admin,))) as running, running.socket() as connection:
+    with (
+        serving(config=ServerConfig(port=0, admin_keys=(admin,))) as running,
+        running.socket() as connection,
+    ):
         connection.sendall(request({**LONG, "stream": True}))
         assert until(lambda: running.service.inside == 1)
-        assert running.post("/admin/drain", {}, authorization=f"Bearer {admin}").json == {"done": "draining: 1 texts are left"}
+        assert running.post("/admin/drain", {}, authorization=f"Bearer {admin}").json == {
+            "done": "draining: 1 texts are left"
+        }
         answer = running.complete()
-        assert (answer.status, answer.error["code"], answer.headers["connection"]) == (503, "shutting_down", "close")
+        assert (answer.status, answer.error["code"], answer.headers["connection"]) == (
+            503,
+            "shutting_down",
+            "close",
+        )
         assert running.post("/tokenize", {"prompt": "x"}).status == 503
-        assert (running.get("/health").status, running.get("/health").json) == (503, {"status": "draining"})
+        assert (running.get("/health").status, running.get("/health").json) == (
+            503,
+            {"status": "draining"},
+        )
         assert running.service.llm.engine.occupancy().running == 1  # what runs is finished
 
 
@@ -277,6 +336,13 @@ def test_why_a_text_could_not_be_finished_is_in_the_log_alone(
 
     monkeypatch.setattr(runner, "run", once)
     answer = server.complete()
-    assert (answer.status, answer.error["code"]) == (500, "failed") and "memory" not in answer.error["message"]
-    assert [r.levelname for r in caplog.records if "out of memory" in r.getMessage() and r.name.endswith("answer")] == ["ERROR"]
+    assert (answer.status, answer.error["code"]) == (
+        500,
+        "failed",
+    ) and "memory" not in answer.error["message"]
+    assert [
+        r.levelname
+        for r in caplog.records
+        if "out of memory" in r.getMessage() and r.name.endswith("answer")
+    ] == ["ERROR"]
     assert server.complete().status == 200 and until(lambda: idle(server))

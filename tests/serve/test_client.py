@@ -1,4 +1,5 @@
-"""The terminal chat's end of the wire, against servers that are not there, not ours, or not well."""
+"""The terminal chat's end of the wire, against servers that are not there, not ours, or not
+well."""
 
 from __future__ import annotations
 
@@ -19,14 +20,21 @@ MODELS = b'{"object": "list", "data": [{"id": "first"}, {"id": "second"}]}'
 
 def http(status: str, body: bytes = b"", kind: str = "application/json", **headers: str) -> bytes:
     """An answer, after which the connection ends."""
-    given = {"content-type": kind, "content-length": str(len(body)), "connection": "close", **headers}
+    given = {
+        "content-type": kind,
+        "content-length": str(len(body)),
+        "connection": "close",
+        **headers,
+    }
     lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
     return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode() + body
 
 
 def events(*said: object, size: int | None = None) -> bytes:
     """A stream that ends in order, or has promised `size` more bytes than come."""
-    body = "".join(f"data: {text if isinstance(text, str) else json.dumps(text)}\n\n" for text in said).encode()
+    body = "".join(
+        f"data: {text if isinstance(text, str) else json.dumps(text)}\n\n" for text in said
+    ).encode()
     length = {} if size is None else {"content-length": str(len(body) + size)}
     return http("200 OK", body, "text/event-stream", **length)
 
@@ -37,7 +45,8 @@ def word(text: str, end: str | None = None) -> dict[str, object]:
 
 @contextmanager
 def listening(answers: dict[str, bytes]) -> Iterator[str]:
-    """A server of fixed answers, by the method that is asked with; "" answers anything, "silent" nothing."""
+    """A server of fixed answers, by the method that is asked with; "" answers anything, "silent"
+    nothing."""
     with socket.create_server(("127.0.0.1", 0)) as door:
 
         def serve() -> None:
@@ -52,7 +61,8 @@ def listening(answers: dict[str, bytes]) -> Iterator[str]:
                         stop.wait(5)
                     connection.sendall(answers.get(asked.split(" ")[0], answers.get("", b"")))
                     connection.shutdown(socket.SHUT_WR)
-                    while connection.recv(65536):  # a body that is still on its way would reset the connection
+                    # a body that is still on its way would reset the connection
+                    while connection.recv(65536):
                         pass
 
         stop = threading.Event()
@@ -88,7 +98,12 @@ def wrong(address: str, key: str | None = None) -> QuantFlowError:
 
 def test_the_first_model() -> None:
     with listening({"GET": http("200 OK", MODELS)}) as address:
-        for given in (address, f"http://{address}", f"http://{address}/v1", f"http://{address}/v1/"):
+        for given in (
+            address,
+            f"http://{address}",
+            f"http://{address}/v1",
+            f"http://{address}/v1/",
+        ):
             assert Client(given).model() == "first"
 
 
@@ -96,22 +111,44 @@ def test_the_first_model() -> None:
     ("answer", "said", "kind"),
     [
         (PAGE, "another kind of server", RequestError),
-        (http("404 Not Found", b"nothing here", "text/plain"), "no list of models (404", RequestError),
+        (
+            http("404 Not Found", b"nothing here", "text/plain"),
+            "no list of models (404",
+            RequestError,
+        ),
         (http("200 OK", b"hello", "text/plain"), "its list of models cannot be read", RequestError),
         (http("200 OK", b'{"models": []}'), "its list of models cannot be read", RequestError),
         (http("200 OK", b'{"data": []}'), "it serves no model", ServerError),
-        (http("401 Unauthorized", refusal("no key")), "401: no key. Give a key by --api-key-file or QUANTFLOW_API_KEY", RequestError),
+        (
+            http("401 Unauthorized", refusal("no key")),
+            "401: no key. Give a key by --api-key-file or QUANTFLOW_API_KEY",
+            RequestError,
+        ),
         (http("403 Forbidden", b'{"detail": "not you"}'), "403: not you", RequestError),
-        (http("307 Moved", location="https://elsewhere/"), "'https://elsewhere/': give that address", RequestError),
-        (http("429 Too Many", refusal("full"), **{"retry-after": "7"}), "429: full. Ask again in 7 seconds", ServerError),
-        (http("502 Bad Gateway", b"<html>" + b"x" * 9999, "text/html"), "502: a page of HTML", ServerError),
+        (
+            http("307 Moved", location="https://elsewhere/"),
+            "'https://elsewhere/': give that address",
+            RequestError,
+        ),
+        (
+            http("429 Too Many", refusal("full"), **{"retry-after": "7"}),
+            "429: full. Ask again in 7 seconds",
+            ServerError,
+        ),
+        (
+            http("502 Bad Gateway", b"<html>" + b"x" * 9999, "text/html"),
+            "502: a page of HTML",
+            ServerError,
+        ),
         (http("500 Error", b'{"error": "out of memory"}'), "500: out of memory", ServerError),
         (b"\x15\x03\x01\x00\x02\x02\x46", "A server with TLS wants https://", ServerError),
         (b"", "does not answer over HTTP", ServerError),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "does not answer over HTTP", ServerError),
     ],
-)  # fmt: skip
-def test_what_answers_is_no_server_to_talk_to(answer: bytes, said: str, kind: type[QuantFlowError]) -> None:
+)
+def test_what_answers_is_no_server_to_talk_to(
+    answer: bytes, said: str, kind: type[QuantFlowError]
+) -> None:
     with listening({"": answer}) as address:
         error = wrong(address)
     assert said in str(error) and type(error) is kind, error
@@ -129,7 +166,9 @@ def test_nobody_listens() -> None:
         port = door.getsockname()[1]
     error = wrong(f"127.0.0.1:{port}")
     assert type(error) is ServerError and error.exit_code == 4
-    assert "nothing listens there (connection refused)" in str(error) and "`quantflow serve DIR`" in str(error)
+    assert "nothing listens there (connection refused)" in str(
+        error
+    ) and "`quantflow serve DIR`" in str(error)
 
 
 def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +179,10 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nobody knows that host's name" in str(wrong("http://serverr:23333"))
 
 
-@pytest.mark.parametrize("address", ["http://", "http://[::1", "http://x:99999", "ftp://x", "http://a b", "http://x:port", "://x"])
+@pytest.mark.parametrize(
+    "address",
+    ["http://", "http://[::1", "http://x:99999", "ftp://x", "http://a b", "http://x:port", "://x"],
+)
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(RequestError, match="expected http://HOST:PORT"):
         Client(address).model()
@@ -166,7 +208,9 @@ def test_a_server_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> Non
         for each in waiting:
             each.setblocking(False)
             each.connect_ex(door.getsockname())
-        assert "cannot be reached within 0.3 seconds" in str(wrong(f"127.0.0.1:{door.getsockname()[1]}"))
+        assert "cannot be reached within 0.3 seconds" in str(
+            wrong(f"127.0.0.1:{door.getsockname()[1]}")
+        )
         for each in waiting:
             each.close()
 
@@ -176,7 +220,9 @@ def talk(answer: bytes) -> tuple[str, QuantFlowError | None]:
     pieces = ""
     with listening({"GET": http("200 OK", MODELS), "POST": answer}) as address:
         try:
-            for piece in Client(address).stream([{"role": "user", "content": "Hello"}], {"model": "first"}):
+            for piece in Client(address).stream(
+                [{"role": "user", "content": "Hello"}], {"model": "first"}
+            ):
                 pieces += piece
         except QuantFlowError as error:
             return pieces, error
@@ -186,14 +232,25 @@ def talk(answer: bytes) -> tuple[str, QuantFlowError | None]:
 def test_an_answer_that_breaks_off_is_no_answer() -> None:
     for answer in (events(word("half "), word("of")), events(word("half "), word("of"), size=10)):
         pieces, error = talk(answer)
-        assert pieces == "half of" and isinstance(error, ServerError) and "the answer broke off" in str(error)
+        assert (
+            pieces == "half of"
+            and isinstance(error, ServerError)
+            and "the answer broke off" in str(error)
+        )
     assert "does not answer over HTTP" in str(talk(b"")[1])
     pieces, error = talk(events(word("half"), {"error": {"message": "the engine has stopped"}}))
-    assert pieces == "half" and isinstance(error, ServerError) and "the engine has stopped" in str(error)
+    assert (
+        pieces == "half"
+        and isinstance(error, ServerError)
+        and "the engine has stopped" in str(error)
+    )
 
 
 def test_an_answer_ends_by_its_reason_or_by_the_end_of_the_stream() -> None:
-    for answer in (events(word("all of "), word("it", "stop")), events(word("all of "), word("it"), "[DONE]")):
+    for answer in (
+        events(word("all of "), word("it", "stop")),
+        events(word("all of "), word("it"), "[DONE]"),
+    ):
         assert talk(answer) == ("all of it", None)
 
 

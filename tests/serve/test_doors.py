@@ -1,4 +1,5 @@
-"""Doors that other servers' clients knock on: vLLM's, SageMaker's, llama.cpp's small ones, and LMDeploy's for tokens."""
+"""Doors that other servers' clients knock on: vLLM's, SageMaker's, llama.cpp's small ones, and
+LMDeploy's for tokens."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def test_encode(server: Running, llm: LLM) -> None:
 
 
 def generate(server: Running, **body: Any) -> Any:
-    answer = server.post("/generate", {"prompt": "The table", "max_tokens": 8, "temperature": 0, **body})
+    answer = server.post(
+        "/generate", {"prompt": "The table", "max_tokens": 8, "temperature": 0, **body}
+    )
     assert answer.status == 200, answer.body
     return answer.json if not body.get("stream") else answer.events
 
@@ -77,28 +80,38 @@ def test_generate_is_what_the_engine_makes_of_the_prompt(server: Running, llm: L
     for body in ({}, {"prompt": None, "input_ids": ids}):
         found = generate(server, **body)
         assert (found["text"], found["output_ids"]) == (made.text, list(made.token_ids))
-        assert found["meta_info"]["prompt_tokens"] == len(ids) and found["meta_info"]["completion_tokens"] == 8
-        assert found["meta_info"]["finish_reason"] == {"type": "length"} and found["meta_info"]["output_token_logprobs"] is None
+        assert (
+            found["meta_info"]["prompt_tokens"] == len(ids)
+            and found["meta_info"]["completion_tokens"] == 8
+        )
+        assert (
+            found["meta_info"]["finish_reason"] == {"type": "length"}
+            and found["meta_info"]["output_token_logprobs"] is None
+        )
     scored = generate(server, return_logprob=True, top_logprobs_num=2)["meta_info"]
     assert [token for _, token in scored["output_token_logprobs"]] == list(made.token_ids)
     assert [p for p, _ in scored["output_token_logprobs"]] == [s.logprob for s in made.logprobs]
-    assert [[token for _, token in top] for top in scored["output_top_logprobs"]] == [[t for t, _ in s.top] for s in made.logprobs]
+    assert [[token for _, token in top] for top in scored["output_top_logprobs"]] == [
+        [t for t, _ in s.top] for s in made.logprobs
+    ]
     assert scored["input_token_logprobs"] is scored["input_top_logprobs"] is None
 
 
 def test_a_stream_of_generate_adds_up(server: Running) -> None:
     body: Any = {"return_logprob": True, "max_tokens": 20, "stop": " is"}
     whole, events = generate(server, **body), generate(server, **body, stream=True)
-    assert "".join(e["text"] for e in events) == whole["text"] and whole["meta_info"]["finish_reason"] in (
-        {"type": "stop"},
-        {"type": "length"},
-    )
+    assert "".join(e["text"] for e in events) == whole["text"] and whole["meta_info"][
+        "finish_reason"
+    ] in ({"type": "stop"}, {"type": "length"})
     assert [t for e in events for t in e["output_ids"]] == whole["output_ids"]
     scored = [p for e in events for p in e["meta_info"]["output_token_logprobs"] or ()]
     assert scored == whole["meta_info"]["output_token_logprobs"]
     assert [e["meta_info"]["finish_reason"] for e in events[:-1]] == [None] * (len(events) - 1)
     last = events[-1]["meta_info"]
-    assert {**last, "output_token_logprobs": 0} == {**whole["meta_info"], "output_token_logprobs": 0}
+    assert {**last, "output_token_logprobs": 0} == {
+        **whole["meta_info"],
+        "output_token_logprobs": 0,
+    }
 
 
 def test_the_token_that_ends_a_text_is_none_of_it(server: Running, llm: LLM) -> None:
@@ -106,8 +119,13 @@ def test_the_token_that_ends_a_text_is_none_of_it(server: Running, llm: LLM) -> 
     at = ids.index(ids[4])
     found = generate(server, stop_token_ids=[ids[4]], return_logprob=True)
     assert found["output_ids"] == ids[:at] and found["meta_info"]["completion_tokens"] == at
-    assert len(found["meta_info"]["output_token_logprobs"] or ()) == at and found["meta_info"]["finish_reason"] == {"type": "stop"}
-    assert "".join(e["text"] for e in generate(server, stop_token_ids=[ids[4]], stream=True)) == found["text"]
+    assert len(found["meta_info"]["output_token_logprobs"] or ()) == at and found["meta_info"][
+        "finish_reason"
+    ] == {"type": "stop"}
+    assert (
+        "".join(e["text"] for e in generate(server, stop_token_ids=[ids[4]], stream=True))
+        == found["text"]
+    )
 
 
 def test_what_ends_a_text_is_a_part_of_it_where_that_is_asked_for(server: Running) -> None:
@@ -119,7 +137,9 @@ def test_what_ends_a_text_is_a_part_of_it_where_that_is_asked_for(server: Runnin
             ({"stop": stop}, whole["text"][: whole["text"].index(stop) + 3], None),
             ({"stop_token_ids": [token]}, None, whole["output_ids"][:at]),
         ):
-            found = generate(server, max_tokens=20, include_stop_str_in_output=True, stream=stream, **given)
+            found = generate(
+                server, max_tokens=20, include_stop_str_in_output=True, stream=stream, **given
+            )
             events = found if stream else [found]
             assert text is None or "".join(e["text"] for e in events) == text
             assert ids is None or [t for e in events for t in e["output_ids"]] == ids
@@ -128,29 +148,60 @@ def test_what_ends_a_text_is_a_part_of_it_where_that_is_asked_for(server: Runnin
 
 def test_the_prompts_own_log_probabilities(server: Running, llm: LLM) -> None:
     ids = llm.encode("The table is here")
-    expected = llm.generate([ids], SamplingParams(max_tokens=0, prompt_logprobs=1))[0].prompt_logprobs
+    expected = llm.generate([ids], SamplingParams(max_tokens=0, prompt_logprobs=1))[
+        0
+    ].prompt_logprobs
     for stream in (False, True):
         found = generate(
-            server, prompt=None, input_ids=ids, max_tokens=0, return_logprob=True, top_logprobs_num=1, logprob_start_len=1, stream=stream
+            server,
+            prompt=None,
+            input_ids=ids,
+            max_tokens=0,
+            return_logprob=True,
+            top_logprobs_num=1,
+            logprob_start_len=1,
+            stream=stream,
         )
         found = found[-1] if stream else found
-        assert found["text"] == "" and found["output_ids"] == [] and found["meta_info"]["output_token_logprobs"] is None
-        assert found["meta_info"]["input_token_logprobs"] == [[s.logprob, s.token] for s in expected[2:] if s]
-        assert found["meta_info"]["input_top_logprobs"] == [[[p, t] for t, p in s.top] for s in expected[2:] if s]
+        assert (
+            found["text"] == ""
+            and found["output_ids"] == []
+            and found["meta_info"]["output_token_logprobs"] is None
+        )
+        assert found["meta_info"]["input_token_logprobs"] == [
+            [s.logprob, s.token] for s in expected[2:] if s
+        ]
+        assert found["meta_info"]["input_top_logprobs"] == [
+            [[p, t] for t, p in s.top] for s in expected[2:] if s
+        ]
         assert [t for _, t in found["meta_info"]["input_token_logprobs"]] == ids[2:]
-        assert all(math.isfinite(p) and p <= 0 for p, _ in found["meta_info"]["input_token_logprobs"])
+        assert all(
+            math.isfinite(p) and p <= 0 for p, _ in found["meta_info"]["input_token_logprobs"]
+        )
 
 
 @pytest.mark.parametrize(
     "neutral",
     [
-        {"session_id": -1}, {"session_id": 12}, {"image_data": None, "media_io_kwargs": None, "mm_processor_kwargs": None},
-        {"spaces_between_special_tokens": True}, {"include_stop_str_in_output": False}, {"return_routed_experts": False},
-        {"repetition_ngram_size": 0, "repetition_ngram_threshold": 0}, {"logprob_start_len": -1, "return_logprob": None},
-        {"top_k": None, "top_p": None, "min_p": None, "repetition_penalty": None, "ignore_eos": None, "skip_special_tokens": None},
+        {"session_id": -1},
+        {"session_id": 12},
+        {"image_data": None, "media_io_kwargs": None, "mm_processor_kwargs": None},
+        {"spaces_between_special_tokens": True},
+        {"include_stop_str_in_output": False},
+        {"return_routed_experts": False},
+        {"repetition_ngram_size": 0, "repetition_ngram_threshold": 0},
+        {"logprob_start_len": -1, "return_logprob": None},
+        {
+            "top_k": None,
+            "top_p": None,
+            "min_p": None,
+            "repetition_penalty": None,
+            "ignore_eos": None,
+            "skip_special_tokens": None,
+        },
         {"stop": [], "stop_token_ids": [], "top_logprobs_num": 0, "stream": None},
     ],
-)  # fmt: skip
+)
 def test_what_lmdeploys_clients_send_and_changes_nothing(server: Running, neutral: Any) -> None:
     assert generate(server, **neutral) == generate(server)
 
@@ -181,4 +232,6 @@ def test_what_generate_refuses_by_name(server: Running, body: Any, param: str) -
 
 def test_the_handbook_names_every_door(server: Running) -> None:
     text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
-    assert [path for path in server.get("/openapi.json").json["paths"] if f"`{path}`" not in text] == []
+    assert [
+        path for path in server.get("/openapi.json").json["paths"] if f"`{path}`" not in text
+    ] == []

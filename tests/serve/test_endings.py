@@ -1,6 +1,8 @@
-"""Every way in which a request can end leaves nothing behind: no text that runs or waits, no block, no place in the house, no task.
+"""Every way in which a request can end leaves nothing behind: no text that runs or waits, no block,
+no place in the house, no task.
 
-The application is driven without a network, so that a fault can be put at any one await of a request's tasks.
+The application is driven without a network, so that a fault can be put at any one await of a
+request's tasks.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ ADMIN = "key-of-an-admin-01"
 
 @dataclass
 class Fault:
-    """Thrown in place of the `at`-th return to one of a request's tasks, of all of them together; 0: never."""
+    """Thrown in place of the `at`-th return to one of a request's tasks, of all of them together;
+    0: never."""
 
     error: BaseException
     at: int = 0
@@ -66,15 +69,17 @@ class Faulty(Coroutine[Any, Any, Any]):
         return (yield from self.inner.__await__())
 
 
-def factory(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:
+def factory(
+    loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any
+) -> asyncio.Task[Any]:
     fault = FAULT.get()
     return asyncio.Task(Faulty(work, fault) if fault else work, loop=loop, **options)
 
 
 @dataclass
 class Client:
-    """Sends a body, and goes away once it has been told `patience` things; it stops reading an answer after `appetite` of them. An error
-    is short: connections take it without being read."""
+    """Sends a body, and goes away once it has been told `patience` things; it stops reading an
+    answer after `appetite` of them. An error is short: connections take it without being read."""
 
     body: bytes
     patience: int = 10**6
@@ -113,8 +118,14 @@ class House:
     def __init__(self, **options: Any) -> None:
         self.runner = asyncio.Runner()
         self.runner.get_loop().set_task_factory(factory)
-        self.llm = AsyncLLM(DEMO, device="cpu", **{"cache_bytes": 2**25, "max_batch_size": 4, "check": True, **options})
-        self.service = Service(self.llm, ServerConfig(port=0, max_queue=12, admin_keys=(ADMIN,)), "demo")
+        self.llm = AsyncLLM(
+            DEMO,
+            device="cpu",
+            **{"cache_bytes": 2**25, "max_batch_size": 4, "check": True, **options},
+        )
+        self.service = Service(
+            self.llm, ServerConfig(port=0, max_queue=12, admin_keys=(ADMIN,)), "demo"
+        )
         self.app = create_app(self.service)
 
     def close(self) -> None:
@@ -124,10 +135,15 @@ class House:
 
     async def ask(self, path: str, client: Client, fault: Fault | None = None) -> Client:
         """As uvicorn does it: in a task of its own, whose errors are logged."""
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"authorization", f"Bearer {ADMIN}".encode())]
+        headers = [
+            (b"host", b"localhost"),
+            (b"content-type", b"application/json"),
+            (b"authorization", f"Bearer {ADMIN}".encode()),
+        ]
         scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http", "path": path,
-            "raw_path": path.encode(), "root_path": "", "query_string": b"", "headers": headers, "client": ("127.0.0.1", 1),
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "scheme": "http", "path": path, "raw_path": path.encode(), "root_path": "",
+            "query_string": b"", "headers": headers, "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2), "state": {},
         }  # fmt: skip
         token = FAULT.set(fault)
@@ -143,23 +159,35 @@ class House:
         return await self.ask(path, Client(json.dumps(body).encode()))
 
     async def check(self) -> None:
-        """That nothing is left: calls of the engine's thread are done in their order, so that those that give back have been."""
+        """That nothing is left: calls of the engine's thread are done in their order, so that those
+        that give back have been."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             _, late = await asyncio.wait(others, timeout=5)
             assert not late
         assert (await self.post("/admin/sessions/end", {})).status == 200
         found = await asyncio.wrap_future(self.llm.call(books))
-        assert found == {"requests": 0, "running": 0, "waiting": 0, "blocks": 0, "sessions": 0, "problems": []}
+        assert found == {
+            "requests": 0,
+            "running": 0,
+            "waiting": 0,
+            "blocks": 0,
+            "sessions": 0,
+            "problems": [],
+        }
         assert self.service.inside == 0 and not self.llm._streams
 
 
 def books(engine: Engine) -> dict[str, Any]:
     now = engine.occupancy()
     return {
-        "requests": len(engine._requests), "running": now.running, "waiting": now.waiting, "blocks": now.used_blocks,
-        "sessions": now.sessions, "problems": engine.problems(),
-    }  # fmt: skip
+        "requests": len(engine._requests),
+        "running": now.running,
+        "waiting": now.waiting,
+        "blocks": now.used_blocks,
+        "sessions": now.sessions,
+        "problems": engine.problems(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +199,27 @@ def house() -> Iterator[House]:
         found.close()
 
 
-CHAT = {"messages": [{"role": "user", "content": "What is a table?"}], "temperature": 0, "max_tokens": 3}
-TURN = {"prompt": "What is a table?", "session_id": 7, "interactive_mode": True, "request_output_len": 3, "ignore_eos": True}
+CHAT = {
+    "messages": [{"role": "user", "content": "What is a table?"}],
+    "temperature": 0,
+    "max_tokens": 3,
+}
+TURN = {
+    "prompt": "What is a table?",
+    "session_id": 7,
+    "interactive_mode": True,
+    "request_output_len": 3,
+    "ignore_eos": True,
+}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
-    "several prompts": ("/v1/completions", {"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 3, "ignore_eos": True, "stream": True}),
-    "the best of three": ("/v1/completions", {"prompt": ["a", "b"], "n": 1, "best_of": 3, "max_tokens": 3}),
+    "several prompts": (
+        "/v1/completions",
+        {"prompt": ["a", "b", "c"], "n": 2, "max_tokens": 3, "ignore_eos": True, "stream": True},
+    ),
+    "the best of three": (
+        "/v1/completions",
+        {"prompt": ["a", "b"], "n": 1, "best_of": 3, "max_tokens": 3},
+    ),
     "a chat": ("/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}}),
     "a streamed chat": ("/v1/chat/completions", CHAT | {"stream": True, "n": 2}),
     "a turn": ("/v1/chat/interactive", TURN),
@@ -190,7 +234,9 @@ ERRORS = {
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_a_fault_at_any_await(house: House, way: tuple[str, dict[str, Any]], error: BaseException) -> None:
+def test_a_fault_at_any_await(
+    house: House, way: tuple[str, dict[str, Any]], error: BaseException
+) -> None:
     path, body = way
 
     async def run() -> int:
@@ -224,13 +270,24 @@ plans = st.builds(
     st.sampled_from([10**6, 10**6, 1, 2, 3, 4]),
     st.sampled_from([10**6, 10**6, 10**6, 0, 1, 3]),
     st.tuples(st.sampled_from(sorted(ERRORS)), st.sampled_from([0, 0, *range(1, 30)])),
-    st.sampled_from([{}, {"stream": True}, {"n": 3, "best_of": 3}, {"max_tokens": 40, "ignore_eos": True}, {"max_tokens": 0}]),
+    st.sampled_from(
+        [
+            {},
+            {"stream": True},
+            {"n": 3, "best_of": 3},
+            {"max_tokens": 40, "ignore_eos": True},
+            {"max_tokens": 0},
+        ]
+    ),
 )
 
 
 # Endings are a matter of moments, which a shrunk example does not bring back.
 @settings(
-    max_examples=50, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     st.lists(plans, min_size=1, max_size=6),
@@ -238,7 +295,9 @@ plans = st.builds(
     st.sampled_from([0.0, 0.002, 0.02]),
     st.sampled_from([0.01, 0.1, 0.3]),
 )
-def test_many_that_end_as_they_may(house: House, several: list[Plan], event: str | None, after_s: float, limit_s: float) -> None:
+def test_many_that_end_as_they_may(
+    house: House, several: list[Plan], event: str | None, after_s: float, limit_s: float
+) -> None:
     service, config = house.service, house.service.config
 
     async def ask(plan: Plan) -> Client:
@@ -265,7 +324,8 @@ def test_many_that_end_as_they_may(house: House, several: list[Plan], event: str
         service.config, service.draining = config, False
         service.expired.clear()
         await house.check()
-        assert (await house.post("/v1/completions", {"prompt": "a", "max_tokens": 1})).status == 200  # and it serves on
+        # and it serves on
+        assert (await house.post("/v1/completions", {"prompt": "a", "max_tokens": 1})).status == 200
 
     try:
         house.runner.run(run())
@@ -273,7 +333,9 @@ def test_many_that_end_as_they_may(house: House, several: list[Plan], event: str
         service.config, service.draining = config, False
 
 
-def test_a_submission_that_fails_half_way_takes_the_others_out(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submission_that_fails_half_way_takes_the_others_out(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     queue, count = Engine._queue, itertools.count()
 
     def failing(engine: Engine, checked: Any) -> Any:
@@ -345,9 +407,24 @@ def test_one_bad_prompt_of_many(server: Running, monkeypatch: pytest.MonkeyPatch
     for stream in (False, True):
         prompts = [[5, 6]] * 125 + [[10**6]]
         refused = server.complete(prompt=prompts, max_tokens=20, stream=stream)
-        assert (refused.status, refused.error["param"], refused.error["code"]) == (400, "prompt[125]", "invalid_value")
-        long = server.complete(prompt=[[5], [5] * 5000, [5], [6] * 6000], max_tokens=20, stream=stream)
-        assert (long.status, long.error["param"], long.error["code"]) == (400, "prompt[1]", "context_length_exceeded")
+        assert (refused.status, refused.error["param"], refused.error["code"]) == (
+            400,
+            "prompt[125]",
+            "invalid_value",
+        )
+        long = server.complete(
+            prompt=[[5], [5] * 5000, [5], [6] * 6000], max_tokens=20, stream=stream
+        )
+        assert (long.status, long.error["param"], long.error["code"]) == (
+            400,
+            "prompt[1]",
+            "context_length_exceeded",
+        )
         assert "prompt[3]: 6000 tokens" in long.error["message"]
         found = server.service.llm.call(books).result(10)
-        assert not steps and (found["requests"], found["waiting"], found["blocks"], server.service.inside) == (0, 0, 0, 0)
+        assert not steps and (
+            found["requests"],
+            found["waiting"],
+            found["blocks"],
+            server.service.inside,
+        ) == (0, 0, 0, 0)

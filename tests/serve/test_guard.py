@@ -31,21 +31,34 @@ BEARER = {"authorization": f"Bearer {KEY}"}
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Running]:
-    with serving(config=ServerConfig(port=0, keys=(KEY, OTHER), admin_keys=(ADMIN,), max_body=100_000)) as running:
+    with serving(
+        config=ServerConfig(port=0, keys=(KEY, OTHER), admin_keys=(ADMIN,), max_body=100_000)
+    ) as running:
         yield running
 
 
 def routes(running: Running) -> list[tuple[str, str]]:
     guarded: Any = create_app(running.service)
-    return [(method, route.path.replace("{model:path}", "x")) for route in guarded.app.routes for method in route.methods]
+    return [
+        (method, route.path.replace("{model:path}", "x"))
+        for route in guarded.app.routes
+        for method in route.methods
+    ]
 
 
 def test_every_route_but_the_page_and_health_needs_a_key(locked: Running) -> None:
     found = routes(locked)
-    assert {("GET", "/metrics"), ("GET", "/openapi.json"), ("POST", "/v1/chat/completions"), ("POST", "/admin/drain")} <= set(found)
+    assert {
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/admin/drain"),
+    } <= set(found)
     open_paths = {path for method, path in found if locked.send(method, path).status != 401}
     static = {path for path in open_paths if path in ("/", "/docs") or "." in path}
-    assert open_paths - static == {"/health", "/ping", "/v1/health"} and "/openapi.json" not in static
+    assert (
+        open_paths - static == {"/health", "/ping", "/v1/health"} and "/openapi.json" not in static
+    )
     assert locked.get("/nothing").status == 401  # nor can it be found out what there is
 
 
@@ -75,9 +88,13 @@ def test_any_key_opens(locked: Running) -> None:
         assert locked.get("/v1/models", authorization=f"bearer {key}").status == 200
 
 
-def test_every_key_is_compared_in_constant_time(locked: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_key_is_compared_in_constant_time(
+    locked: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compare, seen = hmac.compare_digest, list[tuple[int, int]]()
-    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: [seen.append((len(a), len(b))), compare(a, b)][1])  # type: ignore
+    monkeypatch.setattr(
+        hmac, "compare_digest", lambda a, b: [seen.append((len(a), len(b))), compare(a, b)][1]
+    )  # type: ignore
     for key in (KEY, OTHER, ADMIN, "x", KEY[:-1] + "y"):
         seen.clear()
         locked.get("/v1/models", authorization=f"Bearer {key}")
@@ -86,7 +103,9 @@ def test_every_key_is_compared_in_constant_time(locked: Running, monkeypatch: py
 
 def test_only_an_admin_administers(locked: Running) -> None:
     assert locked.post("/admin/sessions/end", {}, **BEARER).status == 401
-    assert locked.post("/admin/sessions/end", {}, authorization=f"Bearer {ADMIN}").json == {"done": "0 sessions ended"}
+    assert locked.post("/admin/sessions/end", {}, authorization=f"Bearer {ADMIN}").json == {
+        "done": "0 sessions ended"
+    }
 
 
 def test_without_an_admin_key_nothing_is_administered(server: Running) -> None:
@@ -110,35 +129,73 @@ def test_keys_are_read_from_a_file_or_the_environment(tmp_path: Path) -> None:
 
 
 def test_a_page_of_another_site_cannot_use_the_server(server: Running) -> None:
-    """A browser sends such requests without asking: text/plain needs no preflight, and a name of the page's own may point to 127.0.0.1."""
+    """A browser sends such requests without asking: text/plain needs no preflight, and a name of
+    the page's own may point to 127.0.0.1."""
     plain = server.post("/v1/completions", {"prompt": "x"}, **{"content-type": "text/plain"})
     assert (plain.status, plain.error["code"]) == (415, "unsupported_media_type")
     rebound = server.get("/v1/models", host="evil.example:80")
     assert (rebound.status, rebound.error["code"]) == (421, "unknown_host")
     for host in ("localhost", "127.0.0.1:23333", "[::1]:80", "LOCALHOST"):
         assert server.get("/v1/models", host=host).status == 200
-    asked = server.send("OPTIONS", "/v1/completions", origin="http://evil.example", access_control_request_method="POST")
-    assert asked.status in (401, 405) and not any(name.startswith("access-control") for name in asked.headers)
-    assert "access-control-allow-origin" not in server.get("/v1/models", origin="http://evil.example").headers
+    asked = server.send(
+        "OPTIONS",
+        "/v1/completions",
+        origin="http://evil.example",
+        access_control_request_method="POST",
+    )
+    assert asked.status in (401, 405) and not any(
+        name.startswith("access-control") for name in asked.headers
+    )
+    assert (
+        "access-control-allow-origin"
+        not in server.get("/v1/models", origin="http://evil.example").headers
+    )
 
 
 def test_another_site_that_was_allowed() -> None:
-    with serving(config=ServerConfig(port=0, keys=(KEY,), origins=("https://chat.example",))) as running:
-        asked = running.send("OPTIONS", "/v1/completions", origin="https://chat.example", access_control_request_method="POST")
-        assert asked.status == 200 and asked.headers["access-control-allow-origin"] == "https://chat.example"
-        assert running.send("OPTIONS", "/v1/models", origin="https://evil.example", access_control_request_method="GET").status == 400
+    with serving(
+        config=ServerConfig(port=0, keys=(KEY,), origins=("https://chat.example",))
+    ) as running:
+        asked = running.send(
+            "OPTIONS",
+            "/v1/completions",
+            origin="https://chat.example",
+            access_control_request_method="POST",
+        )
+        assert (
+            asked.status == 200
+            and asked.headers["access-control-allow-origin"] == "https://chat.example"
+        )
+        assert (
+            running.send(
+                "OPTIONS",
+                "/v1/models",
+                origin="https://evil.example",
+                access_control_request_method="GET",
+            ).status
+            == 400
+        )
         answer = running.get("/v1/models", origin="https://chat.example", **BEARER)
         assert answer.headers["access-control-allow-origin"] == "https://chat.example"
         refused = running.get("/v1/models", origin="https://chat.example")
-        assert refused.status == 401 and refused.headers["access-control-allow-origin"] == "https://chat.example"
-        assert running.get("/v1/models", host="model.example", **BEARER).status == 200  # a key is asked for: any name will do
+        assert (
+            refused.status == 401
+            and refused.headers["access-control-allow-origin"] == "https://chat.example"
+        )
+        # a key is asked for: any name will do
+        assert running.get("/v1/models", host="model.example", **BEARER).status == 200
 
 
 def test_every_answer_carries_the_headers(server: Running) -> None:
     for path in ("/", "/health", "/v1/models", "/nothing", "/metrics"):
         headers = server.get(path).headers
-        assert "default-src 'none'" in headers["content-security-policy"] and "unsafe" not in headers["content-security-policy"]
-        assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        assert (
+            "default-src 'none'" in headers["content-security-policy"]
+            and "unsafe" not in headers["content-security-policy"]
+        )
+        assert (
+            headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+        )
         assert headers["x-request-id"].startswith("req-") and "server" not in headers
 
 
@@ -152,7 +209,10 @@ def test_bodies_that_are_too_large(locked: Running) -> None:
 def test_bodies_whose_length_is_not_told(locked: Running) -> None:
     """The answer is there for whoever sends all before reading any of it."""
     with locked.socket() as connection:
-        lines = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nauthorization: Bearer {KEY}\r\n"
+        lines = (
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type:"
+            f" application/json\r\nauthorization: Bearer {KEY}\r\n"
+        )
         connection.sendall(f"{lines}transfer-encoding: chunked\r\n\r\n".encode())
         for _ in range(1000):
             connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
@@ -174,7 +234,8 @@ def test_bodies_that_are_too_much_together(monkeypatch: pytest.MonkeyPatch) -> N
         assert until(refused)
         answer = running.complete(user="x" * 3000, max_tokens=1)
         assert (answer.error["code"], answer.headers["retry-after"]) == ("too_many_bytes", "1")
-        assert running.complete(max_tokens=1).status == 200 and running.get("/health").status == 200  # there is room for small ones
+        # there is room for small ones
+        assert running.complete(max_tokens=1).status == 200 and running.get("/health").status == 200
         for connection in held:
             connection.close()
         assert until(lambda: running.complete(user="x" * 3000, max_tokens=1).status == 200)
@@ -196,7 +257,12 @@ def talk(running: Running, data: bytes) -> bytes:
 
 def test_headers_that_are_too_large(server: Running) -> None:
     lines = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-    assert b" 431 " in talk(server, lines + b"x-filler: " + b"x" * MOST_HEADER_BYTES + b"\r\n\r\n").split(b"\r\n")[0]
+    assert (
+        b" 431 "
+        in talk(server, lines + b"x-filler: " + b"x" * MOST_HEADER_BYTES + b"\r\n\r\n").split(
+            b"\r\n"
+        )[0]
+    )
     endless = talk(server, lines + b"x-filler: " + b"x" * 64 * MOST_HEADER_BYTES)  # they never end
     assert endless.startswith(b"HTTP/1.1 431 ") and b"headers_too_large" in endless
     many = b"".join(b"x-%d: y\r\n" % i for i in range(5000))
@@ -205,7 +271,10 @@ def test_headers_that_are_too_large(server: Running) -> None:
 
 def test_headers_behind_a_running_answer_are_limited_too(server: Running) -> None:
     body = b'{"prompt":"x","max_tokens":800,"ignore_eos":true,"stream":true}'
-    first = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    first = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+        b" application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+    )
     with server.socket() as connection:
         connection.sendall(first + body)
         assert connection.recv(64)
@@ -215,7 +284,10 @@ def test_headers_behind_a_running_answer_are_limited_too(server: Running) -> Non
                 time.sleep(0.005)
 
 
-CHUNKED = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+CHUNKED = (
+    b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding:"
+    b" chunked\r\n\r\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +296,20 @@ CHUNKED = b" HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntr
         (b"GET /health" + CHUNKED + b"0\r\n", b"X:\r\n", b"200"),
         (b"GET /health" + CHUNKED + b"1\r\nx\r\n0\r\n", b"X: y\r\n", b"200"),
         (b"POST /tokenize" + CHUNKED + b"0\r\n", b"X:\r\n", b"401"),
-        (b"POST /tokenize" + CHUNKED.replace(b"\r\n", b"\r\nx-api-key: %s\r\n" % KEY.encode(), 1) + b"0\r\n", b"X:\r\n", b"431"),
-        (b"POST /tokenize" + CHUNKED.replace(b"\r\n", b"\r\nx-api-key: %s\r\n" % KEY.encode(), 1) + b"1;", b"extension", b"431"),
+        (
+            b"POST /tokenize"
+            + CHUNKED.replace(b"\r\n", b"\r\nx-api-key: %s\r\n" % KEY.encode(), 1)
+            + b"0\r\n",
+            b"X:\r\n",
+            b"431",
+        ),
+        (
+            b"POST /tokenize"
+            + CHUNKED.replace(b"\r\n", b"\r\nx-api-key: %s\r\n" % KEY.encode(), 1)
+            + b"1;",
+            b"extension",
+            b"431",
+        ),
         (b"POST /tokenize" + CHUNKED + b"0;", b"extension", b"401"),
     ],
 )
@@ -258,17 +342,22 @@ def test_a_trailer_is_no_header(locked: Running) -> None:
     with locked.socket() as connection:
         connection.sendall(given + b"x-api-key: %s\r\n\r\n" % KEY.encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 401 ")
-        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")  # and it is kept
+        # and it is kept
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
         assert b"HTTP/1.1 200 " in all_of(connection)
 
 
 def test_a_body_in_very_small_chunks_is_a_body(locked: Running) -> None:
-    lines = CHUNKED.replace(b"\r\n", b"\r\nconnection: close\r\nx-api-key: %s\r\n" % KEY.encode(), 1)
+    lines = CHUNKED.replace(
+        b"\r\n", b"\r\nconnection: close\r\nx-api-key: %s\r\n" % KEY.encode(), 1
+    )
     body = json.dumps({"prompt": "a " * 10_000}).encode()
     with locked.socket() as connection:  # of chunks of one byte a sixth is body
         connection.sendall(b"POST /tokenize" + lines)
         for start in range(0, len(body), 1000):
-            connection.sendall(b"".join(b"1\r\n%c\r\n" % byte for byte in body[start : start + 1000]))
+            connection.sendall(
+                b"".join(b"1\r\n%c\r\n" % byte for byte in body[start : start + 1000])
+            )
         connection.sendall(b"0\r\nx-checksum: 5\r\n\r\n")
         assert all_of(connection).startswith(b"HTTP/1.1 200 ")
 
@@ -298,7 +387,10 @@ def test_headers_after_a_refused_body_are_limited(locked: Running, length: int) 
         b"GET /%ff%00 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n",
         b"GET \xff HTTP/1.1\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n",
-        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n",
+        (
+            b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ntransfer-encoding:"
+            b" chunked\r\nconnection: close\r\n\r\n"
+        ),
     ],
 )
 def test_what_is_no_http(server: Running, data: bytes) -> None:
@@ -314,7 +406,10 @@ def test_slow_headers_and_bodies_are_given_up(monkeypatch: pytest.MonkeyPatch) -
         for data in (
             b"",
             b"GET / HT",
-            b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+            (
+                b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+                b" application/json\r\ncontent-length: 9\r\n\r\n{"
+            ),
         ):
             with running.socket() as connection:
                 began = time.monotonic()
@@ -333,7 +428,10 @@ def test_slow_headers_and_bodies_are_given_up(monkeypatch: pytest.MonkeyPatch) -
 def test_a_body_that_drips_has_one_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "READ_S", 0.6)
     with serving() as running, running.socket() as connection:
-        lines = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 999\r\n\r\n"
+        lines = (
+            b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+            b" application/json\r\ncontent-length: 999\r\n\r\n"
+        )
         connection.sendall(lines)
         began = time.monotonic()
         connection.settimeout(0.1)
@@ -350,7 +448,10 @@ def test_a_body_that_drips_has_one_deadline(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_rest_of_a_refused_body_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "HEADERS_S", 0.3)
     with serving() as running, running.socket() as connection:
-        connection.sendall(b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: text/plain\r\ncontent-length: 999\r\n\r\nx")
+        connection.sendall(
+            b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+            b" text/plain\r\ncontent-length: 999\r\n\r\nx"
+        )
         answer, began = b"", time.monotonic()
         while part := connection.recv(4096):
             answer += part
@@ -359,7 +460,11 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(monkeypatch: pytest.Monkey
 
 def test_an_offer_to_change_the_protocol_is_passed_over(server: Running) -> None:
     """As Java's HttpClient and `curl --http2` make it."""
-    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQAoAAAAAIAAAAA"}
+    offer = {
+        "connection": "Upgrade, HTTP2-Settings",
+        "upgrade": "h2c",
+        "http2-settings": "AAMAAABkAAQAoAAAAAIAAAAA",
+    }
     answer = server.post("/tokenize", {"prompt": "The table"}, **offer)
     assert answer.status == 200 and answer.json["count"] > 1
 
@@ -370,7 +475,9 @@ def test_probes_may_ask_for_the_head_alone(server: Running) -> None:
         assert answer.status == 200 and answer.body == b""
 
 
-def test_a_client_that_sends_for_ever_is_not_listened_to_for_ever(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_sends_for_ever_is_not_listened_to_for_ever(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(connections, "LINGER_S", 0.5)
     began = time.monotonic()
     with server.socket() as connection, pytest.raises(OSError):
@@ -386,10 +493,15 @@ def waiting(running: Running, *sent: bytes) -> list[socket.socket]:
     return found
 
 
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 999\r\n\r\n"
+POST = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+    b" application/json\r\ncontent-length: 999\r\n\r\n"
+)
 
 
-def test_of_more_connections_than_there_is_room_for_the_longest_idle_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_more_connections_than_there_is_room_for_the_longest_idle_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(connections, "most_connections", lambda: 12)
     monkeypatch.setattr(connections, "RESERVE", 2)
     long = b'{"prompt":"x","max_tokens":300,"ignore_eos":true,"stream":true}'
@@ -401,7 +513,8 @@ def test_of_more_connections_than_there_is_room_for_the_longest_idle_goes(monkey
         for data in (b"", b"GET / HT", POST + b"{") * 12:
             held += waiting(running, data)
             assert running.get("/health").status == 200
-        assert all(all_of(connection) == b"" for connection in held[:24])  # the first of them have gone
+        # the first of them have gone
+        assert all(all_of(connection) == b"" for connection in held[:24])
         assert held[-1].send(b"x") == 1
         for connection in answered:  # and nobody who was being answered
             assert all_of(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
@@ -409,7 +522,9 @@ def test_of_more_connections_than_there_is_room_for_the_longest_idle_goes(monkey
             connection.close()
 
 
-def test_where_all_connections_are_being_answered_health_still_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_all_connections_are_being_answered_health_still_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(connections, "most_connections", lambda: 6)
     monkeypatch.setattr(connections, "RESERVE", 2)
     long = b'{"prompt":"x","max_tokens":900,"ignore_eos":true,"stream":true}'
@@ -420,7 +535,11 @@ def test_where_all_connections_are_being_answered_health_still_is(monkeypatch: p
             held = waiting(running, b"", b"")
             assert running.get("/health").status == 200
             refused = running.complete()
-            assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "too_many_connections", "1")
+            assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (
+                503,
+                "too_many_connections",
+                "1",
+            )
             for connection in held:
                 connection.close()
         for connection in answered:
@@ -430,7 +549,8 @@ def test_where_all_connections_are_being_answered_health_still_is(monkeypatch: p
 
 
 def test_health_is_answered_when_descriptors_run_out() -> None:
-    """In a process that may have no more than 160: five times as many connections that are silent, slow, or in the middle of a body."""
+    """In a process that may have no more than 160: five times as many connections that are silent,
+    slow, or in the middle of a body."""
     with started(limits={resource.RLIMIT_NOFILE: 160}) as (process, port):
         stream, held = begin(port, max_tokens=400), list[socket.socket]()
         for number in range(800):
@@ -494,13 +614,19 @@ def test_errors_say_nothing_of_the_inside(server: Running, monkeypatch: pytest.M
     monkeypatch.setattr(type(server.service), "cards", broken)
     answer = server.get("/v1/models")
     assert answer.status == 500 and answer.error["code"] == "internal_error"
-    assert b"secret" not in answer.body and answer.headers["x-request-id"] in answer.error["message"]
+    assert (
+        b"secret" not in answer.body and answer.headers["x-request-id"] in answer.error["message"]
+    )
     assert "content-security-policy" in answer.headers
 
 
 def test_nothing_listens_beyond_loopback_by_default(server: Running) -> None:
     assert ServerConfig().host == "127.0.0.1" and ServerConfig().loopback
-    assert not ServerConfig(host="0.0.0.0").loopback and ServerConfig(host="localhost").loopback and ServerConfig(host="::1").loopback
+    assert (
+        not ServerConfig(host="0.0.0.0").loopback
+        and ServerConfig(host="localhost").loopback
+        and ServerConfig(host="::1").loopback
+    )
     own = socket.gethostbyname(socket.gethostname())
     if not own.startswith("127."):
         with pytest.raises(OSError):

@@ -25,7 +25,13 @@ def running() -> Iterator[Running]:
 
 
 def turn(running: Running, key: str = FIRST, **body: Any) -> Answer:
-    given = {"prompt": "What is a table?", "session_id": 7, "interactive_mode": True, "temperature": 0, "request_output_len": 12}
+    given = {
+        "prompt": "What is a table?",
+        "session_id": 7,
+        "interactive_mode": True,
+        "temperature": 0,
+        "request_output_len": 12,
+    }
     return running.post("/v1/chat/interactive", {**given, **body}, authorization=f"Bearer {key}")
 
 
@@ -51,7 +57,9 @@ def test_a_stream_of_a_turn(running: Running) -> None:
     whole = turn(running, session_id=2, interactive_mode=False).json
     events = turn(running, session_id=2, interactive_mode=False, stream=True).events
     assert "".join(e["text"] for e in events) == whole["text"]
-    assert events[-1] == {**whole, "text": events[-1]["text"]} and events[0]["finish_reason"] is None
+    assert (
+        events[-1] == {**whole, "text": events[-1]["text"]} and events[0]["finish_reason"] is None
+    )
 
 
 def test_a_session_that_is_not_kept_leaves_nothing(running: Running) -> None:
@@ -77,18 +85,27 @@ def test_cancel_ends_the_session_and_its_turn(running: Running) -> None:
         assert (busy.status, busy.error["code"]) == (409, "session_busy")
         assert turn(running, session_id=5, cancel=True).json["text"] == ""
         answer = waiting.result()
-        assert answer.error["type"] != "server_error" and "the client ended session 5" in answer.error["message"]
+        assert (
+            answer.error["type"] != "server_error"
+            and "the client ended session 5" in answer.error["message"]
+        )
         assert (answer.status, answer.error["code"]) == (409, "cancelled")
     assert turn(running, session_id=5).json["history_tokens"] == 0
 
 
 @pytest.mark.parametrize(("end", "code"), [("cancel", "cancelled"), ("clear", "aborted")])
-def test_a_stream_says_who_ended_it(running: Running, monkeypatch: pytest.MonkeyPatch, end: str, code: str) -> None:
+def test_a_stream_says_who_ended_it(
+    running: Running, monkeypatch: pytest.MonkeyPatch, end: str, code: str
+) -> None:
     found: list[Any] = []
     made = interactive.Sessions.enter
-    monkeypatch.setattr(interactive.Sessions, "enter", lambda self, *place: found.append(self) or made(self, *place))
+    monkeypatch.setattr(
+        interactive.Sessions, "enter", lambda self, *place: found.append(self) or made(self, *place)
+    )
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(turn, running, session_id=21, request_output_len=900, ignore_eos=True, stream=True)
+        waiting = pool.submit(
+            turn, running, session_id=21, request_output_len=900, ignore_eos=True, stream=True
+        )
         assert until(lambda: running.service.llm.engine.occupancy().running == 1)
         if end == "cancel":
             turn(running, session_id=21, cancel=True)
@@ -123,7 +140,9 @@ def test_a_dialogue_that_outgrows_the_context_is_refused_and_kept(running: Runni
     assert turn(running, session_id=6, prompt="And an index?").json["history_tokens"] > 0
 
 
-def test_a_turn_that_came_to_nothing_is_no_part_of_the_dialogue(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_that_came_to_nothing_is_no_part_of_the_dialogue(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = turn(running, session_id=12).json
     runner = running.service.llm.engine.runner
     with monkeypatch.context() as patch:
@@ -143,9 +162,18 @@ def test_a_session_without_a_number_is_not_kept(running: Running) -> None:
 
 def test_who_goes_away_keeps_what_was_said(running: Running) -> None:
     first = turn(running, session_id=8).json
-    body = {"prompt": "Go on.", "session_id": 8, "interactive_mode": True, "stream": True, "request_output_len": 800, "ignore_eos": True}
+    body = {
+        "prompt": "Go on.",
+        "session_id": 8,
+        "interactive_mode": True,
+        "stream": True,
+        "request_output_len": 800,
+        "ignore_eos": True,
+    }
     with running.socket() as connection:
-        data = request(body, "/v1/chat/interactive").replace(b"host: localhost", b"host: x\r\nauthorization: Bearer " + FIRST.encode())
+        data = request(body, "/v1/chat/interactive").replace(
+            b"host: localhost", b"host: x\r\nauthorization: Bearer " + FIRST.encode()
+        )
         connection.sendall(data)
         said = b""
         while said.count(b"data: ") < 3:
@@ -161,7 +189,10 @@ def test_sessions_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
         for id in range(5):
             assert turn(running, session_id=id).status == 200
         assert until(lambda: sessions(running) == 3)
-        assert turn(running, session_id=4).json["history_tokens"] > 0 and turn(running, session_id=0).json["history_tokens"] == 0
+        assert (
+            turn(running, session_id=4).json["history_tokens"] > 0
+            and turn(running, session_id=0).json["history_tokens"] == 0
+        )
         time.sleep(0.6)
         turn(running, session_id=9, interactive_mode=False)
         assert until(lambda: sessions(running) == 0) and until(lambda: idle(running))
@@ -173,7 +204,8 @@ def test_ones_own_sessions_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
         turn(running, FIRST, session_id=0)
         for id in range(6):
             turn(running, SECOND, session_id=id)
-        assert turn(running, SECOND, session_id=9, prompt="word " * 3000).status == 400  # nor does one that was refused take a place
+        # nor does one that was refused take a place
+        assert turn(running, SECOND, session_id=9, prompt="word " * 3000).status == 400
         assert turn(running, FIRST, session_id=0).json["history_tokens"] > 0
         assert turn(running, SECOND, session_id=0).json["history_tokens"] == 0
 
@@ -183,7 +215,9 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[interactive.Conversation]:
     """The sessions that were left, in their order."""
     found, leave = list[interactive.Conversation](), interactive.Sessions.leave
 
-    def noting(self: Any, owner: str, id: int, session: interactive.Conversation, *, keep: bool) -> None:
+    def noting(
+        self: Any, owner: str, id: int, session: interactive.Conversation, *, keep: bool
+    ) -> None:
         found.append(session)
         leave(self, owner, id, session, keep=keep)
 
@@ -191,19 +225,34 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[interactive.Conversation]:
     return found
 
 
-def test_a_session_keeps_what_a_template_gets_and_nothing_else(running: Running, left: list[interactive.Conversation]) -> None:
+def test_a_session_keeps_what_a_template_gets_and_nothing_else(
+    running: Running, left: list[interactive.Conversation]
+) -> None:
     said = [{"role": "user", "content": [{"type": "text", "text": "What?"}], "refusal": None}]
     answer = turn(running, session_id=901, prompt=said)
-    expected = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": answer.json["text"]}]
+    expected = [
+        {"role": "user", "content": "What?"},
+        {"role": "assistant", "content": answer.json["text"]},
+    ]
     assert json.loads(left[-1].messages) == expected
     turn(running, session_id=901, cancel=True)
 
 
-def test_a_session_is_bounded_whatever_a_template_leaves_out(running: Running, left: list[interactive.Conversation]) -> None:
+def test_a_session_is_bounded_whatever_a_template_leaves_out(
+    running: Running, left: list[interactive.Conversation]
+) -> None:
     """This one shows no calls and no thoughts: the context alone would bound nothing."""
     most = running.service.context * interactive.MOST_PER_TOKEN + interactive.MOST_BESIDE
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": ["y" * 500] * 40})}}
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}, {"role": "user", "content": "c"}]
+    call = {
+        "id": "1",
+        "type": "function",
+        "function": {"name": "f", "arguments": json.dumps({"x": ["y" * 500] * 40})},
+    }
+    said = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [call]},
+        {"role": "user", "content": "c"},
+    ]
     statuses = list[int]()
     for _ in range(most // 20_000 + 2):
         answer = turn(running, session_id=903, prompt=said, request_output_len=1)
@@ -211,14 +260,23 @@ def test_a_session_is_bounded_whatever_a_template_leaves_out(running: Running, l
         if answer.status != 200:
             break
     assert statuses[:2] == [200, 200] and statuses[-1] == 400, answer.body
-    assert (answer.error["param"], answer.error["code"]) == ("prompt", "session_too_long") and str(most) in answer.error["message"]
+    assert (answer.error["param"], answer.error["code"]) == ("prompt", "session_too_long") and str(
+        most
+    ) in answer.error["message"]
     assert len(left[-1].messages) <= most
-    assert turn(running, session_id=903, prompt="Go on.", request_output_len=1).status == 200  # as it was
+    # as it was
+    assert turn(running, session_id=903, prompt="Go on.", request_output_len=1).status == 200
     turn(running, session_id=903, cancel=True)
 
 
 @pytest.mark.parametrize("text", ["ä 🦊 \u2028", 'a"\\b', "x\ud800y"])
 def test_messages_come_back_as_they_were(text: str) -> None:
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "tool_calls": [{"arguments": {"x": [1.5, None, True, 10**40]}}]}]
+    messages = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "tool_calls": [{"arguments": {"x": [1.5, None, True, 10**40]}}]},
+    ]
     once = interactive._more(b"", messages)
-    assert json.loads(once) == messages and json.loads(interactive._more(once, messages)) == messages * 2
+    assert (
+        json.loads(once) == messages
+        and json.loads(interactive._more(once, messages)) == messages * 2
+    )

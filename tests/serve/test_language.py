@@ -1,4 +1,5 @@
-"""The words of the pages: whatever is said in English has its Chinese, and the dictionary has nothing else."""
+"""The words of the pages: whatever is said in English has its Chinese, and the dictionary has
+nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ SCRIPTS = [path for path in sorted(PAGE.glob("*.js")) if path.name != "chinese.j
 
 def dictionary(text: str) -> dict[str, str]:
     pairs = re.findall(rf"^  ({LITERAL}|\w+):\s+({LITERAL}),$", text, re.M)
-    return {(json.loads(key) if key.startswith('"') else key): json.loads(value) for key, value in pairs}
+    return {
+        (json.loads(key) if key.startswith('"') else key): json.loads(value) for key, value in pairs
+    }
 
 
 SOURCE = (PAGE / "chinese.js").read_text(encoding="utf-8")
@@ -37,7 +40,9 @@ class Texts(HTMLParser):
         self.found.add(data.strip())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found |= {value or "" for name, value in attrs if name in ("aria-label", "title", "placeholder")}
+        self.found |= {
+            value or "" for name, value in attrs if name in ("aria-label", "title", "placeholder")
+        }
 
 
 def said_in_html() -> set[str]:
@@ -49,7 +54,9 @@ def said_in_html() -> set[str]:
 
 def said_in(script: Path) -> Iterator[str]:
     """The texts that `say` is given as such, both of a choice."""
-    for given in re.findall(rf"\bsay\(((?:{LITERAL}|[^(){{}}\"])*)", script.read_text(encoding="utf-8")):
+    for given in re.findall(
+        rf"\bsay\(((?:{LITERAL}|[^(){{}}\"])*)", script.read_text(encoding="utf-8")
+    ):
         yield from (json.loads(text) for text in re.findall(LITERAL, given))
 
 
@@ -61,7 +68,8 @@ def test_everything_has_its_chinese() -> None:
 def test_nothing_in_the_dictionary_is_said_no_more() -> None:
     texts = "\n".join(script.read_text(encoding="utf-8") for script in SCRIPTS)
     literals = {json.loads(text) for text in re.findall(LITERAL, texts)} | said_in_html()
-    schema_types = {"string", "number", "integer", "boolean", "object", "array", "path", "query"}  # and places
+    # and places
+    schema_types = {"string", "number", "integer", "boolean", "object", "array", "path", "query"}
     assert {key for key in OURS if not key.startswith("code ")} - literals - schema_types == set()
     server = "\n".join(path.read_text(encoding="utf-8") for path in PAGE.parent.glob("*.py"))
     assert [key for key in OURS if key.startswith("code ") and f'"{key[5:]}"' not in server] == []
@@ -71,7 +79,9 @@ def test_nothing_in_the_dictionary_is_said_no_more() -> None:
 def test_a_translation_keeps_what_is_filled_in_and_is_chinese(words: dict[str, str]) -> None:
     assert len(words) == len(set(words)) > 30
     for english, chinese in words.items():
-        assert sorted(re.findall(r"{\w+}", english)) == sorted(re.findall(r"{\w+}", chinese)), english
+        assert sorted(re.findall(r"{\w+}", english)) == sorted(re.findall(r"{\w+}", chinese)), (
+            english
+        )
         assert (
             chinese == english
             or re.search("[\u3000-\u9fff\uff00-\uffef]", chinese)

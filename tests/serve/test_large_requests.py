@@ -21,8 +21,12 @@ from tests.helpers.serving import DEMO, Running, serving
 
 MOST_WAIT_S = 0.2
 WORDS = "the quick brown fox, " * 190_000  # 4 MB
-# Llama 3's. For a run of white space, which \s+(?!\S) goes through again and again, it takes ten times as long as for words.
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Llama 3's. For a run of white space, which \s+(?!\S) goes through again and again, it takes ten
+# times as long as for words.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PROBE = """
 import select, sys, time
 from http.client import HTTPConnection
@@ -45,7 +49,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "type": "Sequence",
         "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": False,
+            },
         ],
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -56,7 +65,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @contextmanager
 def probing(running: Running) -> Iterator[list[float]]:
     """The longest that /health took, asked all the time from another process."""
-    probe = subprocess.Popen([sys.executable, "-c", PROBE, str(running.port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    probe = subprocess.Popen(
+        [sys.executable, "-c", PROBE, str(running.port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     found = list[float]()
     time.sleep(0.3)
     yield found
@@ -65,15 +79,20 @@ def probing(running: Running) -> Iterator[list[float]]:
 
 def limit(running: Running, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_text, "MOST_SECONDS", seconds)
-    monkeypatch.setattr(running.service, "_long_texts", long_text.LongTexts(running.service.text.tokenizer))
+    monkeypatch.setattr(
+        running.service, "_long_texts", long_text.LongTexts(running.service.text.tokenizer)
+    )
 
 
 @pytest.mark.parametrize("prompt", [WORDS, " " * 4_000_000], ids=["words", "spaces"])
-def test_health_answers_at_once_while_four_megabytes_are_tokenised(running: Running, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_answers_at_once_while_four_megabytes_are_tokenised(
+    running: Running, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if prompt.isspace():  # which may take a minute
         limit(running, 1.0, monkeypatch)
     worst = list[float]()
-    for _ in range(3):  # a machine that has other work may be late once; a lock that is held is held each time
+    # a machine that has other work may be late once; a lock that is held is held each time
+    for _ in range(3):
         with probing(running) as found:
             answer = running.post("/tokenize", {"prompt": prompt})
         assert answer.status == 200 or answer.error["param"] == "prompt"
@@ -87,18 +106,31 @@ def test_long_answers_are_those_of_short_ones(running: Running) -> None:
     tokenizer = Tokenizer.from_file(str(running.service.llm.engine.path / "tokenizer.json"))
     text = "The quick fox – 狐 🦊 </s>\n" * (LONG // 15)
     found = running.post("/tokenize", {"prompt": text}).json
-    assert found == {"tokens": tokenizer.encode(text).ids, "count": len(found["tokens"]), "max_model_len": 1024}
+    assert found == {
+        "tokens": tokenizer.encode(text).ids,
+        "count": len(found["tokens"]),
+        "max_model_len": 1024,
+    }
     assert len(found["tokens"]) > LONG
-    assert running.post("/detokenize", {"tokens": found["tokens"]}).json == {"prompt": tokenizer.decode(found["tokens"])}
+    assert running.post("/detokenize", {"tokens": found["tokens"]}).json == {
+        "prompt": tokenizer.decode(found["tokens"])
+    }
     dialogue = [{"role": "user", "content": text}]
     long = running.post("/tokenize", {"messages": dialogue}).json
-    assert long["tokens"] == running.service.text.dialogue(dialogue) and long["count"] == len(long["tokens"])
+    assert long["tokens"] == running.service.text.dialogue(dialogue) and long["count"] == len(
+        long["tokens"]
+    )
 
 
-def test_what_a_tokenizer_cannot_do_in_time_is_refused(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_tokenizer_cannot_do_in_time_is_refused(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limit(running, 0.05, monkeypatch)
     answer = running.post("/tokenize", {"prompt": WORDS})
-    assert (answer.status, answer.error["param"]) == (400, "prompt") and "more than 0.05 s" in answer.error["message"]
+    assert (answer.status, answer.error["param"]) == (
+        400,
+        "prompt",
+    ) and "more than 0.05 s" in answer.error["message"]
     answer = running.post("/v1/completions", {"prompt": [WORDS[:30_000]] * 126, "max_tokens": 1})
     assert (answer.status, answer.error["param"]) == (400, "prompt")
     assert running.post("/tokenize", {"prompt": "The table"}).json["count"] > 1
@@ -112,13 +144,19 @@ def test_prompts_that_are_long_together_are_tokenised_together(running: Running)
     assert found == [running.service.text.encode(text) for text in texts]
 
 
-def test_small_requests_do_not_wait_for_large_ones(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_requests_do_not_wait_for_large_ones(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limit(running, 0.5, monkeypatch)
     with ThreadPoolExecutor(6) as pool:
         large = [pool.submit(running.post, "/tokenize", {"prompt": WORDS}) for _ in range(6)]
         time.sleep(0.5)
         began = time.monotonic()
-        small: list[Any] = [running.post("/tokenize", {"prompt": "The table"}), running.chat(max_tokens=2), running.complete(max_tokens=2)]
+        small: list[Any] = [
+            running.post("/tokenize", {"prompt": "The table"}),
+            running.chat(max_tokens=2),
+            running.complete(max_tokens=2),
+        ]
         assert time.monotonic() - began < 5 and all(answer.status == 200 for answer in small)
         assert not any(answer.done() for answer in large[-2:])
         assert {answer.result().status for answer in large} <= {200, 400}

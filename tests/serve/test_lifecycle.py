@@ -26,17 +26,33 @@ BODY = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "stream": 
 
 @contextmanager
 def started(
-    *arguments: str, code: str | None = None, limits: dict[int, int] | None = None, **environment: str
+    *arguments: str,
+    code: str | None = None,
+    limits: dict[int, int] | None = None,
+    **environment: str,
 ) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server of its own, and its port. code: run in place of the command, with the same arguments. limits: of its
-    resources."""
-    command = [sys.executable, *(["-c", code] if code else ["-m", "quantflow.cli.main"]), "serve", str(DEMO), "--port", "0"]
+    """A server of its own, and its port. code: run in place of the command, with the same
+    arguments. limits: of its resources."""
+    command = [
+        sys.executable,
+        *(["-c", code] if code else ["-m", "quantflow.cli.main"]),
+        "serve",
+        str(DEMO),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
-        [*command, "--cache-max-entry-count", "0.01", "--max-batch-size", "8", *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: [resource.setrlimit(kind, (most, most)) for kind, most in (limits or {}).items()],
+        [*command, "--cache-max-entry-count", "0.01", "--max-batch-size", "8", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: [
+            resource.setrlimit(kind, (most, most)) for kind, most in (limits or {}).items()
+        ],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **environment},
-    )  # fmt: skip
+    )
     try:
         assert process.stdout
         line = process.stdout.readline()
@@ -65,7 +81,12 @@ def connect(port: int, timeout: float = 60) -> HTTPConnection:
 def begin(port: int, **body: Any) -> Any:
     """A stream that has begun."""
     connection = connect(port)
-    connection.request("POST", "/v1/completions", json.dumps({**BODY, **body}), {"content-type": "application/json"})
+    connection.request(
+        "POST",
+        "/v1/completions",
+        json.dumps({**BODY, **body}),
+        {"content-type": "application/json"},
+    )
     response = connection.getresponse()
     OPENED.append(response)
     assert response.status == 200 and response.readline().startswith(b"data: ")
@@ -107,7 +128,8 @@ def test_a_second_signal_quits_at_once() -> None:
 
 
 def test_a_terminals_ctrl_c_lets_all_ranks_finish() -> None:
-    """A terminal sends it to every process: the other ranks and the template's process leave it to the first."""
+    """A terminal sends it to every process: the other ranks and the template's process leave it to
+    the first."""
     with started("--tp", "2") as (process, port):
         response = begin(port, max_tokens=100, n=2)
         os.killpg(process.pid, signal.SIGINT)
@@ -123,17 +145,26 @@ def test_an_idle_server_stops_at_once() -> None:
         assert process.wait(10) == 0 and time.monotonic() - began < 3
 
 
-HALF = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{"
+HALF = (
+    b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type:"
+    b" application/json\r\ncontent-length: 50\r\n\r\n{"
+)
 
 
 def test_half_a_request_does_not_keep_the_process() -> None:
     with started() as (process, port):
         response = begin(port, max_tokens=400)
         held = []
-        for sent in (b"", HALF[:9], HALF, HALF.replace(b"content-type: application/json", b"content-type: text/plain")):
+        for sent in (
+            b"",
+            HALF[:9],
+            HALF,
+            HALF.replace(b"content-type: application/json", b"content-type: text/plain"),
+        ):
             held.append(socket.create_connection(("127.0.0.1", port), 20))
             held[-1].sendall(sent)
-        whole = json.dumps({**BODY, "max_tokens": 300, "n": 1}).encode()  # and half of another request behind one that runs
+        # and half of another request behind one that runs
+        whole = json.dumps({**BODY, "max_tokens": 300, "n": 1}).encode()
         piped = socket.create_connection(("127.0.0.1", port), 60)
         OPENED.extend([*held, piped])
         piped.sendall(HALF[:-1].replace(b"50", b"%d" % len(whole)) + whole + HALF)
@@ -141,7 +172,12 @@ def test_half_a_request_does_not_keep_the_process() -> None:
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         answers = [b"".join(iter(lambda one=one: one.recv(65536), b"")) for one in held]
-        assert answers[0] == b"" and b" 503 " in answers[1] and b" 503 " in answers[2] and b"shutting_down" in answers[2]
+        assert (
+            answers[0] == b""
+            and b" 503 " in answers[1]
+            and b" 503 " in answers[2]
+            and b"shutting_down" in answers[2]
+        )
         assert answers[3].startswith(b"HTTP/1.1 415 ") and b" 503 " not in answers[3]
         seconds = time.monotonic() - began
         assert seconds < 4, seconds
@@ -157,7 +193,10 @@ def test_an_answer_that_nobody_reads_does_not_keep_the_process() -> None:
         asleep.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         asleep.connect(("127.0.0.1", port))
         body = json.dumps({"prompt": "x y " * 700_000}).encode()
-        asleep.sendall(HALF[:-1].replace(b"/v1/completions", b"/tokenize").replace(b"50", b"%d" % len(body)) + body)
+        asleep.sendall(
+            HALF[:-1].replace(b"/v1/completions", b"/tokenize").replace(b"50", b"%d" % len(body))
+            + body
+        )
         assert asleep.recv(9) == b"HTTP/1.1 "
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
@@ -216,7 +255,12 @@ main()
 def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
     with started("--drain-timeout", "0.5", code=HANGS) as (process, port):
         connection = connect(port)
-        connection.request("POST", "/v1/completions", json.dumps({**BODY, "n": 3, "stream": False}), {"content-type": "application/json"})
+        connection.request(
+            "POST",
+            "/v1/completions",
+            json.dumps({**BODY, "n": 3, "stream": False}),
+            {"content-type": "application/json"},
+        )
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         response = connection.getresponse()
@@ -249,7 +293,14 @@ main()
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "quantflow.cli.main", "serve", *arguments]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **paths, **environment})
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **paths, **environment},
+    )
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded() -> None:
@@ -288,7 +339,9 @@ def test_names_that_were_given_are_the_only_ones() -> None:
         for name, status in (("a", 200), ("b", 200), ("c", 404)):
             connection = connect(port, 20)
             body = json.dumps({"prompt": "x", "model": name, "max_tokens": 1})
-            connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+            connection.request(
+                "POST", "/v1/completions", body, {"content-type": "application/json"}
+            )
             response = connection.getresponse()
             found = json.loads(response.read())
             assert response.status == status
@@ -296,14 +349,22 @@ def test_names_that_were_given_are_the_only_ones() -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--no-prefix-cache",)])
-def test_what_was_asked_before_is_not_known_without_a_prefix_cache(options: tuple[str, ...]) -> None:
+def test_what_was_asked_before_is_not_known_without_a_prefix_cache(
+    options: tuple[str, ...],
+) -> None:
     prompt = "The table has one row for each client, and every row has a name. " * 4
     body = json.dumps({"prompt": prompt, "max_tokens": 1}).encode()
     with started(*options) as (_, port):
         known = []
         for _ in range(2):
             connection = HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
-            known.append(json.loads(connection.getresponse().read())["usage"]["prompt_tokens_details"]["cached_tokens"])
+            connection.request(
+                "POST", "/v1/completions", body, {"content-type": "application/json"}
+            )
+            known.append(
+                json.loads(connection.getresponse().read())["usage"]["prompt_tokens_details"][
+                    "cached_tokens"
+                ]
+            )
             connection.close()
     assert known[0] == 0 and (known[1] == 0 if options else known[1] > 0)

@@ -1,4 +1,5 @@
-"""A server with --literal-content: what a message spells out is text, long or short, by every door; what is no message is as it was."""
+"""A server with --literal-content: what a message spells out is text, long or short, by every door;
+what is no message is as it was."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def test_a_messages_words_are_text(literal: Running, server: Running) -> None:
     text = literal.service.text
     for times in (1, LONG // 20):  # the second in a process of its own
         tokens = literal.post("/tokenize", {"messages": said(BAD * times)}).json["tokens"]
-        assert ends(literal, tokens) == 0 and text.joined(tokens, special=True) == text.render(said(BAD * times))
+        assert ends(literal, tokens) == 0 and text.joined(tokens, special=True) == text.render(
+            said(BAD * times)
+        )
     plain = said("What is a table?")
     assert literal.post("/tokenize", {"messages": plain}).json["tokens"] == text.dialogue(plain)
     assert ends(server, server.post("/tokenize", {"messages": said(BAD)}).json["tokens"]) > 0
@@ -43,7 +46,12 @@ def test_every_door_for_dialogues(literal: Running) -> None:
     count = literal.post("/tokenize", {"messages": said(BAD)}).json["count"]
     assert count > len(literal.service.text.dialogue(said(BAD)))
     assert literal.chat(messages=said(BAD)).json["usage"]["prompt_tokens"] == count
-    assert literal.post("/v1/chat/interactive", {"prompt": BAD, "request_output_len": 1}).json["input_tokens"] == count
+    assert (
+        literal.post("/v1/chat/interactive", {"prompt": BAD, "request_output_len": 1}).json[
+            "input_tokens"
+        ]
+        == count
+    )
     assert literal.post("/v1/encode", {"input": BAD, "do_preprocess": True}).json["length"] == count
 
 
@@ -53,4 +61,6 @@ def test_a_prompt_is_the_clients_own(literal: Running) -> None:
 
 def test_letters_that_are_kept_for_it_are_refused(literal: Running) -> None:
     answer = literal.chat(messages=said("a\ufdd0"))
-    assert (answer.status, answer.error["param"]) == (400, "messages") and "U+FDD0" in answer.error["message"]
+    assert (answer.status, answer.error["param"]) == (400, "messages") and "U+FDD0" in answer.error[
+        "message"
+    ]

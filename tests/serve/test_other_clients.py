@@ -1,4 +1,5 @@
-"""Clients that bring much with them, and are tested where they are installed: LiteLLM and LangChain, over both of OpenAI's APIs."""
+"""Clients that bring much with them, and are tested where they are installed: LiteLLM and
+LangChain, over both of OpenAI's APIs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,12 @@ from tests.helpers.serving import Running, serving, with_tools
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs, of each other
 
-SCHEMA = {"type": "object", "properties": {"unit": {"enum": ["C", "F"]}}, "required": ["unit"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"unit": {"enum": ["C", "F"]}},
+    "required": ["unit"],
+    "additionalProperties": False,
+}
 WEATHER: dict[str, Any] = {"name": "weather", "description": "The weather", "parameters": SCHEMA}
 QUESTION = "What is a table?"
 HI: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -42,7 +48,11 @@ def installed(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(with_tools(tmp_path_factory.mktemp("clients") / "model"), ServerConfig(port=0, names=("demo",)), check=True) as found:
+    with serving(
+        with_tools(tmp_path_factory.mktemp("clients") / "model"),
+        ServerConfig(port=0, names=("demo",)),
+        check=True,
+    ) as found:
         yield found
 
 
@@ -58,7 +68,8 @@ def litellm() -> Any:
 
 @pytest.fixture(scope="module")
 def there(litellm: Any, running: Running) -> dict[str, Any]:
-    """Where the server is, in LiteLLM's words; after it, so that none is started where LiteLLM is not installed."""
+    """Where the server is, in LiteLLM's words; after it, so that none is started where LiteLLM is
+    not installed."""
     return {"api_base": f"{running.address}/v1", "api_key": "none", "num_retries": 0}
 
 
@@ -67,35 +78,83 @@ def test_litellm(litellm: Any, there: dict[str, Any], provider: str) -> None:
     model, asked = f"{provider}/demo", {"messages": HI, "temperature": 0, "max_tokens": 20}
     whole = litellm.completion(model=model, **asked, **there)
     said = whole.choices[0].message.content
-    assert said and whole.usage.completion_tokens == 20 and whole.choices[0].finish_reason == "length"
-    assert said == "".join(c.choices[0].delta.content or "" for c in litellm.completion(model=model, stream=True, **asked, **there))
-    again = litellm.completion(model=model, **{**asked, "messages": [*HI, whole.choices[0].message, *HI]}, **there)
+    assert (
+        said and whole.usage.completion_tokens == 20 and whole.choices[0].finish_reason == "length"
+    )
+    assert said == "".join(
+        c.choices[0].delta.content or ""
+        for c in litellm.completion(model=model, stream=True, **asked, **there)
+    )
+    again = litellm.completion(
+        model=model, **{**asked, "messages": [*HI, whole.choices[0].message, *HI]}, **there
+    )
     assert again.usage.prompt_tokens > whole.usage.prompt_tokens
-    thing = litellm.completion(model=model, **asked | {"response_format": Thing, "max_tokens": 300}, **there).choices[0].message.content
+    thing = (
+        litellm.completion(
+            model=model, **asked | {"response_format": Thing, "max_tokens": 300}, **there
+        )
+        .choices[0]
+        .message.content
+    )
     assert Thing.model_validate_json(thing)
 
 
 @pytest.mark.parametrize("model", ["openai/demo", "openai/responses/demo"])
 def test_litellms_tools(litellm: Any, there: dict[str, Any], model: str) -> None:
     tools = [{"type": "function", "function": WEATHER}]
-    asked = {"model": model, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 200, **there}
+    asked = {
+        "model": model,
+        "tools": tools,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 200,
+        **there,
+    }
     said = litellm.completion(messages=HI, **asked).choices[0].message
     (call,) = said.tool_calls
-    assert call.function.name == "weather" and json.loads(call.function.arguments)["unit"] in ("C", "F")
+    assert call.function.name == "weather" and json.loads(call.function.arguments)["unit"] in (
+        "C",
+        "F",
+    )
     for message in (said, said.model_dump()):
-        messages = [*HI, message, {"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "Sunny."}]
-        assert litellm.completion(messages=messages, **asked | {"tool_choice": "none", "max_tokens": 5}).choices[0].message.content
-    streamed = litellm.stream_chunk_builder(list(litellm.completion(messages=HI, stream=True, **asked)))
+        messages = [
+            *HI,
+            message,
+            {"role": "tool", "tool_call_id": call.id, "name": "weather", "content": "Sunny."},
+        ]
+        assert (
+            litellm.completion(
+                messages=messages, **asked | {"tool_choice": "none", "max_tokens": 5}
+            )
+            .choices[0]
+            .message.content
+        )
+    streamed = litellm.stream_chunk_builder(
+        list(litellm.completion(messages=HI, stream=True, **asked))
+    )
     assert streamed.choices[0].message.tool_calls[0].function.name == "weather"
 
 
 def test_litellms_responses(litellm: Any, there: dict[str, Any]) -> None:
-    asked: dict[str, Any] = {"model": "openai/demo", "input": QUESTION, "temperature": 0, "max_output_tokens": 20, **there}
+    asked: dict[str, Any] = {
+        "model": "openai/demo",
+        "input": QUESTION,
+        "temperature": 0,
+        "max_output_tokens": 20,
+        **there,
+    }
     whole = litellm.responses(**asked)
     assert whole.status == "incomplete" and whole.usage.output_tokens == 20
     kinds = [event.type for event in litellm.responses(**asked, stream=True)]
     assert kinds[0] == "response.created" and "response.output_text.delta" in kinds
-    found = litellm.responses(**asked | {"tools": [{"type": "function", **WEATHER}], "tool_choice": "required", "max_output_tokens": 200})
+    found = litellm.responses(
+        **asked
+        | {
+            "tools": [{"type": "function", **WEATHER}],
+            "tool_choice": "required",
+            "max_output_tokens": 200,
+        }
+    )
     assert found.output[0].name == "weather"
 
 
@@ -121,8 +180,16 @@ def langchain() -> Any:
 @pytest.fixture(scope="module")
 def chat(langchain: Any, running: Running) -> Any:
     def make(responses: bool, **options: Any) -> Any:
-        given = {"temperature": 0, "max_tokens": 20, "max_retries": 0, "use_responses_api": responses, **options}
-        return langchain.ChatOpenAI(base_url=f"{running.address}/v1", api_key="none", model="demo", **given)
+        given = {
+            "temperature": 0,
+            "max_tokens": 20,
+            "max_retries": 0,
+            "use_responses_api": responses,
+            **options,
+        }
+        return langchain.ChatOpenAI(
+            base_url=f"{running.address}/v1", api_key="none", model="demo", **given
+        )
 
     return make
 
@@ -132,8 +199,13 @@ def test_langchain(chat: Any, responses: bool) -> None:
     model = chat(responses)
     whole = model.invoke([("system", "Be short."), ("user", QUESTION)])
     assert whole.text and whole.usage_metadata["output_tokens"] == 20
-    assert "".join(piece.text for piece in model.stream([("system", "Be short."), ("user", QUESTION)])) == whole.text
-    again = model.invoke([("system", "Be short."), ("user", QUESTION), whole, ("user", "And an index?")])
+    assert (
+        "".join(piece.text for piece in model.stream([("system", "Be short."), ("user", QUESTION)]))
+        == whole.text
+    )
+    again = model.invoke(
+        [("system", "Be short."), ("user", QUESTION), whole, ("user", "And an index?")]
+    )
     assert again.usage_metadata["input_tokens"] > whole.usage_metadata["input_tokens"]
 
 
@@ -142,21 +214,33 @@ def test_langchain(chat: Any, responses: bool) -> None:
 def test_langchains_objects(chat: Any, responses: bool, method: str) -> None:
     model = chat(responses, max_tokens=300)
     for strict in (None, True):
-        assert isinstance(model.with_structured_output(Thing, method=method, strict=strict).invoke(QUESTION), Thing)
+        assert isinstance(
+            model.with_structured_output(Thing, method=method, strict=strict).invoke(QUESTION),
+            Thing,
+        )
 
 
 @BOTH
 def test_langchains_tools(chat: Any, responses: bool) -> None:
     tool = {"type": "function", "function": WEATHER}
-    model = chat(responses, max_tokens=200).bind_tools([tool], tool_choice="any", parallel_tool_calls=False)
+    model = chat(responses, max_tokens=200).bind_tools(
+        [tool], tool_choice="any", parallel_tool_calls=False
+    )
     whole, streamed = model.invoke(QUESTION), None
     for piece in model.stream(QUESTION):
         streamed = piece if streamed is None else streamed + piece
     for said in (whole, streamed):
         (call,) = said.tool_calls
         assert call["name"] == "weather" and call["args"]["unit"] in ("C", "F")
-        result = importlib.import_module("langchain_core.messages").ToolMessage("Sunny.", tool_call_id=call["id"])
-        assert chat(responses).bind_tools([tool], tool_choice="none").invoke([("user", QUESTION), said, result]).text
+        result = importlib.import_module("langchain_core.messages").ToolMessage(
+            "Sunny.", tool_call_id=call["id"]
+        )
+        assert (
+            chat(responses)
+            .bind_tools([tool], tool_choice="none")
+            .invoke([("user", QUESTION), said, result])
+            .text
+        )
 
 
 @BOTH

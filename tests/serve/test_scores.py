@@ -1,4 +1,5 @@
-"""Log-probabilities, of which an answer may hold very many: bounded, and put together where nobody waits for it."""
+"""Log-probabilities, of which an answer may hold very many: bounded, and put together where nobody
+waits for it."""
 
 from __future__ import annotations
 
@@ -21,10 +22,19 @@ from tests.helpers.serving import Running
 @pytest.mark.parametrize(
     "content",
     [
-        {}, [], [[]], {"a": {}, "b": []}, list(range(PIECE)), list(range(PIECE + 1)), [[1.5, "ä"]] * (3 * PIECE), ((1, 2), None, True),
-        {"é\"": [{"top": [(0.1, 5)] * 200, "x": None}] * 130, "text": "\n"}, "plain", 3,
+        {},
+        [],
+        [[]],
+        {"a": {}, "b": []},
+        list(range(PIECE)),
+        list(range(PIECE + 1)),
+        [[1.5, "ä"]] * (3 * PIECE),
+        ((1, 2), None, True),
+        {'é"': [{"top": [(0.1, 5)] * 200, "x": None}] * 130, "text": "\n"},
+        "plain",
+        3,
     ],
-)  # fmt: skip
+)
 def test_what_is_written_in_pieces_is_what_is_written_at_once(content: Any) -> None:
     assert encode_large(content) == encode(content)
 
@@ -45,14 +55,20 @@ def job(lengths: list[int], **params: Any) -> Job:
         ([4096], {"logprobs": 20, "prompt_logprobs": 20}, None),
         ([4096] * 128, {"max_tokens": 1}, None),  # which tells none
         ([4096] * 127, {"prompt_logprobs": 0, "max_tokens": 0}, None),
-        ([4096] * 128, {"prompt_logprobs": 20}, "prompt_logprobs: 524288 tokens, each with 20 alternatives: 11010048 scores in all"),
+        (
+            [4096] * 128,
+            {"prompt_logprobs": 20},
+            "prompt_logprobs: 524288 tokens, each with 20 alternatives: 11010048 scores in all",
+        ),
         ([4096] * 128, {"prompt_logprobs": 20, "prompt_logprobs_from": 4090}, None),
         ([10] * 64, {"logprobs": 20, "max_tokens": 4096}, "logprobs: 262144 tokens"),
         ([10], {"logprobs": 20, "max_tokens": 4096, "n": 8}, "logprobs: 32768 tokens"),
         ([8192], {"logprobs": 20, "max_tokens": None, "n": 64}, None),
     ],
-)  # fmt: skip
-def test_so_many_scores_are_told_and_no_more(lengths: list[int], params: dict[str, Any], named: str | None) -> None:
+)
+def test_so_many_scores_are_told_and_no_more(
+    lengths: list[int], params: dict[str, Any], named: str | None
+) -> None:
     if named is None:
         bounded(job(lengths, **params), 8192)
         return
@@ -72,14 +88,21 @@ def test_a_client_is_told_by_its_own_names(server: Running) -> None:
     prompts = [[5] * 400] * 128
     for body, named in (
         ({"prompt": prompts[:80], "prompt_logprobs": 20, "max_tokens": 1}, "prompt_logprobs"),
-        ({"prompt": prompts[:100], "prompt_logprobs": 20, "max_tokens": 0, "echo": True}, "prompt_logprobs"),
+        (
+            {"prompt": prompts[:100], "prompt_logprobs": 20, "max_tokens": 0, "echo": True},
+            "prompt_logprobs",
+        ),
     ):
         refused = server.complete(**body)
-        assert (refused.status, refused.error["param"]) == (400, named) and str(MOST_SCORES) in refused.error["message"]
+        assert (refused.status, refused.error["param"]) == (400, named) and str(
+            MOST_SCORES
+        ) in refused.error["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_large_answers_are_made_beside_the_loop_and_say_the_same(server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+def test_large_answers_are_made_beside_the_loop_and_say_the_same(
+    server: Running, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
     threads = set[str]()
 
     def noted(method: Any) -> Any:
@@ -89,7 +112,12 @@ def test_large_answers_are_made_beside_the_loop_and_say_the_same(server: Running
 
         return noting
 
-    for shape, name in ((ChatShape, "whole"), (ChatShape, "more"), (TextShape, "whole"), (TextShape, "more")):
+    for shape, name in (
+        (ChatShape, "whole"),
+        (ChatShape, "more"),
+        (TextShape, "whole"),
+        (TextShape, "more"),
+    ):
         monkeypatch.setattr(shape, name, noted(getattr(shape, name)))
 
     def asked() -> list[Any]:
@@ -99,7 +127,9 @@ def test_large_answers_are_made_beside_the_loop_and_say_the_same(server: Running
         assert (text.status, said.status) == (200, 200)
         found = []
         for made in (text, said):
-            for choice in [c for e in (made.events if stream else [made.json]) for c in e["choices"]]:
+            for choice in [
+                c for e in (made.events if stream else [made.json]) for c in e["choices"]
+            ]:
                 parts = choice["logprobs"] or {}
                 found += parts.get("content") or parts.get("tokens") or []
         return found

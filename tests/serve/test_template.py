@@ -1,4 +1,5 @@
-"""What clients may tell a model's chat template: variables within limits, reasoning, and where the answer is to begin."""
+"""What clients may tell a model's chat template: variables within limits, reasoning, and where the
+answer is to begin."""
 
 from __future__ import annotations
 
@@ -21,13 +22,12 @@ from quantflow.serve.template import DEEPEST, MOST_LETTERS, RESERVED, Told, told
 from tests.helpers.serving import DEMO, Running, serving
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>"
-    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<end>{% endfor %}"
-    "{% if enable_thinking is defined %}[thinking {{ enable_thinking }}]{% endif %}"
-    "{% if reasoning_effort %}[effort {{ reasoning_effort }}]{% endif %}"
-    "{% for d in documents or [] %}[{{ d.title }}: {{ d.text }}]{% endfor %}"
-    "{% for key, value in (extra or {}).items() %}[{{ key }}={{ value }}]{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}<think>{{"
+    " m.reasoning_content }}</think>{% endif %}{{ m.content }}<end>{% endfor %}{% if"
+    " enable_thinking is defined %}[thinking {{ enable_thinking }}]{% endif %}{% if"
+    " reasoning_effort %}[effort {{ reasoning_effort }}]{% endif %}{% for d in documents or []"
+    " %}[{{ d.title }}: {{ d.text }}]{% endfor %}{% for key, value in (extra or {}).items() %}[{{"
+    " key }}={{ value }}]{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 TRIMS = TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }}")
 HI = {"role": "user", "content": "Hi"}
@@ -62,12 +62,18 @@ def written(running: Running, *messages: Any, **body: Any) -> str:
         ({}, "<assistant>"),
         ({"chat_template_kwargs": {}}, "<assistant>"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "[thinking False]<assistant>"),
-        ({"chat_template_kwargs": {"extra": {"a": [1, {"b": None}]}}}, "[a=[1, {'b': None}]]<assistant>"),
+        (
+            {"chat_template_kwargs": {"extra": {"a": [1, {"b": None}]}}},
+            "[a=[1, {'b': None}]]<assistant>",
+        ),
         ({"chat_template_kwargs": {"unheard_of": 5}}, "<assistant>"),
         ({"enable_thinking": True}, "[thinking True]<assistant>"),
         ({"reasoning_effort": "low"}, "[thinking True][effort low]<assistant>"),
         ({"reasoning_effort": "none"}, "[thinking False][effort none]<assistant>"),
-        ({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}, "[thinking False][effort high]<assistant>"),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}},
+            "[thinking False][effort high]<assistant>",
+        ),
         ({"documents": [{"title": "T", "text": "words"}]}, "[T: words]<assistant>"),
         ({"add_generation_prompt": True}, "<assistant>"),
         ({"add_generation_prompt": False}, ""),
@@ -79,10 +85,14 @@ def test_a_template_is_told(running: Running, body: dict[str, Any], end: str) ->
 
 # What a dialogue passes on its way: a client's variable may have the name of any argument there.
 PASSED = (
-    Text.render, Text.dialogue, Text.encode, Service.dialogue, Service.dialogue_tokens, Told, told, Renderer.render, Renderer,
-    Literal.marked, Literal.marked_value, Literal.encode, LongTexts.encode, jinja2.Template.generate, jinja2.Template.render,
+    Text.render, Text.dialogue, Text.encode, Service.dialogue, Service.dialogue_tokens, Told, told,
+    Renderer.render, Renderer, Literal.marked, Literal.marked_value, Literal.encode,
+    LongTexts.encode, jinja2.Template.generate, jinja2.Template.render,
 )  # fmt: skip
-ARGUMENTS = sorted({name for function in PASSED for name in inspect.signature(function).parameters} | {"dialogues", "extra", "context"})
+ARGUMENTS = sorted(
+    {name for function in PASSED for name in inspect.signature(function).parameters}
+    | {"dialogues", "extra", "context"}
+)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +100,14 @@ def naming(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Whose template tells what it knows by each of those names."""
     folder = tmp_path_factory.mktemp("naming") / "model"
     shutil.copytree(DEMO, folder)
-    shown = "".join(f"{{% if {name} is string %}}[{name}={{{{ {name} }}}}]{{% endif %}}" for name in ARGUMENTS if name not in RESERVED)
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}" + shown)
+    shown = "".join(
+        f"{{% if {name} is string %}}[{name}={{{{ {name} }}}}]{{% endif %}}"
+        for name in ARGUMENTS
+        if name not in RESERVED
+    )
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}" + shown
+    )
     with serving(folder) as found:
         yield found
 
@@ -101,33 +117,51 @@ def test_a_variable_may_be_called_like_an_argument_of_ours(naming: Running, name
     variables: dict[str, Any] = {"chat_template_kwargs": {name: "mine"}}
     tokenized = naming.post("/tokenize", {"messages": [HI], **variables})
     chat = naming.chat(messages=[HI], max_tokens=1, **variables)
-    response = naming.post("/v1/responses", {"model": "x", "input": "Hi", "max_output_tokens": 1, **variables})
+    response = naming.post(
+        "/v1/responses", {"model": "x", "input": "Hi", "max_output_tokens": 1, **variables}
+    )
     if name in RESERVED:
         assert {a.error["param"] for a in (tokenized, chat, response)} == {"chat_template_kwargs"}
         assert {a.status for a in (tokenized, chat, response)} == {400}
         return
     assert naming.service.text.decode(tokenized.json["tokens"]) == f"Hi[{name}=mine]"
-    assert chat.json["usage"]["prompt_tokens"] == response.json["usage"]["input_tokens"] == tokenized.json["count"]
+    assert (
+        chat.json["usage"]["prompt_tokens"]
+        == response.json["usage"]["input_tokens"]
+        == tokenized.json["count"]
+    )
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_in_a_history_reaches_the_template(running: Running, name: str) -> None:
     said = {"role": "assistant", "content": "A", name: "why"}
-    assert written(running, HI, said, HI) == "<user>Hi<end><assistant><think>why</think>A<end><user>Hi<end><assistant>"
+    assert (
+        written(running, HI, said, HI)
+        == "<user>Hi<end><assistant><think>why</think>A<end><user>Hi<end><assistant>"
+    )
 
 
-@pytest.mark.parametrize("content", ["The table", "The table ", "  x\n", "The ​table is", "end <end>"])
-def test_a_message_goes_on_where_transformers_has_it(running: Running, folder: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["The table", "The table ", "  x\n", "The ​table is", "end <end>"]
+)
+def test_a_message_goes_on_where_transformers_has_it(
+    running: Running, folder: Path, content: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = [HI, {"role": "assistant", "content": content}]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-    tokens = running.post("/tokenize", {"messages": messages, "continue_final_message": True}).json["tokens"]
+    tokens = running.post("/tokenize", {"messages": messages, "continue_final_message": True}).json[
+        "tokens"
+    ]
     assert tokens == tokenizer(expected, add_special_tokens=False)["input_ids"]
-    answer = running.chat(messages=messages, continue_final_message=True, add_generation_prompt=False, max_tokens=6)
+    answer = running.chat(
+        messages=messages, continue_final_message=True, add_generation_prompt=False, max_tokens=6
+    )
     assert answer.json["usage"]["prompt_tokens"] == len(tokens)
     assert (
         answer.json["choices"]
-        and answer.json["choices"][0]["message"]["content"] == running.complete(prompt=tokens, max_tokens=6).json["choices"][0]["text"]
+        and answer.json["choices"][0]["message"]["content"]
+        == running.complete(prompt=tokens, max_tokens=6).json["choices"][0]["text"]
     )
 
 
@@ -141,8 +175,22 @@ def _deep(levels: int) -> Any:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        *[({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs") for name in
-          ("messages", "tools", "documents", "bos_token", "raise_exception", "namespace", "self", "_private", "a-b", "", "x" * 65)],
+        *[
+            ({"chat_template_kwargs": {name: "x"}}, "chat_template_kwargs")
+            for name in (
+                "messages",
+                "tools",
+                "documents",
+                "bos_token",
+                "raise_exception",
+                "namespace",
+                "self",
+                "_private",
+                "a-b",
+                "",
+                "x" * 65,
+            )
+        ],
         ({"chat_template_kwargs": {"x": _deep(DEEPEST)}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"x": _deep(100)}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"x": [1] * 5000}}, "chat_template_kwargs"),
@@ -153,10 +201,21 @@ def _deep(levels: int) -> Any:
         ({"reasoning_effort": "very"}, "reasoning_effort"),
         ({"documents": [{"title": 1}]}, "documents[0].title"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-        ({"continue_final_message": True, "messages": [HI, {"role": "assistant", "tool_calls": [
-            {"id": "c", "function": {"name": "f", "arguments": "{}"}}]}]}, "continue_final_message"),
+        (
+            {
+                "continue_final_message": True,
+                "messages": [
+                    HI,
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}],
+                    },
+                ],
+            },
+            "continue_final_message",
+        ),
     ],
-)  # fmt: skip
+)
 def test_limits(running: Running, body: dict[str, Any], param: str) -> None:
     for path in ("/v1/chat/completions", "/tokenize"):
         answer = running.post(path, {"messages": [HI], **body})
@@ -170,12 +229,19 @@ def test_documents_count_as_text(running: Running) -> None:
 
 def test_what_a_variable_may_be_at_most(running: Running) -> None:
     for value in (_deep(DEEPEST - 1), "y" * (MOST_LETTERS - 1), [1] * 4000):
-        assert running.post("/tokenize", {"messages": [HI], "chat_template_kwargs": {"x": value}}).status == 200
+        assert (
+            running.post(
+                "/tokenize", {"messages": [HI], "chat_template_kwargs": {"x": value}}
+            ).status
+            == 200
+        )
 
 
 def test_a_template_that_rewrites_the_last_message_cannot_continue_it(tmp_path: Path) -> None:
     shutil.copytree(DEMO, tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content | upper }}{{ m.content[:1] }}{% endfor %}")
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content | upper }}{{ m.content[:1] }}{% endfor %}"
+    )
     with serving(tmp_path / "model") as running:
         answer = running.chat(continue_final_message=True)
         assert answer.status == 400 and "cannot be continued" in answer.error["message"]

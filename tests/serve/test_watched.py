@@ -1,4 +1,5 @@
-"""The doors that generate nothing: who goes away, or waits too long, leaves nothing behind there either."""
+"""The doors that generate nothing: who goes away, or waits too long, leaves nothing behind there
+either."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ DOORS: dict[str, Any] = {
 
 
 class Slow:
-    """In place of what tokenises: as a process that answers late, and is ended once nobody waits for it."""
+    """In place of what tokenises: as a process that answers late, and is ended once nobody waits
+    for it."""
 
     def __init__(self) -> None:
         self.begun, self.given_up = 0, 0
@@ -66,7 +68,8 @@ def test_who_goes_away_leaves_nothing_behind(running: Running, slow: Slow, path:
             assert until(lambda: running.service.inside == 2)
         assert until(lambda: running.service.inside == 1)
     assert until(lambda: running.service.inside == 0 and slow.given_up == 1)
-    assert running.service._asides.submit(lambda: slow.begun).result(10) == 1  # the second never began
+    # the second never began
+    assert running.service._asides.submit(lambda: slow.begun).result(10) == 1
 
 
 @pytest.mark.parametrize("path", DOORS)

@@ -1,4 +1,5 @@
-"""AWQ on one decoder layer: what it finds lowers the output's error, and what it folds keeps the function."""
+"""AWQ on one decoder layer: what it finds lowers the output's error, and what it folds keeps the
+function."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ W3 = Scheme(3, 8, False)
 
 
 def with_outliers(model_type: str, **changes: Any) -> TinyLayer:
-    """A layer whose norms blow up three channels, as those of real models do; the linears hardly read them."""
+    """A layer whose norms blow up three channels, as those of real models do; the linears hardly
+    read them."""
     tiny = TinyLayer(model_type, **changes)
     names = tiny.architecture.layer
     for norm in (names.attention_norm, names.mlp_norm):
@@ -35,20 +37,35 @@ def with_outliers(model_type: str, **changes: Any) -> TinyLayer:
 
 
 def search(
-    tiny: TinyLayer, schemes: Mapping[str, Scheme], *, x: torch.Tensor | None = None, grid: int = 8, clip: bool = True,
+    tiny: TinyLayer,
+    schemes: Mapping[str, Scheme],
+    *,
+    x: torch.Tensor | None = None,
+    grid: int = 8,
+    clip: bool = True,
     dtype: torch.dtype = torch.float64,
-) -> AwqResult:  # fmt: skip
+) -> AwqResult:
     with torch.inference_mode():
         return search_layer(
-            tiny.layer(dtype=dtype), tiny.tensors, tiny.input(4, 16, dtype) if x is None else x, schemes, RULES, grid=grid, clip=clip
+            tiny.layer(dtype=dtype),
+            tiny.tensors,
+            tiny.input(4, 16, dtype) if x is None else x,
+            schemes,
+            RULES,
+            grid=grid,
+            clip=clip,
         )
 
 
-def rounded(tensors: Mapping[str, torch.Tensor], schemes: Mapping[str, Scheme]) -> dict[str, torch.Tensor]:
+def rounded(
+    tensors: Mapping[str, torch.Tensor], schemes: Mapping[str, Scheme]
+) -> dict[str, torch.Tensor]:
     """`tensors` with the linears of `schemes` rounded to nearest."""
     found = dict(tensors)
     for n, scheme in schemes.items():
-        found[f"{n}.weight"] = quantize_rtn(tensors[f"{n}.weight"].float(), scheme, RULES).dequantize(torch.float64)
+        found[f"{n}.weight"] = quantize_rtn(
+            tensors[f"{n}.weight"].float(), scheme, RULES
+        ).dequantize(torch.float64)
     return found
 
 
@@ -74,7 +91,8 @@ def test_the_function_stays(model_type: str) -> None:
 
 
 def test_the_function_stays_where_an_activation_is_not_homogeneous() -> None:
-    # relu(z / s) is relu(z) / s; gelu(z / s) is not gelu(z) / s, so nothing may be folded through it.
+    # relu(z / s) is relu(z) / s; gelu(z / s) is not gelu(z) / s, so nothing may be folded through
+    # it.
     tiny = with_outliers("opt", activation_function="gelu")
     result = search(tiny, dict.fromkeys(tiny.linears(), W3))
     x = tiny.input()
@@ -91,18 +109,26 @@ def test_the_layers_output_error_is_lower_than_without(model_type: str) -> None:
     x = tiny.input(4, 16)
     expected = tiny.layer(length=16).forward(x)
     plain = error(tiny.layer(rounded(tiny.tensors, schemes)).forward(x), expected)
-    found = error(tiny.layer(rounded(folded(tiny.tensors, result.folding), schemes)).forward(x), expected)
+    found = error(
+        tiny.layer(rounded(folded(tiny.tensors, result.folding), schemes)).forward(x), expected
+    )
     assert found < 0.8 * plain
     assert all(line["loss_ratio"] <= 1.0 for line in result.report)  # type: ignore[operator]
     # And on windows it has not seen.
     x = tiny.input(4, 16, seed=99)
     expected = tiny.layer(length=16).forward(x)
     plain = error(tiny.layer(rounded(tiny.tensors, schemes)).forward(x), expected)
-    assert error(tiny.layer(rounded(folded(tiny.tensors, result.folding), schemes)).forward(x), expected) < plain
+    assert (
+        error(
+            tiny.layer(rounded(folded(tiny.tensors, result.folding), schemes)).forward(x), expected
+        )
+        < plain
+    )
 
 
 def test_a_sample_of_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every row of a linear comes four times, each fourth one gives the same choice and the same loss."""
+    """Where every row of a linear comes four times, each fourth one gives the same choice and the
+    same loss."""
     tiny = with_outliers("llama")
     names = tiny.architecture.layer
     for n in (names.o, names.down):
@@ -122,7 +148,12 @@ def test_the_reported_losses_are_those_of_the_parents_outputs() -> None:
     tiny = with_outliers("llama")
     schemes = dict.fromkeys(tiny.linears(), W3)
     result, names = search(tiny, schemes), tiny.architecture.layer
-    assert [line["group"] for line in result.report] == [names.attention_norm, names.o, names.mlp_norm, names.down]
+    assert [line["group"] for line in result.report] == [
+        names.attention_norm,
+        names.o,
+        names.mlp_norm,
+        names.down,
+    ]
     x = tiny.input(4, 16)
     exact = tiny.layer(length=16)
     attended = x + exact.attention_output(exact.context(exact.attention_input(x)))
@@ -138,7 +169,9 @@ def test_the_reported_losses_are_those_of_the_parents_outputs() -> None:
         ([names.q, names.k, names.v], names.attention_norm, attention),
         ([names.gate, names.up], names.mlp_norm, mlp),
     ):
-        only = Folding({n: columns[n] for n in group}, {}, {f"{norm}.weight": changed[f"{norm}.weight"]})
+        only = Folding(
+            {n: columns[n] for n in group}, {}, {f"{norm}.weight": changed[f"{norm}.weight"]}
+        )
         some = {n: schemes[n] for n in group}
         plain = error(parent(tiny.layer(rounded(tiny.tensors, some))), parent(exact))
         found = error(parent(tiny.layer(rounded(folded(tiny.tensors, only), some))), parent(exact))
@@ -153,7 +186,9 @@ def test_the_reported_losses_are_those_of_the_parents_outputs() -> None:
 
 def test_salient_channels_are_scaled_up() -> None:
     tiny = with_outliers("llama")
-    scale = search(tiny, dict.fromkeys(tiny.linears(), W3)).folding.columns[tiny.architecture.layer.q]
+    scale = search(tiny, dict.fromkeys(tiny.linears(), W3)).folding.columns[
+        tiny.architecture.layer.q
+    ]
     rest = [i for i in range(32) if i not in (1, 12, 30)]
     assert scale[[1, 12, 30]].min() > scale[rest].max()
 
@@ -173,9 +208,14 @@ def test_linears_that_stay_as_they_are_are_rescaled_but_never_divided() -> None:
     tiny, names = with_outliers("llama"), TinyLayer("llama").architecture.layer
     schemes = {n: W3 for n in tiny.linears() if n not in (names.k, names.v, names.up)}
     result = search(tiny, schemes)
-    # k, v and up read scaled norms; none of them may produce, or its rows would be rounded to 16 bits.
+    # k, v and up read scaled norms; none of them may produce, or its rows would be rounded to 16
+    # bits.
     assert {names.q, names.k, names.v, names.gate, names.up} <= set(result.folding.columns)
-    assert result.folding.rows == {} and names.o not in result.folding.columns and names.down not in result.folding.columns
+    assert (
+        result.folding.rows == {}
+        and names.o not in result.folding.columns
+        and names.down not in result.folding.columns
+    )
     assert set(result.importance) == set(schemes)
     x = tiny.input()
     expected = tiny.layer().forward(x)
@@ -197,7 +237,9 @@ def test_routers_and_all_experts_read_the_scaled_norm(model_type: str) -> None:
     scale = result.folding.columns[names.router]
     for e in range(tiny.config.experts):
         gate, up, down = names.mlp(e)
-        assert torch.equal(result.folding.columns[gate], scale) and torch.equal(result.folding.columns[up], scale)
+        assert torch.equal(result.folding.columns[gate], scale) and torch.equal(
+            result.folding.columns[up], scale
+        )
         assert torch.equal(result.folding.columns[down], result.folding.rows[up])
 
 
@@ -213,7 +255,11 @@ def test_an_expert_that_no_token_reached_is_reported() -> None:
     _, up, down = names.mlp(2)
     (line,) = (line for line in result.report if line["group"] == down)
     assert "no token" in str(line["scale"]) and line["loss_ratio"] == 1.0
-    assert down not in result.folding.columns and up not in result.folding.rows and down not in result.importance
+    assert (
+        down not in result.folding.columns
+        and up not in result.folding.rows
+        and down not in result.importance
+    )
     assert names.mlp(2)[0] in result.folding.columns  # it reads the norm all the same
     after = tiny.layer(folded(tiny.tensors, result.folding)).forward(tiny.input())
     expected = tiny.layer().forward(tiny.input())
@@ -253,7 +299,12 @@ def test_importance_is_the_folded_inputs_hessian(scheme: Scheme) -> None:
             expected = whole.diagonal()[None]
         else:
             expected = torch.stack([whole[i : i + 8, i : i + 8] for i in range(0, k, 8)])
-        torch.testing.assert_close(result.importance[n].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        torch.testing.assert_close(
+            result.importance[n].double(),
+            expected,
+            rtol=1e-4,
+            atol=1e-5 * float(expected.abs().max()),
+        )
     assert search(tiny, schemes, clip=False).importance == {}
 
 
@@ -264,41 +315,61 @@ def test_before_gptq_the_choice_is_made_as_gptq_rounds(model_type: str) -> None:
     x = tiny.input(8, 16)
     with torch.inference_mode():
         rounder = gptq_rounder(RULES, settings)
-        result = search_layer(tiny.layer(), tiny.tensors, x, schemes, RULES, grid=8, clip=False, round_finally=rounder)
+        result = search_layer(
+            tiny.layer(), tiny.tensors, x, schemes, RULES, grid=8, clip=False, round_finally=rounder
+        )
     assert all(0 <= float(str(line["loss_ratio"])) <= 1 for line in result.report)
     after = folded(tiny.tensors, result.folding)
     expected = tiny.layer().forward(x)
     assert float((tiny.layer(after).forward(x) - expected).norm() / expected.norm()) < 1e-6
 
     def with_gptq(folding: Folding) -> float:
-        """The output error of the layer quantised by GPTQ, its Hessians those of the unquantised layer."""
+        """The output error of the layer quantised by GPTQ, its Hessians those of the unquantised
+        layer."""
         tensors, seen = folded(tiny.tensors, folding), dict[str, torch.Tensor]()
         stored = {n: t.float() for n, t in tiny.tensors.items()}
         layer = tiny.layer(tensors)
-        layer.tap = lambda name, given, _: seen.setdefault(name, given.reshape(-1, given.shape[-1]).float())
+        layer.tap = lambda name, given, _: seen.setdefault(
+            name, given.reshape(-1, given.shape[-1]).float()
+        )
         layer.forward(x)
         for n in schemes:
             if n in seen:
                 rows, channels = [seen[n]], seen[n].shape[1]
                 source = Unrounded(stored, folding, schemes, RULES)
-                ((_, found),) = gptq_segment(source, [n], channels, lambda rows=rows: iter(rows), settings, torch.device("cpu"))
+                ((_, found),) = gptq_segment(
+                    source,
+                    [n],
+                    channels,
+                    lambda rows=rows: iter(rows),
+                    settings,
+                    torch.device("cpu"),
+                )
                 tensors[f"{n}.weight"] = found.tensor.dequantize(torch.float64)
         return error(tiny.layer(tensors).forward(x), expected)
 
-    if model_type == "opt":  # one layer's error after GPTQ varies much with the seed; that of whole models is measured elsewhere
+    # one layer's error after GPTQ varies much with the seed; that of whole models is measured
+    # elsewhere
+    if model_type == "opt":
         assert with_gptq(result.folding) < 0.9 * with_gptq(Folding())
 
 
 def test_gptq_rounder_rounds_the_scaled_weight_for_the_scaled_input() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(6, 16, generator=generator), torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    weight, x = (
+        torch.randn(6, 16, generator=generator),
+        torch.randn(64, 16, generator=generator) @ torch.randn(16, 16, generator=generator),
+    )
     scale = torch.rand(16, generator=generator) * 4 + 0.1
-    settings = Gptq(act_order="none", damp=1e-6)  # damping is not scaled with the channels: next to nothing, to compare
+    # damping is not scaled with the channels: next to nothing, to compare
+    settings = Gptq(act_order="none", damp=1e-6)
     found = gptq_rounder(RULES, settings)(x.T @ x)(scale)(weight, W3)
     given = x / scale  # what the folded linear reads
     hessian = given.T @ given
     factor = factorize(hessian, damp=settings.damp, act_order=False)
-    expected = quantize_gptq(weight * scale, hessian, factor, W3, RULES, act_order="none", refine=0).tensor.dequantize()
+    expected = quantize_gptq(
+        weight * scale, hessian, factor, W3, RULES, act_order="none", refine=0
+    ).tensor.dequantize()
     torch.testing.assert_close(x @ found.T, given @ expected.T, rtol=1e-3, atol=1e-3)
 
 
@@ -308,7 +379,9 @@ def test_activations_that_are_not_finite_change_nothing() -> None:
     x[0, 3, 5] = float("nan")
     result = search(tiny, dict.fromkeys(tiny.linears(), W3), x=x, clip=False)
     assert result.folding == Folding()
-    assert [(line["scale"], line["loss_ratio"]) for line in result.report] == [("identity", 1.0)] * 4
+    assert [(line["scale"], line["loss_ratio"]) for line in result.report] == [
+        ("identity", 1.0)
+    ] * 4
 
 
 def test_the_layer_and_its_tensors_are_left_as_they_were() -> None:
@@ -318,10 +391,18 @@ def test_the_layer_and_its_tensors_are_left_as_they_were() -> None:
     held = dict(layer.tensors)
     with torch.inference_mode():
         result = search_layer(
-            layer, tiny.tensors, tiny.input(2, 16, torch.bfloat16), dict.fromkeys(tiny.linears(), W3), RULES, grid=3, clip=True
+            layer,
+            tiny.tensors,
+            tiny.input(2, 16, torch.bfloat16),
+            dict.fromkeys(tiny.linears(), W3),
+            RULES,
+            grid=3,
+            clip=True,
         )
     assert all(torch.equal(t, before[n]) for n, t in tiny.tensors.items())
-    assert layer.tensors.keys() == held.keys() and all(t is held[n] for n, t in layer.tensors.items())
+    assert layer.tensors.keys() == held.keys() and all(
+        t is held[n] for n, t in layer.tensors.items()
+    )
     assert all(t.dtype == torch.bfloat16 for t in result.folding.changed.values())
 
 
@@ -329,5 +410,9 @@ def test_the_same_twice() -> None:
     tiny = with_outliers("llama")
     a, b = (search(tiny, dict.fromkeys(tiny.linears(), W3)) for _ in range(2))
     assert a.report == b.report
-    for x, y in ((a.folding.columns, b.folding.columns), (a.folding.changed, b.folding.changed), (a.importance, b.importance)):
+    for x, y in (
+        (a.folding.columns, b.folding.columns),
+        (a.folding.changed, b.folding.changed),
+        (a.importance, b.importance),
+    ):
         assert x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x)

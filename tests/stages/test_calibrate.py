@@ -53,16 +53,24 @@ def test_every_linears_input_and_output(model_type: str) -> None:
     linears = set(tiny.linears()) | ({tiny.architecture.layer.router} - {""})
     assert set(inputs) == linears
     names = {f"{n}.{kind}.{s}" for n in linears for kind in ("input", "output") for s in STATISTICS}
-    assert set(result) == names | {f"{n}.{s}" for n in ("key", "value") for s in ("max", "min", "absmax")}
+    assert set(result) == names | {
+        f"{n}.{s}" for n in ("key", "value") for s in ("max", "min", "absmax")
+    }
     for kind, records in (("input", inputs), ("output", outputs)):
         for name, parts in records.items():
             for statistic, value in expected_statistics(torch.cat(parts)).items():
                 torch.testing.assert_close(
-                    result[f"{name}.{kind}.{statistic}"].double(), value, rtol=1e-5, atol=1e-6, msg=f"{name} {statistic}"
+                    result[f"{name}.{kind}.{statistic}"].double(),
+                    value,
+                    rtol=1e-5,
+                    atol=1e-6,
+                    msg=f"{name} {statistic}",
                 )
     for which, name in enumerate(("key", "value")):
         rows = torch.cat([pair[which] for pair in cached])
-        assert torch.equal(result[f"{name}.max"], rows.amax((0, 2))) and torch.equal(result[f"{name}.min"], rows.amin((0, 2)))
+        assert torch.equal(result[f"{name}.max"], rows.amax((0, 2))) and torch.equal(
+            result[f"{name}.min"], rows.amin((0, 2))
+        )
         assert result[f"{name}.max"].shape == (tiny.config.kv_heads, tiny.config.head_dim)
 
 
@@ -105,8 +113,12 @@ def test_experts_see_only_their_tokens() -> None:
     logits = h @ tiny.tensors[f"{names.router}.weight"].T
     result = calibrate_layer(layer, stream_of(x), 2)
     for e in range(3):
-        mine = [t for t in range(8) if e in sorted(range(3), key=lambda i: -float(logits[t, i]))[:2]]
-        torch.testing.assert_close(result[f"{names.mlp(e)[0]}.input.mean"].double(), h[mine].mean(0), rtol=1e-5, atol=1e-6)
+        mine = [
+            t for t in range(8) if e in sorted(range(3), key=lambda i: -float(logits[t, i]))[:2]
+        ]
+        torch.testing.assert_close(
+            result[f"{names.mlp(e)[0]}.input.mean"].double(), h[mine].mean(0), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_an_expert_without_tokens_has_no_statistics() -> None:

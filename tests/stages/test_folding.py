@@ -11,16 +11,29 @@ from tests.helpers.layers import CONFIGS, TinyLayer, folded
 
 def random_scale(k: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Between 1/16 and 16."""
-    return (torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 8 - 4).exp2().to(dtype)
+    return (
+        (torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 8 - 4)
+        .exp2()
+        .to(dtype)
+    )
 
 
 def fold_everything(tiny: TinyLayer, dtype: torch.dtype = torch.float64) -> Folding:
     """Random scales wherever AWQ may put some."""
     names, config, folding = tiny.architecture.layer, tiny.config, Folding()
     moe = config.is_moe(0)
-    folding.fold_norm(names.attention_norm, tiny.tensors, [names.q, names.k, names.v], random_scale(config.hidden, 0, dtype))
+    folding.fold_norm(
+        names.attention_norm,
+        tiny.tensors,
+        [names.q, names.k, names.v],
+        random_scale(config.hidden, 0, dtype),
+    )
     values = random_scale(config.kv_heads * config.head_dim, 1, dtype)
-    shared = values.view(config.kv_heads, 1, -1).expand(-1, config.heads // config.kv_heads, -1).reshape(-1)
+    shared = (
+        values.view(config.kv_heads, 1, -1)
+        .expand(-1, config.heads // config.kv_heads, -1)
+        .reshape(-1)
+    )
     folding.fold_linear(names.v, names.o, tiny.tensors, values, shared)
     experts = list(range(config.experts)) if moe else [None]
     readers = [n for e in experts for n in names.mlp(e)[:2] if n] + ([names.router] if moe else [])
@@ -79,10 +92,19 @@ def test_16_bit_norms_cost_nothing(model_type: str, dtype: torch.dtype) -> None:
     assert all(folding.changed[name].dtype == dtype for name in norms)
     assert relative(tiny.layer(folded(tiny.tensors, folding)).forward(x), expected) < 1e-10
     # AWQ's own scales are float32.
-    assert relative(tiny.layer(folded(tiny.tensors, fold_everything(tiny, torch.float32))).forward(x), expected) < 1e-6
+    assert (
+        relative(
+            tiny.layer(folded(tiny.tensors, fold_everything(tiny, torch.float32))).forward(x),
+            expected,
+        )
+        < 1e-6
+    )
     # The scale itself, in place of that ratio, would be off by the norm's rounding.
     naive = fold_everything(tiny)
-    for group, seed in (([names.q, names.k, names.v], 0), ([n for n in naive.columns if "mlp" in n or "sparse" in n], 2)):
+    for group, seed in (
+        ([names.q, names.k, names.v], 0),
+        ([n for n in naive.columns if "mlp" in n or "sparse" in n], 2),
+    ):
         for reader in group:
             if naive.columns[reader].shape == (tiny.config.hidden,):
                 naive.columns[reader] = random_scale(tiny.config.hidden, seed)
@@ -90,7 +112,10 @@ def test_16_bit_norms_cost_nothing(model_type: str, dtype: torch.dtype) -> None:
 
 
 def test_fold_norm_by_hand() -> None:
-    tensors = {"n.weight": torch.tensor([1.0, 3.0, 0.0, 1.0], dtype=torch.bfloat16), "n.bias": torch.tensor([2.0, -6.0, 1.0, 0.0])}
+    tensors = {
+        "n.weight": torch.tensor([1.0, 3.0, 0.0, 1.0], dtype=torch.bfloat16),
+        "n.bias": torch.tensor([2.0, -6.0, 1.0, 0.0]),
+    }
     folding = Folding()
     folding.fold_norm("n", tensors, ["a", "b"], torch.tensor([2.0, 0.5, 4.0, 3.0]))
     # A third in bfloat16 is 171 / 512; a norm of 0 stays and its channel is left alone.
@@ -113,7 +138,10 @@ def test_a_norm_that_cannot_be_divided_is_left_alone(old: float, scale: float) -
 
 def test_weight_by_hand() -> None:
     stored = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
-    folding = Folding(columns={"a": torch.tensor([10.0, 100.0]), "b": torch.tensor([1.0, 3.0])}, rows={"a": torch.tensor([2.0, 4.0])})
+    folding = Folding(
+        columns={"a": torch.tensor([10.0, 100.0]), "b": torch.tensor([1.0, 3.0])},
+        rows={"a": torch.tensor([2.0, 4.0])},
+    )
     weight = folding.weight("a", stored)
     assert weight.dtype == torch.float32 and weight.tolist() == [[5.0, 100.0], [7.5, 100.0]]
     assert folding.weight("b", stored).tolist() == [[1.0, 6.0], [3.0, 12.0]]
@@ -121,13 +149,26 @@ def test_weight_by_hand() -> None:
     untouched += 1
     assert stored.tolist() == [[1.0, 2.0], [3.0, 4.0]]
     wide = stored.float()
-    assert folding.weight("c", wide) is not wide and folding.weight("c", wide).data_ptr() != wide.data_ptr()
+    assert (
+        folding.weight("c", wide) is not wide
+        and folding.weight("c", wide).data_ptr() != wide.data_ptr()
+    )
 
 
 def test_fold_linear_by_hand() -> None:
-    tensors = {"v.weight": torch.ones(2, 2), "v.bias": torch.tensor([4.0, 9.0], dtype=torch.float16), "o.weight": torch.ones(1, 4)}
+    tensors = {
+        "v.weight": torch.ones(2, 2),
+        "v.bias": torch.tensor([4.0, 9.0], dtype=torch.float16),
+        "o.weight": torch.ones(1, 4),
+    }
     folding = Folding()
-    folding.fold_linear("v", "o", tensors, torch.tensor([2.0, 3.0]), torch.tensor([2.0, 3.0, 2.0, 3.0]))
-    assert folding.changed["v.bias"].dtype == torch.float16 and folding.changed["v.bias"].tolist() == [2.0, 3.0]
+    folding.fold_linear(
+        "v", "o", tensors, torch.tensor([2.0, 3.0]), torch.tensor([2.0, 3.0, 2.0, 3.0])
+    )
+    assert folding.changed["v.bias"].dtype == torch.float16 and folding.changed[
+        "v.bias"
+    ].tolist() == [2.0, 3.0]
     assert folding.weight("o", tensors["o.weight"]).tolist() == [[2.0, 3.0, 2.0, 3.0]]
-    torch.testing.assert_close(folding.weight("v", tensors["v.weight"]), torch.tensor([[0.5, 0.5], [1 / 3, 1 / 3]]))
+    torch.testing.assert_close(
+        folding.weight("v", tensors["v.weight"]), torch.tensor([[0.5, 0.5], [1 / 3, 1 / 3]])
+    )

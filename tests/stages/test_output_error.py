@@ -10,12 +10,16 @@ from quantflow.stages.output_error import ROWS, OutputErrors
 
 def test_it_is_that_of_the_outputs() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, error, x = (torch.randn(*shape, generator=generator) for shape in ((6, 8), (6, 8), (3, 5, 8)))
+    weight, error, x = (
+        torch.randn(*shape, generator=generator) for shape in ((6, 8), (6, 8), (3, 5, 8))
+    )
     tap = OutputErrors(lambda name: (weight, error * 0.1) if name == "q" else None)
     tap("q", x, x @ weight.T)
     tap("router", x, x)
     tap("q", x * 0, x)  # the first rows are enough
-    expected = float((x @ (error * 0.1).T).double().square().sum() / (x @ weight.T).double().square().sum())
+    expected = float(
+        (x @ (error * 0.1).T).double().square().sum() / (x @ weight.T).double().square().sum()
+    )
     assert list(tap.found) == ["q"] and tap.found["q"]["tokens"] == 15
     assert tap.found["q"]["error"] == pytest.approx(expected, rel=1e-3)
 

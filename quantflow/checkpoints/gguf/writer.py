@@ -31,24 +31,35 @@ from quantflow.models.config import DecoderConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FILE_TYPES = {"F32": 0, "F16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "BF16": 32}  # general.file_type: of most weights
+# general.file_type: of most weights
+_FILE_TYPES = {"F32": 0, "F16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "BF16": 32}
 
 
 class GgufWriter(AnnouncedWriter):
-    """Writes a GGUF file whose tensors arrive one at a time under their Hugging Face names, in any order.
+    """Writes a GGUF file whose tensors arrive one at a time under their Hugging Face names, in any
+    order.
 
-    specs: name -> (safetensors dtype, shape), as `TensorWriter` takes them; blocks are `{module}.q4_0` and the like, uint8 `[N, bytes]`.
-    Vectors (norms, biases) are written in float32, which llama.cpp asks for. config: a native config.json. metadata: further keys. The
+    specs: name -> (safetensors dtype, shape), as `TensorWriter` takes them; blocks are
+    `{module}.q4_0` and the like, uint8 `[N, bytes]`. Vectors (norms, biases) are written in
+    float32, which llama.cpp asks for. config: a native config.json. metadata: further keys. The
     caller writes to a temporary name and renames.
     """
 
     def __init__(
-        self, path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any], decoder: DecoderConfig,
+        self,
+        path: Path,
+        specs: Mapping[str, tuple[str, tuple[int, ...]]],
+        config: Mapping[str, Any],
+        decoder: DecoderConfig,
         metadata: Mapping[str, Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._config = dict(config)
         kinds = {name: _type_of(name, *spec) for name, spec in specs.items()}
-        described = {**_decoder_metadata(self._config, decoder, kinds), **metadata, CONFIG_KEY: _json(self._config)}
+        described = {
+            **_decoder_metadata(self._config, decoder, kinds),
+            **metadata,
+            CONFIG_KEY: _json(self._config),
+        }
         vectors = {dtype for dtype, shape in specs.values() if len(shape) == 1}
         if len(vectors) == 1:  # what a reader may turn them into again
             described[VECTORS_KEY] = vectors.pop()
@@ -58,21 +69,35 @@ class GgufWriter(AnnouncedWriter):
             module, _, part = name.rpartition(".")
             kind, logical, nbytes = _extent(kinds[name], dtype, shape)
             own = f"{to_gguf_name(module)}.{'bias' if part == 'bias' else 'weight'}"
-            infos += _text(own) + struct.pack("<I", len(logical)) + struct.pack(f"<{len(logical)}Q", *logical[::-1])
+            infos += (
+                _text(own)
+                + struct.pack("<I", len(logical))
+                + struct.pack(f"<{len(logical)}Q", *logical[::-1])
+            )
             infos += struct.pack("<IQ", kind, offset)
             offsets[name] = offset
             offset += nbytes + -nbytes % ALIGNMENT
         factors = _rope_factors(decoder)
         if factors is not None:
-            infos += _text("rope_freqs.weight") + struct.pack("<IQIQ", 1, factors.numel(), 0, offset)
+            infos += _text("rope_freqs.weight") + struct.pack(
+                "<IQIQ", 1, factors.numel(), 0, offset
+            )
             offsets["rope_freqs"] = offset
             offset += factors.numel() * 4 + -factors.numel() * 4 % ALIGNMENT
-        head = MAGIC + struct.pack("<IQQ", VERSION, len(specs) + (factors is not None), len(described))
+        head = MAGIC + struct.pack(
+            "<IQQ", VERSION, len(specs) + (factors is not None), len(described)
+        )
         for key, value in described.items():
             head += _text(key) + _value(value)
         head += infos
         head += bytes(-len(head) % ALIGNMENT)
-        super().__init__(path, specs, head, {name: len(head) + o for name, o in offsets.items()}, len(head) + offset)
+        super().__init__(
+            path,
+            specs,
+            head,
+            {name: len(head) + o for name, o in offsets.items()},
+            len(head) + offset,
+        )
         if factors is not None:
             self._put("rope_freqs", factors)
 
@@ -86,31 +111,64 @@ def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:
     """What llama.cpp does not compute as this decoder does."""
     problems = []
     if model_type not in ARCHITECTURES:
-        problems.append(Problem("gguf", f"model_type {model_type!r}", f"one of {', '.join(ARCHITECTURES)}"))
+        problems.append(
+            Problem("gguf", f"model_type {model_type!r}", f"one of {', '.join(ARCHITECTURES)}")
+        )
     if config.experts:
-        problems.append(Problem("gguf", "a mixture of experts, which this writer does not stack", "a dense decoder"))
+        problems.append(
+            Problem(
+                "gguf", "a mixture of experts, which this writer does not stack", "a dense decoder"
+            )
+        )
     if config.activation != "silu":
         problems.append(Problem("gguf", f"activation {config.activation}", "silu"))
     if config.mlp_bias:
         problems.append(Problem("gguf", "biases in the MLP", "none"))
     if any(window is not None and window < config.context for window in config.sliding_windows):
-        problems.append(Problem("gguf", "a sliding window, which llama.cpp leaves out for this family", "full attention"))
-    # Dynamic scaling, and the first Qwen's logn, change nothing up to the trained length, which is all that the file promises.
+        problems.append(
+            Problem(
+                "gguf",
+                "a sliding window, which llama.cpp leaves out for this family",
+                "full attention",
+            )
+        )
+    # Dynamic scaling, and the first Qwen's logn, change nothing up to the trained length, which is
+    # all that the file promises.
     if config.rope.kind not in ("default", "dynamic", "qwen", "linear", "yarn", "llama3"):
-        problems.append(Problem("gguf", f"rope scaling of type {config.rope.kind}", "default, dynamic, linear, yarn or llama3"))
+        problems.append(
+            Problem(
+                "gguf",
+                f"rope scaling of type {config.rope.kind}",
+                "default, dynamic, linear, yarn or llama3",
+            )
+        )
     known = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": 1.0}
-    rope = {k: v for k, v in config.rope.parameters.items() if k not in ("factor", "original_max_position_embeddings")}
+    rope = {
+        k: v
+        for k, v in config.rope.parameters.items()
+        if k not in ("factor", "original_max_position_embeddings")
+    }
     if config.rope.kind == "yarn" and any(known.get(key) != number for key, number in rope.items()):
-        problems.append(Problem("gguf", f"yarn with {rope}", f"llama.cpp's own {known}, and no other"))
+        problems.append(
+            Problem("gguf", f"yarn with {rope}", f"llama.cpp's own {known}, and no other")
+        )
     if model_type == "qwen3" and config.attention_bias:
-        problems.append(Problem("gguf", "biases in the attention of Qwen3", "none, as llama.cpp has it"))
+        problems.append(
+            Problem("gguf", "biases in the attention of Qwen3", "none, as llama.cpp has it")
+        )
     return problems
 
 
-def _decoder_metadata(config: Mapping[str, Any], decoder: DecoderConfig, kinds: Mapping[str, str]) -> dict[str, Any]:
+def _decoder_metadata(
+    config: Mapping[str, Any], decoder: DecoderConfig, kinds: Mapping[str, str]
+) -> dict[str, Any]:
     name = ARCHITECTURES[str(config["model_type"])][0]
-    blocks = [kind for kind in kinds.values() if kind in _FILE_TYPES and kind not in PLAIN_TYPES.values()]
-    most = max(sorted(set(blocks)), key=blocks.count) if blocks else kinds["model.embed_tokens.weight"]
+    blocks = [
+        kind for kind in kinds.values() if kind in _FILE_TYPES and kind not in PLAIN_TYPES.values()
+    ]
+    most = (
+        max(sorted(set(blocks)), key=blocks.count) if blocks else kinds["model.embed_tokens.weight"]
+    )
     found: dict[str, Any] = {
         "general.architecture": name,
         "general.file_type": _FILE_TYPES[most],
@@ -132,24 +190,31 @@ def _decoder_metadata(config: Mapping[str, Any], decoder: DecoderConfig, kinds: 
     if rope.kind in ("linear", "yarn"):
         found[f"{name}.rope.scaling.type"] = rope.kind
         found[f"{name}.rope.scaling.factor"] = rope.parameters["factor"]
-    if rope.kind == "yarn" or ("original_max_position_embeddings" in rope.parameters and rope.kind == "linear"):
+    if rope.kind == "yarn" or (
+        "original_max_position_embeddings" in rope.parameters and rope.kind == "linear"
+    ):
         trained = rope.parameters.get("original_max_position_embeddings", decoder.max_positions)
         found[f"{name}.rope.scaling.original_context_length"] = int(trained)
     return found
 
 
 def _context_length(decoder: DecoderConfig) -> int:
-    """As llama.cpp's converter has it. Of a linear embedding that says no trained length this is the trained one, which readers stretch."""
+    """As llama.cpp's converter has it. Of a linear embedding that says no trained length this is
+    the trained one, which readers stretch."""
     rope = decoder.rope
     trained = rope.kind == "linear" and "original_max_position_embeddings" not in rope.parameters
     return decoder.max_positions if trained else decoder.context
 
 
 def _rope_factors(decoder: DecoderConfig) -> Tensor | None:
-    """float32 `[D/2]`: by what llama.cpp divides each frequency, for Llama 3's scaling; None for other kinds."""
+    """float32 `[D/2]`: by what llama.cpp divides each frequency, for Llama 3's scaling; None for
+    other kinds."""
     if decoder.rope.kind != "llama3":
         return None
-    parameters = {"original_max_position_embeddings": float(decoder.max_positions), **decoder.rope.parameters}
+    parameters = {
+        "original_max_position_embeddings": float(decoder.max_positions),
+        **decoder.rope.parameters,
+    }
     return llama3_factors(decoder.rope.theta, decoder.head_dim, parameters)
 
 
@@ -168,7 +233,9 @@ def _extent(kind: str, dtype: str, shape: tuple[int, ...]) -> tuple[int, tuple[i
     for number, name in PLAIN_TYPES.items():
         if name == kind:
             return number, shape, math.prod(shape) * ITEM_BYTES[kind]
-    raise FormatError(Problem("gguf", f"a tensor of dtype {dtype}", f"one of {', '.join(PLAIN_TYPES.values())}"))
+    raise FormatError(
+        Problem("gguf", f"a tensor of dtype {dtype}", f"one of {', '.join(PLAIN_TYPES.values())}")
+    )
 
 
 def _json(value: Any) -> str:
@@ -181,13 +248,18 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
-    """A metadata value with its type: bool, uint32 (where it fits), float32, string, or a list of one of them."""
+    """A metadata value with its type: bool, uint32 (where it fits), float32, string, or a list of
+    one of them."""
     kind, form = _kind(value)
     if isinstance(value, list):
         item, form = _kind(value[0]) if value else (8, "")
         if item == 4:
             item, form = 5, "i"  # as the vocabulary's types are
-        body = b"".join(map(_text, value)) if item == 8 else struct.pack(f"<{len(value)}{form}", *value)
+        body = (
+            b"".join(map(_text, value))
+            if item == 8
+            else struct.pack(f"<{len(value)}{form}", *value)
+        )
         return struct.pack("<IIQ", 9, item, len(value)) + body
     return struct.pack("<I", kind) + (_text(value) if kind == 8 else struct.pack("<" + form, value))
 

@@ -1,4 +1,5 @@
-"""The numbers of a TurboMind workspace: its config.ini, written and read, and which of them fit together."""
+"""The numbers of a TurboMind workspace: its config.ini, written and read, and which of them fit
+together."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ _MOST_CONFIG_BYTES = 1 << 20
 
 
 def dimension_problems(layout: Layout, share: int) -> list[Problem]:
-    """What does not divide. share: of what number a rank's part of an int4 linear must be a multiple, where ranks share it."""
+    """What does not divide. share: of what number a rank's part of an int4 linear must be a
+    multiple, where ranks share it."""
     tp, problems = layout.tp, []
 
     def divide(where: str, size: int, by: int, why: str) -> None:
@@ -38,10 +40,19 @@ def dimension_problems(layout: Layout, share: int) -> list[Problem]:
         divide("intermediate_size", layout.intermediate, tp, "tp")
     if layout.group_size:
         for linear, (k, m) in layout.fused_shapes().items():
-            split_k, split_m = (tp > 1 and linear in names for names in (("wo", "w2"), ("w_qkv", "w13")))
+            split_k, split_m = (
+                tp > 1 and linear in names for names in (("wo", "w2"), ("w_qkv", "w13"))
+            )
             divide(f"{linear} inputs", k, share * tp if split_k else 32, "tiles of the int4 kernel")
-            divide(f"{linear} outputs", m, share * tp if split_m else 32, "tiles of the int4 kernel")
-            divide(f"{linear} inputs", k, layout.group_size * (tp if split_k else 1), "whole groups on each rank")
+            divide(
+                f"{linear} outputs", m, share * tp if split_m else 32, "tiles of the int4 kernel"
+            )
+            divide(
+                f"{linear} inputs",
+                k,
+                layout.group_size * (tp if split_k else 1),
+                "whole groups on each rank",
+            )
     return problems
 
 
@@ -55,7 +66,8 @@ def layout_of(config: DecoderConfig, tp: int, group_size: int) -> Layout:
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         vocabulary=config.vocabulary,
-        dtype="BF16" if config.dtype == "bfloat16" and not group_size else "F16",  # around int4, TurboMind computes in fp16
+        # around int4, TurboMind computes in fp16
+        dtype="BF16" if config.dtype == "bfloat16" and not group_size else "F16",
         tp=tp,
         group_size=group_size,
         bias=config.attention_bias,
@@ -69,10 +81,18 @@ def _token_id(raw_config: Mapping[str, Any], key: str, default: int) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
-def ini_values(config: DecoderConfig, raw_config: Mapping[str, Any], layout: Layout, model_name: str, policy: int) -> dict[str, str]:
-    """The section `[llama]`. What says how to run, not what to compute, has LMDeploy v0.1's defaults."""
+def ini_values(
+    config: DecoderConfig,
+    raw_config: Mapping[str, Any],
+    layout: Layout,
+    model_name: str,
+    policy: int,
+) -> dict[str, str]:
+    """The section `[llama]`. What says how to run, not what to compute, has LMDeploy v0.1's
+    defaults."""
     rope = config.rope
-    # The first Qwen scales in steps, which config.ini cannot say. Dynamic scaling comes closest: up to the trained length both do nothing.
+    # The first Qwen scales in steps, which config.ini cannot say. Dynamic scaling comes closest: up
+    # to the trained length both do nothing.
     factor = {"dynamic": rope.parameters.get("factor", 1.0), "qwen": 1.0}.get(rope.kind, 0.0)
     weight_type = "int4" if layout.group_size else {"F16": "fp16", "BF16": "bf16"}[layout.dtype]
     values: dict[str, object] = {
@@ -85,7 +105,8 @@ def ini_values(config: DecoderConfig, raw_config: Mapping[str, Any], layout: Lay
         "inter_size": config.intermediate,
         "norm_eps": config.norm_eps,
         "attn_bias": int(layout.bias),
-        "start_id": _token_id(raw_config, "bos_token_id", 1),  # Llama's own, where config.json says nothing
+        # Llama's own, where config.json says nothing
+        "start_id": _token_id(raw_config, "bos_token_id", 1),
         "end_id": _token_id(raw_config, "eos_token_id", 2),
         "session_len": config.max_positions + 8,
         "weight_type": weight_type,
@@ -106,7 +127,8 @@ def ini_values(config: DecoderConfig, raw_config: Mapping[str, Any], layout: Lay
         "use_logn_attn": int(config.logn_length is not None),
     }
     if config.tied:
-        values["tie_word_embeddings"] = 1  # a key of ours: the head is stored in any case, and a reader would not know
+        # a key of ours: the head is stored in any case, and a reader would not know
+        values["tie_word_embeddings"] = 1
     return {name: str(value) for name, value in values.items()}
 
 
@@ -114,7 +136,9 @@ def _read_section(path: Path) -> Mapping[str, str]:
     """The section `[llama]` of config.ini; raises ModelError."""
     root = os.path.realpath(path.parents[len(WEIGHTS.parts)])
     if os.path.commonpath((root, os.path.realpath(path))) != root:
-        raise ModelError(Problem(str(path), f"a link to {os.path.realpath(path)}", "a file inside the workspace"))
+        raise ModelError(
+            Problem(str(path), f"a link to {os.path.realpath(path)}", "a file inside the workspace")
+        )
     parser = configparser.ConfigParser(interpolation=None)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -122,23 +146,32 @@ def _read_section(path: Path) -> Mapping[str, str]:
         with open(path, "rb") as file:
             raw = file.read(_MOST_CONFIG_BYTES + 1)
     except OSError as error:
-        raise ModelError(Problem(str(path), error.strerror or str(error), "the config.ini of a workspace")) from error
+        raise ModelError(
+            Problem(str(path), error.strerror or str(error), "the config.ini of a workspace")
+        ) from error
     if len(raw) > _MOST_CONFIG_BYTES:
-        raise ModelError(Problem(str(path), f"more than {_MOST_CONFIG_BYTES} bytes", "the config.ini of a workspace"))
+        raise ModelError(
+            Problem(
+                str(path), f"more than {_MOST_CONFIG_BYTES} bytes", "the config.ini of a workspace"
+            )
+        )
     if problem := placeholder(path, raw[:HEAD_BYTES]):
         raise ModelError(problem)
     try:
         parser.read_string(raw.decode("utf-8"), str(path))
     except (configparser.Error, ValueError) as error:  # ValueError: not UTF-8
         text = str(error).replace("\n", " ")[:200]
-        raise ModelError(Problem(str(path), f"not an INI file ({text})", "a section [llama]")) from error
+        raise ModelError(
+            Problem(str(path), f"not an INI file ({text})", "a section [llama]")
+        ) from error
     if not parser.has_section("llama"):
         raise ModelError(Problem(str(path), "no section [llama]", "the config.ini of a workspace"))
     return parser["llama"]
 
 
 class _Settings:
-    """Typed access to config.ini that collects what is wrong; a wrong value reads as the least that is allowed."""
+    """Typed access to config.ini that collects what is wrong; a wrong value reads as the least that
+    is allowed."""
 
     def __init__(self, path: Path, section: Mapping[str, str]) -> None:
         self._path, self._section = path, section
@@ -178,7 +211,8 @@ class _Settings:
 
 
 def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
-    """model_name, the layout, the Llama config.json, and whether there are KV scales, from config.ini.
+    """model_name, the layout, the Llama config.json, and whether there are KV scales, from
+    config.ini.
 
     Raises ModelError with everything that is wrong in it.
     """
@@ -204,17 +238,26 @@ def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
         bias=bool(settings.integer("attn_bias", 0, 1, 0)),
     )
     if layout.heads % layout.kv_heads:
-        settings.wrong("kv_head_num", f"{layout.kv_heads}", f"a divisor of head_num = {layout.heads}")
+        settings.wrong(
+            "kv_head_num", f"{layout.kv_heads}", f"a divisor of head_num = {layout.heads}"
+        )
     rotary = settings.integer("rotary_embedding", 1, most, head_dim)
     if rotary != head_dim:
-        settings.wrong("rotary_embedding", f"{rotary}", f"size_per_head = {head_dim}: whole heads are rotated")
+        settings.wrong(
+            "rotary_embedding", f"{rotary}", f"size_per_head = {head_dim}: whole heads are rotated"
+        )
     policy = settings.integer("quant_policy", 0, KV_INT8, 0)
     if policy not in (0, KV_INT8):
         settings.wrong("quant_policy", f"{policy}", f"0, or {KV_INT8} for an int8 KV cache")
     factor = settings.number("rope_scaling_factor", 0.0, zero=True)
-    # A key of other versions: there, a factor without it means another kind of scaling, and it alone one that has no factor here.
+    # A key of other versions: there, a factor without it means another kind of scaling, and it
+    # alone one that has no factor here.
     if settings.integer("use_dynamic_ntk", 0, 1, int(factor > 0)) != int(factor > 0):
-        settings.wrong("use_dynamic_ntk", f"it disagrees with rope_scaling_factor = {factor}", "dynamic scaling with a factor, or none")
+        settings.wrong(
+            "use_dynamic_ntk",
+            f"it disagrees with rope_scaling_factor = {factor}",
+            "dynamic scaling with a factor, or none",
+        )
     start, end = settings.integer("start_id", -1, most, 1), settings.integer("end_id", -1, most, 2)
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -226,7 +269,8 @@ def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
         "num_key_value_heads": layout.kv_heads,
         "head_dim": layout.head_dim,
         "vocab_size": layout.vocabulary,
-        # 0 is what LMDeploy writes of a model that does not say; 2048 is what config.json without it means.
+        # 0 is what LMDeploy writes of a model that does not say; 2048 is what config.json without
+        # it means.
         "max_position_embeddings": settings.integer("max_position_embeddings", 0, most, 0) or 2048,
         "rms_norm_eps": settings.number("norm_eps"),
         "hidden_act": "silu",

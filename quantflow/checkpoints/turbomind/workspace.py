@@ -1,7 +1,9 @@
-"""TurboMind workspaces, as LMDeploy v0.1 lays them out: one raw file a tensor and rank, and a config.ini beside them.
+"""TurboMind workspaces, as LMDeploy v0.1 lays them out: one raw file a tensor and rank, and a
+config.ini beside them.
 
-`WorkspaceWriter` takes native Llama tensors, plain or as AWQ gemm words; `Workspace` gives them back, ranks joined and every
-permutation undone. One tensor, or the few that are fused into one file, is in memory at a time. Nothing that is read is executed.
+`WorkspaceWriter` takes native Llama tensors, plain or as AWQ gemm words; `Workspace` gives them
+back, ranks joined and every permutation undone. One tensor, or the few that are fused into one
+file, is in memory at a time. Nothing that is read is executed.
 """
 
 from __future__ import annotations
@@ -18,8 +20,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.checkpoints.rounding import converted
-from quantflow.checkpoints.tensor_file import ITEM_BYTES, TensorInfo, dtype_name, read_full, torch_dtype
-from quantflow.checkpoints.turbomind.config import CONFIG, KV_INT8, MOST_RANKS, WEIGHTS, dimension_problems, ini_values, layout_of, read_ini
+from quantflow.checkpoints.tensor_file import (
+    ITEM_BYTES,
+    TensorInfo,
+    dtype_name,
+    read_full,
+    torch_dtype,
+)
+from quantflow.checkpoints.turbomind.config import (
+    CONFIG,
+    KV_INT8,
+    MOST_RANKS,
+    WEIGHTS,
+    dimension_problems,
+    ini_values,
+    layout_of,
+    read_ini,
+)
 from quantflow.checkpoints.turbomind.layout import (
     Layout,
     Spec,
@@ -56,8 +73,11 @@ def _kv_file(layer: int, rank: int) -> str:
 # What prevents a workspace.
 
 
-def workspace_problems(config: DecoderConfig, *, tp: int, int4: bool, group_size: int) -> list[Problem]:
-    """Everything that keeps a model from being written as a workspace, known from its config. [] if nothing does.
+def workspace_problems(
+    config: DecoderConfig, *, tp: int, int4: bool, group_size: int
+) -> list[Problem]:
+    """Everything that keeps a model from being written as a workspace, known from its config. [] if
+    nothing does.
 
     group_size: of the int4 linears; not looked at for the others.
     """
@@ -77,37 +97,61 @@ def workspace_problems(config: DecoderConfig, *, tp: int, int4: bool, group_size
     if config.output_bias and not config.attention_bias:
         wrong("model", "a bias on o alone", "biases on q, k and v too, or none")
     if any(window is not None and window < config.context for window in config.sliding_windows):
-        wrong("model", "sliding windows", "full attention", "TurboMind v0.1 would attend to everything")
+        wrong(
+            "model",
+            "sliding windows",
+            "full attention",
+            "TurboMind v0.1 would attend to everything",
+        )
     if config.activation != "silu":
         wrong("model", f"activation {config.activation}", "silu")
     if config.dtype not in ("float16", "bfloat16"):
         wrong("dtype", config.dtype, "float16 or bfloat16", "Convert the model first")
     if config.rope.kind not in ("default", "dynamic", "qwen"):
-        wrong("rope scaling", config.rope.kind, "none or dynamic, the only kind that config.ini can say")
+        wrong(
+            "rope scaling",
+            config.rope.kind,
+            "none or dynamic, the only kind that config.ini can say",
+        )
     if config.logn_length not in (None, config.max_positions):
-        wrong("logn attention", f"from {config.logn_length} on", f"from max_position_embeddings = {config.max_positions} on")
+        wrong(
+            "logn attention",
+            f"from {config.logn_length} on",
+            f"from max_position_embeddings = {config.max_positions} on",
+        )
     if config.heads * config.head_dim != config.hidden:
-        wrong("head_dim", f"{config.heads} heads of {config.head_dim}", f"hidden_size = {config.hidden} in all")
+        wrong(
+            "head_dim",
+            f"{config.heads} heads of {config.head_dim}",
+            f"hidden_size = {config.hidden} in all",
+        )
     if not 1 <= tp <= MOST_RANKS:
         wrong("tp", f"{tp}", f"1 to {MOST_RANKS}")
     if int4 and group_size < 1:
-        wrong("group_size", f"{group_size}", "a positive number: config.ini has one for all linears")
+        wrong(
+            "group_size", f"{group_size}", "a positive number: config.ini has one for all linears"
+        )
     if not problems:
         layout = layout_of(config, tp, group_size if int4 else 0)
-        problems += [Problem(f"TurboMind workspace: {p.where}", p.found, p.expected, p.hint) for p in dimension_problems(layout, 128)]
+        problems += [
+            Problem(f"TurboMind workspace: {p.where}", p.found, p.expected, p.hint)
+            for p in dimension_problems(layout, 128)
+        ]
     return problems
 
 
 class WorkspaceWriter:
     """Writes the weights of a workspace, whose tensors arrive one at a time, in any order.
 
-    specs: native name -> (safetensors dtype, shape) of all of them; the linears of every layer as `.weight` or, with `group_size`, as
-    the AWQ gemm triple. tp: for how many ranks; the tensors that arrive are whole. kv: scales and zero points of an int8 KV cache
-    under their native names, float32, one for all ranks (`[]`) or one each (`[tp]`). rounded: a plain tensor that the workspace's dtype
-    does not hold exactly is rounded, and its relative L2 error noted in `rounding`, instead of refused.
+    specs: native name -> (safetensors dtype, shape) of all of them; the linears of every layer as
+    `.weight` or, with `group_size`, as the AWQ gemm triple. tp: for how many ranks; the tensors
+    that arrive are whole. kv: scales and zero points of an int8 KV cache under their native names,
+    float32, one for all ranks (`[]`) or one each (`[tp]`). rounded: a plain tensor that the
+    workspace's dtype does not hold exactly is rounded, and its relative L2 error noted in
+    `rounding`, instead of refused.
 
-    Raises FormatError with everything that prevents the workspace. `close` checks that every tensor came and writes config.ini, so that
-    a workspace without one is an unfinished one.
+    Raises FormatError with everything that prevents the workspace. `close` checks that every tensor
+    came and writes config.ini, so that a workspace without one is an unfinished one.
     """
 
     def __init__(
@@ -126,7 +170,9 @@ class WorkspaceWriter:
         int4 = any(name.endswith(".qweight") for name in specs)
         problems = workspace_problems(config, tp=tp, int4=int4, group_size=group_size)
         if not model_name or not model_name.isprintable() or model_name != model_name.strip():
-            problems.append(Problem("TurboMind workspace: model_name", repr(model_name), "a printable name"))
+            problems.append(
+                Problem("TurboMind workspace: model_name", repr(model_name), "a printable name")
+            )
         if problems:
             raise FormatError(problems)
         self.layout = layout_of(config, tp, group_size if int4 else 0)
@@ -137,7 +183,9 @@ class WorkspaceWriter:
         self.folder = folder
         self.rounding: dict[str, float] = {}
         self._rounded, self._specs, self._missing = rounded, dict(specs), set(specs)
-        self._ini = ini_values(config, raw_config, self.layout, model_name, KV_INT8 if kv_rows else 0)
+        self._ini = ini_values(
+            config, raw_config, self.layout, model_name, KV_INT8 if kv_rows else 0
+        )
         self._held: dict[str, Tensor] = {}
         self._weights = folder / WEIGHTS
         self._weights.mkdir(parents=True, exist_ok=True)
@@ -152,8 +200,9 @@ class WorkspaceWriter:
                 self._write_file(_kv_file(layer, rank), torch.tensor(values, dtype=torch.float32))
 
     def _write_absent_biases(self) -> None:
-        # attn_bias = 1 makes TurboMind read a bias for o as well. Of a model with biases on q, k and v alone, which the first Qwen is and
-        # Qwen2 too, LMDeploy wrote zeros for o, and so does this: without the files the engine would add what its memory happens to hold.
+        # attn_bias = 1 makes TurboMind read a bias for o as well. Of a model with biases on q, k
+        # and v alone, which the first Qwen is and Qwen2 too, LMDeploy wrote zeros for o, and so
+        # does this: without the files the engine would add what its memory happens to hold.
         import torch
 
         if not self.layout.bias:
@@ -161,19 +210,29 @@ class WorkspaceWriter:
         zeros = torch.zeros(self.layout.hidden, dtype=torch_dtype(self.layout.dtype))
         for i in range(self.layout.layers):
             for stored in stored_layer(self.layout, i):
-                if stored.part == "bias" and stored.linear == "wo" and stored.sources[0] not in self._specs:
+                if (
+                    stored.part == "bias"
+                    and stored.linear == "wo"
+                    and stored.sources[0] not in self._specs
+                ):
                     for name in stored.files:
                         self._write_file(name, zeros)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor, which must have the dtype and shape that were announced; writes each file whose tensors are all there.
+        """Takes a tensor, which must have the dtype and shape that were announced; writes each file
+        whose tensors are all there.
 
         Raises FormatError for a plain tensor whose values the workspace's dtype does not hold.
         """
         dtype, shape = self._specs[name]
-        if dtype_name(tensor.dtype) != dtype or tuple(tensor.shape) != tuple(shape) or name not in self._missing:
+        if (
+            dtype_name(tensor.dtype) != dtype
+            or tuple(tensor.shape) != tuple(shape)
+            or name not in self._missing
+        ):
             raise ValueError(
-                f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype} {tuple(shape)}, or written twice"
+                f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype}"
+                f" {tuple(shape)}, or written twice"
             )
         self._missing.discard(name)
         tensor = tensor.detach().cpu()
@@ -185,17 +244,23 @@ class WorkspaceWriter:
             parts = [self._held.pop(source) for source in stored.sources]
             for file, part in zip(stored.files, encode(stored, self.layout, parts), strict=True):
                 self._write_file(file, part)
-                if name == "model.embed_tokens.weight" and "lm_head.weight" not in self._specs:  # a tied head is stored all the same
+                # a tied head is stored all the same
+                if name == "model.embed_tokens.weight" and "lm_head.weight" not in self._specs:
                     self._write_file("output.weight", part)
 
     def _stored_of(self, name: str) -> Stored:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        candidates = stored_layer(self.layout, int(layer[1])) if layer else stored_outer(self.layout)
+        candidates = (
+            stored_layer(self.layout, int(layer[1])) if layer else stored_outer(self.layout)
+        )
         return next(stored for stored in candidates if name in stored.sources)
 
     def _converted(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` in the workspace's dtype; raises FormatError where that loses something and may not."""
-        result, error = converted(name, tensor, torch_dtype(self.layout.dtype), rounded=self._rounded)
+        """`tensor` in the workspace's dtype; raises FormatError where that loses something and may
+        not."""
+        result, error = converted(
+            name, tensor, torch_dtype(self.layout.dtype), rounded=self._rounded
+        )
         if error:
             self.rounding[name] = error
         return result
@@ -211,10 +276,15 @@ class WorkspaceWriter:
     def close(self) -> None:
         """Writes config.ini; raises ValueError if a tensor that was announced never came."""
         if self._missing:
-            raise ValueError(f"{self.folder}: never written: {', '.join(sorted(self._missing)[:5])}")
+            raise ValueError(
+                f"{self.folder}: never written: {', '.join(sorted(self._missing)[:5])}"
+            )
         parser = configparser.ConfigParser(interpolation=None)
         parser["llama"] = self._ini
-        with naming(self._weights / CONFIG), open(self._weights / CONFIG, "w", encoding="utf-8") as file:
+        with (
+            naming(self._weights / CONFIG),
+            open(self._weights / CONFIG, "w", encoding="utf-8") as file,
+        ):
             parser.write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -228,14 +298,18 @@ class WorkspaceWriter:
             self.close()
 
 
-def _spec_problems(specs: Mapping[str, Spec], layout: Layout, config: DecoderConfig) -> list[Problem]:
+def _spec_problems(
+    specs: Mapping[str, Spec], layout: Layout, config: DecoderConfig
+) -> list[Problem]:
     """Where the tensors that are announced differ from those that the config asks for."""
     expected: dict[str, Spec] = {}
     for stored in stored_tensors(layout):
         expected.update(native_specs(layout, stored))
     plain = [name for name in specs if name.endswith("_proj.weight")] if layout.group_size else []
     if plain:
-        text = f"{plain[0]} is plain, others are int4" + (f"; so are {len(plain) - 1} more" if plain[1:] else "")
+        text = f"{plain[0]} is plain, others are int4" + (
+            f"; so are {len(plain) - 1} more" if plain[1:] else ""
+        )
         return [Problem("TurboMind workspace", text, "all linears of the layers of one kind")]
     problems = []
     absent = [
@@ -245,7 +319,10 @@ def _spec_problems(specs: Mapping[str, Spec], layout: Layout, config: DecoderCon
         and not (name == "lm_head.weight" and config.tied)
         and not (name.endswith(".o_proj.bias") and not config.output_bias)
     ]
-    for kind, names in (("missing", absent), ("unknown", [name for name in specs if name not in expected])):
+    for kind, names in (
+        ("missing", absent),
+        ("unknown", [name for name in specs if name not in expected]),
+    ):
         if names:
             text = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             problems.append(Problem("TurboMind workspace", f"{kind} tensors: {text}"))
@@ -260,27 +337,39 @@ def _spec_problems(specs: Mapping[str, Spec], layout: Layout, config: DecoderCon
     return problems
 
 
-def _kv_rows(kv: Mapping[str, Tensor] | None, layers: int, tp: int) -> tuple[list[list[list[float]]], list[Problem]]:
-    """For each layer and rank the numbers of its file: scales, and zero points unless all of the model's are 0; and what is wrong."""
+def _kv_rows(
+    kv: Mapping[str, Tensor] | None, layers: int, tp: int
+) -> tuple[list[list[list[float]]], list[Problem]]:
+    """For each layer and rank the numbers of its file: scales, and zero points unless all of the
+    model's are 0; and what is wrong."""
     import torch
 
     if not kv:
         return [], []
     names = {_kv_name(i, part) for i in range(layers) for part in KV_PARTS}
-    problems = [Problem(name, "no such KV parameter in a workspace") for name in kv if name not in names]
-    problems += [Problem(name, "missing", "a scale and a zero point for K and V of every layer") for name in sorted(names - set(kv))]
+    problems = [
+        Problem(name, "no such KV parameter in a workspace") for name in kv if name not in names
+    ]
+    problems += [
+        Problem(name, "missing", "a scale and a zero point for K and V of every layer")
+        for name in sorted(names - set(kv))
+    ]
     for name in sorted(names & set(kv)):
         tensor = kv[name]
         if tensor.dtype != torch.float32 or tuple(tensor.shape) not in ((), (tp,)):
             expected = f"torch.float32 [] or [{tp}]: one number for all heads of a rank"
             problems.append(Problem(name, f"{tensor.dtype} {list(tensor.shape)}", expected))
-        elif not bool(tensor.isfinite().all()) or (name.endswith("_scale") and not bool((tensor > 0).all())):
+        elif not bool(tensor.isfinite().all()) or (
+            name.endswith("_scale") and not bool((tensor > 0).all())
+        ):
             problems.append(Problem(name, f"{tensor.tolist()}", "finite numbers, scales above 0"))
     if problems:
         return [], problems
     symmetric = all(not bool(kv[name].any()) for name in names if name.endswith("_zero_point"))
     parts = KV_PARTS[::2] if symmetric else KV_PARTS
-    values = [[kv[_kv_name(i, part)].cpu().expand(tp).tolist() for part in parts] for i in range(layers)]
+    values = [
+        [kv[_kv_name(i, part)].cpu().expand(tp).tolist() for part in parts] for i in range(layers)
+    ]
     return [[[part[rank] for part in layer] for rank in range(tp)] for layer in values], []
 
 
@@ -293,10 +382,11 @@ def is_workspace(path: Path) -> bool:
 
 
 class Workspace:
-    """A workspace as a checkpoint: `config` is a Llama config.json, `tensors` the native tensors, whole whatever the ranks.
+    """A workspace as a checkpoint: `config` is a Llama config.json, `tensors` the native tensors,
+    whole whatever the ranks.
 
-    The constructor reads config.ini and the sizes of the files, never a weight. Raises ModelError with every problem found in config.ini
-    or, once that is understood, in the files.
+    The constructor reads config.ini and the sizes of the files, never a weight. Raises ModelError
+    with every problem found in config.ini or, once that is understood, in the files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -315,22 +405,32 @@ class Workspace:
         for stored in stored_tensors(self.layout):
             for name, (dtype, shape) in native_specs(self.layout, stored).items():
                 if all(file in found for file in stored.files):
-                    self.tensors[name] = TensorInfo(dtype, shape, 0, math.prod(shape) * ITEM_BYTES[dtype])
+                    self.tensors[name] = TensorInfo(
+                        dtype, shape, 0, math.prod(shape) * ITEM_BYTES[dtype]
+                    )
                     self._stored[name] = stored
         if self.layout.bias and "model.layers.0.self_attn.o_proj.bias" not in self.tensors:
-            # A Llama has the bias on o where q, k and v have one. Qwen2 is the same decoder without it.
+            # A Llama has the bias on o where q, k and v have one. Qwen2 is the same decoder without
+            # it.
             del self.config["attention_bias"]
-            self.config.update(architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False)
-        self._parts: dict[str, Tensor] = {}  # of the file that was read last, those that nobody has asked for
+            self.config.update(
+                architectures=["Qwen2ForCausalLM"], model_type="qwen2", use_sliding_window=False
+            )
+        # of the file that was read last, those that nobody has asked for
+        self._parts: dict[str, Tensor] = {}
 
     def _check_files(self, found: Mapping[str, int]) -> tuple[list[Path], int, list[Problem]]:
-        """The weight files, how many numbers a KV file holds, and what is missing or has the wrong size.
+        """The weight files, how many numbers a KV file holds, and what is missing or has the wrong
+        size.
 
-        found: name -> bytes. What config.ini claims is compared with it file by file, and no further than it can be true.
+        found: name -> bytes. What config.ini claims is compared with it file by file, and no
+        further than it can be true.
         """
         optional = set()
         if self.layout.bias:
-            biases = [f"layers.{i}.attention.wo.{rank}.bias" for i, rank in self._layer_ranks(found)]
+            biases = [
+                f"layers.{i}.attention.wo.{rank}.bias" for i, rank in self._layer_ranks(found)
+            ]
             if not any(name in found for name in biases):
                 optional = set(biases)
         missing, problems, files = [], [], []
@@ -342,17 +442,31 @@ class Workspace:
             if name not in found:
                 missing.append(name)
             elif found[name] != nbytes:
-                wrong = Problem(str(self._weights / name), f"{found[name]} bytes", f"{nbytes} by {CONFIG}", "Is it cut off?")
+                wrong = Problem(
+                    str(self._weights / name),
+                    f"{found[name]} bytes",
+                    f"{nbytes} by {CONFIG}",
+                    "Is it cut off?",
+                )
                 problems.append(placeholder_at(self._weights / name) or wrong)
             files.append(self._weights / name)
         if missing:
             text = ", ".join(missing[:4]) + (" and more" if len(missing) > 4 else "")
-            problems.append(Problem(str(self._weights), f"missing files: {text}", hint=f"Is {CONFIG} another model's?"))
+            problems.append(
+                Problem(
+                    str(self._weights),
+                    f"missing files: {text}",
+                    hint=f"Is {CONFIG} another model's?",
+                )
+            )
         return sorted(files), kv_width, problems
 
     def _layer_ranks(self, found: Mapping[str, int]) -> Iterator[tuple[int, int]]:
         """Layers and ranks, as many as there can be files of."""
-        return islice(((i, rank) for i in range(self.layout.layers) for rank in range(self.tp)), len(found) + 5)
+        return islice(
+            ((i, rank) for i in range(self.layout.layers) for rank in range(self.tp)),
+            len(found) + 5,
+        )
 
     def _expected_files(self, kv_width: int) -> Iterator[tuple[str, int]]:
         for stored in stored_tensors(self.layout):
@@ -361,25 +475,35 @@ class Workspace:
             yield from ((_kv_file(i, rank), 4 * kv_width) for rank in range(self.tp))
 
     def read(self, name: str, index: int | slice | None = None) -> Tensor:
-        """The native tensor `name`, or one or some of its slices along the first dimension, freshly allocated on the CPU.
+        """The native tensor `name`, or one or some of its slices along the first dimension, freshly
+        allocated on the CPU.
 
         Raises ModelError for a file that changed meanwhile, and for zero points that are none.
         """
         stored = self._stored[name]
-        if isinstance(index, slice) and not stored.ranks and len(stored.shape) == 2:  # a table, which lies there row by row
-            return self._read_file(stored.files[0], stored.dtype, stored.shape, range(*index.indices(self.layout.vocabulary)))
+        # a table, which lies there row by row
+        if isinstance(index, slice) and not stored.ranks and len(stored.shape) == 2:
+            return self._read_file(
+                stored.files[0],
+                stored.dtype,
+                stored.shape,
+                range(*index.indices(self.layout.vocabulary)),
+            )
         if name not in self._parts:
             self._parts = {}
             ranks = [self._read_file(file, stored.dtype, stored.shape) for file in stored.files]
             try:
                 self._parts = decode(stored, self.layout, ranks)
             except ValueError as error:
-                raise ModelError(Problem(str(self._weights / stored.files[0]), str(error), hint="It is damaged")) from error
+                raise ModelError(
+                    Problem(str(self._weights / stored.files[0]), str(error), hint="It is damaged")
+                ) from error
         tensor = self._parts.pop(name)
         return tensor if index is None else tensor[index].clone()
 
     def kv_parameters(self) -> dict[str, Tensor]:
-        """Scales and zero points of an int8 KV cache in float32 under their native names: `[]`, or `[tp]` where ranks differ.
+        """Scales and zero points of an int8 KV cache in float32 under their native names: `[]`, or
+        `[tp]` where ranks differ.
 
         {} without one. Raises ModelError for numbers that are no scales.
         """
@@ -388,70 +512,110 @@ class Workspace:
         found: dict[str, Tensor] = {}
         problems = []
         for i in range(self.layout.layers if self._kv_ranks else 0):
-            ranks = torch.stack([self._read_file(_kv_file(i, rank), "F32", (self._kv_width,)) for rank in range(self.tp)])
+            ranks = torch.stack(
+                [
+                    self._read_file(_kv_file(i, rank), "F32", (self._kv_width,))
+                    for rank in range(self.tp)
+                ]
+            )
             if self._kv_width == 2:
-                ranks = torch.stack((ranks[:, 0], torch.zeros(self.tp), ranks[:, 1], torch.zeros(self.tp)), 1)
+                ranks = torch.stack(
+                    (ranks[:, 0], torch.zeros(self.tp), ranks[:, 1], torch.zeros(self.tp)), 1
+                )
             if not bool(ranks.isfinite().all()) or not bool((ranks[:, ::2] > 0).all()):
-                problems.append(Problem(str(self._weights / _kv_file(i, 0)), f"{ranks.tolist()}", "finite numbers, scales above 0"))
+                problems.append(
+                    Problem(
+                        str(self._weights / _kv_file(i, 0)),
+                        f"{ranks.tolist()}",
+                        "finite numbers, scales above 0",
+                    )
+                )
             for part, values in zip(KV_PARTS, ranks.unbind(1), strict=True):
-                found[_kv_name(i, part)] = values[0].clone() if bool((values == values[0]).all()) else values.clone()
+                found[_kv_name(i, part)] = (
+                    values[0].clone() if bool((values == values[0]).all()) else values.clone()
+                )
         if problems:
             raise ModelError(problems)
         return found
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """Said of files that config.ini does not ask for; and where zero points are stored plainly, which LMDeploy takes for others: in how
-        many of the files. Reads a number of each.
+        """Said of files that config.ini does not ask for; and where zero points are stored plainly,
+        which LMDeploy takes for others: in how many of the files. Reads a number of each.
 
         Raises ModelError for a file that cannot be read.
         """
         said: tuple[str, ...] = ()
         if self._strangers:
-            few = ", ".join(self._strangers[:3]) + (f" and {len(self._strangers) - 3} more" if len(self._strangers) > 3 else "")
+            few = ", ".join(self._strangers[:3]) + (
+                f" and {len(self._strangers) - 3} more" if len(self._strangers) > 3 else ""
+            )
             said = (f"left out, since config.ini does not ask for them: {few}",)
-        grids = [file for stored in stored_tensors(self.layout) if stored.part == "scales_zeros" for file in stored.files]
+        grids = [
+            file
+            for stored in stored_tensors(self.layout)
+            if stored.part == "scales_zeros"
+            for file in stored.files
+        ]
         plain = [name for name in grids if has_plain_zeros(self._read_file(name, "F16", (1,)))]
         if not plain:
             return said
         number = "all" if len(plain) == len(grids) else f"{len(plain)} of {len(grids)}"
         older = (
-            f"{number} scales_zeros files hold zero points as z, from an older QuantFlow: right here, wrong in LMDeploy, which takes "
-            "64 + z; export it to turbomind again for that"
+            f"{number} scales_zeros files hold zero points as z, from an older QuantFlow: right"
+            " here, wrong in LMDeploy, which takes 64 + z; export it to turbomind again for that"
         )
         return (*said, older)
 
-    def _read_file(self, name: str, dtype: str, shape: tuple[int, ...], rows: range | None = None) -> Tensor:
+    def _read_file(
+        self, name: str, dtype: str, shape: tuple[int, ...], rows: range | None = None
+    ) -> Tensor:
         import torch
 
         start = 0
         if rows is not None:
-            start, shape = rows.start * math.prod(shape[1:]) * ITEM_BYTES[dtype], (len(rows), *shape[1:])
+            start, shape = (
+                rows.start * math.prod(shape[1:]) * ITEM_BYTES[dtype],
+                (len(rows), *shape[1:]),
+            )
         tensor = torch.empty(shape, dtype=torch_dtype(dtype))
         view = tensor.view(-1).view(torch.uint8).numpy().data
         try:
             with open(self._weights / name, "rb", buffering=0) as file:
                 file.seek(start)
                 if not read_full(file, view):
-                    raise ModelError(Problem(str(self._weights / name), "the file ends inside the tensor", hint="Copy it again"))
+                    raise ModelError(
+                        Problem(
+                            str(self._weights / name),
+                            "the file ends inside the tensor",
+                            hint="Copy it again",
+                        )
+                    )
         except OSError as error:
-            raise ModelError(Problem(str(self._weights / name), error.strerror or str(error), "a readable file")) from error
+            raise ModelError(
+                Problem(str(self._weights / name), error.strerror or str(error), "a readable file")
+            ) from error
         return tensor
 
 
 def _weight_files(path: Path) -> tuple[dict[str, int], list[Problem]]:
-    """Name -> bytes of the regular files beside config.ini, and what must not be there: links that leave the workspace."""
+    """Name -> bytes of the regular files beside config.ini, and what must not be there: links that
+    leave the workspace."""
     root, weights = os.path.realpath(path), path / WEIGHTS
     found: dict[str, int] = {}
     problems = []
     try:
         entries = list(os.scandir(weights))
     except OSError as error:
-        raise ModelError(Problem(str(weights), error.strerror or str(error), "a readable directory")) from error
+        raise ModelError(
+            Problem(str(weights), error.strerror or str(error), "a readable directory")
+        ) from error
     for entry in entries:
         target = os.path.realpath(entry.path)
         if os.path.commonpath((root, target)) != root:
-            problems.append(Problem(entry.path, f"a link to {target}", "a file inside the workspace"))
+            problems.append(
+                Problem(entry.path, f"a link to {target}", "a file inside the workspace")
+            )
             continue
         try:
             status = entry.stat()

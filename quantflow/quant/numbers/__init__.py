@@ -7,6 +7,8 @@ from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.numbers.minimum import MinimumTensor
 from quantflow.quant.numbers.nf4 import Nf4Tensor
 
-NUMBERS: dict[str, type[QuantizedTensor]] = {kind.kind: kind for kind in (IntegerTensor, MinimumTensor, Nf4Tensor)}
+NUMBERS: dict[str, type[QuantizedTensor]] = {
+    kind.kind: kind for kind in (IntegerTensor, MinimumTensor, Nf4Tensor)
+}
 
 __all__ = ["NUMBERS", "QuantizedTensor"]

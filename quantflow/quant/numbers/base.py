@@ -1,7 +1,9 @@
-"""A weight as it is stored, in numbers of any kind: codes, and what the codes of each group stand for.
+"""A weight as it is stored, in numbers of any kind: codes, and what the codes of each group stand
+for.
 
-Shapes: `N` output channels, `K` input channels, `G` groups of them a row. A kind says here what it is and what it has a group; rows, ranks,
-the store's tensors and the check then follow. Store, sharding and formats know no kind but by its name.
+Shapes: `N` output channels, `K` input channels, `G` groups of them a row. A kind says here what it
+is and what it has a group; rows, ranks, the store's tensors and the check then follow. Store,
+sharding and formats know no kind but by its name.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuantizedTensor(ABC):
-    """codes: uint8 `[N, K]`, in `0..2^bits - 1`. scales: floating `[N, G]`, in the dtype that is stored.
+    """codes: uint8 `[N, K]`, in `0..2^bits - 1`. scales: floating `[N, G]`, in the dtype that is
+    stored.
 
-    Of a kind: kind: its name in `NUMBERS` and in files. grid: what its codes stand for, in words that follow "a grid". method: how a
-    weight is rounded to it without calibration, as reports call it. stages: those of a recipe that make it. fixed_groups: a recipe does
-    not choose the size of its groups. floats, integers: the parts that have one number a group, `[N, G]`; integers are uint8, as codes are.
+    Of a kind: kind: its name in `NUMBERS` and in files. grid: what its codes stand for, in words
+    that follow "a grid". method: how a weight is rounded to it without calibration, as reports call
+    it. stages: those of a recipe that make it. fixed_groups: a recipe does not choose the size of
+    its groups. floats, integers: the parts that have one number a group, `[N, G]`; integers are
+    uint8, as codes are.
     """
 
     kind: ClassVar[str]
@@ -49,7 +54,8 @@ class QuantizedTensor(ABC):
     @classmethod
     @abstractmethod
     def title(cls, scheme: Scheme, group: str) -> str:
-        """What people call a scheme of this kind, such as `W4 g128 asymmetric`. group: its groups in short, `g128` or `channel`."""
+        """What people call a scheme of this kind, such as `W4 g128 asymmetric`. group: its groups
+        in short, `g128` or `channel`."""
 
     @classmethod
     @abstractmethod
@@ -58,9 +64,18 @@ class QuantizedTensor(ABC):
 
     @classmethod
     @abstractmethod
-    def quantize(cls, weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None) -> Self:
-        """`weight` `[N, K]`, rounded to the nearest of these numbers. search: for the range of least error, where the kind has one;
-        importance: what that error is weighed by (see `grid.group_loss`)."""
+    def quantize(
+        cls,
+        weight: Tensor,
+        scheme: Scheme,
+        rules: GridRules,
+        *,
+        search: bool = False,
+        importance: Tensor | None = None,
+    ) -> Self:
+        """`weight` `[N, K]`, rounded to the nearest of these numbers. search: for the range of
+        least error, where the kind has one; importance: what that error is weighed by (see
+        `grid.group_loss`)."""
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,9 +84,11 @@ class QuantizedTensor(ABC):
     # What most kinds have alike.
 
     @classmethod
-    def candidates(cls, weight: Tensor, scheme: Scheme, rules: GridRules, source: QuantizedTensor | None) -> Iterator[Self]:
-        """Ways to write `weight` `[N, K]` (float32) in these numbers, of which the one of least error is taken. source: what it was
-        dequantised from, if anything."""
+    def candidates(
+        cls, weight: Tensor, scheme: Scheme, rules: GridRules, source: QuantizedTensor | None
+    ) -> Iterator[Self]:
+        """Ways to write `weight` `[N, K]` (float32) in these numbers, of which the one of least
+        error is taken. source: what it was dequantised from, if anything."""
         yield cls.quantize(weight, scheme, rules, search=True)
 
     @property
@@ -85,13 +102,14 @@ class QuantizedTensor(ABC):
         return False
 
     def steps(self) -> tuple[Tensor, Tensor] | None:
-        """The distance of two neighbouring numbers, and where zero lies in such steps, both float32 `[N, G]`; None where the steps of a
-        group are not even, or its channels are not together."""
+        """The distance of two neighbouring numbers, and where zero lies in such steps, both float32
+        `[N, G]`; None where the steps of a group are not even, or its channels are not together."""
         return None
 
     def spanned(self, weight: Tensor) -> Tensor | None:
-        """The share of each group's range (zero included) that its numbers span, `[groups that have a range]`; None for a kind that
-        clips nothing. weight: float32 `[N, K]`, what was rounded."""
+        """The share of each group's range (zero included) that its numbers span, `[groups that have
+        a range]`; None for a kind that clips nothing. weight: float32 `[N, K]`, what was
+        rounded."""
         return None
 
     def remarks(self, rules: GridRules) -> dict[str, Any]:
@@ -100,22 +118,33 @@ class QuantizedTensor(ABC):
 
     def rows(self, part: slice) -> Self:
         """Some of its output channels."""
-        return replace(self, codes=self.codes[part], **{name: getattr(self, name)[part] for name in self.floats + self.integers})
+        return replace(
+            self,
+            codes=self.codes[part],
+            **{name: getattr(self, name)[part] for name in self.floats + self.integers},
+        )
 
     def cut(self, dimension: int, rank: int, tp: int) -> Self:
-        """Rank `rank`'s part of `tp`; `dimension` 0 cuts the outputs, 1 the inputs (whole groups: the plan has checked). Raises ValueError
-        for what cannot be cut."""
+        """Rank `rank`'s part of `tp`; `dimension` 0 cuts the outputs, 1 the inputs (whole groups:
+        the plan has checked). Raises ValueError for what cannot be cut."""
 
         def part(whole: Tensor) -> Tensor:
             # One group a row is every rank's, if the inputs are cut.
-            return whole if dimension == 1 and whole.shape[1] == 1 else whole.chunk(tp, dimension)[rank].contiguous()
+            return (
+                whole
+                if dimension == 1 and whole.shape[1] == 1
+                else whole.chunk(tp, dimension)[rank].contiguous()
+            )
 
         codes = self.codes.chunk(tp, dimension)[rank].contiguous()
-        groups: dict[str, Any] = {name: part(getattr(self, name)) for name in self.floats + self.integers}
+        groups: dict[str, Any] = {
+            name: part(getattr(self, name)) for name in self.floats + self.integers
+        }
         return replace(self, codes=codes, **groups)
 
     def parts(self) -> dict[str, Tensor]:
-        """Its tensors as the store keeps them: codes packed along the row, low bits first, and the others by their names."""
+        """Its tensors as the store keeps them: codes packed along the row, low bits first, and the
+        others by their names."""
         groups = {name: getattr(self, name) for name in self.floats + self.integers}
         return {"codes": pack_rows(self.codes, self.scheme.bits), **groups}
 
@@ -126,22 +155,35 @@ class QuantizedTensor(ABC):
         return cls(scheme, codes, *(parts[name] for name in cls.floats + cls.integers))
 
     def problems(self, name: str) -> list[Problem]:
-        """What keeps it from being what its scheme says: shapes, ranges of codes, finite numbers. The scheme fits the shape.
+        """What keeps it from being what its scheme says: shapes, ranges of codes, finite numbers.
+        The scheme fits the shape.
 
-        An encoder that trusted its input would spill a code that is out of range into its neighbours.
+        An encoder that trusted its input would spill a code that is out of range into its
+        neighbours.
         """
         scheme, (n, k) = self.scheme, self.shape
         groups, found = scheme.groups(k), []
         for part in self.floats + self.integers:
             if tuple(shape := getattr(self, part).shape) != (n, groups):
-                found.append(Problem(f"{name} {part}", f"shape {list(shape)}", f"[{n}, {groups}] for {scheme}"))
+                found.append(
+                    Problem(
+                        f"{name} {part}", f"shape {list(shape)}", f"[{n}, {groups}] for {scheme}"
+                    )
+                )
         for part in ("codes", *self.integers):
             stored = getattr(self, part)
             if stored.dtype != torch.uint8:
                 found.append(Problem(f"{name} {part}", f"dtype {stored.dtype}", "torch.uint8"))
             elif stored.numel() and (most := int(stored.max())) > scheme.levels:
-                found.append(Problem(f"{name} {part}", f"a value of {most}", f"at most {scheme.levels} for {scheme.bits} bits"))
-        # Extremes: torch finds them in a tenth of the time that `all` takes over truth values, and NaN is one.
+                found.append(
+                    Problem(
+                        f"{name} {part}",
+                        f"a value of {most}",
+                        f"at most {scheme.levels} for {scheme.bits} bits",
+                    )
+                )
+        # Extremes: torch finds them in a tenth of the time that `all` takes over truth values, and
+        # NaN is one.
         for part in self.floats:
             stored = getattr(self, part)
             if stored.numel() and not all(math.isfinite(end) for end in stored.aminmax()):

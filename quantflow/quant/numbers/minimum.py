@@ -41,7 +41,13 @@ class MinimumTensor(QuantizedTensor):
 
     @classmethod
     def quantize(
-        cls, weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None
+        cls,
+        weight: Tensor,
+        scheme: Scheme,
+        rules: GridRules,
+        *,
+        search: bool = False,
+        importance: Tensor | None = None,
     ) -> MinimumTensor:
         """On the range of each group: none is searched for."""
         parts = grouped(weight, scheme)
@@ -49,7 +55,9 @@ class MinimumTensor(QuantizedTensor):
         return _on(weight, scheme, rules, (high - low) / scheme.levels, low)
 
     @classmethod
-    def candidates(cls, weight: Tensor, scheme: Scheme, rules: GridRules, source: QuantizedTensor | None) -> Iterator[MinimumTensor]:
+    def candidates(
+        cls, weight: Tensor, scheme: Scheme, rules: GridRules, source: QuantizedTensor | None
+    ) -> Iterator[MinimumTensor]:
         """On the source's own steps, and on the range of each group."""
         if steps := repeated_steps(source, weight, scheme):
             scales, zeros = steps
@@ -57,22 +65,36 @@ class MinimumTensor(QuantizedTensor):
         yield cls.quantize(weight, scheme, rules)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[N, K]` in `dtype`; product and sum are computed and rounded in float32 (float64 if that is `dtype`)."""
+        """The weight `[N, K]` in `dtype`; product and sum are computed and rounded in float32
+        (float64 if that is `dtype`)."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         n, k = self.shape
         scales, minimums = self.scales.to(compute), self.minimums.to(compute)
         grouped_codes = self.codes.to(compute).view(n, scales.shape[1], -1)
-        return grouped_codes.mul_(scales[:, :, None]).add_(minimums[:, :, None]).view(n, k).to(dtype)
+        return (
+            grouped_codes.mul_(scales[:, :, None]).add_(minimums[:, :, None]).view(n, k).to(dtype)
+        )
 
     def steps(self) -> tuple[Tensor, Tensor]:
         scales = self.scales.float()
         return scales, -self.minimums.float() / scales
 
 
-def _on(weight: Tensor, scheme: Scheme, rules: GridRules, scales: Tensor, minimums: Tensor) -> MinimumTensor:
+def _on(
+    weight: Tensor, scheme: Scheme, rules: GridRules, scales: Tensor, minimums: Tensor
+) -> MinimumTensor:
     """`weight` in the nearest codes of a grid, its numbers rounded to what is stored."""
     scales = rules.round_scale(torch.where(scales > 0, scales, torch.ones_like(scales)))
     largest = torch.finfo(rules.scale_dtype).max
     minimums = minimums.clamp(-largest, largest).to(rules.scale_dtype).float()
-    codes = ((grouped(weight, scheme) - minimums[:, :, None]) / scales[:, :, None]).round_().clamp_(0, scheme.levels)
-    return MinimumTensor(scheme, codes.view(weight.shape).to(torch.uint8), scales.to(rules.scale_dtype), minimums.to(rules.scale_dtype))
+    codes = (
+        ((grouped(weight, scheme) - minimums[:, :, None]) / scales[:, :, None])
+        .round_()
+        .clamp_(0, scheme.levels)
+    )
+    return MinimumTensor(
+        scheme,
+        codes.view(weight.shape).to(torch.uint8),
+        scales.to(rules.scale_dtype),
+        minimums.to(rules.scale_dtype),
+    )

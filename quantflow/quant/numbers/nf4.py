@@ -1,5 +1,6 @@
-"""NF4: 4-bit codes of a normal distribution's quantiles, scaled by the largest magnitude of each block (Dettmers et al. 2023, QLoRA:
-arXiv 2305.14314, equations 3 to 6): `W ≈ NF4[codes] * scales`. What people know as `load_in_4bit`.
+"""NF4: 4-bit codes of a normal distribution's quantiles, scaled by the largest magnitude of each
+block (Dettmers et al. 2023, QLoRA: arXiv 2305.14314, equations 3 to 6): `W ≈ NF4[codes] * scales`.
+What people know as `load_in_4bit`.
 
 Shapes: weight `[N, K]`; scales `[N, G]`.
 """
@@ -21,18 +22,20 @@ if TYPE_CHECKING:
 
 # QLoRA, appendix E: quantiles of a normal distribution, an exact 0 among them, scaled to [-1, 1].
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class NestedScales:
-    """Scales that are quantised themselves (QLoRA's double quantisation), in blocks of 256 along the flattened `[N, G]`:
-    `scale = table[code] * absmax + offset`.
+    """Scales that are quantised themselves (QLoRA's double quantisation), in blocks of 256 along
+    the flattened `[N, G]`: `scale = table[code] * absmax + offset`.
 
-    codes: uint8 `[N * G]`. absmax: float32, one a block. table: float32 `[256]`. offset: of all of them, a float32 number.
+    codes: uint8 `[N * G]`. absmax: float32, one a block. table: float32 `[256]`. offset: of all of
+    them, a float32 number.
     """
 
     BLOCK = 256
@@ -45,13 +48,15 @@ class NestedScales:
     def scales(self) -> Tensor:
         """float32 `[N * G]`."""
         each = self.absmax.repeat_interleave(self.BLOCK)[: self.codes.numel()]
-        return self.table[self.codes.long()] * each + torch.tensor(self.offset, dtype=torch.float32, device=self.codes.device)
+        return self.table[self.codes.long()] * each + torch.tensor(
+            self.offset, dtype=torch.float32, device=self.codes.device
+        )
 
 
 @dataclass(frozen=True)
 class Nf4Tensor(QuantizedTensor):
-    """codes: 0 to 15. scales: float32, the largest magnitude of each group. nested: what they were computed from, where they are quantised
-    too."""
+    """codes: 0 to 15. scales: float32, the largest magnitude of each group. nested: what they were
+    computed from, where they are quantised too."""
 
     kind: ClassVar[str] = "nf4"
     grid: ClassVar[str] = "of NF4's table"
@@ -72,12 +77,19 @@ class Nf4Tensor(QuantizedTensor):
 
     @classmethod
     def quantize(
-        cls, weight: Tensor, scheme: Scheme, rules: GridRules, *, search: bool = False, importance: Tensor | None = None
+        cls,
+        weight: Tensor,
+        scheme: Scheme,
+        rules: GridRules,
+        *,
+        search: bool = False,
+        importance: Tensor | None = None,
     ) -> Nf4Tensor:
         return quantize_nf4(weight, scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[N, K]` in `dtype`, computed in float32 as bitsandbytes does (float64 if that is `dtype`)."""
+        """The weight `[N, K]` in `dtype`, computed in float32 as bitsandbytes does (float64 if that
+        is `dtype`)."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         n, k = self.shape
         table = torch.tensor(NF4, dtype=torch.float32, device=self.codes.device).to(compute)
@@ -94,7 +106,8 @@ class Nf4Tensor(QuantizedTensor):
         return replace(super().rows(part), nested=None)
 
     def cut(self, dimension: int, rank: int, tp: int) -> Nf4Tensor:
-        """As for any numbers. Raises ValueError for scales that are quantised themselves, whose blocks know nothing of rows."""
+        """As for any numbers. Raises ValueError for scales that are quantised themselves, whose
+        blocks know nothing of rows."""
         if self.nested is not None:
             raise ValueError(f"{self.scheme} cannot be cut")
         return super().cut(dimension, rank, tp)
@@ -103,22 +116,32 @@ class Nf4Tensor(QuantizedTensor):
         if (nested := self.nested) is None:
             return super().parts()
         offset = torch.tensor(nested.offset, dtype=torch.float32)
-        return super().parts() | {"nested.codes": nested.codes, "nested.absmax": nested.absmax, "nested.offset": offset}
+        return super().parts() | {
+            "nested.codes": nested.codes,
+            "nested.absmax": nested.absmax,
+            "nested.offset": offset,
+        }
 
     @classmethod
     def from_parts(cls, scheme: Scheme, parts: Mapping[str, Tensor], in_features: int) -> Nf4Tensor:
         found = super().from_parts(scheme, parts, in_features)
         if "nested.codes" not in parts:
             return found
-        nested = NestedScales(parts["nested.codes"], parts["nested.absmax"], dynamic_table(), float(parts["nested.offset"]))
+        nested = NestedScales(
+            parts["nested.codes"],
+            parts["nested.absmax"],
+            dynamic_table(),
+            float(parts["nested.offset"]),
+        )
         return replace(found, nested=nested)
 
 
 def quantize_nf4(weight: Tensor, scheme: Scheme) -> Nf4Tensor:
-    """`weight` `[N, K]` in the nearest codes, computed as bitsandbytes does, so that the codes are the same as its own.
+    """`weight` `[N, K]` in the nearest codes, computed as bitsandbytes does, so that the codes are
+    the same as its own.
 
-    A block of zeros has scale 0, which stands for zeros whatever its codes. With `scheme.double` the scales are quantised after the
-    codes were chosen, as in QLoRA.
+    A block of zeros has scale 0, which stands for zeros whatever its codes. With `scheme.double`
+    the scales are quantised after the codes were chosen, as in QLoRA.
     """
     n, k = weight.shape
     blocks = weight.float().view(n, scheme.groups(k), -1)
@@ -134,10 +157,12 @@ def quantize_nf4(weight: Tensor, scheme: Scheme) -> Nf4Tensor:
 
 
 def nest_scales(scales: Tensor) -> NestedScales:
-    """The scales in 8 bits: their mean is taken off, and what is left is rounded to the dynamic table, in blocks of 256.
+    """The scales in 8 bits: their mean is taken off, and what is left is rounded to the dynamic
+    table, in blocks of 256.
 
-    The codes are the nearest, as bitsandbytes' GPU kernels choose them. Its CPU kernel rounds each share to a multiple of 2 / 65535
-    before it looks the code up, and so takes a neighbour of the nearest where two are about equally near.
+    The codes are the nearest, as bitsandbytes' GPU kernels choose them. Its CPU kernel rounds each
+    share to a multiple of 2 / 65535 before it looks the code up, and so takes a neighbour of the
+    nearest where two are about equally near.
     """
     flat = scales.reshape(-1)
     offset = flat.mean()
@@ -152,8 +177,9 @@ def nest_scales(scales: Tensor) -> NestedScales:
 
 
 def dynamic_table() -> Tensor:
-    """float32 `[256]`, sorted: bitsandbytes' signed dynamic data type (Dettmers 2016, arXiv 1511.04561): the exponent -6..0 of ten is
-    written in unary, and the bits that are left count linearly, `2^i` steps for exponent `i - 6`."""
+    """float32 `[256]`, sorted: bitsandbytes' signed dynamic data type (Dettmers 2016, arXiv
+    1511.04561): the exponent -6..0 of ten is written in unary, and the bits that are left count
+    linearly, `2^i` steps for exponent `i - 6`."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)

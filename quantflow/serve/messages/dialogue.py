@@ -1,4 +1,5 @@
-"""From the blocks of /v1/messages to the messages of a dialogue, and from its words to those of chat completions."""
+"""From the blocks of /v1/messages to the messages of a dialogue, and from its words to those of
+chat completions."""
 
 from __future__ import annotations
 
@@ -30,17 +31,22 @@ RENAMED = {
 
 SAME = ("temperature", "top_p", "top_k", "stream", "max_tokens")
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-BILLING = "x-anthropic-billing-header:"  # Claude Code's, for Anthropic's books: another each time, so that no beginning would be known
+# Claude Code's, for Anthropic's books: another each time, so that no beginning would be known
+BILLING = "x-anthropic-billing-header:"
 
 
 def as_chat(body: CountRequest) -> ChatRequest:
     """The same request in the words of chat completions. Raises Refused."""
     if body.thread is not None:
-        message = "thread: nothing is stored here; expected none, and the whole dialogue as messages"
+        message = (
+            "thread: nothing is stored here; expected none, and the whole dialogue as messages"
+        )
         raise Refused(400, message, param="thread", code=NO_THREAD)
     found: Object = {"model": body.model, "messages": messages(body.system, body.messages)}
     if isinstance(body, MessagesRequest):
-        found |= {name: getattr(body, name) for name in SAME} | {"stop": body.stop_sequences or None}
+        found |= {name: getattr(body, name) for name in SAME} | {
+            "stop": body.stop_sequences or None
+        }
     if found["messages"][-1]["role"] == "assistant":
         found["continue_final_message"] = True
     if body.output_config and body.output_config.format:
@@ -57,7 +63,12 @@ def as_chat(body: CountRequest) -> ChatRequest:
         found["tools"] = [
             {
                 "type": "function",
-                "function": {"name": t.name, "description": t.description, "parameters": t.input_schema, "strict": t.strict},
+                "function": {
+                    "name": t.name,
+                    "description": t.description,
+                    "parameters": t.input_schema,
+                    "strict": t.strict,
+                },
             }
             for t in body.tools
         ]
@@ -68,18 +79,29 @@ def as_chat(body: CountRequest) -> ChatRequest:
 
 def _choice(given: ToolChoice) -> Object:
     if (given.type == "tool") != (given.name is not None):
-        message = f"tool_choice: type {given.type} {'with' if given.name else 'without'} a name; expected one with type tool"
+        message = (
+            f"tool_choice: type {given.type} {'with' if given.name else 'without'} a name; expected"
+            " one with type tool"
+        )
         raise Refused(400, message, param="tool_choice", code="invalid_value")
     named = {"type": "function", "function": {"name": given.name}}
-    parallel = None if given.disable_parallel_tool_use is None else not given.disable_parallel_tool_use
+    parallel = (
+        None if given.disable_parallel_tool_use is None else not given.disable_parallel_tool_use
+    )
     return {"tool_choice": CHOICES.get(given.type, named), "parallel_tool_calls": parallel}
 
 
 def messages(system: str | Sequence[TextBlock] | None, turns: Sequence[Turn]) -> list[Object]:
     """Turns of one speaker that follow each other are one. Raises Refused."""
-    said = [message for number, turn in enumerate(turns) for message in _said(turn, f"messages[{number}]")]
+    said = [
+        message
+        for number, turn in enumerate(turns)
+        for message in _said(turn, f"messages[{number}]")
+    ]
     if not said:
-        nothing = "messages: nothing is said in them; expected a text, a call of a tool or its result"
+        nothing = (
+            "messages: nothing is said in them; expected a text, a call of a tool or its result"
+        )
         raise Refused(400, nothing, param="messages", code="invalid_value")
     found: list[Object] = []
     given = _system(system)
@@ -95,7 +117,9 @@ def messages(system: str | Sequence[TextBlock] | None, turns: Sequence[Turn]) ->
 
 
 def _system(given: str | Sequence[TextBlock] | None) -> str:
-    texts = [given or ""] if isinstance(given, (str, type(None))) else [block.text for block in given]
+    texts = (
+        [given or ""] if isinstance(given, (str, type(None))) else [block.text for block in given]
+    )
     return "".join(text for text in texts if not text.startswith(BILLING))
 
 
@@ -133,7 +157,9 @@ def _add(message: Object, block: ToolUseBlock | ThinkingBlock | RedactedThinking
     """Thoughts that nobody but Anthropic can read are left out."""
     if isinstance(block, ToolUseBlock):
         function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
-        message.setdefault("tool_calls", []).append({"id": block.id, "type": "function", "function": function})
+        message.setdefault("tool_calls", []).append(
+            {"id": block.id, "type": "function", "function": function}
+        )
     elif isinstance(block, ThinkingBlock):
         message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
 
@@ -147,7 +173,9 @@ def _result(block: ToolResultBlock) -> str:
 
 def _check(turn: Turn, role: str, kind: str, where: str) -> None:
     if turn.role != role:
-        message = f"{where}: {kind} in a message of role {turn.role}; expected it in one of role {role}"
+        message = (
+            f"{where}: {kind} in a message of role {turn.role}; expected it in one of role {role}"
+        )
         raise Refused(400, message, param=where, code="invalid_value")
 
 

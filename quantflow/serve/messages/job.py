@@ -18,8 +18,11 @@ MESSAGES: Dialect[CountRequest] = Dialect(as_chat, RENAMED)
 def messages_job(service: Service, body: MessagesRequest, request_id: str) -> Job:
     """Takes a while: tokenises. Raises Refused, RequestError."""
     asked = MESSAGES.plan(service, body)
-    room = max(1, service.context - len(asked.prompt))  # Anthropic's clients ask for what their largest model can say
+    # Anthropic's clients ask for what their largest model can say
+    room = max(1, service.context - len(asked.prompt))
     params = replace(asked.params, max_tokens=min(body.max_tokens, room))
     reading = Reading(asked.tools, asked.most_calls)
-    shape = MessageShape(service.name, reading, len(asked.prompt), cut=body.max_tokens > room, request_id=request_id)
+    shape = MessageShape(
+        service.name, reading, len(asked.prompt), cut=body.max_tokens > room, request_id=request_id
+    )
     return Job([asked.prompt], params, shape, bool(body.stream), grammar_from=asked.grammar_from)

@@ -23,4 +23,9 @@ def model_info(card: ModelCard) -> Object:
 
 def model_page(cards: Sequence[ModelCard]) -> Object:
     """All of them."""
-    return {"data": [model_info(card) for card in cards], "has_more": False, "first_id": cards[0].id, "last_id": cards[-1].id}
+    return {
+        "data": [model_info(card) for card in cards],
+        "has_more": False,
+        "first_id": cards[0].id,
+        "last_id": cards[-1].id,
+    }

@@ -1,4 +1,5 @@
-"""The messages of /v1/messages, Anthropic's. What comes in is turned into a dialogue by `serve/messages/dialogue.py`."""
+"""The messages of /v1/messages, Anthropic's. What comes in is turned into a dialogue by
+`serve/messages/dialogue.py`."""
 
 from __future__ import annotations
 
@@ -8,25 +9,42 @@ from pydantic import Discriminator, Field, Tag
 
 from quantflow.serve import fields
 from quantflow.serve.fields import ANY, LABEL, SWITCH, Foreign, known_types, only
-from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Incoming, Name, Outgoing, Probability, StopStrings, ToolName
+from quantflow.serve.protocol import (
+    MOST_MESSAGES,
+    MOST_TOOLS,
+    Incoming,
+    Name,
+    Outgoing,
+    Probability,
+    StopStrings,
+    ToolName,
+)
 
 _THOUGHTS = only(hint="Use thinking, or output_config.effort")
 
-# Parameters that are not read, Anthropic's and those of others who serve this API, and the values of each that change nothing.
+# Parameters that are not read, Anthropic's and those of others who serve this API, and the values
+# of each that change nothing.
 REQUEST: dict[str, Foreign] = {
     **fields.REQUEST,
     **fields.CHAT,
     "max_completion_tokens": only(hint="Use max_tokens"),
     "stop": only([], hint="Use stop_sequences"),
     "parallel_tool_calls": only(True, hint="Use tool_choice"),
-    **dict.fromkeys(("grammar", "regex", "ebnf", "json_schema"), only("", hint="Use output_config.format")),
+    **dict.fromkeys(
+        ("grammar", "regex", "ebnf", "json_schema"), only("", hint="Use output_config.format")
+    ),
     "response_format": only({"type": "text"}, hint="Use output_config.format"),
     **dict.fromkeys(("reasoning_effort", "enable_thinking"), _THOUGHTS),
     "chat_template_kwargs": only({}, hint=_THOUGHTS.hint),
-    "continue_final_message": only(hint="An answer goes on where the last message is the assistant's"),
+    "continue_final_message": only(
+        hint="An answer goes on where the last message is the assistant's"
+    ),
     # Anthropic's own
     "cache_control": ANY,  # beginnings that were seen before are found without
-    "metadata": Foreign(Annotated[dict[str, Annotated[str, Field(max_length=4096)] | None], Field(max_length=16)], "at most 16 labels"),
+    "metadata": Foreign(
+        Annotated[dict[str, Annotated[str, Field(max_length=4096)] | None], Field(max_length=16)],
+        "at most 16 labels",
+    ),
     **dict.fromkeys(("service_tier", "speed", "diagnostics"), ANY),
     **dict.fromkeys(("inference_geo", "user_profile_id"), LABEL),
     "container": only(hint="No code is run here"),
@@ -34,7 +52,9 @@ REQUEST: dict[str, Foreign] = {
     **dict.fromkeys(("billing_policy", "fallback_credit_token"), ANY),
     "fallbacks": only([]),
     "compaction": only(hint="Leave out what the model's context has no room for"),
-    "context_management": only({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
+    "context_management": only(
+        {}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    ),
 }
 TOOL: dict[str, Foreign] = {
     "cache_control": ANY,
@@ -43,14 +63,21 @@ TOOL: dict[str, Foreign] = {
     "allowed_callers": only(["direct"]),
     "input_examples": only([], hint="Put them into the description"),
 }
-BLOCK: dict[str, Foreign] = {"cache_control": ANY, "citations": only([]), "toolset_name": only(), "caller": only({"type": "direct"})}
+BLOCK: dict[str, Foreign] = {
+    "cache_control": ANY,
+    "citations": only([]),
+    "toolset_name": only(),
+    "caller": only({"type": "direct"}),
+}
 
 if TYPE_CHECKING:  # they are made of the tables
     RequestFields = Incoming
     ToolFields = Incoming
     BlockFields = Incoming
 else:
-    RequestFields, ToolFields, BlockFields = (fields.extended(Incoming, table) for table in (REQUEST, TOOL, BLOCK))
+    RequestFields, ToolFields, BlockFields = (
+        fields.extended(Incoming, table) for table in (REQUEST, TOOL, BLOCK)
+    )
 
 
 # --- requests
@@ -86,7 +113,8 @@ class ToolResultBlock(BlockFields):
 
 
 class ThinkingBlock(BlockFields):
-    """What the model thought before it answered. signature: of another server's making, which is not to be checked here."""
+    """What the model thought before it answered. signature: of another server's making, which is
+    not to be checked here."""
 
     type: Literal["thinking"]
     thinking: str
@@ -101,12 +129,18 @@ class RedactedThinkingBlock(BlockFields):
 
 
 BLOCKS = {
-    "text": "Text", "tool_use": "ToolUse", "tool_result": "ToolResult", "thinking": "Thinking", "redacted_thinking": "Redacted"
-}  # fmt: skip
+    "text": "Text",
+    "tool_use": "ToolUse",
+    "tool_result": "ToolResult",
+    "thinking": "Thinking",
+    "redacted_thinking": "Redacted",
+}
 
 
 def _block(value: Any) -> str:
-    return BLOCKS.get(str(value.get("type") if isinstance(value, dict) else getattr(value, "type", None)), "Text")
+    return BLOCKS.get(
+        str(value.get("type") if isinstance(value, dict) else getattr(value, "type", None)), "Text"
+    )
 
 
 Block = Annotated[
@@ -158,20 +192,27 @@ class OutputConfig(Incoming):
 
 
 class Thinking(Incoming):
-    """disabled: a template that knows the word is told so. adaptive: the model thinks as it was trained to, and its thoughts stand in the
-    text. display: of those in a block of their own."""
+    """disabled: a template that knows the word is told so. adaptive: the model thinks as it was
+    trained to, and its thoughts stand in the text. display: of those in a block of their own."""
 
     type: Literal["disabled", "adaptive"]
     display: Literal["summarized", "omitted"] | None = None
 
 
 class CountRequest(RequestFields):
-    """What a request would begin with. thread: refused in words by which the client knows to go on without."""
+    """What a request would begin with. thread: refused in words by which the client knows to go on
+    without."""
 
     model: Name | None = None
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     system: str | Texts | None = None
-    tools: Annotated[list[Annotated[Tool, known_types("tools", "custom")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tools: (
+        Annotated[
+            list[Annotated[Tool, known_types("tools", "custom")]],
+            Field(max_length=MOST_TOOLS, fail_fast=True),
+        ]
+        | None
+    ) = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
     thinking: Annotated[Thinking, known_types("thoughts", "disabled", "adaptive")] | None = None
@@ -231,14 +272,17 @@ class ToolUse(Outgoing):
 
 
 class MessageResponse(Outgoing):
-    """content: never empty. stop_sequence: the one that was found. model_context_window_exceeded: fewer than max_tokens fitted."""
+    """content: never empty. stop_sequence: the one that was found. model_context_window_exceeded:
+    fewer than max_tokens fitted."""
 
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     model: str
     content: list[TextAnswer | ToolUse]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
+    stop_reason: Literal[
+        "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
+    ]
     stop_sequence: str | None
     usage: Usage
 

@@ -19,26 +19,39 @@ class MessageShape(Shape):
 
     typed = True
 
-    def __init__(self, model: str, reading: Reading, prompt: int, *, cut: bool, request_id: str) -> None:
+    def __init__(
+        self, model: str, reading: Reading, prompt: int, *, cut: bool, request_id: str
+    ) -> None:
         self._reading, self._prompt, self._cut, self._request_id = reading, prompt, cut, request_id
-        self._head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": model}
+        self._head = {
+            "id": f"msg_{secrets.token_hex(12)}",
+            "type": "message",
+            "role": "assistant",
+            "model": model,
+        }
         self._begun = False
         self._blocks = 0  # that have begun
         self._open = False  # the last of them, a text
         self._ended: Object = {}
 
     def start(self) -> Iterable[Object]:
-        """Nothing: what the prefix cache held, which the first event tells, is known with the first token."""
+        """Nothing: what the prefix cache held, which the first event tells, is known with the first
+        token."""
         return ()
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
         if not self._begun:
             self._begun = True
             usage = _usage(Usage(self._prompt, 0, max(token.cached for token in tokens)))
-            yield {"type": "message_start", "message": {**self._head, "content": [], **_stopped(None), "usage": usage}}
+            yield {
+                "type": "message_start",
+                "message": {**self._head, "content": [], **_stopped(None), "usage": usage},
+            }
             yield {"type": "ping"}
         last = tokens[-1]
-        for part in self._reading.add("".join(token.text for token in tokens), last=last.finish is not None):
+        for part in self._reading.add(
+            "".join(token.text for token in tokens), last=last.finish is not None
+        ):
             yield from self._said(part) if isinstance(part, str) else self._call(part)
         if last.finish is not None:
             self._ended = self._stop(last.finish, last.stop)
@@ -57,8 +70,16 @@ class MessageShape(Shape):
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
         made = outputs[0].completions[0]
         parts = self._reading.add(made.text, last=True) or [""]
-        content = [_used(p) if isinstance(p, Call) else {"type": "text", "text": p, "citations": None} for p in parts]
-        return {**self._head, "content": content, **self._stop(made.finish, made.stop), "usage": _usage(usage)}
+        content = [
+            _used(p) if isinstance(p, Call) else {"type": "text", "text": p, "citations": None}
+            for p in parts
+        ]
+        return {
+            **self._head,
+            "content": content,
+            **self._stop(made.finish, made.stop),
+            "usage": _usage(usage),
+        }
 
     def _said(self, text: str) -> Iterator[Object]:
         if not self._open:
@@ -70,7 +91,9 @@ class MessageShape(Shape):
         yield from self._close()
         used = _used(call)
         yield self._block({**used, "input": {}})
-        yield self._delta({"type": "input_json_delta", "partial_json": encode(used["input"]).decode()})
+        yield self._delta(
+            {"type": "input_json_delta", "partial_json": encode(used["input"]).decode()}
+        )
         yield {"type": "content_block_stop", "index": self._blocks - 1}
 
     def _block(self, block: Object) -> Object:
@@ -107,4 +130,9 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 
 def _used(call: Call) -> Object:
-    return {"type": "tool_use", "id": f"toolu_{secrets.token_hex(12)}", "name": call.name, "input": tool_input(call.arguments)}
+    return {
+        "type": "tool_use",
+        "id": f"toolu_{secrets.token_hex(12)}",
+        "name": call.name,
+        "input": tool_input(call.arguments),
+    }

@@ -1,4 +1,5 @@
-"""From the items of /v1/responses to the messages of a dialogue, and from its words to those of chat completions."""
+"""From the items of /v1/responses to the messages of a dialogue, and from its words to those of
+chat completions."""
 
 from __future__ import annotations
 
@@ -23,17 +24,21 @@ from quantflow.serve.responses.protocol import (
 from quantflow.serve.wire import Object
 
 RENAMED = {
-    "messages": "input", "prompt": "input", "max_tokens": "max_output_tokens", "response_format": "text.format",
+    "messages": "input",
+    "prompt": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
-}  # fmt: skip
+}
 """What this API calls the parameters of chat completions and the engine's arguments."""
 
 SAME = (
-    "model", "temperature", "top_p", "parallel_tool_calls", "stream", "seed", "top_k", "min_p", "repetition_penalty", "ignore_eos",
-    "chat_template_kwargs",
+    "model", "temperature", "top_p", "parallel_tool_calls", "stream", "seed", "top_k", "min_p",
+    "repetition_penalty", "ignore_eos", "chat_template_kwargs",
 )  # fmt: skip
 SYSTEM = ("system", "developer")
-TURN = ("reasoning_content", "content", "tool_calls")  # what the assistant says in one go, in this order
+# what the assistant says in one go, in this order
+TURN = ("reasoning_content", "content", "tool_calls")
 
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
@@ -44,12 +49,17 @@ def as_chat(body: ResponsesRequest) -> ChatRequest:
     if wants_logprobs(body):
         found |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     if body.text and body.text.format:
-        found["response_format"] = _format(body.text.format.model_dump(by_alias=True, exclude_none=True))
+        found["response_format"] = _format(
+            body.text.format.model_dump(by_alias=True, exclude_none=True)
+        )
     if body.reasoning and body.reasoning.effort:
         found["reasoning_effort"] = body.reasoning.effort
     if body.tools:
         keep = {"name", "description", "parameters", "strict"}
-        found["tools"] = [{"type": "function", "function": tool.model_dump(include=keep, exclude_none=True)} for tool in body.tools]
+        found["tools"] = [
+            {"type": "function", "function": tool.model_dump(include=keep, exclude_none=True)}
+            for tool in body.tools
+        ]
     found["tool_choice"] = _choice(body.tool_choice)
     return chat_request(found)
 
@@ -59,17 +69,23 @@ def wants_logprobs(body: ResponsesRequest) -> bool:
 
 
 def messages(instructions: str | None, items: Sequence[Item]) -> list[Object]:
-    """What the assistant said in one go, in several items, is one message; so are the instructions and the system messages at the
-    beginning, since many templates want a single one there."""
+    """What the assistant said in one go, in several items, is one message; so are the instructions
+    and the system messages at the beginning, since many templates want a single one there."""
     found: list[Object] = [{"role": "system", "content": instructions}] if instructions else []
     for item in items:
         if isinstance(item, OutputItem):
-            found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+            found.append(
+                {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
+            )
         elif isinstance(item, CallItem):
             function = {"name": item.name, "arguments": item.arguments}
-            _turn(found, "tool_calls").setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+            _turn(found, "tool_calls").setdefault("tool_calls", []).append(
+                {"id": item.call_id, "type": "function", "function": function}
+            )
         elif isinstance(item, ReasoningItem):
-            _turn(found, "reasoning_content")["reasoning_content"] = "\n".join(part.text for part in item.content or item.summary or ())
+            _turn(found, "reasoning_content")["reasoning_content"] = "\n".join(
+                part.text for part in item.content or item.summary or ()
+            )
         elif item.role == "assistant":
             _turn(found, "content")["content"] = _text(item.content)
         elif item.role in SYSTEM and len(found) == 1 and found[0]["role"] in SYSTEM:
@@ -80,7 +96,8 @@ def messages(instructions: str | None, items: Sequence[Item]) -> list[Object]:
 
 
 def _turn(found: list[Object], part: str) -> Object:
-    """The message of the assistant's that this part belongs to: the last one, where nothing in it comes after such a part."""
+    """The message of the assistant's that this part belongs to: the last one, where nothing in it
+    comes after such a part."""
     later = TURN[TURN.index(part) :] if part != "tool_calls" else ()
     if not found or found[-1]["role"] != "assistant" or any(name in found[-1] for name in later):
         found.append({"role": "assistant"})
@@ -88,7 +105,11 @@ def _turn(found: list[Object], part: str) -> Object:
 
 
 def _text(content: str | Sequence[TextPart | RefusalPart]) -> str:
-    return content if isinstance(content, str) else "".join(p.refusal if isinstance(p, RefusalPart) else p.text for p in content)
+    return (
+        content
+        if isinstance(content, str)
+        else "".join(p.refusal if isinstance(p, RefusalPart) else p.text for p in content)
+    )
 
 
 def _format(given: Object) -> Object:
@@ -96,12 +117,19 @@ def _format(given: Object) -> Object:
     kind, schema = given.pop("type"), given.get("schema")
     if kind != "json_schema":
         if given:
-            message = f"text.format: {next(iter(given))} with type {kind}; expected type json_schema"
+            message = (
+                f"text.format: {next(iter(given))} with type {kind}; expected type json_schema"
+            )
             raise Refused(400, message, param="text.format", code="invalid_value")
         return {"type": kind}
     if schema is None or "name" not in given:
         missing = "schema" if schema is None else "name"
-        raise Refused(400, f"text.format: no {missing}; expected one beside its type", param="text.format", code="invalid_value")
+        raise Refused(
+            400,
+            f"text.format: no {missing}; expected one beside its type",
+            param="text.format",
+            code="invalid_value",
+        )
     return {"type": kind, "json_schema": given}
 
 

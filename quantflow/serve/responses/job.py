@@ -19,10 +19,17 @@ def responses_job(service: Service, body: ResponsesRequest) -> Job:
     """Takes a while: tokenises. Raises Refused, RequestError."""
     asked, logprobs = RESPONSES.plan(service, body), wants_logprobs(body)
     if asked.tools and logprobs:
-        message = "top_logprobs: with tools, whose calls have no place for them; expected one of them, or tool_choice: none"
+        message = (
+            "top_logprobs: with tools, whose calls have no place for them; expected one of them, or"
+            " tool_choice: none"
+        )
         raise Refused(400, message, param="top_logprobs", code="unsupported_value")
-    shape = ResponsesShape(service, _told(service, body), Reading(asked.tools, asked.most_calls), logprobs=logprobs)
-    return Job([asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from)
+    shape = ResponsesShape(
+        service, _told(service, body), Reading(asked.tools, asked.most_calls), logprobs=logprobs
+    )
+    return Job(
+        [asked.prompt], asked.params, shape, bool(body.stream), grammar_from=asked.grammar_from
+    )
 
 
 def _told(service: Service, body: ResponsesRequest) -> Object:
@@ -43,7 +50,13 @@ def _told(service: Service, body: ResponsesRequest) -> Object:
         "text": {"format": {"type": "text"}, **text},
         "tool_choice": _choice(body),
         "tools": [
-            {"type": "function", "name": t.name, "description": t.description, "parameters": t.parameters, "strict": bool(t.strict)}
+            {
+                "type": "function",
+                "name": t.name,
+                "description": t.description,
+                "parameters": t.parameters,
+                "strict": bool(t.strict),
+            }
             for t in body.tools or ()
         ],
         "top_logprobs": body.top_logprobs or 0,

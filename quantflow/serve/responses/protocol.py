@@ -1,4 +1,5 @@
-"""The messages of /v1/responses. What comes in is turned into a dialogue by `serve/responses/dialogue.py`."""
+"""The messages of /v1/responses. What comes in is turned into a dialogue by
+`serve/responses/dialogue.py`."""
 
 from __future__ import annotations
 
@@ -8,11 +9,22 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from quantflow.serve import fields
 from quantflow.serve.fields import ANY, LABEL, NUMBER, Foreign, known_types, only
-from quantflow.serve.protocol import MOST_MESSAGES, MOST_TOOLS, Function, Incoming, Name, Outgoing, Probability, TokenLogprob, Variables
+from quantflow.serve.protocol import (
+    MOST_MESSAGES,
+    MOST_TOOLS,
+    Function,
+    Incoming,
+    Name,
+    Outgoing,
+    Probability,
+    TokenLogprob,
+    Variables,
+)
 
 _STORED = "Nothing is stored here: send the whole dialogue as input"
 
-# Parameters that are not read, OpenAI's and those of others who serve this API, and the values of each that change nothing.
+# Parameters that are not read, OpenAI's and those of others who serve this API, and the values of
+# each that change nothing.
 REQUEST: dict[str, Foreign] = {
     **fields.REQUEST,
     **fields.CHAT,
@@ -39,14 +51,18 @@ ITEM: dict[str, Foreign] = {
     "namespace": only(""),
     "encrypted_content": only(hint="Another server made it: leave the item out"),
 }
-PART: dict[str, Foreign] = dict.fromkeys(("annotations", "logprobs", "parsed", "prompt_cache_breakpoint"), ANY)
+PART: dict[str, Foreign] = dict.fromkeys(
+    ("annotations", "logprobs", "parsed", "prompt_cache_breakpoint"), ANY
+)
 
 if TYPE_CHECKING:  # they are made of the tables
     RequestFields = Incoming
     ItemFields = Incoming
     PartFields = Incoming
 else:
-    RequestFields, ItemFields, PartFields = (fields.extended(Incoming, table) for table in (REQUEST, ITEM, PART))
+    RequestFields, ItemFields, PartFields = (
+        fields.extended(Incoming, table) for table in (REQUEST, ITEM, PART)
+    )
 
 
 # --- requests
@@ -110,15 +126,27 @@ class ReasoningItem(ItemFields):
     """What the model thought before it answered."""
 
     type: Literal["reasoning"]
-    summary: Annotated[list[ReasoningPart], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
-    content: Annotated[list[ReasoningPart], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None = None
+    summary: (
+        Annotated[list[ReasoningPart], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None
+    ) = None
+    content: (
+        Annotated[list[ReasoningPart], Field(max_length=MOST_MESSAGES, fail_fast=True)] | None
+    ) = None
 
 
-ITEMS = {"message": "Message", "function_call": "Call", "function_call_output": "Output", "reasoning": "Reasoning"}
+ITEMS = {
+    "message": "Message",
+    "function_call": "Call",
+    "function_call_output": "Output",
+    "reasoning": "Reasoning",
+}
 
 
 def _item(value: Any) -> str:
-    return ITEMS.get(str(value.get("type") if isinstance(value, dict) else getattr(value, "type", None)), "Message")
+    return ITEMS.get(
+        str(value.get("type") if isinstance(value, dict) else getattr(value, "type", None)),
+        "Message",
+    )
 
 
 Item = Annotated[
@@ -144,7 +172,9 @@ class Tool(Function):
     type: Literal["function"]
     # No meaning here: whether the model sees a tool at once, and who else may call it.
     defer_loading: Literal[False] | None = None
-    allowed_callers: Annotated[list[Literal["direct"]], Field(max_length=16, fail_fast=True)] | None = None
+    allowed_callers: (
+        Annotated[list[Literal["direct"]], Field(max_length=16, fail_fast=True)] | None
+    ) = None
     output_schema: dict[str, Any] | None = None
 
 
@@ -157,14 +187,20 @@ class AllowedTools(Incoming):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[
-        list[Annotated[NamedTool, known_types("tools", "function")]], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)
+        list[Annotated[NamedTool, known_types("tools", "function")]],
+        Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True),
     ]
 
 
 def _choice(value: Any) -> str:
     if isinstance(value, (str, type(None))):
         return "Word"
-    return "Allowed" if (value.get("type") if isinstance(value, dict) else getattr(value, "type", "")) == "allowed_tools" else "Named"
+    return (
+        "Allowed"
+        if (value.get("type") if isinstance(value, dict) else getattr(value, "type", ""))
+        == "allowed_tools"
+        else "Named"
+    )
 
 
 ToolChoice = Annotated[
@@ -192,7 +228,8 @@ class TextOptions(Incoming):
 
 
 class Reasoning(Incoming):
-    """effort: as chat completions take it. What a model thinks stands in its text, so that there is nothing to be summarised."""
+    """effort: as chat completions take it. What a model thinks stands in its text, so that there is
+    nothing to be summarised."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
@@ -209,13 +246,19 @@ LOGPROBS = "message.output_text.logprobs"
 Include = Literal[
     "message.output_text.logprobs",
     # Of what is never there: built-in tools, images, and reasoning apart from the text.
-    "reasoning.encrypted_content", "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
-    "message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs",
-]  # fmt: skip
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
 
 
 class ResponsesRequest(RequestFields):
-    """seed, top_k, min_p, repetition_penalty, ignore_eos and chat_template_kwargs are not OpenAI's."""
+    """seed, top_k, min_p, repetition_penalty, ignore_eos and chat_template_kwargs are not
+    OpenAI's."""
 
     model: Name | None = None
     input: Input
@@ -226,13 +269,21 @@ class ResponsesRequest(RequestFields):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     include: Annotated[list[Include], Field(max_length=32, fail_fast=True)] | None = None
     text: TextOptions | None = None
-    tools: Annotated[list[Annotated[Tool, known_types("tools", "function")]], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tools: (
+        Annotated[
+            list[Annotated[Tool, known_types("tools", "function")]],
+            Field(max_length=MOST_TOOLS, fail_fast=True),
+        ]
+        | None
+    ) = None
     tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    metadata: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=16)] | None = None
+    metadata: (
+        Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=16)] | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Probability | None = None

@@ -31,7 +31,12 @@ def add_routes(app: FastAPI, service: Service, answers: Callable[..., dict[str, 
     @app.post("/v1/responses/input_tokens", tags=["text"], **answers(InputTokens))
     async def count(body: ResponsesRequest) -> Any:
         """How many tokens the same request would begin with."""
-        return Worked(service, lambda: encode({"object": "response.input_tokens", "input_tokens": RESPONSES.count(service, body)}))
+        return Worked(
+            service,
+            lambda: encode(
+                {"object": "response.input_tokens", "input_tokens": RESPONSES.count(service, body)}
+            ),
+        )
 
     async def stored(id: str) -> Any:
         message = f"id: {id[:100]!r}: no response is stored here; send the whole dialogue as input"

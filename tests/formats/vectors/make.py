@@ -1,7 +1,8 @@
-"""Makes the vectors of this folder with the packages that the formats come from; README.md says how.
+"""Makes the vectors of this folder with the packages that the formats come from; README.md says
+how.
 
-`python make.py autoawq|autogptq|gptqmodel`, each where that package can be imported. Weights are random; everything that is stored was
-packed, and dequantised, by the package.
+`python make.py autoawq|autogptq|gptqmodel`, each where that package can be imported. Weights are
+random; everything that is stored was packed, and dequantised, by the package.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Cases = tuple[dict[str, Any], dict[str, Tensor]]
 def random_linear(
     bits: int, group: int, symmetric: bool, act_order: bool, smallest_zero: int, seed: int
 ) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
-    """A linear layer whose weight lies on a grid, the scales `[N, G]` and zero points `[N, G]` of the grid, and each channel's group."""
+    """A linear layer whose weight lies on a grid, the scales `[N, G]` and zero points `[N, G]` of
+    the grid, and each channel's group."""
     generator = torch.Generator().manual_seed(seed)
     groups = K // group
     codes = torch.randint(0, 2**bits, (N, K), generator=generator)
@@ -42,7 +44,8 @@ def random_linear(
 
 
 def without_init(package: str) -> None:
-    """Lets modules of a package be imported without its `__init__`, which asks for what has nothing to do with packing."""
+    """Lets modules of a package be imported without its `__init__`, which asks for what has nothing
+    to do with packing."""
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations is not None
     module = types.ModuleType(package)
@@ -60,10 +63,14 @@ def autoawq() -> Cases:
     for seed, (symmetric, group) in enumerate([(False, GROUP), (True, GROUP), (False, -1)]):
         size = K if group == -1 else group
         linear, scales, zeros, _ = random_linear(4, size, symmetric, False, 0, seed)
-        made = WQLinear_GEMM.from_linear(linear, 4, size, scales=scales.t().contiguous(), zeros=zeros.t().contiguous())
+        made = WQLinear_GEMM.from_linear(
+            linear, 4, size, scales=scales.t().contiguous(), zeros=zeros.t().contiguous()
+        )
         name = f"{'symmetric' if symmetric else 'asymmetric'}_{group}"
         cases[name] = {"bits": 4, "group_size": group, "symmetric": symmetric}
-        tensors |= {f"{name}.{part}": getattr(made, part) for part in ("qweight", "qzeros", "scales")}
+        tensors |= {
+            f"{name}.{part}": getattr(made, part) for part in ("qweight", "qzeros", "scales")
+        }
         tensors[f"{name}.weight"] = dequantize_gemm(made.qweight, made.qzeros, made.scales, 4, size)
     return cases, tensors
 
@@ -76,15 +83,26 @@ def autogptq() -> Cases:
     cases, tensors = {}, {}
     # The last one has zero points of 0, which this version spreads over the rest of the word.
     for seed, (bits, symmetric, act_order, smallest) in enumerate(
-        [(bits, *rest, 1) for bits in (2, 3, 4, 8) for rest in ((False, True), (True, False))] + [(4, False, False, 0)]
+        [(bits, *rest, 1) for bits in (2, 3, 4, 8) for rest in ((False, True), (True, False))]
+        + [(4, False, False, 0)]
     ):
-        linear, scales, zeros, index = random_linear(bits, GROUP, symmetric, act_order, smallest, 100 + seed)
+        linear, scales, zeros, index = random_linear(
+            bits, GROUP, symmetric, act_order, smallest, 100 + seed
+        )
         made = QuantLinear(bits, GROUP, K, N, bias=False)
         made.pack(linear.half(), scales, zeros, index)  # it stores the scales in the weight's dtype
-        name = f"{bits}_{'symmetric' if symmetric else 'asymmetric'}" + "_act_order" * act_order + "_wrapped" * (smallest == 0)
+        name = (
+            f"{bits}_{'symmetric' if symmetric else 'asymmetric'}"
+            + "_act_order" * act_order
+            + "_wrapped" * (smallest == 0)
+        )
         cases[name] = {"bits": bits, "group_size": GROUP, "symmetric": symmetric}
-        tensors |= {f"{name}.{part}": getattr(made, part) for part in ("qweight", "qzeros", "scales", "g_idx")}
-        # It dequantises inside forward alone; the identity takes the weight out as it is: each sum has one term.
+        tensors |= {
+            f"{name}.{part}": getattr(made, part)
+            for part in ("qweight", "qzeros", "scales", "g_idx")
+        }
+        # It dequantises inside forward alone; the identity takes the weight out as it is: each sum
+        # has one term.
         tensors[f"{name}.weight"] = made(torch.eye(K, dtype=torch.float16))
     return cases, tensors
 
@@ -96,19 +114,40 @@ def gptqmodel() -> Cases:
 
     cases, tensors = {}, {}
     for seed, (bits, symmetric, act_order, group) in enumerate(
-        [(bits, symmetric, act_order, GROUP) for bits in (2, 3, 4, 8) for symmetric in (True, False) for act_order in (True, False)]
+        [
+            (bits, symmetric, act_order, GROUP)
+            for bits in (2, 3, 4, 8)
+            for symmetric in (True, False)
+            for act_order in (True, False)
+        ]
         + [(4, False, False, -1)]
     ):
-        linear, scales, zeros, index = random_linear(bits, K if group == -1 else group, symmetric, act_order, 0, 200 + seed)
+        linear, scales, zeros, index = random_linear(
+            bits, K if group == -1 else group, symmetric, act_order, 0, 200 + seed
+        )
         made = TorchLinear(
-            bits=bits, group_size=group, sym=symmetric, desc_act=act_order, in_features=K, out_features=N, bias=False, register_buffers=True
-        )  # fmt: skip
+            bits=bits,
+            group_size=group,
+            sym=symmetric,
+            desc_act=act_order,
+            in_features=K,
+            out_features=N,
+            bias=False,
+            register_buffers=True,
+        )
         made.pack(linear, scales, zeros, index)
         made.qzero_format(format=2)
         made.eval()
-        name = f"{bits}_{'symmetric' if symmetric else 'asymmetric'}" + "_act_order" * act_order + "_channel" * (group == -1)
+        name = (
+            f"{bits}_{'symmetric' if symmetric else 'asymmetric'}"
+            + "_act_order" * act_order
+            + "_channel" * (group == -1)
+        )
         cases[name] = {"bits": bits, "group_size": group, "symmetric": symmetric}
-        tensors |= {f"{name}.{part}": getattr(made, part).clone() for part in ("qweight", "qzeros", "scales", "g_idx")}
+        tensors |= {
+            f"{name}.{part}": getattr(made, part).clone()
+            for part in ("qweight", "qzeros", "scales", "g_idx")
+        }
         tensors[f"{name}.weight"] = made.dequantize_weight()
         convert_gptq_v2_to_v1_format_module(made, QuantizeConfig(bits=bits))
         tensors[f"{name}.qzeros_v1"] = made.qzeros
@@ -124,5 +163,7 @@ if __name__ == "__main__":
         version = sys.argv[2]
     path = Path(__file__).parent / f"{package}.safetensors"
     metadata = {"package": f"{package} {version}", "cases": json.dumps(cases)}
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata
+    )
     print(path.name, len(cases), "cases", path.stat().st_size, "bytes")

@@ -17,13 +17,19 @@ from quantflow.quant.scheme import PER_CHANNEL, Scheme
 
 RULES = GridRules((torch.float16,))
 SCHEMES = (
-    Scheme(4, 32, False), Scheme(3, PER_CHANNEL, True), Scheme(8, 32, True), Scheme(4, 32, False, "minimum"), Scheme(4, 64, True, "nf4"),
+    Scheme(4, 32, False),
+    Scheme(3, PER_CHANNEL, True),
+    Scheme(8, 32, True),
+    Scheme(4, 32, False, "minimum"),
+    Scheme(4, 64, True, "nf4"),
     Scheme(4, 64, True, "nf4", double=True),
-)  # fmt: skip
+)
 PARTS = {
-    "integer": {"codes", "scales", "zeros"}, "minimum": {"codes", "scales", "minimums"}, "nf4": {"codes", "scales"},
+    "integer": {"codes", "scales", "zeros"},
+    "minimum": {"codes", "scales", "minimums"},
+    "nf4": {"codes", "scales"},
     "nf4 double": {"codes", "scales", "nested.codes", "nested.absmax", "nested.offset"},
-}  # fmt: skip
+}
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 
 
@@ -34,13 +40,21 @@ def made(scheme: Scheme) -> tuple[Tensor, QuantizedTensor]:
 
 
 def test_every_kind_is_tried() -> None:
-    assert {scheme.kind for scheme in SCHEMES} == set(NUMBERS) == {kind.kind for kind in NUMBERS.values()}
+    assert (
+        {scheme.kind for scheme in SCHEMES}
+        == set(NUMBERS)
+        == {kind.kind for kind in NUMBERS.values()}
+    )
 
 
 @each_scheme
 def test_it_is_near_and_what_its_scheme_says(scheme: Scheme) -> None:
     weight, tensor = made(scheme)
-    assert isinstance(tensor, NUMBERS[scheme.kind]) and tensor.scheme == scheme and tensor.shape == (16, 128)
+    assert (
+        isinstance(tensor, NUMBERS[scheme.kind])
+        and tensor.scheme == scheme
+        and tensor.shape == (16, 128)
+    )
     assert tensor.problems("w") == []
     assert 0 < fit(weight, tensor).error < 0.1
     assert torch.equal(tensor.dequantize(torch.bfloat16), tensor.dequantize().bfloat16())
@@ -80,10 +94,15 @@ def test_rows_and_ranks_are_parts_of_the_whole(scheme: Scheme) -> None:
     ("spoil", "said"),
     [
         (lambda t: replace(t, scales=t.scales[:, :0]), "w scales: shape [16, 0]"),
-        (lambda t: replace(t, scales=torch.full_like(t.scales, torch.nan)), "w scales: NaN or infinity"),
+        (
+            lambda t: replace(t, scales=torch.full_like(t.scales, torch.nan)),
+            "w scales: NaN or infinity",
+        ),
         (lambda t: replace(t, codes=t.codes.int()), "w codes: dtype torch.int32"),
         (lambda t: replace(t, scheme=replace(t.scheme, bits=2)), "w codes: a value of"),
     ],
 )
-def test_what_is_no_such_tensor_is_told(scheme: Scheme, spoil: Callable[[QuantizedTensor], QuantizedTensor], said: str) -> None:
+def test_what_is_no_such_tensor_is_told(
+    scheme: Scheme, spoil: Callable[[QuantizedTensor], QuantizedTensor], said: str
+) -> None:
     assert any(str(problem).startswith(said) for problem in spoil(made(scheme)[1]).problems("w"))
