@@ -24,7 +24,7 @@ def digest(value: Any) -> str:
 
 def source_digest(*parts: str) -> str:
     """sha256 of the package's source files below `parts` (files or folders, such as "quant" or
-    "stages/awq.py"; "kernels": the kernels', in Python and C)."""
+    "stages/awq_layer.py"; "kernels": the kernels', in Python and C)."""
     hasher = hashlib.sha256()
     for part in parts:
         top, path = (

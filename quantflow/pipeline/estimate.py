@@ -12,7 +12,7 @@ from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.product import MOST_ELEMENTS
 from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
-from quantflow.stages.pack import written_bytes
+from quantflow.stages.pack_writer import written_bytes
 
 # The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled
 # kernels and packed operands too.

@@ -37,15 +37,15 @@ from quantflow.formats.reader import KV_SUFFIXES, REQUANTIZED, Weights
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
-from quantflow.stages.kv_qparams import fp8_scales, largest_of_parameters, of_rank, per_rank
-from quantflow.stages.pack import (
+from quantflow.stages.kv_parameters import fp8_scales, largest_of_parameters, of_rank, per_rank
+from quantflow.stages.pack_job import PackJob, Prepared, prepare
+from quantflow.stages.pack_writer import (
     Results,
     checkpoint_bytes,
     rank_folders,
     write_checkpoint,
     write_ranks,
 )
-from quantflow.stages.pack_job import PackJob, Prepared, prepare
 from quantflow.stages.requantize import Requantizing, record
 
 MAX_SHARD_BYTES = 5 * 10**9

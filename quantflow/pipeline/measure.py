@@ -18,7 +18,7 @@ from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.sweep import MeasuredReader, SweepReader
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Evaluate, KvQparams
-from quantflow.stages.kv_qparams import layer_parameters, layer_tensors, rounding
+from quantflow.stages.kv_parameters import layer_parameters, layer_tensors, rounding
 
 
 def measure(

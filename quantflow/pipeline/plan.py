@@ -62,13 +62,13 @@ T = TypeVar("T")
 # the identities of those. What reads texts can change nothing but tokens, which are in the keys
 # themselves.
 CALIBRATES = (
-    "quantflow.stages.calibrate",
+    "quantflow.stages.calibrate_layer",
     "quantflow.decoder.native",
     "quantflow.decoder.stream",
     "quantflow.checkpoints.checkpoint",
 )
 ROUNDS = (
-    "quantflow.stages.awq",
+    "quantflow.stages.awq_layer",
     "quantflow.stages.quantize",
     "quantflow.stages.output_error",
     "quantflow.decoder.passage",

@@ -22,7 +22,7 @@ from quantflow.pipeline.windows import left_out_notes
 from quantflow.quant.fit import shown
 from quantflow.recipe import Calibrate, KvQparams, dump
 from quantflow.report.page import VERSION
-from quantflow.stages.pack import checkpoint_bytes
+from quantflow.stages.pack_writer import checkpoint_bytes
 
 # of the memory table, as far as the model's positions go
 BATCHES, CONTEXTS = (1, 8, 16, 32, 48), (512, 2048, 4096, 32768)

@@ -43,14 +43,14 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.recipe import Calibrate, Evaluate, KvQparams
 from quantflow.report.page import report_page, write_page
-from quantflow.stages.kv_qparams import (
+from quantflow.stages.kv_parameters import (
     fp8_scales,
     largest_of_extremes,
     layer_parameters,
     parameter_tensors,
     per_rank,
 )
-from quantflow.stages.pack import Results, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack_writer import Results, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing, record
 from quantflow.tokenizers.tokenizer import load_tokenizer, tokenizer_files
 

@@ -33,8 +33,8 @@ from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
 from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
-from quantflow.stages.awq import AwqResult, search_layer
-from quantflow.stages.calibrate import calibrate_layer
+from quantflow.stages.awq_layer import AwqResult, search_layer
+from quantflow.stages.calibrate_layer import calibrate_layer
 from quantflow.stages.output_error import OutputErrors
 from quantflow.stages.quantize import (
     Quantized,

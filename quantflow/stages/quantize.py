@@ -15,7 +15,7 @@ from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
-from quantflow.stages.awq import Rounder
+from quantflow.stages.awq_layer import Rounder
 from quantflow.stages.folding import Folding
 
 Rows = Callable[[], Iterator[Tensor]]

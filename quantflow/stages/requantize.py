@@ -14,8 +14,8 @@ from quantflow.errors import FormatError
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.requantize import relative_error, requantize
-from quantflow.stages.pack import Results
 from quantflow.stages.pack_job import PackJob
+from quantflow.stages.pack_writer import Results
 
 
 @dataclass(frozen=True)

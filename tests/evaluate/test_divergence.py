@@ -18,7 +18,7 @@ from quantflow.evaluate import divergence
 from quantflow.evaluate.divergence import Divergence, Variant, compare, hidden_states
 from quantflow.formats.reader import Weights
 from quantflow.quant.kv import kv_parameters
-from quantflow.stages.kv_qparams import rounding
+from quantflow.stages.kv_parameters import rounding
 from tests.helpers.tiny import write_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

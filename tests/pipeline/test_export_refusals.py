@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from quantflow.errors import FormatError, ModelError, OutputError
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import Options, export
-from quantflow.stages.kv_qparams import per_rank
+from quantflow.stages.kv_parameters import per_rank
 from tests.formats.test_made_elsewhere import whole
 from tests.helpers.runs import Bench, contents, invoke, make_bench
 from tests.helpers.tiny import write_tokenizer

@@ -16,8 +16,8 @@ from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers.integer import quantize_rtn
 from quantflow.quant.scheme import PER_CHANNEL, Scheme
 from quantflow.recipe import Gptq
-from quantflow.stages import awq
-from quantflow.stages.awq import AwqResult, search_layer
+from quantflow.stages import awq_layer
+from quantflow.stages.awq_layer import AwqResult, search_layer
 from quantflow.stages.folding import Folding
 from quantflow.stages.quantize import Unrounded, gptq_rounder, gptq_segment
 from tests.helpers.layers import CONFIGS, TinyLayer, folded
@@ -136,7 +136,7 @@ def test_a_sample_of_rows_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> Non
         tiny.tensors[f"{n}.weight"] = weight[: len(weight) // 4].repeat_interleave(4, 0)
     schemes = dict.fromkeys(tiny.linears(), W3)
     whole = search(tiny, schemes)
-    monkeypatch.setattr(awq, "LOSS_ROWS", len(tiny.tensors[f"{names.down}.weight"]) // 4)
+    monkeypatch.setattr(awq_layer, "LOSS_ROWS", len(tiny.tensors[f"{names.down}.weight"]) // 4)
     sampled = search(tiny, schemes)
     assert [line["scale"] for line in sampled.report] == [line["scale"] for line in whole.report]
     for a, b in zip(sampled.report, whole.report, strict=True):

@@ -9,7 +9,7 @@ import torch
 
 from quantflow.decoder.rope import rotate
 from quantflow.decoder.stream import Stream
-from quantflow.stages.calibrate import calibrate_layer
+from quantflow.stages.calibrate_layer import calibrate_layer
 from tests.helpers.layers import CONFIGS, TinyLayer
 
 STATISTICS = ("max", "min", "mean", "absmax", "absmean")

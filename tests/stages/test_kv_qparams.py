@@ -8,7 +8,7 @@ import torch
 from quantflow.calibration.statistics import KVStatistics
 from quantflow.quant.kv import KVParameters, round_kv
 from quantflow.recipe import KvQparams
-from quantflow.stages.kv_qparams import (
+from quantflow.stages.kv_parameters import (
     largest_of_extremes,
     largest_of_parameters,
     layer_parameters,
