@@ -3,7 +3,7 @@ written at once or not at all.
 
 <root>/hashes.json                 content hashes of weight files, by (path, size, mtime, header)
 <root>/<key>/layer-00012.safetensors   a layer's result
-<root>/<key>/stream-00012.bin          the hidden states after it (the latest layer's only)
+<root>/<key>/stream-00012-x.bin        a stream as it left it (the latest layer's only)
 <root>/<key>/*.json                    results of artifact stages
 """
 
@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ class Store:
     def layer(self, key: str, index: int) -> Path:
         return self.folder(key) / f"layer-{index:05}.safetensors"
 
-    def stream(self, key: str, index: int) -> Path:
-        return self.folder(key) / f"stream-{index:05}.bin"
+    def stream(self, key: str, index: int, name: str) -> Path:
+        return self.folder(key) / f"stream-{index:05}-{name}.bin"
 
     def finished_layers(self, key: str, layers: int) -> int:
         """How many layers, from the first on, have a result (a torn file is as good as none)."""
@@ -102,9 +103,9 @@ class Store:
         shutil.rmtree(self.folder(key), ignore_errors=True)
 
     def drop_streams(self, key: str, keep: int | None = None) -> None:
-        """Removes saved hidden states but those after layer `keep`."""
+        """Removes saved streams but those after layer `keep`."""
         for path in self.folder(key).glob("stream-*"):
-            if keep is None or path != self.stream(key, keep):
+            if keep is None or not path.name.startswith(f"stream-{keep:05}-"):
                 path.unlink(missing_ok=True)
 
     def drop_torn(self) -> None:
@@ -154,6 +155,30 @@ class Store:
         except (OSError, ValueError):
             return {}
         return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A key's place in a store: the results of one walk, a layer at a time."""
+
+    store: Store
+    key: str
+
+    @property
+    def folder(self) -> Path:
+        return self.store.folder(self.key)
+
+    def layer(self, index: int) -> Path:
+        return self.store.layer(self.key, index)
+
+    def stream(self, index: int, name: str) -> Path:
+        return self.store.stream(self.key, index, name)
+
+    def finished(self, layers: int) -> int:
+        return self.store.finished_layers(self.key, layers)
+
+    def drop_streams(self, keep: int | None = None) -> None:
+        self.store.drop_streams(self.key, keep)
 
 
 def store_beside(output: Path) -> Store:

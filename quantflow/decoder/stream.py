@@ -10,6 +10,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from quantflow.checkpoints.tensor_file import read_full
 from quantflow.errors import ModelError, Problem
 from quantflow.paths import naming
+
+COPIED_BYTES = 2**24  # that are copied between files at once, or a window
 
 
 class Stream:
@@ -34,7 +37,8 @@ class Stream:
         self.shape, self.dtype, self.device, self.path = shape, dtype, device, path
         self._held: Tensor | None = None
         if path is None:
-            self._held = torch.empty(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a step that trains may read it as well
+                self._held = torch.empty(shape, dtype=dtype, device=device)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             with naming(path), open(path, "ab") as file:
@@ -48,6 +52,11 @@ class Stream:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def _chunk(self) -> int:
+        """Windows that are copied at once."""
+        return max(1, COPIED_BYTES * self.windows // max(1, self.nbytes))
+
     def spans(self, batch: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of all windows, `batch` at a time."""
         return (
@@ -59,7 +68,8 @@ class Stream:
         if self._held is not None:
             return self._held[start:stop]
         assert self.path is not None
-        part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        with torch.inference_mode(False):
+            part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(start * part[0].nbytes)
             _read_into(file, part, self.path)
@@ -68,47 +78,60 @@ class Stream:
     def write(self, start: int, value: Tensor) -> None:
         """Sets the windows from `start` on."""
         if self._held is not None:
-            self._held[start : start + len(value)] = value
+            self._held[start : start + len(value)] = value.detach()
             return
         assert self.path is not None
         with naming(self.path), open(self.path, "r+b", buffering=0) as file:
             file.seek(start * value[0].nbytes)
             _write_all(file, _bytes(value))
 
-    def save(self, path: Path, batch: int) -> int:
+    def save(self, path: Path) -> int:
         """Writes the stream to `path`, atomically; returns the checksum that `load` wants."""
         temporary = path.with_name(f".{path.name}.tmp")
         checksum = 0
         with naming(path), open(temporary, "wb", buffering=0) as file:
-            for start, stop in self.spans(batch):
+            for start, stop in self.spans(self._chunk):
                 data = _bytes(self.read(start, stop))
                 checksum = zlib.crc32(data, checksum)
                 _write_all(file, data)
         os.replace(temporary, path)
         return checksum
 
-    def load(self, path: Path, checksum: int, batch: int) -> bool:
+    def load(self, path: Path, checksum: int) -> bool:
         """Fills the stream from a saved file; False where the file is absent, torn or not the one
         the checksum is of."""
         try:
             if path.stat().st_size != self.nbytes:
                 return False
-            found = 0
+            seen = 0
             with open(path, "rb", buffering=0) as file:
-                for start, stop in self.spans(batch):
+                for start, stop in self.spans(self._chunk):
                     part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
                     _read_into(file, part, path)
-                    found = zlib.crc32(_bytes(part), found)
+                    seen = zlib.crc32(_bytes(part), seen)
                     self.write(start, part.to(self.device))
         except OSError:
             return False
-        return found == checksum
+        return seen == checksum
 
     def close(self) -> None:
         """Frees the memory or removes the file."""
         self._held = None
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where the streams of a walk lie: in files of `folder`, or in memory where that is None."""
+
+    device: torch.device
+    folder: Path | None = None
+
+    def stream(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Stream:
+        """name: one that no other open stream in the folder has."""
+        path = self.folder / f".work-{name}.bin" if self.folder else None
+        return Stream(shape, dtype, self.device, path)
 
 
 def _bytes(value: Tensor) -> memoryview:

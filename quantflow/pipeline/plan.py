@@ -74,7 +74,8 @@ ROUNDS = (
     "quantflow.decoder.passage",
     "quantflow.checkpoints.checkpoint",
 )
-LOOP = ("quantflow.pipeline.sweep",)  # whose own imports are a recipe's and a plan's
+# whose own imports are a recipe's and a plan's
+LOOP = ("quantflow.pipeline.sweep", "quantflow.decoder.walk")
 # tokens of a window of calibration, and of evaluation, where the recipe says auto
 SEQLEN, LENGTH = 2048, 512
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantflow.artifacts.store import Store
+from quantflow.artifacts.store import Shelf, Store
 from quantflow.calibration.statistics import KVStatistics
-from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
+from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.decoder.native import DecoderLayer, Sequences, embed, sequences
 from quantflow.decoder.passage import Passage, Streams
-from quantflow.decoder.stream import Stream
+from quantflow.decoder.stream import Room, Stream
+from quantflow.decoder.walk import Result, walk
 from quantflow.errors import Problem, QuantFlowError
-from quantflow.machine import give_back_freed_memory
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.pipeline.progress import Progress, within_step
 from quantflow.quant.grid import GridRules
@@ -92,88 +91,51 @@ def sweep(
         progress,
     )
     torch.manual_seed(recipe.seed)
-    with torch.inference_mode():
-        if (
-            plan.stage(Calibrate)
-            and store.finished_layers(calibrate_key, config.layers) < config.layers
-        ):
-            progress.phase("calibrate", config.layers, "layers")
-            _pass(context, calibrate_key, tokens, _calibrate, inner=False)
-            lap("calibrate")
-        if plan.rounds and store.finished_layers(sweep_key, config.layers) < config.layers:
-            progress.phase("quantise", config.layers, "layers")
-            _pass(context, sweep_key, tokens[: plan.stream_windows], _quantise, inner=True)
-            lap("quantise")
+    if (
+        plan.stage(Calibrate)
+        and store.finished_layers(calibrate_key, config.layers) < config.layers
+    ):
+        progress.phase("calibrate", config.layers, "layers")
+        _pass(context, calibrate_key, tokens, _calibrate, inner=False)
+        lap("calibrate")
+    if plan.rounds and store.finished_layers(sweep_key, config.layers) < config.layers:
+        progress.phase("quantise", config.layers, "layers")
+        _pass(context, sweep_key, tokens[: plan.stream_windows], _quantise, inner=True)
+        lap("quantise")
 
 
 SEARCHES = 3  # of AWQ in a layer, beside one for each expert's `down`
-Step = Callable[
-    [_Context, int, dict[str, Tensor], Streams | None], tuple[dict[str, Tensor], dict[str, Any]]
-]
+LayerStep = Callable[[_Context, int, dict[str, Tensor], Streams | None], Result]
 
 
-def _pass(context: _Context, key: str, tokens: list[list[int]], step: Step, *, inner: bool) -> None:
-    """Runs `step` on every unfinished layer; resumes from the last saved stream."""
-    plan, store, layers, progress = (
-        context.plan,
-        context.store,
-        context.plan.config.layers,
-        context.progress,
-    )
-    folder = store.folder(key)
-    folder.mkdir(parents=True, exist_ok=True)
-    done = store.finished_layers(key, layers)
+def _pass(
+    context: _Context, key: str, tokens: list[list[int]], step: LayerStep, *, inner: bool
+) -> None:
+    """Takes the windows through all layers, from the first that the store has no result of."""
+    plan, progress = context.plan, context.progress
+    shelf = Shelf(context.store, key)
     streams = (
-        _open_streams(context, folder, len(tokens), len(tokens[0]) if tokens else 0, inner)
-        if tokens
-        else None
+        _open_streams(context, shelf.folder, len(tokens), len(tokens[0]), inner) if tokens else None
     )
-    if streams:
-        done = _restore(context, key, streams.x, done)
-        if done == 0:
+
+    def begin() -> None:
+        if streams:
             _embed(context, streams.x, tokens)
-    for _ in range(done):
-        progress.step("in the store")
+
     try:
-        # The next layer's weights are read while this one is worked on.
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
-            saving: Future[None] | None = None
-            ahead = reader.submit(plan.checkpoint.layer, done)
-            for index in range(done, layers):
-                stored = {n: t.to(context.device) for n, t in ahead.result().items()}
-                if index + 1 < layers:
-                    ahead = reader.submit(plan.checkpoint.layer, index + 1)
-                tensors, report = step(context, index, stored, streams)
-                del stored
-                metadata = {"report": json.dumps(report, sort_keys=True)}
-                # The last layer's output feeds nothing: a run killed there redoes no layer.
-                if streams and index + 1 < layers:
-                    metadata["stream"] = str(
-                        streams.x.save(store.stream(key, index), context.batch)
-                    )
-                # The layer before must be whole on disk before this one is: results count from the
-                # first that is missing.
-                if saving is not None:
-                    saving.result()
-                saving = writer.submit(_save, store, key, index, tensors, metadata)
-                if streams:
-                    saving.result()
-                del tensors
-                give_back_freed_memory()
-                progress.step(_summary(report))
-            if saving is not None:
-                saving.result()
+        walk(
+            plan.checkpoint.layer,
+            plan.config.layers,
+            context.device,
+            lambda index, stored: step(context, index, stored, streams),
+            shelf,
+            {"x": streams.x} if streams else {},
+            begin,
+            lambda result: progress.step(_summary(result.report) if result else "in the store"),
+        )
     finally:
         if streams:
             streams.close()
-    store.drop_streams(key)
-
-
-def _save(
-    store: Store, key: str, index: int, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
-    save_tensors(store.layer(key, index), tensors, metadata)
-    store.drop_streams(key, keep=index)
 
 
 def _open_streams(
@@ -184,15 +146,15 @@ def _open_streams(
     budget = (
         activation_budget() if context.device.type == "cpu" else torch.cuda.mem_get_info()[0] // 3
     )
-    item = context.dtype.itemsize
     hidden_bytes, context_bytes, inner_bytes = (
-        windows * length * w * item for w in (config.hidden, width, config.intermediate)
+        windows * length * channels * context.dtype.itemsize
+        for channels in (config.hidden, width, config.intermediate)
     )
     held = hidden_bytes + context_bytes <= budget
+    room = Room(context.device, None if held else folder)
 
     def open_stream(name: str, channels: int) -> Stream:
-        path = None if held else folder / f".work-{name}.bin"
-        return Stream((windows, length, channels), context.dtype, context.device, path)
+        return room.stream(name, (windows, length, channels), context.dtype)
 
     x = open_stream("x", config.hidden)
     if not inner:
@@ -206,22 +168,7 @@ def _open_streams(
     return Streams(x, mid, open_stream("inner", config.intermediate) if keep_inner else None)
 
 
-def _restore(context: _Context, key: str, x: Stream, done: int) -> int:
-    """Loads the hidden states after the last finished layer; returns how many layers can be taken
-    as finished."""
-    layers = context.plan.config.layers
-    if done in (0, layers):
-        return done
-    metadata = TensorFile(context.store.layer(key, done - 1)).metadata
-    if x.load(context.store.stream(key, done - 1), int(metadata.get("stream", -1)), context.batch):
-        return done
-    # Killed between saving the layer and cleaning up is fine; a stream lost otherwise means
-    # starting over.
-    for index in range(layers):
-        context.store.layer(key, index).unlink(missing_ok=True)
-    return 0
-
-
+@torch.inference_mode()
 def _embed(context: _Context, x: Stream, tokens: list[list[int]]) -> None:
     checkpoint = context.plan.checkpoint
     architecture = checkpoint.architecture
@@ -237,18 +184,22 @@ def _summary(report: dict[str, Any]) -> str:
     return f"output error {sum(errors) / len(errors):.2e}" if errors else ""
 
 
+@torch.inference_mode()
 def _calibrate(
     context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> Result:
     assert streams is not None
-    return calibrate_layer(
-        context.layer(index, stored), streams.x, context.batch, context.progress.advance
-    ), {}
+    return Result(
+        calibrate_layer(
+            context.layer(index, stored), streams.x, context.batch, context.progress.advance
+        )
+    )
 
 
+@torch.inference_mode()
 def _quantise(
     context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> Result:
     """One layer through awq, gptq, rtn or nf4, and kv_qparams' observation."""
     plan = context.plan
     schemes = plan.schemes(index)
@@ -278,7 +229,7 @@ def _quantise(
         "awq": scales.report,
         "schemes": {n: s.as_list() for n, s in schemes.items()},
     }
-    return {n: t.cpu().contiguous() for n, t in tensors.items()}, report
+    return Result({n: t.cpu().contiguous() for n, t in tensors.items()}, report)
 
 
 def _round(

@@ -95,8 +95,8 @@ def test_finished_layers_stop_at_the_first_gap(store: Store) -> None:
 
 def test_drop_streams(store: Store) -> None:
     names = [
-        "stream-00000.bin",
-        "stream-00001.bin",
+        "stream-00000-x.bin",
+        "stream-00001-x.bin",
         "layer-00001.safetensors",
         ".work-x.bin",
         "quality.json",
@@ -121,7 +121,7 @@ def test_drop_torn(store: Store) -> None:
     ]
     kept = [
         store.root / "hashes.json",
-        store.folder(KEY) / "stream-00001.bin",
+        store.folder(KEY) / "stream-00001-x.bin",
         store.layer(KEY, 0),
         # A store may have been put where other things lie.
         store.root / "project" / ".mail.tmp",

@@ -112,7 +112,7 @@ folder, model = Path(sys.argv[1]), Path(sys.argv[2])
 def stream():
     held = Stream((4, 8, 16), torch.float32, torch.device("cpu"), None)
     held.write(0, torch.zeros(4, 8, 16))
-    held.save(folder / "saved.bin", 2)
+    held.save(folder / "saved.bin")
 
 WORK = {
     "text.json": lambda: write_text(folder / "text.json", "x" * 5000),

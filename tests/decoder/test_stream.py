@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantflow.decoder import stream as module
 from quantflow.decoder.stream import Stream
 from quantflow.errors import ModelError
 
@@ -58,22 +59,27 @@ def test_views_and_other_strides_can_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_save_and_load_between_all_kinds(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_save_and_load_between_all_kinds(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = random(dtype)
     checksums, contents = set(), set()
     for i, stream in enumerate(both(tmp_path, dtype)):
         stream.write(0, expected)
-        for batch in (1, 3, 7, 100):
+        for copied in (1, 15 * dtype.itemsize * 3, 2**24):  # one window at a time, three, all
+            monkeypatch.setattr(module, "COPIED_BYTES", copied)
             saved = tmp_path / f"saved{i}"
-            checksums.add(stream.save(saved, batch))
+            checksums.add(stream.save(saved))
             contents.add(saved.read_bytes())
             for other in (
                 Stream(SHAPE, dtype, CPU, None),
                 Stream(SHAPE, dtype, CPU, tmp_path / "other.bin"),
             ):
-                assert other.load(saved, next(iter(checksums)), 2)
+                assert other.load(saved, next(iter(checksums)))
                 assert torch.equal(other.read(0, 7), expected)
-    assert len(checksums) == len(contents) == 1  # whatever the batch and the kind of stream
+    assert (
+        len(checksums) == len(contents) == 1
+    )  # however much is copied at once, and the kind of stream
     assert next(iter(contents)) == expected.view(torch.uint8).numpy().tobytes()
     assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
@@ -82,13 +88,13 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
     stream = Stream(SHAPE, torch.float32, CPU, None)
     stream.write(0, random(torch.float32))
     saved = tmp_path / "saved"
-    checksum = stream.save(saved, 2)
+    checksum = stream.save(saved)
     whole = saved.read_bytes()
     other = Stream(SHAPE, torch.float32, CPU, None)
 
     def refused(content: bytes, check: int = checksum) -> bool:
         saved.write_bytes(content)
-        return not other.load(saved, check, 2)
+        return not other.load(saved, check)
 
     assert not refused(whole)
     assert refused(whole[:-1]) and refused(whole + b"\0") and refused(b"")
@@ -98,8 +104,8 @@ def test_torn_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert refused(whole[60:120] + whole[:60] + whole[120:])  # two windows swapped
     assert refused(b"\0" * len(whole))
     saved.unlink()
-    assert not other.load(saved, checksum, 2)
-    assert not Stream((7, 5, 4), torch.float32, CPU, None).load(saved, checksum, 2)
+    assert not other.load(saved, checksum)
+    assert not Stream((7, 5, 4), torch.float32, CPU, None).load(saved, checksum)
 
 
 def test_a_save_that_fails_leaves_the_old_file(
@@ -108,17 +114,16 @@ def test_a_save_that_fails_leaves_the_old_file(
     stream = Stream(SHAPE, torch.float32, CPU, None)
     stream.write(0, random(torch.float32))
     saved = tmp_path / "saved"
-    checksum = stream.save(saved, 2)
+    checksum = stream.save(saved)
     stream.write(0, random(torch.float32, seed=1))
-    import quantflow.decoder.stream as module
 
     def full(file: object, data: memoryview) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
         patch.setattr(module, "_write_all", full)
-        stream.save(saved, 2)
-    assert Stream(SHAPE, torch.float32, CPU, None).load(saved, checksum, 2)
+        stream.save(saved)
+    assert Stream(SHAPE, torch.float32, CPU, None).load(saved, checksum)
 
 
 def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:

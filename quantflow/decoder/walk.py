@@ -1,0 +1,133 @@
+"""The walk: streams go through a decoder's blocks, one block at a time.
+
+What every offline pass shares, whatever it does with a layer: the next layer's weights are read
+while this one is worked on, streams lie in files where they are larger than their budget, and
+results are stored a layer at a time, so that a walk that was killed goes on behind the last layer
+that is whole.
+
+A step decides for itself whether it computes gradients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
+from quantflow.decoder.stream import Stream
+from quantflow.machine import give_back_freed_memory
+
+if TYPE_CHECKING:
+    from quantflow.artifacts.store import Shelf
+
+Read = Callable[[int], Mapping[str, Tensor]]
+"""Reads a layer's weights, under their names relative to the layer. Called in another thread."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step made of a layer: the tensors to store, and what the report says of it."""
+
+    tensors: dict[str, Tensor]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+Step = Callable[[int, dict[str, Tensor]], Result]
+"""Works on a layer: its index, and its weights on the device. It takes the streams through it."""
+
+
+def through(
+    read: Read, layers: range, device: torch.device, work: Callable[[int, dict[str, Tensor]], None]
+) -> None:
+    """Calls `work` with each layer's index and its weights on the device; the next layer's are read
+    meanwhile."""
+    if not layers:
+        return
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(read, layers[0])
+        for index in layers:
+            weights = {name: tensor.to(device) for name, tensor in ahead.result().items()}
+            if index != layers[-1]:
+                ahead = reader.submit(read, index + 1)
+            work(index, weights)
+            del weights
+            give_back_freed_memory()
+
+
+def walk(
+    read: Read,
+    layers: int,
+    device: torch.device,
+    step: Step,
+    shelf: Shelf,
+    streams: Mapping[str, Stream],
+    begin: Callable[[], None],
+    tell: Callable[[Result | None], None] = lambda result: None,
+) -> None:
+    """Fills the shelf with every layer's result, from the first that is missing.
+
+    streams: what is carried from layer to layer, by the names that it is saved under. begin: fills
+    them before the first layer. tell: is told of each layer that is done, with None where its
+    result was on the shelf.
+    """
+    shelf.folder.mkdir(parents=True, exist_ok=True)
+    done = _resume(shelf, layers, streams)
+    if done == 0:
+        begin()
+    for _ in range(done):
+        tell(None)
+    with ThreadPoolExecutor(1) as writer:
+        saving: Future[None] | None = None
+
+        def work(index: int, weights: dict[str, Tensor]) -> None:
+            nonlocal saving
+            result = step(index, weights)
+            # The layer before must be whole on disk before this one is: results count from the
+            # first that is missing.
+            if saving is not None:
+                saving.result()
+            # The last layer's output feeds nothing: a walk killed there redoes no layer.
+            carried = streams if index + 1 < layers else {}
+            saving = writer.submit(_save, shelf, index, result, carried)
+            if carried:
+                saving.result()
+            tell(result)
+
+        through(read, range(done, layers), device, work)
+        if saving is not None:
+            saving.result()
+    shelf.drop_streams()
+
+
+def _save(shelf: Shelf, index: int, result: Result, streams: Mapping[str, Stream]) -> None:
+    checksums = {n: s.save(shelf.stream(index, n)) for n, s in streams.items()}
+    metadata = {
+        "report": json.dumps(result.report, sort_keys=True),
+        "streams": json.dumps(checksums, sort_keys=True),
+    }
+    save_tensors(shelf.layer(index), result.tensors, metadata)
+    shelf.drop_streams(keep=index)
+
+
+def _resume(shelf: Shelf, layers: int, streams: Mapping[str, Stream]) -> int:
+    """How many layers can be taken as finished; the streams are as the last of them left them."""
+    done = shelf.finished(layers)
+    if done in (0, layers) or not streams:
+        return done
+    checksums = json.loads(TensorFile(shelf.layer(done - 1)).metadata.get("streams", "{}"))
+    if all(
+        name in checksums and stream.load(shelf.stream(done - 1, name), checksums[name])
+        for name, stream in streams.items()
+    ):
+        return done
+    # Killed between saving the layer and cleaning up is fine; a stream lost otherwise means
+    # starting over.
+    for index in range(layers):
+        shelf.layer(index).unlink(missing_ok=True)
+    return 0
