@@ -24,6 +24,7 @@ from quantflow.formats.recognise import refuse_quantised
 from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question
 from quantflow.pipeline.plan import weights_key
 from quantflow.quant.scheme import Scheme
+from quantflow.recipe import BUNDLED
 from quantflow.recipe.writer import Draft, name_of
 from quantflow.units import ROUNDING, is_number
 
@@ -326,7 +327,7 @@ def recipe_draft(checkpoint: Checkpoint, model: str, candidate: Candidate) -> Dr
     return Draft(
         name_of(checkpoint.path, f"_w{scheme.bits}{'_kv8' if kv else ''}"),
         model,
-        {"data": "c4", "samples": 128, "seqlen": min(2048, checkpoint.config.max_positions)},
+        {"data": BUNDLED, "samples": 128, "seqlen": min(2048, checkpoint.config.max_positions)},
         {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric},
         [
             *(["calibrate"] if kv else []),
@@ -335,7 +336,7 @@ def recipe_draft(checkpoint: Checkpoint, model: str, candidate: Candidate) -> Dr
             {"pack": {"format": FORMAT}},
             *([{"shard": {"tp": candidate.tp}}] if candidate.tp > 1 else []),
         ],
-        ["Calibration may be on a file of your own: data: FILE"],
+        ["demo comes with QuantFlow; text like what the model will be asked is better: data: FILE"],
     )
 
 
