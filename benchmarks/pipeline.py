@@ -29,7 +29,7 @@ from quantflow.machine import peak_resident_bytes, resident_bytes
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 import torch.nn.functional
 torch.ones(64, 64) @ torch.ones(64, 64)
 imports = resident_bytes()

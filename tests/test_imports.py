@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from quantflow.stages.registry import STAGES
+
 ROOT = Path(__file__).parents[1]
 
 # From the top. A package imports from lower lines, and from its own line as long as that makes no
 # circle.
 LAYERS = (
-    ("cli",), ("serve",), ("pipeline",), ("evaluate", "stages", "report"), ("engine",),
-    ("decoder",), ("calibration", "formats", "artifacts"), ("tokenizers",), ("checkpoints",),
-    ("models",), ("recipe",), ("quant",), ("machine",), ("placeholder",),
+    ("cli",), ("serve",), ("pipeline",), ("evaluate", "report"), ("engine",), ("stages",),
+    ("formats",), ("artifacts", "decoder"), ("calibration",), ("tokenizers",),
+    ("checkpoints",), ("models",), ("quant",), ("recipe",), ("machine",), ("placeholder",),
     ("bundled", "errors", "paths", "units"),
 )  # fmt: skip
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}
@@ -159,8 +161,8 @@ def test_who_imports_the_kernels() -> None:
         ("quantflow.quant.awq", "def f():\n    import quantflow.cli.main", {"quantflow.cli.main"}),
         (
             "quantflow.quant.awq",
-            "from ..recipe.schema import Awq",
-            {"quantflow.recipe.schema", "quantflow.recipe.schema.Awq"},
+            "from ..formats.awq import Awq",
+            {"quantflow.formats.awq", "quantflow.formats.awq.Awq"},
         ),
         ("quantflow.quant.awq", "from quantflow import pipeline", {"quantflow.pipeline"}),
         (
@@ -179,7 +181,9 @@ def test_the_check_itself(module: str, source: str, wrong: set[str]) -> None:
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "triton")
 
 
-@pytest.mark.parametrize("module", ["quantflow", "quantflow.errors", "quantflow.recipe"])
+@pytest.mark.parametrize(
+    "module", ["quantflow", "quantflow.errors", "quantflow.recipe", "quantflow.stages.registry"]
+)
 def test_importing_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run(
@@ -193,10 +197,26 @@ def test_errors_need_nothing_but_the_standard_library() -> None:
     assert used <= set(sys.stdlib_module_names)
 
 
-def test_only_the_recipe_needs_pydantic() -> None:
-    users = {
-        package_of(module_name(path))
+def test_only_what_is_written_down_needs_pydantic() -> None:
+    """Recipes, the settings of stages, and the protocol; what a stage computes does not."""
+    users = [
+        module_name(path)
         for path in files(ROOT / "quantflow")
         if any(n.startswith("pydantic") for n in imports_of(path))
-    }
-    assert users <= {"recipe", "serve"}
+    ]
+    assert {package_of(module) for module in users} <= {"recipe", "serve", "stages"}
+    settings = {stage.__module__ for stage in STAGES.values()}
+    assert {module for module in users if package_of(module) == "stages"} <= settings
+
+
+def test_what_a_stage_computes_imports_without_pydantic() -> None:
+    settings = {"quantflow.stages.registry", *(stage.__module__ for stage in STAGES.values())}
+    modules = [
+        module_name(path)
+        for folder in ("quant", "stages")
+        for path in files(ROOT / "quantflow" / folder)
+        if module_name(path) not in settings
+    ]
+    code = f"import sys; sys.modules['pydantic'] = None; import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from quantflow.errors import UserError
 from quantflow.evaluate.tasks import Settings, read_tasks
 from quantflow.pipeline.export import export
 from quantflow.placeholder import placeholder
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.tokenizer import export_tokenizer, load_tokenizer, tokenizer_placeholders
 from tests.helpers.tiny import write_llama
 

@@ -43,8 +43,8 @@ def show_advice(
     from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
     from quantflow.pipeline.advice import advise, measured
     from quantflow.pipeline.memory import RANKS, Model, Question
-    from quantflow.recipe import load_recipe
-    from quantflow.recipe.schema import parse_bytes
+    from quantflow.recipe.values import parse_bytes
+    from quantflow.stages.registry import load_recipe
 
     problems, most = [], 0
     try:

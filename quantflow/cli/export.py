@@ -60,7 +60,7 @@ def export(
     with reporting(debug, EXPORTING):
         from quantflow.errors import Problem, UserError
         from quantflow.pipeline import export as exporting
-        from quantflow.recipe.schema import parse_bytes
+        from quantflow.recipe.values import parse_bytes
 
         try:
             most = parse_bytes(

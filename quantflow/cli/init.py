@@ -65,7 +65,7 @@ def init(
         from quantflow.paths import write_text
         from quantflow.pipeline.plan import make_plan
         from quantflow.pipeline.starter import starter
-        from quantflow.recipe import load_recipe
+        from quantflow.stages.registry import load_recipe
 
         path = resolve_model(model)
         checkpoint = Checkpoint(path, config_only=True)

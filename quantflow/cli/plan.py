@@ -102,7 +102,7 @@ def plan(
             raise UserError(problems)
         from quantflow.pipeline.plan import make_plan
         from quantflow.pipeline.status import stored_layers
-        from quantflow.recipe import load_recipe
+        from quantflow.stages.registry import load_recipe
 
         found = make_plan(
             load_recipe(find(recipe), set_ or (), model=model, output=output),

@@ -35,7 +35,7 @@ def run(
         from quantflow.errors import GateError, Problem
         from quantflow.pipeline.plan import make_plan
         from quantflow.pipeline.run import run as run_plan
-        from quantflow.recipe import load_recipe
+        from quantflow.stages.registry import load_recipe
 
         plan = make_plan(
             load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value

@@ -22,5 +22,6 @@ def schema(
     with reporting(debug):
         from quantflow.recipe import json_schema
         from quantflow.recipe.reference import markdown as page
+        from quantflow.stages.registry import STAGES
 
-        print(page() if markdown else json.dumps(json_schema(), indent=2))
+        print(page(STAGES) if markdown else json.dumps(json_schema(STAGES), indent=2))

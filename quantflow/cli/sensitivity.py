@@ -106,7 +106,7 @@ def sensitivity(
         from quantflow.errors import Problem, UserError
         from quantflow.pipeline.sensitivity import Settings, prepare, run
         from quantflow.pipeline.windows import left_out_notes
-        from quantflow.recipe.schema import parse_bytes
+        from quantflow.recipe.values import parse_bytes
 
         problems, most = [], None
         widths: tuple[int, ...] = ()

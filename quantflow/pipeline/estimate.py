@@ -11,7 +11,10 @@ from quantflow.evaluate.divergence import LOGIT_ELEMENTS, SAMPLED
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.product import MOST_ELEMENTS
-from quantflow.recipe import Awq, Calibrate, Evaluate, Gptq
+from quantflow.stages.awq import Awq
+from quantflow.stages.calibrate import Calibrate
+from quantflow.stages.evaluate import Evaluate
+from quantflow.stages.gptq import Gptq
 from quantflow.stages.pack_writer import written_bytes
 
 # The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled

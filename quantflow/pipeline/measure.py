@@ -17,8 +17,9 @@ from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.sweep import MeasuredReader, SweepReader
 from quantflow.quant.kv import KVParameters
-from quantflow.recipe import Evaluate, KvQparams
+from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.kv_parameters import layer_parameters, layer_tensors, rounding
+from quantflow.stages.kv_qparams import KvQparams
 
 
 def measure(

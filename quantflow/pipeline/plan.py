@@ -35,26 +35,18 @@ from quantflow.machine import device_name, resolve_device
 from quantflow.models.config import DecoderConfig
 from quantflow.pipeline.texts import local_text, model_documents
 from quantflow.quant.scheme import Scheme
-from quantflow.recipe import (
-    AUTO,
-    BUNDLED,
-    BUNDLED_NEW,
-    Awq,
-    Calibrate,
-    Calibration,
-    Evaluate,
-    Gptq,
-    KvQparams,
-    Nf4,
-    Pack,
-    Recipe,
-    Rtn,
-    Shard,
-    Weights,
-    dump,
-)
+from quantflow.recipe import AUTO, BUNDLED, BUNDLED_NEW, Calibration, Recipe, Weights, dump
 from quantflow.recipe.overrides import matches
+from quantflow.stages.awq import Awq
+from quantflow.stages.calibrate import Calibrate
+from quantflow.stages.evaluate import Evaluate
+from quantflow.stages.gptq import Gptq
+from quantflow.stages.kv_qparams import KvQparams
+from quantflow.stages.nf4 import Nf4
+from quantflow.stages.pack import Pack
 from quantflow.stages.pack_job import Prepared, prepare
+from quantflow.stages.rtn import Rtn
+from quantflow.stages.shard import Shard
 from quantflow.tokenizers.tokenizer import has_tokenizer, tokenizer_placeholders
 
 T = TypeVar("T")

@@ -50,10 +50,12 @@ from quantflow.pipeline.release_comparison import (
 )
 from quantflow.pipeline.run import run as run_plan
 from quantflow.pipeline.texts import local_text
-from quantflow.recipe import Calibration, Evaluate, load_recipe
+from quantflow.recipe import Calibration
 from quantflow.report.comparison import comparison_page, make_comparison
 from quantflow.report.measurement import measured_on
 from quantflow.report.page import write_page
+from quantflow.stages.evaluate import Evaluate
+from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.tokenizer import tokenizer_files
 
 COMPARISON, SUMMARY = "comparison.json", "release.md"

@@ -20,8 +20,10 @@ from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.sweep import SweepReader
 from quantflow.pipeline.windows import left_out_notes
 from quantflow.quant.fit import shown
-from quantflow.recipe import Calibrate, KvQparams, dump
+from quantflow.recipe import dump
 from quantflow.report.page import VERSION
+from quantflow.stages.calibrate import Calibrate
+from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.pack_writer import checkpoint_bytes
 
 # of the memory table, as far as the model's positions go

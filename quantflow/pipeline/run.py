@@ -41,8 +41,9 @@ from quantflow.pipeline.report import make_report, portable
 from quantflow.pipeline.sweep import MeasuredReader, SweepReader, check_complete, sweep
 from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
-from quantflow.recipe import Calibrate, Evaluate, KvQparams
 from quantflow.report.page import report_page, write_page
+from quantflow.stages.calibrate import Calibrate
+from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.kv_parameters import (
     fp8_scales,
     largest_of_extremes,
@@ -50,6 +51,7 @@ from quantflow.stages.kv_parameters import (
     parameter_tensors,
     per_rank,
 )
+from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.pack_writer import Results, rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing, record
 from quantflow.tokenizers.tokenizer import load_tokenizer, tokenizer_files

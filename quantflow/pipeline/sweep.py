@@ -31,9 +31,12 @@ from quantflow.pipeline.progress import Progress, within_step
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
-from quantflow.recipe import Awq, Calibrate, Gptq, KvQparams, Rtn
+from quantflow.stages.awq import Awq
 from quantflow.stages.awq_layer import AwqResult, search_layer
+from quantflow.stages.calibrate import Calibrate
 from quantflow.stages.calibrate_layer import calibrate_layer
+from quantflow.stages.gptq import Gptq
+from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.output_error import OutputErrors
 from quantflow.stages.quantize import (
     Quantized,
@@ -42,6 +45,7 @@ from quantflow.stages.quantize import (
     gptq_segment,
     nearest_segment,
 )
+from quantflow.stages.rtn import Rtn
 
 
 @dataclass(frozen=True)

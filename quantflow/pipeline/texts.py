@@ -11,7 +11,8 @@ from quantflow.calibration.data import Document, joined, read_documents
 from quantflow.calibration.shapes import Conversation
 from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.errors import Problem
-from quantflow.recipe import Calibration, Evaluate
+from quantflow.recipe import Calibration
+from quantflow.stages.evaluate import Evaluate
 from quantflow.tokenizers.tokenizer import chat_template, has_tokenizer
 
 

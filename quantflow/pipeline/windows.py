@@ -9,7 +9,8 @@ from quantflow.calibration.data import Windows, cut_windows
 from quantflow.errors import Problem, UserError
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.texts import model_documents
-from quantflow.recipe import Calibration, Evaluate
+from quantflow.recipe import Calibration
+from quantflow.stages.evaluate import Evaluate
 
 
 def left_out_notes(**sections: Windows | None) -> list[str]:

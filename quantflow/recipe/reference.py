@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from quantflow.recipe.schema import STAGE_TYPES, json_schema
+from quantflow.recipe.schema import json_schema
+from quantflow.recipe.stage import Stages
 
 Json = dict[str, Any]
 
-# Under the heading of each section. Of stages, an entry of `stages`; of the others, what stands at
-# the top level of a recipe.
+# Under the heading of each section that is no stage: what stands at the top level of a recipe.
 EXAMPLES = {
     "Recipe": "name: mine\nmodel: ./my-model\nseed: 0\nstages:\n  - rtn\n  - pack: {format: gptq}",
     "calibration": "calibration: {data: c4, file: ./c4.jsonl, samples: 128, seqlen: 2048}",
@@ -23,22 +23,9 @@ EXAMPLES = {
         'weights: {overrides: [{match: "*.down_proj", group_size: 64}, {match: "*.[qkv]_proj",'
         " ignore: true}]}"
     ),
-    "calibrate": "- calibrate",
-    "awq": "- awq: {grid: 20, clip: true}",
-    "gptq": "- gptq: {act_order: static, damp: 0.01}",
-    "rtn": "- rtn: {range_search: true}",
-    "nf4": "- nf4: {double_quant: true}",
-    "kv_qparams": "- kv_qparams: {symmetric: false, granularity: tensor}",
-    "pack": "- pack: {format: compressed-tensors, max_shard_size: 2GB}",
-    "shard": "- shard: {tp: 2}",
-    "evaluate": "- evaluate: {data: wikitext2, file: ./wikitext2.txt, windows: 32, length: 2048}",
-    "evaluate.gates": (
-        "- evaluate: {data: demo, gates: {kl_mean: 0.05, kl_p99: 0.5, top1: 0.9, perplexity_ratio:"
-        " 1.05}}"
-    ),
 }
 _INTRODUCTION = """\
-<!-- Made by `quantflow schema --markdown`: change quantflow/recipe/schema.py or reference.py, not this page. -->
+<!-- Made by `quantflow schema --markdown`: change quantflow/recipe/ and quantflow/stages/, not this page. -->
 # Recipes
 
 A recipe is one YAML file. Every key is listed here with its type, its range and its default; a key that is not listed is an error, and all
@@ -86,22 +73,40 @@ alone it needs no pack either (`recipes/calibrate.yaml`, `recipes/kv_qparams.yam
 """
 
 
-def markdown() -> str:
-    """The whole page. Raises KeyError for a section that has no example above."""
-    schema = json_schema()
+def markdown(kinds: Stages) -> str:
+    """The whole page, of these stages. Raises KeyError for a section that has no example."""
+    schema = json_schema(kinds)
+    examples = EXAMPLES | examples_of(kinds)
     definitions = schema["$defs"]
-    parts = [_INTRODUCTION, *_section("Recipe", schema, definitions, level=2)]
+    parts = [_INTRODUCTION, *_section("Recipe", schema, definitions, examples, level=2)]
     for key, value in schema["properties"].items():
         if inner := _definition(value, definitions):
-            parts += _sections(key, inner, definitions, level=2)
+            parts += _sections(key, inner, definitions, examples, level=2)
         if key == "calibration":
             parts.append(_DATA)
-    parts.append(_STAGES.format(names=", ".join(STAGE_TYPES)))
-    for name, kind in STAGE_TYPES.items():
+    parts.append(_STAGES.format(names=", ".join(kinds)))
+    for name, kind in kinds.items():
         parts += _sections(
-            name, definitions[kind.__name__], definitions, level=3, page=f"stages/{name}.md"
+            name,
+            definitions[kind.__name__],
+            definitions,
+            examples,
+            level=3,
+            page=f"stages/{name}.md",
         )
     return "\n".join(parts).rstrip("\n")
+
+
+def examples_of(kinds: Stages) -> dict[str, str]:
+    """Each stage's, and those of the sections that its settings hold: `evaluate.gates`."""
+    return {
+        name: text
+        for stage in kinds.values()
+        for name, text in (
+            (stage.name, stage.example),
+            *((f"{stage.name}.{key}", text) for key, text in stage.examples.items()),
+        )
+    }
 
 
 def _definition(value: Json, definitions: Json) -> Json | None:
@@ -112,17 +117,17 @@ def _definition(value: Json, definitions: Json) -> Json | None:
 
 
 def _sections(
-    title: str, schema: Json, definitions: Json, *, level: int, page: str = ""
+    title: str, schema: Json, definitions: Json, examples: Json, *, level: int, page: str = ""
 ) -> Iterator[str]:
     """A section, and those that its keys hold."""
-    yield from _section(title, schema, definitions, level=level, page=page)
+    yield from _section(title, schema, definitions, examples, level=level, page=page)
     for key, value in schema.get("properties", {}).items():
         if inner := _definition(value, definitions):
-            yield from _sections(f"{title}.{key}", inner, definitions, level=level)
+            yield from _sections(f"{title}.{key}", inner, definitions, examples, level=level)
 
 
 def _section(
-    title: str, schema: Json, definitions: Json, *, level: int, page: str = ""
+    title: str, schema: Json, definitions: Json, examples: Json, *, level: int, page: str = ""
 ) -> Iterator[str]:
     yield f"{'#' * level} {'A recipe' if title == 'Recipe' else f'`{title}`'}"
     more = f" [More]({page})." if page else ""
@@ -140,7 +145,7 @@ def _section(
                 f" {'required' if key in required else _default(value)} | {description} |"
             )
         yield ""
-    yield f"```yaml\n{EXAMPLES[title]}\n```\n"
+    yield f"```yaml\n{examples[title]}\n```\n"
 
 
 def _default(value: Json) -> str:

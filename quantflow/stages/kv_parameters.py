@@ -4,6 +4,7 @@ model produced."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from quantflow.decoder.native import ObserveKV
 from quantflow.errors import FormatError, Problem
 from quantflow.quant.kv import KVParameters, kv_parameters, round_kv
-from quantflow.recipe import KvQparams
+
+if TYPE_CHECKING:  # settings need pydantic, and this needs their values alone
+    from quantflow.stages.kv_qparams import KvQparams
 
 
 def layer_parameters(

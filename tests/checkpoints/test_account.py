@@ -24,8 +24,8 @@ from quantflow.pipeline.export import Options, export
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run
-from quantflow.recipe import load_recipe
 from quantflow.report.page import report_page
+from quantflow.stages.registry import load_recipe
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama, write_text
 from tests.helpers.zoo import LAYERS, ZOO, Specimen, decoder_logits, random_tokens, specimen, write

@@ -11,7 +11,7 @@ import yaml
 from quantflow.cli.init import EngineName
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.starter import TARGETS
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama, write_text
 from tests.helpers.zoo import ZOO, specimen, write

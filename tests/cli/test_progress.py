@@ -15,7 +15,7 @@ import quantflow.cli.console as shown
 from quantflow.cli.console import Plain, _Words, progress
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.run import run
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from tests.helpers.runs import blank_pages, invoke, make_bench
 from tests.helpers.tiny import write_llama
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from quantflow.recipe import STAGE_TYPES
-from quantflow.recipe.reference import EXAMPLES, markdown
+from quantflow.recipe.reference import markdown
+from quantflow.stages.registry import STAGES
 from tests.helpers.pages import ROOT, anchors, every_page, links, name_of, pages, quoted_messages
 from tests.helpers.runs import invoke
 
 
 def test_the_reference_of_recipes_is_what_the_schema_says() -> None:
     shown = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
-    assert shown == markdown() + "\n", "run: quantflow schema --markdown > docs/recipe.md"
+    assert shown == markdown(STAGES) + "\n", "run: quantflow schema --markdown > docs/recipe.md"
     printed = invoke("schema", "--markdown")
     assert printed.exit_code == 0 and printed.stdout == shown
-    for name, kind in STAGE_TYPES.items():
-        assert name in EXAMPLES and all(f"| `{key}` |" in shown for key in kind.model_fields)
+    for kind in STAGES.values():
+        assert kind.example in shown and all(f"| `{key}` |" in shown for key in kind.model_fields)
 
 
 def source_texts() -> list[str]:
@@ -132,7 +132,7 @@ def test_every_step_of_how_it_works_names_what_to_read() -> None:
             )
 
 
-ARGUABLE = {"BAICHUAN", *STAGE_TYPES}
+ARGUABLE = {"BAICHUAN", *STAGES}
 """Names in points of these pages that are the reader's own, or stages."""
 
 

@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from quantflow import LLM, SamplingParams
 from quantflow.cli.main import app
 from quantflow.formats.reader import Weights
-from quantflow.recipe import STAGE_TYPES, Recipe, load_recipe
+from quantflow.recipe import Recipe, read_recipe
+from quantflow.stages.registry import STAGES, load_recipe
 from tests.helpers.pages import (
     FOREIGN,
     OURS,
@@ -214,9 +215,9 @@ def validated(value: Any) -> Recipe:
     """A part of a recipe within a whole one. Raises ValidationError."""
     if isinstance(value, list):
         value = {"stages": value}
-    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in STAGE_TYPES:
+    if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in STAGES:
         value = {"stages": [value]}
-    return Recipe.model_validate({"name": "part", "stages": ["rtn"], **value})
+    return read_recipe({"name": "part", "stages": ["rtn"], **value}, STAGES)
 
 
 @pytest.mark.parametrize("block", YAML, ids=named(YAML))
@@ -237,7 +238,7 @@ def test_yaml_is_a_recipe_or_a_part_of_one(block: Block, inside: Path) -> None:
 @pytest.mark.parametrize(("page", "text"), inline_settings())
 def test_settings_in_a_sentence_are_what_a_recipe_takes(page: str, text: str) -> None:
     value = yaml.safe_load(text)
-    if {*value} & {*STAGE_TYPES, "calibration", "weights"}:
+    if {*value} & {*STAGES, "calibration", "weights"}:
         key, settings = next(iter(value.items()))
         if key == "calibration":
             settings.setdefault("data", "c4")

@@ -33,8 +33,9 @@ from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.formats.recognise import recognise
 from quantflow.models.segments import segments
 from quantflow.pipeline.release_comparison import compare_releases, read_release
-from quantflow.recipe import dump, load_recipe
+from quantflow.recipe import dump
 from quantflow.report.page import read_report
+from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers import gguf  # noqa: F401  (imported late by others: here it is instrumented)
 from quantflow.tokenizers.tokenizer import byte_letters, chat_template, export_tokenizer
 from tests.fuzz import server

@@ -21,7 +21,7 @@ from quantflow.pipeline.advice import advise
 from quantflow.pipeline.export import Options, export
 from quantflow.pipeline.memory import Question
 from quantflow.pipeline.plan import make_plan
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama, write_text
 from tests.helpers.zoo import decoder_logits, random_tokens

@@ -24,7 +24,7 @@ from quantflow.models.spelling import SYNONYMS, settled
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from tests.helpers.tiny import write_llama
 from tests.helpers.zoo import ZOO, Specimen, specimen, write
 

@@ -29,7 +29,7 @@ from quantflow.models.registry import ARCHITECTURES
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import RunResult, run
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.tiny import write_text
 from tests.helpers.zoo import (

@@ -12,7 +12,7 @@ from quantflow.errors import UserError
 from quantflow.pipeline.plan import Plan, make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
 

@@ -17,7 +17,7 @@ from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers.nf4 import quantize_nf4
 from quantflow.quant.scheme import Scheme
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, invoke, make_bench
 from tests.helpers.tiny import write_text

@@ -23,7 +23,7 @@ from quantflow.pipeline import sensitivity
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.pipeline.texts import model_documents
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, Strike, invoke, make_bench, start

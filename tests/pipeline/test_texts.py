@@ -24,7 +24,8 @@ from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.pipeline.texts import model_documents
 from quantflow.pipeline.windows import recipe_windows
-from quantflow.recipe import Evaluate, load_recipe
+from quantflow.stages.evaluate import Evaluate
+from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 

@@ -18,7 +18,7 @@ import torch
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import run
-from quantflow.recipe import load_recipe
+from quantflow.stages.registry import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"

@@ -12,11 +12,14 @@ import yaml
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from quantflow.recipe import STAGE_TYPES, Awq, Pack, Recipe, dump, json_schema, load_recipe
-from quantflow.recipe.schema import parse_bytes
+from quantflow.recipe import dump, json_schema, read_recipe
+from quantflow.recipe.values import parse_bytes
+from quantflow.stages.awq import Awq
+from quantflow.stages.pack import Pack
+from quantflow.stages.registry import STAGES, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-VALIDATOR = Draft202012Validator(json_schema())
+VALIDATOR = Draft202012Validator(json_schema(STAGES))
 
 
 def errors(data: Any) -> list[str]:
@@ -65,7 +68,7 @@ def test_a_recipe_loads_and_fits_the_schema(path: Path) -> None:
     assert loaded.model or path.stem == "w4"  # which is for any
     assert errors(yaml.safe_load(path.read_text(encoding="utf-8"))) == []
     assert errors(dump(loaded)) == []
-    assert Recipe.model_validate(dump(loaded)) == loaded
+    assert read_recipe(dump(loaded), STAGES) == loaded
 
 
 def test_the_demo_recipe_is_the_one_of_the_documentation() -> None:
@@ -97,7 +100,7 @@ def test_the_demo_recipe_is_the_one_of_the_documentation() -> None:
 
 
 def test_the_schema_is_a_schema_and_describes_every_key() -> None:
-    schema = json_schema()
+    schema = json_schema(STAGES)
     Draft202012Validator.check_schema(schema)
     json.dumps(schema)
     assert schema["required"] == ["name", "stages"]
@@ -120,7 +123,7 @@ def test_the_schema_is_a_schema_and_describes_every_key() -> None:
         "kv_qparams",
         "evaluate",
     ]
-    assert list(stages[-1]["properties"]) == list(STAGE_TYPES) == [
+    assert list(stages[-1]["properties"]) == list(STAGES) == [
         "calibrate", "awq", "gptq", "rtn", "nf4", "kv_qparams", "pack", "shard", "evaluate"
     ]  # fmt: skip
 
@@ -198,19 +201,19 @@ INVALID: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize("data", VALID)
 def test_schema_and_types_accept(data: dict[str, Any]) -> None:
     assert errors(data) == []
-    loaded = Recipe.model_validate(data)
-    assert Recipe.model_validate(dump(loaded)) == loaded
+    loaded = read_recipe(data, STAGES)
+    assert read_recipe(dump(loaded), STAGES) == loaded
 
 
 @pytest.mark.parametrize(("data", "place"), INVALID)
 def test_schema_and_types_refuse(data: dict[str, Any], place: str) -> None:
     assert errors(data) == [place]
     with pytest.raises(ValidationError):
-        Recipe.model_validate(data)
+        read_recipe(data, STAGES)
 
 
 def test_a_recipe_cannot_be_changed() -> None:
-    loaded = Recipe.model_validate(recipe())
+    loaded = read_recipe(recipe(), STAGES)
     with pytest.raises(ValidationError):
         loaded.seed = 1  # type: ignore[misc]
     with pytest.raises(ValidationError):
@@ -218,7 +221,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 
 def test_stages_can_be_given_as_objects() -> None:
-    loaded = Recipe.model_validate(recipe(stages=(Awq(grid=3), "rtn", Pack(format="awq"))))
+    loaded = read_recipe(recipe(stages=(Awq(grid=3), "rtn", Pack(format="awq"))), STAGES)
     assert loaded.stages[0] == Awq(grid=3)
     assert dump(loaded)["stages"][0] == {"awq": {"grid": 3, "clip": True, "max_tokens": 8192}}
 

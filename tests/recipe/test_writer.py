@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quantflow.recipe import load_recipe
 from quantflow.recipe.writer import Draft, flow, name_of
+from quantflow.stages.registry import load_recipe
 
 AWKWARD = [
     "my: model #1",

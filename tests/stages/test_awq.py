@@ -15,10 +15,10 @@ from quantflow.quant.gptq import factorize, quantize_gptq
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers.integer import quantize_rtn
 from quantflow.quant.scheme import PER_CHANNEL, Scheme
-from quantflow.recipe import Gptq
 from quantflow.stages import awq_layer
 from quantflow.stages.awq_layer import AwqResult, search_layer
 from quantflow.stages.folding import Folding
+from quantflow.stages.gptq import Gptq
 from quantflow.stages.quantize import Unrounded, gptq_rounder, gptq_segment
 from tests.helpers.layers import CONFIGS, TinyLayer, folded
 

@@ -7,7 +7,6 @@ import torch
 
 from quantflow.calibration.statistics import KVStatistics
 from quantflow.quant.kv import KVParameters, round_kv
-from quantflow.recipe import KvQparams
 from quantflow.stages.kv_parameters import (
     largest_of_extremes,
     largest_of_parameters,
@@ -15,6 +14,7 @@ from quantflow.stages.kv_parameters import (
     parameter_tensors,
     rounding,
 )
+from quantflow.stages.kv_qparams import KvQparams
 from tests.helpers.layers import TinyLayer
 
 # Two heads of two channels.

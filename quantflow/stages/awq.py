@@ -1,0 +1,34 @@
+"""`awq`: what runs it is in `awq_layer.py`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from quantflow.recipe.stage import Stage
+
+
+class Awq(Stage):
+    """Scale the channels that the activations make important, folded into the preceding norm or
+    linear (AWQ)."""
+
+    name: ClassVar[str] = "awq"
+    example: ClassVar[str] = "- awq: {grid: 20, clip: true}"
+    unrounded: ClassVar[str] = "awq only scales: add `- rtn` or `- gptq` after it"
+    needs_calibration: ClassVar[bool] = True
+
+    grid: int = Field(
+        default=20,
+        ge=1,
+        le=1000,
+        description="Steps of the exponent between 0 and 1 that the scale search tries.",
+    )
+    clip: bool = Field(
+        default=True, description="Also search for the range that each group is clipped to."
+    )
+    max_tokens: int = Field(
+        default=8192,
+        ge=1,
+        description="Calibration tokens that the loss of the searches is measured on, at most.",
+    )

@@ -1,0 +1,35 @@
+"""The stages that a recipe may have, in the order in which it may have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantflow import recipe
+from quantflow.recipe import Recipe, Stage
+from quantflow.stages.awq import Awq
+from quantflow.stages.calibrate import Calibrate
+from quantflow.stages.evaluate import Evaluate
+from quantflow.stages.gptq import Gptq
+from quantflow.stages.kv_qparams import KvQparams
+from quantflow.stages.nf4 import Nf4
+from quantflow.stages.pack import Pack
+from quantflow.stages.rtn import Rtn
+from quantflow.stages.shard import Shard
+
+STAGES: dict[str, type[Stage]] = {
+    stage.name: stage
+    for stage in (Calibrate, Awq, Gptq, Rtn, Nf4, KvQparams, Pack, Shard, Evaluate)
+}
+
+
+def load_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    output: str | None = None,
+) -> Recipe:
+    """The recipe in the YAML file at `path`, as `quantflow.recipe.load` reads it, of these
+    stages."""
+    return recipe.load(path, STAGES, overrides, model=model, output=output)
