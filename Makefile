@@ -8,6 +8,7 @@
 # make coverage   the same, and which lines they reach: a table, and pages in build/coverage
 # make fuzz   coverage-guided fuzzing of every parser of foreign files and of the server, FUZZ_SECONDS=600 each; TARGET=gguf for one, RECORD=FILE
 #                 for the numbers
+# make wheel-check    what a user of the wheel gets: it is built, installed into an empty environment, and run outside of this folder
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
 # make bench-gpu      the kernels' speed on the GPU at hand, then the engine's, with the interpreter that PYTHON names: nothing is installed
@@ -40,7 +41,7 @@ WORKERS ?= 2
 # A file's tests stay in one process, for what its fixtures make.
 PYTEST := --timeout=1200 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-chat smollm2 plan artifacts assets notebooks test coverage fuzz lint kernel-report bench-gpu tune-gpu bench-cpu clean
+.PHONY: demo demo-chat smollm2 plan artifacts assets notebooks test coverage fuzz wheel-check lint kernel-report bench-gpu tune-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -105,6 +106,17 @@ fuzz: $(VENV)/.fuzz
 $(VENV)/.fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]'
 	touch $@
+
+# Of this folder, Python shall see nothing.
+WHEEL := build/wheel-check
+wheel-check: export PYTHONPATH :=
+wheel-check:
+	rm -rf $(WHEEL) build/lib build/bdist.*
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEEL) .
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(WHEEL)/venv/bin/python -m pip install --quiet -c constraints.txt $(WHEEL)/*.whl
+	tests/wheel_check.sh $(WHEEL)/venv/bin/quantflow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

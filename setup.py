@@ -8,6 +8,7 @@ SHARED = {"quantflow.share.recipes": "recipes", "quantflow.share.calib_data": "c
 # kernels/ has no __init__.py, so that its package is quantflow_kernels and nothing is called
 # `kernels`.
 setup(
+    py_modules=["quantflow_llm"],  # outside of the folder that another project may share
     packages=[*find_packages(include=["quantflow*"]), *find_packages("kernels"), *SHARED],
     package_dir={"quantflow_kernels": "kernels/quantflow_kernels", **SHARED},
     package_data={

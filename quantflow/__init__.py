@@ -1,5 +1,5 @@
 """QuantFlow: offline quantisation and conversion of large language models, and an engine that runs
-them.
+them. The distribution that it comes in is `quantflow-llm`.
 
 from quantflow import LLM, SamplingParams
 

@@ -28,7 +28,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, place = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("quantflow", "kernels", "recipes", "calib_data"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "quantflow_llm.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [
         sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",

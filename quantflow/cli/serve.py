@@ -128,9 +128,10 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and a chat page."""
     with reporting(debug, RUNNING):
+        from quantflow.distribution import missing
         from quantflow.engine.follower import follow
         from quantflow.engine.tensor_parallel import follows
-        from quantflow.errors import Problem, UserError
+        from quantflow.errors import UserError
         from quantflow.machine import resolve_device
 
         if follows():  # torchrun has started this one to help the first
@@ -141,14 +142,7 @@ def serve(
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("quantflow"):
                 raise
-            raise UserError(
-                Problem(
-                    "quantflow serve",
-                    f"the package {error.name} is not installed",
-                    "",
-                    "pip install -c constraints.txt '.[serve]'",
-                )
-            ) from error
+            raise UserError(missing("quantflow serve", str(error.name), "serve")) from error
         from quantflow.serve.config import ADMIN_KEY_VARIABLE, KEY_VARIABLE, ServerConfig, keys
 
         config = ServerConfig(

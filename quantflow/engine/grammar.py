@@ -27,6 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from quantflow.distribution import missing
 from quantflow.engine.child import Child, ChildEnded, ChildSlow
 from quantflow.engine.gbnf import lark_of
 from quantflow.engine.schema import endless
@@ -149,10 +150,7 @@ class Grammars:
         try:
             from llguidance import LLTokenizer
         except ImportError as error:
-            hint = "pip install -c constraints.txt '.[serve]'"
-            raise RequestError(
-                Problem("grammar", "the package llguidance is not installed", "it", hint)
-            ) from error
+            raise RequestError(missing("grammar", "llguidance", "serve")) from error
         if not self._end_tokens:
             raise RequestError(
                 Problem("grammar", "a model without an end token", "one that can end its text")

@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from quantflow.errors import Problem, QuantFlowError, UserError
+from quantflow.distribution import missing
+from quantflow.errors import QuantFlowError, UserError
 
 NAME = "quantflow"
 
@@ -22,14 +23,7 @@ def register() -> None:
     """Makes `quantflow` the name of a model in lm_eval. Raises UserError where lm_eval is not
     installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(
-            Problem(
-                "lm_eval",
-                "not installed",
-                "lm-evaluation-harness",
-                "pip install -c constraints.txt '.[lm-eval]'",
-            )
-        )
+        raise UserError(missing("lm-evaluation-harness", "lm_eval", "lm-eval"))
     import lm_eval.models  # noqa: F401 - its own names first
     from lm_eval.api.registry import model_registry
 

@@ -26,7 +26,8 @@ def test_the_reference_of_recipes_is_what_the_schema_says() -> None:
 def source_texts() -> list[str]:
     """Every text in QuantFlow's code, f-strings with … for what is put in, one string a literal."""
     found = []
-    for path in [*(ROOT / "quantflow").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+    modules = [path for top in ("quantflow", "kernels") for path in (ROOT / top).rglob("*.py")]
+    for path in [*modules, ROOT / "quantflow_llm.py"]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)

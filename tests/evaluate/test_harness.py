@@ -279,6 +279,6 @@ def test_without_lm_eval_it_is_said_what_to_install() -> None:
     assert (
         done.returncode == 2
         and done.stderr.strip()
-        == "quantflow: lm_eval: not installed; expected lm-evaluation-harness. pip install -c"
-        " constraints.txt '.[lm-eval]'"
+        == "quantflow: lm-evaluation-harness: the package lm_eval is not installed. pip install"
+        " 'quantflow-llm[lm-eval]'"
     )
