@@ -2,8 +2,8 @@
 
 What every offline pass shares, whatever it does with a layer: the next layer's weights are read
 while this one is worked on, streams lie in files where they are larger than their budget, and
-results are stored a layer at a time, so that a walk that was killed goes on behind the last layer
-that is whole.
+results are stored a layer at a time while the next one is computed, so that a walk that was killed
+goes on behind the last layer that is whole.
 
 A step decides for itself whether it computes gradients.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
-from quantflow.decoder.stream import Stream
+from quantflow.decoder.stream import Snapshot, Stream
 from quantflow.machine import give_back_freed_memory
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ def walk(
                 saving.result()
             # The last layer's output feeds nothing: a walk killed there redoes no layer.
             carried = streams if index + 1 < layers else {}
-            saving = writer.submit(_save, shelf, index, result, carried)
-            if carried:
-                saving.result()
+            snapshots = {name: stream.snapshot() for name, stream in carried.items()}
+            saving = writer.submit(_save, shelf, index, result, snapshots)
             tell(result)
 
         through(read, range(done, layers), device, work)
@@ -105,8 +104,12 @@ def walk(
     shelf.drop_streams()
 
 
-def _save(shelf: Shelf, index: int, result: Result, streams: Mapping[str, Stream]) -> None:
-    checksums = {n: s.save(shelf.stream(index, n)) for n, s in streams.items()}
+def _save(shelf: Shelf, index: int, result: Result, streams: Mapping[str, Snapshot]) -> None:
+    try:
+        checksums = {name: s.save(shelf.stream(index, name)) for name, s in streams.items()}
+    finally:  # where the disk is full, nothing may wait for ever
+        for snapshot in streams.values():
+            snapshot.release()
     metadata = {
         "report": json.dumps(result.report, sort_keys=True),
         "streams": json.dumps(checksums, sort_keys=True),

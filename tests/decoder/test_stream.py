@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
+from random import Random
+from threading import Event
 
 import pytest
 import torch
@@ -77,9 +82,10 @@ def test_save_and_load_between_all_kinds(
             ):
                 assert other.load(saved, next(iter(checksums)))
                 assert torch.equal(other.read(0, 7), expected)
-    assert (
-        len(checksums) == len(contents) == 1
-    )  # however much is copied at once, and the kind of stream
+                other.close()
+        stream.close()
+    # however much is copied at once, and whatever the kind of stream
+    assert len(checksums) == len(contents) == 1
     assert next(iter(contents)) == expected.view(torch.uint8).numpy().tobytes()
     assert not list(tmp_path.glob(".*"))  # no temporary file is left
 
@@ -153,3 +159,96 @@ def test_a_file_stream_is_not_mapped(tmp_path: Path) -> None:
     stream.write(0, torch.ones(4, 64, 64))
     part = stream.read(1, 3)
     assert path.name not in maps.read_text() and part.eq(1).all()
+
+
+@pytest.mark.parametrize("name", [None, "x.bin"], ids=["memory", "file"])
+def test_a_snapshot_keeps_what_it_saw_while_the_stream_moves_on(
+    tmp_path: Path, name: str | None
+) -> None:
+    """Three snapshots; between them windows are written once, twice or not at all, and read."""
+    stream = Stream(SHAPE, torch.float32, CPU, tmp_path / name if name else None)
+    now, chance = random(torch.float32), Random(3)
+    stream.write(0, now)
+    now = now.clone()
+    for turn in range(3):
+        snapshot, seen, saved = stream.snapshot(), now.clone(), tmp_path / f"saved-{turn}"
+        with ThreadPoolExecutor(1) as writer:
+            saving = writer.submit(snapshot.save, saved)
+            for _ in range(4):
+                start, stop = sorted(chance.sample(range(8), 2))
+                assert torch.equal(stream.read(start, stop), now[start:stop])
+                now[start:stop] += 1 + turn
+                stream.write(start, now[start:stop])
+            assert torch.equal(stream.read(0, 7), now)
+            checksum = saving.result()
+        assert saved.read_bytes() == seen.view(torch.uint8).numpy().tobytes()
+        saved.unlink() if turn == 1 else None  # the store has dropped it: the stream has not
+        assert torch.equal(stream.read(0, 7), now)
+        if turn != 1:
+            assert Stream(SHAPE, torch.float32, CPU, None).load(saved, checksum)
+    stream.close()
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["saved-0", "saved-2"]
+
+
+def test_what_is_held_waits_for_its_snapshot_window_by_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The save stands still after two windows: these may be written over, the third may not until
+    it goes on."""
+    monkeypatch.setattr(module, "COPIED_BYTES", 1)  # a window at a time
+    stream, go_on, written = Stream(SHAPE, torch.float32, CPU, None), Event(), []
+    value = random(torch.float32)
+    stream.write(0, value)
+    expected = value.view(torch.uint8).numpy().tobytes()
+    write_all = module._write_all
+
+    def slow(file: FileIO, data: memoryview) -> None:
+        if len(written) == 2:
+            assert go_on.wait(30)
+        written.append(len(data))
+        write_all(file, data)
+
+    monkeypatch.setattr(module, "_write_all", slow)
+    snapshot = stream.snapshot()
+    with ThreadPoolExecutor(2) as pool:
+        saving = pool.submit(snapshot.save, tmp_path / "saved")
+        stream.write(0, torch.zeros(2, *SHAPE[1:]))
+        third = pool.submit(stream.write, 2, torch.zeros(1, *SHAPE[1:]))
+        time.sleep(0.05)
+        assert not third.done() and not saving.done()
+        go_on.set()
+        third.result(30)
+    assert (tmp_path / "saved").read_bytes() == expected
+    assert stream.read(0, 3).eq(0).all() and torch.equal(stream.read(3, 7), value[3:])
+
+
+@pytest.mark.parametrize("name", [None, "x.bin"], ids=["memory", "file"])
+def test_a_snapshot_that_is_released_holds_nothing_up(tmp_path: Path, name: str | None) -> None:
+    stream = Stream(SHAPE, torch.float32, CPU, tmp_path / name if name else None)
+    value = random(torch.float32)
+    stream.write(0, value)
+    stream.snapshot().release()
+    stream.write(3, value[:2])
+    assert torch.equal(stream.read(0, 7), torch.cat([value[:3], value[:2], value[5:]]))
+    stream.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_becomes_the_saved_one_without_a_copy(tmp_path: Path) -> None:
+    stream = Stream(SHAPE, torch.float32, CPU, tmp_path / "x.bin")
+    stream.write(0, random(torch.float32))
+    number = (tmp_path / "x.bin").stat().st_ino
+    stream.save(tmp_path / "saved")
+    assert (tmp_path / "saved").stat().st_ino == number
+    stream.close()
+
+
+def test_a_step_may_train_on_what_another_computed_in_inference_mode(tmp_path: Path) -> None:
+    for stream in both(tmp_path, torch.float32):
+        with torch.inference_mode():
+            stream.write(0, torch.ones(7, 5, 3) * 2)
+        weight = torch.ones(3, requires_grad=True)
+        (stream.read(0, 7) * weight).sum().backward()
+        assert weight.grad is not None and weight.grad.tolist() == [70.0] * 3
+        stream.write(0, stream.read(0, 7) * weight)  # a result that has a history
+        assert not stream.read(0, 7).requires_grad
