@@ -119,8 +119,8 @@ def prepared(
 
 
 class Answer(Watched):
-    """sequences: how many texts will be generated. prepare: makes the job, once there is room for
-    it, and cleans up after it. renamed: what the client calls the engine's arguments."""
+    """sequences: how many sequences will be generated. prepare: makes the job, once there is room
+    for it, and cleans up after it. renamed: what the client calls the engine's arguments."""
 
     def __init__(
         self,
@@ -199,7 +199,7 @@ class Answer(Watched):
                     collector.add(token)
         outputs = [collector.output() for collector in collectors]
         usage = _usage(outputs)
-        size = usage.prompt + usage.completion + sum(map(told, outputs))
+        size = usage.prompt + usage.completion + sum(map(scores_in, outputs))
         return await self._made(size, lambda write: write(job.shape.whole(outputs, usage)))
 
     async def _events(self, job: Job, send: Send) -> None:
@@ -217,7 +217,7 @@ class Answer(Watched):
                 }
             )
             loop, silence_s = asyncio.get_running_loop(), self.service.config.keep_alive_s
-            said, scores = loop.time(), 0
+            last_sent, scores = loop.time(), 0
             while not all(stream.done for stream in streams):
                 await arrived.wait()
                 arrived.clear()
@@ -229,11 +229,11 @@ class Answer(Watched):
                     size = scores
                 data = await self._made(size, partial(self._new, job, came, collectors))
                 # nothing came, or nothing that can be shown yet
-                if not data and loop.time() - said >= silence_s * 0.9:
+                if not data and loop.time() - last_sent >= silence_s * 0.9:
                     data = KEEP_ALIVE
                 if data:
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-                    said = loop.time()
+                    last_sent = loop.time()
                 if len(streams) == 1:
                     await streams[0].rest(self.service.pause_s)
             usage = _usage([collector.output() for collector in collectors])
@@ -247,19 +247,19 @@ class Answer(Watched):
         self, job: Job, came: list[list[Token]], collectors: list[Collector], write: Write
     ) -> bytes:
         """The events of each prompt's new tokens."""
-        found = list[bytes]()
+        events = list[bytes]()
         for prompt, (tokens, collector) in enumerate(zip(came, collectors, strict=True)):
-            texts: dict[int, list[Token]] = {}
+            by_sequence: dict[int, list[Token]] = {}
             for token in tokens:
                 _check(token, self.service, job)
                 collector.add(token)
-                texts.setdefault(token.index, []).append(token)
+                by_sequence.setdefault(token.index, []).append(token)
             first = prompt * job.params.n
-            found += (
+            events += (
                 _written(job.shape, job.shape.more(first + index, new), write)
-                for index, new in texts.items()
+                for index, new in by_sequence.items()
             )
-        return b"".join(found)
+        return b"".join(events)
 
 
 def _written(shape: Shape, events: Iterable[Object], write: Write = encode) -> bytes:
@@ -272,7 +272,7 @@ def bounded(job: Job, room: int) -> Job:
     """The job, whose answer tells no more scores than one may: all are held, and written, at once.
 
     room: tokens of a prompt and what follows it. Where the client names no `max_tokens`, so many
-    are generated as may be told. Raises RequestError for more than may be.
+    are generated as may be written. Raises RequestError for more than may be.
     """
     params, lengths = job.params, [len(prompt) for prompt in job.prompts]
     wanted = []
@@ -281,9 +281,9 @@ def bounded(job: Job, room: int) -> Job:
         wanted.append(("prompt_logprobs", tokens, params.prompt_logprobs))
     if params.logprobs is not None:
         left = MOST_SCORES - sum(tokens * (1 + top) for _, tokens, top in wanted)
-        texts = params.n * len(lengths)
+        sequences = params.n * len(lengths)
         most = (
-            max(1, left // (texts * (1 + params.logprobs)))
+            max(1, left // (sequences * (1 + params.logprobs)))
             if params.max_tokens is None
             else params.max_tokens
         )
@@ -294,27 +294,27 @@ def bounded(job: Job, room: int) -> Job:
     scores = sum(tokens * (1 + top) for _, tokens, top in wanted)
     if scores > MOST_SCORES:
         name, tokens, top = max(wanted, key=lambda one: one[1] * (1 + one[2]))
-        what = f"{tokens} tokens, each with {top} alternatives: {scores} scores in all"
+        asked = f"{tokens} tokens, each with {top} alternatives: {scores} scores in all"
         raise RequestError(
-            Problem(name, what, f"at most {MOST_SCORES}", "fewer tokens, texts or alternatives")
+            Problem(name, asked, f"at most {MOST_SCORES}", "fewer tokens, choices or alternatives")
         )
     return job
 
 
-def told(output: Output) -> int:
-    """How many scores there are."""
+def scores_in(output: Output) -> int:
+    """How many log-probabilities an output holds."""
     scored = (score for c in output.completions for score in c.logprobs)
     return sum(1 + len(score.top) for score in (*scored, *output.prompt_logprobs) if score)
 
 
 def _size(came: list[list[Token]]) -> int:
-    """Tokens and scores."""
-    found = 0
+    """How many tokens and scores have arrived."""
+    size = 0
     for tokens in came:
         for token in tokens:
-            found += 1 + (len(token.logprob.top) if token.logprob else 0)
-            found += sum(1 + len(score.top) for score in token.prompt_logprobs if score)
-    return found
+            size += 1 + (len(token.logprob.top) if token.logprob else 0)
+            size += sum(1 + len(score.top) for score in token.prompt_logprobs if score)
+    return size
 
 
 @contextlib.contextmanager
@@ -348,10 +348,10 @@ def _check(token: Token, service: Service, job: Job) -> None:
             code="failed",
         )
     if token.finish == Finish.grammar:  # another try would come there, too
-        found = f"the text came to where it cannot be followed ({token.reason})"
+        reason = f"the text came to where it cannot be followed ({token.reason})"
         raise RequestError(
             Problem(
-                "grammar", found, "a simpler one, or one that can end", code="grammar_not_followed"
+                "grammar", reason, "a simpler one, or one that can end", code="grammar_not_followed"
             )
         )
     if token.finish == Finish.abort:

@@ -125,8 +125,8 @@ def _no_number(name: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         seen = set[str]()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise Refused(
@@ -134,9 +134,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             f"body: {twice[:80]!r} stands in an object twice; expected it once",
             code="duplicate_key",
         )
-    if len(found) > MOST_KEYS:
-        raise _too_many(f"an object of {len(found)} keys; expected at most {MOST_KEYS}")
-    return found
+    if len(members) > MOST_KEYS:
+        raise _too_many(f"an object of {len(members)} keys; expected at most {MOST_KEYS}")
+    return members
 
 
 def _check_parts(body: bytes) -> None:
@@ -153,12 +153,12 @@ def _check_parts(body: bytes) -> None:
     opened = brackets.count(b"[") + brackets.count(b"{")
     if opened > MOST_CONTAINERS:
         raise _too_many(f"{opened} lists and objects; expected at most {MOST_CONTAINERS}")
-    for mark, what, most in (
+    for mark, kind, most in (
         (b":", "members of objects", MOST_MEMBERS),
         (b",", "values", MOST_VALUES),
     ):
-        if (found := outside.count(mark)) > most:
-            raise _too_many(f"{found} {what}; expected at most {most}")
+        if (count := outside.count(mark)) > most:
+            raise _too_many(f"{count} {kind}; expected at most {most}")
     depth = 0
     for bracket in brackets:
         depth += 1 if bracket in b"[{" else -1
@@ -187,5 +187,5 @@ def _too_deep() -> Refused:
     )
 
 
-def _too_many(what: str) -> Refused:
-    return Refused(400, f"body: {what}", code="json_too_large")
+def _too_many(message: str) -> Refused:
+    return Refused(400, f"body: {message}", code="json_too_large")

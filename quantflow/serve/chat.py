@@ -14,7 +14,7 @@ from quantflow.serve.grammars import constraint
 from quantflow.serve.protocol import ChatRequest
 from quantflow.serve.sampling import chat_logprobs, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
-from quantflow.serve.template import Told, told
+from quantflow.serve.template import TemplateOptions, template_options
 from quantflow.serve.tool_use import ToolUse, choice_of, tool_use
 from quantflow.serve.tools import Call, Reading, ToolFormat, apart
 from quantflow.serve.wire import Object
@@ -29,7 +29,7 @@ class ChatShape(Shape):
     def __init__(
         self,
         service: Service,
-        texts: int,
+        sequences: int,
         *,
         tools: ToolFormat | None,
         most_calls: int | None,
@@ -41,9 +41,9 @@ class ChatShape(Shape):
     ) -> None:
         self._role = {"role": "assistant"} if roles else {}
         self._ids, self._scores = ids, scores
-        self._service, self._texts, self._logprobs, self._with_usage = (
+        self._service, self._sequences, self._logprobs, self._with_usage = (
             service,
-            texts,
+            sequences,
             logprobs,
             usage,
         )
@@ -52,10 +52,10 @@ class ChatShape(Shape):
             "created": int(time.time()),
             "model": service.name,
         }
-        self._reading = [Reading(tools, most_calls) for _ in range(texts)]
+        self._reading = [Reading(tools, most_calls) for _ in range(sequences)]
 
     def start(self) -> Iterable[Object]:
-        for index in range(self._texts):
+        for index in range(self._sequences):
             chunk = self._chunk(index, {"role": "assistant", "content": ""})
             yield chunk if index or self._ids is None else {**chunk, "prompt_token_ids": self._ids}
 
@@ -117,19 +117,19 @@ class ChatShape(Shape):
             )
             if self._ids is not None:
                 choices[-1]["token_ids"] = list(completion.token_ids)
-        found: Object = {
+        body: Object = {
             **self._head,
             "object": "chat.completion",
             "choices": choices,
             "usage": usage.body,
         }
         if self._ids is not None:
-            found["prompt_token_ids"] = self._ids
+            body["prompt_token_ids"] = self._ids
         if self._scores is not None:
-            found["prompt_logprobs"] = prompt_logprobs(
+            body["prompt_logprobs"] = prompt_logprobs(
                 self._service.text, outputs[0].prompt_logprobs, self._scores
             )
-        return found
+        return body
 
     def _finish(self, index: int, finish: Finish) -> str:
         return "tool_calls" if self._reading[index].calls and finish == Finish.stop else str(finish)
@@ -150,8 +150,8 @@ class ChatShape(Shape):
         }
         if ids is not None:
             choice["token_ids"] = ids
-        found = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-        return {**found, "usage": None} if self._with_usage else found
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**chunk, "usage": None} if self._with_usage else chunk
 
 
 def _called(call: Call) -> Object:
@@ -220,7 +220,7 @@ def plan(service: Service, body: ChatRequest) -> Plan:
         )
     if use.format:
         params = replace(params, skip_special_tokens=False)
-    prompt = service.dialogue(_messages(body), _told(body, use))
+    prompt = service.dialogue(_messages(body), _template_options(body, use))
     return Plan(prompt, params, use.format, use.most_calls, wanted.source)
 
 
@@ -228,9 +228,9 @@ def count(service: Service, body: ChatRequest) -> int:
     """Tokens of the prompt, be they more than the context holds. Takes a while. Raises Refused,
     RequestError."""
     service.check_model(body.model)
-    return service.dialogue_tokens([_messages(body)], _told(body, _tool_use(service, body))).counts[
-        0
-    ]
+    return service.dialogue_tokens(
+        [_messages(body)], _template_options(body, _tool_use(service, body))
+    ).counts[0]
 
 
 def _tool_use(service: Service, body: ChatRequest) -> ToolUse:
@@ -245,5 +245,5 @@ def _messages(body: ChatRequest) -> list[Object]:
     return [m.model_dump(exclude_none=True) for m in body.messages]
 
 
-def _told(body: ChatRequest, use: ToolUse) -> Told:
-    return told(body, body.messages, list(use.functions))
+def _template_options(body: ChatRequest, use: ToolUse) -> TemplateOptions:
+    return template_options(body, body.messages, list(use.functions))

@@ -58,14 +58,14 @@ class Client:
         except httpx.HTTPError as error:
             raise self._failed(error) from error
         if answer.status_code == 404 or (answer.status_code == 200 and _is_page(answer)):
-            found = (
+            problem = (
                 f"no list of models ({answer.status_code}, {_kind(answer)} at /v1/models): another"
                 " kind of server"
             )
             raise RequestError(
                 Problem(
                     self.address,
-                    found,
+                    problem,
                     ADDRESS,
                     "Is it the right port, and a path before /v1 missing?",
                 )
@@ -105,9 +105,9 @@ class Client:
                     if event.data == "[DONE]":
                         whole = True
                         continue
-                    said = json.loads(event.data)
-                    yield from self._piece(said)
-                    whole = whole or any(choice.get("finish_reason") for choice in said["choices"])
+                    data = json.loads(event.data)
+                    yield from self._piece(data)
+                    whole = whole or any(choice.get("finish_reason") for choice in data["choices"])
         except httpx.HTTPError as error:
             raise (self._cut(str(error)) if begun else self._failed(error)) from error
         except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
@@ -119,11 +119,12 @@ class Client:
 
     def _piece(self, event: Any) -> Iterator[str]:
         """Raises TypeError, LookupError and AttributeError for what is no event."""
-        said = event.get("error")
-        if said:
+        error = event.get("error")
+        if error:
             raise ServerError(
                 Problem(
-                    self.address, str(said.get("message", said) if isinstance(said, dict) else said)
+                    self.address,
+                    str(error.get("message", error) if isinstance(error, dict) else error),
                 )
             )
         usage = event.get("usage")
@@ -139,7 +140,7 @@ class Client:
         status = answer.status_code
         if status == 200:
             return
-        found, hint = f"{status}: {_said(answer)}", ""
+        problem, hint = f"{status}: {_message(answer)}", ""
         if status == 401:
             hint = (
                 "The key is not one of this server's"
@@ -154,7 +155,7 @@ class Client:
         elif status == 429:
             hint = f"Ask again in {answer.headers.get('retry-after', 'some')[:10]} seconds"
         raise (ServerError if status >= 500 or status == 429 else RequestError)(
-            Problem(self.address, found, hint=hint)
+            Problem(self.address, problem, hint=hint)
         )
 
     def _cut(self, why: str) -> ServerError:
@@ -216,9 +217,9 @@ class Client:
                 Problem(self.address, f"silent for {SILENCE_S:g} seconds", "an answer", hint)
             )
         if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)):
-            found = f"what listens there does not answer over HTTP ({error})"
+            problem = f"what listens there does not answer over HTTP ({error})"
             hint = "" if self.address.startswith("https") else "A server with TLS wants https://"
-            return ServerError(Problem(self.address, found, ADDRESS, hint))
+            return ServerError(Problem(self.address, problem, ADDRESS, hint))
         return ServerError(
             Problem(
                 self.address,
@@ -256,20 +257,18 @@ def _is_page(answer: httpx.Response) -> bool:
     return _kind(answer) in ("text/html", "application/xhtml+xml")
 
 
-def _said(answer: httpx.Response) -> str:
+def _message(answer: httpx.Response) -> str:
     """What a server says about a failure: OpenAI's error, or others' ways of it."""
     try:
-        found = answer.json()
+        body = answer.json()
     except ValueError:
         return (
             "a page of HTML"
             if _is_page(answer)
             else " ".join(answer.text[:200].split()) or answer.reason_phrase
         )
-    if isinstance(found, dict):
-        found = next(
-            (found[name] for name in ("error", "message", "detail") if found.get(name)), found
-        )
-        if isinstance(found, dict):
-            found = found.get("message", found)
-    return str(found)[:1000]
+    if isinstance(body, dict):
+        body = next((body[name] for name in ("error", "message", "detail") if body.get(name)), body)
+        if isinstance(body, dict):
+            body = body.get("message", body)
+    return str(body)[:1000]

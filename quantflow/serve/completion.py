@@ -62,9 +62,9 @@ class TextShape(Shape):
             "created": int(time.time()),
             "model": service.name,
         }
-        texts = len(prompts) * per_prompt
+        sequences = len(prompts) * per_prompt
         # letters so far; whether anything was shown
-        self._lengths, self._begun = [0] * texts, [False] * texts
+        self._lengths, self._begun = [0] * sequences, [False] * sequences
         self._growing: dict[int, Detokenizer] = {}
         self._scored: list[Sequence[Logprob | None]] = [()] * len(prompts)
 
@@ -72,7 +72,7 @@ class TextShape(Shape):
         return ()
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
-        letters = "" if self._nothing else "".join(token.text for token in tokens)
+        content = "" if self._nothing else "".join(token.text for token in tokens)
         scored: list[Logprob] = (
             [] if self._nothing else [token.logprob for token in tokens if token.logprob]
         )
@@ -81,7 +81,7 @@ class TextShape(Shape):
         # they come with the first of its texts
         self._scored[prompt] = tokens[0].prompt_logprobs or self._scored[prompt]
         if self._echo and not self._begun[text]:
-            letters, before = self._prompts[prompt].text + letters, self._scored[prompt]
+            content, before = self._prompts[prompt].text + content, self._scored[prompt]
         ids = (
             []
             if self._nothing or not self._ids
@@ -93,9 +93,9 @@ class TextShape(Shape):
             else {}
         )
         self._begun[text] = True
-        if letters or before or ids or first or (scored and self._count is not None):
-            told = self._choice(text, letters, before, scored, None) | first
-            yield self._event(told | {"token_ids": ids} if self._ids else told)
+        if content or before or ids or first or (scored and self._count is not None):
+            choice = self._choice(text, content, before, scored, None) | first
+            yield self._event(choice | {"token_ids": ids} if self._ids else choice)
         if tokens[-1].finish:  # by itself, as OpenAI's and LMDeploy's
             yield self._event({"index": text, "text": "", "logprobs": None, **_ended(tokens[-1])})
 
@@ -112,13 +112,13 @@ class TextShape(Shape):
                 else None
             )
             for index, completion in enumerate(best or output.completions):
-                letters = (self._prompts[number].text if self._echo else "") + (
+                content = (self._prompts[number].text if self._echo else "") + (
                     "" if self._nothing else completion.text
                 )
                 scored: Sequence[Logprob] = () if self._nothing else completion.logprobs
                 before = output.prompt_logprobs if self._echo else ()
                 choice = self._choice(
-                    number * self._per_prompt + index, letters, before, scored, completion
+                    number * self._per_prompt + index, content, before, scored, completion
                 )
                 if self._ids:
                     choice["token_ids"] = [] if self._nothing else list(completion.token_ids)
@@ -134,27 +134,32 @@ class TextShape(Shape):
         return (Usage(usage.prompt, 0, usage.cached) if self._nothing else usage).body
 
     def _event(self, choice: Object) -> Object:
-        found = {**self._head, "choices": [choice]}
-        return {**found, "usage": None} if self._with_usage else found
+        event = {**self._head, "choices": [choice]}
+        return {**event, "usage": None} if self._with_usage else event
 
     def _choice(
         self,
         index: int,
-        letters: str,
+        content: str,
         before: Sequence[Logprob | None],
         after: Sequence[Logprob],
         last: Completion | None,
     ) -> Object:
         """last: what says how it has ended, if it has."""
         logprobs = None if self._count is None else self._logprobs(index, before, after)
-        return {"index": index, "text": letters, "logprobs": logprobs, **_ended(last)}
+        return {"index": index, "text": content, "logprobs": logprobs, **_ended(last)}
 
     def _logprobs(
         self, index: int, before: Sequence[Logprob | None], after: Sequence[Logprob]
     ) -> Object:
         """before: of the prompt, whose first token has none."""
         text = self._service.text
-        found: Object = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        logprobs: Object = {
+            "text_offset": [],
+            "token_logprobs": [],
+            "tokens": [],
+            "top_logprobs": [],
+        }
         scored: list[tuple[int, Logprob | None]] = [
             (score.token if score else -1, score) for score in before
         ]
@@ -166,17 +171,17 @@ class TextShape(Shape):
             )
         growing = self._growing[index]
         for token, score in [*scored, *((s.token, s) for s in after)]:
-            found["text_offset"].append(self._lengths[index])
-            found["tokens"].append(text.token_text(token))
-            found["token_logprobs"].append(finite(score.logprob) if score else 0.0)
-            found["top_logprobs"].append(
+            logprobs["text_offset"].append(self._lengths[index])
+            logprobs["tokens"].append(text.token_text(token))
+            logprobs["token_logprobs"].append(finite(score.logprob) if score else 0.0)
+            logprobs["top_logprobs"].append(
                 {text.token_text(t): finite(p) for t, p in score.top[: self._count]}
                 if score
                 else {}
             )
             # of the text: its first word may lose a space, a letter take several tokens
             self._lengths[index] += len(growing.add(token))
-        return found
+        return logprobs
 
 
 def _ended(last: Token | Completion | None) -> Object:
@@ -198,25 +203,25 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 
 
 def _encoded(
-    service: Service, given: Sequence[str | list[int]], *, echo: bool, special: bool
+    service: Service, inputs: Sequence[str | list[int]], *, echo: bool, special: bool
 ) -> list[Prompt]:
     """All texts at once, and the text of tokens that will be echoed: the engine refuses those that
     are too many."""
     encoded = iter(
-        service.encode([text for text in given if isinstance(text, str)], special=special)
+        service.encode([text for text in inputs if isinstance(text, str)], special=special)
     )
-    found = []
-    for prompt in given:
+    prompts = []
+    for prompt in inputs:
         if isinstance(prompt, str):
-            found.append(Prompt(next(encoded), prompt))
+            prompts.append(Prompt(next(encoded), prompt))
         else:
-            found.append(
+            prompts.append(
                 Prompt(
                     prompt,
                     service.text.decode(prompt) if echo and len(prompt) <= service.context else "",
                 )
             )
-    return found
+    return prompts
 
 
 def sequences(body: CompletionRequest) -> int:

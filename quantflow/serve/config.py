@@ -68,12 +68,12 @@ def keys(
             ) from error
     else:
         lines = environment.get(variable, "").split(",")
-    found = tuple(
+    allowed = tuple(
         line.strip() for line in lines if line.strip() and not line.strip().startswith("#")
     )
-    if file is not None and not found:
+    if file is not None and not allowed:
         raise UserError(Problem(where, "no key", "at least one, a line each"))
-    if any(len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() for key in found):
+    if any(len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() for key in allowed):
         hint = 'python -c "import secrets; print(secrets.token_urlsafe())" makes one'
         raise UserError(
             Problem(
@@ -83,4 +83,4 @@ def keys(
                 hint,
             )
         )
-    return found
+    return allowed

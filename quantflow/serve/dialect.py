@@ -30,8 +30,10 @@ class Dialect(Generic[Body]):
     def plan(self, service: Service, body: Body) -> Plan:
         """Takes a while: tokenises. Raises Refused."""
         with renaming(self.renamed):
-            found = plan(service, self.as_chat(body))
-        return replace(found, grammar_from=self.renamed.get(found.grammar_from, found.grammar_from))
+            result = plan(service, self.as_chat(body))
+        return replace(
+            result, grammar_from=self.renamed.get(result.grammar_from, result.grammar_from)
+        )
 
     def count(self, service: Service, body: Body) -> int:
         """Tokens that the request would begin with. Takes a while: tokenises. Raises Refused."""
@@ -39,12 +41,12 @@ class Dialect(Generic[Body]):
             return count(service, self.as_chat(body))
 
 
-def chat_request(found: Mapping[str, Any]) -> ChatRequest:
+def chat_request(parameters: Mapping[str, Any]) -> ChatRequest:
     """What another API's request is in the words of chat completions, which has bounds of its own.
     Raises Refused, which names the parameter of chat completions that is wrong."""
     try:
         return ChatRequest.model_validate(
-            {name: value for name, value in found.items() if value is not None}
+            {name: value for name, value in parameters.items() if value is not None}
         )
     except ValidationError as error:
         problem = error.errors()[0]
@@ -52,10 +54,12 @@ def chat_request(found: Mapping[str, Any]) -> ChatRequest:
             [str(part) for part in problem["loc"] if isinstance(part, str)],
             problem.get("ctx", {}),
         )
-        said = problem["msg"][:1].lower() + problem["msg"][1:]
+        message = problem["msg"][:1].lower() + problem["msg"][1:]
         if problem["type"] == "too_long" and names[-1] in COUNTED:
-            said = (
+            message = (
                 f"{bounds['actual_length']} {COUNTED[names[-1]]}; expected at most"
                 f" {bounds['max_length']}"
             )
-        raise Refused(400, f"{names[0]}: {said}", param=names[0], code="invalid_value") from error
+        raise Refused(
+            400, f"{names[0]}: {message}", param=names[0], code="invalid_value"
+        ) from error

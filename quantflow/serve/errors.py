@@ -55,8 +55,8 @@ class Refused(HTTPException):
 def shortened(text: str) -> str:
     """A message that may hold what a client sent, a number of thousands of digits, say: words of at
     most 80 letters, 1000 in all."""
-    found = LONG_WORD.sub(r"\1…", text)
-    return found if len(found) <= MOST_LETTERS else found[: MOST_LETTERS - 1] + "…"
+    short = LONG_WORD.sub(r"\1…", text)
+    return short if len(short) <= MOST_LETTERS else short[: MOST_LETTERS - 1] + "…"
 
 
 def kind(status: int) -> str:

@@ -60,9 +60,9 @@ def only(*values: Any, hint: str = "") -> Foreign:
             raise ValueError
         return value
 
-    found = Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
+    literal = Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(values)})]
     return Foreign(
-        found if values else NoneType, " or ".join(map(json.dumps, values)) or "none", hint
+        literal if values else NoneType, " or ".join(map(json.dumps, values)) or "none", hint
     )
 
 
@@ -312,12 +312,12 @@ def known_types(what: str, *types: str, media: bool = False) -> BeforeValidator:
     media: whether they are of a content, in which images and the like are called so."""
 
     def check(value: Any) -> Any:
-        found = value.get("type") if isinstance(value, dict) else None
-        if not isinstance(found, str) or found in types:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(kind, str) or kind in types:
             return value
-        name = next((name for word, name in MEDIA.items() if media and word in found), None)
+        name = next((name for word, name in MEDIA.items() if media and word in kind), None)
         words = (
-            f"{name or f'{what} of type {found[:80]!r} are'} not supported here; expected"
+            f"{name or f'{what} of type {kind[:80]!r} are'} not supported here; expected"
             f" {'text' if name else ' or '.join(types)}"
         )
         raise PydanticCustomError(REFUSED, "{words}", {"words": words})

@@ -178,11 +178,11 @@ def encoded(service: Service, body: EncodeRequest) -> bytes:
         )
         raise Refused(400, message, param="add_bos", code="unsupported_value")
 
-    texts = [body.input] if isinstance(body.input, str) else body.input
+    prompts = [body.input] if isinstance(body.input, str) else body.input
     if body.do_preprocess:
-        found = service.dialogue_tokens([[{"role": "user", "content": text}] for text in texts])
+        result = service.dialogue_tokens([[{"role": "user", "content": text}] for text in prompts])
     else:
-        found = service.tokens(texts, special=bos)
+        result = service.tokens(prompts, special=bos)
     if isinstance(body.input, str):
-        return b'{"input_ids":%b,"length":%d}' % (found.json[1:-1], found.counts[0])
-    return b'{"input_ids":%b,"length":%b}' % (found.json, encode(found.counts))
+        return b'{"input_ids":%b,"length":%d}' % (result.json[1:-1], result.counts[0])
+    return b'{"input_ids":%b,"length":%b}' % (result.json, encode(result.counts))

@@ -32,21 +32,21 @@ class Constraint:
 
 def constraint(body: Constrained) -> Constraint:
     """Raises Refused for what is none, and for two."""
-    given = {name: getattr(body, name) for name in SOURCES}
-    found = [
+    sources = {name: getattr(body, name) for name in SOURCES}
+    constraints = [
         c
-        for name, value in given.items()
+        for name, value in sources.items()
         if value is not None and value != "" and (c := SOURCES[name](value, name)).grammar
     ]
-    if len(found) > 1:
-        names = " and ".join(c.source for c in found)
+    if len(constraints) > 1:
+        names = " and ".join(c.source for c in constraints)
         raise Refused(
             400,
-            f"{found[1].source}: {names}; expected one of them",
-            param=found[1].source,
+            f"{constraints[1].source}: {names}; expected one of them",
+            param=constraints[1].source,
             code="invalid_value",
         )
-    return found[0] if found else Constraint()
+    return constraints[0] if constraints else Constraint()
 
 
 def compact(schema: Any, param: str) -> str:
@@ -58,43 +58,43 @@ def compact(schema: Any, param: str) -> str:
         raise Refused(400, message, param=param, code="invalid_value") from None
 
 
-def _schema(given: Any, name: str) -> Constraint:
+def _schema(schema: Any, name: str) -> Constraint:
     """An object, or one as text."""
-    if isinstance(given, str):
-        _check_length(len(given), name)
-        given = read_text(given, name)
-    return _constraint(GrammarKind.json_schema, compact(given, name), name)
+    if isinstance(schema, str):
+        _check_length(len(schema), name)
+        schema = read_text(schema, name)
+    return _constraint(GrammarKind.json_schema, compact(schema, name), name)
 
 
-def _object(given: bool, name: str) -> Constraint:
-    return _schema({"type": "object"}, name) if given else Constraint()
+def _object(wanted: bool, name: str) -> Constraint:
+    return _schema({"type": "object"}, name) if wanted else Constraint()
 
 
-def _regex(given: str, name: str) -> Constraint:
-    return _constraint(GrammarKind.regex, given, name)
+def _regex(pattern: str, name: str) -> Constraint:
+    return _constraint(GrammarKind.regex, pattern, name)
 
 
-def _choice(given: list[str], name: str) -> Constraint:
-    _check_length(sum(map(len, given)) + len(given), name)
+def _choice(choices: list[str], name: str) -> Constraint:
+    _check_length(sum(map(len, choices)) + len(choices), name)
     return _constraint(
         GrammarKind.lark,
-        "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in given),
+        "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices),
         name,
     )
 
 
-def _grammar(given: str, name: str) -> Constraint:
+def _grammar(grammar: str, name: str) -> Constraint:
     """GBNF's rules have a sign of their own."""
-    _check_length(len(given), name)
+    _check_length(len(grammar), name)
     return _constraint(
-        GrammarKind.gbnf if GBNF_RULE.search(given) else GrammarKind.lark, given, name
+        GrammarKind.gbnf if GBNF_RULE.search(grammar) else GrammarKind.lark, grammar, name
     )
 
 
-def _check_length(letters: int, name: str) -> None:
+def _check_length(length: int, name: str) -> None:
     """Raises Refused, before anything takes the time of so many."""
-    if letters > MOST_LETTERS:
-        message = f"{name}: {letters} letters; expected at most {MOST_LETTERS}"
+    if length > MOST_LETTERS:
+        message = f"{name}: {length} letters; expected at most {MOST_LETTERS}"
         raise Refused(400, message, param=name, code="invalid_value")
 
 
@@ -103,26 +103,26 @@ def _constraint(kind: GrammarKind, text: str, name: str) -> Constraint:
         return Constraint(Grammar(kind, text), name)
 
 
-def _format(given: ResponseFormat, name: str) -> Constraint:
+def _format(form: ResponseFormat, name: str) -> Constraint:
     """The type says where the rest is."""
-    places = FORMATS[given.type]
+    places = FORMATS[form.type]
     values = {
         word: value
         for word in ResponseFormat.model_fields
-        if word != "type" and (value := getattr(given, word)) is not None
+        if word != "type" and (value := getattr(form, word)) is not None
     }
     wrong = [word for word in values if word not in places]
     if wrong or len(values) > 1:
         word = wrong[0] if wrong else list(values)[1]
-        message = f"{name}: {word} with type {given.type}" + (
+        message = f"{name}: {word} with type {form.type}" + (
             "" if wrong else f" and {next(iter(values))}"
         )
         raise Refused(
             400, f"{message}; expected {_one_of(places)}", param=name, code="invalid_value"
         )
-    if given.type == "text":
+    if form.type == "text":
         return Constraint()
-    if not values and given.type != "json_object":
+    if not values and form.type != "json_object":
         raise Refused(
             400,
             f"{name}: no {_one_of(places)} beside its type; expected one",
@@ -139,8 +139,10 @@ def _one_of(places: Any) -> str:
     return " or ".join(word.rstrip("_") for word in places) or "none"
 
 
-def _structured(given: StructuredOutputs, name: str) -> Constraint:
-    values = {kind: value for kind in KINDS if (value := getattr(given, kind)) not in (None, False)}
+def _structured(outputs: StructuredOutputs, name: str) -> Constraint:
+    values = {
+        kind: value for kind in KINDS if (value := getattr(outputs, kind)) not in (None, False)
+    }
     if len(values) > 1:
         message = (
             f"{name}: {' and '.join(kind.rstrip('_') for kind in values)}; expected one of them"

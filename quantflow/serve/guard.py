@@ -78,12 +78,12 @@ class Guard:
             if message["type"] == "http.response.start":
                 self._count(scope["path"], message["status"])
                 logger.debug("%s %s %d", scope["method"], scope["path"], message["status"])
-                found = MutableHeaders(scope=message)
+                headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
-                    found.setdefault(name, value)
-                found["x-request-id"] = id
+                    headers.setdefault(name, value)
+                headers["x-request-id"] = id
                 if asks_anthropic(scope):
-                    found["request-id"] = id
+                    headers["request-id"] = id
             await send(message)
 
         try:
@@ -166,11 +166,11 @@ class Guard:
             raise Refused(403, message, code="no_admin_key")
         if not allowed:
             return ""
-        for given in _given(headers):
+        for key in _given(headers):
             # every one, whichever fits
-            matches = [hmac.compare_digest(given, known) for known in allowed]
+            matches = [hmac.compare_digest(key, known) for known in allowed]
             if any(matches):
-                return given.hex()
+                return key.hex()
         message = "authorization: no valid key; expected 'Bearer' and a key of this server"
         raise Refused(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 

@@ -224,5 +224,5 @@ def _more(kept: bytes, messages: list[Object]) -> bytes:
 
 def _json(message: Object) -> str:
     """As short as it can be; with escapes where it holds what is no text, half a surrogate pair."""
-    found = json.dumps(message, ensure_ascii=False, separators=(",", ":"))
-    return json.dumps(message) if SURROGATE.search(found) else found
+    text = json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(message) if SURROGATE.search(text) else text

@@ -119,12 +119,14 @@ class Log(logging.StreamHandler[Any]):
         ]:
             del self._kinds[kind]
             if (more := alike.count - MOST_ALIKE) > 0:
-                said = (
+                message = (
                     f"{more} more like this in {max(now - alike.began, 0.0):.0f} s: {alike.first}"
                 )
                 with about("-", "-"):
                     super().emit(
-                        logging.LogRecord(__name__, logging.WARNING, __file__, 0, said, None, None)
+                        logging.LogRecord(
+                            __name__, logging.WARNING, __file__, 0, message, None, None
+                        )
                     )
 
 
@@ -153,12 +155,12 @@ def _kind(record: logging.LogRecord) -> object:
 def start(level: str) -> Log:
     """All that this process says goes through one handler, in the one form. level: error, warning,
     info or debug."""
-    found = Log()
+    handler = Log()
     root = logging.getLogger()
-    root.handlers[:] = [found]
+    root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("quantflow").setLevel(LEVELS[level])
     logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg != SAID_BETTER)
     for name in ("uvicorn", "uvicorn.error", "asyncio"):
         logging.getLogger(name).setLevel(OTHERS.get(level, LEVELS[level]))
-    return found
+    return handler

@@ -103,16 +103,16 @@ def prompt_logprobs(
             }
         }
 
-    found: list[Object | None] = []
+    result: list[Object | None] = []
     for score in scores:
         if score is None:
-            found.append(None)
+            result.append(None)
             continue
-        told = one(score.token, score.logprob, score.rank)
+        entry = one(score.token, score.logprob, score.rank)
         for rank, (token, logprob) in enumerate(score.top[:count], 1):
-            told |= one(token, logprob, rank)
-        found.append(told)
-    return found
+            entry |= one(token, logprob, rank)
+        result.append(entry)
+    return result
 
 
 def finite(logprob: float) -> float:

@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """ready: called with the server's address once it answers. said: the process's log."""
+    """ready: called with the server's address once it answers. process_log: the process's log."""
 
     def __init__(
-        self, service: Service, ready: Callable[[str], None], said: log.Log | None = None
+        self, service: Service, ready: Callable[[str], None], process_log: log.Log | None = None
     ) -> None:
         config = service.config
         self._connections = Connections()
@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service, self.exit_code = service, 0
-        self._said = said
+        self._log = process_log
         self._ready = ready
         self._watch: asyncio.Task[None] | None = None
 
@@ -81,19 +81,19 @@ class Server(uvicorn.Server):
     async def _look_after(self) -> None:
         """Ends the process when its engine has died and somebody outside will start another; ends
         what runs too long when draining."""
-        loop, told = asyncio.get_running_loop(), 0.0
+        loop, stopped = asyncio.get_running_loop(), 0.0
         while True:
             await asyncio.sleep(WATCH_S)
-            if self._said:
-                self._said.tell_rest()
+            if self._log:
+                self._log.tell_rest()
             if self.service.llm.failure is not None and not self.exit_code:
                 logger.error("the engine has died", exc_info=self.service.llm.failure)
                 self.exit_code = 1
                 self.should_exit |= self.service.config.supervised
             if self.should_exit:
-                told = told or loop.time()
-                ends = told + self.service.config.drain_timeout_s
-                if loop.time() >= min(told + WHOLE_S, ends):
+                stopped = stopped or loop.time()
+                ends = stopped + self.service.config.drain_timeout_s
+                if loop.time() >= min(stopped + WHOLE_S, ends):
                     self._connections.dismiss()
                 if loop.time() >= ends:
                     self.service.expired.set()
@@ -138,10 +138,10 @@ def serve(service: Service, ready: Callable[[str], None]) -> int:
         (min(hard, max(soft, 65536)) if hard != resource.RLIM_INFINITY else max(soft, 65536), hard),
     )
     sys.setswitchinterval(SWITCH_S)
-    said = log.start(service.config.log_level)
-    server = Server(service, ready, said)
+    process_log = log.start(service.config.log_level)
+    server = Server(service, ready, process_log)
     try:
         server.run()
     finally:
-        said.tell_rest(at_once=True)
+        process_log.tell_rest(at_once=True)
     return server.exit_code

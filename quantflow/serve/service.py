@@ -26,7 +26,7 @@ from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused, shutting_down
 from quantflow.serve.metrics import Metrics
 from quantflow.serve.protocol import ModelCard
-from quantflow.serve.template import Told
+from quantflow.serve.template import TemplateOptions
 from quantflow.serve.tools import ToolFormat, tool_format
 from quantflow.serve.wire import encode
 
@@ -35,7 +35,7 @@ RETRY_AFTER_S = 1
 # cores
 SENDS_PER_S = 500.0
 MOST_PAUSE_S = 0.05  # a reader sees no difference
-NOTHING = Told()
+NOTHING = TemplateOptions()
 
 
 class Service:
@@ -66,20 +66,20 @@ class Service:
     @property
     def text(self) -> Text:
         """Raises Refused for a model without a tokenizer."""
-        found = self.llm.engine.text
-        if found is None:
+        text = self.llm.engine.text
+        if text is None:
             raise Refused(
                 400,
                 "prompt: text, and the model has no tokenizer; expected token ids",
                 param="prompt",
                 code="no_tokenizer",
             )
-        return found
+        return text
 
     @property
     def tools(self) -> ToolFormat | None:
-        found = self.llm.engine.text
-        return tool_format(found.template) if found else None
+        text = self.llm.engine.text
+        return tool_format(text.template) if text else None
 
     def cards(self) -> list[ModelCard]:
         return [
@@ -218,39 +218,43 @@ class Service:
         # as the engine calls them
         names = ["prompt"] if len(prompts) == 1 else [f"prompt[{i}]" for i in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
-            self._check_letters(name, len(prompt))
+            self._check_characters(name, len(prompt))
         return self._fitting(prompts, names, special=special)
 
-    def dialogue(self, messages: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
+    def dialogue(
+        self, messages: list[dict[str, Any]], options: TemplateOptions = NOTHING
+    ) -> list[int]:
         """The tokens of messages as templates want them. Raises RequestError, and Refused where
         they are too long."""
-        return self.prompt_of(for_templates(messages), told)
+        return self.prompt_of(for_templates(messages), options)
 
-    def prompt_of(self, given: list[dict[str, Any]], told: Told = NOTHING) -> list[int]:
+    def prompt_of(
+        self, messages: list[dict[str, Any]], options: TemplateOptions = NOTHING
+    ) -> list[int]:
         """The same of messages in the words of templates: see `for_templates`."""
-        letters = sum(len(m.get(name, "")) for m in given for name in ("content", *REASONING))
-        self._check_letters(
+        characters = sum(len(m.get(name, "")) for m in messages for name in ("content", *REASONING))
+        self._check_characters(
             "messages",
-            letters
-            + sum(len(text) for d in told.variables.get("documents", ()) for text in d.values()),
+            characters
+            + sum(len(text) for d in options.variables.get("documents", ()) for text in d.values()),
         )
         return self._fitting(
-            [self._rendered(given, told)],
+            [self._rendered(messages, options)],
             ["messages"],
             special=False,
             literal=self.config.literal_content,
         )[0]
 
-    def tokens(self, texts: Sequence[str], *, special: bool) -> Encoded:
+    def tokens(self, prompts: Sequence[str], *, special: bool) -> Encoded:
         """The tokens of texts of any length. Raises RequestError."""
-        return self._encoded(texts, special=special)
+        return self._encoded(prompts, special=special)
 
     def dialogue_tokens(
-        self, dialogues: Sequence[list[dict[str, Any]]], told: Told = NOTHING
+        self, dialogues: Sequence[list[dict[str, Any]]], options: TemplateOptions = NOTHING
     ) -> Encoded:
         """The same of dialogues, each up to where its answer begins."""
-        texts = [self._rendered(for_templates(messages), told) for messages in dialogues]
-        return self._encoded(texts, special=False, literal=self.config.literal_content)
+        prompts = [self._rendered(for_templates(messages), options) for messages in dialogues]
+        return self._encoded(prompts, special=False, literal=self.config.literal_content)
 
     def decode(self, tokens: list[int]) -> bytes:
         """The text of tokens, special ones left out: a JSON string. Raises RequestError."""
@@ -260,13 +264,13 @@ class Service:
             else self._long_texts.decode(tokens)
         )
 
-    def _rendered(self, given: list[dict[str, Any]], told: Told) -> str:
+    def _rendered(self, messages: list[dict[str, Any]], options: TemplateOptions) -> str:
         return self.text.render(
-            given,
-            told.variables,
-            tools=told.tools,
-            add_generation_prompt=told.add_generation_prompt,
-            continued=told.continued,
+            messages,
+            options.variables,
+            tools=options.tools,
+            add_generation_prompt=options.add_generation_prompt,
+            continued=options.continued,
             literal=self.config.literal_content,
         )
 
@@ -277,32 +281,37 @@ class Service:
         )
 
     def _fitting(
-        self, texts: Sequence[str], names: Sequence[str], *, special: bool, literal: bool = False
+        self, prompts: Sequence[str], names: Sequence[str], *, special: bool, literal: bool = False
     ) -> list[list[int]]:
         """names: what a client calls each."""
-        found = self._encoded(texts, special=special, literal=literal, most=self.context)
-        for name, count in zip(names, found.counts, strict=True):
+        encoded = self._encoded(prompts, special=special, literal=literal, most=self.context)
+        for name, count in zip(names, encoded.counts, strict=True):
             if count > self.context:
                 raise self._too_long(name, f"{count} tokens")
-        return found.ids
+        return encoded.ids
 
     def _encoded(
-        self, texts: Sequence[str], *, special: bool, literal: bool = False, most: int | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        special: bool,
+        literal: bool = False,
+        most: int | None = None,
     ) -> Encoded:
         """Where all of them together are short, a process of their own would take longer."""
-        if sum(map(len, texts)) > LONG:
-            return self._long_texts.encode(texts, special=special, literal=literal, most=most)
-        ids = [self.text.encode(text, special=special, literal=literal) for text in texts]
+        if sum(map(len, prompts)) > LONG:
+            return self._long_texts.encode(prompts, special=special, literal=literal, most=most)
+        ids = [self.text.encode(text, special=special, literal=literal) for text in prompts]
         return Encoded([*map(len, ids)], encode(ids))
 
-    def _check_letters(self, param: str, letters: int) -> None:
+    def _check_characters(self, param: str, characters: int) -> None:
         """Raises Refused where even the longest tokens would be too many."""
-        if letters > self.context * self.text.longest:
-            raise self._too_long(param, f"{letters} letters")
+        if characters > self.context * self.text.longest:
+            raise self._too_long(param, f"{characters} letters")
 
-    def _too_long(self, param: str, what: str) -> Refused:
+    def _too_long(self, param: str, size: str) -> Refused:
         problem = Problem(
-            param, what, f"fewer than {self.context} tokens, {self.llm.engine.room_is}", SHORTEN
+            param, size, f"fewer than {self.context} tokens, {self.llm.engine.room_is}", SHORTEN
         )
         return Refused(400, str(problem), param=param, code=TOO_LONG)
 
@@ -340,15 +349,15 @@ def _for_template(message: dict[str, Any]) -> dict[str, Any]:
     content = (
         content if isinstance(content, str) else "".join(part["text"] for part in content or ())
     )
-    found = {"role": message["role"], "content": content or message.get("refusal") or ""}
-    if found["role"] == "developer":
-        found["role"] = "system"
-    found |= {
+    result = {"role": message["role"], "content": content or message.get("refusal") or ""}
+    if result["role"] == "developer":
+        result["role"] = "system"
+    result |= {
         name: message[name] for name in ("name", "tool_call_id", *REASONING) if message.get(name)
     }
     if message.get("tool_calls"):
-        found["tool_calls"] = [_call(call) for call in message["tool_calls"]]
-    return found
+        result["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    return result
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

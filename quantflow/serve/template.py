@@ -26,7 +26,7 @@ RESERVED = frozenset(
 
 
 @dataclass(frozen=True)
-class Told:
+class TemplateOptions:
     """What a template is told beside the dialogue, as `Text.render` wants it: what clients name
     themselves, in `variables`, is kept apart from what this server understands."""
 
@@ -36,25 +36,25 @@ class Told:
     continued: bool = False
 
 
-def told(
+def template_options(
     body: Templated, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
-) -> Told:
+) -> TemplateOptions:
     """tools: as JSON schemas. Takes a while where there are many variables. Raises Refused."""
-    given = body.chat_template_kwargs or {}
-    _check(given)
-    found: dict[str, Any] = {}
+    named = body.chat_template_kwargs or {}
+    _check(named)
+    variables: dict[str, Any] = {}
     if body.reasoning_effort is not None:  # whichever of them a template knows
         thinks = body.reasoning_effort != "none"
-        found |= {
+        variables |= {
             "reasoning_effort": body.reasoning_effort,
             "enable_thinking": thinks,
             "thinking": thinks,
         }
     if body.enable_thinking is not None:
-        found["enable_thinking"] = body.enable_thinking
-    found |= given
+        variables["enable_thinking"] = body.enable_thinking
+    variables |= named
     if body.documents:
-        found["documents"] = body.documents
+        variables["documents"] = body.documents
     if body.continue_final_message:
         if body.add_generation_prompt:
             raise _wrong(
@@ -65,8 +65,8 @@ def told(
                 "continue_final_message",
                 "the last message calls tools; expected one that ends with text",
             )
-    return Told(
-        found,
+    return TemplateOptions(
+        variables,
         tools or None,
         body.add_generation_prompt is not False,
         bool(body.continue_final_message),
@@ -80,14 +80,14 @@ def _check(variables: dict[str, Any]) -> None:
             "chat_template_kwargs",
             f"{reserved[0]!r}; expected none of the names that the server or the tokenizer gives",
         )
-    letters = 0
+    characters = 0
     for values, (depth, value) in enumerate(_walk(variables)):
-        letters += len(value) if isinstance(value, str) else 0
+        characters += len(value) if isinstance(value, str) else 0
         if isinstance(value, float) and not math.isfinite(value):  # 1e999
             raise _wrong(
                 "chat_template_kwargs", f"{value}; expected numbers that a double can hold"
             )
-        if depth > DEEPEST or values > MOST_VALUES or letters > MOST_LETTERS:
+        if depth > DEEPEST or values > MOST_VALUES or characters > MOST_LETTERS:
             expected = f"at most {DEEPEST} levels, {MOST_VALUES} values and {MOST_LETTERS} letters"
             raise _wrong("chat_template_kwargs", f"too deep, or too much; expected {expected}")
 

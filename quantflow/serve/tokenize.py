@@ -7,7 +7,7 @@ from quantflow.serve import fields
 from quantflow.serve.errors import Refused
 from quantflow.serve.protocol import DetokenizeRequest, Templated, TokenizeRequest
 from quantflow.serve.service import Service
-from quantflow.serve.template import told
+from quantflow.serve.template import template_options
 
 OF_DIALOGUES = tuple(Templated.__annotations__)
 OF_TEXTS = ("add_special_tokens",)
@@ -25,14 +25,15 @@ def tokenized(service: Service, body: TokenizeRequest) -> bytes:
         )
     _check_neutral(body)
     if body.messages is not None:
-        found = service.dialogue_tokens(
-            [[m.model_dump(exclude_none=True) for m in body.messages]], told(body, body.messages)
+        result = service.dialogue_tokens(
+            [[m.model_dump(exclude_none=True) for m in body.messages]],
+            template_options(body, body.messages),
         )
     else:
-        found = service.tokens([body.prompt or ""], special=body.add_special_tokens is not False)
+        result = service.tokens([body.prompt or ""], special=body.add_special_tokens is not False)
     return b'{"tokens":%b,"count":%d,"max_model_len":%d}' % (
-        found.json[1:-1],
-        found.counts[0],
+        result.json[1:-1],
+        result.counts[0],
         service.context,
     )
 

@@ -39,15 +39,15 @@ class ToolUse:
     most_calls: int | None
 
 
-def choice_of(given: str | ToolChoice | AllowedToolsChoice | None) -> Choice:
-    if isinstance(given, ToolChoice):
-        return Choice("required", frozenset({given.function.name}), one=True)
-    if isinstance(given, AllowedToolsChoice):
+def choice_of(choice: str | ToolChoice | AllowedToolsChoice | None) -> Choice:
+    if isinstance(choice, ToolChoice):
+        return Choice("required", frozenset({choice.function.name}), one=True)
+    if isinstance(choice, AllowedToolsChoice):
         return Choice(
-            given.allowed_tools.mode,
-            frozenset(tool.function.name for tool in given.allowed_tools.tools),
+            choice.allowed_tools.mode,
+            frozenset(tool.function.name for tool in choice.allowed_tools.tools),
         )
-    return Choice(given or "auto")  # type: ignore[arg-type]
+    return Choice(choice or "auto")  # type: ignore[arg-type]
 
 
 def tool_use(

@@ -101,9 +101,9 @@ class _End:
                 self.give_up()
             else:
                 return -1
-        found = text.find(self._mark, self._at)
+        position = text.find(self._mark, self._at)
         self._at = max(self._at, len(text) - len(self._mark) + 1)
-        return found
+        return position
 
 
 class ToolReader:
@@ -116,7 +116,7 @@ class ToolReader:
         self._inside = False
         self._end = _End(format.end)  # of the call that has begun
         self._any = False  # call so far
-        self._said = False  # anything else
+        self._any_text = False  # whether there was text beside calls
 
     def add(self, text: str) -> list[Part]:
         """What can be shown by now and the calls that are complete, in their order."""
@@ -138,13 +138,13 @@ class ToolReader:
             if end < 0:
                 break
             inner, after = self._held[:end], self._held[end + len(self.format.end) :]
-            found = self._calls(inner)
-            if not found and self.format.end in inner:
+            calls = self._calls(inner)
+            if not calls and self.format.end in inner:
                 self._end.give_up()
                 continue
-            parts += found or [self.format.begin + inner + self.format.end]
-            self._held, self._inside, self._any = after, False, self._any or bool(found)
-        self._said |= any(isinstance(part, str) and part.strip() for part in parts)
+            parts += calls or [self.format.begin + inner + self.format.end]
+            self._held, self._inside, self._any = after, False, self._any or bool(calls)
+        self._any_text |= any(isinstance(part, str) and part.strip() for part in parts)
         return parts
 
     def finish(self) -> list[Part]:
@@ -176,7 +176,7 @@ class ToolReader:
         them."""
         return (
             self.format.bare
-            and not (self._any or self._said or self._inside)
+            and not (self._any or self._any_text or self._inside)
             and self._held.lstrip()[:1] in ("", "{")
         )
 
@@ -187,10 +187,10 @@ class ToolReader:
     def _calls(self, text: str) -> list[Call]:
         """[] where the text is no call."""
         try:
-            found = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError):
             return []
-        items = found if isinstance(found, list) and self.format.many else [found]
+        items = value if isinstance(value, list) and self.format.many else [value]
         calls = []
         for item in items:
             if not isinstance(item, dict) or not isinstance(item.get("name"), str):
@@ -220,17 +220,17 @@ class Reading:
         nothing follows."""
         if self._reader is None:
             return [text] if text else []
-        found = list[Part]()
+        parts = list[Part]()
         for part in self._reader.add(text) + (self._reader.finish() if last else []):
             if isinstance(part, Call):
                 if self._most is None or self.calls < self._most:
                     self.calls += 1
-                    found.append(part)
-            elif part and found and isinstance(found[-1], str):
-                found[-1] += part
+                    parts.append(part)
+            elif part and parts and isinstance(parts[-1], str):
+                parts[-1] += part
             elif part:
-                found.append(part)
-        return found
+                parts.append(part)
+        return parts
 
 
 def apart(parts: Iterable[Part]) -> tuple[str, list[Call]]:
@@ -367,13 +367,13 @@ def _moved(schema: Any, place: str, base: str) -> Any:
     # a root of its own, at which its references begin
     if isinstance(name, str) and not name.startswith("#"):
         return {**schema, "$id": _own(place, _resolved(base, name))}
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for key, value in schema.items():
         if key in BY_NAME and isinstance(value, dict):
-            found[key] = {word: _moved(part, place, base) for word, part in value.items()}
+            result[key] = {word: _moved(part, place, base) for word, part in value.items()}
         else:
-            found[key] = value if key in DATA else _moved(value, place, base)
-    reference = found.get("$ref")
+            result[key] = value if key in DATA else _moved(value, place, base)
+    reference = result.get("$ref")
     if isinstance(reference, str):
         whole = _resolved(base, reference)
         if base and (whole == base or whole.startswith(base + "#")):
@@ -384,14 +384,14 @@ def _moved(schema: Any, place: str, base: str) -> Any:
             whole = "#" + _anchor(place, whole[1:])
         else:
             whole = _own(place, whole)
-        found["$ref"] = whole
-    anchor = found.get("$anchor")
+        result["$ref"] = whole
+    anchor = result.get("$anchor")
     if isinstance(anchor, str):
-        found["$anchor"] = _anchor(place, anchor)
+        result["$anchor"] = _anchor(place, anchor)
     if isinstance(name, str):  # an anchor, before draft 2019-09
-        found["$anchor"] = _anchor(place, name[1:])
-        del found["$id"]
-    return found
+        result["$anchor"] = _anchor(place, name[1:])
+        del result["$id"]
+    return result
 
 
 def _own(place: str, name: str) -> str:

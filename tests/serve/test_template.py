@@ -18,7 +18,13 @@ from quantflow.engine.long_text import LongTexts
 from quantflow.engine.template import Renderer
 from quantflow.engine.text import Text
 from quantflow.serve.service import Service
-from quantflow.serve.template import DEEPEST, MOST_LETTERS, RESERVED, Told, told
+from quantflow.serve.template import (
+    DEEPEST,
+    MOST_LETTERS,
+    RESERVED,
+    TemplateOptions,
+    template_options,
+)
 from tests.helpers.serving import DEMO, Running, serving
 
 TEMPLATE = (
@@ -85,7 +91,8 @@ def test_a_template_is_told(running: Running, body: dict[str, Any], end: str) ->
 
 # What a dialogue passes on its way: a client's variable may have the name of any argument there.
 PASSED = (
-    Text.render, Text.dialogue, Text.encode, Service.dialogue, Service.dialogue_tokens, Told, told,
+    Text.render, Text.dialogue, Text.encode, Service.dialogue, Service.dialogue_tokens,
+    TemplateOptions, template_options,
     Renderer.render, Renderer, Literal.marked, Literal.marked_value, Literal.encode,
     LongTexts.encode, jinja2.Template.generate, jinja2.Template.render,
 )  # fmt: skip

@@ -42,25 +42,25 @@ def as_chat(body: CountRequest) -> ChatRequest:
             "thread: nothing is stored here; expected none, and the whole dialogue as messages"
         )
         raise Refused(400, message, param="thread", code=NO_THREAD)
-    found: Object = {"model": body.model, "messages": messages(body.system, body.messages)}
+    parameters: Object = {"model": body.model, "messages": messages(body.system, body.messages)}
     if isinstance(body, MessagesRequest):
-        found |= {name: getattr(body, name) for name in SAME} | {
+        parameters |= {name: getattr(body, name) for name in SAME} | {
             "stop": body.stop_sequences or None
         }
-    if found["messages"][-1]["role"] == "assistant":
-        found["continue_final_message"] = True
+    if parameters["messages"][-1]["role"] == "assistant":
+        parameters["continue_final_message"] = True
     if body.output_config and body.output_config.format:
         schema = {"name": "format", "schema": body.output_config.format.schema_}
-        found["response_format"] = {"type": "json_schema", "json_schema": schema}
-    told: Object = {}  # to a template that knows the words
+        parameters["response_format"] = {"type": "json_schema", "json_schema": schema}
+    variables: Object = {}  # to a template that knows the words
     if body.thinking and body.thinking.type == "disabled":
-        told |= {"enable_thinking": False, "thinking": False}
+        variables |= {"enable_thinking": False, "thinking": False}
     if body.output_config and body.output_config.effort:
-        told["reasoning_effort"] = body.output_config.effort
-    if told:
-        found["chat_template_kwargs"] = told
+        variables["reasoning_effort"] = body.output_config.effort
+    if variables:
+        parameters["chat_template_kwargs"] = variables
     if body.tools:
-        found["tools"] = [
+        parameters["tools"] = [
             {
                 "type": "function",
                 "function": {
@@ -73,54 +73,56 @@ def as_chat(body: CountRequest) -> ChatRequest:
             for t in body.tools
         ]
     if body.tool_choice:
-        found |= _choice(body.tool_choice)
-    return chat_request(found)
+        parameters |= _choice(body.tool_choice)
+    return chat_request(parameters)
 
 
-def _choice(given: ToolChoice) -> Object:
-    if (given.type == "tool") != (given.name is not None):
+def _choice(choice: ToolChoice) -> Object:
+    if (choice.type == "tool") != (choice.name is not None):
         message = (
-            f"tool_choice: type {given.type} {'with' if given.name else 'without'} a name; expected"
-            " one with type tool"
+            f"tool_choice: type {choice.type} {'with' if choice.name else 'without'} a name; "
+            "expected one with type tool"
         )
         raise Refused(400, message, param="tool_choice", code="invalid_value")
-    named = {"type": "function", "function": {"name": given.name}}
+    named = {"type": "function", "function": {"name": choice.name}}
     parallel = (
-        None if given.disable_parallel_tool_use is None else not given.disable_parallel_tool_use
+        None if choice.disable_parallel_tool_use is None else not choice.disable_parallel_tool_use
     )
-    return {"tool_choice": CHOICES.get(given.type, named), "parallel_tool_calls": parallel}
+    return {"tool_choice": CHOICES.get(choice.type, named), "parallel_tool_calls": parallel}
 
 
 def messages(system: str | Sequence[TextBlock] | None, turns: Sequence[Turn]) -> list[Object]:
     """Turns of one speaker that follow each other are one. Raises Refused."""
-    said = [
+    parts = [
         message
         for number, turn in enumerate(turns)
-        for message in _said(turn, f"messages[{number}]")
+        for message in _parts(turn, f"messages[{number}]")
     ]
-    if not said:
+    if not parts:
         nothing = (
             "messages: nothing is said in them; expected a text, a call of a tool or its result"
         )
         raise Refused(400, nothing, param="messages", code="invalid_value")
-    found: list[Object] = []
-    given = _system(system)
-    if given:
-        found.append({"role": "system", "content": given})
-    for message in said:
-        last = found[-1] if found else message
+    result: list[Object] = []
+    system_text = _system(system)
+    if system_text:
+        result.append({"role": "system", "content": system_text})
+    for message in parts:
+        last = result[-1] if result else message
         if last is not message and message["role"] == last["role"] != "tool":
             _join(last, message)
         else:
-            found.append(message)
-    return found
+            result.append(message)
+    return result
 
 
-def _system(given: str | Sequence[TextBlock] | None) -> str:
-    texts = (
-        [given or ""] if isinstance(given, (str, type(None))) else [block.text for block in given]
+def _system(system: str | Sequence[TextBlock] | None) -> str:
+    blocks = (
+        [system or ""]
+        if isinstance(system, (str, type(None)))
+        else [block.text for block in system]
     )
-    return "".join(text for text in texts if not text.startswith(BILLING))
+    return "".join(text for text in blocks if not text.startswith(BILLING))
 
 
 def _join(last: Object, message: Object) -> None:
@@ -131,7 +133,7 @@ def _join(last: Object, message: Object) -> None:
         last["tool_calls"] = [*last.get("tool_calls", ()), *message["tool_calls"]]
 
 
-def _said(turn: Turn, where: str) -> Iterator[Object]:
+def _parts(turn: Turn, where: str) -> Iterator[Object]:
     """The messages of a turn: results of tools have one each."""
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
@@ -166,8 +168,8 @@ def _add(message: Object, block: ToolUseBlock | ThinkingBlock | RedactedThinking
 
 def _result(block: ToolResultBlock) -> str:
     """Dialogues have no other place for the news that a tool failed."""
-    given = block.content or ""
-    text = given if isinstance(given, str) else "".join(part.text for part in given)
+    content = block.content or ""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
     return f"Error: {text}" if block.is_error else text
 
 
@@ -182,7 +184,7 @@ def _check(turn: Turn, role: str, kind: str, where: str) -> None:
 def tool_input(arguments: str) -> dict[str, Any]:
     """The arguments of a call as this API has them, an object, whatever the model wrote."""
     try:
-        found = json.loads(arguments)
+        value = json.loads(arguments)
     except (ValueError, RecursionError):
-        found = arguments
-    return found if isinstance(found, dict) else {"arguments": found}
+        value = arguments
+    return value if isinstance(value, dict) else {"arguments": value}

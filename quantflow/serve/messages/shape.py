@@ -52,7 +52,7 @@ class MessageShape(Shape):
         for part in self._reading.add(
             "".join(token.text for token in tokens), last=last.finish is not None
         ):
-            yield from self._said(part) if isinstance(part, str) else self._call(part)
+            yield from self._text(part) if isinstance(part, str) else self._call(part)
         if last.finish is not None:
             self._ended = self._stop(last.finish, last.stop)
 
@@ -81,7 +81,7 @@ class MessageShape(Shape):
             "usage": _usage(usage),
         }
 
-    def _said(self, text: str) -> Iterator[Object]:
+    def _text(self, text: str) -> Iterator[Object]:
         if not self._open:
             yield self._block({"type": "text", "text": ""})
         self._open = True

@@ -43,25 +43,25 @@ TURN = ("reasoning_content", "content", "tool_calls")
 
 def as_chat(body: ResponsesRequest) -> ChatRequest:
     """The same request in the words of chat completions. Raises Refused."""
-    found: Object = {name: getattr(body, name) for name in SAME}
-    found["messages"] = messages(body.instructions, body.input)
-    found["max_tokens"] = body.max_output_tokens
+    parameters: Object = {name: getattr(body, name) for name in SAME}
+    parameters["messages"] = messages(body.instructions, body.input)
+    parameters["max_tokens"] = body.max_output_tokens
     if wants_logprobs(body):
-        found |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
+        parameters |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
     if body.text and body.text.format:
-        found["response_format"] = _format(
+        parameters["response_format"] = _format(
             body.text.format.model_dump(by_alias=True, exclude_none=True)
         )
     if body.reasoning and body.reasoning.effort:
-        found["reasoning_effort"] = body.reasoning.effort
+        parameters["reasoning_effort"] = body.reasoning.effort
     if body.tools:
         keep = {"name", "description", "parameters", "strict"}
-        found["tools"] = [
+        parameters["tools"] = [
             {"type": "function", "function": tool.model_dump(include=keep, exclude_none=True)}
             for tool in body.tools
         ]
-    found["tool_choice"] = _choice(body.tool_choice)
-    return chat_request(found)
+    parameters["tool_choice"] = _choice(body.tool_choice)
+    return chat_request(parameters)
 
 
 def wants_logprobs(body: ResponsesRequest) -> bool:
@@ -71,37 +71,41 @@ def wants_logprobs(body: ResponsesRequest) -> bool:
 def messages(instructions: str | None, items: Sequence[Item]) -> list[Object]:
     """What the assistant said in one go, in several items, is one message; so are the instructions
     and the system messages at the beginning, since many templates want a single one there."""
-    found: list[Object] = [{"role": "system", "content": instructions}] if instructions else []
+    result: list[Object] = [{"role": "system", "content": instructions}] if instructions else []
     for item in items:
         if isinstance(item, OutputItem):
-            found.append(
+            result.append(
                 {"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)}
             )
         elif isinstance(item, CallItem):
             function = {"name": item.name, "arguments": item.arguments}
-            _turn(found, "tool_calls").setdefault("tool_calls", []).append(
+            _turn(result, "tool_calls").setdefault("tool_calls", []).append(
                 {"id": item.call_id, "type": "function", "function": function}
             )
         elif isinstance(item, ReasoningItem):
-            _turn(found, "reasoning_content")["reasoning_content"] = "\n".join(
+            _turn(result, "reasoning_content")["reasoning_content"] = "\n".join(
                 part.text for part in item.content or item.summary or ()
             )
         elif item.role == "assistant":
-            _turn(found, "content")["content"] = _text(item.content)
-        elif item.role in SYSTEM and len(found) == 1 and found[0]["role"] in SYSTEM:
-            found[0]["content"] += f"\n\n{_text(item.content)}"
+            _turn(result, "content")["content"] = _text(item.content)
+        elif item.role in SYSTEM and len(result) == 1 and result[0]["role"] in SYSTEM:
+            result[0]["content"] += f"\n\n{_text(item.content)}"
         else:
-            found.append({"role": item.role, "content": _text(item.content)})
-    return found
+            result.append({"role": item.role, "content": _text(item.content)})
+    return result
 
 
-def _turn(found: list[Object], part: str) -> Object:
+def _turn(dialogue: list[Object], part: str) -> Object:
     """The message of the assistant's that this part belongs to: the last one, where nothing in it
     comes after such a part."""
     later = TURN[TURN.index(part) :] if part != "tool_calls" else ()
-    if not found or found[-1]["role"] != "assistant" or any(name in found[-1] for name in later):
-        found.append({"role": "assistant"})
-    return found[-1]
+    if (
+        not dialogue
+        or dialogue[-1]["role"] != "assistant"
+        or any(name in dialogue[-1] for name in later)
+    ):
+        dialogue.append({"role": "assistant"})
+    return dialogue[-1]
 
 
 def _text(content: str | Sequence[TextPart | RefusalPart]) -> str:
@@ -112,17 +116,15 @@ def _text(content: str | Sequence[TextPart | RefusalPart]) -> str:
     )
 
 
-def _format(given: Object) -> Object:
+def _format(form: Object) -> Object:
     """Raises Refused."""
-    kind, schema = given.pop("type"), given.get("schema")
+    kind, schema = form.pop("type"), form.get("schema")
     if kind != "json_schema":
-        if given:
-            message = (
-                f"text.format: {next(iter(given))} with type {kind}; expected type json_schema"
-            )
+        if form:
+            message = f"text.format: {next(iter(form))} with type {kind}; expected type json_schema"
             raise Refused(400, message, param="text.format", code="invalid_value")
         return {"type": kind}
-    if schema is None or "name" not in given:
+    if schema is None or "name" not in form:
         missing = "schema" if schema is None else "name"
         raise Refused(
             400,
@@ -130,13 +132,13 @@ def _format(given: Object) -> Object:
             param="text.format",
             code="invalid_value",
         )
-    return {"type": kind, "json_schema": given}
+    return {"type": kind, "json_schema": form}
 
 
-def _choice(given: Any) -> Any:
-    if isinstance(given, NamedTool):
-        return {"type": "function", "function": {"name": given.name}}
-    if isinstance(given, AllowedTools):
-        tools = [{"type": "function", "function": {"name": tool.name}} for tool in given.tools]
-        return {"type": "allowed_tools", "allowed_tools": {"mode": given.mode, "tools": tools}}
-    return given
+def _choice(choice: Any) -> Any:
+    if isinstance(choice, NamedTool):
+        return {"type": "function", "function": {"name": choice.name}}
+    if isinstance(choice, AllowedTools):
+        tools = [{"type": "function", "function": {"name": tool.name}} for tool in choice.tools]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": tools}}
+    return choice

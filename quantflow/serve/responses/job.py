@@ -66,5 +66,5 @@ def _told(service: Service, body: ResponsesRequest) -> Object:
 
 
 def _choice(body: ResponsesRequest) -> object:
-    given = body.tool_choice
-    return (given or "auto") if isinstance(given, (str, type(None))) else given.model_dump()
+    choice = body.tool_choice
+    return (choice or "auto") if isinstance(choice, (str, type(None))) else choice.model_dump()

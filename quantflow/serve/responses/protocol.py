@@ -159,9 +159,9 @@ Item = Annotated[
 ]
 
 
-def _items(given: Any) -> Any:
+def _items(value: Any) -> Any:
     """A plain string is the user's."""
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
 _Items = Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]

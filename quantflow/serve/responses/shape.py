@@ -40,7 +40,7 @@ class ResponsesShape(Shape):
         yield self._event("response.in_progress", response=self._response())
 
     def more(self, text: int, tokens: list[Token]) -> Iterable[Object]:
-        return self._said(
+        return self._text(
             "".join(t.text for t in tokens),
             [t.logprob for t in tokens if t.logprob],
             tokens[-1].finish,
@@ -60,11 +60,11 @@ class ResponsesShape(Shape):
 
     def whole(self, outputs: list[Output], usage: Usage) -> Object:
         (completion,) = outputs[0].completions
-        for _ in self._said(completion.text, completion.logprobs, completion.finish):
+        for _ in self._text(completion.text, completion.logprobs, completion.finish):
             pass
         return self._response(usage)
 
-    def _said(
+    def _text(
         self, text: str, scored: Sequence[Logprob], finish: Finish | None
     ) -> Iterator[Object]:
         """Events of what was generated since the last time. finish: why nothing follows."""
