@@ -152,7 +152,7 @@ def matmul_rows(
             expected = x.float() @ dense.T
             exact, triton_ = (configs.matmul_config(found, m, exact=e) for e in (True, False))
             ways: dict[str, Callable[[PackedWeight], torch.Tensor]] = {
-                "fast": partial(linear, x, exact=False, found=found),
+                "fast": partial(linear, x, exact=False, tuning=found),
                 "triton": partial(matmul, x, bias=None, config=triton_),
             }
             if m <= 1024:

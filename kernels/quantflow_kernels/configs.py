@@ -102,6 +102,6 @@ def tuned(device: str) -> Tuned:
     return DEVICES[device][1] if device in DEVICES else DEFAULT
 
 
-def matmul_config(found: Tuned, tokens: int, *, exact: bool) -> MatmulConfig:
+def matmul_config(tuning: Tuned, tokens: int, *, exact: bool) -> MatmulConfig:
     """The regime for a product with that many tokens."""
-    return found.exact if exact else next(config for most, config in found.fast if tokens <= most)
+    return tuning.exact if exact else next(config for most, config in tuning.fast if tokens <= most)

@@ -56,11 +56,11 @@ def _sequence(
     first = context - length
     if exact:
         per_tile = max(1, ROWS // shared)
-        found = [
+        parts = [
             _tile(rows[:, i : i + per_tile], per_tile, first + i, cache, table, window)
             for i in range(0, length, per_tile)
         ]
-        result = torch.cat(found, dim=1)
+        result = torch.cat(parts, dim=1)
     else:
         low = max(0, first - window + 1) if window else 0
         keys = torch.arange(low, context)

@@ -35,8 +35,8 @@ def library() -> tuple[ctypes.CDLL | None, str]:
 
 @cache
 def _there() -> bool:
-    found, _ = library()
-    return found is not None and bool(found.has_causal())
+    functions, _ = library()
+    return functions is not None and bool(functions.has_causal())
 
 
 def supports(x: Tensor) -> bool:

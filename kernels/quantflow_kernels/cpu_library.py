@@ -44,14 +44,14 @@ def load(source: Path, arguments: Mapping[str, Sequence[Any]]) -> tuple[ctypes.C
     try:
         path = built(source)
         try:
-            found = ctypes.CDLL(str(path))
+            functions = ctypes.CDLL(str(path))
         except OSError as error:
             if not any(sign in str(error) for sign in DAMAGED):
                 raise
             path.unlink(missing_ok=True)
-            found = ctypes.CDLL(str(built(source)))
+            functions = ctypes.CDLL(str(built(source)))
         for name, types in arguments.items():
-            getattr(found, name).argtypes = types
+            getattr(functions, name).argtypes = types
     except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, subprocess.CalledProcessError):
@@ -61,15 +61,15 @@ def load(source: Path, arguments: Mapping[str, Sequence[Any]]) -> tuple[ctypes.C
         )
         logging.getLogger(__name__).warning(warning, source.name, reason)
         return None, reason
-    return found, ""
+    return functions, ""
 
 
 def needed(library: tuple[ctypes.CDLL | None, str]) -> ctypes.CDLL:
     """The functions that `load` found. Raises RuntimeError where there are none."""
-    found, reason = library
-    if found is None:
+    functions, reason = library
+    if functions is None:
         raise RuntimeError(reason)
-    return found
+    return functions
 
 
 def compiler_command() -> list[str]:

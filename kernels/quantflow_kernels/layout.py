@@ -119,7 +119,9 @@ def unpack_codes(weight: PackedWeight) -> Tensor:
             )
             codes = codes | third << 2
         slices.append(codes.to(torch.uint8))
-    found = torch.stack(slices, dim=2)  # [blocks, N, slices, slice]
+    unpacked = torch.stack(slices, dim=2)  # [blocks, N, slices, slice]
     return (
-        found.transpose(0, 1).reshape(weight.out_features, -1)[:, : weight.in_features].contiguous()
+        unpacked.transpose(0, 1)
+        .reshape(weight.out_features, -1)[:, : weight.in_features]
+        .contiguous()
     )

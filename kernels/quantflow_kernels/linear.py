@@ -136,12 +136,12 @@ def linear(
     bias: Tensor | None = None,
     *,
     exact: bool,
-    found: Tuned | None = None,
+    tuning: Tuned | None = None,
 ) -> Tensor:
     """`x Wᵀ + bias` `[..., N]` in the dtype of `x`. exact: a row's bits do not depend on what else
     is in the batch.
 
-    found: the tiles to run with on a GPU; by default those of the device at hand.
+    tuning: the tiles to run with on a GPU; by default those of the device at hand.
     """
     if isinstance(weight, cpu_matmul.Int4Weight):
         return cpu_matmul.linear(x, weight, bias)
@@ -153,10 +153,10 @@ def linear(
     from quantflow_kernels.dequantize import dequantize
     from quantflow_kernels.matmul import matmul
 
-    found = found or tuned(torch.cuda.get_device_name(x.device))
+    tuning = tuning or tuned(torch.cuda.get_device_name(x.device))
     tokens = x.numel() // x.shape[-1]
     if x.dtype == torch.float32:  # its tiles would not fit
         return dense(x, dequantize(weight, x.dtype), bias, exact=exact)
-    if not exact and tokens >= found.dense_from:
+    if not exact and tokens >= tuning.dense_from:
         return F.linear(x, dequantize(weight, x.dtype), bias)
-    return matmul(x, weight, bias, matmul_config(found, tokens, exact=exact))
+    return matmul(x, weight, bias, matmul_config(tuning, tokens, exact=exact))

@@ -95,13 +95,13 @@ def _grids(
     WHOLE_BLOCKS: tl.constexpr,
 ):
     """zero and scale of each of a block's groups, in one tuple."""
-    found = ()
+    grids = ()
     for start in tl.static_range(0, BLOCK_K, STEP):
         zero, scale = _grid(
             scales, zeros, block * BLOCK_K + start, rows, inside, N, K, GROUP, WHOLE_BLOCKS
         )
-        found = found + (zero, scale)  # noqa: RUF005 - Triton's language unpacks nothing
-    return found
+        grids = grids + (zero, scale)  # noqa: RUF005 - Triton's language unpacks nothing
+    return grids
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "blocks_per_split"])

@@ -190,9 +190,9 @@ def building(output: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-        found = f"not writable ({error.strerror})"
+        problem = f"not writable ({error.strerror})"
         raise OutputError(
-            Problem(str(output.parent), found, "a writable directory", "Choose another --output")
+            Problem(str(output.parent), problem, "a writable directory", "Choose another --output")
         ) from error
     try:
         with _claimed(partial):

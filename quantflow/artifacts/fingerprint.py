@@ -62,19 +62,19 @@ def closure(*modules: str) -> dict[str, Path]:
     """Module -> file: `modules`, and all of this package and of the kernels that they import,
     directly or through others. Raises ModuleNotFoundError for one of `modules` that is none of
     ours."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     todo = list(modules)
     while todo:
         name = todo.pop()
-        path = None if name in found else _file_of(name)
+        path = None if name in files else _file_of(name)
         if path is not None:
-            found[name] = path
+            files[name] = path
             # whose __init__ runs too; the topmost has but the version and what users import
             package = name.rpartition(".")[0]
             todo += [*_imports(path), *([package] if "." in package else [])]
-    if missing := [name for name in modules if name not in found]:
+    if missing := [name for name in modules if name not in files]:
         raise ModuleNotFoundError(", ".join(missing))
-    return found
+    return files
 
 
 @cache
@@ -130,10 +130,10 @@ def _version(library: str) -> str:
 def _kernels() -> Path:
     """The folder of the kernels' package, which lies beside ours or where it was installed. It is
     not imported."""
-    found = importlib.util.find_spec("quantflow_kernels")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("quantflow_kernels")
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("quantflow_kernels")
-    return Path(found.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])
 
 
 def file_digest(path: Path) -> str:

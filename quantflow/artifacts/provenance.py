@@ -89,13 +89,13 @@ def resource(
 ) -> dict[str, Any]:
     """A ResourceDescriptor: something that the build has read. role: what for. notes: annotations,
     empty ones left out."""
-    found: dict[str, Any] = {"name": name}
+    descriptor: dict[str, Any] = {"name": name}
     if uri:
-        found["uri"] = uri
+        descriptor["uri"] = uri
     if sha256:
-        found["digest"] = {"sha256": sha256}
+        descriptor["digest"] = {"sha256": sha256}
     return {
-        **found,
+        **descriptor,
         "annotations": {
             "role": role,
             **{key: value for key, value in notes.items() if value is not None},
@@ -118,13 +118,13 @@ def own_source(package: Path = _PACKAGE) -> dict[str, Any] | None:
         or (commit := _git(package, "rev-parse", "HEAD")) is None
     ):
         return None
-    found = resource(
+    descriptor = resource(
         "quantflow", "source", uri=_public(_git(package, "remote", "get-url", "origin"))
     )
-    found["digest"] = {"gitCommit": commit}
+    descriptor["digest"] = {"gitCommit": commit}
     if _git(package, "status", "--porcelain", "--untracked-files=no", "--", ".", "../kernels"):
-        found["annotations"]["modified"] = True
-    return found
+        descriptor["annotations"]["modified"] = True
+    return descriptor
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

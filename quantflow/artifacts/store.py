@@ -120,11 +120,11 @@ class Store:
     def cached_digests(self, files: Iterable[Path]) -> dict[Path, str] | None:
         """Content hashes of `files` where all are cached; None otherwise. Reads no weight."""
         cache = self._cache()
-        found = {file: cache.get(_identity(file)) for file in files}
+        digests = {file: cache.get(_identity(file)) for file in files}
         return (
             None
-            if any(v is None for v in found.values())
-            else {k: v for k, v in found.items() if v is not None}
+            if any(v is None for v in digests.values())
+            else {k: v for k, v in digests.items() if v is not None}
         )
 
     def digests(
@@ -137,8 +137,8 @@ class Store:
         unknown = [file for file, identity in identities.items() if identity not in cache]
         if unknown:
             with ThreadPoolExecutor(2) as pool:  # hashing releases the interpreter
-                for file, found in zip(unknown, pool.map(file_digest, unknown), strict=True):
-                    cache[identities[file]] = found
+                for file, digest in zip(unknown, pool.map(file_digest, unknown), strict=True):
+                    cache[identities[file]] = digest
                     step(file.name)
             write_json(self.root / "hashes.json", cache)
         return {file: cache[identity] for file, identity in identities.items()}
@@ -146,7 +146,7 @@ class Store:
     def remember(self, folder: Path, place: Path, digests: Mapping[str, str]) -> None:
         """Puts content hashes that are known into the cache: of the files in `folder`, by name,
         which is about to become `place`."""
-        known = {_identity(folder / name, place / name): found for name, found in digests.items()}
+        known = {_identity(folder / name, place / name): digest for name, digest in digests.items()}
         write_json(self.root / "hashes.json", self._cache() | known)
 
     def _cache(self) -> dict[str, str]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from quantflow.tokenizers.tokenizer import SPLITS, guarded
 
-LETTERS = 6  # of a text for a token that is wanted: more than a token has in most languages
-SHORTEST = 2**15  # letters that are always encoded together
-# letters, and runs of letters of one kind, that lie behind a token which nothing further on can
-# change
+CHARACTERS = 6  # of a text for a token that is wanted: more than a token has in most languages
+SHORTEST = 2**15  # characters that are always encoded together
+# characters, and runs of characters of one kind, that lie behind a token which nothing further on
+# can change
 MARGIN, RUNS = 1024, 8
 _RUN = re.compile(r"\s+|\d+|[^\W\d]+|[^\w\s]+")
 
@@ -25,41 +25,41 @@ class Beginnings:
     words. What it sees of the text behind a place is the rest of a run of spaces, digits or
     letters, so that a cut well behind the place does not move it. Within a word, its merges (BPE)
     or its best path (Unigram) may change however far before the cut; they do not reach across two
-    letters that no token has beside each other.
+    characters that no token has beside each other.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def encode(
-        self, texts: Sequence[str], least: int, *, special: Sequence[bool]
+        self, documents: Sequence[str], least: int, *, special: Sequence[bool]
     ) -> list[list[int]]:
         """The tokens of each text, or at least the first `least` of them. special: with the tokens
         that the tokenizer adds to a text. Raises TypeError for what is no Unicode text, ModelError
         where the tokenizer fails."""
-        found: list[list[int]] = [[] for _ in texts]
-        size, todo = max(SHORTEST, LETTERS * least), list(range(len(texts)))
+        tokens: list[list[int]] = [[] for _ in documents]
+        size, todo = max(SHORTEST, CHARACTERS * least), list(range(len(documents)))
         while todo:
             again = []
             for flag in (True, False):
                 some = [i for i in todo if special[i] == flag]
-                encodings = self._encoded([texts[i][:size] for i in some], flag) if some else []
+                encodings = self._encoded([documents[i][:size] for i in some], flag) if some else []
                 for i, encoding in zip(some, encodings, strict=True):
-                    if len(texts[i]) <= size:
-                        found[i] = encoding.ids
-                    elif (settled := self._settled(encoding, texts[i][:size], least)) >= least:
-                        found[i] = encoding.ids[:settled]
+                    if len(documents[i]) <= size:
+                        tokens[i] = encoding.ids
+                    elif (settled := self._settled(encoding, documents[i][:size], least)) >= least:
+                        tokens[i] = encoding.ids[:settled]
                     else:
                         again.append(i)
             todo, size = again, size * 4
-        return found
+        return tokens
 
-    def _encoded(self, texts: list[str], special: bool) -> Any:
+    def _encoded(self, documents: list[str], special: bool) -> Any:
         # encode_batch, for one text too: encode holds the interpreter lock.
         return guarded(
             "tokenizer",
             SPLITS,
-            lambda: self._tokenizer.encode_batch(texts, add_special_tokens=special),
+            lambda: self._tokenizer.encode_batch(documents, add_special_tokens=special),
             passing=TypeError,
         )
 
@@ -80,18 +80,18 @@ class Beginnings:
             ),
             0,
         )
-        found = next((i for i in range(last, 0, -1) if words[i] != words[i - 1]), 0)
-        if found < least and self._pairs is not None:
+        place = next((i for i in range(last, 0, -1) if words[i] != words[i - 1]), 0)
+        if place < least and self._pairs is not None:
             tokens = encoding.tokens
-            found = next(
+            place = next(
                 (
                     i
-                    for i in range(last, found, -1)
+                    for i in range(last, place, -1)
                     if (tokens[i - 1][-1:], tokens[i][:1]) not in self._pairs
                 ),
-                found,
+                place,
             )
-        return found
+        return place
 
     @cached_property
     def _margin(self) -> int:

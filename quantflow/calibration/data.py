@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantflow import bundled
-from quantflow.calibration.beginnings import LETTERS, Beginnings
+from quantflow.calibration.beginnings import CHARACTERS, Beginnings
 from quantflow.calibration.rows import SEPARATOR, Row, rows
 from quantflow.calibration.shapes import Conversation, OddTurn, no_text, read_row
 from quantflow.errors import DataError, Problem, RequestError
@@ -50,10 +50,10 @@ class LeftOut:
     count: int = 0
     first: Problem | None = None
 
-    def sift(self, found: Iterable[Document | Problem | str]) -> Iterator[Document]:
-        """The documents among what `read_documents` found. Raises DataError where the first ENOUGH
+    def sift(self, items: Iterable[Document | Problem | str]) -> Iterator[Document]:
+        """The documents among what `read_documents` yields. Raises DataError where the first ENOUGH
         rows show that most cannot be used."""
-        for item in found:
+        for item in items:
             self.rows += 1
             if isinstance(item, Problem):
                 self.count, self.first = self.count + 1, self.first or item
@@ -85,15 +85,15 @@ class LeftOut:
 
 
 def joined(conversation: Conversation) -> str:
-    """What was said, for a model without a dialogue format."""
+    """A conversation as plain text, for a model without a dialogue format."""
     return "\n".join(
         message["content"] for message in conversation.messages if message["content"].strip()
     )
 
 
 def documents(data: str, file: str | None = None, *, field: str | None = None) -> Iterator[str]:
-    """The texts of a data set, of conversations what was said. Raises DataError, as
-    `read_documents` and `LeftOut` do."""
+    """The text of each document of a data set, of each conversation its messages. Raises DataError,
+    as `read_documents` and `LeftOut` do."""
     left_out = LeftOut()
     yield from (
         document.text for document in left_out.sift(read_documents(data, file, field=field))
@@ -124,30 +124,30 @@ def read_documents(
     if file is None:
         path = bundled.text(data) or path
     if path.is_file():
-        found = rows(path)
+        items = rows(path)
     elif file is None and data in HUB:
         field = field or HUB[data][4]
-        found = _from_hub(data, option)
+        items = _from_hub(data, option)
     else:
-        what, way_out = no_file(path)
+        problem, way_out = no_file(path)
         expected = "a file of text, JSON lines, JSON, CSV or Parquet"
         raise DataError(
             Problem(
                 str(path),
-                what,
+                problem,
                 expected,
                 way_out or f"Known names: {', '.join([*HUB, *bundled.TEXTS])}",
             )
         )
     blank, empty = None, True  # the first row without a text; whether all are
-    for where, row in found:
+    for where, row in items:
         try:
-            said = read_row(row, where, field)
+            content = read_row(row, where, field)
             document = (
-                Document(said.strip())
-                if isinstance(said, str)
-                else render(said)
-                if joined(said)
+                Document(content.strip())
+                if isinstance(content, str)
+                else render(content)
+                if joined(content)
                 else Document("")
             )
         except OddTurn as error:
@@ -219,20 +219,20 @@ class Windows:
         return hashlib.sha256(json.dumps(self.tokens, separators=(",", ":")).encode()).hexdigest()
 
 
-def _chunk(found: Iterator[Document], tokens: int) -> Iterator[Document]:
+def _chunk(documents: Iterator[Document], tokens: int) -> Iterator[Document]:
     """Some texts that are worth reading and encoding together: no more than may be needed for so
     many tokens."""
-    letters = 0
-    for document in islice(found, CHUNK):
+    characters = 0
+    for document in islice(documents, CHUNK):
         yield document
-        letters += len(document.text)
-        if letters >= tokens * LETTERS:
+        characters += len(document.text)
+        if characters >= tokens * CHARACTERS:
             break
 
 
 def cut_windows(
     tokenizer: Any,
-    found: Iterable[Document | Problem | str],
+    items: Iterable[Document | Problem | str],
     *,
     count: int,
     length: int,
@@ -241,7 +241,7 @@ def cut_windows(
     least: int | None = None,
 ) -> Windows:
     """The first `count` windows of `length` tokens: documents tokenised one by one, concatenated,
-    cut. found: what `read_documents` finds, or texts. Raises DataError if there are fewer than
+    cut. items: what `read_documents` yields, or texts. Raises DataError if there are fewer than
     `least` (by default, than `count`), or if more than half of the rows cannot be used. Of a long
     document no more is encoded than is needed, and so much gives the tokens of the whole."""
     least = count if least is None else least
@@ -249,7 +249,7 @@ def cut_windows(
     windows: list[list[int]] = []
     used: set[str] = set()
     left_out = LeftOut()
-    remaining = islice(left_out.sift(found), skip, None)
+    remaining = islice(left_out.sift(items), skip, None)
     beginnings = Beginnings(tokenizer)
     seen = 0
     while len(windows) < count:

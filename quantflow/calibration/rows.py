@@ -20,7 +20,7 @@ from quantflow.errors import DataError, Problem
 from quantflow.placeholder import placeholder_at
 
 SEPARATOR = "<|endoftext|>"
-READ = 2**20  # letters of a text that are read at once
+READ = 2**20  # characters of a text that are read at once
 BATCH = 256  # rows of a table
 # Letters: 20 KB of zstd can be a line of a gigabyte. A text of one document may be all of a
 # Wikipedia, and a list a whole data set.
@@ -79,7 +79,7 @@ def rows(path: Path) -> Iterator[Row]:
 def _not_utf8(path: Path, mark: bytes, error: UnicodeDecodeError) -> Problem:
     """mark: the first bytes, which say what a text of Windows' is."""
     encoding = next((name for name, begins in _MARKS.items() if mark.startswith(begins)), "")
-    found = (
+    problem = (
         f"{encoding}, by its byte order mark"
         if encoding
         else f"not UTF-8 text ({error.reason} at byte {error.start})"
@@ -87,7 +87,7 @@ def _not_utf8(path: Path, mark: bytes, error: UnicodeDecodeError) -> Problem:
     convert = f"`iconv -f {encoding or 'ENCODING'} -t UTF-8 OLD > NEW` writes it so"
     return Problem(
         str(path),
-        found,
+        problem,
         "UTF-8",
         convert if encoding else f"{convert}; ENCODING is LATIN1 or WINDOWS-1252, often",
     )
@@ -97,7 +97,7 @@ def _texts(stream: IO[str], path: Path) -> Iterator[Row]:
     """Documents with the separator between them. Raises DataError for JSON, which would be taken
     for a text of braces."""
     held: list[str] = []  # of the document that is being read
-    letters, tail, number = 0, "", 1
+    size, tail, number = 0, "", 1
     while part := stream.read(READ):
         if number == 1 and not held and _JSON.match(part) and SEPARATOR not in part:
             hint = (
@@ -108,13 +108,13 @@ def _texts(stream: IO[str], path: Path) -> Iterator[Row]:
                 Problem(str(path), "JSON in a file whose name does not say so", "a text", hint)
             )
         *ended, rest = (tail + part).split(SEPARATOR)
-        letters = len(rest) if ended else letters + len(part)
-        if letters > LONGEST_TEXT:
-            found = f"a document of more than {LONGEST_TEXT} letters"
+        size = len(rest) if ended else size + len(part)
+        if size > LONGEST_TEXT:
+            problem = f"a document of more than {LONGEST_TEXT} characters"
             raise DataError(
                 Problem(
                     f"{path} document {number + len(ended)}",
-                    found,
+                    problem,
                     f"documents with {SEPARATOR} between them",
                 )
             )
@@ -142,7 +142,7 @@ def _whole(lines: Iterable[tuple[int, str]], path: Path) -> Iterator[tuple[int, 
             raise DataError(
                 Problem(
                     f"{path}:{number}",
-                    f"a line of {LONGEST_LINE} letters or more",
+                    f"a line of {LONGEST_LINE} characters or more",
                     "a document a line",
                 )
             )
@@ -163,7 +163,7 @@ def _json(stream: IO[str], path: Path) -> Iterator[Row]:
         rest = stream.read(LONGEST_LIST)
         if len(first) + len(rest) > LONGEST_LIST:
             raise DataError(
-                Problem(str(path), f"a list of more than {LONGEST_LIST} letters", "JSON lines")
+                Problem(str(path), f"a list of more than {LONGEST_LIST} characters", "JSON lines")
             )
         values = _parsed(first + rest, str(path), "a JSON list")
         yield from ((f"{path} item {n}", value) for n, value in enumerate(values, 1))
@@ -172,11 +172,11 @@ def _json(stream: IO[str], path: Path) -> Iterator[Row]:
         if first.strip() == "{" or (
             first.endswith("\n") and first.rstrip().endswith((",", "[", "{"))
         ):
-            found = "a JSON object over several lines"
+            problem = "a JSON object over several lines"
             raise DataError(
                 Problem(
                     where,
-                    found,
+                    problem,
                     "a list of objects, or one object a line",
                     "`jq -c .` writes an object in one line",
                 )
@@ -216,11 +216,11 @@ def _csv(stream: IO[str], path: Path, separator: str = ",") -> Iterator[Row]:
             begins = number - len(
                 re.findall(r"\r\n|\r|\n", re.sub(r"(\r\n|\r|\n)\Z", "", cells[-1]))
             )
-            found, expected = (
+            problem, expected = (
                 'a cell whose quote (") does not end',
                 "a \" behind the cell's text, and two for one within it",
             )
-            raise DataError(Problem(f"{path}:{begins}", found, expected))
+            raise DataError(Problem(f"{path}:{begins}", problem, expected))
         return cells
 
     source = lines()

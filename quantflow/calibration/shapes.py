@@ -60,17 +60,17 @@ def read_row(row: Any, where: str, field: str | None = None) -> str | Conversati
         return row
     if not isinstance(row, dict):
         raise _refused(row, where, field)
-    said, row = row, _plainly_named(row, {field} if field is not None else _NAMES)
-    given = {
+    original, row = row, _plainly_named(row, {field} if field is not None else _NAMES)
+    filled = {
         key: value
         for key, value in row.items()
         if value is not None and not (isinstance(value, str) and not value.strip())
     }
-    blank = row.keys() - given.keys()
-    found = _usual(given, where, blank) if field is None else _of(given, field, where)
-    if found is None and not blank & ({field} if field is not None else _holders(given)):
-        raise _refused(said, where, field)
-    return found or ""
+    blank = row.keys() - filled.keys()
+    result = _usual(filled, where, blank) if field is None else _of(filled, field, where)
+    if result is None and not blank & ({field} if field is not None else _holders(filled)):
+        raise _refused(original, where, field)
+    return result or ""
 
 
 def _plainly_named(row: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
@@ -114,14 +114,14 @@ def _usual(row: dict[str, Any], where: str, blank: Set[str]) -> str | Conversati
                 if row[name].startswith("[{'")
                 else ""
             )
-            found, expected = (
+            problem, expected = (
                 f"a text ({row[name][:60]!r})",
                 "a list of messages, as such or as JSON",
             )
             raise DataError(
                 Problem(
                     f"{where} {name}",
-                    found,
+                    problem,
                     expected,
                     hint or "The setting `field: NAME` takes it as a text",
                 )
@@ -145,13 +145,13 @@ def _of(row: dict[str, Any], name: str, where: str) -> str | Conversation | None
 def _turns(value: Any) -> Any:
     """A message by itself, or a text that is JSON of messages, as a table's cell holds them, as a
     list; anything else as it is."""
-    found = value
+    decoded = value
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            found = json.loads(value)
+            decoded = json.loads(value)
         except (ValueError, RecursionError):
             return value
-    turns = found if isinstance(found, list) else [found]
+    turns = decoded if isinstance(decoded, list) else [decoded]
     return turns if turns and all(_is_turn(turn) for turn in turns) else value
 
 
@@ -171,8 +171,8 @@ def _answered(messages: list[Message], row: Mapping[str, Any], where: str) -> Co
     from it."""
     name = _answer(row)
     if name is not None and messages and messages[-1]["role"] != "assistant":
-        said = _said(row[name], "assistant", f"{where} {name}")
-        messages = said if said and said[0]["role"] != "assistant" else [*messages, *said]
+        answer = _as_messages(row[name], "assistant", f"{where} {name}")
+        messages = answer if answer and answer[0]["role"] != "assistant" else [*messages, *answer]
     return _conversation(messages, row)
 
 
@@ -197,12 +197,12 @@ def _pair(row: dict[str, Any], where: str) -> str | Conversation | None:
     answer = _answer(row)
     if answer is None:
         return None
-    said = _said(row[answer], "assistant", f"{where} {answer}")
-    if isinstance(row[answer], list) and said and said[0]["role"] != "assistant":
-        return _conversation(said, row)
+    reply = _as_messages(row[answer], "assistant", f"{where} {answer}")
+    if isinstance(row[answer], list) and reply and reply[0]["role"] != "assistant":
+        return _conversation(reply, row)
     if question is None:
         return str(row[answer]) if answer == "chosen" and isinstance(row[answer], str) else None
-    asked = _said(row[question], "user", f"{where} {question}")
+    asked = _as_messages(row[question], "user", f"{where} {question}")
     about = [row[name] for name in GIVEN if name != question and isinstance(row.get(name), str)]
     if about and (not asked or asked[-1]["role"] != "user"):
         asked.append({"role": "user", "content": ""})
@@ -215,7 +215,7 @@ def _pair(row: dict[str, Any], where: str) -> str | Conversation | None:
             }
     opening = [message for message in asked[:1] if message["role"] == "system"]
     before = _history(row.get("history"), f"{where} history")
-    return _conversation([*opening, *before, *asked[len(opening) :], *said], row)
+    return _conversation([*opening, *before, *asked[len(opening) :], *reply], row)
 
 
 def _history(value: Any, where: str) -> list[Message]:
@@ -248,7 +248,7 @@ def _conversation(messages: list[Message], row: Mapping[str, Any]) -> Conversati
     return Conversation(messages, _tools(row))
 
 
-def _said(value: str | list[Any], role: str, where: str) -> list[Message]:
+def _as_messages(value: str | list[Any], role: str, where: str) -> list[Message]:
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, where)
 
 
@@ -261,15 +261,21 @@ def _message(turn: Any, where: str) -> Message:
         raise OddTurn(
             Problem(where, repr(turn)[:80], "an object with role and content, or from and value")
         )
-    who, what = ("role", "content") if turn.get("role") is not None else ("from", "value")
-    if not isinstance(turn.get(who), str) or (what not in turn and "tool_calls" not in turn):
+    role_key, content_key = (
+        ("role", "content") if turn.get("role") is not None else ("from", "value")
+    )
+    if not isinstance(turn.get(role_key), str) or (
+        content_key not in turn and "tool_calls" not in turn
+    ):
         raise OddTurn(
             Problem(where, f"an object with {_fields(turn)}", "role and content, or from and value")
         )
-    role = ROLES.get(turn[who].lower())
+    role = ROLES.get(turn[role_key].lower())
     if role is None:
-        raise OddTurn(Problem(f"{where} {who}", repr(turn[who])[:80], f"one of {', '.join(ROLES)}"))
-    message = {"role": role, "content": _content(turn.get(what), f"{where} {what}")}
+        raise OddTurn(
+            Problem(f"{where} {role_key}", repr(turn[role_key])[:80], f"one of {', '.join(ROLES)}")
+        )
+    message = {"role": role, "content": _content(turn.get(content_key), f"{where} {content_key}")}
     kept = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
     if calls := kept.get("tool_calls"):
         kept["tool_calls"] = [_call(call) for call in calls] if isinstance(calls, list) else calls
@@ -280,7 +286,7 @@ def _content(value: Any, where: str) -> str:
     """A message's text, in one piece."""
     if value is None:
         return ""
-    texts: list[str] = []
+    parts: list[str] = []
     for part in value if isinstance(value, list) else [value]:
         text = (
             part.get("text")
@@ -288,14 +294,14 @@ def _content(value: Any, where: str) -> str:
             else part
         )
         if not isinstance(text, str):
-            found = (
+            problem = (
                 f"a part of type {part['type']}"
                 if isinstance(part, dict) and "type" in part
                 else repr(part)[:80]
             )
-            raise OddTurn(Problem(where, found, "text, or a list of parts of type text"))
-        texts.append(text)
-    return "".join(texts)
+            raise OddTurn(Problem(where, problem, "text, or a list of parts of type text"))
+        parts.append(text)
+    return "".join(parts)
 
 
 def _call(call: Any) -> Any:
@@ -327,19 +333,19 @@ def _tools(row: Mapping[str, Any]) -> Sequence[Mapping[str, Any]] | None:
 
 
 def _refused(row: Any, where: str, field: str | None) -> DataError:
-    found = (
+    problem = (
         f"an object with {_fields(row)}"
         if isinstance(row, dict)
         else f"{_kind(row)} ({str(row)[:60]!r})"
     )
     if field is not None:
-        return DataError(Problem(where, found, f"text, or a dialogue, in the field {field}"))
+        return DataError(Problem(where, problem, f"text, or a dialogue, in the field {field}"))
     hint = (
         "The setting `field: NAME` takes the text from another field"
         if isinstance(row, dict) and row
         else ""
     )
-    return DataError(Problem(where, found, EXPECTED, hint))
+    return DataError(Problem(where, problem, EXPECTED, hint))
 
 
 def _fields(row: Mapping[Any, Any]) -> str:

@@ -110,7 +110,7 @@ class Ops:
         """`x Wᵀ + bias` `[T, N]`."""
         if not isinstance(linear.weight, Tensor):
             return kernels.linear(
-                x, linear.weight, linear.bias, exact=self.exact, found=self._tuned
+                x, linear.weight, linear.bias, exact=self.exact, tuning=self._tuned
             )
         return kernels.dense(x, linear.weight, linear.bias, exact=self.exact)
 

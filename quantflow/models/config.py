@@ -151,8 +151,8 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     scaling: dict[str, Any] = dict(
         config.get("rope_scaling") or config.get("rope_parameters") or {}
     )
-    said = scaling.pop("rope_theta", None) or config.get("rope_theta")
-    theta = number({"rope_theta": said}, "rope_theta", float, default_theta(config))
+    stated = scaling.pop("rope_theta", None) or config.get("rope_theta")
+    theta = number({"rope_theta": stated}, "rope_theta", float, default_theta(config))
     if theta < 1:
         raise ConfigProblem(f"rope_theta is {theta}, expected at least 1")
     kind = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
@@ -180,7 +180,7 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     trained = parameters.get("original_max_position_embeddings")
     if kind == "yarn" and "factor" not in parameters and trained:
         parameters["factor"] = number(config, "max_position_embeddings") / trained
-    given = [
+    scaled = [
         name
         for name in ("beta_fast", "beta_slow", "original_max_position_embeddings")
         if name in parameters
@@ -188,7 +188,7 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     needed = {"default": (), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(
         kind, ("factor",)
     )
-    if missing := [name for name in (*needed, *given) if parameters.get(name, 0.0) <= 0]:
+    if missing := [name for name in (*needed, *scaled) if parameters.get(name, 0.0) <= 0]:
         raise ConfigProblem(f"rope scaling of type {kind} has no positive {' and '.join(missing)}")
     if kind != "default" and (factor := parameters.get("factor", 1.0)) < 1:
         raise ConfigProblem(f"rope scaling of type {kind} has factor {factor}, expected at least 1")

@@ -50,18 +50,18 @@ def _with_llama_rope(config: Json) -> Json:
         if kind == "dynamic"
         else None
     )
-    found = {
+    result = {
         **{k: v for k, v in config.items() if k != "rope_parameters"},
         "rope_theta": base,
         "rope_scaling": scaling,
     }
     other = config.get("rope_scaling") or config.get("rope_parameters")
-    if other and read_rope({"rope_theta": base, **config}) != read_rope(found):
+    if other and read_rope({"rope_theta": base, **config}) != read_rope(result):
         raise ConfigProblem(
             f"rotary is {config['rotary']!r}, and rope_scaling or rope_parameters {other!r}: which"
             " is meant?"
         )
-    return found
+    return result
 
 
 def _read_internlm(config: Json) -> DecoderConfig:
@@ -99,8 +99,8 @@ _INTERNLM2_NAMES = renamed(
 def _internlm2_sources(
     name: str, shape: tuple[int, ...], config: DecoderConfig
 ) -> dict[str, Source]:
-    head, found, part = name.rpartition(".attention.wqkv.")
-    if not found:
+    head, mark, part = name.rpartition(".attention.wqkv.")
+    if not mark:
         return {_INTERNLM2_NAMES(name): Source(name)}
     # Grouped by KV head: the queries that share it, then its key, then its value.
     queries = config.heads // config.kv_heads

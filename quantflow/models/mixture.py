@@ -32,11 +32,11 @@ def _fused_experts(
             f"{prefix}.experts.{e}.{down}.weight": Source(name, shape, (e,)) for e in range(experts)
         }
     half = rows // 2
-    found = {}
+    sources = {}
     for e in range(experts):
-        found[f"{prefix}.experts.{e}.{gate}.weight"] = Source(name, shape, (e, slice(0, half)))
-        found[f"{prefix}.experts.{e}.{up}.weight"] = Source(name, shape, (e, slice(half, rows)))
-    return found
+        sources[f"{prefix}.experts.{e}.{gate}.weight"] = Source(name, shape, (e, slice(0, half)))
+        sources[f"{prefix}.experts.{e}.{up}.weight"] = Source(name, shape, (e, slice(half, rows)))
+    return sources
 
 
 def _mixtral_sources(name: str, shape: tuple[int, ...], config: DecoderConfig) -> dict[str, Source]:

@@ -27,7 +27,7 @@ def own_names(names: Iterable[str], architecture: Architecture, where: Path) -> 
     rule: a checkpoint of the base class gets its prefix (`layers.0.` is `model.layers.0.`), and one
     prefix too many goes. Raises ModelError where two names become one."""
     base = architecture.base
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     taken: dict[str, str] = {}
     problems = []
     for name in names:
@@ -41,11 +41,11 @@ def own_names(names: Iterable[str], architecture: Architecture, where: Path) -> 
             problems.append(
                 Problem(str(where), both, "one of them", "Which is meant? Remove the other")
             )
-        found[name] = own
+        result[name] = own
         taken[own] = name
     if problems:
         raise ModelError(problems[:20])
-    return found
+    return result
 
 
 def foreign(names: Iterable[str], architecture: Architecture, where: Path) -> Problem | None:
@@ -83,10 +83,10 @@ def foreign(names: Iterable[str], architecture: Architecture, where: Path) -> Pr
         (hint for start, hint in _WRAPPERS.items() if prefix.startswith(start)),
         "transformers would not know them either",
     )
-    found = f"{count} of {len(names)} tensors are called {prefix}…, such as {example}"
+    problem = f"{count} of {len(names)} tensors are called {prefix}…, such as {example}"
     return Problem(
         str(where),
-        found,
+        problem,
         f"the names of {architecture.name}, which begin with {architecture.base}.",
         hint,
     )

@@ -59,13 +59,13 @@ def settled(config: Json) -> tuple[Json, tuple[str, ...]]:
                     f"{first[0]} is {_short(first[1])}, and {name}, which means the same, is"
                     f" {_short(value)}"
                 )
-    found, notes = dict(config), []
-    old, new = found.get("torch_dtype"), found.get("dtype")
+    result, notes = dict(config), []
+    old, new = result.get("torch_dtype"), result.get("dtype")
     if old is not None and new is not None and _plain(old) != _plain(new):
         notes.append(_overruled("torch_dtype", old, "dtype", new))
-        found["torch_dtype"] = new
-    notes += _settle_rope(found)
-    return found, tuple(notes)
+        result["torch_dtype"] = new
+    notes += _settle_rope(result)
+    return result, tuple(notes)
 
 
 def _settle_rope(config: Json) -> list[str]:

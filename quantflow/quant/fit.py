@@ -33,13 +33,13 @@ class Fit:
 
     def as_dict(self) -> dict[str, Any]:
         """For a report: four digits, `None` for what is no number."""
-        found: dict[str, Any] = {
+        result: dict[str, Any] = {
             "weight_error": shown(self.error),
             "weight_range": [shown(self.low), shown(self.high)],
         }
         if self.clip is not None and self.least_clip is not None:
-            found["clip"] = {"mean": shown(self.clip), "least": shown(self.least_clip)}
-        return found
+            result["clip"] = {"mean": shown(self.clip), "least": shown(self.least_clip)}
+        return result
 
 
 def shown(value: float) -> float | None:
@@ -51,9 +51,12 @@ def fit(weight: Tensor, tensor: QuantizedTensor) -> Fit:
     """Of the weight that was rounded, and what it became."""
     low, high = weight.aminmax()
     every = slice(None, None, max(1, -(-len(weight) // ROWS)))
-    part, found = weight[every].float(), tensor.rows(every)
-    power, error = float(part.square().sum()), float(found.dequantize().sub_(part).square_().sum())
-    shares = found.spanned(part)
+    part, rounded = weight[every].float(), tensor.rows(every)
+    power, error = (
+        float(part.square().sum()),
+        float(rounded.dequantize().sub_(part).square_().sum()),
+    )
+    shares = rounded.spanned(part)
     clip = (
         (float(shares.mean()), float(shares.min()))
         if shares is not None and len(shares)

@@ -225,14 +225,14 @@ def _solve(
             # Halves end where groups do, so the whole group has taken all corrections from the
             # left.
             g = start // group
-            found = find_grid(
+            grid = find_grid(
                 w[start : start + group].T.contiguous(),
                 one_group,
                 rules,
                 search=search,
                 importance=_pick(blocks, g),
             )
-            scales_t[g], zeros_t[g] = found.scales[:, 0], found.zeros[:, 0]
+            scales_t[g], zeros_t[g] = grid.scales[:, 0], grid.zeros[:, 0]
             lowest[g], highest[g] = -zeros_t[g], scheme.levels - zeros_t[g]
         round_columns(
             w, codes, errors, factor.ratios, scales_t, lowest, highest, group_at, start, stop

@@ -167,12 +167,12 @@ def find_grid(
     """
     rows = max(1, SEARCH_ELEMENTS // weight.shape[1])
     if search and len(weight) > rows:
-        found = [
+        grids = [
             find_grid(part, scheme, rules, search=True, importance=importance)
             for part in weight.split(rows)
         ]
         return Grid(
-            torch.cat([grid.scales for grid in found]), torch.cat([grid.zeros for grid in found])
+            torch.cat([grid.scales for grid in grids]), torch.cat([grid.zeros for grid in grids])
         )
     parts = grouped(weight, scheme)
     low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)

@@ -16,8 +16,12 @@ def requantize(
     """`weight` `[N, K]` (float32) in `scheme`: on the grid it comes from, as far as that can be
     kept, or on the best that a range search finds, whichever has the smaller squared error. source:
     what `weight` was dequantised from, if anything."""
-    found = list(scheme.numbers.candidates(weight, scheme, rules, source))
-    return found[0] if len(found) == 1 else min(found, key=lambda tensor: _loss(tensor, weight))
+    candidates = list(scheme.numbers.candidates(weight, scheme, rules, source))
+    return (
+        candidates[0]
+        if len(candidates) == 1
+        else min(candidates, key=lambda tensor: _loss(tensor, weight))
+    )
 
 
 def relative_error(tensor: QuantizedTensor, weight: Tensor) -> float:

@@ -108,12 +108,12 @@ def differences(recipes: Sequence[Mapping[str, Any]]) -> list[Difference]:
     """The values that are not the same in all recipes, by path; stages are told by their names."""
     flat = [dict(_flat(recipe)) for recipe in recipes]
     paths = dict.fromkeys(path for values in flat for path in values)
-    found = [
+    rows = [
         Difference(path, tuple(values.get(path) for values in flat))
         for path in paths
         if path != "name"
     ]
-    return [d for d in found if any(v != d.values[0] for v in d.values)]
+    return [d for d in rows if any(v != d.values[0] for v in d.values)]
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -140,18 +140,20 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def comparison_page(found: Comparison) -> str:
+def comparison_page(comparison: Comparison) -> str:
     """The page, as HTML."""
     return render(
         "comparison.html",
         title=(
-            " and ".join(found.names) if len(found.names) < 4 else f"{len(found.names)} artifacts"
+            " and ".join(comparison.names)
+            if len(comparison.names) < 4
+            else f"{len(comparison.names)} artifacts"
         ),
-        rows=found.as_dict()["artifacts"],
-        names=found.names,
-        differences=found.differences,
-        notes=found.notes,
-        pictures=_pictures(found),
+        rows=comparison.as_dict()["artifacts"],
+        names=comparison.names,
+        differences=comparison.differences,
+        notes=comparison.notes,
+        pictures=_pictures(comparison),
     )
 
 
@@ -199,7 +201,7 @@ def _notes(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _pictures(found: Comparison) -> list[Picture]:
+def _pictures(comparison: Comparison) -> list[Picture]:
     def error(report: Mapping[str, Any]) -> Points:
         """The mean over a layer's linears."""
         layers: dict[int, list[float]] = {}
@@ -208,7 +210,7 @@ def _pictures(found: Comparison) -> list[Picture]:
                 layers.setdefault(line["layer"], []).append(line["error"])
         return [(layer, mean(values)) for layer, values in sorted(layers.items())]
 
-    reports = dict(zip(found.names, found.reports, strict=True))
+    reports = dict(zip(comparison.names, comparison.reports, strict=True))
     profiles = {
         name: profile
         for name, report in reports.items()
@@ -244,15 +246,15 @@ def _pictures(found: Comparison) -> list[Picture]:
                 Picture(title, plots.lines(f"compare-{n}", filled, x=x, y=y, log=True), caption)
             )
     if profiles:
-        variants = list(dict.fromkeys(v for r in found.reports for v in r["quality"]))
+        variants = list(dict.fromkeys(v for r in comparison.reports for v in r["quality"]))
         bars = {
-            v: [r["quality"].get(v, {}).get("kl_mean", math.nan) for r in found.reports]
+            v: [r["quality"].get(v, {}).get("kl_mean", math.nan) for r in comparison.reports]
             for v in variants
         }
         svg = plots.bars(
             "compare-kl",
             {VARIANTS.get(v, v): values for v, values in bars.items()},
-            list(found.names),
+            list(comparison.names),
             y="KL, nats",
         )
         pictures.insert(

@@ -36,8 +36,8 @@ def read_report(folder: Path) -> dict[str, Any]:
     QuantFlow."""
     place = folder / REPORT
     if not place.is_file():
-        found = "no report.json" if folder.is_dir() else absent(folder, "directory")
-        raise ModelError(Problem(str(folder), found, "an artifact of `quantflow run`"))
+        problem = "no report.json" if folder.is_dir() else absent(folder, "directory")
+        raise ModelError(Problem(str(folder), problem, "an artifact of `quantflow run`"))
     report = read_json(place)
     needed = {
         "version": int, "name": str, "asked": dict, "quality": dict, "profile": dict,
@@ -124,10 +124,10 @@ def share(value: float) -> str:
 
 
 def _by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    modules: dict[str, list[str]] = {}
     for name, reason in kept.items():
-        found.setdefault(reason, []).append(name)
-    return found
+        modules.setdefault(reason, []).append(name)
+    return modules
 
 
 def worst(linears: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -166,7 +166,7 @@ def showing(place: Path) -> Iterator[None]:
         ArithmeticError,
         UndefinedError,
     ) as error:
-        found = f"cannot be shown ({type(error).__name__}: {error})"
+        problem = f"cannot be shown ({type(error).__name__}: {error})"
         raise ModelError(
-            Problem(str(place), found, "a report as `quantflow run` wrote it", AGAIN)
+            Problem(str(place), problem, "a report as `quantflow run` wrote it", AGAIN)
         ) from error

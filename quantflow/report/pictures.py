@@ -44,7 +44,7 @@ class Curves:
 
 def pictures(report: Report) -> dict[str, list[Picture]]:
     """Section -> its pictures, as far as the report has the data."""
-    found: dict[str, list[Picture]] = {
+    sections: dict[str, list[Picture]] = {
         "quality": [],
         "layers": [],
         "choices": [],
@@ -57,12 +57,12 @@ def pictures(report: Report) -> dict[str, list[Picture]]:
             svg = plots.lines(
                 f"curves-{n}", series, x=curves.x, y=curves.y, log=curves.log, base=curves.base
             )
-            found[curves.section].append(Picture(curves.title, svg, curves.caption))
+            sections[curves.section].append(Picture(curves.title, svg, curves.caption))
     if report.get("kv"):
-        found["kv"].append(_kv_picture(report["kv"]))
+        sections["kv"].append(_kv_picture(report["kv"]))
     if report["memory"]:
-        found["memory"].append(_memory_picture(report["memory"]))
-    return found
+        sections["memory"].append(_memory_picture(report["memory"]))
+    return sections
 
 
 def positions(profile: Mapping[str, Any]) -> Points:
@@ -82,13 +82,13 @@ def of_layers(profile: Mapping[str, Any]) -> Points:
 def by_layer(linears: Mapping[str, Line], value: Callable[[Line], float | None]) -> Series:
     """Leaf name (`down_proj`) -> (layer, mean over its linears of that name, several in a mixture).
     value: None leaves a linear out."""
-    found: dict[str, dict[int, list[float]]] = {}
+    numbers: dict[str, dict[int, list[float]]] = {}
     for module, line in linears.items():
         if (number := value(line)) is not None:
-            found.setdefault(_leaf(module), {}).setdefault(line["layer"], []).append(number)
+            numbers.setdefault(_leaf(module), {}).setdefault(line["layer"], []).append(number)
     return {
         name: [(layer, mean(values)) for layer, values in sorted(layers.items())]
-        for name, layers in found.items()
+        for name, layers in numbers.items()
     }
 
 
@@ -110,11 +110,11 @@ def _linears(value: Callable[[Line], float | None]) -> Callable[[Report], Series
 
 
 def _exponents(report: Report) -> Series:
-    found: Series = {}
+    series: Series = {}
     for line in report["awq"]:
         if line["exponent"] is not None:
-            found.setdefault(_leaf(line["group"]), []).append((line["layer"], line["exponent"]))
-    return found
+            series.setdefault(_leaf(line["group"]), []).append((line["layer"], line["exponent"]))
+    return series
 
 
 def _activations(value: Callable[[Line], float | None]) -> Callable[[Report], Series]:
@@ -217,11 +217,11 @@ def _kv_picture(kv: Mapping[str, Any]) -> Picture:
         for name in ("key", "value")
     }
     svg = plots.heat_maps("kv", maps, x="KV head", y="layer", label="max |·|")
-    said = (
+    caption = (
         "The largest magnitude per head that the quantised model produced: what one scale for all"
         " heads of a layer has to span."
     )
-    return Picture("Ranges of keys and values", svg, said)
+    return Picture("Ranges of keys and values", svg, caption)
 
 
 def _memory_picture(rows: Sequence[Mapping[str, int]]) -> Picture:
@@ -245,5 +245,5 @@ def _memory_picture(rows: Sequence[Mapping[str, int]]) -> Picture:
     svg = plots.bars(
         "memory", series, batches, x="sequences at once", y=unit, stacks=(before, after)
     )
-    said = "Left bars: the original. Right: this artifact with an int8 cache."
-    return Picture(f"Weights and KV cache, {context} tokens a sequence", svg, said)
+    caption = "Left bars: the original. Right: this artifact with an int8 cache."
+    return Picture(f"Weights and KV cache, {context} tokens a sequence", svg, caption)

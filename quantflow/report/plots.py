@@ -75,7 +75,7 @@ def drawn(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> 
     )
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
     text = re.sub(
-        r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text
+        r' id="([^"]*)"', lambda match: f' id="{name}-{match[1]}"' if match[1] in used else "", text
     )
     text = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)

@@ -221,7 +221,7 @@ def test_beginnings_are_the_whole_texts(
     with pytest.MonkeyPatch.context() as patch:
         # Cut wherever it may be, as close behind as letters of a kind allow.
         patch.setattr(beginnings, "SHORTEST", shortest)
-        patch.setattr(beginnings, "LETTERS", 1)
+        patch.setattr(beginnings, "CHARACTERS", 1)
         patch.setattr(beginnings, "MARGIN", 40)
         (found,) = Beginnings(tokenizer).encode([text], least, special=[special])
     assert len(found) >= min(least, len(whole)) and found == whole[: len(found)]

@@ -568,7 +568,7 @@ def test_a_line_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             path.write_bytes(gzip.compress((content % ("a" * letters)).encode()))
             if long:
                 with pytest.raises(
-                    DataError, match=rf"{path.name}:\d: a line of 4096 letters or more"
+                    DataError, match=rf"{path.name}:\d: a line of 4096 characters or more"
                 ):
                     list(documents(str(path)))
             else:
@@ -577,10 +577,10 @@ def test_a_line_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path.write_text(json.dumps(["a" * 2**13]))
     assert list(documents(str(path))) == ["a" * 2**13]
     monkeypatch.setattr("quantflow.calibration.rows.LONGEST_LIST", 2**12)
-    with pytest.raises(DataError, match="a list of more than 4096 letters"):
+    with pytest.raises(DataError, match="a list of more than 4096 characters"):
         list(documents(str(path)))
     path.write_text(json.dumps(["a" * 2**13], indent=1))
-    with pytest.raises(DataError, match="a list of more than 4096 letters"):
+    with pytest.raises(DataError, match="a list of more than 4096 characters"):
         list(documents(str(path)))
 
 
@@ -595,7 +595,7 @@ def test_a_document_that_swells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(
         DataError,
         match=(
-            r"long\.txt\.gz document 2: a document of more than 4096 letters; expected documents"
+            r"long\.txt\.gz document 2: a document of more than 4096 characters; expected documents"
             r" with"
         ),
     ):

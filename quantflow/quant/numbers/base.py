@@ -162,10 +162,10 @@ class QuantizedTensor(ABC):
         neighbours.
         """
         scheme, (n, k) = self.scheme, self.shape
-        groups, found = scheme.groups(k), []
+        groups, problems = scheme.groups(k), []
         for part in self.floats + self.integers:
             if tuple(shape := getattr(self, part).shape) != (n, groups):
-                found.append(
+                problems.append(
                     Problem(
                         f"{name} {part}", f"shape {list(shape)}", f"[{n}, {groups}] for {scheme}"
                     )
@@ -173,9 +173,9 @@ class QuantizedTensor(ABC):
         for part in ("codes", *self.integers):
             stored = getattr(self, part)
             if stored.dtype != torch.uint8:
-                found.append(Problem(f"{name} {part}", f"dtype {stored.dtype}", "torch.uint8"))
+                problems.append(Problem(f"{name} {part}", f"dtype {stored.dtype}", "torch.uint8"))
             elif stored.numel() and (most := int(stored.max())) > scheme.levels:
-                found.append(
+                problems.append(
                     Problem(
                         f"{name} {part}",
                         f"a value of {most}",
@@ -187,5 +187,5 @@ class QuantizedTensor(ABC):
         for part in self.floats:
             stored = getattr(self, part)
             if stored.numel() and not all(math.isfinite(end) for end in stored.aminmax()):
-                found.append(Problem(f"{name} {part}", "NaN or infinity", "finite numbers"))
-        return found
+                problems.append(Problem(f"{name} {part}", "NaN or infinity", "finite numbers"))
+        return problems

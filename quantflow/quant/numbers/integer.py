@@ -131,14 +131,14 @@ class IntegerTensor(QuantizedTensor):
     def problems(self, name: str) -> list[Problem]:
         """As for any numbers; also zero points where the scheme has them, and groups of equal
         size."""
-        found, scheme, k = super().problems(name), self.scheme, self.shape[1]
+        problems, scheme, k = super().problems(name), self.scheme, self.shape[1]
         groups = scheme.groups(k)
         if (
             scheme.symmetric
             and self.zeros.numel()
             and any(int(end) != scheme.midpoint for end in self.zeros.aminmax())
         ):
-            found.append(
+            problems.append(
                 Problem(
                     f"{name} zeros",
                     f"a symmetric scheme with a zero point other than {scheme.midpoint}",
@@ -147,7 +147,7 @@ class IntegerTensor(QuantizedTensor):
         index = self.group_index
         if index is not None:
             if tuple(index.shape) != (k,) or index.dtype != torch.int32:
-                found.append(
+                problems.append(
                     Problem(
                         f"{name} group index",
                         f"{index.dtype} {list(index.shape)}",
@@ -155,14 +155,14 @@ class IntegerTensor(QuantizedTensor):
                     )
                 )
             elif not groups_are_full(index, groups):
-                found.append(
+                problems.append(
                     Problem(
                         f"{name} group index",
                         "groups of unequal size",
                         f"{groups} groups of {k // groups} channels",
                     )
                 )
-        return found
+        return problems
 
 
 def groups_are_full(index: Tensor, groups: int) -> bool:

@@ -124,16 +124,16 @@ class Nf4Tensor(QuantizedTensor):
 
     @classmethod
     def from_parts(cls, scheme: Scheme, parts: Mapping[str, Tensor], in_features: int) -> Nf4Tensor:
-        found = super().from_parts(scheme, parts, in_features)
+        tensor = super().from_parts(scheme, parts, in_features)
         if "nested.codes" not in parts:
-            return found
+            return tensor
         nested = NestedScales(
             parts["nested.codes"],
             parts["nested.absmax"],
             dynamic_table(),
             float(parts["nested.offset"]),
         )
-        return replace(found, nested=nested)
+        return replace(tensor, nested=nested)
 
 
 def quantize_nf4(weight: Tensor, scheme: Scheme) -> Nf4Tensor:
