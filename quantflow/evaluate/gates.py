@@ -45,13 +45,13 @@ def judge(
         return []
     figures = {**final, "perplexity_ratio": final["perplexity"] / final["reference_perplexity"]}
     # Where the divergence is no number, the likeliest token is none either.
-    found = {name: math.nan if math.isnan(final["kl_mean"]) else figures[name] for name in gates}
+    measured = {name: math.nan if math.isnan(final["kl_mean"]) else figures[name] for name in gates}
     return [
         Verdict(
             name,
             limit,
-            found[name],
-            found[name] >= limit if name in AT_LEAST else found[name] <= limit,
+            measured[name],
+            measured[name] >= limit if name in AT_LEAST else measured[name] <= limit,
         )
         for name, limit in gates.items()
         if limit is not None

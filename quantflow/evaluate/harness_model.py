@@ -121,15 +121,15 @@ class QuantFlowLM(TemplateLM):  # type: ignore[misc]
             Pair(tuple(context or [self.prefix_token_id]), tuple(continuation))
             for _, context, continuation in requests
         )
-        found = []
+        answers = []
         scores = loglikelihoods(self.engine, pairs, self.batch_size)
         for (text, _, _), score in zip(
             requests, _shown(scores, len(requests), disable_tqdm), strict=True
         ):
-            found.append((score.logprob, score.greedy))
+            answers.append((score.logprob, score.greedy))
             if text is not None:
-                self.cache_hook.add_partial("loglikelihood", text, found[-1])
-        return found
+                self.cache_hook.add_partial("loglikelihood", text, answers[-1])
+        return answers
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -150,23 +150,23 @@ class QuantFlowLM(TemplateLM):  # type: ignore[misc]
             windows += own
             counts.append(len(own))
         scores = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
-        found = []
+        sums = []
         for request, count in zip(requests, counts, strict=True):
-            found.append(sum(next(scores)[0] for _ in range(count)))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
-        return found
+            sums.append(sum(next(scores)[0] for _ in range(count)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, sums[-1])
+        return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Raises RequestError for generation settings that the engine does not have."""
         prompts = (self._prompt(*request.args) for request in requests)
-        found = []
+        answers = []
         outputs = generate(self.engine, prompts, self.batch_size)
         for request, output in zip(
             requests, _shown(outputs, len(requests), disable_tqdm), strict=True
         ):
-            found.append(output.text)
+            answers.append(output.text)
             self.cache_hook.add_partial("generate_until", request.args, output.text)
-        return found
+        return answers
 
     def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))

@@ -118,11 +118,11 @@ def loglikelihoods(engine: Engine, pairs: Iterable[Pair], batch: int) -> Iterato
     def prompts() -> Iterator[Prompt]:
         for pair in pairs:
             if len(pair.continuation) >= room:
-                found = f"a continuation of {len(pair.continuation)} tokens"
+                problem = f"a continuation of {len(pair.continuation)} tokens"
                 raise DataError(
                     Problem(
                         pair.where or "continuation",
-                        found,
+                        problem,
                         f"at most {engine.room_is}, {engine.room}",
                     )
                 )

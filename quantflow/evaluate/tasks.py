@@ -110,7 +110,7 @@ class Task:
 def read_tasks(paths: Sequence[str | Path], settings: Sequence[Settings]) -> list[Task]:
     """The task of each file, with the settings in the same place. Raises DataError with every
     problem of every file."""
-    found: list[Task] = []
+    tasks: list[Task] = []
     problems: list[Problem] = []
     for path, own in zip(map(Path, paths), settings, strict=True):
         items, wrong = _read(path)
@@ -128,7 +128,7 @@ def read_tasks(paths: Sequence[str | Path], settings: Sequence[Settings]) -> lis
                 )
             ]
         name = path.name.removesuffix(".jsonl")
-        if any(name == task.name for task in found):
+        if any(name == task.name for task in tasks):
             wrong.append(
                 Problem(str(path), f"a second task called {name}", "files of different names")
             )
@@ -136,7 +136,7 @@ def read_tasks(paths: Sequence[str | Path], settings: Sequence[Settings]) -> lis
         if not wrong:
             examples, rest = items[: own.few_shot], items[own.few_shot :]
             before = "".join(item.shown(own.delimiter) + BETWEEN_EXAMPLES for item in examples)
-            found.append(
+            tasks.append(
                 Task(
                     name,
                     str(path),
@@ -149,7 +149,7 @@ def read_tasks(paths: Sequence[str | Path], settings: Sequence[Settings]) -> lis
             )
     if problems:
         raise DataError(problems)
-    return found
+    return tasks
 
 
 def _read(path: Path) -> tuple[list[Item], list[Problem]]:
@@ -194,9 +194,9 @@ def _read(path: Path) -> tuple[list[Item], list[Problem]]:
 
 
 class _Wrong(Exception):
-    def __init__(self, found: str, expected: str) -> None:
-        super().__init__(found)
-        self.found, self.expected = found, expected
+    def __init__(self, problem: str, expected: str) -> None:
+        super().__init__(problem)
+        self.found, self.expected = problem, expected
 
 
 def _item(value: Any, line: int) -> Item:
@@ -293,9 +293,9 @@ class Answer:
 class Result:
     """A model's answers to a task's questions, in their order.
 
-    acc: right by the sum of log-probabilities; acc_norm: by that over the letters of the choice,
+    acc: right by the sum of log-probabilities; acc_norm: by that over the characters of the choice,
     acc_bytes: over its UTF-8 bytes (as the metrics of these names in lm-evaluation-harness 0.4.13).
-    Of exact match, acc: the same letters, white space at the ends apart; acc_norm: the same after
+    Of exact match, acc: the same characters, white space at the ends apart; acc_norm: the same after
     `normalized`.
     """
 
@@ -344,11 +344,11 @@ def answer(
 ) -> Result:
     """What an engine's model answers. step: called after each question. Raises UserError and
     ResourceError, as the engine does."""
-    began, found = time.monotonic(), []
+    began, answers = time.monotonic(), []
     for one in (_exact if task.form == EXACT else _choose)(engine, task, batch):
-        found.append(one)
+        answers.append(one)
         step()
-    return Result(task, tuple(found), time.monotonic() - began)
+    return Result(task, tuple(answers), time.monotonic() - began)
 
 
 def _choose(engine: Engine, task: Task, batch: int) -> Iterator[Answer]:
@@ -367,11 +367,11 @@ def _choose(engine: Engine, task: Task, batch: int) -> Iterator[Answer]:
     for item in task.items:
         own = [next(scores) for _ in item.choices]
         logprobs = [score.logprob for score in own]
-        texts = [continuation for _, continuation in item.choices]
+        choices = [continuation for _, continuation in item.choices]
         over = {
             "acc": [1] * len(own),
-            "acc_norm": [len(t) for t in texts],
-            "acc_bytes": [len(t.encode()) for t in texts],
+            "acc_norm": [len(t) for t in choices],
+            "acc_bytes": [len(t.encode()) for t in choices],
         }
         right = {name: _likeliest(logprobs, lengths) in item.gold for name, lengths in over.items()}
         yield Answer(

@@ -95,8 +95,8 @@ def measure(case: Case, timeout_s: float | None = None) -> Row:
             )
             raise kind(Problem(case.name, ending(done.returncode), hint=hint))
         raise QuantFlowError(Problem(case.name, lines[-1] if lines else ending(done.returncode)))
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Row(**{**found, "case": case})
+    record = json.loads(done.stdout.splitlines()[-1])
+    return Row(**{**record, "case": case})
 
 
 def memory_table(
@@ -307,12 +307,12 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
         )
         return [int(np.ctypeslib.as_array(row, (vocabulary,)).argmax()) for row in rows]
 
-    def run(texts: list[list[int]], new: int) -> tuple[float, list[float]]:
+    def run(sequences: list[list[int]], new: int) -> tuple[float, list[float]]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         began, chosen, steps = time.perf_counter(), list[int](), []
         tokens = [
             (token, i, sequence, i + 1 == len(text))
-            for sequence, text in enumerate(texts)
+            for sequence, text in enumerate(sequences)
             for i, token in enumerate(text)
         ]
         for start in range(0, len(tokens), most):
@@ -333,8 +333,8 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
     first, steps = run(prompts, case.new)
     # llama.cpp does not tell what it takes of a GPU
     peak = peak_resident_bytes() - imports if case.device == "cpu" else 0
-    found = _row(case, first, case.batch * len(steps), first + sum(steps), steps, peak)
-    return found | {
+    row = _row(case, first, case.batch * len(steps), first + sum(steps), steps, peak)
+    return row | {
         "weight_bytes": llama_cpp.llama_model_size(model),
         "note": f"llama-cpp-python {llama_cpp.__version__}",
     }
