@@ -51,16 +51,16 @@ def show_advice(
         most = parse_bytes(int(fit) if fit.isdecimal() else fit)
     except ValueError as error:
         problems.append(Problem("--fit", repr(fit), str(error)))
-    given: Recipe | None = None
+    loaded: Recipe | None = None
     if recipe is not None:
         try:
-            given = load_recipe(find(recipe), changes, model=model)
+            loaded = load_recipe(find(recipe), changes, model=model)
         except UserError as error:
             problems += error.problems
     elif changes:
         problems.append(Problem("--set", "no recipe to change", "a RECIPE beside it"))
-    name = model or (given.model if given else None)
-    if name is None and (given or recipe is None):
+    name = model or (loaded.model if loaded else None)
+    if name is None and (loaded or recipe is None):
         problems.append(
             Problem(
                 "--model",
@@ -77,31 +77,31 @@ def show_advice(
         batch or 1,
         device,
         (tp,) if tp else RANKS,
-        given.weights.symmetric if given else None,
-        tuple(given.weights.ignore) if given else (),
+        loaded.weights.symmetric if loaded else None,
+        tuple(loaded.weights.ignore) if loaded else (),
     )
     if wrong := checkpoint.problems():
         raise UserError(wrong)
-    found, (quality, unusable) = advise(checkpoint, question), measured(checkpoint, sensitivity)
+    advice, (quality, unusable) = advise(checkpoint, question), measured(checkpoint, sensitivity)
     if as_json:
-        print(json.dumps(_record(found, quality, unusable), indent=2))
+        print(json.dumps(_record(advice, quality, unusable), indent=2))
     else:
         _show(
-            checkpoint, name, given, recipe, found, quality, unusable, Model(checkpoint, question)
+            checkpoint, name, loaded, recipe, advice, quality, unusable, Model(checkpoint, question)
         )
-    if found.proposal is None:
+    if advice.proposal is None:
         sys.exit(NOTHING_FITS)
 
 
-def _record(found: Advice, quality: Measured | None, unusable: list[str]) -> dict[str, Any]:
+def _record(advice: Advice, quality: Measured | None, unusable: list[str]) -> dict[str, Any]:
     """sensitivity: the file that `kl_mean` is from, and whether it is known to be of these weights;
     unusable: files that are damaged."""
-    record = found.as_dict()
+    record = advice.as_dict()
     record["sensitivity"] = (
         {"file": str(quality.path), "same_weights": quality.same_weights} if quality else None
     )
     record["unusable"] = unusable
-    scheme = found.proposal.candidate.scheme if found.proposal else None
+    scheme = advice.proposal.candidate.scheme if advice.proposal else None
     if record["proposal"]:
         record["proposal"]["kl_mean"] = (
             0.0 if scheme is None else quality.of(scheme) if quality else None
@@ -121,19 +121,21 @@ def _show(
     name: str,
     recipe: Recipe | None,
     path: Path | None,
-    found: Advice,
+    advice: Advice,
     quality: Measured | None,
     unusable: list[str],
     model: Model,
 ) -> None:
-    question, size = found.question, _sizes(found.question.fit)
-    texts = f"{question.batch} text{'s' if question.batch > 1 else ''} of {question.context} tokens"
-    title = f"{name} ({checkpoint.architecture.name}) for {texts} in {size(question.fit)}"
+    question, size = advice.question, _sizes(advice.question.fit)
+    sequences = (
+        f"{question.batch} text{'s' if question.batch > 1 else ''} of {question.context} tokens"
+    )
+    title = f"{name} ({checkpoint.architecture.name}) for {sequences} in {size(question.fit)}"
     console.print(title, style="bold")
-    if found.proposal is None:
-        _show_nothing(found)
+    if advice.proposal is None:
+        _show_nothing(advice)
         return
-    proposal = found.proposal
+    proposal = advice.proposal
     c = proposal.candidate
     devices = "on one device" if c.tp == 1 else f"on each of {c.tp} devices"
     console.print(f"Proposed: {c}, {devices}.", style="bold green")
@@ -142,7 +144,7 @@ def _show(
     own = ", the model's own limit" if proposal.longest_context == limit else ""
     longer = f"{question.batch} × {proposal.longest_context}{own}"
     console.print(f"At most: {proposal.largest_batch} × {question.context} tokens, or {longer}.")
-    if better := found.better:
+    if better := advice.better:
         console.print(
             f"The next better, {better.candidate}, lacks {size(better.need.total - question.fit)}."
         )
@@ -155,15 +157,15 @@ def _show(
             f"Sliding windows: an engine that drops what they leave behind would need {size(saved)}"
             " less."
         )
-    if len(found.by_ranks) > 1:
-        console.print(_by_ranks(found))
-    for line in _left_out(found):
+    if len(advice.by_ranks) > 1:
+        console.print(_by_ranks(advice))
+    for line in _left_out(advice):
         console.print(line, style="dim")
-    _show_next(checkpoint, name, recipe, path, found, proposal)
+    _show_next(checkpoint, name, recipe, path, advice, proposal)
 
 
-def _show_nothing(found: Advice) -> None:
-    least, question, size = found.least, found.question, _sizes(found.question.fit)
+def _show_nothing(advice: Advice) -> None:
+    least, question, size = advice.least, advice.question, _sizes(advice.question.fit)
     where = "" if least.candidate.tp == 1 else f" on each of {least.candidate.tp} devices"
     errors.print(
         f"Nothing fits. The least is {least.candidate}: {size(least.need.total)}{where},"
@@ -237,9 +239,9 @@ def _quality(name: str, fit: int, proposal: Fitted, quality: Measured | None) ->
     return lines
 
 
-def _by_ranks(found: Advice) -> Table:
+def _by_ranks(advice: Advice) -> Table:
     """A row for each number of devices that something fits."""
-    size = _sizes(found.question.fit)
+    size = _sizes(advice.question.fit)
     table = Table(
         "devices",
         "best that fits",
@@ -251,7 +253,7 @@ def _by_ranks(found: Advice) -> Table:
     )
     for column in table.columns[2:]:
         column.justify = "right"
-    for tp, fitted in found.by_ranks.items():
+    for tp, fitted in advice.by_ranks.items():
         row = (
             str(fitted.candidate),
             size(fitted.need.total),
@@ -262,21 +264,21 @@ def _by_ranks(found: Advice) -> Table:
     return table
 
 
-def _left_out(found: Advice) -> list[str]:
+def _left_out(advice: Advice) -> list[str]:
     """What has no row, counted: numbers of devices that nothing fits, with the least that would be
     needed there; those that the model cannot be cut for; and groups that a rank cannot have."""
-    size, lines = _sizes(found.question.fit), []
-    if short := [tp for tp in found.least_by_ranks if tp not in found.by_ranks]:
-        least = " and ".join(size(found.least_by_ranks[tp].need.total) for tp in short)
+    size, lines = _sizes(advice.question.fit), []
+    if short := [tp for tp in advice.least_by_ranks if tp not in advice.by_ranks]:
+        least = " and ".join(size(advice.least_by_ranks[tp].need.total) for tp in short)
         lines.append(f"{_devices(short)}, where nothing fits: the least is {least} on each.")
-    if uncut := [tp for tp in found.impossible if tp not in found.least_by_ranks]:
+    if uncut := [tp for tp in advice.impossible if tp not in advice.least_by_ranks]:
         lines.append(
             f"{_devices(uncut)}, for which the model cannot be cut"
-            f" ({found.impossible[uncut[0]][0]})."
+            f" ({advice.impossible[uncut[0]][0]})."
         )
     groups = {
         tp: sum(why.startswith("groups of") for why in reasons)
-        for tp, reasons in found.impossible.items()
+        for tp, reasons in advice.impossible.items()
     }
     if any(groups.values()):
         where = _devices([tp for tp, count in groups.items() if count])
@@ -287,7 +289,7 @@ def _left_out(found: Advice) -> list[str]:
         )
     return [
         *(f"Left out: {line}" for line in lines),
-        *(["Every reason is in --json."] if found.impossible else []),
+        *(["Every reason is in --json."] if advice.impossible else []),
     ]
 
 
@@ -301,14 +303,14 @@ def _show_next(
     name: str,
     recipe: Recipe | None,
     path: Path | None,
-    found: Advice,
+    advice: Advice,
     proposal: Fitted,
 ) -> None:
     """How to get what is proposed: options for the recipe that was given, or a recipe; and how to
     serve it."""
     from quantflow.pipeline.advice import cache_share, recipe_draft, settings
 
-    c, question = proposal.candidate, found.question
+    c, question = proposal.candidate, advice.question
     served = name
     if c.scheme and recipe:
         options, lacking = settings(c, [stage.name for stage in recipe.stages])

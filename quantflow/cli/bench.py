@@ -99,11 +99,11 @@ def bench(
             # what is wrong with a model is said before anything is measured
             config = Weights(Path(path)).checkpoint.config
             if max(prompts) + new > config.context and not config.stretches:
-                found = f"{max(prompts)} tokens and {new} new ones"
+                problem = f"{max(prompts)} tokens and {new} new ones"
                 raise UserError(
                     Problem(
                         "--prompt, --new",
-                        found,
+                        problem,
                         f"at most the {config.context} positions of {path}",
                     )
                 )

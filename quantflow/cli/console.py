@@ -124,7 +124,7 @@ class Plain:
     def phase(self, name: str, total: int, unit: str = "steps") -> None:
         self._name, self._total, self._unit = name, total, unit
         self._steps, self._done, self._shown = 0, 0.0, 0.0
-        self._began = self._said = time.monotonic()
+        self._began = self._last_shown = time.monotonic()
         if name:
             errors.print(f"{name}: {total} {unit if total != 1 else unit.removesuffix('s')}")
 
@@ -145,16 +145,16 @@ class Plain:
         reached = int(whole * parts / self._total) > int(self._shown * parts / self._total) or (
             self._total <= 12 and int(whole) > self._shown
         )
-        if reached or now - self._said > QUIET_S:
+        if reached or now - self._last_shown > QUIET_S:
             done = f"{whole:.0f}" if whole == int(whole) else f"{whole:.1f}"
-            said = [
+            words = [
                 f"{done} of {self._total} {self._unit}",
                 f"{now - self._began:.1f} s",
                 f"memory {resident_bytes() // 2**20} MiB",
                 detail,
             ]
-            errors.print(f"{self._name}: {', '.join(filter(None, said))}")
-            self._shown, self._said = whole, now
+            errors.print(f"{self._name}: {', '.join(filter(None, words))}")
+            self._shown, self._last_shown = whole, now
 
 
 class _Table(Progress):
@@ -282,18 +282,18 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
         return error.exit_code, "internal error", error.problems
     if isinstance(error, OSError) and error.errno in SYSTEM:
         code, title, advice = SYSTEM[error.errno]
-        return code, title, (f"{_said(error)}. {advice}",)
+        return code, title, (f"{_described(error)}. {advice}",)
     if panicked(error):
-        said = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        message = str(error).strip().split("\n")[0][:200] or type(error).__name__
         return (
             4,
             "a library failed",
-            (f"{said}. Run with --debug to see where; a damaged file is the likeliest cause.",),
+            (f"{message}. Run with --debug to see where; a damaged file is the likeliest cause.",),
         )
     if is_out_of_memory(error):
         return 4, "out of memory", (hints.memory,)
     if isinstance(error, OSError):
-        return 4, "the system refused", (_said(error),)
+        return 4, "the system refused", (_described(error),)
     return (
         1,
         "internal error",
@@ -306,16 +306,16 @@ def translate(error: BaseException, hints: Hints = QUANTISING) -> tuple[int, str
     )
 
 
-def _said(error: OSError) -> str:
+def _described(error: OSError) -> str:
     """Files are named where they are written: a write that names none is of what the command
     prints."""
-    said = error.strerror or str(error)
+    reason = error.strerror or str(error)
     if error.filename is not None:
-        return f"{error.filename}: {said}"
+        return f"{error.filename}: {reason}"
     return (
-        f"standard output: {said}"
+        f"standard output: {reason}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        else said
+        else reason
     )
 
 

@@ -118,10 +118,10 @@ def evaluate(
     differ (McNemar's test)."""
     with reporting(debug, RUNNING):
         sources = {name: context.get_parameter_source(name) for name in (*OF_TEXT, *OF_TASKS, "kv")}
-        given = {
+        options = {
             name for name, source in sources.items() if source and source.name == "COMMANDLINE"
         }
-        _check_form(given, bool(tasks), reference, data)
+        _check_form(options, bool(tasks), reference, data)
         if tasks:
             settings = settings_of(tasks, delimiter or [], few_shot, limit, stop or [], max_tokens)
             evaluate_tasks(
@@ -152,20 +152,20 @@ def evaluate(
             )
 
 
-def _check_form(given: set[str], tasks: bool, reference: str | None, data: str | None) -> None:
+def _check_form(options: set[str], tasks: bool, reference: str | None, data: str | None) -> None:
     """Raises UserError for options of the other form, and for what is missing, all at once."""
-    found, hint = (
+    problem, hint = (
         ("given with --tasks", "It is about text")
         if tasks
         else ("given without --tasks", "It is about questions")
     )
     wrong = [
-        Problem(f"--{name.replace('_', '-')}", found, hint=hint)
+        Problem(f"--{name.replace('_', '-')}", problem, hint=hint)
         for name in (OF_TEXT if tasks else OF_TASKS)
-        if name in given
+        if name in options
     ]
     if not tasks:
-        if "kv" in given and "engine" not in given:
+        if "kv" in options and "engine" not in options:
             wrong.append(
                 Problem(
                     "--kv",
@@ -174,12 +174,12 @@ def _check_form(given: set[str], tasks: bool, reference: str | None, data: str |
                     "In float32 no cache is measured",
                 )
             )
-        for name, value, what in (
+        for name, value, meaning in (
             ("--reference", reference, "the full-precision model"),
             ("--data", data, "text, or --tasks with questions"),
         ):
             if value is None:
-                wrong.append(Problem(name, "not given", what))
+                wrong.append(Problem(name, "not given", meaning))
     if wrong:
         raise UserError(wrong)
 
@@ -211,9 +211,9 @@ def _evaluate_text(
     from quantflow.pipeline.windows import left_out_notes
     from quantflow.tokenizers.tokenizer import load_tokenizer
 
-    original, found = (Weights(resolve_model(reference)), Weights(resolve_model(directory)))
-    show_notes(note for weights in (original, found) for note in weights.checkpoint.remarks)
-    a, b = original.checkpoint.config, found.checkpoint.config
+    original, quantised = (Weights(resolve_model(reference)), Weights(resolve_model(directory)))
+    show_notes(note for weights in (original, quantised) for note in weights.checkpoint.remarks)
+    a, b = original.checkpoint.config, quantised.checkpoint.config
     if a.vocabulary != b.vocabulary:
         raise ModelError(
             Problem(
@@ -225,18 +225,18 @@ def _evaluate_text(
             Problem("--length", str(length), f"at most the model's {a.context} positions")
         )
     folder = original.checkpoint.tokenizer_path
-    texts = model_documents(folder, data, field=field)
+    documents = model_documents(folder, data, field=field)
     text = cut_windows(
-        load_tokenizer(folder), texts, count=windows, length=length, skip=skip, source=data
+        load_tokenizer(folder), documents, count=windows, length=length, skip=skip, source=data
     )
     show_notes(left_out_notes(text=text))
     with progress() as watcher:
         watcher.phase("evaluate", a.layers + b.layers, "layers")
         where = resolve_device(device.value)
-        variant: Model = Variant(found)
+        variant: Model = Variant(quantised)
         if engine:
             options = EngineConfig(device=where, kv=KVPrecision(kv.value), max_batch_size=1)
-            variant = Running(lambda: Engine(found.checkpoint.path, options))
+            variant = Running(lambda: Engine(quantised.checkpoint.path, options))
         result = compare(
             Variant(original), {"weights": variant}, text.tokens, where, watcher.advance
         )

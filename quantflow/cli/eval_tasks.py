@@ -89,14 +89,14 @@ def evaluate_tasks(
     _check_models([model, *([reference] if reference else [])])
     with progress() as watcher:
         watcher.phase("tasks", sum(len(task.items) for task in tasks) * (2 if reference else 1))
-        found, ran = _answers(model, tasks, batch, kv, mode, device, watcher)
+        results, ran = _answers(model, tasks, batch, kv, mode, device, watcher)
         # The reference runs as it is: --kv is what is tried on the model.
         others, other_ran = (
             _answers(reference, tasks, batch, "auto", mode, device, watcher)
             if reference
             else ([], None)
         )
-    record = _record(found, others)
+    record = _record(results, others)
     record = {
         "quantflow": __version__, "model": model, "reference": reference, "mode": mode, "kv": kv,
         "engine": ran, "reference_engine": other_ran, **record,
@@ -106,13 +106,13 @@ def evaluate_tasks(
             "weights": _digests(model),
             "reference_weights": _digests(reference) if reference else None,
         }
-        items = _record(found, others, items=True)["tasks"]
+        items = _record(results, others, items=True)["tasks"]
         write_json(output, {**record, "date": time.strftime("%Y-%m-%d"), **digests, "tasks": items})
     if as_json:
         print(json.dumps(record))
         return
     console.print(_scores(record))
-    for result in found:
+    for result in results:
         tokens, cut = sum(a.tokens for a in result.answers), sum(a.cut for a in result.answers)
         text = (
             f"{result.task.name}: {tokens} tokens of answers,"
@@ -182,14 +182,14 @@ def _answers(
         block_size=16,
     )
     engine = Engine(path, options)
-    found = [answer(engine, task, batch, watcher.step) for task in tasks]
+    results = [answer(engine, task, batch, watcher.step) for task in tasks]
     described = engine.describe()
     engine.close()
     del engine
     gc.collect()  # before another model is loaded, whose cache takes a share of what is free
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return found, described
+    return results, described
 
 
 def _digests(model: str) -> dict[str, str]:
@@ -206,14 +206,14 @@ def _digests(model: str) -> dict[str, str]:
     }
 
 
-def _record(found: list[Result], others: list[Result], *, items: bool = False) -> dict[str, Any]:
+def _record(results: list[Result], others: list[Result], *, items: bool = False) -> dict[str, Any]:
     from quantflow.evaluate.significance import wilson_interval
     from quantflow.evaluate.tasks import compare
 
     tasks: dict[str, Any] = {}
     by_form: dict[str, list[int]] = {}
     pairs: list[dict[str, Paired]] = []
-    for i, result in enumerate(found):
+    for i, result in enumerate(results):
         task, own = result.task, result.task.settings
         entry: dict[str, Any] = {
             "file": task.path,
@@ -252,8 +252,8 @@ def _record(found: list[Result], others: list[Result], *, items: bool = False) -
     together: dict[str, Any] = {}
     for form, places in by_form.items():
         together[form] = {
-            "count": sum(found[i].count for i in places),
-            "model": over_all([found[i] for i in places]),
+            "count": sum(results[i].count for i in places),
+            "model": over_all([results[i] for i in places]),
         }
         if others:
             pooled = {

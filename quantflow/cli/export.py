@@ -76,21 +76,21 @@ def export(
         with progress() as shown:
             done = exporting.export(source, format, output, options, shown)
         if as_json:
-            found = {
+            record = {
                 "output": str(done.output),
                 "from": done.source_format,
                 "to": done.format,
                 "modules": done.modules,
             }
-            said = {
+            counts = {
                 "left_out": dict(done.left_out),
                 "notes": list(done.notes),
                 "warnings": list(done.warnings),
             }
-            print(json.dumps({**found, "relative_errors": dict(done.errors), **said}))
+            print(json.dumps({**record, "relative_errors": dict(done.errors), **counts}))
             return
-        what = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
-        console.print(f"{done.output} written: {what}, {done.source_format} to {done.format}.")
+        content = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
+        console.print(f"{done.output} written: {content}, {done.source_format} to {done.format}.")
         for line in left_out_lines(done.left_out):
             console.print(f"Left out: {line}.")
         for note in done.notes:
@@ -116,11 +116,11 @@ def formats(as_json: Json = False, debug: Debug = False) -> None:
         from quantflow.formats.engines import rows
 
         if as_json:
-            found = {
+            record = {
                 name: {**asdict(held), "engines": [asdict(row) for row in rows(name)]}
                 for name, held in ABILITIES.items()
             }
-            print(json.dumps(found, indent=2))
+            print(json.dumps(record, indent=2))
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True, style="bold")

@@ -113,7 +113,7 @@ def generate(
             seed=seed,
             stop=tuple(stop or ()),
         )
-        given = [*(prompts or ()), *(prompt or ())] or ["-"]
+        arguments = [*(prompts or ()), *(prompt or ())] or ["-"]
         if not (prompts or prompt) and sys.stdin.isatty():
             hint = "quantflow generate DIR PROMPT, or a text through a pipe"
             raise RequestError(
@@ -121,13 +121,13 @@ def generate(
                     "PROMPT", "none given, and stdin is a terminal", "a text to go on from", hint
                 )
             )
-        if given.count("-") > 1:
+        if arguments.count("-") > 1:
             raise RequestError(Problem("PROMPT", "stdin more than once", "- once"))
-        if stream and (as_json or len(given) > 1):
+        if stream and (as_json or len(arguments) > 1):
             raise RequestError(
                 Problem("--stream", "with --json or several prompts", "one prompt, shown as text")
             )
-        texts = [_stdin() if text == "-" else text for text in given]
+        sequences = [_stdin() if text == "-" else text for text in arguments]
         llm = LLM(
             model,
             mode=mode.value,
@@ -144,7 +144,7 @@ def generate(
                 ", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items())
             )
         show_notes(llm.engine.notes)
-        shown = [llm.get_prompt(text) if chat else text for text in texts]
+        shown = [llm.get_prompt(text) if chat else text for text in sequences]
         # a dialogue format has its own first tokens
         tokens = [llm.encode(text, special=not chat) for text in shown]
         if max_tokens is None:
@@ -161,7 +161,7 @@ def generate(
                 json.dumps(
                     [
                         {"prompt": text, **asdict(output.completions[0])}
-                        for text, output in zip(texts, outputs, strict=True)
+                        for text, output in zip(sequences, outputs, strict=True)
                     ]
                 )
             )

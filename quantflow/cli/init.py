@@ -69,10 +69,10 @@ def init(
 
         path = resolve_model(model)
         checkpoint = Checkpoint(path, config_only=True)
-        found = starter(
+        recipe = starter(
             checkpoint, model, bits, engine.value, data, str(output) if output else None
         )
-        place = output or Path(f"{found.name}.yaml")
+        place = output or Path(f"{recipe.name}.yaml")
         if place.is_dir() or (place.exists() and not force):
             there = "a directory" if place.is_dir() else "there is such a file"
             raise OutputError(
@@ -85,7 +85,7 @@ def init(
             )
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / place.name
-            write_text(draft, found.text)
+            write_text(draft, recipe.text)
             try:
                 # What cannot be is said before it is written: all that `plan` will say, once there
                 # is more than a config.
@@ -98,9 +98,9 @@ def init(
                     [replace(p, where=p.where.replace(f"{folder}/", "")) for p in error.problems]
                 ) from error
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_text(place, found.text)
+        write_text(place, recipe.text)
         if as_json:
-            print(json.dumps({"recipe": str(place), "name": found.name}))
+            print(json.dumps({"recipe": str(place), "name": recipe.name}))
             return
         typed = shlex.quote(str(place))
         console.print(

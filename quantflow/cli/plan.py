@@ -88,10 +88,10 @@ def plan(
                 as_json=as_json,
             )
             return
-        given = {"--context": context, "--batch": batch, "--tp": tp, "--sensitivity": sensitivity}
+        options = {"--context": context, "--batch": batch, "--tp": tp, "--sensitivity": sensitivity}
         problems = [
             Problem(name, "without --fit", "--fit SIZE beside it")
-            for name, value in given.items()
+            for name, value in options.items()
             if value is not None
         ]
         if recipe is None:
@@ -104,12 +104,12 @@ def plan(
         from quantflow.pipeline.status import stored_layers
         from quantflow.stages.registry import load_recipe
 
-        found = make_plan(
+        result = make_plan(
             load_recipe(find(recipe), set_ or (), model=model, output=output),
             device=device.value,
             config_only=config_only,
         )
-        summary = summarise(found, stored_layers(found) if not config_only else None)
+        summary = summarise(result, stored_layers(result) if not config_only else None)
         if as_json:
             print(json.dumps(summary, indent=2))
         else:

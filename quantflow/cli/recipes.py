@@ -18,9 +18,9 @@ def find(recipe: Path) -> Path:
             return local
     except (OSError, ValueError):  # too long a name, a NUL
         return recipe
-    found = bundled.recipe(recipe)
-    if found:
+    path = bundled.recipe(recipe)
+    if path:
         errors.print(
-            f"{recipe}: no such file here, so the bundled recipe {found.stem} is taken: {found}"
+            f"{recipe}: no such file here, so the bundled recipe {path.stem} is taken: {path}"
         )
-    return found or recipe
+    return path or recipe

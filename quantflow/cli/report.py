@@ -49,19 +49,19 @@ def compare(
         from quantflow.report.page import showing, write_page
 
         with showing(Path("report.json")):
-            found = make_comparison(directories)
-            page = comparison_page(found) if output else ""
-            tables = _tables(found.as_dict()["artifacts"])
+            comparison = make_comparison(directories)
+            page = comparison_page(comparison) if output else ""
+            tables = _tables(comparison.as_dict()["artifacts"])
         if output:
             write_page(output, page)
         if as_json:
-            print(json.dumps(found.as_dict(), indent=2))
+            print(json.dumps(comparison.as_dict(), indent=2))
             return
         for table in tables:
             console.print(table)
-        for difference in found.differences:
+        for difference in comparison.differences:
             console.print(f"  {difference.path}: {' | '.join(difference.shown())}")
-        for note in found.notes:
+        for note in comparison.notes:
             console.print(f"note: {note}")
         if output:
             console.print(f"{output} written.")

@@ -152,11 +152,11 @@ def sensitivity(
             " takes nothing."
         )
         with progress() as watcher:
-            found = run(job, watcher, fresh=fresh)
+            findings = run(job, watcher, fresh=fresh)
         if as_json:
-            print(json.dumps(found.record))
+            print(json.dumps(findings.record))
             return
-        _show(found)
+        _show(findings)
 
 
 def _time(seconds: float) -> str:
@@ -178,32 +178,32 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _show(found: Findings) -> None:
-    widths, settings = _widths(found), found.settings
+def _show(findings: Findings) -> None:
+    widths, settings = _widths(findings), findings.settings
     table = _table(
         "KL divergence in nats a token, that part alone rounded to nearest",
         "part",
         *(f"{b} bits" for b in widths),
     )
-    worst = sorted(found.measured, key=lambda m: -m.kl_mean[widths[0]])[:SHOWN]
+    worst = sorted(findings.measured, key=lambda m: -m.kl_mean[widths[0]])[:SHOWN]
     for m in worst:
         table.add_row(m.part.name, *(f"{m.kl_mean[b]:.2e}" for b in widths))
-    if len(found.measured) > SHOWN:
-        others = [m for m in found.measured if m not in worst]
+    if len(findings.measured) > SHOWN:
+        others = [m for m in findings.measured if m not in worst]
         table.add_row(
             f"the other {len(others)}, mean",
             *(f"{sum(m.kl_mean[b] for m in others) / len(others):.2e}" for b in widths),
         )
     console.print(table)
     table = _table("The whole model", "linears", "all weights", "sum of its parts", "measured")
-    for b, whole in found.uniform.items():
+    for b, whole in findings.uniform.items():
         table.add_row(
             f"all in {b} bits",
             size(whole.stored_bytes),
             f"{whole.predicted:.4g}",
             f"{whole.measured:.4g}",
         )
-    if mixed := found.mixed:
+    if mixed := findings.mixed:
         table.add_row(
             f"mixed, {mixed.average_bits:.2f} bits",
             size(mixed.stored_bytes),
@@ -217,10 +217,10 @@ def _show(found: Findings) -> None:
         " measured."
     )
     console.print(f"{settings.output} written.")
-    if mixed and found.recipe:
-        held = ", ".join(found.formats) or "no packed format"
+    if mixed and findings.recipe:
+        held = ", ".join(findings.formats) or "no packed format"
         console.print(
-            f"{found.recipe} written: {mixed.average_bits:.2f} bits a weight within"
+            f"{findings.recipe} written: {mixed.average_bits:.2f} bits a weight within"
             f" {size(mixed.budget)}; formats that hold these widths together: {held}."
         )
         if not settings.symmetric and len(set(mixed.widths.values())) > 1:
@@ -228,7 +228,7 @@ def _show(found: Findings) -> None:
                 "transformers (5.23) loads mixed widths of compressed-tensors only with"
                 " --symmetric."
             )
-        console.print(f"Next: quantflow run {shlex.quote(str(found.recipe))}")
+        console.print(f"Next: quantflow run {shlex.quote(str(findings.recipe))}")
     else:
         console.print(
             "Next: the same command with --budget SIZE or --average-bits N, which measures nothing"
@@ -236,6 +236,6 @@ def _show(found: Findings) -> None:
         )
 
 
-def _widths(found: Findings) -> tuple[int, ...]:
+def _widths(findings: Findings) -> tuple[int, ...]:
     """The measured widths, the fewest bits first."""
-    return tuple(sorted(found.settings.widths))
+    return tuple(sorted(findings.settings.widths))
