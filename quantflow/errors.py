@@ -21,7 +21,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Letters that are not seen and turn the order of those that are: a line with them shows what it
+# Characters that are not seen and turn the order of those that are: a line with them shows what it
 # does not say.
 TURNING = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 

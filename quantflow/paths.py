@@ -26,7 +26,7 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def absent(path: Path, what: str) -> str:
+def absent(path: Path, kind: str) -> str:
     """What is in the place of something that cannot be found: `no such WHAT`, or a link that leads
     nowhere, or in a circle."""
     try:
@@ -50,4 +50,4 @@ def absent(path: Path, what: str) -> str:
                     )
     except (OSError, ValueError):  # too long a name, a NUL, a folder that may not be searched
         pass
-    return f"no such {what}"
+    return f"no such {kind}"

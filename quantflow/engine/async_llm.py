@@ -322,12 +322,12 @@ class AsyncLLM:
                         self.engine.abort(id)
 
     def _stopped(self) -> ResourceError:
-        said = (
+        reason = (
             f"failed: {type(self.failure).__name__}: {self.failure}"
             if self.failure
             else "was closed"
         )
-        return ResourceError(Problem("engine", said, "a running engine"))
+        return ResourceError(Problem("engine", reason, "a running engine"))
 
 
 def _hand_over(message: list[tuple[Stream, Token]]) -> None:

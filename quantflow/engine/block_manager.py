@@ -83,18 +83,18 @@ class BlockManager:
         """The blocks that hold the longest known prefix of `tokens`, now shared with the caller,
         and their link. The last token is never among them: it has to go through the model for its
         logits."""
-        found: list[int] = []
+        blocks: list[int] = []
         link = root
-        while self.prefix_cache and (len(found) + 1) * self.size < len(tokens):
+        while self.prefix_cache and (len(blocks) + 1) * self.size < len(tokens):
             following = self._links.get(
-                (link, tuple(tokens[len(found) * self.size : (len(found) + 1) * self.size]))
+                (link, tuple(tokens[len(blocks) * self.size : (len(blocks) + 1) * self.size]))
             )
             if following is None or following not in self._block_of:
                 break
             link = following
-            found.append(self._block_of[link])
-        self.share(found)
-        return found, link
+            blocks.append(self._block_of[link])
+        self.share(blocks)
+        return blocks, link
 
     def seal(self, link: int, tokens: Sequence[int], block: int) -> int:
         """The link of a block that has become full with `tokens`, after the blocks that `link`

@@ -69,25 +69,25 @@ class Child:
     def _exchange(self, data: bytes, until: float, unwanted: threading.Event) -> bytes:
         process = self._process
         assert process and process.stdin and process.stdout
-        given, taken = process.stdin.fileno(), process.stdout.fileno()
+        input_fd, output_fd = process.stdin.fileno(), process.stdout.fileno()
         view, parts = memoryview(data), list[bytes]()
         # not select(), which knows no descriptors from 1024 on: a server has many
         ready = select.poll()
-        ready.register(taken, select.POLLIN)
-        ready.register(given, select.POLLOUT)
+        ready.register(output_fd, select.POLLIN)
+        ready.register(input_fd, select.POLLOUT)
         while True:
             if unwanted.is_set():
                 raise ChildUnwanted
             left = until - time.monotonic()
-            found = dict(ready.poll(max(0.0, min(left, LOOK_S)) * 1000))
-            if not found and left <= LOOK_S:
+            events = dict(ready.poll(max(0.0, min(left, LOOK_S)) * 1000))
+            if not events and left <= LOOK_S:
                 raise ChildSlow
-            if given in found:
-                view = view[os.write(given, view[:65536]) :]
+            if input_fd in events:
+                view = view[os.write(input_fd, view[:65536]) :]
                 if not view:
-                    ready.unregister(given)
-            if taken in found:
-                part = os.read(taken, 1 << 20)
+                    ready.unregister(input_fd)
+            if output_fd in events:
+                part = os.read(output_fd, 1 << 20)
                 if not part:
                     raise ChildEnded(ending(process.wait()))
                 parts.append(part)

@@ -25,10 +25,10 @@ def lark_of(text: str) -> str:
         raise ValueError(str(error)) from error
 
 
-def _plain(found: re.Match[str]) -> str:
+def _plain(match: re.Match[str]) -> str:
     """A part as the converter reads it: a letter in place of its number, since Lark has other ways
     to write that."""
-    part = found.group()
+    part = match.group()
     if part.startswith("#"):
         return ""
     if part[0] in '"[':
@@ -36,10 +36,10 @@ def _plain(found: re.Match[str]) -> str:
     return " |" if part[-1] == "|" and ("\n" in part or "\r" in part) else part
 
 
-def _letter(found: re.Match[str]) -> str:
-    digits = next((group for group in found.groups() if group), None)
+def _letter(match: re.Match[str]) -> str:
+    digits = next((group for group in match.groups() if group), None)
     if digits is None:
-        return found.group()
+        return match.group()
     number = int(digits, 16)
     if number > 0x10FFFF:
         raise ValueError(f"no letter has the number {digits}")

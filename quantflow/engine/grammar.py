@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_LETTERS = 65536  # of a grammar
+MOST_CHARACTERS = 65536  # of a grammar
 KEPT = 64  # compiled grammars
 START_S = 30.0
 MOST_SECONDS, MOST_BYTES = 3.0, 2**30  # to compile one
@@ -48,7 +48,7 @@ MOST_TRIED = 32  # first tokens, when a grammar is compiled
 class GrammarKind(StrEnum):
     """json_schema: a JSON value, without spaces between its parts. regex: Rust's syntax. lark:
     llguidance's dialect of Lark. gbnf: llama.cpp's grammars, read as llguidance reads them: a rule
-    of letters alone takes as many as it can."""
+    of characters alone takes as many as it can."""
 
     json_schema = "json_schema"
     regex = "regex"
@@ -76,11 +76,13 @@ class Grammar:
         wrong = [
             type(part).__name__ for part in (self.text, self.around) if not isinstance(part, str)
         ]
-        if wrong or not self.text or len(self.text) + len(self.around) > MOST_LETTERS:
-            found = wrong[0] if wrong else f"{len(self.text) + len(self.around)} letters"
+        if wrong or not self.text or len(self.text) + len(self.around) > MOST_CHARACTERS:
+            problem = wrong[0] if wrong else f"{len(self.text) + len(self.around)} characters"
             raise RequestError(
                 Problem(
-                    "grammar", f"{self.kind} of {found}", f"text of 1 to {MOST_LETTERS} letters"
+                    "grammar",
+                    f"{self.kind} of {problem}",
+                    f"text of 1 to {MOST_CHARACTERS} characters",
                 )
             )
 
@@ -108,38 +110,38 @@ class Grammars:
         """For one text. Raises RequestError for a grammar that is wrong, or more than can be
         followed."""
         with self._lock:
-            found = self._compiled.get(grammar)
-            if found is not None:
+            compiled = self._compiled.get(grammar)
+            if compiled is not None:
                 self._compiled.move_to_end(grammar)
-        if found is None:
+        if compiled is None:
             with self._compiling:
                 tokenizer = self._own = self._own or self._load()
-                found = _compile(tokenizer, grammar, self._try(grammar))
+                compiled = _compile(tokenizer, grammar, self._try(grammar))
             with self._lock:
-                self._compiled[grammar] = found
+                self._compiled[grammar] = compiled
                 while len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
-        return Matcher(found.deep_copy(), self._vocabulary)
+        return Matcher(compiled.deep_copy(), self._vocabulary)
 
     def _try(self, grammar: Grammar) -> str:
         """Compiles it where that can do no harm; what of it llguidance reads. Raises
         RequestError."""
         if not self._child.running:
-            given = {
+            setup = {
                 "tokenizer": self._tokenizer.to_str(),
                 "vocabulary": self._vocabulary,
                 "end_tokens": self._end_tokens,
             }
-            self._child.start(json.dumps(given).encode(), START_S)
+            self._child.start(json.dumps(setup).encode(), START_S)
         try:
             answer = json.loads(self._child.ask(json.dumps(asdict(grammar)).encode(), MOST_SECONDS))
         except (ChildSlow, ChildEnded) as error:
             how = f" (its process: {error})" if isinstance(error, ChildEnded) else ""
-            found = (
+            problem = (
                 f"{grammar.kind}: it takes more than {MOST_SECONDS:g} s or {MOST_BYTES >> 20} MiB"
                 f" to compile{how}"
             )
-            raise RequestError(Problem("grammar", found, "a simpler one")) from error
+            raise RequestError(Problem("grammar", problem, "a simpler one")) from error
         if "error" in answer:
             raise RequestError(
                 Problem("grammar", f"{grammar.kind}: {answer['error']}", "one that can be followed")
@@ -185,10 +187,10 @@ def _read(grammar: Grammar) -> str:
         else:
             lark = lark_of(grammar.text) if grammar.kind == GrammarKind.gbnf else grammar.text
             text = json.dumps({"grammars": [{"lark_grammar": lark}]})
-        found = json.loads(text)["grammars"]
+        grammars = json.loads(text)["grammars"]
         if grammar.around:
-            found = [{"lark_grammar": grammar.around}, {**found[0], "name": INNER}]
-        return json.dumps({"grammars": found})
+            grammars = [{"lark_grammar": grammar.around}, {**grammars[0], "name": INNER}]
+        return json.dumps({"grammars": grammars})
     except (ValueError, RecursionError) as error:
         raise RequestError(
             Problem("grammar", f"{grammar.kind}: {error}"[:200], "one that can be read")
@@ -315,9 +317,9 @@ def main() -> None:
 
     # a terminal's Ctrl-C is for who started this; its end closes stdin
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    given = json.loads(sys.stdin.buffer.readline())
+    setup = json.loads(sys.stdin.buffer.readline())
     tokenizer = LLTokenizer(
-        given["tokenizer"], n_vocab=given["vocabulary"], eos_token=given["end_tokens"]
+        setup["tokenizer"], n_vocab=setup["vocabulary"], eos_token=setup["end_tokens"]
     )
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, used + MOST_BYTES))
@@ -328,14 +330,14 @@ def main() -> None:
         line = sys.stdin.buffer.readline()
         if not line:
             return
-        found = json.loads(line)
+        request = json.loads(line)
         try:
-            grammar = Grammar(**{**found, "kind": GrammarKind(found["kind"])})
+            grammar = Grammar(**{**request, "kind": GrammarKind(request["kind"])})
             text = _read(grammar)
             _check_beginning(_compile(tokenizer, grammar, text), grammar)
             answer = {"text": text}
         except RequestError as error:
-            answer = {"error": error.problems[0].found.removeprefix(f"{found['kind']}: ")}
+            answer = {"error": error.problems[0].found.removeprefix(f"{request['kind']}: ")}
 
 
 if __name__ == "__main__":

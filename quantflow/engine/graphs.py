@@ -41,9 +41,9 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         # What other threads do with the GPU meanwhile is theirs.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            found = run()
+            result = run()
         self._pool = graph.pool()
-        return found, graph.replay
+        return result, graph.replay
 
 
 def sizes(most: int) -> list[int]:
@@ -107,7 +107,7 @@ class DecodeGraphs:
         if size not in self._recorded:
             # The first step of a size runs as it is, so that its kernels are compiled; a recording
             # launches nothing.
-            found = self._forward(*size)
+            result = self._forward(*size)
             try:
                 self._recorded[size] = self._record(lambda: self._forward(*size))
             except RuntimeError as error:  # the step is done, and the next one can do without
@@ -116,10 +116,10 @@ class DecodeGraphs:
                     "decodes could not be recorded as CUDA graphs (%s); they run eagerly",
                     self.failure,
                 )
-            return found[: len(step)]
-        found, replay = self._recorded[size]
+            return result[: len(step)]
+        result, replay = self._recorded[size]
         replay()
-        return found[: len(step)].clone()  # the next replay writes over it
+        return result[: len(step)].clone()  # the next replay writes over it
 
     def _fill(self, step: list[Work], rows: int) -> None:
         blocks = [work.sequence.blocks for work in step]
@@ -142,10 +142,10 @@ class DecodeGraphs:
             self._table[: len(step), :most].copy_(table, non_blocking=True)
             self._blocks = [list(own) for own in blocks]
         if self._angles is not None:
-            found = self.rotary.rows(
+            current = self.rotary.rows(
                 [(work.sequence.request.rope_length, work.start, 1) for work in step]
             )
-            for angles, part in zip(self._angles, found, strict=True):
+            for angles, part in zip(self._angles, current, strict=True):
                 angles[: len(step)].copy_(part)
 
     def _forward(self, rows: int, splits: int) -> Tensor:

@@ -68,14 +68,14 @@ def kv_format(
     `kv_qparams.safetensors`, one a layer or one a rank."""
     if precision == KVPrecision.full:
         return KVFormat(False)
-    found: tuple[Mapping[str, Tensor], ...] = ()
+    parameters: tuple[Mapping[str, Tensor], ...] = ()
     if precision != KVPrecision.dynamic:
-        found = (
+        parameters = (
             _of_checkpoint(own, config, layer_prefix)
             if own
             else calibrated(folder, config, layer_prefix)
         )
-    return KVFormat(bool(found) or precision != KVPrecision.auto, found)
+    return KVFormat(bool(parameters) or precision != KVPrecision.auto, parameters)
 
 
 def _of_checkpoint(

@@ -4,7 +4,7 @@
 A template writes its own control tokens and what was said as one text, and a tokenizer finds them
 in it by their spelling. So a letter that no text has goes into every such spelling in what was
 said, before the template sees it. The control tokens that the tokenizer still finds are the
-template's own. They are written in other letters that no text has, the marks are taken out, and the
+template's own. They are written in other characters that no text has, the marks are taken out, and the
 same tokenizer, whose control tokens are called so, reads the text.
 """
 
@@ -23,8 +23,8 @@ from quantflow.errors import ModelError, Problem, RequestError
 
 # Noncharacters, which Unicode keeps for the inside of programs.
 OPEN, CLOSE, MARK = "\ufdd0", "\ufdd1", "\ufdd2"
-SAID = ("content", "reasoning_content", "reasoning", "thinking")
-PIECE = 2**14  # letters
+SPOKEN = ("content", "reasoning_content", "reasoning", "thinking")
+PIECE = 2**14  # characters
 _RESERVED = re.compile(f"[{OPEN}{CLOSE}{MARK}]")
 
 
@@ -43,8 +43,8 @@ class Literal:
             if t.content and (t.special or (t.content[0] in "<[" and t.content in written))
         }
         self._control = {i: (token, f"{OPEN}{i}{CLOSE}") for i, token in control.items()}
-        self._said = _spellings(_bare(token.content) for token in control.values())
-        self._said_by_model = _spellings(
+        self._all_spellings = _spellings(_bare(token.content) for token in control.values())
+        self._model_spellings = _spellings(
             _bare(token.content) for token in control.values() if token.special
         )
         self._tokenizer = tokenizer
@@ -59,25 +59,27 @@ class Literal:
         """Messages as the template may see them. Tokens that are not special are left as they are
         in what the model said, where it wrote them itself and templates look for them. Raises
         RequestError for a letter that is needed here."""
-        found = []
+        result = []
         for message in messages:
             _check(*message)
-            said = self._said_by_model if message.get("role") == "assistant" else self._said
-            found.append(
+            spellings = (
+                self._model_spellings if message.get("role") == "assistant" else self._all_spellings
+            )
+            result.append(
                 {
                     key: (
                         value
                         if key == "role"
-                        else _marked(value, said if key in SAID else self._said)
+                        else _marked(value, spellings if key in SPOKEN else self._all_spellings)
                     )
                     for key, value in message.items()
                 }
             )
-        return found
+        return result
 
     def marked_value(self, value: Any) -> Any:
         """The same of anything else that a template is given."""
-        return _marked(value, self._said)
+        return _marked(value, self._all_spellings)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The tokens of what a template made of them. special: with those that open every text."""
@@ -87,7 +89,7 @@ class Literal:
 
     def _spelled(self, text: str) -> str:
         parts, at = [], 0
-        for token, begin, end in self._found(text):
+        for token, begin, end in self._controls(text):
             added, private = self._control[token]
             # What a token takes of the space beside it is in its place. Any other spelling is
             # somebody's own, which the normaliser makes that token of (`＜/s＞`), or a letter that a
@@ -97,26 +99,26 @@ class Literal:
                 at = end
         return "".join([*parts, text[at:]]).replace(MARK, "")
 
-    def _found(self, text: str) -> Iterator[tuple[int, int, int]]:
+    def _controls(self, text: str) -> Iterator[tuple[int, int, int]]:
         """The control tokens that the tokenizer finds in a text, and where each begins and ends."""
-        found = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         return (
             (token, *place)
-            for token, place in zip(found.ids, found.offsets, strict=True)
+            for token, place in zip(encoding.ids, encoding.offsets, strict=True)
             if token in self._control
         )
 
-    def _check_spellings(self, texts: Iterable[str]) -> None:
+    def _check_spellings(self, samples: Iterable[str]) -> None:
         """Raises ModelError where the normaliser makes a control token of another spelling in a
         text that nobody but the model's makers wrote: it would be taken for a client's."""
         normalizer = self._tokenizer.normalizer
-        for text in texts if normalizer else ():
-            for token, begin, end in self._found(text):
-                found, expected = _bare(text[begin:end]), _bare(self._control[token][0].content)
-                if found != expected and normalizer.normalize_str(
-                    found
+        for text in samples if normalizer else ():
+            for token, begin, end in self._controls(text):
+                spelling, expected = _bare(text[begin:end]), _bare(self._control[token][0].content)
+                if spelling != expected and normalizer.normalize_str(
+                    spelling
                 ) == normalizer.normalize_str(expected):
-                    raise _cannot(f"its normaliser makes {expected!r} of {found[:40]!r}")
+                    raise _cannot(f"its normaliser makes {expected!r} of {spelling[:40]!r}")
 
 
 def _bare(spelling: str) -> str:
@@ -125,7 +127,7 @@ def _bare(spelling: str) -> str:
 
 @dataclass(frozen=True)
 class _Spellings:
-    """Of control tokens. longest: letters of one."""
+    """Of control tokens. longest: characters of one."""
 
     pattern: re.Pattern[str]
     longest: int
@@ -137,19 +139,19 @@ class _Spellings:
         for begin in range(0, len(text), PIECE):
             # up to where the last that begins in it may end
             piece = text[begin : begin + PIECE + self.longest - 1]
-            for found in self.pattern.finditer(piece):
-                if found.start() < PIECE:
-                    end = begin + found.start() + 1
+            for match in self.pattern.finditer(piece):
+                if match.start() < PIECE:
+                    end = begin + match.start() + 1
                     parts += [text[at:end], MARK]
                     at = end
         return "".join([*parts, text[at:]])
 
 
 def _spellings(names: Iterable[str]) -> _Spellings:
-    found = [*dict.fromkeys(names)]
+    unique = [*dict.fromkeys(names)]
     return _Spellings(
-        re.compile(f"(?={_beginning(found)})" if found else r"(?!)"),
-        max(map(len, found), default=1),
+        re.compile(f"(?={_beginning(unique)})" if unique else r"(?!)"),
+        max(map(len, unique), default=1),
     )
 
 
@@ -163,24 +165,24 @@ def _beginning(names: Sequence[str]) -> str:
         groups.setdefault(name[0], []).append(name)
     parts = []
     for group in groups.values():
-        shared = commonprefix(group)  # noqa: RUF071 - letters are what is compared
+        shared = commonprefix(group)  # noqa: RUF071 - characters are what is compared
         parts.append(re.escape(shared) + _beginning([name[len(shared) :] for name in group]))
     return f"(?:{'|'.join(parts)})"
 
 
-def _marked(value: Any, said: _Spellings) -> Any:
+def _marked(value: Any, spellings: _Spellings) -> Any:
     if isinstance(value, str):
         _check(value)
-        return said.mark(value)
+        return spellings.mark(value)
     if isinstance(value, Mapping):
-        return {_marked(key, said): _marked(part, said) for key, part in value.items()}
+        return {_marked(key, spellings): _marked(part, spellings) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_marked(part, said) for part in value]
+        return [_marked(part, spellings) for part in value]
     return value
 
 
-def _check(*texts: str) -> None:
-    if any(map(_RESERVED.search, texts)):
+def _check(*templates: str) -> None:
+    if any(map(_RESERVED.search, templates)):
         raise RequestError(
             Problem(
                 "messages",
@@ -204,9 +206,9 @@ def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
     if "unk_token" in model:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     try:
-        found = Tokenizer.from_str(json.dumps(data))
+        renamed = Tokenizer.from_str(json.dumps(data))
         same = all(
-            found.encode(private, add_special_tokens=False).ids
+            renamed.encode(private, add_special_tokens=False).ids
             == tokenizer.encode(name, add_special_tokens=False).ids
             for name, private in names.items()
         )
@@ -214,13 +216,13 @@ def _renamed(tokenizer: Tokenizer, names: Mapping[str, str]) -> Tokenizer:
         raise _cannot(str(error)) from error
     if not same:
         raise _cannot("its normaliser changes the names of its tokens")
-    return found
+    return renamed
 
 
 def _cannot(why: str) -> ModelError:
-    found = f"its control tokens cannot be told from their spelling in a text ({why})"[:300]
+    problem = f"its control tokens cannot be told from their spelling in a text ({why})"[:300]
     return ModelError(
         Problem(
-            "tokenizer", found, "a tokenizer for which that works", "Leave --literal-content out"
+            "tokenizer", problem, "a tokenizer for which that works", "Leave --literal-content out"
         )
     )

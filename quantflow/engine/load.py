@@ -44,8 +44,8 @@ def load_model(weights: Weights, ops: Ops, step: Callable[[], None] = lambda: No
 def rank_config(config: DecoderConfig, tp: int) -> DecoderConfig:
     """What one of `tp` ranks computes. Raises ModelError where heads do not divide."""
     wrong = [
-        f"{n} {what}"
-        for n, what in ((config.heads, "heads"), (config.kv_heads, "KV heads"))
+        f"{n} {kind}"
+        for n, kind in ((config.heads, "heads"), (config.kv_heads, "KV heads"))
         if n % tp
     ]
     if wrong:
@@ -149,19 +149,19 @@ class _Loader:
         )
         schemes = [self.weights.scheme_of(m) for m in modules]
         quantised = [scheme is not None and scheme.kind in COMPUTED for scheme in schemes]
-        found: list[Linear]
+        linears: list[Linear]
         if not any(quantised):
             stored = (
                 self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")) for m in modules
             )
             dense = [tensor.to(self.ops.device, self.ops.dtype) for tensor in stored]
-            found = [self.ops.dense(_joined(dense), _joined(biases) if biases else None)]
+            linears = [self.ops.dense(_joined(dense), _joined(biases) if biases else None)]
             if schemes[0] is not None:
                 self.ways[
-                    f"{found[0].way} ({schemes[0]} has no kernel: dequantised at the start)"
+                    f"{linears[0].way} ({schemes[0]} has no kernel: dequantised at the start)"
                 ] += 1
-                self.bytes += resident_bytes(found[0].weight)
-                return tuple(found)
+                self.bytes += resident_bytes(linears[0].weight)
+                return tuple(linears)
         elif all(quantised) and _fusable(tensors := [self._quantised(m) for m in modules]):
             first = tensors[0]
             codes, scales, zeros = (
@@ -169,14 +169,14 @@ class _Loader:
                 for part in ("codes", "scales", "zeros")
             )
             together = IntegerTensor(first.scheme, codes, scales, zeros, first.group_index)
-            found = [self.ops.prepare(together, _joined(biases) if biases else None)]
+            linears = [self.ops.prepare(together, _joined(biases) if biases else None)]
         else:
-            found = [self._linears((m,), bias=bias)[0] for m in modules]
-            return tuple(found)
-        for linear in found:
+            linears = [self._linears((m,), bias=bias)[0] for m in modules]
+            return tuple(linears)
+        for linear in linears:
             self.ways[linear.way] += 1
             self.bytes += resident_bytes(linear.weight)
-        return tuple(found)
+        return tuple(linears)
 
     def _part(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's part of an unquantised tensor."""

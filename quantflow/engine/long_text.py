@@ -1,5 +1,5 @@
 """Long texts to tokens and back, in processes of their own: a tokenizer may take minutes and
-gigabytes for what one request can hold (a million spaces, or letters of which a normaliser makes
+gigabytes for what one request can hold (a million spaces, or characters of which a normaliser makes
 eighteen each), and what runs in a library of this process cannot be stopped.
 
     python -m quantflow.engine.long_text    reads {"tokenizer": …, "templates": …, "seconds": …}, then a question a line; writes an
@@ -25,7 +25,7 @@ from quantflow.engine.child import Child, ChildEnded, ChildSlow
 from quantflow.engine.literal import Literal
 from quantflow.errors import Problem, RequestError
 
-# letters, or tokens, that are worth another process: less takes a moment, whatever it is
+# characters, or tokens, that are worth another process: less takes a moment, whatever it is
 LONG = 2**14
 MOST_SECONDS = 10.0  # of the processor, for one question
 WAIT_S = 60.0  # on a clock, where others keep the processor
@@ -64,20 +64,25 @@ class LongTexts:
         self._idle: SimpleQueue[Child] = SimpleQueue()
 
     def encode(
-        self, texts: Sequence[str], *, special: bool, literal: bool = False, most: int | None = None
+        self,
+        prompts: Sequence[str],
+        *,
+        special: bool,
+        literal: bool = False,
+        most: int | None = None,
     ) -> Encoded:
         """special: with the tokens that open every text. literal: of dialogues that were rendered
         so. most: tokens of one text; where there are more, there are counts alone."""
-        question = {"texts": list(texts), "special": special, "literal": literal, "most": most}
+        question = {"texts": list(prompts), "special": special, "literal": literal, "most": most}
         try:
             line = json.dumps(question, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:  # half a surrogate pair
             raise RequestError(
                 Problem("prompt", "no valid Unicode text", "text that UTF-8 can hold")
             ) from error
-        counts, _, ids = self._ask("prompt", f"{sum(map(len, texts))} letters", line).partition(
-            b"\t"
-        )
+        counts, _, ids = self._ask(
+            "prompt", f"{sum(map(len, prompts))} characters", line
+        ).partition(b"\t")
         return Encoded(json.loads(counts), ids)
 
     def decode(self, tokens: list[int]) -> bytes:
@@ -88,28 +93,28 @@ class LongTexts:
         )
         return self._ask("tokens", f"{len(tokens)} tokens", b'{"tokens":[%b]}' % b",".join(pieces))
 
-    def _ask(self, where: str, what: str, line: bytes) -> bytes:
+    def _ask(self, where: str, size: str, line: bytes) -> bytes:
         with self._child() as child:
             try:
                 if not child.running:
-                    given = {
+                    setup = {
                         "tokenizer": self._tokenizer.to_str(),
                         "templates": self._templates,
                         "seconds": MOST_SECONDS,
                     }
-                    child.start(json.dumps(given, ensure_ascii=False).encode(), START_S)
+                    child.start(json.dumps(setup, ensure_ascii=False).encode(), START_S)
                 answer = child.ask(line, WAIT_S, UNWANTED.get()).rstrip(b"\n")
             except (ChildSlow, ChildEnded) as error:
                 how = f" (its process: {error})" if isinstance(error, ChildEnded) else ""
-                found = (
-                    f"{what}, which take the tokenizer more than {MOST_SECONDS:g} s or"
+                problem = (
+                    f"{size}, which take the tokenizer more than {MOST_SECONDS:g} s or"
                     f" {MOST_BYTES >> 20} MiB{how}"
                 )
-                raise RequestError(Problem(where, found, "fewer at once")) from error
+                raise RequestError(Problem(where, problem, "fewer at once")) from error
             if len(line) > MOST_KEPT:
                 child.end()
         if answer.startswith(b"!"):
-            raise RequestError(Problem(where, f"{what}: {json.loads(answer[1:])}", "fewer at once"))
+            raise RequestError(Problem(where, f"{size}: {json.loads(answer[1:])}", "fewer at once"))
         return answer
 
     @contextmanager
@@ -130,23 +135,23 @@ def answer(tokenizer: Tokenizer, literal: Literal | None, line: bytes) -> bytes:
     asked = json.loads(line)
     try:
         if "tokens" in asked:
-            found = json.dumps(
+            result = json.dumps(
                 tokenizer.decode(asked["tokens"], skip_special_tokens=True), ensure_ascii=False
             ).encode()
         else:
-            texts, special, most = asked["texts"], asked["special"], asked["most"]
+            prompts, special, most = asked["texts"], asked["special"], asked["most"]
             if asked["literal"] and literal:
-                ids = [literal.encode(text, special=special) for text in texts]
+                ids = [literal.encode(text, special=special) for text in prompts]
             else:
-                ids = [tokenizer.encode(text, add_special_tokens=special).ids for text in texts]
+                ids = [tokenizer.encode(text, add_special_tokens=special).ids for text in prompts]
             counts = [len(tokens) for tokens in ids]
             shown = [] if most is not None and max(counts, default=0) > most else ids
-            found = b"\t".join(
+            result = b"\t".join(
                 json.dumps(part, separators=(",", ":")).encode() for part in (counts, shown)
             )
         return (
-            found
-            if len(found) <= MOST_ANSWER
+            result
+            if len(result) <= MOST_ANSWER
             else _wrong(f"more than {MOST_ANSWER >> 20} MiB come of it")
         )
     except MemoryError:
@@ -168,21 +173,21 @@ def main() -> None:
     # a terminal's Ctrl-C is for who started this; its end closes stdin
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(10)  # who generates goes first
-    given = json.loads(sys.stdin.buffer.readline())
-    tokenizer = Tokenizer.from_str(given["tokenizer"])
-    literal = Literal(tokenizer, given["templates"]) if given["templates"] is not None else None
+    setup = json.loads(sys.stdin.buffer.readline())
+    tokenizer = Tokenizer.from_str(setup["tokenizer"])
+    literal = Literal(tokenizer, setup["templates"]) if setup["templates"] is not None else None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + MOST_BYTES, used + MOST_BYTES))
-    found = b""
+    result = b""
     while True:
-        sys.stdout.buffer.write(found + b"\n")
+        sys.stdout.buffer.write(result + b"\n")
         sys.stdout.buffer.flush()
         line = sys.stdin.buffer.readline()
         if not line:
             return
         # Its signal ends the process, whatever runs in it: nothing of Python's could.
-        signal.setitimer(signal.ITIMER_PROF, given["seconds"])
-        found = answer(tokenizer, literal, line)
+        signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
+        result = answer(tokenizer, literal, line)
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 

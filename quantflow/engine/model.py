@@ -123,8 +123,8 @@ class Model:
         return self.ops.linear(h, self.head)
 
     def _project(self, parts: tuple[Linear, ...], h: Tensor) -> Tensor:
-        found = [self.ops.linear(h, part) for part in parts]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        outputs = [self.ops.linear(h, part) for part in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _attention(self, layer: Layer, h: Tensor, inputs: Inputs, cache: KVCache) -> Tensor:
         """`o`'s input `[T, heads * D]`."""

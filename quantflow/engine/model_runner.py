@@ -90,9 +90,9 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
         """`[n, V]` of rows of what `run` gives."""
-        found = self.model.logits(h)
+        logits = self.model.logits(h)
         self._progress()
-        return found
+        return logits
 
     def prompt_chunks(self, rows: int) -> int:
         """How many rows' logits may be in memory at once."""

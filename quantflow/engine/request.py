@@ -14,7 +14,7 @@ MOST_SEQUENCES = 64  # of one request
 MOST_LOGPROBS = 50
 LEAST_TEMPERATURE = 1e-5  # less than that overflows
 MOST_BIASES = 1024
-MOST_STOPS, MOST_STOP_LETTERS = 32, 512
+MOST_STOPS, MOST_STOP_CHARACTERS = 32, 512
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ class SamplingParams:
         if (
             not isinstance(self.stop, tuple)
             or len(self.stop) > MOST_STOPS
-            or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_LETTERS for s in self.stop)
+            or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_CHARACTERS for s in self.stop)
         ):
             wrong.append(
                 Problem(
                     "stop",
                     _shown(self.stop),
-                    f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_LETTERS} letters",
+                    f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_CHARACTERS} characters",
                 )
             )
         if (
@@ -225,8 +225,10 @@ def _outside(
     optional = name in ("max_tokens", "logprobs", "prompt_logprobs", "seed")
     if (value is None and optional) or _is(value, kind, low, high):
         return []
-    what = "an integer" if kind is int else "a number"
-    expected = f"{what} of at least {low:g}" if high is None else f"{what} from {low:g} to {high:g}"
+    number = "an integer" if kind is int else "a number"
+    expected = (
+        f"{number} of at least {low:g}" if high is None else f"{number} from {low:g} to {high:g}"
+    )
     return [Problem(name, _shown(value), expected + (" or nothing" if optional else ""))]
 
 
@@ -309,8 +311,8 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Token:
-    """One step of one sequence. text: what can be shown by now; letters that may become part of a
-    stop string are held back. token: None where the sequence ended without another one. stop: the
+    """One step of one sequence. text: what can be shown by now; characters that may become part of
+    a stop string are held back. token: None where the sequence ended without another one. stop: the
     stop string or stop token that ended it, if one did."""
 
     request: str

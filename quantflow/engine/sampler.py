@@ -33,19 +33,19 @@ def sample(
     likeliest = logits.argmax(-1)  # NaN counts as the largest
     finite = logits.gather(1, likeliest[:, None])[:, 0].isfinite()
     best, tops = torch.stack((likeliest, finite.long())).tolist()  # one transfer
-    found: list[int | NotANumber] = []
+    tokens: list[int | NotANumber] = []
     for row, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True)):
         if not tops[row]:
-            found.append(
+            tokens.append(
                 NotANumber(f"the model's logits are not finite after {len(sequence.tokens)} tokens")
             )
         elif sequence.request.params.plain:
-            found.append(best[row])
+            tokens.append(best[row])
         else:
-            found.append(
+            tokens.append(
                 _sample(adjusted(logits[row].float(), sequence, end_tokens), sequence, seed)
             )
-    return found
+    return tokens
 
 
 def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) -> Tensor:

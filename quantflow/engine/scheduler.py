@@ -206,5 +206,5 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> list[int]:
         """Takes a sequence out; the caller owns its blocks now."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
-        found, sequence.blocks = sequence.blocks, []
-        return found
+        blocks, sequence.blocks = sequence.blocks, []
+        return blocks

@@ -80,8 +80,8 @@ class _Parts:
                 needs += branches
             elif branches:
                 needs.append(self._new(part, word, branches, enough=1))
-        given = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
-        kinds = {kind if isinstance(kind, str) else "" for kind in given}
+        types = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+        kinds = {kind if isinstance(kind, str) else "" for kind in types}
         inside = {"object": self._members(part, schema), "array": self._items(part, schema)}
         of_kinds = [inside.get(kind, []) for kind in kinds]
         if of_kinds and all(of_kinds) and "const" not in schema and "enum" not in schema:
@@ -107,8 +107,8 @@ class _Parts:
 
     def _items(self, part: int, schema: dict[str, Any]) -> list[int]:
         """The same of an array's."""
-        given = schema.get("minItems")
-        least = given if isinstance(given, int) else 0
+        least_items = schema.get("minItems")
+        least = least_items if isinstance(least_items, int) else 0
         first = [
             self._of(item, part, f"prefixItems/{at}")
             for at, item in enumerate(_list(schema.get("prefixItems")))
@@ -121,17 +121,17 @@ class _Parts:
         if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
             return None
         if reference not in self._targets:
-            found = self._root
+            schema = self._root
             for step in map(_step, reference.split("/")[1:]):
-                if isinstance(found, dict) and step in found:
-                    found = found[step]
-                elif isinstance(found, list) and step.isdecimal() and int(step[:9]) < len(found):
-                    found = found[int(step[:9])]
+                if isinstance(schema, dict) and step in schema:
+                    schema = schema[step]
+                elif isinstance(schema, list) and step.isdecimal() and int(step[:9]) < len(schema):
+                    schema = schema[int(step[:9])]
                 else:
-                    found = None
+                    schema = None
                     break
             self._targets[reference] = (
-                self._of(found, None, reference) if found is not None else None
+                self._of(schema, None, reference) if schema is not None else None
             )
         return self._targets[reference]
 

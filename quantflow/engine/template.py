@@ -16,7 +16,7 @@ from typing import Any
 
 from quantflow.engine.child import Child, ChildEnded, ChildSlow
 
-MOST_LETTERS = 4_000_000
+MOST_CHARACTERS = 4_000_000
 MOST_BYTES = 2**30  # of memory
 MOST_SECONDS = 10.0
 PROCESSES = 2
@@ -54,10 +54,10 @@ class Renderer:
             ) from error
         finally:
             self._idle.put(child)
-        found = json.loads(answer)
-        if "error" in found:
-            raise TemplateRefused(found["error"])
-        return str(found["text"])
+        result = json.loads(answer)
+        if "error" in result:
+            raise TemplateRefused(result["error"])
+        return str(result["text"])
 
 
 def _ask(child: Child, line: bytes) -> bytes:
@@ -82,16 +82,16 @@ def answer(line: bytes) -> bytes:
             else {}
         )
         text = "".join(compiled(asked["template"]).generate(asked["variables"] | dated))
-        found = (
+        result = (
             {"text": text}
-            if len(text) <= MOST_LETTERS
-            else {"error": f"{len(text)} letters, expected at most {MOST_LETTERS}"}
+            if len(text) <= MOST_CHARACTERS
+            else {"error": f"{len(text)} characters, expected at most {MOST_CHARACTERS}"}
         )
     except MemoryError:
-        found = {"error": f"it took more than {MOST_BYTES >> 20} MiB"}
+        result = {"error": f"it took more than {MOST_BYTES >> 20} MiB"}
     except Exception as error:  # whatever a template does wrong is for whoever sent it
-        found = {"error": f"{type(error).__name__}: {error}"[:500]}
-    return json.dumps(found).encode()
+        result = {"error": f"{type(error).__name__}: {error}"[:500]}
+    return json.dumps(result).encode()
 
 
 def main() -> None:

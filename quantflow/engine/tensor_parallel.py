@@ -69,12 +69,12 @@ class Ranks:
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""
-        found = torch.tensor([number], device=self.device)
+        least = torch.tensor([number], device=self.device)
         try:
-            dist.all_reduce(found, dist.ReduceOp.MIN)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
         except RuntimeError as error:
             raise self._lost(error) from error
-        return int(found)
+        return int(least)
 
     def tell(self, call: dict[str, Any]) -> None:
         """The leader's: what the others shall do."""
@@ -94,8 +94,8 @@ class Ranks:
             dist.broadcast(data, 0)
         except RuntimeError as error:
             raise self._lost(error) from error
-        found: dict[str, Any] = json.loads(bytes(data.cpu().tolist()))
-        return found
+        message: dict[str, Any] = json.loads(bytes(data.cpu().tolist()))
+        return message
 
     def _lost(self, error: Exception) -> ResourceError:
         until = time.monotonic() + 2  # its connection closes a moment before it is gone
@@ -110,11 +110,11 @@ class Ranks:
             for i, p in enumerate(self.followers, 1)
             if p.poll() is not None
         ]
-        said = "; ".join(ended) or f"an exchange failed ({str(error).splitlines()[0][:200]})"
+        reason = "; ".join(ended) or f"an exchange failed ({str(error).splitlines()[0][:200]})"
         return ResourceError(
             Problem(
                 f"tensor parallel rank {self.rank} of {self.size}",
-                said,
+                reason,
                 "all ranks alive",
                 "Start again",
             )

@@ -1,4 +1,4 @@
-"""Text in and out of a model: prompts, dialogues, and the letters that each new token adds."""
+"""Text in and out of a model: prompts, dialogues, and the characters that each new token adds."""
 
 from __future__ import annotations
 
@@ -151,9 +151,9 @@ class Text:
 
     def on(self, date: datetime) -> Text:
         """The same, of which templates see `date` in place of today."""
-        found = copy(self)
-        found._renderer = Renderer(date)
-        return found
+        text = copy(self)
+        text._renderer = Renderer(date)
+        return text
 
     def warm(self) -> None:
         """Makes ready what takes a moment at first use: the longest token is found, and the process
@@ -177,7 +177,7 @@ class Text:
                 return
             except RequestError as error:
                 refusal = refusal or error
-        found = (
+        problem = (
             "the chat template refuses even a dialogue of one word"
             f" ({refusal and refusal.__cause__})"
         )
@@ -185,7 +185,7 @@ class Text:
         raise ModelError(
             Problem(
                 template_place(self.folder),
-                found,
+                problem,
                 expected,
                 "Download the file again, or put another template there",
             )
@@ -235,31 +235,31 @@ class Text:
             )
         template = self.template.default if tools is None else self.template.tool_use
         if template is None:
-            found = (
+            problem = (
                 "the model's chat templates are called"
                 f" {', '.join(sorted(self.template.templates))}"
             )
             raise RequestError(
                 Problem(
                     "messages",
-                    found,
+                    problem,
                     "one called default" + (" or tool_use" if tools is not None else ""),
                 )
             )
-        given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        turns = [{k: v for k, v in message.items() if v is not None} for message in messages]
         if literal:
-            given, tools = self.literal.marked(given), self.literal.marked_value(tools)
+            turns, tools = self.literal.marked(turns), self.literal.marked_value(tools)
             variables = {
                 name: self.literal.marked_value(value) for name, value in (variables or {}).items()
             }
-        content = given[-1].get("content") or ""
+        content = turns[-1].get("content") or ""
         if continued:
-            given[-1]["content"] = content + CONTINUES
+            turns[-1]["content"] = content + CONTINUES
         whole = {
             "documents": None,
             **(variables or {}),
             **self.roles,
-            "messages": [_with_reasoning(m) for m in given],
+            "messages": [_with_reasoning(m) for m in turns],
             "tools": tools,
             "add_generation_prompt": add_generation_prompt and not continued,
         }
@@ -304,7 +304,7 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> frozenset[int]:
     """The tokens that end a text: eos_token_id of generation_config.json or else, as for
     transformers, of config.json; and those `named` that the tokenizer has."""
-    found: set[int | None] = {tokenizer.token_to_id(token) for token in named}
+    tokens: set[int | None] = {tokenizer.token_to_id(token) for token in named}
     files = [
         folder / name
         for name in ("generation_config.json", "config.json")
@@ -315,12 +315,12 @@ def end_tokens(folder: Path, tokenizer: Tokenizer, named: Sequence[str]) -> froz
         None,
     )
     if value is not None:
-        found |= {
+        tokens |= {
             v
             for v in (value if isinstance(value, list) else [value])
             if isinstance(v, int) and not isinstance(v, bool)
         }
-    return frozenset(v for v in found if v is not None and v >= 0)
+    return frozenset(v for v in tokens if v is not None and v >= 0)
 
 
 class Detokenizer:
@@ -361,23 +361,24 @@ class Detokenizer:
         self.stop: str | None = None
 
     def add(self, token: int, *, search: bool = True) -> str:
-        """The letters that can be shown now. search: whether stop strings count yet. `stop` is the
-        one that was found."""
+        """The characters that can be shown now. search: whether stop strings count yet. `stop` is
+        the one that was found."""
         self._ids.append(token)
         self._held += self._grown(whole=len(self._ids) - self._known > LONGEST)
         if not self._stops or not search:
             return self._take(len(self._held))
-        found = [
+        matches = [
             (at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0
         ]
-        if found:
-            end, at, self.stop = min(found)  # which is whole first, however the tokens cut the text
+        if matches:
+            # which is whole first, however the tokens cut the text
+            end, at, self.stop = min(matches)
             shown, self._held = self._held[: end if self._whole_stops else at], ""
             return shown
         return self._take(len(self._held) - self._may_begin())
 
     def finish(self) -> str:
-        """The letters that were held back, once no more tokens come."""
+        """The characters that were held back, once no more tokens come."""
         if self.stop is not None:
             return ""
         self._held += self._grown(whole=True)
@@ -393,7 +394,7 @@ class Detokenizer:
             return ""
         # what was shown last begins with a whole letter
         self._ids, self._known = self._ids[self._known :], len(self._ids) - self._known
-        # A stray byte may spoil letters before it, which have been shown: only what comes after
+        # A stray byte may spoil characters before it, which have been shown: only what comes after
         # them is new.
         return after[len(before) :]
 

@@ -44,7 +44,9 @@ class Client:
             ValueError,
         ) as error:  # a key that no header can carry, or a proxy's address
             raise RequestError(
-                Problem(self.address, f"cannot be asked ({error})", "an API key of ASCII letters")
+                Problem(
+                    self.address, f"cannot be asked ({error})", "an API key of ASCII characters"
+                )
             ) from error
         self.usage: dict[str, Any] = {}  # of the last answer
 

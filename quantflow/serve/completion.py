@@ -63,7 +63,7 @@ class TextShape(Shape):
             "model": service.name,
         }
         sequences = len(prompts) * per_prompt
-        # letters so far; whether anything was shown
+        # characters so far; whether anything was shown
         self._lengths, self._begun = [0] * sequences, [False] * sequences
         self._growing: dict[int, Detokenizer] = {}
         self._scored: list[Sequence[Logprob | None]] = [()] * len(prompts)

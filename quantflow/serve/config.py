@@ -12,7 +12,7 @@ from quantflow.errors import Problem, UserError
 
 KEY_VARIABLE = "QUANTFLOW_API_KEY"
 ADMIN_KEY_VARIABLE = "QUANTFLOW_ADMIN_KEY"
-LEAST_KEY = 16  # letters
+LEAST_KEY = 16  # characters
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def keys(
             Problem(
                 where,
                 "a key that is short, or not plain ASCII",
-                f"keys of at least {LEAST_KEY} ASCII letters",
+                f"keys of at least {LEAST_KEY} ASCII characters",
                 hint,
             )
         )

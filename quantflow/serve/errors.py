@@ -16,7 +16,7 @@ from quantflow.errors import Problem, RequestError
 from quantflow.serve.wire import Json
 
 LONG_WORD = re.compile(r"(\S{79})\S{2,}")
-MOST_LETTERS = 1000  # of a message
+MOST_CHARACTERS = 1000  # of a message
 
 
 class Refused(HTTPException):
@@ -54,9 +54,9 @@ class Refused(HTTPException):
 
 def shortened(text: str) -> str:
     """A message that may hold what a client sent, a number of thousands of digits, say: words of at
-    most 80 letters, 1000 in all."""
+    most 80 characters, 1000 in all."""
     short = LONG_WORD.sub(r"\1…", text)
-    return short if len(short) <= MOST_LETTERS else short[: MOST_LETTERS - 1] + "…"
+    return short if len(short) <= MOST_CHARACTERS else short[: MOST_CHARACTERS - 1] + "…"
 
 
 def kind(status: int) -> str:

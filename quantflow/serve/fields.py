@@ -67,7 +67,7 @@ def only(*values: Any, hint: str = "") -> Foreign:
 
 
 ANY = Foreign(Any, "any value")
-LABEL = Foreign(Annotated[str, StringConstraints(max_length=4096)], "at most 4096 letters")
+LABEL = Foreign(Annotated[str, StringConstraints(max_length=4096)], "at most 4096 characters")
 SWITCH = Foreign(bool, "true or false")
 NUMBER = Foreign(float, "a number")
 

@@ -20,7 +20,7 @@ GENERATE_RENAMED = {
 
 
 class GenerateShape(Shape):
-    """Each event has the letters and tokens that are new, and counts them all. ends: tokens that
+    """Each event has the characters and tokens that are new, and counts them all. ends: tokens that
     end a text and are none of it, as those of stop_token_ids are; None: they are a part of it.
     scored: whether log-probabilities are told, with `top` alternatives; prompt_from: of which of
     the prompt's tokens on, None: of what follows it."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from quantflow.engine.grammar import MOST_LETTERS, Grammar, GrammarKind
+from quantflow.engine.grammar import MOST_CHARACTERS, Grammar, GrammarKind
 from quantflow.serve.body import read_text
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.protocol import Constrained, JsonSchema, ResponseFormat, StructuredOutputs
@@ -93,8 +93,8 @@ def _grammar(grammar: str, name: str) -> Constraint:
 
 def _check_length(length: int, name: str) -> None:
     """Raises Refused, before anything takes the time of so many."""
-    if length > MOST_LETTERS:
-        message = f"{name}: {length} letters; expected at most {MOST_LETTERS}"
+    if length > MOST_CHARACTERS:
+        message = f"{name}: {length} characters; expected at most {MOST_CHARACTERS}"
         raise Refused(400, message, param=name, code="invalid_value")
 
 

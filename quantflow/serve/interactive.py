@@ -123,7 +123,7 @@ class Sessions:
 
 
 class TurnShape(Shape):
-    """Each event has the letters that are new, and counts them all."""
+    """Each event has the characters that are new, and counts them all."""
 
     def __init__(self, prompt: int, history: int) -> None:
         self._counts: Object = {"input_tokens": prompt, "history_tokens": history}

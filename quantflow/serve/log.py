@@ -16,8 +16,8 @@ from quantflow.errors import TURNING
 
 MOST_ALIKE, ALIKE_S = 5, 10.0  # lines of a kind in so many seconds; the others are counted
 MOST_KINDS = 256
-MOST_LETTERS = 2000  # of a message, which may hold what a client sent
-# letters of a traceback: of a longer one its beginning, and its end, which says what happened
+MOST_CHARACTERS = 2000  # of a message, which may hold what a client sent
+# characters of a traceback: of a longer one its beginning, and its end, which says what happened
 MOST_TRACE = 16_000
 LEVELS = {
     "error": logging.ERROR,
@@ -67,7 +67,7 @@ class Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         request, client = _about.get()
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        message = record.getMessage().strip()[:MOST_LETTERS].translate(HARMLESS)
+        message = record.getMessage().strip()[:MOST_CHARACTERS].translate(HARMLESS)
         line = (
             f"{at}.{int(record.msecs):03d}Z {record.levelname.lower()} {request} {client} {message}"
         )
@@ -102,7 +102,7 @@ class Log(logging.StreamHandler[Any]):
             alike = self._kinds.setdefault(_kind(record), _Alike(self._clock()))
             alike.count += 1
             if alike.count > MOST_ALIKE:
-                alike.first = alike.first or record.getMessage().strip()[:MOST_LETTERS]
+                alike.first = alike.first or record.getMessage().strip()[:MOST_CHARACTERS]
                 return
         super().emit(record)
 
@@ -133,7 +133,7 @@ class Log(logging.StreamHandler[Any]):
 def _shortened(trace: str) -> str:
     half = MOST_TRACE // 2
     left_out = len(trace) - 2 * half
-    return trace if left_out <= 0 else f"{trace[:half]}\n… {left_out} letters …\n{trace[-half:]}"
+    return trace if left_out <= 0 else f"{trace[:half]}\n… {left_out} characters …\n{trace[-half:]}"
 
 
 def _kind(record: logging.LogRecord) -> object:

@@ -307,7 +307,7 @@ class Service:
     def _check_characters(self, param: str, characters: int) -> None:
         """Raises Refused where even the longest tokens would be too many."""
         if characters > self.context * self.text.longest:
-            raise self._too_long(param, f"{characters} letters")
+            raise self._too_long(param, f"{characters} characters")
 
     def _too_long(self, param: str, size: str) -> Refused:
         problem = Problem(

@@ -13,7 +13,7 @@ from quantflow.serve.errors import Refused
 if TYPE_CHECKING:
     from quantflow.serve.protocol import Message, Templated
 
-MOST_LETTERS = 65_536  # of all variables together, names included
+MOST_CHARACTERS = 65_536  # of all variables together, names included
 MOST_VALUES = 4096
 DEEPEST = 8
 # What the server itself gives a template, or Jinja: a variable of that name would stand in its
@@ -87,8 +87,10 @@ def _check(variables: dict[str, Any]) -> None:
             raise _wrong(
                 "chat_template_kwargs", f"{value}; expected numbers that a double can hold"
             )
-        if depth > DEEPEST or values > MOST_VALUES or characters > MOST_LETTERS:
-            expected = f"at most {DEEPEST} levels, {MOST_VALUES} values and {MOST_LETTERS} letters"
+        if depth > DEEPEST or values > MOST_VALUES or characters > MOST_CHARACTERS:
+            expected = (
+                f"at most {DEEPEST} levels, {MOST_VALUES} values and {MOST_CHARACTERS} characters"
+            )
             raise _wrong("chat_template_kwargs", f"too deep, or too much; expected {expected}")
 
 

@@ -278,7 +278,7 @@ def test_what_does_not_go_together() -> None:
     for value in ("{}", {"kind": "json_schema"}, {"kind": "x", "text": "y"}, 5):
         with pytest.raises(RequestError, match="grammar"):
             SamplingParams(grammar=value)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="letters"):
+    with pytest.raises(RequestError, match="characters"):
         Grammar(GrammarKind.json_schema, "x" * 10**6)
     assert SamplingParams(grammar={"kind": "regex", "text": "a"}).grammar == Grammar(
         GrammarKind.regex, "a"

@@ -86,7 +86,8 @@ def test_what_takes_too_long_is_ended_and_the_next_is_served(
     monkeypatch.setattr(long_text, "MOST_SECONDS", 0.5)
     texts = LongTexts(hungry())
     with pytest.raises(
-        RequestError, match=r"1000000 letters, which take the tokenizer more than 0.5 s or .* MiB"
+        RequestError,
+        match=r"1000000 characters, which take the tokenizer more than 0.5 s or .* MiB",
     ):
         texts.encode(["\ufdfa" * 1_000_000], special=True)
     assert texts.encode(["a b"], special=True).ids == [hungry().encode("a b").ids]

@@ -84,7 +84,7 @@ def with_template(tiny: Path, folder: Path, template: str) -> Text:
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
-        ("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "letters"),
+        ("{% for i in range(90000) %}{{ 'x' * 1000 }}{% endfor %}", "characters"),
         ("{{ 'x' * 10**10 }}", "MiB"),
         ("{{ 'x'.center(10**10) }}", "MiB"),
         (

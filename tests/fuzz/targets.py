@@ -41,7 +41,7 @@ from quantflow.tokenizers.tokenizer import byte_letters, chat_template, export_t
 from tests.fuzz import server
 from tests.fuzz.mutation import split
 
-LONGEST_MESSAGE = 20_000  # letters
+LONGEST_MESSAGE = 20_000  # characters
 MOST_SECONDS = 5.0  # of the processor, for one input
 MOST_BYTES = 512 * 2**20  # that the process may grow by at one input
 TEXTS = ("", "The river 42 — 春天\n\tdef f(x): return x  # 😀", "<s>a</s><0x41><|im_end|>▁▁ \x00")
@@ -288,7 +288,7 @@ class Finding:
 
 def _check_message(error: UserError) -> None:
     assert len(str(error)) <= LONGEST_MESSAGE, (
-        f"a message of {len(str(error))} letters: {str(error)[:200]}"
+        f"a message of {len(str(error))} characters: {str(error)[:200]}"
     )
 
 

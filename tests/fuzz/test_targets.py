@@ -73,7 +73,7 @@ def test_what_may_not_happen_is_a_finding(tmp_path: Path) -> None:
             and str(error) in finding.text
         )
     finding = judge(target(ModelError("it: " + "x" * LONGEST_MESSAGE)), b"", tmp_path)
-    assert finding is not None and "letters" in finding.text
+    assert finding is not None and "characters" in finding.text
     with pytest.raises(KeyboardInterrupt):
         judge(target(KeyboardInterrupt()), b"", tmp_path)
 

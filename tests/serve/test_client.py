@@ -157,7 +157,7 @@ def test_what_answers_is_no_server_to_talk_to(
 def test_a_key_that_is_wrong() -> None:
     with listening({"": http("401 Unauthorized", refusal("no"))}) as address:
         assert "The key is not one of this server's" in str(wrong(address, "key-of-nobody"))
-    with pytest.raises(RequestError, match="an API key of ASCII letters"):
+    with pytest.raises(RequestError, match="an API key of ASCII characters"):
         Client("127.0.0.1:1", "kéy☃")
 
 

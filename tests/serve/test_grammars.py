@@ -13,7 +13,7 @@ import pytest
 
 from quantflow.engine import grammar
 from quantflow.engine.gbnf import PARTS
-from quantflow.engine.grammar import MOST_LETTERS, GrammarKind
+from quantflow.engine.grammar import MOST_CHARACTERS, GrammarKind
 from quantflow.serve.grammars import constraint
 from quantflow.serve.protocol import CompletionRequest
 from tests.helpers.serving import Running
@@ -222,7 +222,7 @@ def test_what_is_too_long_is_refused_at_once(server: Running, name: str) -> None
     assert (
         answer.status == 400
         and answer.error["param"].startswith(name)
-        and str(MOST_LETTERS) in answer.error["message"]
+        and str(MOST_CHARACTERS) in answer.error["message"]
     )
     assert time.monotonic() - began < 3
 

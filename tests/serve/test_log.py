@@ -99,7 +99,7 @@ def test_a_long_traceback_has_its_beginning_and_its_end(logged: Any) -> None:
     assert (
         "Traceback (most recent call last)" in found
         and found.rstrip().endswith("x at last")
-        and " letters …" in found
+        and " characters …" in found
     )
 
 

@@ -501,7 +501,7 @@ def test_a_million_mistakes_are_one(server: Running, path: str, body: Any) -> No
 def test_a_prompt_that_is_far_too_long_is_not_even_tokenised(server: Running) -> None:
     for answer in (server.complete(prompt="x" * 4_000_000), server.chat(messages="x" * 4_000_000)):
         assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
-        assert "letters" in answer.error["message"]
+        assert "characters" in answer.error["message"]
 
 
 def test_a_prompt_that_is_too_long_is_known_by_its_words(server: Running) -> None:

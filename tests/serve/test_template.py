@@ -20,7 +20,7 @@ from quantflow.engine.text import Text
 from quantflow.serve.service import Service
 from quantflow.serve.template import (
     DEEPEST,
-    MOST_LETTERS,
+    MOST_CHARACTERS,
     RESERVED,
     TemplateOptions,
     template_options,
@@ -201,8 +201,8 @@ def _deep(levels: int) -> Any:
         ({"chat_template_kwargs": {"x": _deep(DEEPEST)}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"x": _deep(100)}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"x": [1] * 5000}}, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"x": "y" * (MOST_LETTERS + 1)}}, "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"x": {"y" * MOST_LETTERS: 1}}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": "y" * (MOST_CHARACTERS + 1)}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": {"y" * MOST_CHARACTERS: 1}}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {f"x{i}": 1 for i in range(65)}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
         ({"reasoning_effort": "very"}, "reasoning_effort"),
@@ -235,7 +235,7 @@ def test_documents_count_as_text(running: Running) -> None:
 
 
 def test_what_a_variable_may_be_at_most(running: Running) -> None:
-    for value in (_deep(DEEPEST - 1), "y" * (MOST_LETTERS - 1), [1] * 4000):
+    for value in (_deep(DEEPEST - 1), "y" * (MOST_CHARACTERS - 1), [1] * 4000):
         assert (
             running.post(
                 "/tokenize", {"messages": [HI], "chat_template_kwargs": {"x": value}}
