@@ -200,8 +200,8 @@ def _evaluate_text(
     from quantflow.calibration.data import cut_windows
     from quantflow.checkpoints.checkpoint import resolve_model
     from quantflow.cli.run import quality_table
-    from quantflow.engine.engine import Engine, EngineConfig
-    from quantflow.engine.kv_cache import KVPrecision
+    from quantflow.engine.config import EngineConfig, KVPrecision
+    from quantflow.engine.engine import Engine
     from quantflow.errors import ModelError
     from quantflow.evaluate.divergence import Model, Variant, compare
     from quantflow.evaluate.running import Running

@@ -168,8 +168,8 @@ def _answers(
 ) -> tuple[list[Result], dict[str, str]]:
     import torch
 
-    from quantflow.engine.engine import Engine, EngineConfig, Mode
-    from quantflow.engine.kv_cache import KVPrecision
+    from quantflow.engine.config import EngineConfig, KVPrecision, Mode
+    from quantflow.engine.engine import Engine
     from quantflow.evaluate.tasks import answer
     from quantflow.machine import resolve_device
 

@@ -17,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector, Prompt
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
 from quantflow.errors import Problem, ResourceError, contained

@@ -9,7 +9,8 @@ import sys
 
 import torch
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.request import SamplingParams
 from quantflow.engine.tensor_parallel import join
 from quantflow.errors import QuantFlowError

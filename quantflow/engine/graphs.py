@@ -61,6 +61,13 @@ def obstacle(model: Model) -> str:
     return ""
 
 
+def why_eager(model: Model, *, graphs: bool) -> str:
+    """Why a model's decodes are not recorded; "" where they are. graphs: whether that is wished."""
+    if not model.ops.cuda:
+        return "no GPU"
+    return obstacle(model) if graphs else "asked for"
+
+
 class DecodeGraphs:
     """The recorded decodes of one model over its caches. rows: the most sequences in a step;
     context: the longest."""

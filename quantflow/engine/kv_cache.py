@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -16,22 +15,13 @@ from torch import Tensor
 
 from quantflow.artifacts.artifact import kv_file, read_manifest
 from quantflow.checkpoints.tensor_file import TensorFile
-from quantflow.engine.ops import KVCache
-from quantflow.errors import ModelError, Problem
+from quantflow.engine.config import SHARE, EngineConfig, KVPrecision
+from quantflow.engine.ops import KVCache, Ops
+from quantflow.errors import ModelError, Problem, ResourceError
+from quantflow.machine import free_bytes
 from quantflow.models.config import DecoderConfig
 
 PARAMETERS = ("k_scale", "k_zero_point", "v_scale", "v_zero_point")
-
-
-class KVPrecision(StrEnum):
-    """auto: int8 where the artifact brings calibrated parameters, else full. int8: calibrated where
-    they are there, else dynamic.
-    dynamic: int8 with a scale for each token and head. full: the model's own dtype."""
-
-    auto = "auto"
-    int8 = "int8"
-    dynamic = "dynamic"
-    full = "full"
 
 
 @dataclass(frozen=True)
@@ -146,6 +136,26 @@ def block_bytes(config: DecoderConfig, kv: KVFormat, dtype: torch.dtype, size: i
     item = 1 if kv.int8 else dtype.itemsize
     scales = 8 if kv.int8 and not kv.parameters else 0  # two float32 a token and head
     return config.layers * config.kv_heads * size * (2 * config.head_dim * item + scales)
+
+
+def block_count(
+    config: EngineConfig, model: DecoderConfig, kv: KVFormat, context: int, ops: Ops
+) -> int:
+    """Blocks of the cache: as many as may be useful, in as much memory as may be taken. Raises
+    ResourceError where that is none."""
+    size = config.block_size
+    each, longest = block_bytes(model, kv, ops.dtype, size), -(-context // size)
+    if ops.cuda:
+        torch.cuda.empty_cache()  # what loading took is free again
+    share = config.cache_max_entry_count or SHARE[ops.device.type]
+    limit = config.cache_bytes or int(free_bytes(ops.device) * share)
+    count = min(limit // each, longest * config.max_batch_size)
+    if ops.ranks:  # free memory differs between them, and all must decide the same
+        count = ops.ranks.least(count)
+    if count < 1:
+        expected = f"at least {each} for one block of {size} tokens"
+        raise ResourceError(Problem("KV cache", f"{limit} bytes", expected))
+    return count
 
 
 def make_caches(

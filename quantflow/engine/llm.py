@@ -14,7 +14,8 @@ from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.request import (
     Completion,
     Finish,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from quantflow.engine.model import Layer, Mixture, Mlp, Model, Norm
 from quantflow.engine.ops import Linear, Ops, resident_bytes
 from quantflow.errors import ModelError, Problem
 from quantflow.formats.base import grid_problems, integer_grid
-from quantflow.formats.reader import Weights
+from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.models.config import DecoderConfig
 from quantflow.models.segments import Segment
 from quantflow.models.sharding import shard_plain
@@ -39,6 +40,12 @@ def load_model(weights: Weights, ops: Ops, step: Callable[[], None] = lambda: No
     from the rank's own files or cut out of the whole. step is called after each layer. Raises
     ModelError for what cannot be cut."""
     return _Loader(weights, ops).load(step)
+
+
+def open_weights(model: Path, rank: int, tp: int) -> Weights:
+    """The whole checkpoint, or this rank's files where the artifact has them."""
+    own = checkpoint_folder(model) / f"tp{tp}" / f"rank-{rank}"
+    return Weights(own, tp=tp) if tp > 1 and own.is_dir() else Weights(model)
 
 
 def rank_config(config: DecoderConfig, tp: int) -> DecoderConfig:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from quantflow.engine.grammar import Grammar, Matcher, grammar_of
+from quantflow.engine.text import Detokenizer
 from quantflow.errors import Problem, RequestError
 
 MOST_SEQUENCES = 64  # of one request
@@ -281,7 +282,9 @@ class Request:
 @dataclass(eq=False)
 class Sequence:
     """One of a request's `n` texts while it is made. computed: tokens whose keys and values are in
-    the cache. chain, sealed: its place in the prefix cache, see `block_manager`."""
+    the cache. chain, sealed: its place in the prefix cache, see `block_manager`. detokenizer: None
+    before the first token that is shown. prompt_logprobs: of the first of the texts, those that are
+    known of its prompt's tokens."""
 
     request: Request
     index: int
@@ -294,6 +297,8 @@ class Sequence:
     preemptions: int = 0
     forks: bool = False  # its siblings begin where its prompt ends
     matcher: Matcher | None = None  # of its grammar
+    detokenizer: Detokenizer | None = None
+    prompt_logprobs: list[Logprob | None] = field(default_factory=list)
 
     @property
     def prompt_length(self) -> int:

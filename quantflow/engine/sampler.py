@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +24,50 @@ class NotANumber(ArithmeticError):
     """The model gave no usable logits: all are minus infinity, or one is NaN or plus infinity."""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A token for a sequence, not yet a part of it. parent: whose sibling the sequence begins
+    as."""
+
+    sequence: Sequence
+    parent: Sequence | None
+    token: int | NotANumber
+    logprob: Logprob | None
+
+
+def draw(sequences: list[Sequence], logits: Tensor, end_tokens: Collection[int]) -> list[Drawn]:
+    """A next token for each sequence, and first ones for the siblings of those whose prompt is
+    done. Changes nothing. logits: a row of `[R, V]` for each."""
+    rows: list[tuple[Sequence, Sequence | None, int]]
+    rows = [(sequence, None, row) for row, sequence in enumerate(sequences)]
+    for row, sequence in enumerate(sequences):
+        if sequence.forks:  # the same logits for all
+            rows += [(sibling, sequence, row) for sibling in _siblings(sequence)]
+    if len(rows) > len(sequences):
+        logits = logits[torch.tensor([row for _, _, row in rows], device=logits.device)]
+    drawing = [sequence for sequence, _, _ in rows]
+    seeds = [sequence.request.params.seed or 0 for sequence in drawing]
+    tokens = sample(logits, drawing, seeds, end_tokens)
+    drawn = []
+    for (sequence, parent, _), token, scores in zip(rows, tokens, logits, strict=True):
+        count = sequence.request.params.logprobs
+        logprob = None
+        if count is not None and not isinstance(token, NotANumber):
+            logprob = logprob_of(scores, token, count)
+        drawn.append(Drawn(sequence, parent, token, logprob))
+    return drawn
+
+
+def _siblings(first: Sequence) -> list[Sequence]:
+    """The other texts of a request, which begin where its prompt ends."""
+    request = first.request
+    matchers = [first.matcher and first.matcher.copy() for _ in range(1, request.params.n)]
+    return [
+        Sequence(request, index, list(first.tokens), matcher=matcher)
+        for index, matcher in enumerate(matchers, 1)
+    ]
+
+
 def sample(
     logits: Tensor, sequences: list[Sequence], seeds: list[int], end_tokens: Collection[int]
 ) -> list[int | NotANumber]:
@@ -33,19 +78,17 @@ def sample(
     likeliest = logits.argmax(-1)  # NaN counts as the largest
     finite = logits.gather(1, likeliest[:, None])[:, 0].isfinite()
     best, tops = torch.stack((likeliest, finite.long())).tolist()  # one transfer
-    tokens: list[int | NotANumber] = []
+    sampled: list[int | NotANumber] = []
     for row, (sequence, seed) in enumerate(zip(sequences, seeds, strict=True)):
         if not tops[row]:
-            tokens.append(
-                NotANumber(f"the model's logits are not finite after {len(sequence.tokens)} tokens")
-            )
+            after = len(sequence.tokens)
+            sampled.append(NotANumber(f"the model's logits are not finite after {after} tokens"))
         elif sequence.request.params.plain:
-            tokens.append(best[row])
+            sampled.append(best[row])
         else:
-            tokens.append(
-                _sample(adjusted(logits[row].float(), sequence, end_tokens), sequence, seed)
-            )
-    return tokens
+            changed = adjusted(logits[row].float(), sequence, end_tokens)
+            sampled.append(_sample(changed, sequence, seed))
+    return sampled
 
 
 def adjusted(logits: Tensor, sequence: Sequence, end_tokens: Collection[int]) -> Tensor:

@@ -13,7 +13,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.request import SamplingParams
 from quantflow.engine.text import OFFLINE_DATE
 from quantflow.errors import Problem, RequestError, UserError

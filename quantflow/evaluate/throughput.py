@@ -140,8 +140,9 @@ def _run_engine(case: Case) -> dict[str, Any]:
     import torch
 
     from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
-    from quantflow.engine.engine import Engine, EngineConfig, Mode
-    from quantflow.engine.kv_cache import KVPrecision, block_bytes
+    from quantflow.engine.config import EngineConfig, KVPrecision, Mode
+    from quantflow.engine.engine import Engine
+    from quantflow.engine.kv_cache import block_bytes
     from quantflow.engine.request import SamplingParams
     from quantflow.formats.reader import checkpoint_folder
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from quantflow.artifacts.artifact import file_entries, foreign_files, read_manifest
 from quantflow.checkpoints.checkpoint import resolve_model
 from quantflow.decoder.native import DecoderLayer, ObserveKV, embed, logits, normalize, sequences
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
 from quantflow.engine.request import Request, SamplingParams, Sequence
 from quantflow.engine.scheduler import Work

@@ -18,7 +18,7 @@ from typing import Any
 from quantflow.artifacts.fingerprint import digest
 from quantflow.artifacts.store import store_beside
 from quantflow.checkpoints.checkpoint import Checkpoint
-from quantflow.engine.engine import SHARE
+from quantflow.engine.config import SHARE
 from quantflow.errors import Problem, UserError
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question

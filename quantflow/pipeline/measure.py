@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from quantflow.calibration.data import Windows
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.kv_cache import KVFormat
 from quantflow.evaluate.divergence import Model, Variant, compare
 from quantflow.evaluate.running import Running

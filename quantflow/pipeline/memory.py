@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 
 from quantflow.checkpoints.checkpoint import Checkpoint
-from quantflow.engine.engine import EngineConfig, default_step_tokens
+from quantflow.engine.config import EngineConfig, default_step_tokens
 from quantflow.engine.kv_cache import KVFormat, block_bytes
 from quantflow.engine.load import rank_config
 from quantflow.engine.ops import SPLIT

@@ -14,8 +14,9 @@ from contextvars import copy_context
 from functools import cached_property, partial
 from typing import Any
 
+from quantflow.engine.admission import SHORTEN, TOO_LONG
 from quantflow.engine.async_llm import AsyncLLM, Stream
-from quantflow.engine.engine import SHORTEN, TOO_LONG, Engine
+from quantflow.engine.engine import Engine
 from quantflow.engine.grammar import Grammar
 from quantflow.engine.long_text import LONG, UNWANTED, Encoded, LongTexts
 from quantflow.engine.request import Request, SamplingParams, Token

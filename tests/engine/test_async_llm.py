@@ -13,6 +13,7 @@ import pytest
 
 from quantflow import AsyncLLM, SamplingParams
 from quantflow.engine.llm import LLM
+from quantflow.engine.postprocess import append
 from quantflow.errors import RequestError, ResourceError
 
 PROMPT = [5, 9, 13, 17, 21]
@@ -248,13 +249,15 @@ def test_a_loop_that_is_closed_does_not_stop_the_engine(tiny: Path) -> None:
     llm.close()
 
 
-def test_waiters_of_the_step_that_failed_are_answered(tiny: Path) -> None:
+def test_waiters_of_the_step_that_failed_are_answered(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One text ends in the very step that raises for another: its end is lost, and both are
     told."""
 
     async def run() -> None:
         llm = AsyncLLM(tiny, device="cpu")
-        append, seen = llm.engine._append, []
+        seen = []
 
         def broken(*arguments: Any) -> Any:
             seen.append(1)
@@ -262,7 +265,7 @@ def test_waiters_of_the_step_that_failed_are_answered(tiny: Path) -> None:
                 raise RuntimeError("shapes do not match")
             return append(*arguments)
 
-        llm.engine._append = broken  # type: ignore[method-assign]
+        monkeypatch.setattr("quantflow.engine.engine.append", broken)
         llm.engine.step, step = (lambda: []), llm.engine.step  # type: ignore[method-assign]
         waiting = [
             asyncio.create_task(llm.generate(PROMPT, SamplingParams(max_tokens=1)))

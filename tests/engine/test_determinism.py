@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
 from quantflow.engine.request import Output, SamplingParams
 from tests.helpers.zoo import specimen, write

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.llm import LLM, Collector
 from quantflow.engine.request import Completion, Finish, Output, SamplingParams
+from quantflow.engine.sampler import draw
 from quantflow.errors import RequestError, ResourceError, UserError
 from tests.helpers.zoo import specimen, write
 
@@ -468,7 +470,7 @@ def test_two_thousand_requests_leave_no_block_behind(tiny: Path) -> None:
     for session in list(engine.sessions):
         engine.end(session)
     assert engine.blocks.used_blocks == 0 and engine.problems() == []
-    assert not engine._requests and not engine._detokenizers and not engine._prompt_logprobs
+    assert not engine._requests
 
 
 def test_a_low_priority_waits_but_every_request_ends(tiny: Path) -> None:
@@ -527,7 +529,7 @@ def test_out_of_memory_while_sampling_fails_one_request(
 ) -> None:
     engine = make(tiny)
     expected = run(engine, max_tokens=6, ignore_eos=True).token_ids
-    draw, calls = engine._draw, []
+    calls = []
 
     def short(*arguments: Any) -> Any:
         calls.append(1)
@@ -535,7 +537,7 @@ def test_out_of_memory_while_sampling_fails_one_request(
             raise torch.OutOfMemoryError("no room")
         return draw(*arguments)
 
-    monkeypatch.setattr(engine, "_draw", short)
+    monkeypatch.setattr("quantflow.engine.engine.draw", short)
     collectors = [
         Collector(engine.submit(PROMPT, SamplingParams(max_tokens=6, ignore_eos=True)))
         for _ in range(2)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.request import SamplingParams
 from tests.engine.test_determinism import alone, mixed, requests, same
 from tests.helpers.tiny import write_llama

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.graphs import NOWHERE, obstacle, sizes
 from quantflow.engine.request import SamplingParams
 from tests.engine.test_determinism import alone, mixed, requests, same

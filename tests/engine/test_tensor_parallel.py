@@ -19,6 +19,7 @@ import torch
 
 from quantflow.engine.grammar import Grammar, GrammarKind
 from quantflow.engine.llm import LLM
+from quantflow.engine.load import open_weights
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import ModelError, ResourceError
 from tests.helpers.runs import invoke, make_bench
@@ -70,7 +71,8 @@ def test_the_ranks_of_a_sharded_artifact(tmp_path: Path) -> None:
     )
     expected = texts(bench.output, 1)
     with llm(bench.output, 2) as model:
-        assert model.engine._weights().checkpoint.path == bench.output / "tp2" / "rank-0"
+        own = open_weights(model.engine.path, rank=0, tp=2)
+        assert own.checkpoint.path == bench.output / "tp2" / "rank-0"
         assert "int8, calibrated" in model.engine.describe()["KV cache"]
     assert texts(bench.output, 2) == expected
     for rank in (0, 1):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.evaluate.divergence import Variant, compare
 from quantflow.evaluate.running import Running
 from quantflow.formats.reader import Weights

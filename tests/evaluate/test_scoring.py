@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.llm import LLM
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import DataError, ModelError

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.engine.llm import LLM
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import DataError

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.checkpoints.gguf.file import CONFIG_KEY, Gguf, read_metadata
 from quantflow.decoder.rope import inverse_frequencies
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.errors import UserError
 from quantflow.formats.reader import Weights
 from quantflow.models.llama import read_llama_like

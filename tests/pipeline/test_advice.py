@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from quantflow.checkpoints.checkpoint import Checkpoint
-from quantflow.engine.engine import Engine, EngineConfig
+from quantflow.engine.config import EngineConfig
+from quantflow.engine.engine import Engine
 from quantflow.errors import UserError
 from quantflow.pipeline.advice import advise, cache_share, schemes
 from quantflow.pipeline.memory import Candidate, Model, Question
