@@ -8,7 +8,7 @@ L`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,30 +17,13 @@ from quantflow_kernels import cpu_kernels, cpu_library
 from torch import Tensor
 
 from quantflow.decoder.attention import causal_attention
+from quantflow.decoder.block import ObserveKV, Reading, Streams, Tap
+from quantflow.decoder.passage import NativePassage
 from quantflow.decoder.rope import rotary_table, rotate
 from quantflow.models.architecture import Architecture
 from quantflow.models.config import DecoderConfig
-from quantflow.models.segments import Role, Segment, segments
+from quantflow.models.segments import Role, segments
 from quantflow.quant.product import linear
-
-ObserveKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Sees K (after rotary embedding) and V, `[B, kv_heads, L, D]`, as they are cached; returns what
-attention shall use."""
-
-Tap = Callable[[str, Tensor, Tensor], None]
-"""Sees a linear's name, its input `[..., K]` and its output `[..., N]`."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a segment reads, `[..., K]`: of an expert, the tokens that are routed to it. source: the
-    output of the norm that feeds it, `[B, L, H]`, and parent, what the block of linears behind
-    makes of that; None where its own output says it all."""
-
-    segment: Segment
-    rows: Tensor
-    source: Tensor
-    parent: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,11 +91,8 @@ def _compiled(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_kernels.supports(x.dtype)
 
 
-class DecoderLayer:
-    """Decoder layer `index` over `tensors` (names relative to the layer), computing in `dtype`.
-
-    `tensors` may be changed between steps: the sweep replaces a weight once it is quantised.
-    """
+class NativeBlock:
+    """Decoder layer `index` as its family's table has it; see `block.Block`."""
 
     def __init__(
         self,
@@ -255,6 +235,9 @@ class DecoderLayer:
         x = x + self.attention_output(self.context(self.attention_input(x), observe))
         return x + self.mlp(self.mlp_input(x))
 
+    def passage(self, streams: Streams, batch: int, observe: ObserveKV) -> NativePassage:
+        return NativePassage(self, streams, batch, observe)
+
 
 def embed(
     architecture: Architecture,
@@ -279,3 +262,40 @@ def logits(
     h = normalize(config, x, tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias"))
     head = architecture.embedding if config.tied else architecture.head
     return linear(h, tensors[f"{head}.weight"].to(h.dtype))
+
+
+class NativeDecoder:
+    """A decoder as its family's table has it, for windows of `length` tokens; see
+    `block.Decoder`."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: DecoderConfig,
+        length: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.architecture, self.config = architecture, config
+        self.sequences = sequences(config, length, device)
+        head = architecture.embedding if config.tied else architecture.head
+        norm_parts = ("weight", "bias") if config.family == "opt" else ("weight",)
+        self.embeds = tuple(
+            f"{name}.weight" for name in (architecture.embedding, architecture.positions) if name
+        )
+        self.heads = (
+            *(f"{architecture.final_norm}.{part}" for part in norm_parts),
+            f"{head}.weight",
+        )
+
+    def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return embed(self.architecture, self.config, tensors, tokens, dtype)
+
+    def logits(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return logits(self.architecture, self.config, tensors, x)
+
+    def block(
+        self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, tap: Tap | None = None
+    ) -> NativeBlock:
+        return NativeBlock(
+            self.architecture, self.config, index, tensors, self.sequences, dtype, tap
+        )

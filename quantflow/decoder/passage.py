@@ -8,39 +8,23 @@ in streams, which may lie in files: the residual stream, `o`'s input, and the ML
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from quantflow.decoder.native import DecoderLayer, ObserveKV
-from quantflow.decoder.stream import Stream
+from quantflow.decoder.block import ObserveKV, Streams
 from quantflow.models.segments import Role, Segment
 
-
-@dataclass
-class Streams:
-    """x: the residual stream, `[W, L, H]`, which goes through the layers. context: room for `o`'s
-    input. inner: room for `down`'s input, where it is worth keeping, or in a mixture for the MLP's,
-    which all experts read."""
-
-    x: Stream
-    context: Stream | None = None
-    inner: Stream | None = None
-
-    def close(self) -> None:
-        for stream in (self.x, self.context, self.inner):
-            if stream:
-                stream.close()
+if TYPE_CHECKING:
+    from quantflow.decoder.native import NativeBlock
 
 
-class Passage:
-    """`rows` of a segment, then `advance` over it, for each of the block's segments in turn.
-
-    batch: windows that go through together. observe: sees K and V as they are cached.
-    """
+class NativePassage:
+    """`rows` of a segment, then `advance` over it, for each of the block's segments in turn; see
+    `block.Passage`."""
 
     def __init__(
-        self, block: DecoderLayer, streams: Streams, batch: int, observe: ObserveKV
+        self, block: NativeBlock, streams: Streams, batch: int, observe: ObserveKV
     ) -> None:
         assert streams.context is not None
         self.block, self.x, self.context, self.inner = (
@@ -56,7 +40,6 @@ class Passage:
         self._picks: tuple[int, list[tuple[Tensor, Tensor]]] = (-1, [])
 
     def rows(self, segment: Segment) -> Iterator[Tensor]:
-        """What the segment reads, `[..., K]`, some windows at a time. It may be asked for again."""
         if segment.role is Role.attention_out:
             return (self.context.read(a, b) for a, b in self._spans)
         if segment.expert is not None:
@@ -75,9 +58,10 @@ class Passage:
         )
         return (norm(self.x.read(a, b)) for a, b in self._spans)
 
-    def advance(self, segment: Segment) -> None:
-        """Takes all windows over the segment, with the weights that its linears have by now."""
+    def advance(self, segment: Segment, *, feeds: bool = True) -> None:
         block, x = self.block, self.x
+        if segment == block.segments[-1] and not feeds:
+            return
         if segment.role is Role.attention_in:
             for a, b in self._spans:
                 self.context.write(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from quantflow.calibration.statistics import evenly
-from quantflow.decoder.native import DecoderLayer, ObserveKV, embed, logits, sequences
+from quantflow.decoder.block import ObserveKV
+from quantflow.decoder.decoder import open_decoder
 from quantflow.formats.reader import Weights
 from quantflow.quant.fit import shown
 
@@ -123,12 +124,11 @@ def embedded(weights: Weights, tokens: Tensor, device: torch.device) -> Tensor:
 
 def embedded_parts(weights: Weights, tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
     """`embedded`, some windows at a time."""
-    architecture, config = weights.checkpoint.architecture, weights.checkpoint.config
-    names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
-    outer = {n: weights.tensor(n).to(device) for n in names}
+    decoder = open_decoder(weights.checkpoint, tokens.shape[1], device)
+    outer = {n: weights.tensor(n).to(device) for n in decoder.embeds}
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     for part in tokens.split(batch):
-        yield embed(architecture, config, outer, part.to(device), torch.float32)
+        yield decoder.embed(outer, part.to(device), torch.float32)
 
 
 def hidden_states(
@@ -140,13 +140,12 @@ def hidden_states(
 ) -> Tensor:
     """The residual stream `[W, L, H]` after the last layer, float32, for `tokens` `[W, L]`."""
     checkpoint = variant.weights.checkpoint
-    architecture, config = checkpoint.architecture, checkpoint.config
-    seq = sequences(config, tokens.shape[1], device)
+    decoder = open_decoder(checkpoint, tokens.shape[1], device)
     batch = max(1, BATCH_TOKENS // tokens.shape[1])
     x = embedded(variant.weights, tokens, device)
-    for index in range(config.layers):
+    for index in range(checkpoint.config.layers):
         stored = {n: t.to(device) for n, t in variant.weights.layer(index).items()}
-        layer = DecoderLayer(architecture, config, index, stored, seq, torch.float32)
+        layer = decoder.block(index, stored, torch.float32)
         observe = variant.kv(index) if variant.kv else None
         for start in range(0, len(x), batch):
             x[start : start + batch] = layer.forward(x[start : start + batch], observe)
@@ -160,19 +159,15 @@ class _Head:
 
     def __init__(self, variant: Variant, device: torch.device) -> None:
         checkpoint = variant.weights.checkpoint
-        self.architecture, self.config = checkpoint.architecture, checkpoint.config
-        head = self.architecture.embedding if self.config.tied else self.architecture.head
-        names = [
-            n
-            for n in checkpoint.outer_names()
-            if n.startswith((self.architecture.final_norm, head + "."))
-        ]
-        self.tensors = {n: variant.weights.tensor(n).to(device, torch.float32) for n in names}
-        self.vocabulary = self.config.vocabulary
+        self.decoder = open_decoder(checkpoint, 1, device)
+        self.tensors = {
+            n: variant.weights.tensor(n).to(device, torch.float32) for n in self.decoder.heads
+        }
+        self.vocabulary = checkpoint.config.vocabulary
 
     def __call__(self, x: Tensor) -> Tensor:
         """log-probabilities `[T, V]` of hidden states `[T, H]`."""
-        return logits(self.architecture, self.config, self.tensors, x).log_softmax(-1)
+        return self.decoder.logits(self.tensors, x).log_softmax(-1)
 
 
 def compare(

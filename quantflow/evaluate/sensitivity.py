@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantflow.checkpoints.checkpoint import Checkpoint
-from quantflow.decoder.native import DecoderLayer, sequences
+from quantflow.decoder.decoder import open_decoder
 from quantflow.decoder.stream import Stream
 from quantflow.evaluate.divergence import (
     BATCH_TOKENS,
@@ -103,7 +103,7 @@ class Measure:
             step,
         )
         self.config = weights.checkpoint.config
-        self._sequences = sequences(self.config, tokens.shape[1], device)
+        self._decoder = open_decoder(weights.checkpoint, tokens.shape[1], device)
         self._windows = max(1, BATCH_TOKENS // tokens.shape[1])
         shape = (*tokens.shape, self.config.hidden)
         self._make = lambda name: make_stream(name, shape)
@@ -183,15 +183,7 @@ class Measure:
                 f"{n}.weight": quantize_rtn(stored[f"{n}.weight"], s, self.rules).dequantize()
                 for n, s in schemes.items()
             }
-            architecture = self.weights.checkpoint.architecture
-            layer = DecoderLayer(
-                architecture,
-                self.config,
-                index,
-                {**stored, **rounded},
-                self._sequences,
-                torch.float32,
-            )
+            layer = self._decoder.block(index, {**stored, **rounded}, torch.float32)
             for start in range(0, source.windows, self._windows):
                 target.write(
                     start,

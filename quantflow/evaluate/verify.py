@@ -13,7 +13,8 @@ from torch import Tensor
 
 from quantflow.artifacts.artifact import file_entries, foreign_files, read_manifest
 from quantflow.checkpoints.checkpoint import resolve_model
-from quantflow.decoder.native import DecoderLayer, ObserveKV, embed, logits, normalize, sequences
+from quantflow.decoder.block import ObserveKV
+from quantflow.decoder.native import NativeBlock, embed, logits, normalize, sequences
 from quantflow.engine.config import EngineConfig
 from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
@@ -113,7 +114,7 @@ def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None
     for index in range(config.layers):
         stored = {n: t.to(device) for n, t in weights.layer(index).items()}
         start = x.to(engine.ops.dtype).float()  # both begin with what the engine can hold
-        x = DecoderLayer(architecture, config, index, stored, seq, torch.float32).forward(
+        x = NativeBlock(architecture, config, index, stored, seq, torch.float32).forward(
             start, _rounding(engine, index)
         )
         expected = normalize(config, x, *_final(outer, architecture.final_norm))
@@ -123,7 +124,7 @@ def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None
             off.append(f"layer {index}: {error:.2e}")
         if original is not None:
             own = {n: t.to(device) for n, t in original.layer(index).items()}
-            plain = DecoderLayer(
+            plain = NativeBlock(
                 original.checkpoint.architecture,
                 original.checkpoint.config,
                 index,

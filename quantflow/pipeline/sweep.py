@@ -21,8 +21,8 @@ from torch import Tensor
 from quantflow.artifacts.store import Shelf, Store
 from quantflow.calibration.statistics import KVStatistics
 from quantflow.checkpoints.tensor_file import TensorFile
-from quantflow.decoder.native import DecoderLayer, Sequences, embed, sequences
-from quantflow.decoder.passage import Passage, Streams
+from quantflow.decoder.block import Block, Decoder, Streams
+from quantflow.decoder.decoder import open_decoder
 from quantflow.decoder.stream import Room, Stream
 from quantflow.decoder.walk import Result, walk
 from quantflow.errors import Problem, QuantFlowError
@@ -55,15 +55,13 @@ class _Context:
     device: torch.device
     dtype: torch.dtype
     rules: GridRules
-    seq: Sequences | None
+    decoder: Decoder | None
     batch: int  # windows that go through a layer together
     progress: Progress
 
-    def layer(self, index: int, stored: dict[str, Tensor]) -> DecoderLayer:
-        assert self.seq is not None
-        return DecoderLayer(
-            self.plan.checkpoint.architecture, self.plan.config, index, stored, self.seq, self.dtype
-        )
+    def layer(self, index: int, stored: dict[str, Tensor]) -> Block:
+        assert self.decoder is not None
+        return self.decoder.block(index, stored, self.dtype)
 
 
 def grid_rules(plan: Plan) -> GridRules:
@@ -90,7 +88,7 @@ def sweep(
         device,
         getattr(torch, plan.compute_dtype),
         grid_rules(plan),
-        sequences(config, length, device) if tokens else None,
+        open_decoder(plan.checkpoint, length, device) if tokens else None,
         max(1, BATCH_TOKENS // length) if tokens else 1,
         progress,
     )
@@ -175,12 +173,12 @@ def _open_streams(
 @torch.inference_mode()
 def _embed(context: _Context, x: Stream, tokens: list[list[int]]) -> None:
     checkpoint = context.plan.checkpoint
-    architecture = checkpoint.architecture
-    names = [f"{n}.weight" for n in (architecture.embedding, architecture.positions) if n]
-    tensors = {n: checkpoint.tensor(n).to(context.device) for n in names}
+    decoder = context.decoder
+    assert decoder is not None
+    tensors = {n: checkpoint.tensor(n).to(context.device) for n in decoder.embeds}
     for start, stop in x.spans(context.batch):
         ids = torch.tensor(tokens[start:stop], device=context.device)
-        x.write(start, embed(architecture, checkpoint.config, tensors, ids, context.dtype))
+        x.write(start, decoder.embed(tensors, ids, context.dtype))
 
 
 def _summary(report: dict[str, Any]) -> str:
@@ -251,15 +249,11 @@ def _round(
     the whole layer at the end."""
     plan, gptq, rtn = context.plan, context.plan.stage(Gptq), context.plan.stage(Rtn)
     tensors = {**source.tensors, **changed} if streams else {}
-    passage = (
-        Passage(context.layer(index, tensors), streams, context.batch, kv)
-        if gptq and streams
-        else None
-    )
-    held = passage.block.tensors if passage else tensors
+    block = context.layer(index, tensors) if gptq and streams else None
+    passage = block.passage(streams, context.batch, kv) if block and streams else None
+    held = block.tensors if block else tensors
     done: dict[str, Quantized] = {}
-    segments = plan.checkpoint.segments(index)
-    for segment in segments:
+    for segment in plan.checkpoint.segments(index):
         names = [n for n in segment.names if n in source.schemes]
         if gptq and passage:
             rounded = gptq_segment(
@@ -279,9 +273,8 @@ def _round(
             if streams:
                 held[f"{name}.weight"] = result.tensor.dequantize(context.dtype)
             tell(name)
-        # whose output feeds nothing
-        if passage and not (segment is segments[-1] and index + 1 == plan.config.layers):
-            passage.advance(segment)
+        if passage:
+            passage.advance(segment, feeds=index + 1 < plan.config.layers)
     if streams and not passage:
         done |= _measure(context, context.layer(index, tensors), streams.x, source, done, kv)
     return done
@@ -289,7 +282,7 @@ def _round(
 
 def _measure(
     context: _Context,
-    layer: DecoderLayer,
+    layer: Block,
     x: Stream,
     source: Unrounded,
     done: Mapping[str, Quantized],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantflow.calibration.statistics import BlockHessian, Hessian
-from quantflow.decoder.native import DecoderLayer
+from quantflow.decoder.block import Block
 from quantflow.models.segments import Role
 from quantflow.quant.awq import candidates, linear_loss, rounded, weight_profile
 from quantflow.quant.grid import GridRules
@@ -52,7 +52,7 @@ class _Search:
     """The search over one layer. round_finally: how the next stage rounds, where that is not to
     nearest (GPTQ)."""
 
-    layer: DecoderLayer
+    layer: Block
     schemes: Mapping[str, Scheme]
     rules: GridRules
     grid: int
@@ -174,7 +174,7 @@ class _Channels:
 
 
 def search_layer(
-    layer: DecoderLayer,
+    layer: Block,
     stored: dict[str, Tensor],
     x: Tensor,
     schemes: Mapping[str, Scheme],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from quantflow.calibration.statistics import ChannelStatistics, KVStatistics
-from quantflow.decoder.native import DecoderLayer
+from quantflow.decoder.block import Block
 from quantflow.decoder.stream import Stream
 
 
@@ -48,10 +48,7 @@ class LayerStatistics:
 
 
 def calibrate_layer(
-    layer: DecoderLayer,
-    stream: Stream,
-    batch: int,
-    step: Callable[[float], None] = lambda share: None,
+    layer: Block, stream: Stream, batch: int, step: Callable[[float], None] = lambda share: None
 ) -> dict[str, Tensor]:
     """The statistics of one layer; `stream` moves on through it in place. step: is told the share
     of the windows that is through."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quantflow.decoder.native import ObserveKV
+from quantflow.decoder.block import ObserveKV
 from quantflow.errors import FormatError, Problem
 from quantflow.quant.kv import KVParameters, kv_parameters, round_kv
 

@@ -13,7 +13,7 @@ import torch
 
 from quantflow.calibration.statistics import evenly
 from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
-from quantflow.decoder.native import ObserveKV
+from quantflow.decoder.block import ObserveKV
 from quantflow.evaluate import divergence
 from quantflow.evaluate.divergence import Divergence, Variant, compare, hidden_states
 from quantflow.formats.reader import Weights

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from quantflow.decoder.native import DecoderLayer, sequences
+from quantflow.decoder.native import NativeBlock, sequences
 from quantflow.models.architecture import Architecture
 from quantflow.models.config import DecoderConfig
 from quantflow.models.expected import expected_tensors
@@ -71,8 +71,8 @@ class TinyLayer:
         tensors: Mapping[str, torch.Tensor] | None = None,
         dtype: torch.dtype = torch.float64,
         length: int = 16,
-    ) -> DecoderLayer:
-        return DecoderLayer(
+    ) -> NativeBlock:
+        return NativeBlock(
             self.architecture,
             self.config,
             0,

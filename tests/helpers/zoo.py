@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantflow.decoder.native import DecoderLayer, embed, logits, sequences
+from quantflow.decoder.native import NativeBlock, embed, logits, sequences
 from quantflow.formats.reader import Weights
 from tests.helpers.tiny import write_tokenizer
 
@@ -527,5 +527,5 @@ def decoder_logits(weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.
     outer, seq = weights.outer(), sequences(config, tokens.shape[1])
     x = embed(architecture, config, outer, tokens, dtype)
     for i in range(config.layers):
-        x = DecoderLayer(architecture, config, i, weights.layer(i), seq, dtype).forward(x)
+        x = NativeBlock(architecture, config, i, weights.layer(i), seq, dtype).forward(x)
     return logits(architecture, config, outer, x)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantflow.decoder.native import DecoderLayer
+from quantflow.decoder.native import NativeBlock
 from quantflow.quant.awq import MAX_SCALE
 from quantflow.quant.gptq import factorize, quantize_gptq
 from quantflow.quant.grid import GridRules
@@ -158,10 +158,10 @@ def test_the_reported_losses_are_those_of_the_parents_outputs() -> None:
     exact = tiny.layer(length=16)
     attended = x + exact.attention_output(exact.context(exact.attention_input(x)))
 
-    def attention(layer: DecoderLayer) -> torch.Tensor:
+    def attention(layer: NativeBlock) -> torch.Tensor:
         return layer.attention_output(layer.context(layer.attention_input(x)))
 
-    def mlp(layer: DecoderLayer) -> torch.Tensor:
+    def mlp(layer: NativeBlock) -> torch.Tensor:
         return layer.mlp(layer.mlp_input(attended))
 
     columns, changed = result.folding.columns, result.folding.changed
