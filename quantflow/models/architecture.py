@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantflow.models.config import DecoderConfig
+
+if TYPE_CHECKING:
+    from quantflow.models.library import Library
 
 Json = dict[str, Any]
 
@@ -92,7 +95,8 @@ class Architecture:
     the config of the artifact, which transformers loads without remote code. sources: (source
     tensor name, its shape, config) -> the native tensors inside it, None for one that the family
     does not know. base, base_parts: in source names, what holds the base model within the class
-    with a head, and what lies in it. notes: what a user should know, for the report.
+    with a head, and what lies in it. notes: what a user should know, for the report. library: of a
+    family without a table, the class of transformers that computes it.
     """
 
     name: str
@@ -111,6 +115,7 @@ class Architecture:
     base: str = "model"
     base_parts: tuple[str, ...] = ("embed_tokens", "layers", "norm")
     notes: tuple[str, ...] = ()
+    library: Library | None = None
 
     def layer_prefix(self, i: int) -> str:
         return self.prefix.format(i=i)

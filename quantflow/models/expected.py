@@ -14,6 +14,9 @@ def expected_tensors(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Native name and shape of every tensor that a checkpoint must have; a tied head is left
     out."""
+    if architecture.library:
+        yield from architecture.library.expected()
+        return
     hidden = config.hidden
     norm_parts = ("weight", "bias") if config.family == "opt" else ("weight",)
     yield f"{architecture.embedding}.weight", (config.vocabulary, hidden)

@@ -32,13 +32,13 @@ class LinearSpec:
 
     name: relative to the layer. shape: `(N, K)`. cut: the dimension of its weight that tensor
     parallelism divides (Shoeybi et al. 2019): 0, its outputs, with bias, scales and zeros; 1, its
-    inputs, the bias whole on every rank.
+    inputs, the bias whole on every rank; None where every rank holds all of it.
     """
 
     name: str
     shape: tuple[int, int]
     bias: bool
-    cut: int
+    cut: int | None
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class Fold:
     beside: other linears that read the norm's output and are never quantised (a router).
     heads: (times, channels): every so many channels of the linear's output are read so many times
     (values, by grouped queries).
+    offset: what the norm adds to its weight before it multiplies (1 in Gemma).
     """
 
     norm: str | None = None
     linear: str | None = None
     beside: tuple[str, ...] = ()
     heads: tuple[int, int] = (1, 1)
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Segment:
 def segments(architecture: Architecture, config: DecoderConfig, layer: int) -> tuple[Segment, ...]:
     """Those of a decoder layer, in execution order. The router, which is never quantised, is in
     none."""
+    if architecture.library:
+        return architecture.library.segments(layer)
     names = architecture.layer
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     attention = names.q.rpartition(".")[0]

@@ -118,10 +118,13 @@ class Model:
         return getattr(torch, self.checkpoint.config.dtype)
 
     @cached_property
-    def linears(self) -> Counter[tuple[str, tuple[int, int], int, bool]]:
+    def linears(self) -> Counter[tuple[str, tuple[int, int], int | None, bool]]:
         """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it
         may be quantised) -> how many."""
-        checkpoint, found = self.checkpoint, Counter[tuple[str, tuple[int, int], int, bool]]()
+        checkpoint, found = (
+            self.checkpoint,
+            Counter[tuple[str, tuple[int, int], int | None, bool]](),
+        )
         for index in range(checkpoint.config.layers):
             for name, spec in checkpoint.linears(index).items():
                 module = f"{checkpoint.architecture.layer_prefix(index)}.{name}"

@@ -293,8 +293,9 @@ def _rank_problems(job: PackJob) -> list[Problem]:
     ]
     modules = job.modules
     for linear, spec in _linears(checkpoint).items():
-        channels = spec.shape[spec.cut]
-        if linear not in modules and channels % tp:
+        if spec.cut is None or linear in modules:
+            continue
+        if (channels := spec.shape[spec.cut]) % tp:
             kind = ("output", "input")[spec.cut]
             problems.append(
                 Problem(linear, f"{channels} {kind} channels", f"a multiple of tp = {tp}")

@@ -1,0 +1,442 @@
+"""A family that has no table here: its class in the transformers library says what it is.
+
+The class is built from config.json's values alone, its parameters on the meta device: nothing of
+the model directory is executed, and no weight is read. One pass of the outer model with a recorder
+in each layer's place gives what each layer is called with (masks by layer type, position
+embeddings); one pass of a layer over a few tokens, without weights, shows which linears read the
+same tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from quantflow.models.architecture import Architecture, Json
+from quantflow.models.config import MOST_LAYERS, ConfigProblem, DecoderConfig, read_dtype
+from quantflow.models.segments import Fold, LinearSpec, Role, Segment
+from quantflow.models.spelling import SYNONYMS
+
+TRACED = 8  # tokens of the pass that finds a layer's segments
+# Keys of config.json that name code or how it is run, and none of what the model computes.
+NOT_THE_MODEL = re.compile(r"_.*|auto_map|quantization_config|\w+_implementation|use_kernels")
+_CACHES = ("past_key_values", "past_key_value", "layer_past")  # the argument that is the KV cache
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is called with beside the hidden states `[1, L, H]`, which came with it."""
+
+    hidden: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class KVCache(transformers.DynamicCache):  # type: ignore[misc]
+    """Stands where a layer looks for its cache: `seen` gets K and V `[B, kv_heads, L, D]` and
+    returns what attention shall use. It keeps nothing."""
+
+    def __init__(self, seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.seen(key_states, value_states)
+
+
+class _Reached(Exception):
+    """Ends a pass of the outer model: what was wanted has been seen."""
+
+
+class _Recorder(nn.Module):
+    """Stands where a layer stood: `seen` gets what the layer would be called with."""
+
+    def __init__(self, layer: nn.Module, index: int) -> None:
+        super().__init__()
+        for name, value in vars(layer).items():
+            if isinstance(value, str | int | bool) and not name.startswith("_"):
+                setattr(self, name, value)  # outer models ask some for their kind of attention
+        self.index = index
+        self.seen: Callable[[int, Call], Tensor] = lambda index, call: call.hidden
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        return self.seen(self.index, Call(args[0], args[1:], kwargs))
+
+
+class Library:
+    """A model class of transformers, without weights. Raises ConfigProblem where the class refuses
+    the config, or is none that is looked after.
+
+    model: the outer model, with recorders for layers. layers: the layers themselves. prefix: where
+    they are in the model.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.model, self.config = _build(values)
+        self.name = type(self.model).__name__
+        wanted: int = self.config.num_hidden_layers
+        lists = [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == wanted
+        ]
+        if not lists:
+            raise ConfigProblem(f"{self.name} of transformers has no list of {wanted} layers")
+        self.prefix: str = lists[0][0]
+        layers = lists[0][1]
+        self.state = {n: tuple(t.shape) for n, t in self.model.state_dict(keep_vars=True).items()}
+        self.layers = list(layers)
+        self._recorders = [_Recorder(layer, i) for i, layer in enumerate(self.layers)]
+        parent, _, leaf = self.prefix.rpartition(".")
+        setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._recorders))
+        self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
+        self._kinds: dict[tuple[object, ...], Trace] = {}
+
+    @cached_property
+    def outer(self) -> dict[str, str]:
+        """`embedding` and `head` -> the module's name."""
+        names = {module: name for name, module in self.model.named_modules()}
+        found = {
+            "embedding": self.model.get_input_embeddings(),
+            "head": self.model.get_output_embeddings(),
+        }
+        if None in found.values():
+            raise ConfigProblem(f"{self.name} of transformers has no embedding and head")
+        return {kind: names[module] for kind, module in found.items()}
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.model.get_output_embeddings().weight is self.model.get_input_embeddings().weight
+
+    def expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor of a checkpoint; a tied head is left out."""
+        skipped = f"{self.outer['head']}.weight" if self.tied else None
+        return ((name, shape) for name, shape in self.state.items() if name != skipped)
+
+    def segments(self, layer: int) -> tuple[Segment, ...]:
+        return self.trace(layer).segments
+
+    # The outer model
+
+    def run(
+        self, seen: Callable[[int, Call], Tensor], tensors: Mapping[str, Tensor], **inputs: Tensor
+    ) -> Any:
+        """The outer model over `tensors` (its own, without the layers'); `seen` stands for every
+        layer. None where `seen` has ended it."""
+        for recorder in self._recorders:
+            recorder.seen = seen
+        try:
+            return functional_call(self.model, dict(tensors), (), {**inputs, "use_cache": False})
+        except _Reached:
+            return None
+
+    def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        """What the first layer gets, `[B, L, H]`, for `tokens` `[B, L]`."""
+        kept: list[Tensor] = []
+
+        def first(index: int, call: Call) -> Tensor:
+            kept.append(call.hidden)
+            raise _Reached
+
+        self.run(first, tensors, input_ids=tokens)
+        return kept[0]
+
+    def logits(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """`[T, V]` from hidden states `[T, H]` after the last layer, each its own text."""
+        rows = x[:, None]
+        last = len(self.layers) - 1
+        output = self.run(
+            lambda index, call: rows if index == last else call.hidden,
+            tensors,
+            inputs_embeds=torch.zeros_like(rows),
+        )
+        logits: Tensor = output.logits
+        return logits[:, 0]
+
+    def calls(self, length: int, dtype: torch.dtype, device: torch.device) -> list[Call]:
+        """What each layer is called with, for texts of `length` tokens."""
+        key = (length, dtype, device)
+        if key not in self._calls:
+            for module in (self.model, *self.layers):
+                _move_buffers(module, device)
+            calls: list[Call] = []
+
+            def note(index: int, call: Call) -> Tensor:
+                calls.append(call)
+                if len(calls) == len(self.layers):
+                    raise _Reached
+                return call.hidden
+
+            hidden = self.state[f"{self.outer['embedding']}.weight"][1]
+            start = torch.zeros(1, length, hidden, dtype=dtype, device=device)
+            with torch.inference_mode(False), torch.no_grad():
+                self.run(note, {}, inputs_embeds=start)
+            self._calls = {key: calls}  # masks grow with the square of the length
+        return self._calls[key]
+
+    def cache_argument(self, layer: int) -> str | None:
+        """The name of the argument that is a layer's KV cache; None where it has none."""
+        known = inspect.signature(self.layers[layer].forward).parameters
+        return next((name for name in _CACHES if name in known), None)
+
+    # A layer
+
+    def trace(self, layer: int) -> Trace:
+        """How a layer goes; layers of the same modules go alike."""
+        kind = tuple((n, tuple(t.shape)) for n, t in self.layers[layer].state_dict().items())
+        if kind not in self._kinds:
+            self._kinds[kind] = self._traced(layer)
+        return self._kinds[kind]
+
+    def _traced(self, index: int) -> Trace:
+        layer = self.layers[index]
+        if fused := [name for name, p in layer.named_parameters() if p.dim() > 2]:
+            raise ConfigProblem(
+                f"{self.name} holds experts or other weights in one tensor ({fused[0]}), which the"
+                " pipeline does not take apart yet"
+            )
+        visits = _Visits(layer)
+        call = self.calls(TRACED, torch.float32, torch.device("cpu"))[index]
+        hidden, args, kwargs = tree_map_only(
+            Tensor, lambda t: t.to("meta"), (call.hidden, call.args, call.kwargs)
+        )
+        if any(isinstance(value, dict | list) for value in (*args, *kwargs.values())):
+            raise ConfigProblem(
+                f"layers of {self.name} share what they make with later ones, which the pipeline"
+                " does not follow yet"
+            )
+        if name := self.cache_argument(index):
+            kwargs[name] = KVCache(visits.cached)
+        buffers = {name: b.to("meta") for name, b in layer.named_buffers()}
+        try:
+            with visits, torch.no_grad():
+                result = functional_call(layer, buffers, (hidden, *args), kwargs)
+        except Exception as error:  # whatever a class does with what the meta device cannot give
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise ConfigProblem(
+                f"a layer of {self.name} cannot be followed without weights ({reason})"
+            ) from error
+        if not isinstance(result, Tensor):
+            raise ConfigProblem(
+                f"layers of {self.name} hand on more than hidden states, which the pipeline does"
+                " not follow yet"
+            )
+        return visits.result(self._cut)
+
+    def _cut(self, name: str) -> int | None:
+        """Which dimension of a layer's linear tensor parallelism divides, by the class's own
+        plan."""
+        plan: Mapping[str, str] = getattr(self.model, "_tp_plan", None) or {}
+        how = plan.get(f"{self.prefix}.*.{name}", "")
+        return 0 if how.startswith("colwise") else 1 if how.startswith("rowwise") else None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """segments: a layer's, in execution order, with the norms that feed them. cached: after so many
+    of them K and V are cached (None: never). kv: (kv_heads, D) of K and of V."""
+
+    segments: tuple[Segment, ...]
+    cached: int | None
+    kv: tuple[tuple[int, int], tuple[int, int]] | None
+
+
+class _Visits(contextlib.ExitStack):
+    """Watches one pass of a layer: which linears read which tensor, and which norms made it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._read: dict[tuple[int, ...], list[tuple[str, nn.Linear]]] = {}
+        self._norms: dict[tuple[int, ...], str] = {}
+        self._alive: list[Tensor] = []  # else the place of one could become another's
+        self._cached: int | None = None
+        self._kv: tuple[tuple[int, int], tuple[int, int]] | None = None
+        for name, module in layer.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, nn.Linear):
+                hook = module.register_forward_pre_hook(self._linear(name))
+            elif "weight" in own and own["weight"].dim() == 1:
+                hook = module.register_forward_hook(self._norm(name))
+            else:
+                continue
+            self.callback(hook.remove)
+
+    def _key(self, x: Tensor) -> tuple[int, ...]:
+        """The same for a tensor and what is a view of all of it."""
+        self._alive.append(x)
+        return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x.shape[-1]
+
+    def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def visit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, nn.Linear)
+            self._read.setdefault(self._key(args[0]), []).append((name, module))
+
+        return visit
+
+    def _norm(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def visit(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._norms[self._key(output)] = name
+
+        return visit
+
+    def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._cached = len(self._read)
+        self._kv = (k.shape[1], k.shape[-1]), (v.shape[1], v.shape[-1])
+        return k, v
+
+    def result(self, cut: Callable[[str], int | None]) -> Trace:
+        names = [name for readers in self._read.values() for name, _ in readers]
+        if again := [name for name in names if names.count(name) > 1]:
+            raise ConfigProblem(f"the linear {again[0]} is used more than once in a layer")
+        parents = [readers[0][0].rpartition(".")[0] for readers in self._read.values()]
+        attention = set(parents[: self._cached or 0])
+        segments = []
+        for number, (key, readers) in enumerate(self._read.items()):
+            parent, last = parents[number], parents[number] not in parents[number + 1 :]
+            where = "attention" if parent in attention else "mlp"
+            specs = tuple(
+                LinearSpec(
+                    name,
+                    (module.out_features, module.in_features),
+                    module.bias is not None,
+                    cut(name),
+                )
+                for name, module in readers
+            )
+            fold = Fold(norm=self._norms[key]) if key in self._norms else None
+            role = Role(f"{where}_{'out' if last else 'in'}")
+            segments.append(Segment(role, _part(specs), specs, fold))
+        return Trace(tuple(segments), self._cached, self._kv)
+
+
+def _part(specs: tuple[LinearSpec, ...]) -> str:
+    """What engines that fuse a segment's linears call them together: `self_attn.qkv`,
+    `mlp.gate_up`."""
+    if len(specs) == 1:
+        return specs[0].name
+    parent = specs[0].name.rpartition(".")[0]
+    leaves = [spec.name.rpartition(".")[2].removesuffix("_proj") for spec in specs]
+    joined = ("" if all(len(leaf) == 1 for leaf in leaves) else "_").join(leaves)
+    return f"{parent}.{joined}" if parent else joined
+
+
+def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model, its parameters on the meta device, and its config's object."""
+    plain = {key: value for key, value in values.items() if not NOT_THE_MODEL.fullmatch(key)}
+    model_type = plain.pop("model_type")
+    for name in SYNONYMS[0]:  # before a class makes a list of so many
+        if isinstance(count := plain.get(name), int) and count > MOST_LAYERS:
+            raise ConfigProblem(f"{name} is {count}, expected at most {MOST_LAYERS}")
+    logged = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # advice on how to load it, which nobody here does
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(plain)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        # torch's own attention caps no scores
+        fused = kind._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
+        with _parameters_on_meta():
+            model = transformers.AutoModelForCausalLM.from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation="sdpa" if fused else "eager",
+                trust_remote_code=False,
+            ).eval()
+    except ConfigProblem:
+        raise
+    except Exception as error:  # whatever a class makes of values that it does not expect
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigProblem(f"transformers' class for {model_type} refuses it: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(logged)
+    return model, config
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters of modules that are made here have a shape and no numbers; buffers have theirs."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+
+
+def open_family(values: Json) -> Architecture:
+    """The family of a config.json that has no table. Raises ConfigProblem."""
+    library = Library(values)
+    embedding, head = library.outer["embedding"], library.outer["head"]
+    base = library.model.base_model_prefix
+    parts = dict(library.model.base_model.named_children())
+    return Architecture(
+        library.name,
+        (str(values["model_type"]),),
+        lambda config: _decoder_config(library, config),
+        prefix=f"{library.prefix}.{{i}}",
+        embedding=embedding,
+        final_norm="",
+        head=head,
+        base=base,
+        base_parts=tuple(parts),
+        notes=(
+            f"no table of QuantFlow's describes {values['model_type']}: its layers are computed by"
+            f" {library.name} of transformers {transformers.__version__}, and its segments are"
+            " found",
+        ),
+        library=library,
+    )
+
+
+def _decoder_config(library: Library, values: Json) -> DecoderConfig:
+    config, trace = library.config, library.trace(0)
+    heads = config.num_attention_heads
+    default = (getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
+    kv_heads, head_dim = trace.kv[1] if trace.kv else default
+    vocabulary, hidden = library.state[f"{library.outer['embedding']}.weight"]
+    return DecoderConfig(
+        family="hosted",
+        hidden=hidden,
+        intermediate=max(segment.channels for segment in trace.segments),
+        layers=len(library.layers),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=vocabulary,
+        max_positions=getattr(config, "max_position_embeddings", None) or 2048,
+        norm_eps=0.0,
+        activation="",
+        dtype=read_dtype(values),
+        tied=library.tied,
+    )
