@@ -289,8 +289,8 @@ async function look() {
 }
 
 async function poll() {
-  const found = (await look()) === "ok" ? await metrics() : null;
-  showGauges(found);
+  const figures = (await look()) === "ok" ? await metrics() : null;
+  showGauges(figures);
 }
 
 async function watch() {
@@ -300,10 +300,10 @@ async function watch() {
   }
 }
 
-function showGauges(found) {
+function showGauges(figures) {
   const names = ["kv_blocks_used", "kv_blocks", "kv_block_tokens", "sequences_running", "sequences_waiting"];
-  const [used, all, size, running, waiting] = names.map((name) => found?.get(`quantflow_${name}`));
-  const memory = found?.get("process_resident_memory_bytes");
+  const [used, all, size, running, waiting] = names.map((name) => figures?.get(`quantflow_${name}`));
+  const memory = figures?.get("process_resident_memory_bytes");
   byId("kv-meter").value = all ? used / all : 0;
   byId("kv-text").textContent = all ? say("{used} of {all} tokens", { used: used * size, all: all * size }) : "–";
   byId("memory").textContent = memory ? bytes(memory) : "–";
@@ -351,12 +351,12 @@ function problem() {
 
 function showNotice() {
   const notice = byId("notice");
-  const found = problem();
-  if (notice.dataset.text === found?.[0]) return; // an alert is read out once
-  if (!found) delete notice.dataset.text;
-  else [notice.dataset.text] = found;
-  const buttons = Object.entries(found?.[1] ?? {}).map(([label, onclick]) => el("button", { type: "button", onclick }, label));
-  notice.replaceChildren(...(found ? [el("p", {}, found[0]), el("div", { class: "row" }, ...buttons)] : []));
+  const current = problem();
+  if (notice.dataset.text === current?.[0]) return; // an alert is read out once
+  if (!current) delete notice.dataset.text;
+  else [notice.dataset.text] = current;
+  const buttons = Object.entries(current?.[1] ?? {}).map(([label, onclick]) => el("button", { type: "button", onclick }, label));
+  notice.replaceChildren(...(current ? [el("p", {}, current[0]), el("div", { class: "row" }, ...buttons)] : []));
 }
 
 // --- the page

@@ -63,13 +63,13 @@ export class Conversation {
   }
 
   #article(message, running) {
-    let found = this.#articles.get(message);
-    if (!found) {
-      found = message.role === "user" ? this.#question(message) : this.#answer(message);
-      this.#articles.set(message, found);
+    let article = this.#articles.get(message);
+    if (!article) {
+      article = message.role === "user" ? this.#question(message) : this.#answer(message);
+      this.#articles.set(message, article);
     }
-    found.update(running);
-    return found.node;
+    article.update(running);
+    return article.node;
   }
 
   #question(message) {

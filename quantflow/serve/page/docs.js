@@ -24,19 +24,19 @@ let whole;
 function resolve(schema) {
   if (!schema.$ref) return schema;
   const path = schema.$ref.replace(/^#\//, "").split("/");
-  return path.reduce((found, name) => found?.[name.replaceAll("~1", "/").replaceAll("~0", "~")], whole) ?? {};
+  return path.reduce((part, name) => part?.[name.replaceAll("~1", "/").replaceAll("~0", "~")], whole) ?? {};
 }
 
 /** What a schema admits, alternative by alternative; null is left to `admitsNull`. */
 function alternatives(schema) {
-  const found = resolve(schema);
-  const several = found.anyOf ?? found.oneOf;
-  return several ? several.flatMap(alternatives) : found.type === "null" ? [] : [found];
+  const resolved = resolve(schema);
+  const several = resolved.anyOf ?? resolved.oneOf;
+  return several ? several.flatMap(alternatives) : resolved.type === "null" ? [] : [resolved];
 }
 
 function admitsNull(schema) {
-  const found = resolve(schema);
-  return found.type === "null" || (found.anyOf ?? found.oneOf ?? []).some(admitsNull);
+  const resolved = resolve(schema);
+  return resolved.type === "null" || (resolved.anyOf ?? resolved.oneOf ?? []).some(admitsNull);
 }
 
 function typeOf(schema) {
@@ -55,20 +55,20 @@ function namesOf(schema) {
 
 /** What is demanded of a value beside its type, of an array's items too. */
 function limitsOf(schema) {
-  const found = alternatives(schema).flatMap((one) => [
+  const remarks = alternatives(schema).flatMap((one) => [
     ...RANGES.map(([least, most, unit]) => range(one[least], one[most], unit)),
     one.pattern && say("matches {pattern}", { pattern: one.pattern }),
     ...(one.items ? limitsOf(one.items).map((limit) => say("each {limit}", { limit })) : []),
   ]);
   const preset = resolve(schema).default ?? null;
-  return [...new Set([...found, preset !== null && say("default {value}", { value: JSON.stringify(preset) })])].filter(Boolean);
+  return [...new Set([...remarks, preset !== null && say("default {value}", { value: JSON.stringify(preset) })])].filter(Boolean);
 }
 
 function range(least, most, unit) {
   if (least === undefined && most === undefined) return null;
   const bounds = { least: number(least ?? 0), most: number(most ?? 0) };
-  const found = say(most === undefined ? "≥ {least}" : least === undefined ? "≤ {most}" : "{least} to {most}", bounds);
-  return say(unit, { range: found });
+  const limits = say(most === undefined ? "≥ {least}" : least === undefined ? "≤ {most}" : "{least} to {most}", bounds);
+  return say(unit, { range: limits });
 }
 
 function number(value) {
@@ -208,8 +208,8 @@ function draw() {
     return el("li", {}, el("a", { href: `#${anchor(method, path)}` }, ...words));
   });
   byId("contents").replaceChildren(el("ul", {}, ...links));
-  const sections = [...groups].map(([tag, found]) =>
-    el("section", {}, theirs("h2", {}, tag[0].toUpperCase() + tag.slice(1)), ...found.map(operation)),
+  const sections = [...groups].map(([tag, operations]) =>
+    el("section", {}, theirs("h2", {}, tag[0].toUpperCase() + tag.slice(1)), ...operations.map(operation)),
   );
   byId("operations").replaceChildren(...sections);
   document.getElementById(location.hash.slice(1))?.scrollIntoView(); // what the address names was not there when the page was opened

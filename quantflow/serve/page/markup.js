@@ -10,8 +10,8 @@ const sources = new WeakMap(); // of nodes that are drawn
 
 /** Draws text into a container. Blocks that have not changed stay, and with them what is selected there. */
 export function draw(container, text) {
-  const found = blocks(text);
-  found.forEach((block, index) => {
+  const parts = blocks(text);
+  parts.forEach((block, index) => {
     const source = JSON.stringify(block);
     const old = container.children[index];
     if (old && sources.get(old) === source) return;
@@ -20,19 +20,19 @@ export function draw(container, text) {
     if (old) old.replaceWith(node);
     else container.append(node);
   });
-  while (container.children.length > found.length) container.lastChild.remove();
+  while (container.children.length > parts.length) container.lastChild.remove();
 }
 
 /** {text} or {code: true, language, text}, in order. A fence that is not closed yet reaches to the end. */
 export function blocks(text) {
-  const found = [];
+  const parts = [];
   let lines = [];
   let fence = null;
 
   function close() {
     const body = lines.join("\n");
-    if (fence) found.push({ code: true, language: fence.language, text: body });
-    else if (body.trim()) found.push({ text: body });
+    if (fence) parts.push({ code: true, language: fence.language, text: body });
+    else if (body.trim()) parts.push({ text: body });
     lines = [];
     fence = null;
   }
@@ -49,7 +49,7 @@ export function blocks(text) {
     else close();
   }
   close();
-  return found;
+  return parts;
 }
 
 function codeNode({ language, text }) {

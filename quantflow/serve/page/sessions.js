@@ -13,7 +13,7 @@ const ENDS = ["stop", "length", "stopped", "cut"];
 
 export class Sessions {
   #storage;
-  #found = new Map();
+  #sessions = new Map();
 
   /** storage: localStorage, or null where the browser denies it. */
   constructor(storage) {
@@ -23,25 +23,25 @@ export class Sessions {
 
   /** The latest first. Those in which nothing has been written are left out. */
   list() {
-    return [...this.#found.values()].filter((s) => s.messages.length || s.draft).sort((a, b) => b.updated - a.updated);
+    return [...this.#sessions.values()].filter((s) => s.messages.length || s.draft).sort((a, b) => b.updated - a.updated);
   }
 
   get(id) {
-    return this.#found.get(id);
+    return this.#sessions.get(id);
   }
 
   /** A new one, or one in which nothing has been written yet. */
   create(settings) {
-    const unused = [...this.#found.values()].find((s) => !s.messages.length && !s.draft);
+    const unused = [...this.#sessions.values()].find((s) => !s.messages.length && !s.draft);
     const session = unused ?? { id: newId(), title: UNTITLED, named: false, updated: 0, draft: "", settings: {}, messages: [] };
     session.settings = { ...settings };
-    this.#found.set(session.id, session);
+    this.#sessions.set(session.id, session);
     return session;
   }
 
   /** Whether it could be stored. In the page it is kept in any case. */
   save(session) {
-    if (!this.#found.has(session.id)) return true; // deleted meanwhile
+    if (!this.#sessions.has(session.id)) return true; // deleted meanwhile
     try {
       this.#storage.setItem(PREFIX + session.id, JSON.stringify(session));
       return true;
@@ -51,7 +51,7 @@ export class Sessions {
   }
 
   remove(id) {
-    this.#found.delete(id);
+    this.#sessions.delete(id);
     try {
       this.#storage.removeItem(PREFIX + id);
     } catch {
@@ -66,8 +66,8 @@ export class Sessions {
       const id = name.slice(PREFIX.length);
       if (kept.includes(id)) continue;
       const session = read(this.#storage, name);
-      if (session?.id === id) this.#found.set(id, session);
-      else this.#found.delete(id);
+      if (session?.id === id) this.#sessions.set(id, session);
+      else this.#sessions.delete(id);
     }
   }
 
@@ -93,9 +93,9 @@ function newId() {
 /** A session from the storage, or null for what is none: other software and other versions may have written there. */
 function read(storage, name) {
   try {
-    const found = JSON.parse(storage.getItem(name));
-    const { id, title, named, updated, draft } = found;
-    const messages = found.messages.map(message).filter((m) => m.role === "user" || m.content || m.ended !== "cut");
+    const stored = JSON.parse(storage.getItem(name));
+    const { id, title, named, updated, draft } = stored;
+    const messages = stored.messages.map(message).filter((m) => m.role === "user" || m.content || m.ended !== "cut");
     if (typeof id !== "string" || typeof title !== "string") return null;
     return {
       id,
@@ -103,7 +103,7 @@ function read(storage, name) {
       named: named === true,
       updated: Number(updated) || 0,
       draft: typeof draft === "string" ? draft : "",
-      settings: { ...numbers(found.settings), ...texts(found.settings ?? {}) },
+      settings: { ...numbers(stored.settings), ...texts(stored.settings ?? {}) },
       messages,
     };
   } catch {
@@ -118,8 +118,8 @@ function message({ role, content, ended, stats }) {
   return { role, content, ended: ENDS.includes(ended) ? ended : "cut", stats: numbers(stats) };
 }
 
-function numbers(found) {
-  return Object.fromEntries(Object.entries(found ?? {}).filter(([, value]) => Number.isFinite(value)));
+function numbers(settings) {
+  return Object.fromEntries(Object.entries(settings ?? {}).filter(([, value]) => Number.isFinite(value)));
 }
 
 /** Those of the settings that are text. */
