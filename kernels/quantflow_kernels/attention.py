@@ -106,6 +106,7 @@ def attention_kernel(
     SHARED: query heads a KV head, padded to a power of two. part_out `[splits, T, H, D]`, part_ml
     `[splits, 2, T, H]`.
     """
+    # Which queries this program computes, and where they stand in their sequence.
     pid, kv_head = tl.program_id(0), tl.program_id(1)
     sequence = tl.load(tile_sequence + pid)
     begin = tl.load(query_start + sequence)
@@ -120,6 +121,7 @@ def attention_kernel(
     place = (begin + index).to(tl.int64) * HEADS + head
     channels = tl.arange(0, BLOCK_D)
     known = channels < D
+    # The queries, with the scale of K folded in where it is one for a head or a channel.
     source = q + (begin + index).to(tl.int64) * q_stride + head * D
     queries_here = tl.load(
         source[:, None] + channels[None, :], mask=real[:, None] & known[None, :], other=0.0
@@ -130,6 +132,7 @@ def attention_kernel(
     if MODE == 1:
         fold = tl.load(k_scale + kv_head * D + channels, mask=known, other=0.0)
         queries_here = (queries_here.to(tl.float32) * fold[None, :]).to(queries_here.dtype)
+    # The splits of keys that any of these queries may see.
     first_at = tl.min(tl.where(real, at, context))
     last_at = tl.max(tl.where(real, at, 0))
     first_split, last_split = 0, last_at // SPLIT
@@ -138,6 +141,7 @@ def attention_kernel(
     if SPLIT_PARTS:
         first_split = tl.maximum(first_split, tl.program_id(2))
         last_split = tl.minimum(last_split, tl.program_id(2))
+    # The online softmax: running maximum, sum and weighted values.
     m = tl.full((BLOCK_Q,), NO_SCORE, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -148,6 +152,7 @@ def attention_kernel(
         split_m = tl.full((BLOCK_Q,), NO_SCORE, tl.float32)
         split_l = tl.zeros((BLOCK_Q,), tl.float32)
         split_acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        # One split: tile after tile of keys and values.
         for start in tl.range(low, high, TILE, num_stages=STAGES):
             key = start + tl.arange(0, TILE)
             present = key <= last_at
@@ -184,10 +189,12 @@ def attention_kernel(
                 weight.to(kind), v.to(kind), split_acc * shrink[:, None], input_precision="ieee"
             )
             split_m = top
+        # Splits are merged here, in order, or by merge_splits_kernel.
         if SPLIT_PARTS:
             m, total, acc = split_m, split_l, split_acc
         else:
             m, total, acc = _merge(m, total, acc, split_m, split_l, split_acc)
+    # The result, or this split's part of it.
     stored = real[:, None] & known[None, :]
     if SPLIT_PARTS:
         part = tl.program_id(2).to(tl.int64)
@@ -271,6 +278,7 @@ def paged_attention(
     heads and this `config`. parts: whether splits run in programs of their own, the default in a
     decode over more than one; the result's bits are the same.
     """
+    # Shapes, and what the kernel takes for granted.
     tokens, heads, d = q.shape
     kv_heads, page = cache.k.shape[1], cache.k.shape[2]
     block_q, shared = queries_a_tile(heads, kv_heads, config)
@@ -287,6 +295,7 @@ def paged_attention(
     out = torch.empty(tokens, heads, d, dtype=q.dtype, device=q.device)
     if not tokens:
         return out
+    # Where splits run in programs of their own, room for their parts.
     splits = batch.splits if parts else 1
     part_out = torch.empty(
         splits if parts else 0, tokens, heads, d, dtype=torch.float32, device=q.device
@@ -337,6 +346,7 @@ def paged_attention(
         num_warps=config.warps,
         **constants,
     )
+    # And the parts into one.
     if parts:
         merge_splits_kernel[(tokens, heads)](
             part_out,

@@ -153,6 +153,7 @@ def kv_store(
     """What `kv_store.kv_store` does, on a CPU; slots int64. Raises ValueError for an odd head_dim,
     or heads that are not contiguous."""
     tokens, heads, d = q.shape
+    # The C code trusts shapes, strides and dtypes.
     if (
         d % 2
         or any(t.stride(2) != 1 or t.stride(1) != d for t in (q, k, v))

@@ -62,12 +62,14 @@ def kv_store_kernel(
 ):
     """Program (t, i): head i of token t: a query's, then a key's, then a value's. q is rotated in
     place. HALF: D / 2, padded."""
+    # Which head of which token.
     token, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     is_query, is_value = i < HEADS, i >= HEADS + KV_HEADS
     head = tl.where(is_query, i, tl.where(is_value, i - HEADS - KV_HEADS, i - HEADS))
     lane = tl.arange(0, HALF)
     known = lane < D // 2
     slot = tl.load(slots + token).to(tl.int64)
+    # Its two halves, which rotate into each other.
     if is_query:
         source = q + token * q_stride + head * D
     elif is_value:
@@ -83,6 +85,7 @@ def kv_store_kernel(
             turned = first * c - second * s
             second = (second * c + first * s).to(q.dtype.element_ty).to(tl.float32)
             first = turned.to(q.dtype.element_ty).to(tl.float32)
+    # A query goes back where it was; a key or a value goes to its slot.
     if is_query:
         if ROTATE:
             tl.store(source + lane, first.to(q.dtype.element_ty), mask=known)
@@ -93,6 +96,7 @@ def kv_store_kernel(
         if is_value:
             target, scales, zeros = v_cache, v_scale, v_zero
         target += place * D
+        # By mode: as it is (3), with a scale of its own (2), with scales that are given (0, 1).
         if MODE == 3:
             tl.store(target + lane, first.to(target.dtype.element_ty), mask=known)
             tl.store(target + D // 2 + lane, second.to(target.dtype.element_ty), mask=known)

@@ -139,6 +139,7 @@ def matmul_kernel(
     BLOCK_K: tl.constexpr = SLICE * SLICES
     # Slices after which a group ends; where groups are longer than a block, its last.
     PER_GROUP: tl.constexpr = GROUP // SLICE if GROUP > 0 and GROUP < BLOCK_K else SLICES
+    # What this program computes: BLOCK_N output channels of BLOCK_M tokens, some blocks of K.
     pid_split = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -148,6 +149,7 @@ def matmul_kernel(
     row_words = words + rows[:, None] * SLICE + lane[None, :]
     row_high = high + rows[:, None] * (SLICE // 2) + (lane % (SLICE // 2))[None, :]
     token_x = x + tokens[None, :].to(tl.int64) * x_stride + lane[:, None]
+    # The first block's grids are loaded ahead of its words.
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = pid_split * blocks_per_split
     if AHEAD:
@@ -164,6 +166,7 @@ def matmul_kernel(
             SLICE * PER_GROUP,
             WHOLE_BLOCKS,
         )
+    # Block by block: words, grids, then slice by slice a product of codes and activations.
     for block in tl.range(first, tl.minimum(first + blocks_per_split, blocks), num_stages=STAGES):
         packed = tl.load(
             row_words + block * block_words,
@@ -212,6 +215,7 @@ def matmul_kernel(
             if (j + 1) % PER_GROUP == 0:
                 acc += part * scale[:, None]
                 part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # The result, or this split's part of it.
     place = tokens[None, :].to(tl.int64) * N + rows[:, None]
     whole = inside[:, None] & present[None, :]
     if SPLIT:
@@ -249,6 +253,7 @@ def magic(bits: int, dtype: torch.dtype) -> int:
 def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: MatmulConfig) -> Tensor:
     """`x Wᵀ + bias` `[..., N]` in the dtype of `x` (float16 or bfloat16; float32 in the
     interpreter) `[..., K]`, summed in float32."""
+    # Shapes, and how K is split between programs.
     config = config.for_bits(weight.bits)
     flat = x.reshape(-1, x.shape[-1])
     if flat.stride(-1) != 1:
@@ -260,6 +265,7 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: MatmulC
     blocks = weight.words.shape[0]
     per_split = config.blocks_a_split(n, blocks)
     splits = triton.cdiv(blocks, per_split)
+    # All tokens at once; with splits some at a time, since each split's sums are kept.
     for start in range(0, m, SPLIT_TOKENS if splits > 1 else max(1, m)):
         part = flat[start : start + SPLIT_TOKENS] if splits > 1 else flat
         tokens, own = len(part), out[start : start + len(part)]
@@ -296,6 +302,7 @@ def matmul(x: Tensor, weight: PackedWeight, bias: Tensor | None, config: MatmulC
             STAGES=config.stages,
             num_warps=config.warps,
         )
+        # The splits are added up in order, so that the sum is the same every time.
         if splits > 1:
             sum_splits_kernel[(triton.cdiv(n, 256), tokens)](
                 target,

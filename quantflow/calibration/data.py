@@ -120,6 +120,7 @@ def read_documents(
     the hub cannot be reached. render: makes a text of a conversation; it may raise RequestError.
     Raises DataError, also where no row has a text.
     """
+    # The rows: of a file, a bundled text or a data set of the hub.
     path = Path(file or data).expanduser()
     if file is None:
         path = bundled.text(data) or path
@@ -139,6 +140,7 @@ def read_documents(
                 way_out or f"Known names: {', '.join([*HUB, *bundled.TEXTS])}",
             )
         )
+    # Row by row a document, or what is wrong with it.
     blank, empty = None, True  # the first row without a text; whether all are
     for where, row in items:
         try:
@@ -252,6 +254,7 @@ def cut_windows(
     remaining = islice(left_out.sift(items), skip, None)
     beginnings = Beginnings(tokenizer)
     seen = 0
+    # Documents in chunks, as many as the missing windows may need.
     while len(windows) < count:
         missing = (count - len(windows)) * length - len(ids)
         if not (chunk := list(_chunk(remaining, missing))):
@@ -271,6 +274,7 @@ def cut_windows(
                     source, f"{bad[:40]!r} is no valid Unicode text", "text that UTF-8 can hold"
                 )
             ) from error
+        # Their tokens one after the other, cut into windows.
         for document, tokens in zip(chunk, encoded, strict=True):
             if len(windows) >= count:
                 break
@@ -280,6 +284,7 @@ def cut_windows(
             whole = min(len(ids) // length, count - len(windows))
             windows += [ids[i * length : (i + 1) * length] for i in range(whole)]
             ids = ids[whole * length :]
+    # Whether that was enough.
     left_out.check()
     if len(windows) < least:
         total = len(windows) * length + len(ids)

@@ -46,6 +46,7 @@ def show_advice(
     from quantflow.recipe.values import parse_bytes
     from quantflow.stages.registry import load_recipe
 
+    # The options, with everything that is wrong with them.
     problems, most = [], 0
     try:
         most = parse_bytes(int(fit) if fit.isdecimal() else fit)
@@ -70,6 +71,7 @@ def show_advice(
         )
     if problems or name is None:
         raise UserError(problems)
+    # The question.
     checkpoint = Checkpoint(resolve_model(name), config_only=config_only)
     question = Question(
         most,
@@ -82,6 +84,7 @@ def show_advice(
     )
     if wrong := checkpoint.problems():
         raise UserError(wrong)
+    # The answer.
     advice, (quality, unusable) = advise(checkpoint, question), measured(checkpoint, sensitivity)
     if as_json:
         print(json.dumps(_record(advice, quality, unusable), indent=2))

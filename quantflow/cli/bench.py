@@ -84,6 +84,7 @@ def bench(
         from quantflow.formats.reader import Weights
         from quantflow.machine import resolve_device
 
+        # What is measured, and whether it fits.
         where = resolve_device(device.value)
         quantised = str(resolve_model(model))
         if (
@@ -107,6 +108,7 @@ def bench(
                         f"at most the {config.context} positions of {path}",
                     )
                 )
+        # The rows: this model, the original, other software.
         kinds = [
             ("weights", "quantflow", quantised, "full"),
             ("weights + KV int8", "quantflow", quantised, "int8"),
@@ -124,6 +126,7 @@ def bench(
         if gguf:
             _check_gguf(gguf, Path(quantised))
             kinds.append(("llama.cpp", "llama.cpp", str(gguf), "full"))
+        # Every row at every batch and prompt.
         cases = [
             Case(name, engine, path, kv, mode.value, where, b, p, new)
             for b in batches
@@ -137,6 +140,7 @@ def bench(
             f"{len(cases)} rows: {names}; batch {batch}, prompt {prompt}, {new} new tokens,"
             f" {mode.value} mode, {where}. Each is measured in a process of its own."
         )
+        # Each case is measured in a process of its own.
         if not as_json:
             _line(*COLUMNS)
         for number, case in enumerate(cases, 1):

@@ -81,12 +81,14 @@ def evaluate_tasks(
     from quantflow.artifacts.store import write_json
     from quantflow.evaluate.tasks import read_tasks
 
+    # Everything that can be wrong, before a model is loaded.
     tasks = read_tasks(files, settings)
     if output:  # said before the work, not after it
         if output.is_dir():
             raise OutputError(Problem(f"--output {output}", "a directory", "a file"))
         output.parent.mkdir(parents=True, exist_ok=True)
     _check_models([model, *([reference] if reference else [])])
+    # The answers of the model, then of the reference.
     with progress() as watcher:
         watcher.phase("tasks", sum(len(task.items) for task in tasks) * (2 if reference else 1))
         results, ran = _answers(model, tasks, batch, kv, mode, device, watcher)
@@ -96,6 +98,7 @@ def evaluate_tasks(
             if reference
             else ([], None)
         )
+    # The record, for --output and --json.
     record = _record(results, others)
     record = {
         "quantflow": __version__, "model": model, "reference": reference, "mode": mode, "kv": kv,
@@ -111,6 +114,7 @@ def evaluate_tasks(
     if as_json:
         print(json.dumps(record))
         return
+    # The same as tables.
     console.print(_scores(record))
     for result in results:
         tokens, cut = sum(a.tokens for a in result.answers), sum(a.cut for a in result.answers)

@@ -104,6 +104,7 @@ def generate(
         if follows():  # torchrun has started this one to help the first
             follow(resolve_device(device.value))
             return
+        # How to choose, and what to go on from.
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -128,6 +129,7 @@ def generate(
                 Problem("--stream", "with --json or several prompts", "one prompt, shown as text")
             )
         sequences = [_stdin() if text == "-" else text for text in arguments]
+        # The engine, and the prompts as its tokens.
         llm = LLM(
             model,
             mode=mode.value,
@@ -150,6 +152,7 @@ def generate(
         if max_tokens is None:
             room = llm.engine.room - max(map(len, tokens))
             params = replace(params, max_tokens=max(1, min(DEFAULT_TOKENS, room)))
+        # Generate, and show it.
         if stream:
             for token in llm.stream(tokens[0], params):
                 print(token.text, end="", flush=True)

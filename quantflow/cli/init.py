@@ -67,6 +67,7 @@ def init(
         from quantflow.pipeline.starter import starter
         from quantflow.stages.registry import load_recipe
 
+        # The recipe, and where it goes.
         path = resolve_model(model)
         checkpoint = Checkpoint(path, config_only=True)
         recipe = starter(
@@ -83,6 +84,7 @@ def init(
                     "" if place.is_dir() else "--force replaces it; --output FILE",
                 )
             )
+        # Would it run?
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / place.name
             write_text(draft, recipe.text)
@@ -97,6 +99,7 @@ def init(
                 raise UserError(
                     [replace(p, where=p.where.replace(f"{folder}/", "")) for p in error.problems]
                 ) from error
+        # It would: write it.
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, recipe.text)
         if as_json:

@@ -108,6 +108,7 @@ def sensitivity(
         from quantflow.pipeline.windows import left_out_notes
         from quantflow.recipe.values import parse_bytes
 
+        # The options, with everything that is wrong with them.
         problems, most = [], None
         widths: tuple[int, ...] = ()
         if all(part.strip().isdecimal() for part in bits.split(",")):
@@ -126,6 +127,7 @@ def sensitivity(
             problems.append(Problem("--budget", repr(budget), str(error)))
         if problems:
             raise UserError(problems)
+        # What will be measured, and about how long it takes.
         job = prepare(
             Settings(
                 model,
@@ -151,6 +153,7 @@ def sensitivity(
             f" {_time(job.seconds())}. Fewer --samples or --bits take less; what is in the store"
             " takes nothing."
         )
+        # The measurement.
         with progress() as watcher:
             findings = run(job, watcher, fresh=fresh)
         if as_json:

@@ -145,6 +145,7 @@ def serve(
             raise UserError(missing("quantflow serve", str(error.name), "serve")) from error
         from quantflow.serve.config import ADMIN_KEY_VARIABLE, KEY_VARIABLE, ServerConfig, keys
 
+        # How to serve.
         config = ServerConfig(
             host=host,
             port=port,
@@ -165,6 +166,7 @@ def serve(
                 f"[bold yellow]warning:[/] {host} can be reached by others, and no key is asked"
                 " for: give --api-key-file"
             )
+        # Load, warm up, serve.
         code = start(
             model,
             config,

@@ -211,6 +211,7 @@ class Text:
         add_generation_prompt: with what an answer begins with. continued: the text ends where the
         last message's content does, so that an answer goes on from there. literal: for `encode`
         alone, which then makes no control tokens of what was said. Raises RequestError."""
+        # Messages of the right shape, and a template for them.
         problems = [
             Problem(f"messages[{i}]", repr(m)[:80], "an object with role and content, both text")
             for i, m in enumerate(messages)
@@ -246,6 +247,7 @@ class Text:
                     "one called default" + (" or tool_use" if tools is not None else ""),
                 )
             )
+        # What the template sees.
         turns = [{k: v for k, v in message.items() if v is not None} for message in messages]
         if literal:
             turns, tools = self.literal.marked(turns), self.literal.marked_value(tools)
@@ -263,6 +265,7 @@ class Text:
             "tools": tools,
             "add_generation_prompt": add_generation_prompt and not continued,
         }
+        # The text.
         try:
             text = self._renderer.render(template, whole)
             return _until(text, content) if continued else text

@@ -146,6 +146,7 @@ def _run_engine(case: Case) -> dict[str, Any]:
     from quantflow.engine.request import SamplingParams
     from quantflow.formats.reader import checkpoint_folder
 
+    # An engine with just the memory that this case needs.
     imports = _imported()
     length, block = case.prompt + case.new, 64
     config = Checkpoint(checkpoint_folder(resolve_model(case.model))).config
@@ -181,6 +182,7 @@ def _run_engine(case: Case) -> dict[str, Any]:
             ),
         )
     list(engine.tokens())
+    # The measured run: until every sequence has its first token, then the decode.
     for prompt in prompts:
         engine.submit(prompt, SamplingParams(max_tokens=case.new, ignore_eos=True))
     began, first, decoded, seen, steps = time.perf_counter(), 0.0, 0, set(), []
@@ -196,6 +198,7 @@ def _run_engine(case: Case) -> dict[str, Any]:
         elif len(seen) == case.batch:
             first = now - began
     total = time.perf_counter() - began
+    # What it took.
     used = case.batch * engine.blocks.blocks_for(length - 1)
     each = block_bytes(engine.model_config, engine.kv, engine.ops.dtype, block)
     peak = torch.cuda.max_memory_allocated() if engine.ops.cuda else peak_resident_bytes() - imports
@@ -257,6 +260,7 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    # The model and a context with room for all sequences.
     imports, threads, most = _imported(), torch.get_num_threads(), 512
     if case.device != "cpu" and not llama_cpp.llama_supports_gpu_offload():
         raise QuantFlowError(
@@ -285,6 +289,7 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
         raise QuantFlowError(
             Problem(case.model, f"llama.cpp makes no context of {params.n_ctx} tokens")
         )
+    # A batch that every call fills anew.
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     prompts = _prompts(case, vocabulary)
     batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
@@ -330,6 +335,7 @@ def _run_llama_cpp(case: Case) -> dict[str, Any]:
             steps.append(time.perf_counter() - start_s)
         return first, steps
 
+    # Once to warm up, once to measure.
     run(prompts[:1], min(2, case.new))
     first, steps = run(prompts, case.new)
     # llama.cpp does not tell what it takes of a GPU

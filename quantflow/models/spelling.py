@@ -71,6 +71,7 @@ def settled(config: Json) -> tuple[Json, tuple[str, ...]]:
 def _settle_rope(config: Json) -> list[str]:
     """Brings the rotary numbers of `config` into one form, as transformers merges them; returns
     what was overruled."""
+    # Both objects must be understood.
     notes = []
     old, new = config.get("rope_scaling"), config.get("rope_parameters")
     for key, part in (("rope_scaling", old), ("rope_parameters", new)):
@@ -81,6 +82,7 @@ def _settle_rope(config: Json) -> list[str]:
                 f"{key} has one object for each kind of layer ({', '.join(kinds)}); QuantFlow knows"
                 " one for all layers"
             )
+    # Where only one is there, it counts; of two the older, as in transformers.
     if not old and not new:
         return []
     key = "rope_scaling" if old else "rope_parameters"
@@ -114,6 +116,7 @@ def _settle_rope(config: Json) -> list[str]:
         elif theta is not None and not _alike(theta, kept):
             notes.append(_overruled("rope_parameters rope_theta", theta, "rope_theta", kept))
         del config["rope_parameters"]
+    # Names that stand twice within the object, or inside and outside it.
     kind = rope.get("rope_type")
     if kind is not None and rope.get("type") not in (None, kind):
         notes.append(_overruled(f"{key} type", rope["type"], "rope_type", kind))

@@ -195,6 +195,7 @@ def _solve(
     search: bool,
     refine: int,
 ) -> IntegerTensor:
+    # The order of the columns, and the grids that are known beforehand.
     n, k = weight.shape
     order = factor.order
     group = scheme.group_of(k)
@@ -241,6 +242,7 @@ def _solve(
     def correct(start: int, middle: int, stop: int) -> None:
         w[middle:stop].addmm_(factor.ratios[start:middle, middle:stop].T, errors[start:middle])
 
+    # The recursion.
     if act_order == "none":
         in_halves(0, k, group, min(leaf, group), columns, correct)
     else:
@@ -250,10 +252,12 @@ def _solve(
     if not permuted:
         codes = torch.empty_like(codes).index_copy_(0, order, codes)
     codes += zeros_t.repeat_interleave(group, 0)
+    # A second look at every code.
     if refine:
         codes, scales_t = refine_codes(
             base.T, codes, scales_t, zeros_t, sorted_hessian, scheme, rules, refine
         )
+    # Codes and grids as a tensor, its columns where they were.
     grid = Grid(scales_t.T.contiguous(), zeros_t.T.contiguous())
     if not permuted:
         return assemble(codes.T.contiguous(), grid, scheme, rules)
@@ -284,6 +288,7 @@ def refine_codes(
     2023, eq. 9). GPTQ decides each code once, before later ones are known; this lets it think
     again.
     """
+    # Codes less zero points, values, and the slope of the error in each.
     k = weight.shape[0]
     group = k // scales.shape[0]
     curvature = hessian.diagonal().clamp(min=1e-12 * max(float(hessian.diagonal().max()), 1e-30))
@@ -336,6 +341,7 @@ def refine_codes(
         change = by_scale[start:middle] + by_code[start:middle] if across else by_code[start:middle]
         slope[middle:stop].addmm_(hessian[middle:stop, start:middle], change, alpha=-1)
 
+    # Pass by pass.
     for left in reversed(range(passes)):
         in_halves(0, k, group, leaf, columns, carry)
         value += by_code

@@ -167,8 +167,9 @@ class Client:
         )
 
     def _failed(self, error: Exception) -> QuantFlowError:
-        """What it means that no answer began. The causes are those of the socket."""
+        """The error to raise where no answer began, by what the socket reports."""
         causes = list(_causes(error))
+        # Nobody was reached.
         if isinstance(error, httpx.ProxyError):
             return ServerError(
                 Problem(
@@ -195,6 +196,7 @@ class Client:
                     START,
                 )
             )
+        # TLS.
         if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
             hint = "SSL_CERT_FILE names a file with the certificate that signed it"
             return RequestError(
@@ -203,6 +205,7 @@ class Client:
         if any(isinstance(cause, ssl.SSLError) for cause in causes):
             plain = self.address.replace("https://", "http://", 1)
             return RequestError(Problem(self.address, "what listens there speaks no TLS", plain))
+        # Silence.
         if isinstance(error, httpx.ConnectTimeout):
             hint = "Check the address, and any firewall between"
             return ServerError(
@@ -218,6 +221,7 @@ class Client:
             return ServerError(
                 Problem(self.address, f"silent for {SILENCE_S:g} seconds", "an answer", hint)
             )
+        # Something else than a server of this kind.
         if isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)):
             problem = f"what listens there does not answer over HTTP ({error})"
             hint = "" if self.address.startswith("https") else "A server with TLS wants https://"

@@ -231,6 +231,7 @@ def sequences(body: CompletionRequest) -> int:
 
 def completion_job(service: Service, body: CompletionRequest) -> Job:
     """Takes a while: tokenises. Raises Refused, RequestError."""
+    # What the request may not ask for together.
     service.check_model(body.model)
     shown, made = body.n or 1, body.best_of or body.n or 1
     if made < shown:
@@ -256,6 +257,7 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
             param="max_tokens",
             code="invalid_value",
         )
+    # The prompts as tokens, and what is scored of them.
     prompts = _encoded(
         service, _prompts(body), echo=bool(body.echo), special=body.add_special_tokens is not False
     )
@@ -267,6 +269,7 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
     scores = (
         nothing and made == 1 and bool(asked) and all(len(prompt.tokens) > 1 for prompt in prompts)
     )
+    # How to generate.
     wanted = constraint(body)
     with renaming({"grammar": wanted.source}):
         params = sampling_params(
@@ -281,6 +284,7 @@ def completion_job(service: Service, body: CompletionRequest) -> Job:
             prompt_logprobs=max(asked, default=None),
             grammar=wanted.grammar,
         )
+    # How to answer.
     usage = stream_usage(body.stream_options)
     shape = TextShape(
         service,
