@@ -112,23 +112,23 @@ def formats(as_json: Json = False, debug: Debug = False) -> None:
     with reporting(debug):
         from dataclasses import asdict, fields
 
-        from quantflow.formats.abilities import ABILITIES, Ability
+        from quantflow.formats import FORMATS
         from quantflow.formats.engines import rows
 
         if as_json:
-            record = {
-                name: {**asdict(held), "engines": [asdict(row) for row in rows(name)]}
-                for name, held in ABILITIES.items()
+            shown = {
+                name: {**asdict(form.ability), "engines": [asdict(row) for row in rows(name)]}
+                for name, form in FORMATS.items()
             }
-            print(json.dumps(record, indent=2))
+            print(json.dumps(shown, indent=2))
             return
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True, style="bold")
         table.add_column(no_wrap=True, style="dim")
-        for name, ability in ABILITIES.items():
+        for name, form in FORMATS.items():
             first = name
-            for field in fields(Ability):
-                value = getattr(ability, field.name)
+            for field in fields(form.ability):
+                value = getattr(form.ability, field.name)
                 text = ", ".join(map(str, value)) if isinstance(value, tuple) else value
                 if text:
                     table.add_row(first, field.name.replace("_", " "), text)

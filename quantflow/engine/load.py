@@ -14,8 +14,9 @@ from torch import Tensor
 from quantflow.engine.model import Layer, Mixture, Mlp, Model, Norm
 from quantflow.engine.ops import Linear, Ops, resident_bytes
 from quantflow.errors import ModelError, Problem
-from quantflow.formats.base import grid_problems, integer_grid
 from quantflow.formats.reader import Weights, checkpoint_folder
+from quantflow.formats.tensors import integer_grid
+from quantflow.formats.weight import Weight, grid_problems
 from quantflow.models.config import DecoderConfig
 from quantflow.models.segments import Segment
 from quantflow.models.sharding import shard_plain
@@ -207,10 +208,8 @@ class _Loader:
         )
         if self.tp == self.weights.checkpoint.tp or cut is None:
             return tensor
-        problems = grid_problems(
-            module, tensor.shape, tensor.scheme, self.tp, cut, tensor.indexed, kinds=COMPUTED
-        )
-        if problems:
+        weight = Weight(module, tensor.shape, tensor.scheme, tensor.indexed, self.tp, cut)
+        if problems := grid_problems(weight, COMPUTED):
             raise ModelError(problems)
         return tensor.cut(cut, self.rank, self.tp)
 

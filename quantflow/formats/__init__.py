@@ -12,20 +12,23 @@ from quantflow.formats.base import Format
 from quantflow.formats.bitsandbytes import Bitsandbytes
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.formats.gguf import Gguf
-from quantflow.formats.gptq import Gptq, declared_version
+from quantflow.formats.gptq import Gptq, GptqV2, declared_version
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.turbomind import TurboMind
 from quantflow.formats.unread import unread_method
 
 FORMATS: dict[str, Format] = {
-    "compressed-tensors": CompressedTensors(),
-    "awq": Awq(),
-    "gptq": Gptq("gptq", version=1),
-    "gptq_v2": Gptq("gptq_v2", version=2),
-    "bitsandbytes": Bitsandbytes(),
-    "turbomind": TurboMind(),
-    "gguf": Gguf(),
-    "huggingface": HuggingFace(),
+    form.name: form
+    for form in (
+        CompressedTensors(),
+        Awq(),
+        Gptq(),
+        GptqV2(),
+        Bitsandbytes(),
+        TurboMind(),
+        Gguf(),
+        HuggingFace(),
+    )
 }
 
 
@@ -33,7 +36,7 @@ def scale_dtypes(model_dtype: str) -> tuple[str, ...]:
     """Dtypes, as torch names them, in which every scale of a model in `model_dtype` is to be exact:
     those of every format that holds integer codes, so that what is quantised once can be packed
     into each of them."""
-    holding = (form for form in FORMATS.values() if "integer" in form.kinds and form.dtype is None)
+    holding = (form for form in FORMATS.values() if form.keeps_codes and "integer" in form.kinds)
     return tuple(dict.fromkeys(form.scale_dtype(model_dtype) for form in holding))
 
 

@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import (
-    ConfigRequest,
-    Spec,
-    check_tensor,
-    expect_shape,
-    grid_problems,
-    setting,
-    take,
-    texts,
-)
+from quantflow.formats.abilities import Ability
+from quantflow.formats.base import ConfigRequest, Format, Spec
 from quantflow.formats.engines import refusals
+from quantflow.formats.settings import names, setting
+from quantflow.formats.tensors import expect_shape, take
+from quantflow.formats.weight import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -47,16 +42,18 @@ _NESTED_BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Bitsandbytes:
-    name: str = "bitsandbytes"
-    container: str = "directory"
-    dtype: str | None = None
-    min_zero: int = 0
-    kinds: tuple[str, ...] = ("nf4",)
-    kv_scales: tuple[str, ...] = ()
-    parallel: bool = False
-    holds_index: bool = False
-    suffixes: tuple[str, ...] = (
+class Bitsandbytes(Format):
+    title = "bitsandbytes"
+    ability = Ability(
+        "NF4, single or double; no experts",
+        (),
+        "blocks of 64 (32 to 4096)",
+        asymmetric="no",
+        mixed_bits="no",
+        tensor_parallel="no",
+    )
+    kinds = ("nf4",)
+    suffixes = (
         ".weight",
         ".weight.absmax",
         ".weight.quant_map",
@@ -65,60 +62,39 @@ class Bitsandbytes:
         _STATE,
         *_UNREAD,
     )
-    marks: tuple[str, ...] = (_STATE, *_UNREAD[:2])
+    marks = (_STATE, *_UNREAD[:2])
+    parallel = False
+
+    name: str = "bitsandbytes"
 
     def scale_dtype(self, model_dtype: str) -> str:
         return "float32"
 
-    def check(
-        self,
-        module: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        act_order_index: bool,
-        tp: int = 1,
-        tp_dim: int | None = None,
-    ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
-        if scheme.kind == "nf4" and scheme.group_size not in BLOCK_SIZES:
-            problems.append(
-                Problem(
-                    module,
-                    f"blocks of {scheme.group_size}",
-                    f"one of {', '.join(map(str, BLOCK_SIZES))}",
-                )
-            )
+    def _refused(self, weight: Weight) -> Iterator[Problem]:
+        module, scheme = weight.module, weight.scheme
+        if self.holds_numbers(scheme.kind) and scheme.group_size not in BLOCK_SIZES:
+            expected = f"one of {', '.join(map(str, BLOCK_SIZES))}"
+            yield Problem(module, f"blocks of {scheme.group_size}", expected)
         if ".experts." in module:
+            expected = "a linear of its own, or experts that are ignored"
             hint = (
                 "transformers joins a layer's experts into one tensor, which it cannot do with"
                 " these"
             )
-            problems.append(
-                Problem(
-                    module,
-                    "an expert of a mixture",
-                    "a linear of its own, or experts that are ignored",
-                    hint,
-                )
-            )
-        return problems
+            yield Problem(module, "an expert of a mixture", expected, hint)
 
-    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        if scheme.kind == "nf4" and scheme.group_size in BLOCK_SIZES:
+    def nearest(self, weight: Weight) -> Scheme:
+        scheme = weight.scheme
+        if self.holds_numbers(scheme.kind) and scheme.group_size in BLOCK_SIZES:
             return scheme
         return replace(scheme, bits=4, group_size=64, symmetric=True, kind="nf4")
-
-    def prefers_symmetric(self, *, experts: bool) -> bool:
-        return False
 
     def shares_scheme(self, module: str) -> bool:
         return True
 
-    def specs(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
-    ) -> dict[str, Spec]:
-        (n, k), groups = shape, shape[0] * scheme.groups(shape[1])
+    def specs(self, weight: Weight, scale_dtype: str) -> dict[str, Spec]:
+        module, (n, k), scheme = weight.module, weight.shape, weight.scheme
+        groups = n * scheme.groups(k)
         specs: dict[str, Spec] = {
             f"{module}.weight": ("U8", (n * k // 2, 1)),
             f"{module}.weight.absmax": ("U8" if scheme.double else "F32", (groups,)),
@@ -130,17 +106,13 @@ class Bitsandbytes:
         specs[f"{module}{_STATE}"] = ("U8", (_STATE_BYTES,))
         return specs
 
-    def encode(
+    def _encode(
         self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
     ) -> dict[str, Tensor]:
         import torch
 
         from quantflow.quant.numbers.nf4 import NF4, Nf4Tensor
 
-        problems = self.check(module, tensor.shape, tensor.scheme, act_order_index=False)
-        if problems:
-            raise FormatError(problems)
-        check_tensor(module, tensor)
         assert isinstance(tensor, Nf4Tensor)
         flat, nested = tensor.codes.reshape(-1), tensor.nested
         if (nested is not None) != tensor.scheme.double or (
@@ -183,7 +155,7 @@ class Bitsandbytes:
             raise FormatError(
                 Problem("quantization_config.bnb_4bit_quant_type", f"{kind!r}", "'nf4'")
             )
-        skipped = texts(config, "llm_int8_skip_modules")
+        skipped = names(config, "llm_int8_skip_modules")
         if module == "lm_head" or any(
             module == name or module.endswith(f".{name}") for name in skipped
         ):
@@ -201,25 +173,22 @@ class Bitsandbytes:
             4, group, True, "nf4", setting(config, "bnb_4bit_use_double_quant", bool, default=False)
         )
 
-    def decode(
-        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    def _decode(
+        self, module: str, scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> QuantizedTensor:
         import torch
 
         from quantflow.quant.numbers.nf4 import NF4, NestedScales, Nf4Tensor
 
-        scheme = self.scheme_of(module, config)
-        if scheme is None:
-            raise FormatError(Problem(module, "not quantised, says quantization_config"))
         where = f"{module}{_STATE}"
         state = _read_state(where, take(tensors, where, torch.uint8, dims=1))
         n, k = state["shape"]
         if (state["blocksize"], "nested_blocksize" in state) != (scheme.group_size, scheme.double):
-            found = (
+            blocks = (
                 f"blocks of {state['blocksize']}{', double' if 'nested_blocksize' in state else ''}"
             )
             hint = "Say so there: bnb_4bit_blocksize and bnb_4bit_use_double_quant"
-            raise FormatError(Problem(where, found, f"{scheme}, says quantization_config", hint))
+            raise FormatError(Problem(where, blocks, f"{scheme}, says quantization_config", hint))
         if k % scheme.group_size:
             hint = (
                 "Its blocks run from one row into the next: load it with bitsandbytes, and save it"
@@ -267,19 +236,16 @@ class Bitsandbytes:
         scales = (nested.scales() if nested else absmax).view(n, -1)
         return Nf4Tensor(scheme, codes, scales, nested)
 
-    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
-        schemes = set(request.modules.values()) or {request.default}
+    def _unsayable(self, request: ConfigRequest) -> list[Problem]:
+        problems = super()._unsayable(request)
+        schemes = sorted({str(scheme) for scheme in request.modules.values()})
         if len(schemes) > 1:
-            raise FormatError(
-                Problem(
-                    "bitsandbytes",
-                    " and ".join(sorted(map(str, schemes))),
-                    "one scheme for all linears",
-                )
-            )
-        scheme = schemes.pop()
-        if request.kv_scales:
-            raise FormatError(Problem("kv", "bitsandbytes has no place for KV scales"))
+            expected = "one scheme for all linears"
+            problems.append(Problem("bitsandbytes", " and ".join(schemes), expected))
+        return problems
+
+    def _config(self, request: ConfigRequest) -> dict[str, Any]:
+        scheme = next(iter(request.modules.values()), request.default)
         # readers go by each weight's own state
         size = {} if scheme.group_size == 64 else {"bnb_4bit_blocksize": scheme.group_size}
         return {
@@ -296,9 +262,6 @@ class Bitsandbytes:
 
     def doubts(self, request: ConfigRequest) -> list[Problem]:
         return list(refusals(self.name, request.modules))
-
-    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        return {}
 
 
 _STATE_BYTES = 224  # room for every state that is written, filled with blanks, which JSON allows

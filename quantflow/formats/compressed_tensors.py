@@ -13,31 +13,18 @@ is read here, never written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import (
-    SAFETENSORS_DTYPE,
-    ConfigRequest,
-    Spec,
-    check_tensor,
-    exact_scales,
-    expect_shape,
-    grid_problems,
-    group_index,
-    integer_grid,
-    integer_scheme,
-    main_scheme,
-    matches,
-    name_patterns,
-    read_scheme,
-    setting,
-    take,
-    texts,
-)
+from quantflow.formats.abilities import Ability
+from quantflow.formats.base import SAFETENSORS_DTYPE, ConfigRequest, Format, Spec
 from quantflow.formats.engines import LMDEPLOY, TRANSFORMERS, refusals, unlike_parts
+from quantflow.formats.naming import main_scheme, name_patterns
+from quantflow.formats.settings import matches, names, read_scheme, setting
+from quantflow.formats.tensors import exact_scales, expect_shape, group_index, integer_grid, take
+from quantflow.formats.weight import Weight, integer_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -61,66 +48,50 @@ UNREAD_LAYOUTS = {
     "mxfp6-pack-quantized": "MXFP6 weights",
     "mxfp8-quantized": "MXFP8 weights",
 }
-_INDEX = Problem(
-    "group index",
-    "compressed-tensors holds none since its version 0.19",
-    hint="Use act_order: static, or gptq",
-)
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
-    name: str = "compressed-tensors"
-    container: str = "directory"
-    dtype: str | None = None
-    min_zero: int = 0
-    kinds: tuple[str, ...] = ("integer",)
-    kv_scales: tuple[str, ...] = ("fp8",)
-    parallel: bool = True
-    holds_index: bool = False
-    suffixes: tuple[str, ...] = (
+class CompressedTensors(Format):
+    title = "compressed-tensors"
+    ability = Ability(
+        "integers",
+        (2, 3, 4, 5, 6, 7, 8),
+        "any divisor, per channel",
+        asymmetric="yes, not for experts",
+        act_order_index="read",
+        kv_scales="beside it, or fp8 ones inside (--kv-scales fp8)",
+    )
+    suffixes = (
         ".weight_packed",
         ".weight_scale",
         ".weight_zero_point",
         ".weight_shape",
         ".weight_g_idx",
     )
-    marks: tuple[str, ...] = (".weight_packed",)
+    marks = (".weight_packed",)
+    index_suffixes = (".weight_g_idx",)
+    kv_scales = ("fp8",)
+
+    name: str = "compressed-tensors"
 
     def scale_dtype(self, model_dtype: str) -> str:
         return model_dtype
 
-    def check(
-        self,
-        module: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        act_order_index: bool,
-        tp: int = 1,
-        tp_dim: int | None = None,
-    ) -> list[Problem]:
-        problems = grid_problems(
-            module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds
-        )
-        if act_order_index:
-            problems.append(Problem(module, f"a group index: {_INDEX.found}", hint=_INDEX.hint))
-        if _is_expert(module) and not scheme.symmetric:
+    def _refused(self, weight: Weight) -> Iterator[Problem]:
+        if _is_expert(weight.module) and not weight.scheme.symmetric:
             # transformers hands only packed codes, scales and shape of an expert to the package,
             # which then misses the zero points.
+            what = "an asymmetric expert, which readers of compressed-tensors cannot load"
             hint = "Use symmetric: true for the experts, or awq or gptq"
-            problems.append(
-                Problem(
-                    module,
-                    "an asymmetric expert, which readers of compressed-tensors cannot load",
-                    hint=hint,
-                )
-            )
-        return problems
+            yield Problem(weight.module, what, hint=hint)
 
-    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        scheme = integer_scheme(scheme, shape)
-        return replace(scheme, symmetric=True) if _is_expert(module) else scheme
+    def _no_index(self, where: str) -> Problem:
+        what = "a group index: compressed-tensors holds none since its version 0.19"
+        return Problem(where, what, hint="Use act_order: static, or gptq")
+
+    def nearest(self, weight: Weight) -> Scheme:
+        scheme = integer_scheme(weight)
+        return replace(scheme, symmetric=True) if _is_expert(weight.module) else scheme
 
     def prefers_symmetric(self, *, experts: bool) -> bool:
         return experts
@@ -128,10 +99,8 @@ class CompressedTensors:
     def shares_scheme(self, module: str) -> bool:
         return _is_expert(module)
 
-    def specs(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
-    ) -> dict[str, Spec]:
-        n, k = shape
+    def specs(self, weight: Weight, scale_dtype: str) -> dict[str, Spec]:
+        module, (n, k), scheme = weight.module, weight.shape, weight.scheme
         groups = scheme.groups(k)
         specs: dict[str, Spec] = {
             f"{module}.weight_packed": ("I32", (n, _words(k, scheme.bits))),
@@ -142,7 +111,7 @@ class CompressedTensors:
         specs[f"{module}.weight_shape"] = ("I64", (2,))
         return specs
 
-    def encode(
+    def _encode(
         self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
     ) -> dict[str, Tensor]:
         import torch
@@ -151,10 +120,6 @@ class CompressedTensors:
 
         tensor = integer_grid(module, tensor)
         scheme = tensor.scheme
-        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.indexed)
-        if problems:
-            raise FormatError(problems)
-        check_tensor(module, tensor)
         encoded = {
             f"{module}.weight_packed": pack_rows(tensor.codes, scheme.bits),
             f"{module}.weight_scale": (
@@ -170,26 +135,27 @@ class CompressedTensors:
         """As the protocol says. A target or an ignored entry is a name, an expression after `re:`,
         or a class, of which `Linear` is taken to be every quantised module's; names come before
         expressions, and those before classes."""
-        if any(_match(entry, module) for entry in texts(config, "ignore")):
+        if any(_match(entry, module) for entry in names(config, "ignore")):
             return None
-        found: tuple[int, str, Mapping[str, Any]] | None = None
+        best: tuple[int, str, Mapping[str, Any]] | None = None
         all_groups = setting(config, "config_groups", dict, default={})
         for name in all_groups:
             group = setting(all_groups, name, dict, "config_groups")
-            for target in texts(group, "targets", f"config_groups.{name}"):
+            for target in names(group, "targets", f"config_groups.{name}"):
                 rank = _match(target, module) or (3 if target == "Linear" else 0)
-                if rank and (found is None or rank < found[0]):
-                    found = (rank, name, group)
-        if found is None:
+                if rank and (best is None or rank < best[0]):
+                    best = (rank, name, group)
+        if best is None:
             return None
-        where = f"config_groups.{found[1]}"
-        form = found[2].get("format") or config.get("format")
+        _, name, group = best
+        where = f"config_groups.{name}"
+        form = group.get("format") or config.get("format")
         if form != _FORMAT:
             raise FormatError(Problem(f"{where}.format", f"{form!r}", f"{_FORMAT!r}"))
-        weights = setting(found[2], "weights", dict, where)
+        weights = setting(group, "weights", dict, where)
         if (
-            found[2].get("input_activations")
-            or found[2].get("output_activations")
+            group.get("input_activations")
+            or group.get("output_activations")
             or weights.get("dynamic")
         ):
             raise FormatError(Problem(where, "quantised activations", "quantised weights alone"))
@@ -214,17 +180,14 @@ class CompressedTensors:
             *numbers, setting(weights, "symmetric", bool, where, default=True), where
         )
 
-    def decode(
-        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    def _decode(
+        self, module: str, scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> IntegerTensor:
         import torch
 
         from quantflow.quant.numbers.integer import IntegerTensor
         from quantflow.quant.packing import unpack_columns, unpack_rows
 
-        scheme = self.scheme_of(module, config)
-        if scheme is None:
-            raise FormatError(Problem(module, "not quantised, says quantization_config"))
         bits = scheme.bits
         stored_shape = take(tensors, f"{module}.weight_shape", torch.int64, dims=1)
         expect_shape(f"{module}.weight_shape", stored_shape, (2,))
@@ -270,17 +233,17 @@ class CompressedTensors:
             )
         return IntegerTensor(scheme, unpack_rows(packed, bits, k), scales, zeros, index)
 
-    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
-        problems = [_INDEX] if request.act_order else []
+    def _unsayable(self, request: ConfigRequest) -> list[Problem]:
+        problems = super()._unsayable(request)
         # transformers and vLLM fuse experts and read all of them with one scheme.
         experts = {scheme: name for name, scheme in request.modules.items() if _is_expert(name)}
         if len(experts) > 1:
-            found = " and ".join(f"{scheme} ({name})" for scheme, name in experts.items())
-            problems.append(
-                Problem("experts", found, "one scheme for all experts", "Change weights.overrides")
-            )
-        if problems:
-            raise FormatError(problems)
+            schemes = " and ".join(f"{scheme} ({name})" for scheme, name in experts.items())
+            hint = "Change weights.overrides"
+            problems.append(Problem("experts", schemes, "one scheme for all experts", hint))
+        return problems
+
+    def _config(self, request: ConfigRequest) -> dict[str, Any]:
         # transformers takes the first group for all that is dense, and for experts the one with an
         # expression that names them, if any.
         dense = {name: scheme for name, scheme in request.modules.items() if not _is_expert(name)}
@@ -292,8 +255,8 @@ class CompressedTensors:
                 others = [
                     name for name in request.modules if request.modules[name] != own
                 ] + request.ignored
-                patterns, names = name_patterns(chosen, others)
-                groups.append(_group(own, [f"re:{pattern}" for pattern in patterns] + names))
+                patterns, others = name_patterns(chosen, others)
+                groups.append(_group(own, [f"re:{pattern}" for pattern in patterns] + others))
         config: dict[str, Any] = {
             "quant_method": "compressed-tensors",
             "format": _FORMAT,
@@ -319,13 +282,13 @@ class CompressedTensors:
         doubts = unlike_parts(request.modules, request.ignored)
         dense = {scheme for name, scheme in request.modules.items() if not _is_expert(name)}
         if len(dense) > 1 and not all(scheme.symmetric for scheme in dense):
-            found = (
-                "does not load zero points beside unlike schemes:"
-                f" {', '.join(sorted(map(str, dense)))}"
-            )
+            unlike = ", ".join(sorted(map(str, dense)))
             doubts.append(
                 Problem(
-                    TRANSFORMERS, found, "one scheme, or symmetric ones", "weights.symmetric: true"
+                    TRANSFORMERS,
+                    f"does not load zero points beside unlike schemes: {unlike}",
+                    "one scheme, or symmetric ones",
+                    "weights.symmetric: true",
                 )
             )
         refused = list(refusals(self.name, request.modules, act_order=request.act_order))
@@ -341,15 +304,9 @@ class CompressedTensors:
             )
         return doubts + refused
 
-    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        return {}
-
     def stored_kv_scales(self, config: Mapping[str, Any]) -> str | None:
-        """Which KV scales a checkpoint says that it holds: None, `fp8` or `int8`, one each of K and
-        V of a layer, or other ones in words.
-
-        int8 is what QuantFlow once wrote; transformers applies it, vLLM refuses it.
-        """
+        """As the base says. int8 is what QuantFlow once wrote; transformers applies it, vLLM
+        refuses it."""
         scheme = config.get("kv_cache_scheme")
         if not isinstance(scheme, Mapping):
             return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from quantflow.errors import Problem
-from quantflow.formats.base import FUSED
+from quantflow.formats.naming import FUSED
 
 if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
@@ -242,14 +242,14 @@ def refusals(
                 next((row.only for row in own if row.only and row.holds(scheme)), "")
                 for scheme in schemes
             ]
-            found = (
+            refusal = (
                 f"loads {{}} only {' or '.join(dict.fromkeys(only))}"
                 if all(only)
                 else "does not load {}"
             )
             expected = "; or ".join(str(row) for row in own if not row.only)
             what = f"{', '.join(sorted(map(str, schemes)))}{first_of(modules, refused)}"
-            yield Problem(engine, found.format(what), expected, _instead(engine, form, schemes))
+            yield Problem(engine, refusal.format(what), expected, _instead(engine, form, schemes))
         # With one group a row, the order of the columns means nothing.
         if (
             act_order
@@ -297,13 +297,13 @@ def unlike_parts(modules: Mapping[str, Scheme], ignored: Collection[str]) -> lis
         return []
     first, leaves = next(iter(unlike.items()))
     parent = first.rpartition(".")[0]
-    found = ", ".join(
+    schemes = ", ".join(
         f"{leaf} {modules.get(f'{parent}.{leaf}') or 'in 16 bits'}" for leaf in leaves
     )
     where = f"{parent}{f' and {len(unlike) - 1} more' if len(unlike) > 1 else ''}"
     hint = f"Match all of {', '.join(leaves)} in weights.ignore and overrides, or none"
-    said = f"does not load unlike parts of what it fuses: {found} ({where})"
-    return [Problem(f"{VLLM} and {SGLANG}", said, "one scheme, or none, for all of them", hint)]
+    what = f"does not load unlike parts of what it fuses: {schemes} ({where})"
+    return [Problem(f"{VLLM} and {SGLANG}", what, "one scheme, or none, for all of them", hint)]
 
 
 def first_of(modules: Mapping[str, Scheme], chosen: Collection[str]) -> str:

@@ -12,22 +12,17 @@ The file itself, names and the order of rotary channels are `checkpoints/gguf/fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.checkpoints.gguf.file import BLOCK, BLOCK_TYPES
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import (
-    ConfigRequest,
-    Spec,
-    check_tensor,
-    exact_scales,
-    expect_shape,
-    grid_problems,
-    setting,
-    take,
-)
+from quantflow.formats.abilities import Ability
+from quantflow.formats.base import ConfigRequest, Format, Spec
+from quantflow.formats.settings import setting
+from quantflow.formats.tensors import exact_scales, expect_shape, take
+from quantflow.formats.weight import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -37,85 +32,58 @@ if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
 
 _BYTES = dict(BLOCK_TYPES.values())  # a block
+_TYPES = {
+    ("integer", 4, True): "q4_0",
+    ("integer", 4, False): "q4_1",
+    ("integer", 8, True): "q8_0",
+    ("minimum", 4, True): "q4_1",
+    ("minimum", 4, False): "q4_1",
+}
 
 
 def type_of(scheme: Scheme) -> str | None:
     """The type that holds a scheme; None for none."""
-    if scheme.kind == "minimum":
-        return "q4_1" if scheme.bits == 4 else None
-    if scheme.kind == "integer":
-        return {(4, True): "q4_0", (4, False): "q4_1", (8, True): "q8_0"}.get(
-            (scheme.bits, scheme.symmetric)
-        )
-    return None
+    return _TYPES.get((scheme.kind, scheme.bits, scheme.symmetric))
 
 
 @dataclass(frozen=True)
-class Gguf:
+class Gguf(Format):
+    title = "GGUF"
+    ability = Ability(
+        "integers, floating minimums",
+        (4, 8),
+        "multiples of 32",
+        asymmetric="4 bits, where -zero * scale is exact",
+        tensor_parallel="no",
+    )
+    container = "gguf"
+    kinds = ("integer", "minimum")
+    suffixes = marks = (".q4_0", ".q4_1", ".q8_0")
+    holds_plain = True
+    holds_embedding = True
+    parallel = False
+
     name: str = "gguf"
-    container: str = "gguf"
-    dtype: str | None = None
-    min_zero: int = 0
-    kinds: tuple[str, ...] = ("integer", "minimum")
-    kv_scales: tuple[str, ...] = ()
-    parallel: bool = False
-    holds_index: bool = False
-    suffixes: tuple[str, ...] = (".q4_0", ".q4_1", ".q8_0")
-    marks: tuple[str, ...] = (".q4_0", ".q4_1", ".q8_0")
 
     def scale_dtype(self, model_dtype: str) -> str:
         return "float16"
 
-    def check(
-        self,
-        module: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        act_order_index: bool,
-        tp: int = 1,
-        tp_dim: int | None = None,
-    ) -> list[Problem]:
-        problems = grid_problems(module, shape, scheme, 1, None, act_order_index, kinds=self.kinds)
-        if type_of(scheme) is None and scheme.kind in self.kinds:
-            problems.append(
-                Problem(
-                    module,
-                    f"{scheme}",
-                    "W4, or W8 symmetric: what Q4_0, Q4_1 and Q8_0 hold",
-                    "Use 4 bits, or gptq",
-                )
-            )
-        if shape[1] % BLOCK:
-            problems.append(
-                Problem(
-                    module,
-                    f"{shape[1]} input channels",
-                    f"a multiple of {BLOCK}",
-                    "Ignore this module",
-                )
-            )
-        elif scheme.group_of(shape[1]) % BLOCK:
-            problems.append(
-                Problem(
-                    module,
-                    f"group_size {scheme.group_size}",
-                    f"a multiple of {BLOCK}, GGUF's block",
-                )
-            )
-        if act_order_index:
-            problems.append(
-                Problem(
-                    module,
-                    "a group index, which GGUF cannot hold",
-                    hint="Use act_order: static, or gptq",
-                )
-            )
-        return problems
+    def _refused(self, weight: Weight) -> Iterator[Problem]:
+        module, scheme, inputs = weight.module, weight.scheme, weight.shape[1]
+        if type_of(scheme) is None and self.holds_numbers(scheme.kind):
+            expected = "W4, or W8 symmetric: what Q4_0, Q4_1 and Q8_0 hold"
+            yield Problem(module, f"{scheme}", expected, "Use 4 bits, or gptq")
+        if inputs % BLOCK:
+            hint = "Ignore this module"
+            yield Problem(module, f"{inputs} input channels", f"a multiple of {BLOCK}", hint)
+        elif scheme.group_of(inputs) % BLOCK:
+            expected = f"a multiple of {BLOCK}, GGUF's block"
+            yield Problem(module, f"group_size {scheme.group_size}", expected)
 
-    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        group = scheme.group_size if scheme.group_of(shape[1]) % BLOCK == 0 else BLOCK
-        if scheme.bits == 4 and (scheme.kind not in self.kinds or not scheme.symmetric):
+    def nearest(self, weight: Weight) -> Scheme:
+        scheme = weight.scheme
+        group = scheme.group_size if scheme.group_of(weight.shape[1]) % BLOCK == 0 else BLOCK
+        if scheme.bits == 4 and not (self.holds_numbers(scheme.kind) and scheme.symmetric):
             return replace(scheme, group_size=group, symmetric=False, kind="minimum", double=False)
         return replace(
             scheme,
@@ -129,17 +97,12 @@ class Gguf:
     def prefers_symmetric(self, *, experts: bool) -> bool:
         return True
 
-    def shares_scheme(self, module: str) -> bool:
-        return False
-
-    def specs(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
-    ) -> dict[str, Spec]:
-        kind = type_of(scheme)
+    def specs(self, weight: Weight, scale_dtype: str) -> dict[str, Spec]:
+        kind, (n, k) = type_of(weight.scheme), weight.shape
         assert kind is not None
-        return {f"{module}.{kind}": ("U8", (shape[0], shape[1] // BLOCK * _BYTES[kind]))}
+        return {f"{weight.module}.{kind}": ("U8", (n, k // BLOCK * _BYTES[kind]))}
 
-    def encode(
+    def _encode(
         self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
     ) -> dict[str, Tensor]:
         import torch
@@ -148,10 +111,6 @@ class Gguf:
         from quantflow.quant.numbers.minimum import MinimumTensor
 
         scheme, (n, k) = tensor.scheme, tensor.shape
-        problems = self.check(module, (n, k), scheme, act_order_index=tensor.indexed)
-        if problems:
-            raise FormatError(problems)
-        check_tensor(module, tensor)
         assert isinstance(tensor, IntegerTensor | MinimumTensor)
         kind = type_of(scheme)
         repeat = scheme.group_of(k) // BLOCK
@@ -182,7 +141,7 @@ class Gguf:
         )
         if module not in types:
             return None
-        kind, said = types[module], schemes.get(module)
+        kind, stored = types[module], schemes.get(module)
         if kind not in tuple(_BYTES):
             raise FormatError(
                 Problem(
@@ -191,7 +150,7 @@ class Gguf:
                     f"one of {', '.join(_BYTES)}",
                 )
             )
-        if said is None:
+        if stored is None:
             return Scheme(
                 8 if kind == "q8_0" else 4,
                 BLOCK,
@@ -201,30 +160,27 @@ class Gguf:
         wrong = FormatError(
             Problem(
                 f"quantflow.schemes {module}",
-                f"{said!r}"[:80],
+                f"{stored!r}"[:80],
                 f"bits, group size, symmetry and kind of a {kind}",
             )
         )
-        if not isinstance(said, list) or [type(part) for part in said] != [int, int, bool, str]:
+        if not isinstance(stored, list) or [type(part) for part in stored] != [int, int, bool, str]:
             raise wrong
-        scheme = Scheme(*said)
+        scheme = Scheme(*stored)
         if type_of(scheme) != kind or (
             scheme.group_size != -1 and (scheme.group_size < BLOCK or scheme.group_size % BLOCK)
         ):
             raise wrong
         return scheme
 
-    def decode(
-        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    def _decode(
+        self, module: str, scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> QuantizedTensor:
         import torch
 
         from quantflow.quant.numbers.integer import IntegerTensor
         from quantflow.quant.numbers.minimum import MinimumTensor
 
-        scheme = self.scheme_of(module, config)
-        if scheme is None:
-            raise FormatError(Problem(module, "not quantised"))
         kind = type_of(scheme)
         assert kind is not None
         name = f"{module}.{kind}"
@@ -275,15 +231,7 @@ class Gguf:
             )
         return IntegerTensor(scheme, codes, scales, zeros.to(torch.uint8))
 
-    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
-        if request.act_order:
-            raise FormatError(
-                Problem(
-                    "act_order",
-                    "a group index, which GGUF cannot hold",
-                    hint="Use act_order: static, or gptq",
-                )
-            )
+    def _config(self, request: ConfigRequest) -> dict[str, Any]:
         schemes = {
             name: [s.bits, s.group_size, s.symmetric, s.kind] for name, s in request.modules.items()
         }
@@ -293,11 +241,19 @@ class Gguf:
             "schemes": schemes,
         }
 
-    def doubts(self, request: ConfigRequest) -> list[Problem]:
-        return []
-
-    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        return {}
+    def chances(self, request: ConfigRequest, kv_granularity: str | None = None) -> list[Problem]:
+        asymmetric = [
+            name
+            for name, scheme in request.modules.items()
+            if scheme.kind == "integer" and not scheme.symmetric
+        ]
+        if not asymmetric:
+            return []
+        what = (
+            f"asymmetric weights ({asymmetric[0]}): some of their minimums -zero * scale are no"
+            " exact float16"
+        )
+        return [Problem(self.name, what, "weights.symmetric: true, which Q4_0 holds exactly")]
 
 
 def _once(name: str, each: Tensor, groups: int) -> Tensor:

@@ -11,32 +11,25 @@ GPTQModel's `dynamic`, which vLLM reads as well.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import (
-    ConfigRequest,
-    Spec,
-    check_tensor,
+from quantflow.formats.abilities import Ability
+from quantflow.formats.base import ConfigRequest, Format, Spec
+from quantflow.formats.engines import refusals, unlike_parts
+from quantflow.formats.naming import main_scheme, name_patterns, with_fused
+from quantflow.formats.settings import own_settings, read_scheme, setting
+from quantflow.formats.tensors import (
     exact_scales,
     expect_shape,
-    grid_problems,
     group_index,
     integer_grid,
-    integer_scheme,
-    main_scheme,
-    name_patterns,
-    own_settings,
     plain_index,
-    rank_shape,
-    read_scheme,
-    setting,
     take,
-    with_fused,
 )
-from quantflow.formats.engines import refusals, unlike_parts
+from quantflow.formats.weight import Weight, integer_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -46,19 +39,26 @@ if TYPE_CHECKING:
     from quantflow.quant.numbers.integer import IntegerTensor
     from quantflow.quant.scheme import Scheme
 
+_PERIODS = {2: 16, 3: 32, 4: 8, 8: 4}  # bits -> how many codes fill whole words
+
 
 @dataclass(frozen=True)
-class Gptq:
-    name: str
-    version: int
-    container: str = "directory"
-    dtype: str | None = None
-    kinds: tuple[str, ...] = ("integer",)
-    kv_scales: tuple[str, ...] = ()
-    parallel: bool = True
-    holds_index: bool = True
-    suffixes: tuple[str, ...] = (".qweight", ".qzeros", ".scales", ".g_idx")
-    marks: tuple[str, ...] = (".qweight",)
+class Gptq(Format):
+    title = "GPTQ"
+    ability = Ability(
+        "integers",
+        (2, 3, 4, 8),
+        "any divisor, per channel",
+        asymmetric="yes, without a zero point of 0",
+        act_order_index="yes",
+    )
+    suffixes = (".qweight", ".qzeros", ".scales", ".g_idx")
+    marks = (".qweight",)
+    index_suffixes = (".g_idx",)
+    holds_index = True
+
+    name: str = "gptq"
+    version: ClassVar[int] = 1
 
     @property
     def min_zero(self) -> int:
@@ -67,48 +67,29 @@ class Gptq:
     def scale_dtype(self, model_dtype: str) -> str:
         return "float16"
 
-    def check(
-        self,
-        module: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        act_order_index: bool,
-        tp: int = 1,
-        tp_dim: int | None = None,
-    ) -> list[Problem]:
-        problems = grid_problems(
-            module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds
-        )
-        if scheme.kind == "integer" and scheme.bits not in (2, 3, 4, 8):
-            problems.append(
-                Problem(module, f"{scheme.bits} bits", "2, 3, 4 or 8", "Use compressed-tensors")
-            )
-        elif scheme.kind == "integer":
-            period = {2: 16, 3: 32, 4: 8, 8: 4}[scheme.bits]
-            for count, kind in zip(rank_shape(shape, tp, tp_dim), ("output", "input"), strict=True):
-                if count % period:
-                    hint = "Use compressed-tensors, or ignore this module"
-                    expected = (
-                        f"a multiple of {period}, as {scheme.bits} bits must fill whole words"
-                    )
-                    problems.append(Problem(module, f"{count} {kind} channels", expected, hint))
-        return problems
+    def _refused(self, weight: Weight) -> Iterator[Problem]:
+        module, bits = weight.module, weight.scheme.bits
+        if not self.holds_numbers(weight.scheme.kind):
+            return
+        if bits not in _PERIODS:
+            yield Problem(module, f"{bits} bits", "2, 3, 4 or 8", "Use compressed-tensors")
+            return
+        period = _PERIODS[bits]
+        for count, side in zip(weight.rank_shape, ("output", "input"), strict=True):
+            if count % period:
+                hint = "Use compressed-tensors, or ignore this module"
+                expected = f"a multiple of {period}, as {bits} bits must fill whole words"
+                yield Problem(module, f"{count} {side} channels", expected, hint)
 
-    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        scheme = integer_scheme(scheme, shape)
+    def nearest(self, weight: Weight) -> Scheme:
+        scheme = integer_scheme(weight)
         return replace(scheme, bits=8) if 4 < scheme.bits < 8 else scheme
 
     def prefers_symmetric(self, *, experts: bool) -> bool:
         return True
 
-    def shares_scheme(self, module: str) -> bool:
-        return False
-
-    def specs(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
-    ) -> dict[str, Spec]:
-        n, k = shape
+    def specs(self, weight: Weight, scale_dtype: str) -> dict[str, Spec]:
+        module, (n, k), scheme = weight.module, weight.shape, weight.scheme
         groups = scheme.groups(k)
         return {
             f"{module}.qweight": ("I32", (k * scheme.bits // 32, n)),
@@ -117,7 +98,7 @@ class Gptq:
             f"{module}.g_idx": ("I32", (k,)),
         }
 
-    def encode(
+    def _encode(
         self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
     ) -> dict[str, Tensor]:
         import torch
@@ -125,12 +106,7 @@ class Gptq:
         from quantflow.quant.packing import pack_rows, pack_rows_transposed
 
         tensor = integer_grid(module, tensor)
-        scheme, (_, k) = tensor.scheme, tensor.shape
-        problems = self.check(module, tensor.shape, scheme, act_order_index=tensor.indexed)
-        if problems:
-            raise FormatError(problems)
-        check_tensor(module, tensor)
-        zeros = tensor.zeros
+        scheme, k, zeros = tensor.scheme, tensor.shape[1], tensor.zeros
         if self.version == 1:
             if int(zeros.count_nonzero()) < zeros.numel():
                 raise FormatError(
@@ -156,10 +132,10 @@ class Gptq:
         }
 
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
-        found = declared_version(config)
-        if found != self.name:
+        version = declared_version(config)
+        if version != self.name:
             raise FormatError(
-                Problem("quantization_config.checkpoint_format", f"{found!r}", f"{self.name!r}")
+                Problem("quantization_config.checkpoint_format", f"{version!r}", f"{self.name!r}")
             )
         if module == "lm_head" and not config.get("lm_head"):
             return None
@@ -167,19 +143,15 @@ class Gptq:
         if own is None:
             return None
         merged = {**config, **own}
-        if setting(merged, "bits", int) not in (2, 3, 4, 8):
-            raise FormatError(
-                Problem("quantization_config.bits", f"{merged['bits']}", "2, 3, 4 or 8")
-            )
+        bits = setting(merged, "bits", int)
+        if bits not in _PERIODS:
+            raise FormatError(Problem("quantization_config.bits", f"{bits}", "2, 3, 4 or 8"))
         return read_scheme(
-            setting(merged, "bits", int),
-            setting(merged, "group_size", int),
-            setting(merged, "sym", bool),
-            module,
+            bits, setting(merged, "group_size", int), setting(merged, "sym", bool), module
         )
 
-    def decode(
-        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    def _decode(
+        self, module: str, scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> IntegerTensor:
         """As the protocol says. A zero point of 0 in version 1 is read where GPTQModel wrote it;
         others lose its neighbours."""
@@ -188,9 +160,6 @@ class Gptq:
         from quantflow.quant.numbers.integer import IntegerTensor
         from quantflow.quant.packing import unpack_rows
 
-        scheme = self.scheme_of(module, config)
-        if scheme is None:
-            raise FormatError(Problem(module, "not quantised, says quantization_config"))
         qweight = take(tensors, f"{module}.qweight", torch.int32)
         n, bits = qweight.shape[1], scheme.bits
         if qweight.shape[0] * 32 % bits:
@@ -246,7 +215,7 @@ class Gptq:
         neighbour = scheme.midpoint + (1 if self.version == 1 else -1)
         if not scheme.symmetric and zeros.numel() > 1 and bool((zeros == neighbour).all()):
             other = "gptq_v2" if self.version == 1 else "gptq"
-            found = (
+            ambiguous = (
                 f"every zero point is {neighbour} as {self.name}, and the middle,"
                 f" {scheme.midpoint}, as {other}"
             )
@@ -254,9 +223,8 @@ class Gptq:
                 f"If they are symmetric, set checkpoint_format to {other}: with the wrong one,"
                 " models write '!!!!'"
             )
-            raise FormatError(
-                Problem(f"{module}.qzeros", found, "the version that checkpoint_format says", hint)
-            )
+            expected = "the version that checkpoint_format says"
+            raise FormatError(Problem(f"{module}.qzeros", ambiguous, expected, hint))
         index = None
         if f"{module}.g_idx" in tensors:  # some writers leave it out where it says nothing
             index = take(tensors, f"{module}.g_idx", torch.int32, dims=1)
@@ -266,9 +234,7 @@ class Gptq:
             scheme, unpack_rows(qweight.t(), bits, k), scales.t().contiguous(), zeros, index
         )
 
-    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
-        if request.kv_scales:
-            raise FormatError(Problem("kv_scales", "GPTQ has no place for KV scales"))
+    def _config(self, request: ConfigRequest) -> dict[str, Any]:
         scheme = main_scheme(request.modules, request.default)
         dynamic: dict[str, dict[str, Any]] = {}
         skipped = [name for name in request.ignored if name != "lm_head"]
@@ -308,6 +274,14 @@ class Gptq:
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {"quantize_config.json": dict(config)}
+
+
+@dataclass(frozen=True)
+class GptqV2(Gptq):
+    ability = replace(Gptq.ability, asymmetric="yes")
+    version = 2
+
+    name: str = "gptq_v2"
 
 
 def declared_version(config: Mapping[str, Any]) -> str:

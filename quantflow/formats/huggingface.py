@@ -8,17 +8,13 @@ rounded, unless the numbers happen to fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
-from quantflow.formats.base import (
-    SAFETENSORS_DTYPE,
-    ConfigRequest,
-    Spec,
-    check_tensor,
-    grid_problems,
-)
+from quantflow.formats.abilities import Ability
+from quantflow.formats.base import SAFETENSORS_DTYPE, ConfigRequest, Format, Spec
+from quantflow.formats.weight import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -29,81 +25,52 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFace(Format):
     """dtype: None is the model's own. rounded: write also weights that do not fit into it."""
+
+    title = "a plain checkpoint"
+    ability = Ability("any, dequantised", (2, 3, 4, 5, 6, 7, 8), "any", act_order_index="yes")
+    kinds = ()
+    keeps_codes = False
+    holds_plain = True
+    holds_embedding = True
+    holds_index = True
 
     name: str = "huggingface"
     dtype: str | None = "float32"
     rounded: bool = False
-    container: str = "directory"
-    min_zero: int = 0
-    kv_scales: tuple[str, ...] = ()
-    parallel: bool = True
-    holds_index: bool = True
-    suffixes: tuple[str, ...] = ()
-    marks: tuple[str, ...] = ()
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """All that there are."""
-        from quantflow.quant.numbers import NUMBERS
-
-        return tuple(NUMBERS)
 
     def scale_dtype(self, model_dtype: str) -> str:
         return self.dtype or model_dtype
 
-    def check(
-        self,
-        module: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        act_order_index: bool,
-        tp: int = 1,
-        tp_dim: int | None = None,
-    ) -> list[Problem]:
-        return grid_problems(module, shape, scheme, tp, tp_dim, act_order_index, kinds=self.kinds)
+    def nearest(self, weight: Weight) -> Scheme:
+        return weight.scheme
 
-    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        return scheme
+    def specs(self, weight: Weight, scale_dtype: str) -> dict[str, Spec]:
+        return {f"{weight.module}.weight": (SAFETENSORS_DTYPE[scale_dtype], weight.shape)}
 
-    def prefers_symmetric(self, *, experts: bool) -> bool:
-        return False
-
-    def shares_scheme(self, module: str) -> bool:
-        return False
-
-    def specs(
-        self, module: str, shape: tuple[int, int], scheme: Scheme, scale_dtype: str, has_index: bool
-    ) -> dict[str, Spec]:
-        return {f"{module}.weight": (SAFETENSORS_DTYPE[scale_dtype], shape)}
-
-    def encode(
+    def _encode(
         self, module: str, tensor: QuantizedTensor, model_dtype: torch.dtype
     ) -> dict[str, Tensor]:
         import torch
 
-        check_tensor(module, tensor)
         exact = tensor.dequantize()
         dtype = getattr(torch, self.dtype) if self.dtype else model_dtype
         stored, name = exact.to(dtype), str(dtype).removeprefix("torch.")
         if beyond := int(stored.isinf().sum()):
-            found = f"{beyond} of {stored.numel()} weights are beyond the range of {name}"
             raise FormatError(
                 Problem(
                     f"{module}.weight",
-                    found,
+                    f"{beyond} of {stored.numel()} weights are beyond the range of {name}",
                     "numbers that fit",
                     "" if dtype == torch.float32 else "Use --dtype float32",
                 )
             )
         if not self.rounded and (changed := int((stored.float() != exact).sum())):
-            found = f"{changed} of {stored.numel()} weights are no exact {name}"
             raise FormatError(
                 Problem(
                     f"{module}.weight",
-                    found,
+                    f"{changed} of {stored.numel()} weights are no exact {name}",
                     "numbers that fit",
                     "Use --dtype float32, or --requantize to round them",
                 )
@@ -113,16 +80,24 @@ class HuggingFace:
     def scheme_of(self, module: str, config: Mapping[str, Any]) -> Scheme | None:
         return None
 
-    def decode(
-        self, module: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    def _decode(
+        self, module: str, scheme: Scheme, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> QuantizedTensor:
         raise FormatError(Problem(module, "a plain weight, which has no codes"))
 
     def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
+        """Nothing: nothing is quantised any more."""
         return {}
 
-    def doubts(self, request: ConfigRequest) -> list[Problem]:
-        return []
-
-    def extra_files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def _config(self, request: ConfigRequest) -> dict[str, Any]:
         return {}
+
+    def in_dtype(self, dtype: str | None, *, rounded: bool) -> HuggingFace:
+        dtype = dtype or self.dtype
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise FormatError(Problem("--dtype", repr(dtype), "float32, float16 or bfloat16"))
+        return replace(self, dtype=dtype, rounded=rounded)
+
+    @property
+    def unrounded(self) -> HuggingFace:
+        return replace(self, dtype=None)

@@ -14,7 +14,7 @@ from quantflow.checkpoints.turbomind.workspace import is_workspace
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import Format
-from quantflow.formats.compressed_tensors import CompressedTensors
+from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.recognise import recognise
 
 if TYPE_CHECKING:
@@ -60,19 +60,13 @@ def checkpoint_folder(path: Path) -> Path:
                         "a folder of the artifact",
                     )
                 )
-            places = {name: Path(place) for name, place in folders.items()}
-            # Those first that hold what was quantised as it was: no inexact one, and none whose
-            # codes are gone.
-            return (
-                path
-                / min(
-                    places.items(),
-                    key=lambda item: (
-                        (path / item[1] / REQUANTIZED).is_file(),
-                        item[0] == "huggingface",
-                    ),
-                )[1]
-            )
+
+            def changed(name: str) -> tuple[bool, bool]:
+                """Whether what was quantised is held inexactly, or its codes are gone."""
+                dequantised = name in FORMATS and not FORMATS[name].keeps_codes
+                return (path / folders[name] / REQUANTIZED).is_file(), dequantised
+
+            return Path(path / folders[min(folders, key=changed)])
     return path
 
 
@@ -152,6 +146,24 @@ class Weights:
                 found[name] = "zeros, where the model has no bias"
         return found
 
+    @property
+    def format_name(self) -> str:
+        """As a recipe calls it, also of a plain checkpoint."""
+        return (self.format or HuggingFace()).name
+
+    @cached_property
+    def indexed(self) -> set[str]:
+        """Modules whose channels are not in the order of their groups."""
+        modules = set()
+        for suffix in self.format.index_suffixes if self.format else ():
+            for module in self.modules:
+                name = f"{module}{suffix}"
+                if name in self.checkpoint.container.tensors:
+                    index = self.checkpoint.read_source(name)
+                    if bool((index[1:] < index[:-1]).any()):
+                        modules.add(module)
+        return modules
+
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of a module by the configuration; None for one that is not quantised. Raises
         FormatError."""
@@ -227,11 +239,7 @@ class Weights:
     @cached_property
     def kv_scales(self) -> str | None:
         """The KV scales that lie among the weights: None, `int8`, `fp8`, or other ones in words."""
-        return (
-            self.format.stored_kv_scales(self._config)
-            if isinstance(self.format, CompressedTensors)
-            else None
-        )
+        return self.format.stored_kv_scales(self._config) if self.format else None
 
     def fp8_scales(self) -> dict[str, Tensor]:
         """`…self_attn.k_scale` and `v_scale` of every layer as stored, one number each, where

@@ -7,12 +7,14 @@ those, and the rest of the model, is `checkpoints/turbomind/workspace.py`'s.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import Problem
 from quantflow.formats.awq import Awq
-from quantflow.formats.base import ConfigRequest, fitting_group
+from quantflow.formats.base import ConfigRequest
+from quantflow.formats.weight import Weight, fitting_group
 
 if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
@@ -20,42 +22,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TurboMind(Awq):
+    ability = replace(
+        Awq.ability, kv_scales="inside, one a layer and rank", tensor_parallel="yes, inside"
+    )
+    container = "workspace"
+    holds_plain = True
+
     name: str = "turbomind"
-    container: str = "workspace"
 
-    def check(
-        self,
-        module: str,
-        shape: tuple[int, int],
-        scheme: Scheme,
-        *,
-        act_order_index: bool,
-        tp: int = 1,
-        tp_dim: int | None = None,
-    ) -> list[Problem]:
-        problems = super().check(
-            module, shape, scheme, act_order_index=act_order_index, tp=tp, tp_dim=tp_dim
-        )
-        for axis, kind in enumerate(("output", "input")):
-            period = 128 * tp if tp > 1 and tp_dim == axis else 32
-            if shape[axis] % period:
+    def _refused(self, weight: Weight) -> Iterator[Problem]:
+        yield from super()._refused(weight)
+        for axis, side in enumerate(("output", "input")):
+            channels = weight.shape[axis]
+            period = 128 * weight.ranks if weight.ranks > 1 and weight.cut == axis else 32
+            if channels % period:
                 expected = f"a multiple of {period}{', 128 on each rank' if period > 32 else ''}"
-                problems.append(
-                    Problem(
-                        module,
-                        f"{shape[axis]} {kind} channels",
-                        expected,
-                        "Use awq or gptq, or fewer ranks",
-                    )
-                )
-        return problems
+                hint = "Use awq or gptq, or fewer ranks"
+                yield Problem(weight.module, f"{channels} {side} channels", expected, hint)
 
-    def nearest(self, module: str, scheme: Scheme, shape: tuple[int, int]) -> Scheme:
-        scheme = super().nearest(module, scheme, shape)
+    def nearest(self, weight: Weight) -> Scheme:
+        scheme = super().nearest(weight)
         # config.ini has one number for all, so that a whole row's scale is repeated for smaller
         # groups.
         return (
-            replace(scheme, group_size=fitting_group(shape[1], 128))
+            replace(scheme, group_size=fitting_group(weight.rank_shape[1], 128))
             if scheme.group_size == -1
             else scheme
         )
@@ -63,8 +53,18 @@ class TurboMind(Awq):
     def doubts(self, request: ConfigRequest) -> list[Problem]:
         return []
 
-    def quantization_config(self, request: ConfigRequest) -> dict[str, Any]:
-        return {
-            **super().quantization_config(replace(request, kv_scales=None)),
-            "quant_method": "turbomind",
-        }
+    def chances(self, request: ConfigRequest, kv_granularity: str | None = None) -> list[Problem]:
+        problems = []
+        if request.modules and request.model_dtype == "bfloat16":
+            what = (
+                "embeddings and norms in bfloat16, of which int4 workspaces hold what float16 does"
+            )
+            problems.append(Problem(self.name, what, "a float16 model"))
+        if kv_granularity not in (None, "tensor"):
+            what = f"kv_qparams with granularity {kv_granularity}"
+            expected = "tensor: a workspace has one scale for each layer and rank"
+            problems.append(Problem(self.name, what, expected))
+        return problems
+
+    def _config(self, request: ConfigRequest) -> dict[str, Any]:
+        return {**super()._config(request), "quant_method": "turbomind"}

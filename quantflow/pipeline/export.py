@@ -30,10 +30,9 @@ from quantflow.checkpoints.directory import read_json
 from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.errors import FormatError, OutputError, Problem
 from quantflow.formats import FORMATS
-from quantflow.formats.awq import Awq
-from quantflow.formats.base import Format, usual_group
-from quantflow.formats.huggingface import HuggingFace
+from quantflow.formats.base import Format
 from quantflow.formats.reader import KV_SUFFIXES, REQUANTIZED, Weights
+from quantflow.formats.weight import usual_group
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
@@ -121,7 +120,7 @@ def export(
                 save_tensors(
                     place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp)
                 )
-        source_format = weights.format.name if weights.format else "huggingface"
+        source_format = weights.format_name
         before = checkpoint.path / REQUANTIZED  # an inexact source stays one
         earlier = {"before": read_json(before)} if before.is_file() else {}
         if errors or earlier:
@@ -310,20 +309,7 @@ def _target(name: str, options: Options) -> Format:
                 hint,
             )
         )
-    if isinstance(target, HuggingFace):
-        dtype = options.dtype or target.dtype
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise FormatError(Problem("--dtype", repr(dtype), "float32, float16 or bfloat16"))
-        return replace(target, dtype=dtype, rounded=options.requantize)
-    if options.dtype is not None:
-        raise FormatError(
-            Problem(
-                "--dtype",
-                f"{options.dtype!r} with --format {name}",
-                "--format huggingface, the one that dequantises",
-            )
-        )
-    return target
+    return target.in_dtype(options.dtype, rounded=options.requantize)
 
 
 def _job(weights: Weights, target: Format, options: Options) -> PackJob:
@@ -331,8 +317,7 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
     before a weight is read."""
     checkpoint = weights.checkpoint
     held = _schemes(weights)
-    # which holds quantised weights alone
-    if not any(held) and target.dtype is None and target.container == "directory":
+    if not any(held) and not target.holds_plain:
         if not options.requantize:
             hint = "quantflow run quantises it well; --requantize rounds to nearest"
             raise FormatError(
@@ -358,14 +343,13 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
         for module in sorted(weights.modules & outside)
         if (scheme := weights.scheme_of(module))
     }
-    indexed = _indexed(weights)
 
     def prepared(requantize: bool) -> Prepared:
         return prepare(
             checkpoint,
             target,
             dict(enumerate(held)),
-            indexed=indexed.__contains__,
+            indexed=weights.indexed.__contains__,
             max_shard_bytes=options.max_shard_bytes,
             ranks=options.tp,
             requantize=requantize,
@@ -439,30 +423,9 @@ def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
             if scheme is not None:
                 layer[linear] = scheme
         found.append(layer)
-    # its config says the same of either kind
-    if isinstance(weights.format, Awq) and _all_symmetric(weights, weights.format):
+    if weights.format and weights.format.all_symmetric(weights.modules, checkpoint.read_source):
         found = [
             {name: replace(scheme, symmetric=True) for name, scheme in layer.items()}
             for layer in found
         ]
-    return found
-
-
-def _all_symmetric(weights: Weights, awq: Awq) -> bool:
-    return all(
-        awq.is_symmetric(weights.checkpoint.read_source(f"{module}.qzeros"))
-        for module in weights.modules
-    )
-
-
-def _indexed(weights: Weights) -> set[str]:
-    """Modules whose channels are not in the order of their groups."""
-    found = set()
-    names = weights.checkpoint.container.tensors
-    for module in weights.modules:
-        for name in (f"{module}.g_idx", f"{module}.weight_g_idx"):
-            if name in names:
-                index = weights.checkpoint.read_source(name)
-                if bool((index[1:] < index[:-1]).any()):
-                    found.add(module)
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,7 +21,7 @@ from quantflow.engine.load import rank_config
 from quantflow.engine.ops import SPLIT
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
-from quantflow.formats.base import grid_problems, rank_shape
+from quantflow.formats.weight import Weight, grid_problems, rank_shape
 from quantflow.quant.scheme import Scheme
 from quantflow.recipe.overrides import matches
 
@@ -29,6 +29,7 @@ RANKS = (1, 2, 4, 8)
 RESERVE = 0.05  # of the size: the driver's context, and what an allocator cannot hand out
 BLOCK = EngineConfig.block_size
 GRID_BITS = 24  # of a group: a scale of 16, a zero point of 8
+WHOLE_ROWS = Scheme(8, -1, True)  # for ranks alone: it fits any linear
 FORMAT = "compressed-tensors"  # it holds every width and group size that is proposed
 
 
@@ -265,17 +266,14 @@ class Model:
             rank_config(self.checkpoint.config, tp)
         except ModelError as error:
             return [f"{p.found}; expected {p.expected}" for p in error.problems]
-        found: list[Problem] = []
+        problems: list[Problem] = []
         for name, shape, cut, quantised in self.linears:
+            weight = Weight(name, shape, scheme or WHOLE_ROWS, ranks=tp, cut=cut)
             if scheme and quantised:
-                found += FORMATS[FORMAT].check(
-                    name, shape, scheme, act_order_index=False, tp=tp, tp_dim=cut
-                )
+                problems += FORMATS[FORMAT].check(weight)
             else:
-                found += grid_problems(
-                    name, shape, Scheme(8, -1, True), tp, cut, False, kinds=("integer",)
-                )
-        return list(dict.fromkeys(f"{p.where}: {p.found}; expected {p.expected}" for p in found))
+                problems += grid_problems(replace(weight, scheme=WHOLE_ROWS))
+        return list(dict.fromkeys(f"{p.where}: {p.found}; expected {p.expected}" for p in problems))
 
 
 def held_bytes(shape: tuple[int, int], scheme: Scheme, device: str) -> int:

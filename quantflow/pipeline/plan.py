@@ -28,9 +28,9 @@ from quantflow.checkpoints.weight_files import INDEX
 from quantflow.decoder.native import computed_by
 from quantflow.errors import OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
-from quantflow.formats.base import LEAST_GROUP, Format, usual_group
-from quantflow.formats.huggingface import HuggingFace
+from quantflow.formats.base import Format
 from quantflow.formats.recognise import refuse_quantised
+from quantflow.formats.weight import LEAST_GROUP, Weight, usual_group
 from quantflow.machine import device_name, resolve_device
 from quantflow.models.config import DecoderConfig
 from quantflow.pipeline.texts import local_text, model_documents
@@ -293,10 +293,7 @@ class Plan:
 
     def _format(self, pack: Pack) -> Format:
         form = FORMATS[pack.format]
-        # Weights that nobody rounded are written as they are stored.
-        return (
-            form if self.rounds or not isinstance(form, HuggingFace) else replace(form, dtype=None)
-        )
+        return form if self.rounds else form.unrounded
 
     # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration
     # windows.
@@ -549,9 +546,7 @@ def _grid_problems(plan: Plan) -> list[Problem]:
     if plan.rounds and not any(linear.scheme for linear in plan.linears):
         problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
     if not plan.rounds:
-        plain = [
-            name for name, form in FORMATS.items() if form.dtype or form.container != "directory"
-        ]
+        plain = [name for name, form in FORMATS.items() if form.holds_plain]
         expected, hint = (
             f"one of {', '.join(plain)}, which hold plain weights",
             "Add `- rtn`, or `- gptq`, to quantise them",
@@ -568,7 +563,7 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             # A grid of another kind is one fact, whatever linear it is said of.
             leaf = (
                 linear.name.rpartition(".")[2]
-                if linear.scheme.kind in FORMATS[pack.format].kinds
+                if FORMATS[pack.format].holds_numbers(linear.scheme.kind)
                 else ""
             )
             if (leaf, problem.found) not in found:
@@ -584,7 +579,7 @@ def _grid_problems(plan: Plan) -> list[Problem]:
             if pack.kv_scales:
                 problems += _kv_problems(plan, pack)
             if not pack.requantize:
-                problems += _doubtful(plan, pack)
+                problems += _chances(plan, pack, prepared)
     problems = [*found.values(), *problems]
     # Of `ignore` the same is a warning: lists that are written for many models name what this one
     # has not, and nothing comes of it.
@@ -640,7 +635,7 @@ def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> s
     """What to write into the recipe; "" where the problem's own hint says it."""
     assert linear.scheme is not None
     leaf, change = linear.name.rpartition(".")[2], "ignore: true"
-    if linear.scheme.kind not in form.kinds:
+    if not form.holds_numbers(linear.scheme.kind):
         return ""
     if "group_size" in problem.expected:
         inputs = {
@@ -655,9 +650,7 @@ def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> s
         fitting = replace(
             linear.scheme, group_size=usual_group(channels, linear.scheme.group_of(channels))
         )
-        if not form.check(
-            linear.module, (linear.shape[0], channels), fitting, act_order_index=False
-        ):
+        if not form.check(Weight(linear.module, (linear.shape[0], channels), fitting)):
             change = f"group_size: {fitting.group_size}"
     elif "asymmetric" in problem.found:
         change = "symmetric: true"
@@ -688,34 +681,13 @@ def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:
     return problems
 
 
-def _doubtful(plan: Plan, pack: Pack) -> list[Problem]:
-    """What a format holds if the numbers happen to be so: nobody should wait for hours to learn
-    that they are not."""
-    where, hint = f"pack {pack.format}", "Set requantize: true in pack, which reports the error"
-    problems = []
-    asymmetric = [
-        p.module
-        for p in plan.linears
-        if p.scheme is not None and p.scheme.kind == "integer" and not p.scheme.symmetric
-    ]
-    if pack.format == "gguf" and asymmetric:
-        found = (
-            f"asymmetric weights ({asymmetric[0]}): some of their minimums -zero * scale are no"
-            " exact float16"
-        )
-        problems.append(
-            Problem(where, found, "weights.symmetric: true, which Q4_0 holds exactly", hint)
-        )
-    if pack.format == "turbomind" and plan.rounds and plan.config.dtype == "bfloat16":
-        found = "embeddings and norms in bfloat16, of which int4 workspaces hold what float16 does"
-        problems.append(Problem(where, found, "a float16 model", hint))
+def _chances(plan: Plan, pack: Pack, prepared: Prepared) -> Iterator[Problem]:
+    """What the format holds only if the numbers happen to be so."""
     kv = plan.stage(KvQparams)
-    if pack.format == "turbomind" and kv and kv.granularity != "tensor":
-        found = f"kv_qparams with granularity {kv.granularity}"
-        problems.append(
-            Problem(where, found, "tensor: a workspace has one scale for each layer and rank", hint)
-        )
-    return problems
+    granularity = kv.granularity if kv else None
+    hint = "Set requantize: true in pack, which reports the error"
+    for chance in prepared.job.format.chances(prepared.job.request, granularity):
+        yield replace(chance, where=f"pack {pack.format}", hint=hint)
 
 
 def _data_problems(plan: Plan) -> list[Problem]:

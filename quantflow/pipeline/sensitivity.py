@@ -26,10 +26,10 @@ from quantflow.decoder.stream import Stream
 from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
 from quantflow.formats import FORMATS, scale_dtypes
-from quantflow.formats.abilities import ABILITIES
-from quantflow.formats.base import grid_problems, usual_group
+from quantflow.formats.base import ConfigRequest, Format
 from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import refuse_quantised
+from quantflow.formats.weight import Weight, grid_problems, usual_group
 from quantflow.machine import device_name, resolve_device
 from quantflow.pipeline.plan import activation_budget, weights_key
 from quantflow.pipeline.progress import Progress
@@ -171,24 +171,26 @@ class Job:
 
     def formats(self, widths: Mapping[str, int]) -> tuple[str, ...]:
         """The packed formats that hold all parts in these widths in one checkpoint, and exactly."""
-        mixed, symmetric = len(set(widths.values())) > 1, self.settings.symmetric
+        weights = [
+            Weight(module, shape, self.settings.scheme(widths[part.name]))
+            for part in self.parts
+            for module, shape in zip(self.modules(part), part.shapes.values(), strict=True)
+        ]
+        schemes = {weight.module: weight.scheme for weight in weights}
+        request = ConfigRequest(
+            schemes, [], weights[0].scheme, model_dtype=self.checkpoint.config.dtype
+        )
 
-        def holds(name: str) -> bool:
-            if (
-                (mixed and ABILITIES[name].mixed_bits != "yes")
-                or FORMATS[name].dtype is not None
-                or (name == "gguf" and not symmetric)
-            ):
-                return False  # GGUF: asymmetric codes only where their minimums happen to be exact
-            return not any(
-                FORMATS[name].check(
-                    module, shape, self.settings.scheme(widths[part.name]), act_order_index=False
-                )
-                for part in self.parts
-                for module, shape in zip(self.modules(part), part.shapes.values(), strict=True)
+        def holds(form: Format) -> bool:
+            alike = {own for module, own in schemes.items() if form.shares_scheme(module)}
+            return (
+                form.keeps_codes
+                and len(alike) < 2
+                and not any(form.check(weight) for weight in weights)
+                and not form.chances(request)
             )
 
-        return tuple(name for name in FORMATS if holds(name))
+        return tuple(name for name, form in FORMATS.items() if holds(form))
 
     def budget(self) -> int | None:
         """Bytes of all weights."""
@@ -402,9 +404,7 @@ def _group_problems(
             prefix = checkpoint.architecture.layer_prefix(part.layer)
             for name, shape in part.shapes.items():
                 scheme = Scheme(4, settings.group_size, True)
-                for problem in grid_problems(
-                    f"{prefix}.{name}", shape, scheme, 1, None, False, kinds=("integer",)
-                ):
+                for problem in grid_problems(Weight(f"{prefix}.{name}", shape, scheme)):
                     problems.setdefault(
                         (name.rpartition(".")[2], shape), replace(problem, hint=hint)
                     )

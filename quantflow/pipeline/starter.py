@@ -11,8 +11,8 @@ from pathlib import Path
 
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import Problem, UserError
-from quantflow.formats.base import LEAST_GROUP
 from quantflow.formats.engines import LLAMA_CPP, LMDEPLOY, SGLANG, TRANSFORMERS, VLLM, loads
+from quantflow.formats.weight import LEAST_GROUP
 from quantflow.pipeline.plan import GROUPS, LENGTH, SEQLEN
 from quantflow.quant.scheme import BITS, PER_CHANNEL, Scheme
 from quantflow.recipe import BUNDLED, BUNDLED_NEW

@@ -16,7 +16,8 @@ from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.checkpoints.gguf.writer import decoder_problems
 from quantflow.checkpoints.turbomind.workspace import workspace_problems
 from quantflow.errors import FormatError, ModelError, Problem
-from quantflow.formats.base import ConfigRequest, Format, fitting_group, grid_problems, rank_shape
+from quantflow.formats.base import ConfigRequest, Format
+from quantflow.formats.weight import Weight, fitting_group, grid_problems
 from quantflow.models.segments import LinearSpec
 from quantflow.quant.scheme import PER_CHANNEL, Scheme
 from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
@@ -105,35 +106,32 @@ def prepare(
     requantize: modules may take the format's nearest scheme, and numbers may be rounded. default:
     the scheme that needs no naming.
     """
-    wanted: dict[str, _Wanted] = {}
+    weights: dict[tuple[int, str], Weight] = {}
     for index, layer in held.items():
         linears = checkpoint.linears(index)
         for name, scheme in layer.items():
             module = f"{checkpoint.architecture.layer_prefix(index)}.{name}"
-            spec = linears[name]
-            wanted[module] = _Wanted(
-                index, name, spec.shape, scheme, spec.cut if ranks > 1 else None, indexed(module)
+            spec, cut = linears[name], linears[name].cut if ranks > 1 else None
+            weights[index, name] = Weight(
+                module, spec.shape, scheme, indexed(module), ranks if cut is not None else 1, cut
             )
     problems: list[Problem] = []
     if requantize:  # from a grid that the weight must have first
-        for module, own in wanted.items():
-            problems += grid_problems(
-                module, own.shape, own.scheme, 1, None, False, kinds=(own.scheme.kind,)
-            )
+        for weight in weights.values():
+            problems += grid_problems(replace(weight.whole, indexed=False))
         if not problems:
-            wanted = _settled(form, wanted, ranks)
-    for module, own in wanted.items():
-        problems += form.check(
-            module, own.shape, own.scheme, act_order_index=own.index, tp=ranks, tp_dim=own.cut
-        )
+            settled = _settled(form, list(weights.values()))
+            weights = dict(zip(weights, settled, strict=True))
+    for weight in weights.values():
+        problems += form.check(weight)
     kept, unpacked, refused = _outside(checkpoint, form, outer or {}, indexed, requantize)
     schemes: dict[int, dict[str, Scheme]] = {index: {} for index in held}
-    for own in wanted.values():
-        schemes[own.layer][own.name] = own.scheme
-    found = [own.scheme for own in wanted.values()]
-    if default is None or default not in found:
-        default = Counter(found).most_common(1)[0][0] if found else Scheme(4, 128, False)
-    has_index = form.holds_index and any(own.index for own in wanted.values())
+    for (index, name), weight in weights.items():
+        schemes[index][name] = weight.scheme
+    used = Counter(weight.scheme for weight in weights.values())
+    if default is None or default not in used:
+        default = used.most_common(1)[0][0] if used else Scheme(4, 128, False)
+    has_index = form.holds_index and any(weight.indexed for weight in weights.values())
     job = PackJob(
         checkpoint,
         form,
@@ -149,36 +147,27 @@ def prepare(
     return Prepared(job, problems, refused + _whole_problems(job))
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    layer: int
-    name: str
-    shape: tuple[int, int]
-    scheme: Scheme
-    cut: int | None
-    index: bool
-
-
-def _settled(form: Format, wanted: Mapping[str, _Wanted], ranks: int) -> dict[str, _Wanted]:
-    """Each module in the format's nearest scheme, and those that must be alike in one: the
+def _settled(form: Format, weights: list[Weight]) -> list[Weight]:
+    """Each weight in the format's nearest scheme, and those that must be alike in one: the
     commonest, its groups small enough for all."""
-    inputs = {module: rank_shape(own.shape, ranks, own.cut)[1] for module, own in wanted.items()}
-    near = {m: form.nearest(m, own.scheme, (own.shape[0], inputs[m])) for m, own in wanted.items()}
-    alike = [module for module in wanted if form.shares_scheme(module)]
-    if len({replace(near[module], symmetric=True) for module in alike}) > 1:
-        common = Counter(near[module] for module in alike).most_common(1)[0][0]
-        k = math.gcd(*(inputs[module] for module in alike))
-        size = common.group_size
-        if size != PER_CHANNEL or any(near[module].group_size != PER_CHANNEL for module in alike):
-            size = fitting_group(k, min(k, 128) if size == PER_CHANNEL else size)
-        near |= {
-            module: replace(common, group_size=size, symmetric=near[module].symmetric)
-            for module in alike
-        }
-    return {
-        m: replace(own, scheme=near[m], index=own.index and form.holds_index)
-        for m, own in wanted.items()
-    }
+    weights = [
+        replace(weight, scheme=form.nearest(weight), indexed=weight.indexed and form.holds_index)
+        for weight in weights
+    ]
+    alike = [weight for weight in weights if form.shares_scheme(weight.module)]
+    if len({replace(weight.scheme, symmetric=True) for weight in alike}) < 2:
+        return weights
+    common = Counter(weight.scheme for weight in alike).most_common(1)[0][0]
+    k = math.gcd(*(weight.rank_shape[1] for weight in alike))
+    size = common.group_size
+    if size != PER_CHANNEL or any(weight.scheme.group_size != PER_CHANNEL for weight in alike):
+        size = fitting_group(k, min(k, 128) if size == PER_CHANNEL else size)
+    return [
+        replace(weight, scheme=replace(common, group_size=size, symmetric=weight.scheme.symmetric))
+        if form.shares_scheme(weight.module)
+        else weight
+        for weight in weights
+    ]
 
 
 def _outside(
@@ -194,26 +183,16 @@ def _outside(
     unpacked, problems = set(), []
     for module, scheme in outer.items():
         n, k = checkpoint.shape_of(f"{module}.weight")
-        found = form.check(module, (n, k), scheme, act_order_index=indexed(module))
-        if (
-            module == checkpoint.architecture.embedding
-            and form.dtype is None
-            and form.container != "gguf"
-        ):
-            found.append(
-                Problem(
-                    module,
-                    "a quantised embedding",
-                    "a plain one",
-                    f"{form.name} quantises linears alone",
-                )
-            )
-        if not found:
+        refusals = form.check(Weight(module, (n, k), scheme, indexed(module)))
+        if module == checkpoint.architecture.embedding and not form.holds_embedding:
+            hint = f"{form.name} quantises linears alone"
+            refusals.append(Problem(module, "a quantised embedding", "a plain one", hint))
+        if not refusals:
             kept[module] = scheme
         elif requantize:
             unpacked.add(f"{module}.weight")
         else:
-            problems += found
+            problems += refusals
     return kept, frozenset(unpacked), problems
 
 

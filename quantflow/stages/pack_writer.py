@@ -26,6 +26,7 @@ from quantflow.checkpoints.tensor_file import ITEM_BYTES, TensorWriter, dtype_na
 from quantflow.checkpoints.turbomind.workspace import TOKENIZER, WorkspaceWriter
 from quantflow.checkpoints.weight_files import INDEX
 from quantflow.formats.base import SAFETENSORS_DTYPE, Spec
+from quantflow.formats.weight import Weight
 from quantflow.models.sharding import shard_plain, shard_shape
 from quantflow.paths import write_text
 from quantflow.quant.numbers import QuantizedTensor
@@ -219,9 +220,7 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
         if scheme is None:
             yield _Piece(name, None, name, {name: (_plain_dtype(job, name), shape)}, shape=shape)
         else:
-            specs = job.format.specs(
-                module, (shape[0], shape[1]), scheme, scale_dtype, job.has_index
-            )
+            specs = job.format.specs(Weight(module, (shape[0], shape[1]), scheme), scale_dtype)
             yield _Piece(module, None, module, specs, scheme, shape)
     for index in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(index) + "."
@@ -238,9 +237,8 @@ def _pieces(job: PackJob) -> Iterator[_Piece]:
             local = shard_shape(name, shape, cut, job.tp)
             if part == "weight" and linear in schemes:
                 module = name.removesuffix(".weight")
-                specs = job.format.specs(
-                    module, (local[0], local[1]), schemes[linear], scale_dtype, job.has_index
-                )
+                weight = Weight(module, (local[0], local[1]), schemes[linear])
+                specs = job.format.specs(weight, scale_dtype)
                 yield _Piece(module, index, linear, specs, schemes[linear], shape, cut, last)
             else:
                 yield _Piece(

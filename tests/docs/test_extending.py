@@ -14,6 +14,7 @@ from quantflow.engine.llm import LLM
 from quantflow.engine.request import SamplingParams
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
+from quantflow.formats.weight import Weight
 from quantflow.models.registry import ARCHITECTURES
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import NUMBERS
@@ -92,10 +93,7 @@ def test_its_numbers(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         power.from_parts(scheme, tensor.parts(), 4).dequantize(), tensor.dequantize()
     )
     assert torch.equal(tensor.cut(1, 1, 2).dequantize(), tensor.dequantize()[:, 2:])
-    plain, refused = (
-        FORMATS["huggingface"],
-        FORMATS["awq"].check("m", (8, 4), scheme, act_order_index=False),
-    )
+    plain, refused = (FORMATS["huggingface"], FORMATS["awq"].check(Weight("m", (8, 4), scheme)))
     assert torch.equal(plain.encode("m", tensor, torch.float32)["m.weight"], tensor.dequantize())
     assert (
         refused[0].found == "P4 g2, a grid of powers of two"

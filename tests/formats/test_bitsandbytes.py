@@ -20,6 +20,7 @@ from quantflow.formats import FORMATS, detect
 from quantflow.formats.base import ConfigRequest
 from quantflow.formats.bitsandbytes import BLOCK_SIZES
 from quantflow.formats.reader import Weights
+from quantflow.formats.weight import Weight
 from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers.nf4 import NF4, NestedScales, Nf4Tensor, dynamic_table, quantize_nf4
 from quantflow.quant.scheme import Scheme
@@ -87,7 +88,7 @@ def test_round_trip(scheme: Scheme, n: int, k: int, seed: int, dtype: torch.dtyp
     )
     names = {torch.uint8: "U8", torch.float32: "F32"}
     found = {name: (names[value.dtype], tuple(value.shape)) for name, value in encoded.items()}
-    assert list(FORM.specs(MODULE, tensor.shape, scheme, "float32", False).items()) == list(
+    assert list(FORM.specs(Weight(MODULE, tensor.shape, scheme), "float32").items()) == list(
         found.items()
     )
     assert_same(FORM.decode(MODULE, encoded, config_of(scheme)), tensor)
@@ -409,10 +410,8 @@ def test_blocks_that_run_into_the_next_row_are_refused() -> None:
 
 
 def test_what_is_not_written() -> None:
-    def check(shape: tuple[int, int], scheme: Scheme, module: str = MODULE, **ranks: int) -> str:
-        return "\n".join(
-            map(str, FORM.check(module, shape, scheme, act_order_index=False, **ranks))
-        )
+    def check(shape: tuple[int, int], scheme: Scheme, module: str = MODULE) -> str:
+        return "\n".join(map(str, FORM.check(Weight(module, shape, scheme))))
 
     assert check((64, 128), PLAIN) == check((7, 64), DOUBLE) == ""
     assert "96 input channels; expected a multiple of the blocks of 64. Ignore" in check(
@@ -433,7 +432,7 @@ def test_what_is_not_written() -> None:
         ((64, 128), PLAIN),
         ((64, 128), DOUBLE),
     ):
-        nearest = FORM.nearest("m", scheme, shape)
+        nearest = FORM.nearest(Weight("m", shape, scheme))
         assert (
             nearest.kind == "nf4"
             and check(shape, nearest) == ""

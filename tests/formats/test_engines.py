@@ -14,6 +14,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from quantflow.formats import FORMATS
 from quantflow.formats.base import ConfigRequest
 from quantflow.formats.engines import BITSANDBYTES, HEADS, LLAMA_CPP, LOADS, loads
+from quantflow.formats.weight import Weight
 from quantflow.pipeline.starter import TARGETS
 from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.scheme import BITS, Scheme
@@ -164,7 +165,7 @@ def test_no_recipe_for_an_engine_is_one_that_it_is_said_not_to_load() -> None:
             "transformers": set(BITS),
         }.get(name, {4, 8})
         for way, scheme in offered:
-            assert not FORMATS[way.format].check("m", (256, 256), scheme, act_order_index=False)
+            assert not FORMATS[way.format].check(Weight("m", (256, 256), scheme))
             assert target.engine not in [
                 problem.where
                 for problem in FORMATS[way.format].doubts(ConfigRequest({"m": scheme}, [], scheme))
@@ -208,7 +209,7 @@ def test_the_pages_table_and_the_commands_are_these() -> None:
                 scheme = Scheme(bits, group, True, row.kinds[0] if row.kinds else "integer")
                 if row.format != "gguf":
                     assert not form.check(
-                        "m", (256, 256), scheme, act_order_index=row.index and form.holds_index
+                        Weight("m", (256, 256), scheme, row.index and form.holds_index)
                     ), row
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from quantflow.errors import FormatError
 from quantflow.formats.base import ConfigRequest
 from quantflow.formats.gguf import Gguf, type_of
+from quantflow.formats.weight import Weight
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.numbers.minimum import MinimumTensor
@@ -83,7 +84,7 @@ def test_the_package_dequantises_to_the_same_numbers(
         and stored.dtype == torch.uint8
         and kind is not None
     )
-    assert FORMAT.specs(MODULE, shape, scheme, "float16", False) == {
+    assert FORMAT.specs(Weight(MODULE, shape, scheme), "float16") == {
         name: ("U8", tuple(stored.shape))
     }
     assert same_bits(tensor.dequantize(), gguf.quants.dequantize(stored.numpy(), TYPES[kind]))
@@ -162,12 +163,8 @@ def test_what_the_package_quantised(kind: str) -> None:
 
 
 def test_refusals() -> None:
-    def check(
-        scheme: Scheme, shape: tuple[int, int] = (32, 64), index: bool = False, **ranks: int
-    ) -> str:
-        return "\n".join(
-            map(str, FORMAT.check(MODULE, shape, scheme, act_order_index=index, **ranks))
-        )
+    def check(scheme: Scheme, shape: tuple[int, int] = (32, 64), index: bool = False) -> str:
+        return "\n".join(map(str, FORMAT.check(Weight(MODULE, shape, scheme, index))))
 
     assert all(check(scheme, (32, 384)) == "" for scheme in SCHEMES)
     for scheme in (

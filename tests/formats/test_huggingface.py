@@ -19,6 +19,7 @@ from quantflow.errors import FormatError
 from quantflow.formats import FORMATS
 from quantflow.formats.huggingface import HuggingFace
 from quantflow.formats.reader import Weights
+from quantflow.formats.weight import Weight
 from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.numbers.integer import IntegerTensor
@@ -94,9 +95,9 @@ def by_hand(tensor: QuantizedTensor, row: int, column: int) -> float:
 def test_float32_is_what_codes_stand_for(seed: int) -> None:
     form = FORMATS["huggingface"]
     for tensor in of_every_kind(seed):
-        assert form.check(MODULE, tensor.shape, tensor.scheme, act_order_index=True) == []
+        assert form.check(Weight(MODULE, tensor.shape, tensor.scheme, indexed=True)) == []
         encoded = form.encode(MODULE, tensor, torch.bfloat16)
-        assert form.specs(MODULE, tensor.shape, tensor.scheme, "float32", False) == {
+        assert form.specs(Weight(MODULE, tensor.shape, tensor.scheme), "float32") == {
             WEIGHT: ("F32", tensor.shape)
         }
         assert list(encoded) == [WEIGHT] and encoded[WEIGHT].dtype == torch.float32

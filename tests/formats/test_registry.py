@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from quantflow.errors import FormatError
 from quantflow.formats import FORMATS, detect
 from quantflow.formats.base import ConfigRequest
+from quantflow.formats.weight import Weight
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
 from tests.formats.helpers import assert_same, random_tensor
@@ -59,12 +60,12 @@ def test_round_trip_is_exact_or_refused(
         dtype=getattr(torch, scale_dtype),
         smallest_zero=int(name == "gptq"),
     )
-    if form.check(MODULE, shape, scheme, act_order_index=index):
+    if form.check(Weight(MODULE, shape, scheme, index)):
         with pytest.raises(FormatError, match=MODULE):
             form.encode(MODULE, tensor, model_dtype)
         return
     encoded = form.encode(MODULE, tensor, model_dtype)
-    specs = form.specs(MODULE, shape, scheme, scale_dtype, index)
+    specs = form.specs(Weight(MODULE, shape, scheme), scale_dtype)
     assert list(specs.items()) == [
         (key, (SAFETENSORS[value.dtype], tuple(value.shape))) for key, value in encoded.items()
     ]
@@ -223,9 +224,7 @@ def test_checks_of_groups_and_ranks(name: str) -> None:
     def check(shape: tuple[int, int], group: int, **ranks: int) -> list[str]:
         return [
             str(problem)
-            for problem in form.check(
-                MODULE, shape, Scheme(4, group, True), act_order_index=False, **ranks
-            )
+            for problem in form.check(Weight(MODULE, shape, Scheme(4, group, True), **ranks))
         ]
 
     assert check((64, 256), 128) == []
@@ -236,7 +235,7 @@ def test_checks_of_groups_and_ranks(name: str) -> None:
     )
     # 29568 = 231 groups of 128: one rank can hold it, two cannot
     assert check((64, 29568), 128) == []
-    (straddling,) = check((64, 29568), 128, tp=2, tp_dim=1)
+    (straddling,) = check((64, 29568), 128, ranks=2, cut=1)
     assert (
         "14784 input channels on each of 2 ranks, so that a group straddles two of them"
         in straddling
@@ -246,14 +245,14 @@ def test_checks_of_groups_and_ranks(name: str) -> None:
         "Use group_size 112, 64, 32, 16 or -1" in straddling
         and "padded with zeros to 29696" in straddling
     )
-    assert [check((64, 29568), group, tp=2, tp_dim=1) for group in (112, 64, 32, 16, -1)] == [
+    assert [check((64, 29568), group, ranks=2, cut=1) for group in (112, 64, 32, 16, -1)] == [
         []
     ] * 5
-    assert check((64, 29696), 128, tp=2, tp_dim=1) == []
-    assert check((64, 29568), 128, tp=2, tp_dim=0) == []
+    assert check((64, 29696), 128, ranks=2, cut=1) == []
+    assert check((64, 29568), 128, ranks=2, cut=0) == []
     assert any(
         "66 output channels; expected a multiple of tp = 4" in p
-        for p in check((66, 256), 128, tp=4, tp_dim=0)
+        for p in check((66, 256), 128, ranks=4, cut=0)
     )
 
 
@@ -262,17 +261,17 @@ def test_checks_of_each_format() -> None:
         name: str, shape: tuple[int, int], scheme: Scheme, index: bool = False, **ranks: int
     ) -> str:
         return "\n".join(
-            map(str, FORMATS[name].check(MODULE, shape, scheme, act_order_index=index, **ranks))
+            map(str, FORMATS[name].check(Weight(MODULE, shape, scheme, index, **ranks)))
         )
 
     w4 = Scheme(4, 32, True)
     assert "4 bits, the only width of AWQ" in check("awq", (32, 64), Scheme(3, 32, True))
     assert "12 output channels; expected a multiple of 8" in check("awq", (12, 64), w4)
     assert "4 output channels; expected a multiple of 8" in check(
-        "awq", (32, 64), w4, tp=8, tp_dim=0
+        "awq", (32, 64), w4, ranks=8, cut=0
     )
     assert "group index" in check("awq", (32, 64), w4, index=True)
-    assert len(FORMATS["awq"].check("lm_head", (32, 64), w4, act_order_index=False)) == 1
+    assert len(FORMATS["awq"].check(Weight("lm_head", (32, 64), w4))) == 1
     assert "8 output channels; expected a multiple of 32" in check(
         "gptq", (8, 64), Scheme(3, 32, True)
     )
@@ -280,17 +279,13 @@ def test_checks_of_each_format() -> None:
         "gptq_v2", (32, 20), Scheme(4, 10, True)
     )
     assert check("gptq", (32, 64), w4, index=True) == ""
-    assert "split along its inputs" in check("gptq", (32, 64), w4, index=True, tp=2, tp_dim=1)
+    assert "split along its inputs" in check("gptq", (32, 64), w4, index=True, ranks=2, cut=1)
     assert check("compressed-tensors", (5, 20), Scheme(3, 10, False)) == ""
     assert "group index" in check("compressed-tensors", (32, 64), w4, index=True)
     expert = "model.layers.0.mlp.experts.3.up_proj"
-    assert FORMATS["compressed-tensors"].check(expert, (32, 64), w4, act_order_index=False) == []
+    assert FORMATS["compressed-tensors"].check(Weight(expert, (32, 64), w4)) == []
     assert (
-        len(
-            FORMATS["compressed-tensors"].check(
-                expert, (32, 64), Scheme(4, 32, False), act_order_index=False
-            )
-        )
+        len(FORMATS["compressed-tensors"].check(Weight(expert, (32, 64), Scheme(4, 32, False))))
         == 1
     )
 

@@ -175,7 +175,9 @@ _SERVED = (
     "app", "body", "protocol", "answer", "chat", "completion", "interactive", "generate", "tools",
     "sampling", "service", "errors", "wire",
 )  # fmt: skip
-_FORMATS = ("awq", "base", "bitsandbytes", "compressed_tensors", "gptq", "recognise")
+_FORMATS = (
+    "awq", "base", "bitsandbytes", "compressed_tensors", "gptq", "recognise", "settings", "tensors",
+)  # fmt: skip
 TARGETS = {
     "safetensors": Target(_safetensors, ("model.safetensors",), ("checkpoints/tensor_file.py",)),
     "directory": Target(

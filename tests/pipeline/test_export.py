@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from quantflow.errors import FormatError, ModelError, OutputError
 from quantflow.formats import FORMATS
-from quantflow.formats.abilities import ABILITIES
-from quantflow.formats.base import ConfigRequest
+from quantflow.formats.base import ConfigRequest, Format
 from quantflow.formats.reader import Weights
+from quantflow.formats.weight import Weight
 from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
@@ -240,12 +240,12 @@ def test_the_commands(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_the_table_says_what_the_formats_do() -> None:
-    assert set(ABILITIES) == set(FORMATS) == set(get_args(Pack.model_fields["format"].annotation))
-    for name, ability in ABILITIES.items():
-        form = FORMATS[name]
+    assert set(FORMATS) == set(get_args(Pack.model_fields["format"].annotation))
+    for name, form in FORMATS.items():
+        ability = form.ability
 
-        def holds(scheme: Scheme, index: bool = False, form: Any = form, **ranks: int) -> bool:
-            return not form.check("m", (256, 256), scheme, act_order_index=index, **ranks)
+        def holds(scheme: Scheme, index: bool = False, form: Format = form) -> bool:
+            return not form.check(Weight("m", (256, 256), scheme, index))
 
         assert (
             tuple(bits for bits in range(2, 9) if holds(Scheme(bits, 32, True))) == ability.bits
@@ -271,9 +271,9 @@ def test_the_readmes_table_says_the_same() -> None:
         if line.startswith("| `")
         for row in [[c.strip() for c in line[1:-1].split("|")]]
     }
-    assert set(rows) == set(ABILITIES)
+    assert set(rows) == set(FORMATS)
     for name, (_, groups, asymmetric, mixed, index, kv, ranks, _) in rows.items():
-        ability = ABILITIES[name]
+        ability = FORMATS[name].ability
         assert (
             mixed.replace("`dynamic`", "yes") == ability.mixed_bits
             and index == ability.act_order_index
@@ -766,7 +766,7 @@ def test_any_chain_of_formats_is_exact_or_refused(
                 and not symmetric
                 and bool((minimums.half().double() != minimums).any())
             )
-            assert inexact or form.check("m", shape, scheme, act_order_index=has_index)
+            assert inexact or form.check(Weight("m", shape, scheme, has_index))
             continue
         decoded = form.decode(
             "m",

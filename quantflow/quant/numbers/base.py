@@ -40,7 +40,7 @@ class QuantizedTensor(ABC):
     kind: ClassVar[str]
     grid: ClassVar[str]
     method: ClassVar[str] = "rtn"
-    stages: ClassVar[str] = "rtn"
+    stages: ClassVar[tuple[str, ...]] = ("rtn",)
     fixed_groups: ClassVar[bool] = False
     floats: ClassVar[tuple[str, ...]] = ("scales",)
     integers: ClassVar[tuple[str, ...]] = ()

@@ -31,7 +31,7 @@ class IntegerTensor(QuantizedTensor):
 
     kind: ClassVar[str] = "integer"
     grid: ClassVar[str] = "with integer zero points"
-    stages: ClassVar[str] = "rtn or gptq"
+    stages: ClassVar[tuple[str, ...]] = ("rtn", "gptq")
     integers: ClassVar[tuple[str, ...]] = ("zeros",)
 
     zeros: Tensor

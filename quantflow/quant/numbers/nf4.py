@@ -61,7 +61,7 @@ class Nf4Tensor(QuantizedTensor):
     kind: ClassVar[str] = "nf4"
     grid: ClassVar[str] = "of NF4's table"
     method: ClassVar[str] = "nf4"
-    stages: ClassVar[str] = "nf4"
+    stages: ClassVar[tuple[str, ...]] = ("nf4",)
     fixed_groups: ClassVar[bool] = True
 
     nested: NestedScales | None = None
