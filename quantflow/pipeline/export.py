@@ -36,10 +36,12 @@ from quantflow.formats.weight import usual_group
 from quantflow.pipeline.progress import Progress, Silent
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
+from quantflow.stages.containers import container_of
 from quantflow.stages.kv_parameters import fp8_scales, largest_of_parameters, of_rank, per_rank
-from quantflow.stages.pack_job import PackJob, Prepared, prepare
+from quantflow.stages.pack_job import PackJob
+from quantflow.stages.pack_pieces import Results
+from quantflow.stages.pack_prepare import Prepared, prepare
 from quantflow.stages.pack_writer import (
-    Results,
     checkpoint_bytes,
     rank_folders,
     write_checkpoint,
@@ -113,7 +115,7 @@ def export(
     told.phase("export", checkpoint.config.layers * (1 + rank_folders(job)), "layers")
     with building(output) as folder:
         errors |= write_checkpoint(folder, job, moved, told.step)
-        if kv and target.container != "workspace":
+        if kv and not container_of(job).kv_inside:
             save_tensors(folder / KV_FILE, kv)
         for rank, place in write_ranks(folder, job, moved, told.step):
             if kv:
@@ -275,7 +277,7 @@ def _with_kv(
                     getattr(torch, checkpoint.config.dtype),
                 )
         return replace(job, kv=scales, kv_scales=options.kv_scales), {}
-    if not kv or job.format.container != "workspace":
+    if not kv or not container_of(job).kv_inside:
         return job, {}
     whole, errors = per_rank(kv, checkpoint.config.kv_heads, options.tp, rounded=options.requantize)
     return replace(job, kv=whole), errors

@@ -44,7 +44,7 @@ from quantflow.stages.gptq import Gptq
 from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.nf4 import Nf4
 from quantflow.stages.pack import Pack
-from quantflow.stages.pack_job import Prepared, prepare
+from quantflow.stages.pack_prepare import Prepared, prepare
 from quantflow.stages.rtn import Rtn
 from quantflow.stages.shard import Shard
 from quantflow.tokenizers.tokenizer import has_tokenizer, tokenizer_placeholders

@@ -43,6 +43,7 @@ from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.report.page import report_page, write_page
 from quantflow.stages.calibrate import Calibrate
+from quantflow.stages.containers import container_of
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.kv_parameters import (
     fp8_scales,
@@ -52,7 +53,8 @@ from quantflow.stages.kv_parameters import (
     per_rank,
 )
 from quantflow.stages.kv_qparams import KvQparams
-from quantflow.stages.pack_writer import Results, rank_folders, write_checkpoint, write_ranks
+from quantflow.stages.pack_pieces import Results
+from quantflow.stages.pack_writer import rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing, record
 from quantflow.tokenizers.tokenizer import load_tokenizer, tokenizer_files
 
@@ -318,7 +320,7 @@ def _pack(
         formats[pack.format] = "." if len(plan.packs) == 1 else pack.format
         target = folder / formats[pack.format]
         off: dict[str, float] = {}
-        if plan.stage(KvQparams) and job.format.container == "workspace":
+        if plan.stage(KvQparams) and container_of(job).kv_inside:
             kv, off = _kv_of_ranks(plan, reader)
             job = replace(job, kv=kv)
         if pack.kv_scales:

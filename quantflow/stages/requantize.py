@@ -15,7 +15,7 @@ from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.requantize import relative_error, requantize
 from quantflow.stages.pack_job import PackJob
-from quantflow.stages.pack_writer import Results
+from quantflow.stages.pack_pieces import Results
 
 
 @dataclass(frozen=True)
