@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantflow.calibration.data import cut_windows, documents
-from quantflow.tokenizers.tokenizer import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 
 WAYS = {  # name -> stages, symmetric
     "rtn": (["rtn"], False),

@@ -35,20 +35,27 @@ def module_name(path: Path, root: Path = ROOT) -> str:
     return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """The modules that the code imports, anywhere in it; `from a import b` gives both `a` and
-    `a.b`, since b may be a module."""
+def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[str, str]]:
+    """The modules that the code imports, anywhere in it: (a, b) for `from a import b`, (a, "") for
+    `import a`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parts = module.split(".")
                 parts = parts[: len(parts) - node.level + is_package]
                 base = ".".join([*parts, *([base] if base else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            yield from ((base, alias.name) for alias in node.names)
+
+
+def imports(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """The same as names; `from a import b` gives both `a` and `a.b`, since b may be a module."""
+    for base, name in imported(tree, module, is_package):
+        yield base
+        if name:
+            yield f"{base}.{name}"
 
 
 def imports_of(path: Path, root: Path = ROOT) -> set[str]:
@@ -104,10 +111,78 @@ def test_packages_import_each_other_in_no_circle() -> None:
                 if (there := package_of(name)) in HEIGHT and there != here
             }
             graph.setdefault(here, set()).update(used)
+    assert circle(graph) == ""
+
+
+def executed(tree: ast.AST) -> ast.AST:
+    """Without what is imported for annotations alone; what a function imports when it is called
+    stays."""
+
+    class Pruner(ast.NodeTransformer):
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                return None
+            return self.generic_visit(node)
+
+    return Pruner().visit(tree)
+
+
+def file_graph(sources: dict[str, tuple[str, bool]]) -> dict[str, set[str]]:
+    """Which files import which. sources: module -> (its code, whether it is an __init__.py)."""
+    graph = {}
+    for module, (code, is_package) in sources.items():
+        pairs = imported(executed(ast.parse(code)), module, is_package)
+        # `from a import b` where b is a file wants nothing that a's __init__.py has
+        used = {full if (full := f"{base}.{name}") in sources else base for base, name in pairs}
+        graph[module] = used & set(sources) - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> str:
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        pytest.fail(f"packages import each other: {' > '.join(reversed(error.args[1]))}")
+        return " > ".join(reversed(error.args[1]))
+    return ""
+
+
+def test_files_import_each_other_in_no_circle() -> None:
+    """Not by way of what a function imports when it is called, either."""
+    sources = {
+        module_name(path): (path.read_text(encoding="utf-8"), path.name == "__init__.py")
+        for path in files(ROOT / "quantflow")
+    }
+    assert circle(file_graph(sources)) == ""
+
+
+def test_the_check_of_circles_itself() -> None:
+    lazily = {
+        "quantflow": ("", True),
+        "quantflow.a": ("from quantflow.b import f", False),
+        "quantflow.b": ("def f():\n    from quantflow import a", False),
+    }
+    assert set(circle(file_graph(lazily)).split(" > ")) == {"quantflow.a", "quantflow.b"}
+    for_types = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from quantflow import a"
+    assert circle(file_graph({**lazily, "quantflow.b": (for_types, False)})) == ""
+
+
+# Not yet cut along their nouns.
+LONG = {
+    "checkpoints/gguf/file.py", "checkpoints/turbomind/layout.py",
+    "checkpoints/turbomind/workspace.py", "cli/chat.py", "serve/app.py", "serve/protocol.py",
+    "formats/base.py", "pipeline/export.py", "pipeline/plan.py", "pipeline/sensitivity.py",
+    "recipe/loader.py", "recipe/schema.py",
+}  # fmt: skip
+MOST_LINES = 450
+
+
+def test_no_file_is_longer_than_a_reader_holds_in_mind() -> None:
+    package = ROOT / "quantflow"
+    lengths = {
+        path.relative_to(package).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in files(package)
+    }
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES and name not in LONG} == {}
 
 
 def test_the_product_imports_no_tests_and_no_benchmarks() -> None:

@@ -17,7 +17,8 @@ from quantflow.evaluate.tasks import Settings, read_tasks
 from quantflow.pipeline.export import export
 from quantflow.placeholder import placeholder
 from quantflow.stages.registry import load_recipe
-from quantflow.tokenizers.tokenizer import export_tokenizer, load_tokenizer, tokenizer_placeholders
+from quantflow.tokenizers.export import export_tokenizer
+from quantflow.tokenizers.load import load_tokenizer, tokenizer_placeholders
 from tests.helpers.tiny import write_llama
 
 # As git-lfs' own specification spells it.

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from quantflow.tokenizers.tokenizer import SPLITS, guarded
+from quantflow.tokenizers.reading import SPLITS, guarded
 
 CHARACTERS = 6  # of a text for a token that is wanted: more than a token has in most languages
 SHORTEST = 2**15  # characters that are always encoded together

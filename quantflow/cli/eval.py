@@ -209,7 +209,7 @@ def _evaluate_text(
     from quantflow.machine import resolve_device
     from quantflow.pipeline.texts import model_documents
     from quantflow.pipeline.windows import left_out_notes
-    from quantflow.tokenizers.tokenizer import load_tokenizer
+    from quantflow.tokenizers.load import load_tokenizer
 
     original, quantised = (Weights(resolve_model(reference)), Weights(resolve_model(directory)))
     show_notes(note for weights in (original, quantised) for note in weights.checkpoint.remarks)

@@ -145,7 +145,7 @@ def _check_models(models: list[str]) -> None:
     from quantflow.checkpoints.checkpoint import resolve_model
     from quantflow.engine.text import Text
     from quantflow.formats.reader import Weights
-    from quantflow.tokenizers.tokenizer import has_tokenizer
+    from quantflow.tokenizers.load import has_tokenizer
 
     problems: list[Problem] = []
     for model in models:

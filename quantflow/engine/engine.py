@@ -47,7 +47,7 @@ from quantflow.engine.text import Text
 from quantflow.errors import Problem, RequestError, ResourceError
 from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.machine import is_out_of_memory, resolve_device
-from quantflow.tokenizers.tokenizer import has_tokenizer
+from quantflow.tokenizers.load import has_tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,12 @@ from quantflow.checkpoints.directory import read_json
 from quantflow.engine.literal import Literal
 from quantflow.engine.template import Renderer, TemplateRefused
 from quantflow.errors import ModelError, Problem, RequestError
+from quantflow.tokenizers.byte_level import byte_characters
+from quantflow.tokenizers.chat_templates import chat_template, template_place, turn_end
 from quantflow.tokenizers.dialogue import DIALOGUES, ChatTemplate
-from quantflow.tokenizers.tokenizer import (
-    SPACE,
-    SPLITS,
-    byte_letters,
-    chat_template,
-    guarded,
-    load_tokenizer,
-    special_tokens,
-    template_place,
-    turn_end,
-)
+from quantflow.tokenizers.load import load_tokenizer, special_tokens
+from quantflow.tokenizers.reading import SPLITS, guarded
+from quantflow.tokenizers.sentencepiece import SPACE
 
 Message = Mapping[str, Any]  # role and content
 
@@ -41,7 +35,7 @@ BROKEN = "\ufffd"
 CONTINUES = "\ue000 "  # a letter that no script has, where a message's text is to be continued
 _SIMPLEST = [{"role": role, "content": "Hello"} for role in ("system", "user", "assistant")]
 # how byte-level vocabularies write bytes
-BYTE_OF = {letter: byte for byte, letter in enumerate(byte_letters())}
+BYTE_OF = {letter: byte for byte, letter in enumerate(byte_characters())}
 
 
 class Text:

@@ -47,7 +47,7 @@ from quantflow.stages.pack import Pack
 from quantflow.stages.pack_prepare import Prepared, prepare
 from quantflow.stages.rtn import Rtn
 from quantflow.stages.shard import Shard
-from quantflow.tokenizers.tokenizer import has_tokenizer, tokenizer_placeholders
+from quantflow.tokenizers.load import has_tokenizer, tokenizer_placeholders
 
 T = TypeVar("T")
 # What computes a layer's results, and reads the weights for it: whatever of ours these import is in

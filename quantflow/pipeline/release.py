@@ -56,7 +56,7 @@ from quantflow.report.measurement import measured_on
 from quantflow.report.page import write_page
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.registry import load_recipe
-from quantflow.tokenizers.tokenizer import tokenizer_files
+from quantflow.tokenizers.load import tokenizer_files
 
 COMPARISON, SUMMARY = "comparison.json", "release.md"
 PAGE_SUFFIX = ".comparison.html"

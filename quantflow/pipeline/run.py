@@ -56,7 +56,7 @@ from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.pack_pieces import Results
 from quantflow.stages.pack_writer import rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing, record
-from quantflow.tokenizers.tokenizer import load_tokenizer, tokenizer_files
+from quantflow.tokenizers.load import load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from quantflow.quant.knapsack import Choice, Option, choose
 from quantflow.quant.scheme import BITS, Scheme
 from quantflow.recipe.overrides import Widths, compact
 from quantflow.recipe.writer import Draft, name_of
-from quantflow.tokenizers.tokenizer import has_tokenizer, load_tokenizer
+from quantflow.tokenizers.load import has_tokenizer, load_tokenizer
 
 FILE = "sensitivity.json"
 RATE = {"cpu": 6e10, "cuda": 3e13}  # float32 operations a second, an order of magnitude

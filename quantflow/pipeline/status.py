@@ -6,7 +6,7 @@ from quantflow.calibration.data import Windows
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.texts import local_text
 from quantflow.pipeline.windows import recipe_windows
-from quantflow.tokenizers.tokenizer import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 
 
 def stored_layers(plan: Plan) -> int | None:

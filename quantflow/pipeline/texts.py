@@ -13,7 +13,8 @@ from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.errors import Problem
 from quantflow.recipe import Calibration
 from quantflow.stages.evaluate import Evaluate
-from quantflow.tokenizers.tokenizer import chat_template, has_tokenizer
+from quantflow.tokenizers.chat_templates import chat_template
+from quantflow.tokenizers.load import has_tokenizer
 
 
 def model_documents(

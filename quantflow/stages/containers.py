@@ -18,8 +18,9 @@ from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.paths import write_text
 from quantflow.stages.pack_job import PackJob
 from quantflow.stages.pack_pieces import Piece, Results, Step, fill, pieces_of, specs_of
+from quantflow.tokenizers.export import export_tokenizer
 from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
-from quantflow.tokenizers.tokenizer import export_tokenizer, has_tokenizer
+from quantflow.tokenizers.load import has_tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from quantflow.errors import ModelError, Problem
+from quantflow.tokenizers.byte_level import check_bytes
+from quantflow.tokenizers.declared import Declared
 from quantflow.tokenizers.gguf_splitters import EXPECTED, REFUSED, SPLITTERS, word_splitter
+from quantflow.tokenizers.loaded import Loaded, add_template
+from quantflow.tokenizers.reading import guarded
+from quantflow.tokenizers.sentencepiece import sentencepiece_tokenizer
 from quantflow.tokenizers.sentencepiece_model import (
     BPE,
     BYTE,
@@ -23,14 +28,6 @@ from quantflow.tokenizers.sentencepiece_model import (
     Piece,
     SentencePieceModel,
     check_sentencepiece,
-)
-from quantflow.tokenizers.tokenizer import (
-    Declared,
-    Loaded,
-    add_template,
-    check_bytes,
-    guarded,
-    sentencepiece_tokenizer,
 )
 
 _ROLES = {

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from tokenizers import Regex, pre_tokenizers
 
-from quantflow.tokenizers.tokenizer import byte_letters
+from quantflow.tokenizers.byte_level import byte_characters
 
 
 @dataclass(frozen=True)
@@ -261,5 +261,5 @@ def missing_bytes(vocabulary: Collection[str]) -> str:
     stood on both sides of one, llama.cpp does not: what this matches is to stand apart before there
     is anything to merge.
     """
-    missing = [letter for letter in byte_letters() if letter not in vocabulary]
+    missing = [letter for letter in byte_characters() if letter not in vocabulary]
     return f"[{re.escape(''.join(missing))}]" if missing else ""

@@ -17,7 +17,10 @@ from typing import Any
 from tokenizers import models
 
 from quantflow.errors import FormatError, ModelError, Problem
+from quantflow.tokenizers.chat_templates import chat_template
 from quantflow.tokenizers.gguf_splitters import EXPECTED, SPLITTERS, missing_bytes, splitter_names
+from quantflow.tokenizers.load import load_tokenizer, special_tokens
+from quantflow.tokenizers.sentencepiece import SPACE
 from quantflow.tokenizers.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -26,7 +29,6 @@ from quantflow.tokenizers.sentencepiece_model import (
     UNUSED,
     USER_DEFINED,
 )
-from quantflow.tokenizers.tokenizer import SPACE, chat_template, load_tokenizer, special_tokens
 
 
 def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
         *_parts(tokenizer.get("pre_tokenizer"), "pretokenizers"),
     ]:
         kind, pattern = step.get("type"), step.get("pattern", {})
-        # but before a symbol alone: `tokenizer.py` says why
+        # but before a symbol alone: `sentencepiece.py` says why
         begins = str(pattern.get("Regex", "")).startswith(r"\A(?!")
         if kind == "Prepend" and step.get("prepend") == SPACE:
             adds = True

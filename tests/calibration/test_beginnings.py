@@ -26,7 +26,8 @@ from tokenizers import (
 from quantflow import bundled
 from quantflow.calibration import beginnings
 from quantflow.calibration.beginnings import Beginnings
-from quantflow.tokenizers.tokenizer import QWEN_PATTERN, load_tokenizer
+from quantflow.tokenizers.byte_level import QWEN_PATTERN
+from quantflow.tokenizers.load import load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "models"
 DEMO = bundled.folder() / "calib_data" / "demo_model"

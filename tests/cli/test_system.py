@@ -104,7 +104,7 @@ import torch
 from quantflow.artifacts.store import write_json
 from quantflow.decoder.stream import Stream
 from quantflow.checkpoints.tensor_file import save_tensors
-from quantflow.tokenizers.tokenizer import export_tokenizer
+from quantflow.tokenizers.export import export_tokenizer
 from quantflow.paths import write_text
 
 folder, model = Path(sys.argv[1]), Path(sys.argv[2])

@@ -12,7 +12,9 @@ from transformers import AutoTokenizer
 
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError, RequestError
-from quantflow.tokenizers.tokenizer import chat_template, export_tokenizer, tokenizer_files
+from quantflow.tokenizers.chat_templates import chat_template
+from quantflow.tokenizers.export import export_tokenizer
+from quantflow.tokenizers.load import tokenizer_files
 
 PARAMETERS = {
     "type": "object",

@@ -26,7 +26,7 @@ from tokenizers import (
 from quantflow.engine.literal import MARK, PIECE, Literal, _spellings
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError, RequestError
-from quantflow.tokenizers.tokenizer import byte_letters
+from quantflow.tokenizers.byte_level import byte_characters
 from tests.engine.test_chat_templates import CALL, HERMES, LLAMA3, MISTRAL, QWEN, TALKS, TOOLS
 
 ROLES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -65,7 +65,7 @@ TEMPLATES = {
 
 
 def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_characters())}, []))
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -415,7 +415,7 @@ def test_a_control_token_of_one_letter_is_text_too(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_changes_the_names_of_its_tokens_is_refused() -> None:
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_characters())}, []))
     tokenizer.normalizer = normalizers.Replace(Regex("[^a-z<>/]"), "")
     tokenizer.add_special_tokens([AddedToken("<s>", special=True, normalized=True)])
     with pytest.raises(ModelError, match="cannot be told from their spelling"):

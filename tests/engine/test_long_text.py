@@ -17,7 +17,7 @@ from quantflow.engine.child import ChildUnwanted
 from quantflow.engine.long_text import LongTexts
 from quantflow.engine.text import Text
 from quantflow.errors import RequestError
-from quantflow.tokenizers.tokenizer import byte_letters
+from quantflow.tokenizers.byte_level import byte_characters
 
 DEMO = Path(__file__).parents[2] / "calib_data" / "demo_model"
 TEXTS = ["The table", "", "诗 and 🦊\n\t</s>", " " * 3000, "x" * 20_000]
@@ -71,7 +71,7 @@ def test_a_process_ends_with_the_memory_of_a_large_question(
 
 def hungry() -> Tokenizer:
     """Each letter becomes 18, and each space is looked for again and again."""
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_characters())}, []))
     tokenizer.normalizer = normalizers.NFKC()
     split = pre_tokenizers.Split(Regex(r"\s+(?!\S)|\s+"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -40,7 +40,7 @@ from quantflow.models.registry import ARCHITECTURES
 from quantflow.models.segments import segments
 from quantflow.quant.numbers.nf4 import Nf4Tensor
 from quantflow.quant.scheme import Scheme
-from quantflow.tokenizers.tokenizer import QWEN_PATTERN, byte_letters
+from quantflow.tokenizers.byte_level import QWEN_PATTERN, byte_characters
 from tests.formats.helpers import random_tensor
 from tests.fuzz.mutation import joined
 from tests.helpers.tiny import SENTENCES
@@ -520,7 +520,7 @@ def _gguf() -> list[bytes]:
             return value.float().numpy(), None
         return gguf.quants.quantize(value.float().numpy(), kind), kind
 
-    letters = byte_letters()
+    letters = byte_characters()
     merges = ["t h", "i n", "th e"]
     byte_level = {
         "tokenizer.ggml.model": "gpt2",

@@ -37,7 +37,9 @@ from quantflow.recipe import dump
 from quantflow.report.page import read_report
 from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers import gguf  # noqa: F401  (imported late by others: here it is instrumented)
-from quantflow.tokenizers.tokenizer import byte_letters, chat_template, export_tokenizer
+from quantflow.tokenizers.byte_level import byte_characters
+from quantflow.tokenizers.chat_templates import chat_template
+from quantflow.tokenizers.export import export_tokenizer
 from tests.fuzz import server
 from tests.fuzz.mutation import split
 
@@ -126,7 +128,7 @@ def _recipe(place: Path) -> None:
 
 def _calibration(place: Path) -> None:
     """Every document, and its tokens by a tokenizer of single bytes."""
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_letters())}, []))
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(byte_characters())}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for file in sorted(place.iterdir()):
         texts = list(documents(str(file)))
@@ -171,6 +173,10 @@ _TOKENIZER_FILES = (
     "config.json",
     "chat_template.json",
 )
+_TOKENIZER_MODULES = tuple(
+    f"tokenizers/{name}.py"
+    for name in ("load", "byte_level", "sentencepiece", "declared", "loaded", "export")
+)
 _SERVED = (
     "app", "body", "protocol", "answer", "chat", "completion", "interactive", "generate", "tools",
     "sampling", "service", "errors", "wire",
@@ -211,14 +217,12 @@ TARGETS = {
         _use_tokenizer, ("tokenizer.model",), ("tokenizers/sentencepiece_model.py",)
     ),
     "tokenizer": Target(
-        _tokenizer,
-        ("tokenizer.json", *_TOKENIZER_FILES),
-        ("tokenizers/tokenizer.py", "engine/text.py"),
+        _tokenizer, ("tokenizer.json", *_TOKENIZER_FILES), (*_TOKENIZER_MODULES, "engine/text.py")
     ),
     "vocabulary": Target(
         _tokenizer,
         ("vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer.model", *_TOKENIZER_FILES),
-        ("tokenizers/tokenizer.py",),
+        _TOKENIZER_MODULES,
     ),
     "config": Target(
         _config,

@@ -80,9 +80,9 @@ def random_texts(count: int = 24, seed: int = 16) -> list[str]:
 
 def vocabulary() -> tuple[list[str], list[str]]:
     """Tokens and merges of a byte-level vocabulary, the same each time."""
-    from quantflow.tokenizers.tokenizer import byte_letters
+    from quantflow.tokenizers.byte_level import byte_characters
 
-    letters = byte_letters()
+    letters = byte_characters()
     missing = {letters[byte] for byte in MISSING}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -30,7 +30,7 @@ from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
 from quantflow.pipeline.run import RunResult, run
 from quantflow.stages.registry import load_recipe
-from quantflow.tokenizers.tokenizer import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers.tiny import write_text
 from tests.helpers.zoo import (
     EXPERTS,

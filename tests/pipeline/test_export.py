@@ -26,7 +26,7 @@ from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers.integer import IntegerTensor
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.pack import Pack
-from quantflow.tokenizers.tokenizer import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 from tests.formats.helpers import random_tensor
 from tests.helpers.runs import UNLIKE, Bench, contents, invoke, make_bench
 

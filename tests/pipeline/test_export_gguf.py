@@ -15,7 +15,7 @@ from quantflow.formats.reader import Weights
 from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers.minimum import MinimumTensor
 from quantflow.quant.scheme import Scheme
-from quantflow.tokenizers.tokenizer import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers.runs import UNLIKE, Bench, contents, invoke, make_bench
 from tests.helpers.zoo import decoder_logits, specimen, write
 

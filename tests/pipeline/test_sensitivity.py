@@ -24,7 +24,7 @@ from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.pipeline.texts import model_documents
 from quantflow.stages.registry import load_recipe
-from quantflow.tokenizers.tokenizer import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers import zoo
 from tests.helpers.runs import Bench, Strike, invoke, make_bench, start
 from tests.helpers.tiny import write_text

@@ -26,7 +26,7 @@ from quantflow.pipeline.texts import model_documents
 from quantflow.pipeline.windows import recipe_windows
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.registry import load_recipe
-from quantflow.tokenizers.tokenizer import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers.runs import STAGES, Bench, invoke, make_bench
 
 PACKAGE = Path(plan_module.__file__).parents[1]

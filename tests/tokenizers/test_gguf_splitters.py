@@ -13,10 +13,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 
 from quantflow.errors import FormatError, ModelError
+from quantflow.tokenizers.byte_level import byte_characters
+from quantflow.tokenizers.export import export_tokenizer
 from quantflow.tokenizers.gguf import tokenizer_from_metadata
 from quantflow.tokenizers.gguf_splitters import REFUSED, SPLITTERS
 from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
-from quantflow.tokenizers.tokenizer import byte_letters, export_tokenizer, load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers.llama_tokens import FILE, MISSING, TEXTS, llama_ids, metadata, random_texts
 
 KNOWN = json.loads(FILE.read_text())
@@ -155,7 +157,7 @@ DEPART = ("tekken", "gpt-4o", "deepseek-coder")  # outside ASCII; gguf_splitters
 def folder_of(
     folder: Path, steps: list[PreTokenizer], whole: bool, *, nfc: bool = False, missing: bool = True
 ) -> Path:
-    letters = [] if missing else [byte_letters()[byte] for byte in MISSING]
+    letters = [] if missing else [byte_characters()[byte] for byte in MISSING]
     vocab = {token: number for number, token in enumerate([*KNOWN["tokens"], *letters])}
     merges = [tuple(merge.split(" ")) for merge in KNOWN["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=whole))

@@ -24,15 +24,12 @@ from tokenizers import (
 
 from quantflow.checkpoints.gguf.file import read_metadata
 from quantflow.errors import FormatError, ModelError
+from quantflow.tokenizers.chat_templates import chat_template
+from quantflow.tokenizers.export import export_tokenizer
 from quantflow.tokenizers.gguf import tokenizer_from_metadata
 from quantflow.tokenizers.gguf_splitters import SPLITTERS, word_splitter
 from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
-from quantflow.tokenizers.tokenizer import (
-    chat_template,
-    export_tokenizer,
-    load_tokenizer,
-    special_tokens,
-)
+from quantflow.tokenizers.load import load_tokenizer, special_tokens
 from tests.checkpoints.test_gguf_file import foreign
 from tests.helpers.zoo import specimen, write
 from tests.tokenizers.test_tokenizer import (

@@ -24,14 +24,10 @@ from quantflow.calibration.beginnings import Beginnings
 from quantflow.calibration.data import cut_windows
 from quantflow.engine.text import Text
 from quantflow.errors import ModelError
-from quantflow.tokenizers.tokenizer import (
-    QWEN_PATTERN,
-    QWEN_SPECIALS,
-    _merges,
-    byte_letters,
-    export_tokenizer,
-    load_tokenizer,
-)
+from quantflow.tokenizers.byte_level import QWEN_PATTERN, QWEN_SPECIALS, byte_characters
+from quantflow.tokenizers.export import export_tokenizer
+from quantflow.tokenizers.load import load_tokenizer
+from quantflow.tokenizers.merges import merges_of
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
@@ -741,7 +737,7 @@ def test_bytes_without_a_token_are_left_out_as_in_transformers(
     """Texts that a vocabulary was made of may lack bytes: those of SmolLM's lack 21."""
     from transformers import GPT2Tokenizer
 
-    letters = byte_letters()
+    letters = byte_characters()
     lost = {letters[byte] for byte in (0x00, 0x1D, 0xC3)}
     vocab = {
         token: number for token, number in gpt2_files["vocab.json"].items() if not lost & set(token)
@@ -768,7 +764,7 @@ def test_bytes_without_a_token_are_left_out_as_in_transformers(
 @pytest.mark.parametrize("lost", ["$", "q", "~"])
 def test_a_byte_level_tokenizer_json_has_all_of_ascii(tmp_path: Path, lost: str) -> None:
     """Or the library would leave signs out of a text without a word; an unknown token is a word."""
-    vocab = {letter: number for number, letter in enumerate(byte_letters()) if letter != lost}
+    vocab = {letter: number for number, letter in enumerate(byte_characters()) if letter != lost}
     for unknown in (None, "a"):
         tokenizer = Tokenizer(BPE(vocab, [], unk_token=unknown))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -812,10 +808,10 @@ def test_qwen2_without_tokenizer_json(tmp_path: Path, gpt2_files: dict[str, Any]
         assert ours.encode(text).ids == theirs(text)["input_ids"], text
 
 
-def test_byte_letters_are_gpt2s() -> None:
+def test_byte_characters_are_gpt2s() -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
-    letters = byte_letters()
+    letters = byte_characters()
     assert sorted(letters) == sorted(ByteLevel.alphabet())
     assert [letters[b] for b in (0, 9, 10, 32, 33, 126, 127, 173, 255)] == [
         "Ā",
@@ -989,7 +985,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "qwen: twice": ({"qwen.tiktoken": "IQ== 0\nIQ== 1\n"}, "twice"),
     "qwen: bytes": ({"qwen.tiktoken": "IQ== 0\nIg== 1\n"}, "254 of the 256"),
     "vocab: no merges": (
-        {"vocab.json": {c: i for i, c in enumerate(byte_letters())}},
+        {"vocab.json": {c: i for i, c in enumerate(byte_characters())}},
         "merges.txt: missing",
     ),
     "vocab: not json": ({"vocab.json": '{"a": 1, "b', "merges.txt": ""}, "not JSON"),
@@ -1001,7 +997,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "vocab: merge": (
         {
-            "vocab.json": {c: i for i, c in enumerate(byte_letters())},
+            "vocab.json": {c: i for i, c in enumerate(byte_characters())},
             "merges.txt": "#version: 0.2\na b\n",
         },
         "line 2",
@@ -1128,7 +1124,7 @@ def test_a_long_token_is_cut_where_tokens_can_meet(tmp_path: Path) -> None:
         (b"aba", b"b"),
         (b"ab", b"ab"),
     ]
-    assert _merges(order) == expected and time.process_time() - began < 1
+    assert merges_of(order) == expected and time.process_time() - began < 1
 
 
 def test_a_tokenizer_that_fails_at_a_text_says_so(tmp_path: Path) -> None:
