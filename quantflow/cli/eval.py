@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -207,6 +208,7 @@ def _evaluate_text(
     from quantflow.evaluate.running import Running
     from quantflow.formats.reader import Weights
     from quantflow.machine import resolve_device
+    from quantflow.pipeline.room import room
     from quantflow.pipeline.texts import model_documents
     from quantflow.pipeline.windows import left_out_notes
     from quantflow.tokenizers.load import load_tokenizer
@@ -237,9 +239,11 @@ def _evaluate_text(
         if engine:
             options = EngineConfig(device=where, kv=KVPrecision(kv.value), max_batch_size=1)
             variant = Running(lambda: Engine(quantised.checkpoint.path, options))
-        result = compare(
-            Variant(original), {"weights": variant}, text.tokens, where, watcher.advance
-        )
+        with TemporaryDirectory(prefix="quantflow-") as files:
+            place = room(where, Path(files))
+            result = compare(
+                Variant(original), {"weights": variant}, text.tokens, place, watcher.advance
+            )
     if as_json:
         print(json.dumps(result["weights"].as_dict()))
     else:

@@ -258,13 +258,20 @@ class _File:
 
 @dataclass(frozen=True)
 class Room:
-    """Where the streams of a walk lie: in files of `folder`, or in memory where that is None."""
+    """Where streams may lie: in memory, and beyond `budget` bytes in files of `folder`; all in
+    memory where there is no folder."""
 
     device: torch.device
     folder: Path | None = None
+    budget: int = 0
+
+    def sharing(self, nbytes: int) -> Room:
+        """For streams of so many bytes together, which lie all in memory or all in files."""
+        return Room(self.device, None if nbytes <= self.budget else self.folder)
 
     def stream(self, name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Stream:
-        """name: one that no other open stream in the folder has."""
+        """A stream in files, where there is a folder. name: one that no other open stream there
+        has."""
         path = self.folder / f".work-{name}.bin" if self.folder else None
         return Stream(shape, dtype, self.device, path)
 

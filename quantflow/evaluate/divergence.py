@@ -1,14 +1,14 @@
 """How far a quantised model is from its reference: perplexity of both, KL divergence and top-1
 agreement, in float32.
 
-Both models run layer by layer over all windows, so memory holds two layers and the hidden states,
-whatever the model's size.
+Both models run layer by layer over all windows, and hidden states over the activation budget lie in
+files: memory holds two layers, whatever the model's size and the text's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from quantflow.calibration.statistics import evenly
 from quantflow.decoder.block import ObserveKV
 from quantflow.decoder.decoder import open_decoder
+from quantflow.decoder.stream import Room, Stream
+from quantflow.decoder.walk import through
+from quantflow.evaluate.distributions import Head, Output, compared, mean
 from quantflow.formats.reader import Weights
 from quantflow.quant.fit import shown
 
-LOGIT_ELEMENTS = 2**23  # logits computed at once, an upper bound
 BATCH_TOKENS = 2048
 POSITION_BINS = 64  # at most, that a window's positions are put into
 SAMPLED = 128  # positions whose residual stream is compared after every layer
@@ -65,19 +67,9 @@ class Divergence:
         return {k: v for k, v in vars(self).items() if k != "profile"}
 
 
-class Head(Protocol):
-    """From hidden states to distributions."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Tokens that the model knows."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Log-probabilities `[T, V]` in float32 of hidden states `[T, H]`."""
-
-
-Watch = Callable[[int, Tensor], None]
-"""Sees a layer's index and the residual stream `[W, L, H]` after it."""
+Watch = Callable[[int, int, Tensor], None]
+"""Sees a layer's index, a window's number, and the residual stream `[B, L, H]` after the layer from
+that window on: all windows of a layer, in order, before the next layer's."""
 
 
 Step = Callable[[float], None]
@@ -88,9 +80,9 @@ class Model(Protocol):
     """A model to compare: hidden states of all windows first, then distributions, a few rows at a
     time."""
 
-    def states(self, tokens: Tensor, device: torch.device, step: Step, watch: Watch) -> Tensor:
-        """`[W, L, H]` for `tokens` `[W, L]`; calls `step` as it goes on, and `watch` where it has
-        layers to show."""
+    def states(self, tokens: Tensor, room: Room, name: str, step: Step, watch: Watch) -> Stream:
+        """`[W, L, H]` for `tokens` `[W, L]`, in a stream of that name; calls `step` as it goes on,
+        and `watch` where it has layers to show."""
 
     def head(self, device: torch.device) -> Head:
         """For what `states` gave."""
@@ -107,51 +99,53 @@ class Variant:
     def states(
         self,
         tokens: Tensor,
-        device: torch.device,
+        room: Room,
+        name: str = "states",
         step: Step = lambda share: None,
-        watch: Watch = lambda index, x: None,
-    ) -> Tensor:
-        return hidden_states(self, tokens, device, step, watch)
+        watch: Watch = lambda index, start, x: None,
+    ) -> Stream:
+        """The residual stream after the last layer."""
+        config = self.weights.checkpoint.config
+        decoder = open_decoder(self.weights.checkpoint, tokens.shape[1], room.device)
+        x = compared_stream(room, name, (*tokens.shape, config.hidden))
+
+        def work(index: int, stored: dict[str, Tensor]) -> None:
+            layer = decoder.block(index, stored, torch.float32)
+            observe = self.kv(index) if self.kv else None
+            for start, stop in x.spans(together(tokens)):
+                after = layer.forward(x.read(start, stop), observe)
+                x.write(start, after)
+                step((stop - start) / x.windows)
+                watch(index, start, after)
+
+        try:
+            embed_windows(self.weights, tokens, x)
+            through(self.weights.layer, range(config.layers), room.device, work)
+        except BaseException:
+            x.close()
+            raise
+        return x
 
     def head(self, device: torch.device) -> Head:
         return _Head(self, device)
 
 
-def embedded(weights: Weights, tokens: Tensor, device: torch.device) -> Tensor:
-    """The residual stream `[W, L, H]` before the first layer, float32, for `tokens` `[W, L]`."""
-    return torch.cat(list(embedded_parts(weights, tokens, device)))
+def together(tokens: Tensor) -> int:
+    """Windows of `tokens` `[W, L]` that go through a layer at once."""
+    return max(1, BATCH_TOKENS // tokens.shape[1])
 
 
-def embedded_parts(weights: Weights, tokens: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """`embedded`, some windows at a time."""
-    decoder = open_decoder(weights.checkpoint, tokens.shape[1], device)
-    outer = {n: weights.tensor(n).to(device) for n in decoder.embeds}
-    batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    for part in tokens.split(batch):
-        yield decoder.embed(outer, part.to(device), torch.float32)
+def compared_stream(room: Room, name: str, shape: tuple[int, int, int]) -> Stream:
+    """A stream in float32, of which two are open at once: a model's, and its reference's."""
+    return room.sharing(2 * 4 * math.prod(shape)).stream(name, shape, torch.float32)
 
 
-def hidden_states(
-    variant: Variant,
-    tokens: Tensor,
-    device: torch.device,
-    step: Step = lambda share: None,
-    watch: Watch = lambda index, x: None,
-) -> Tensor:
-    """The residual stream `[W, L, H]` after the last layer, float32, for `tokens` `[W, L]`."""
-    checkpoint = variant.weights.checkpoint
-    decoder = open_decoder(checkpoint, tokens.shape[1], device)
-    batch = max(1, BATCH_TOKENS // tokens.shape[1])
-    x = embedded(variant.weights, tokens, device)
-    for index in range(checkpoint.config.layers):
-        stored = {n: t.to(device) for n, t in variant.weights.layer(index).items()}
-        layer = decoder.block(index, stored, torch.float32)
-        observe = variant.kv(index) if variant.kv else None
-        for start in range(0, len(x), batch):
-            x[start : start + batch] = layer.forward(x[start : start + batch], observe)
-            step(len(x[start : start + batch]) / len(x))
-        watch(index, x)
-    return x
+def embed_windows(weights: Weights, tokens: Tensor, x: Stream) -> None:
+    """Fills `x` with the residual stream before the first layer, for `tokens` `[W, L]`."""
+    decoder = open_decoder(weights.checkpoint, tokens.shape[1], x.device)
+    outer = {n: weights.tensor(n).to(x.device) for n in decoder.embeds}
+    for start, stop in x.spans(together(tokens)):
+        x.write(start, decoder.embed(outer, tokens[start:stop].to(x.device), x.dtype))
 
 
 class _Head:
@@ -174,73 +168,99 @@ def compare(
     reference: Model,
     variants: Mapping[str, Model],
     windows: list[list[int]],
-    device: str = "cpu",
+    room: Room | None = None,
     step: Step = lambda share: None,
 ) -> dict[str, Divergence]:
-    """The divergence of each variant from the reference on `windows` (all of one length)."""
-    tokens, on = torch.tensor(windows), torch.device(device)
-    kept: list[Tensor] = []  # of the reference, a layer each
+    """The divergence of each variant from the reference on `windows` (all of one length). room:
+    where it is computed, and where hidden states may lie."""
+    room = room or Room(torch.device("cpu"))
+    tokens = torch.tensor(windows)
+    samples = _Samples(*tokens.shape)
+    divergences: dict[str, Divergence] = {}
     with torch.inference_mode():
-        target = reference.states(tokens, on, step, lambda index, x: kept.append(_sample(x)))
-        reference_head = reference.head(on)
-        found: dict[str, Divergence] = {}
-        for name, variant in variants.items():
-            errors: list[float] = []
-
-            def look(index: int, x: Tensor, errors: list[float] = errors) -> None:
-                # else it is another architecture
-                if index < len(kept) and x.shape[-1] == kept[index].shape[-1]:
-                    difference = (_sample(x) - kept[index]).square().sum(-1)
-                    errors.append(float((difference / kept[index].square().sum(-1)).mean()))
-
-            states = variant.states(tokens, on, step, look)
-            found[name] = _compare(
-                target, states, reference_head, variant.head(on), tokens.to(on), tuple(errors)
-            )
-        return found
+        expected = reference.states(tokens, room, "reference", step, samples.keep)
+        try:
+            target = Output(expected, reference.head(room.device))
+            for name, variant in variants.items():
+                errors: list[float] = []
+                states = variant.states(tokens, room, "variant", step, samples.against(errors))
+                try:
+                    output = Output(states, variant.head(room.device))
+                    divergences[name] = _compare(target, output, tokens, tuple(errors))
+                    del output  # and with it a head, or an engine
+                finally:
+                    states.close()
+        finally:
+            expected.close()
+    return divergences
 
 
-def _sample(x: Tensor) -> Tensor:
-    """A copy of `[positions, H]` of `[W, L, H]`: `SAMPLED` at most, evenly spaced."""
-    return evenly(x.reshape(-1, x.shape[-1]), SAMPLED)
+class _Samples:
+    """The residual stream after every layer of the reference, at `SAMPLED` positions at most,
+    evenly spaced over the windows; and how far others are from it."""
+
+    def __init__(self, windows: int, length: int) -> None:
+        self._windows, self._length = windows, length
+        self._positions = evenly(torch.arange(windows * length)[:, None], SAMPLED)[:, 0]
+        self._kept: list[Tensor] = []  # a layer each
+
+    def keep(self, index: int, start: int, x: Tensor) -> None:
+        """Of the reference: a `Watch`."""
+        picked = self._pick(start, x)
+        if start == 0:
+            self._kept.append(picked)
+        else:
+            self._kept[index] = torch.cat([self._kept[index], picked])
+
+    def against(self, errors: list[float]) -> Watch:
+        """Of another model: appends the error of each layer, but for one of another width."""
+        parts: list[Tensor] = []
+
+        def watch(index: int, start: int, x: Tensor) -> None:
+            # else it is another architecture
+            if index >= len(self._kept) or x.shape[-1] != self._kept[index].shape[-1]:
+                return
+            parts.append(self._pick(start, x))
+            if start + len(x) == self._windows:
+                expected = self._kept[index]
+                difference = (torch.cat(parts) - expected).square().sum(-1)
+                errors.append(float((difference / expected.square().sum(-1)).mean()))
+                parts.clear()
+
+        return watch
+
+    def _pick(self, start: int, x: Tensor) -> Tensor:
+        """A copy of the sampled positions `[positions, H]` of the windows from `start` on."""
+        first, last = start * self._length, (start + len(x)) * self._length
+        inside = (self._positions >= first) & (self._positions < last)
+        return x.reshape(-1, x.shape[-1])[(self._positions[inside] - first).to(x.device)]
 
 
 def _compare(
-    target: Tensor,
-    found: Tensor,
-    target_head: Head,
-    found_head: Head,
-    tokens: Tensor,
-    layers: tuple[float, ...],
+    target: Output, output: Output, tokens: Tensor, layers: tuple[float, ...]
 ) -> Divergence:
-    length, vocabulary = tokens.shape[1], target_head.vocabulary
-    rows = max(1, LOGIT_ELEMENTS // vocabulary)
-    flat_target, flat_found = (
-        target.reshape(-1, target.shape[-1]),
-        found.reshape(-1, found.shape[-1]),
-    )
+    length, tokens = tokens.shape[1], tokens.to(target.states.device)
     # The token each position predicts; the last of a window predicts nothing that was measured.
     following = tokens.roll(-1, 1).reshape(-1)
     predicts = (torch.arange(length, device=tokens.device) < length - 1).repeat(len(tokens))
-    divergences, same, nll_target, nll_found = [], 0, 0.0, 0.0
-    for start in range(0, len(flat_target), rows):
-        part = slice(start, start + rows)
-        a, b = target_head(flat_target[part]), found_head(flat_found[part])
+    divergences, same, nll_target, nll = [], 0, 0.0, 0.0
+    for _, part in compared(target, [output]):
+        a, b = part.reference, part.other
         # Of a row of NaN, argmax gives the first: two such rows do not agree on anything.
         same += int(((a.argmax(-1) == b.argmax(-1)) & ~(a.sum(-1) + b.sum(-1)).isnan()).sum())
-        counted, wanted = predicts[part], following[part, None]
+        counted, wanted = predicts[part.positions], following[part.positions, None]
         nll_target -= float(a.gather(1, wanted)[counted].double().sum())
-        nll_found -= float(b.gather(1, wanted)[counted].double().sum())
-        divergences.append((a.exp() * (a - b)).sum(-1))
+        nll -= float(b.gather(1, wanted)[counted].double().sum())
+        divergences.append(part.kl)
     kl = torch.cat(divergences).double()
     predicted = int(predicts.sum())
     p99 = float(kl.kthvalue(max(1, math.ceil(0.99 * len(kl)))).values)
     width = -(-length // POSITION_BINS)
     by_position = kl.view(-1, length).mean(0).split(width)
     return Divergence(
-        math.exp(min(nll_found / predicted, 700)),
+        math.exp(min(nll / predicted, 700)),
         math.exp(min(nll_target / predicted, 700)),
-        float(kl.mean()),
+        mean(kl),
         p99,
         same / len(kl),
         len(kl),

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quantflow.decoder.stream import Room, Stream
 from quantflow.engine.engine import Engine
-from quantflow.evaluate.divergence import Head, Step, Watch
+from quantflow.evaluate.distributions import Head
+from quantflow.evaluate.divergence import Step, Watch, compared_stream
 
 
 class _EngineHead:
@@ -30,18 +32,23 @@ class Running:
     def states(
         self,
         tokens: Tensor,
-        device: torch.device,
+        room: Room,
+        name: str = "states",
         step: Step = lambda share: None,
-        watch: Watch = lambda index, x: None,
-    ) -> Tensor:
+        watch: Watch = lambda index, start, x: None,
+    ) -> Stream:
         """What the head reads, `[W, L, H]`, every window a prompt of its own. There are no layers
         to watch."""
         self._engine = engine = self._make()
-        found = []
-        for window in tokens.tolist():
-            found.append(engine.hidden_states(window).float())
-            step(engine.model_config.layers / len(tokens))
-        return torch.stack(found)
+        x = compared_stream(room, name, (*tokens.shape, engine.model_config.hidden))
+        try:
+            for number, window in enumerate(tokens.tolist()):
+                x.write(number, engine.hidden_states(window).float()[None])
+                step(engine.model_config.layers / len(tokens))
+        except BaseException:
+            x.close()
+            raise
+        return x
 
     def head(self, device: torch.device) -> Head:
         """Raises RuntimeError before `states`."""

@@ -19,16 +19,11 @@ from torch import Tensor
 
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.decoder.decoder import open_decoder
-from quantflow.decoder.stream import Stream
-from quantflow.evaluate.divergence import (
-    BATCH_TOKENS,
-    LOGIT_ELEMENTS,
-    Head,
-    Variant,
-    embedded_parts,
-)
+from quantflow.decoder.stream import Room, Stream
+from quantflow.decoder.walk import through
+from quantflow.evaluate.distributions import Output, mean_divergences
+from quantflow.evaluate.divergence import Variant, embed_windows, together
 from quantflow.formats.reader import Weights
-from quantflow.machine import give_back_freed_memory
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers.integer import quantize_rtn
 from quantflow.quant.scheme import Scheme
@@ -37,6 +32,8 @@ Granularity = Literal["fused", "module", "layer"]
 Rounding = Mapping[int, Mapping[str, Scheme]]
 """Layer -> name of a linear, relative to it -> the scheme that it is rounded to. What is not named
 stays as it is."""
+Work = tuple[Stream, Stream, Mapping[str, Scheme]]
+"""A layer's: from which stream, to which, and what is rounded in it."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +79,8 @@ def parts(checkpoint: Checkpoint, granularity: Granularity = "fused") -> list[Pa
 class Measure:
     """KL divergences to a model in full precision on `tokens` `[W, L]`, in float32.
 
-    make_stream: hidden states of all windows, by a name that no other living stream has. step:
-    called for every layer that something goes through.
+    room: for the reference's hidden states, those that are carried on, and those of every rounding
+    of a layer. step: called for every layer that something goes through.
     """
 
     def __init__(
@@ -91,22 +88,13 @@ class Measure:
         weights: Weights,
         tokens: Tensor,
         rules: GridRules,
-        device: torch.device,
-        make_stream: Callable[[str, tuple[int, int, int]], Stream],
+        room: Room,
         step: Callable[[], None] = lambda: None,
     ) -> None:
-        self.weights, self.tokens, self.rules, self.device, self._step = (
-            weights,
-            tokens,
-            rules,
-            device,
-            step,
-        )
-        self.config = weights.checkpoint.config
-        self._decoder = open_decoder(weights.checkpoint, tokens.shape[1], device)
-        self._windows = max(1, BATCH_TOKENS // tokens.shape[1])
-        shape = (*tokens.shape, self.config.hidden)
-        self._make = lambda name: make_stream(name, shape)
+        self.weights, self.tokens, self.rules, self.room = weights, tokens, rules, room
+        self.config, self._step = weights.checkpoint.config, step
+        self._decoder = open_decoder(weights.checkpoint, tokens.shape[1], room.device)
+        self._layers = self.config.layers
 
     @torch.inference_mode()
     def layer_by_layer(
@@ -116,12 +104,11 @@ class Measure:
         that is rounded lies in that layer."""
         target, x = self._reference(), self._begin("x")
         try:
-            for index in range(self.config.layers):
+            for index in range(self._layers):
                 if index >= first:
                     yield index, self._divergences(target, x, wanted(index), index)
-                if index + 1 < self.config.layers:
-                    self._through(index, [(x, x, {})])
-                    self._step()
+                if index + 1 < self._layers:
+                    self._through(range(index, index + 1), lambda _: [(x, x, {})])
         finally:
             target.close()
             x.close()
@@ -136,19 +123,18 @@ class Measure:
             target.close()
             x.close()
 
+    def _stream(self, name: str) -> Stream:
+        return self.room.stream(name, (*self.tokens.shape, self.config.hidden), torch.float32)
+
     def _begin(self, name: str) -> Stream:
-        stream, start = self._make(name), 0
-        for part in embedded_parts(self.weights, self.tokens, self.device):
-            stream.write(start, part)
-            start += len(part)
+        stream = self._stream(name)
+        embed_windows(self.weights, self.tokens, stream)
         return stream
 
     def _reference(self) -> Stream:
         """The hidden states that the head reads, in full precision."""
         target = self._begin("target")
-        for index in range(self.config.layers):
-            self._through(index, [(target, target, {})])
-            self._step()
+        self._through(range(self._layers), lambda _: [(target, target, {})])
         return target
 
     def _divergences(
@@ -156,63 +142,39 @@ class Measure:
     ) -> list[float]:
         if not roundings:
             return []
-        streams = [self._make(f"rounded-{i}") for i in range(len(roundings))]
+        streams = [self._stream(f"rounded-{i}") for i in range(len(roundings))]
+
+        def work(index: int) -> list[Work]:
+            sources = streams if index > first else [x] * len(streams)
+            return [
+                (source, stream, rounding.get(index, {}))
+                for source, stream, rounding in zip(sources, streams, roundings, strict=True)
+            ]
+
         try:
-            for index in range(first, self.config.layers):
-                sources = streams if index > first else [x] * len(streams)
-                self._through(
-                    index,
-                    [
-                        (a, b, r.get(index, {}))
-                        for a, b, r in zip(sources, streams, roundings, strict=True)
-                    ],
-                )
-                self._step()
-            return mean_divergences(Variant(self.weights).head(self.device), target, streams)
+            self._through(range(first, self._layers), work)
+            head = Variant(self.weights).head(self.room.device)
+            return mean_divergences(
+                Output(target, head), [Output(stream, head) for stream in streams]
+            )
         finally:
             for stream in streams:
                 stream.close()
 
-    def _through(
-        self, index: int, work: Sequence[tuple[Stream, Stream, Mapping[str, Scheme]]]
-    ) -> None:
-        """Layer `index` over streams: (from, to, what is rounded in it). The layer is read once."""
-        stored = {n: t.to(self.device, torch.float32) for n, t in self.weights.layer(index).items()}
-        for source, target, schemes in work:
-            rounded = {
-                f"{n}.weight": quantize_rtn(stored[f"{n}.weight"], s, self.rules).dequantize()
-                for n, s in schemes.items()
-            }
-            layer = self._decoder.block(index, {**stored, **rounded}, torch.float32)
-            for start in range(0, source.windows, self._windows):
-                target.write(
-                    start,
-                    layer.forward(source.read(start, min(start + self._windows, source.windows))),
-                )
-            del rounded, layer
-        del stored
-        give_back_freed_memory()
+    def _through(self, layers: range, work: Callable[[int], Sequence[Work]]) -> None:
+        """Each layer over the streams of its work; its weights are read once."""
 
+        def of_layer(index: int, stored: dict[str, Tensor]) -> None:
+            stored = {name: tensor.float() for name, tensor in stored.items()}
+            for source, target, schemes in work(index):
+                rounded = {
+                    f"{n}.weight": quantize_rtn(stored[f"{n}.weight"], s, self.rules).dequantize()
+                    for n, s in schemes.items()
+                }
+                layer = self._decoder.block(index, {**stored, **rounded}, torch.float32)
+                for start, stop in source.spans(together(self.tokens)):
+                    target.write(start, layer.forward(source.read(start, stop)))
+                del rounded, layer
+            self._step()
 
-def mean_divergences(head: Head, target: Stream, found: Sequence[Stream]) -> list[float]:
-    """KL(target || found) in nats a token, the mean over all positions, of hidden states after the
-    last layer. Logits of the target are computed once for all."""
-    rows = max(1, LOGIT_ELEMENTS // head.vocabulary)
-    windows = max(1, rows // target.shape[1])
-    sums = [0.0] * len(found)
-    for start in range(0, target.windows, windows):
-        read = [
-            stream.read(start, min(start + windows, target.windows)).flatten(0, 1)
-            for stream in (target, *found)
-        ]
-        for first in range(0, len(read[0]), rows):
-            reference = head(read[0][first : first + rows])
-            likely = reference.exp()
-            for i, states in enumerate(read[1:]):
-                sums[i] += float(
-                    (likely * (reference - head(states[first : first + rows])))
-                    .sum(-1)
-                    .double()
-                    .sum()
-                )
-    return [total / (target.shape[0] * target.shape[1]) for total in sums]
+        through(self.weights.layer, layers, self.room.device, of_layer)

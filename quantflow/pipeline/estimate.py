@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from quantflow.evaluate.distributions import LOGIT_ELEMENTS
 from quantflow.evaluate.divergence import BATCH_TOKENS as EVALUATED_TOGETHER
-from quantflow.evaluate.divergence import LOGIT_ELEMENTS, SAMPLED
+from quantflow.evaluate.divergence import SAMPLED
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
 from quantflow.quant.gptq import ELEMENTS_AT_ONCE
 from quantflow.quant.product import MOST_ELEMENTS
@@ -80,9 +81,11 @@ def estimate(plan: Plan) -> Estimate:
     base = BASE_BYTES + (COMPUTING_BYTES if plan.reads_calibration else 0)
     memory = base + max(memory, 2 * largest_outer)
     evaluate = plan.stage(Evaluate)
+    evaluated_bytes = 0
     if evaluate:
         tokens = evaluate.windows * evaluate.length
-        streams = 2 * tokens * config.hidden * 4
+        evaluated_bytes = 2 * tokens * config.hidden * 4
+        streams = evaluated_bytes if evaluated_bytes <= activation_budget() else 0
         in_layers = (
             3 * layer // item * 4
             + max(EVALUATED_TOGETHER, evaluate.length)
@@ -92,6 +95,8 @@ def estimate(plan: Plan) -> Estimate:
         in_head = (
             2 * config.vocabulary * config.hidden * 4
             + 6 * min(LOGIT_ELEMENTS, tokens * config.vocabulary) * 4
+            # two of each: as read, and beside what was left of the windows before
+            + 4 * max(evaluate.length, LOGIT_ELEMENTS // config.vocabulary) * config.hidden * 4
         )
         sampled = config.layers * SAMPLED * config.hidden * 4
         laid_out = 4 * max(
@@ -122,7 +127,8 @@ def estimate(plan: Plan) -> Estimate:
     rate = 2.5e11 if plan.device == "cpu" else 2e14
     seconds = flops / rate + checkpoint.weight_bytes / 4e8
     stream_bytes = tokens * config.hidden * compute
-    return Estimate(int(memory), int(packed + 3 * stream_bytes), outputs, seconds)
+    scratch = max(3 * stream_bytes, evaluated_bytes if evaluated_bytes > activation_budget() else 0)
+    return Estimate(int(memory), int(packed + scratch), outputs, seconds)
 
 
 def _solver_bytes(plan: Plan) -> int:

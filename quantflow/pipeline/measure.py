@@ -16,6 +16,7 @@ from quantflow.evaluate.running import Running
 from quantflow.formats.reader import Weights
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.progress import Progress
+from quantflow.pipeline.room import room
 from quantflow.pipeline.sweep import MeasuredReader, SweepReader
 from quantflow.quant.kv import KVParameters
 from quantflow.stages.evaluate import Evaluate
@@ -70,7 +71,8 @@ def measure(
             variants["kv"] = Variant(reference, rounding(original))
             variants["weights_and_kv"] = Variant(weights, rounding(quantised))
     progress.phase("evaluate", plan.config.layers * (1 + len(variants)), "layers")
-    found = compare(Variant(reference), variants, held_out.tokens, plan.device, progress.advance)
+    place = room(plan.device, plan.store.folder(key))
+    found = compare(Variant(reference), variants, held_out.tokens, place, progress.advance)
     measured = {
         name: {"figures": divergence.as_dict(), "profile": divergence.profile.as_dict()}
         for name, divergence in found.items()

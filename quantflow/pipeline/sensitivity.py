@@ -22,7 +22,6 @@ from quantflow.artifacts.store import Store, store_beside, write_atomic, write_j
 from quantflow.calibration.data import Windows, cut_windows
 from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
 from quantflow.checkpoints.tensor_file import ITEM_BYTES
-from quantflow.decoder.stream import Stream
 from quantflow.errors import ModelError, Problem, UserError
 from quantflow.evaluate.sensitivity import Granularity, Measure, Part, Rounding, parts
 from quantflow.formats import FORMATS, scale_dtypes
@@ -31,8 +30,9 @@ from quantflow.formats.reader import Weights
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.formats.weight import Weight, grid_problems, usual_group
 from quantflow.machine import device_name, resolve_device
-from quantflow.pipeline.plan import activation_budget, weights_key
+from quantflow.pipeline.plan import weights_key
 from quantflow.pipeline.progress import Progress
+from quantflow.pipeline.room import room
 from quantflow.pipeline.texts import model_documents
 from quantflow.quant.grid import GridRules
 from quantflow.quant.knapsack import Choice, Option, choose
@@ -502,19 +502,13 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Findings:
 
 def _measure(job: Job, key: str, step: Callable[[], None]) -> Measure:
     """One whose hidden states lie in files where they are larger than the activation budget."""
-    device = torch.device(job.device)
-    folder = job.store.folder(key)
-
-    def make(name: str, shape: tuple[int, int, int]) -> Stream:
-        # As many as are open at once: the reference, what is carried on, and every rounding of a
-        # layer.
-        open_at_once = 2 + max(
-            _most_parts(job) * len(job.settings.widths), len(job.settings.widths) + 1
-        )
-        held = open_at_once * math.prod(shape) * 4 <= activation_budget()
-        return Stream(shape, torch.float32, device, None if held else folder / f".work-{name}.bin")
-
-    return Measure(job.weights, torch.tensor(job.windows.tokens), job.rules, device, make, step)
+    # As many as are open at once: the reference, what is carried on, and every rounding of a layer.
+    widths = len(job.settings.widths)
+    streams = 2 + max(_most_parts(job) * widths, widths + 1)
+    tokens = torch.tensor(job.windows.tokens)
+    nbytes = streams * tokens.numel() * job.checkpoint.config.hidden * 4
+    place = room(job.device, job.store.folder(key)).sharing(nbytes)
+    return Measure(job.weights, tokens, job.rules, place, step)
 
 
 def _most_parts(job: Job) -> int:

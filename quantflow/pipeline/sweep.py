@@ -23,11 +23,12 @@ from quantflow.calibration.statistics import KVStatistics
 from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.decoder.block import Block, Decoder, Streams
 from quantflow.decoder.decoder import open_decoder
-from quantflow.decoder.stream import Room, Stream
+from quantflow.decoder.stream import Stream
 from quantflow.decoder.walk import Result, walk
 from quantflow.errors import Problem, QuantFlowError
-from quantflow.pipeline.plan import BATCH_TOKENS, Plan, activation_budget
+from quantflow.pipeline.plan import BATCH_TOKENS, Plan
 from quantflow.pipeline.progress import Progress, within_step
+from quantflow.pipeline.room import room
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
@@ -145,18 +146,15 @@ def _open_streams(
 ) -> Streams:
     config = context.plan.config
     width = config.heads * config.head_dim
-    budget = (
-        activation_budget() if context.device.type == "cpu" else torch.cuda.mem_get_info()[0] // 3
-    )
+    available = room(context.plan.device, folder)
     hidden_bytes, context_bytes, inner_bytes = (
         windows * length * channels * context.dtype.itemsize
         for channels in (config.hidden, width, config.intermediate)
     )
-    held = hidden_bytes + context_bytes <= budget
-    room = Room(context.device, None if held else folder)
+    place = available.sharing(hidden_bytes + context_bytes)
 
     def open_stream(name: str, channels: int) -> Stream:
-        return room.stream(name, (windows, length, channels), context.dtype)
+        return place.stream(name, (windows, length, channels), context.dtype)
 
     x = open_stream("x", config.hidden)
     if not inner:
@@ -166,7 +164,7 @@ def _open_streams(
         # All experts read the MLP's input, while `x` moves on under them.
         return Streams(x, mid, open_stream("inner", config.hidden))
     # Keeping what goes into `down` saves computing gate and up twice.
-    keep_inner = hidden_bytes + context_bytes + inner_bytes <= budget
+    keep_inner = hidden_bytes + context_bytes + inner_bytes <= available.budget
     return Streams(x, mid, open_stream("inner", config.intermediate) if keep_inner else None)
 
 

@@ -14,8 +14,9 @@ import torch
 from quantflow.calibration.statistics import evenly
 from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.decoder.block import ObserveKV
-from quantflow.evaluate import divergence
-from quantflow.evaluate.divergence import Divergence, Variant, compare, hidden_states
+from quantflow.decoder.stream import Room
+from quantflow.evaluate import distributions, divergence
+from quantflow.evaluate.divergence import Divergence, Variant, compare
 from quantflow.formats.reader import Weights
 from quantflow.quant.kv import kv_parameters
 from quantflow.stages.kv_parameters import rounding
@@ -219,10 +220,36 @@ def test_batches_make_no_difference(
     windows = windows_of(5, 16)
     whole = compare(reference, {"m": noisy}, windows)["m"]
     monkeypatch.setattr(divergence, "BATCH_TOKENS", 32)  # two windows at a time
-    monkeypatch.setattr(divergence, "LOGIT_ELEMENTS", 7 * 320)  # seven positions, across windows
+    monkeypatch.setattr(distributions, "LOGIT_ELEMENTS", 7 * 320)  # seven positions, across windows
     parts = compare(reference, {"m": noisy}, windows)["m"]
     for name, value in whole.as_dict().items():
         assert parts.as_dict()[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_hidden_states_in_files_give_the_same_bits(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a budget they lie in two files, and nowhere else; rows of logits go across windows."""
+    reference, noisy = (Variant(Weights(m)) for m in models)
+    windows, nbytes = windows_of(5, 16), 2 * 5 * 16 * 64 * 4
+    monkeypatch.setattr(distributions, "LOGIT_ELEMENTS", 7 * 320)
+    seen: set[str] = set()
+
+    def measured(budget: int) -> dict[str, Divergence]:
+        seen.clear()
+
+        def look(share: float) -> None:
+            seen.update(p.name for p in tmp_path.iterdir())
+
+        room = Room(torch.device("cpu"), tmp_path, budget)
+        found = compare(reference, {"a": noisy, "b": reference}, windows, room, look)
+        assert not list(tmp_path.iterdir())
+        return found
+
+    held = measured(nbytes)
+    assert not seen and held["a"].kl_mean > 0
+    assert measured(nbytes - 1) == held
+    assert seen == {".work-reference.bin", ".work-variant.bin"}
 
 
 def test_several_variants_share_the_reference_and_report_every_layer(
@@ -245,8 +272,8 @@ def test_hidden_states_are_transformers(models: tuple[Path, Path]) -> None:
     model.model.norm.register_forward_pre_hook(lambda _, given: before.append(given[0]))
     with torch.no_grad():
         model(tokens)
-    found = hidden_states(Variant(Weights(models[0])), tokens, torch.device("cpu"))
-    torch.testing.assert_close(found, before[0], rtol=1e-4, atol=1e-4)
+    found = Variant(Weights(models[0])).states(tokens, Room(torch.device("cpu")))
+    torch.testing.assert_close(found.read(0, 3), before[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_kv_cache_does_is_in_the_forward(models: tuple[Path, Path]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quantflow.checkpoints.checkpoint import Checkpoint
-from quantflow.decoder.stream import Stream
-from quantflow.evaluate import sensitivity
+from quantflow.decoder.stream import Room
+from quantflow.evaluate import distributions, divergence, sensitivity
 from quantflow.evaluate.sensitivity import Measure, Rounding, parts
 from quantflow.formats.reader import Weights
 from quantflow.quant.grid import GridRules
@@ -34,10 +34,8 @@ def tokens() -> Tensor:
 
 
 def measure(model: Path, folder: Path | None = None) -> Measure:
-    def make(name: str, shape: tuple[int, int, int]) -> Stream:
-        return Stream(shape, torch.float32, torch.device("cpu"), folder / name if folder else None)
-
-    return Measure(Weights(model), tokens(), GridRules((torch.float32,)), torch.device("cpu"), make)
+    room = Room(torch.device("cpu"), folder)
+    return Measure(Weights(model), tokens(), GridRules((torch.float32,)), room)
 
 
 def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -98,8 +96,8 @@ def test_files_or_memory_and_any_start_give_the_same_bits(
     )
     assert dict(measure(model).layer_by_layer(wanted, first=2)) == {2: whole[2]}
     # a few rows at a time, across windows
-    monkeypatch.setattr(sensitivity, "LOGIT_ELEMENTS", 7 * 320)
-    monkeypatch.setattr(sensitivity, "BATCH_TOKENS", 24)
+    monkeypatch.setattr(distributions, "LOGIT_ELEMENTS", 7 * 320)
+    monkeypatch.setattr(divergence, "BATCH_TOKENS", 24)
     for index, found in measure(model).layer_by_layer(wanted):
         assert found == pytest.approx(whole[index], rel=1e-3)
 
@@ -111,14 +109,7 @@ def test_only_the_layers_from_a_part_on_are_computed(model: Path) -> None:
         nonlocal steps
         steps += 1
 
-    found = Measure(
-        Weights(model),
-        tokens(),
-        GridRules(),
-        torch.device("cpu"),
-        lambda _, s: Stream(s, torch.float32, torch.device("cpu"), None),
-        step,
-    )
+    found = Measure(Weights(model), tokens(), GridRules(), Room(torch.device("cpu")), step)
     list(found.layer_by_layer(lambda i: [{i: {"mlp.down_proj": SCHEME}}]))
     assert steps == 3 + (3 + 2 + 1) + 2, (
         "the reference, each layer's roundings, and the way to the next layer"
