@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from quantflow.errors import FormatError, Problem
+from quantflow.formats.weight import in_words
 
 if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
@@ -48,17 +49,20 @@ def names(config: Mapping[str, Any], key: str, where: str = "quantization_config
     return list(entries)
 
 
-def read_scheme(bits: int, group_size: int, symmetric: bool, where: str) -> Scheme:
+def read_scheme(
+    bits: int, group_size: int, symmetric: bool, where: str, kind: str = "integer"
+) -> Scheme:
     """The scheme. Raises FormatError if its numbers are none that QuantFlow knows."""
-    from quantflow.quant.scheme import BITS, PER_CHANNEL, Scheme
+    from quantflow.quant.numbers import NUMBERS
+    from quantflow.quant.scheme import PER_CHANNEL, Scheme
 
-    if bits not in BITS:
-        raise FormatError(Problem(where, f"{bits} bits", "2 to 8"))
+    if bits not in (widths := NUMBERS[kind].widths):
+        raise FormatError(Problem(where, f"{bits} bits", in_words(widths)))
     if group_size < 1 and group_size != PER_CHANNEL:
         raise FormatError(
             Problem(where, f"group_size {group_size}", "a positive number, or -1 for per channel")
         )
-    return Scheme(bits, group_size, symmetric)
+    return Scheme(bits, group_size, symmetric, kind)
 
 
 def own_settings(config: Mapping[str, Any], module: str) -> Mapping[str, Any] | None:

@@ -60,8 +60,9 @@ def grid_problems(weight: Weight, kinds: tuple[str, ...] = ()) -> list[Problem]:
     problems = []
     if kinds and scheme.kind not in kinds:
         problems.append(_other_numbers(weight, kinds))
-    if not 2 <= scheme.bits <= 8:
-        problems.append(Problem(module, f"{scheme.bits} bits", "2 to 8"))
+    if scheme.bits not in scheme.numbers.widths:
+        expected = in_words(scheme.numbers.widths)
+        problems.append(Problem(module, f"{scheme.bits} bits", expected))
     if weight.ranks > 1 and cut is not None and weight.shape[cut] % weight.ranks:
         channels = f"{weight.shape[cut]} {('output', 'input')[cut]} channels"
         problems.append(Problem(module, channels, f"a multiple of tp = {weight.ranks}"))
@@ -77,6 +78,11 @@ def grid_problems(weight: Weight, kinds: tuple[str, ...] = ()) -> list[Problem]:
         )
     problems.extend(_group_problems(weight))
     return problems
+
+
+def in_words(widths: tuple[int, ...]) -> str:
+    """`2 to 8`, or `8`."""
+    return f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else str(widths[0])
 
 
 def _other_numbers(weight: Weight, kinds: tuple[str, ...]) -> Problem:

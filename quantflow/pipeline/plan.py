@@ -34,6 +34,7 @@ from quantflow.formats.weight import LEAST_GROUP, Weight, usual_group
 from quantflow.machine import device_name, resolve_device
 from quantflow.models.config import DecoderConfig
 from quantflow.pipeline.texts import local_text, model_documents
+from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.scheme import Scheme
 from quantflow.recipe import AUTO, BUNDLED, BUNDLED_NEW, Calibration, Recipe, Weights, dump
 from quantflow.recipe.overrides import matches
@@ -500,7 +501,8 @@ def _bundled_notes(recipe: Recipe) -> Iterator[str]:
 
 
 def _scheme(weights: Weights) -> Scheme:
-    return Scheme(weights.bits, weights.group_size, bool(weights.symmetric))
+    symmetric = bool(weights.symmetric) or not NUMBERS[weights.numbers].zero_points
+    return Scheme(weights.bits, weights.group_size, symmetric, weights.numbers)
 
 
 def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:

@@ -36,7 +36,8 @@ from quantflow.pipeline.room import room
 from quantflow.pipeline.texts import model_documents
 from quantflow.quant.grid import GridRules
 from quantflow.quant.knapsack import Choice, Option, choose
-from quantflow.quant.scheme import BITS, Scheme
+from quantflow.quant.numbers.base import BITS
+from quantflow.quant.scheme import Scheme
 from quantflow.recipe.overrides import Widths, compact
 from quantflow.recipe.writer import Draft, name_of
 from quantflow.tokenizers.load import has_tokenizer, load_tokenizer

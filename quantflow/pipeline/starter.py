@@ -14,7 +14,8 @@ from quantflow.errors import Problem, UserError
 from quantflow.formats.engines import LLAMA_CPP, LMDEPLOY, SGLANG, TRANSFORMERS, VLLM, loads
 from quantflow.formats.weight import LEAST_GROUP
 from quantflow.pipeline.plan import GROUPS, LENGTH, SEQLEN
-from quantflow.quant.scheme import BITS, PER_CHANNEL, Scheme
+from quantflow.quant.numbers.base import BITS
+from quantflow.quant.scheme import PER_CHANNEL, Scheme
 from quantflow.recipe import BUNDLED, BUNDLED_NEW
 from quantflow.recipe.writer import flow, name_of
 

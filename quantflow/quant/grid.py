@@ -49,6 +49,14 @@ class GridRules:
             scale = scale.clamp(min=_smallest(dtype), max=largest).to(dtype).float()
         return scale
 
+    def round_minimum(self, minimum: Tensor) -> Tensor:
+        """A number of either sign, exact in every dtype of the rules, as float32."""
+        largest = _largest(self.scale_dtypes)
+        minimum = minimum.clamp(-largest, largest)
+        for dtype in sorted(set(self.scale_dtypes), key=lambda d: torch.finfo(d).eps, reverse=True):
+            minimum = minimum.to(dtype).float()
+        return minimum
+
     def clamped(self, scales: Tensor) -> int:
         """How many scales stand at the end of what the dtypes hold: their groups reach further, or
         are finer."""

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from quantflow.quant.numbers import NUMBERS, QuantizedTensor
 
-BITS = (2, 3, 4, 5, 6, 7, 8)
 PER_CHANNEL = -1  # a group size: one group spans the whole row
 
 
@@ -19,7 +18,7 @@ PER_CHANNEL = -1  # a group size: one group spans the whole row
 class Scheme:
     """The scheme of one linear.
 
-    bits: of a code, 2 to 8. group_size: input channels that share a scale, or `PER_CHANNEL`.
+    bits: of a code. group_size: input channels that share a scale, or `PER_CHANNEL`.
     symmetric: zero is the middle of the numbers.
     kind: of the numbers, a name in `NUMBERS`. double: the scales are quantised themselves.
     activations: how what the linear reads is rounded; None, not at all, is all there is.

@@ -25,6 +25,7 @@ def check_together(recipe: Written) -> Iterator[Problem]:
         )
         return
     yield from _check_rounding(recipe)
+    yield from _check_numbers(recipe)
     measuring = recipe.only_measures and recipe.names == [
         name for name in recipe.names if source.kinds[name].measures
     ]
@@ -69,6 +70,28 @@ def _check_rounding(recipe: Written) -> Iterator[Problem]:
         found = f"{verb} {' and '.join(rounding)} round the weights"
         place = max((recipe.at(name) for name in rounding), key=line)
         yield Problem(place, found, "exactly one of them")
+
+
+def _check_numbers(recipe: Written) -> Iterator[Problem]:
+    """Numbers are of a kind that there is, and that the recipe's stage rounds to."""
+    kind = recipe.weights.get("numbers")
+    if not isinstance(kind, str):
+        return
+    from quantflow.quant.numbers import NUMBERS  # here, since it brings torch along
+
+    place = recipe.source.place(("weights", "numbers"))
+    if kind not in NUMBERS:
+        yield Problem(place, f"`weights.numbers` is {kind!r}", f"one of {', '.join(NUMBERS)}")
+        return
+    numbers = NUMBERS[kind]
+    for name in recipe.having("rounds"):
+        if name not in numbers.stages:
+            expected = f"a stage {' or '.join(numbers.stages)}"
+            yield Problem(place, f"`weights.numbers: {kind}` with {name}", expected)
+    for steps, symmetric in recipe.of_weights(("symmetric",)):
+        if symmetric is False and not numbers.zero_points:
+            where, found = recipe.source.place(steps), f"`{dotted(steps)}: false` with {kind}"
+            yield Problem(where, found, "numbers with zero points")
 
 
 def _check_order(recipe: Written, kinds: Stages) -> Iterator[Problem]:

@@ -79,6 +79,13 @@ class Weights(Section):
             " 32 that fits all linears, else the largest from 16 that does, else -1."
         ),
     )
+    numbers: NonEmpty = Field(
+        default="integer",
+        description=(
+            "What codes stand for. integer: a scale and a zero point a group. minimum: a scale and"
+            " a floating minimum, by rtn, for gguf."
+        ),
+    )
     symmetric: Symmetric = Field(
         default=None,
         json_schema_extra=AS_WRITTEN,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
+from quantflow.errors import Problem
 from quantflow.recipe.stage import Stage
+from quantflow.recipe.written import Entry, Written
 
 
 class Awq(Stage):
@@ -32,3 +35,14 @@ class Awq(Stage):
         ge=1,
         description="Calibration tokens that the loss of the searches is measured on, at most.",
     )
+
+    @classmethod
+    def check(cls, recipe: Written, entry: Entry) -> Iterator[Problem]:
+        kind = recipe.weights.get("numbers", "integer")
+        if kind != "integer":
+            yield Problem(
+                entry.place,
+                f"awq with `weights.numbers: {kind}`",
+                "integer",
+                "AWQ searches its scales for a grid of integers",
+            )

@@ -240,3 +240,21 @@ def test_the_engine_runs_a_file(tmp_path: Path) -> None:
     assert (
         LLM(tmp_path / "gguf", device="cpu").generate("The cat", params)[0].completions == expected
     )
+
+
+def test_a_recipe_rounds_to_floating_minimums(tmp_path: Path) -> None:
+    """Each block of 32 spans its least and its largest weight in 15 steps, as Q4_1's do."""
+    bench = run(tmp_path, {"numbers": "minimum", "group_size": 32}, "gguf")
+    written, source = Weights(bench.output), Weights(bench.model)
+    for module in sorted(written.modules):
+        tensor, weight = written.quantized(module), source.tensor(f"{module}.weight").float()
+        assert isinstance(tensor, MinimumTensor)
+        blocks = weight.view(len(weight), -1, 32)
+        low, high = blocks.amin(-1), blocks.amax(-1)
+        step = (high - low) / 15
+        # numbers of float16 that bfloat16 holds too: 8 bits, or what is left of them below 2^-14
+        torch.testing.assert_close(tensor.minimums.float(), low, rtol=2**-8, atol=2**-24)
+        torch.testing.assert_close(tensor.scales.float(), step, rtol=2**-8, atol=2**-24)
+        # half a step, and what rounding took from the minimum and 15 times from the step
+        off = (tensor.dequantize() - weight).view(blocks.shape).abs().amax(-1)
+        assert bool((off <= 0.5 * step + 2**-8 * (low.abs() + 15 * step) + 2**-20).all())

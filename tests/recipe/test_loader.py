@@ -1058,3 +1058,45 @@ def test_an_artifact_is_named_after_its_recipe_and_the_model_that_was_given(
     assert load_recipe(path, model=model, output="here").output == "here"
     path.write_text(f"output: there\n{GOOD}")
     assert load_recipe(path, model=model).output == "there"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "stages", "expected"),
+    [
+        ("fp9", "[rtn, PACK]", ["`weights.numbers` is 'fp9'; expected one of integer, minimum"]),
+        ("minimum", "[rtn, PACK]", []),
+        (
+            "minimum",
+            "[calibrate, gptq, PACK]",
+            ["`weights.numbers: minimum` with gptq; expected a stage rtn"],
+        ),
+        ("integer", "[nf4, PACK]", ["`weights.numbers: integer` with nf4; expected a stage rtn"]),
+        (
+            "minimum",
+            "[calibrate, awq, rtn, PACK]",
+            ["awq with `weights.numbers: minimum`; expected integer"],
+        ),
+        (
+            "minimum, symmetric: false",
+            "[rtn, PACK]",
+            ["`weights.symmetric: false` with minimum; expected numbers with zero points"],
+        ),
+    ],
+)
+def test_numbers_and_the_stage_that_rounds_to_them(
+    tmp_path: Path, numbers: str, stages: str, expected: list[str]
+) -> None:
+    text = (
+        "name: x\nmodel: m\noutput: o\ncalibration: {data: demo}\n"
+        f"weights: {{numbers: {numbers}}}\n"
+        f"stages: {stages.replace('PACK', 'pack: {format: huggingface}')}\n"
+    )
+    path = write(tmp_path, text)
+    if not expected:
+        assert load_recipe(path).weights.numbers == "minimum"
+        return
+    assert [problem.where.rpartition(":")[2] for problem in problems_of(path)] == [
+        "6" if "awq with" in expected[0] else "5"
+    ]
+    for problem, part in zip(problems_of(path), expected, strict=True):
+        assert part in str(problem)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from quantflow.quant.scheme import Scheme
 
 
+BITS = (2, 3, 4, 5, 6, 7, 8)
+
+
 @dataclass(frozen=True)
 class QuantizedTensor(ABC):
     """codes: uint8 `[N, K]`, in `0..2^bits - 1`. scales: floating `[N, G]`, in the dtype that is
@@ -32,7 +35,8 @@ class QuantizedTensor(ABC):
 
     Of a kind: kind: its name in `NUMBERS` and in files. grid: what its codes stand for, in words
     that follow "a grid". method: how a weight is rounded to it without calibration, as reports call
-    it. stages: those of a recipe that make it. fixed_groups: a recipe does not choose the size of
+    it. stages: those of a recipe that make it. widths: bits of a code that it can have.
+    zero_points: a scheme may leave them free. fixed_groups: a recipe does not choose the size of
     its groups. floats, integers: the parts that have one number a group, `[N, G]`; integers are
     uint8, as codes are.
     """
@@ -41,6 +45,8 @@ class QuantizedTensor(ABC):
     grid: ClassVar[str]
     method: ClassVar[str] = "rtn"
     stages: ClassVar[tuple[str, ...]] = ("rtn",)
+    widths: ClassVar[tuple[int, ...]] = BITS
+    zero_points: ClassVar[bool] = False
     fixed_groups: ClassVar[bool] = False
     floats: ClassVar[tuple[str, ...]] = ("scales",)
     integers: ClassVar[tuple[str, ...]] = ()

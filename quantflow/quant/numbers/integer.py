@@ -32,6 +32,7 @@ class IntegerTensor(QuantizedTensor):
     kind: ClassVar[str] = "integer"
     grid: ClassVar[str] = "with integer zero points"
     stages: ClassVar[tuple[str, ...]] = ("rtn", "gptq")
+    zero_points: ClassVar[bool] = True
     integers: ClassVar[tuple[str, ...]] = ("zeros",)
 
     zeros: Tensor

@@ -50,6 +50,7 @@ class MinimumTensor(QuantizedTensor):
         importance: Tensor | None = None,
     ) -> MinimumTensor:
         """On the range of each group: none is searched for."""
+        weight = weight.float()
         parts = grouped(weight, scheme)
         low, high = parts.amin(-1), parts.amax(-1)
         return _on(weight, scheme, rules, (high - low) / scheme.levels, low)
@@ -85,8 +86,7 @@ def _on(
 ) -> MinimumTensor:
     """`weight` in the nearest codes of a grid, its numbers rounded to what is stored."""
     scales = rules.round_scale(torch.where(scales > 0, scales, torch.ones_like(scales)))
-    largest = torch.finfo(rules.scale_dtype).max
-    minimums = minimums.clamp(-largest, largest).to(rules.scale_dtype).float()
+    minimums = rules.round_minimum(minimums)
     codes = (
         ((grouped(weight, scheme) - minimums[:, :, None]) / scales[:, :, None])
         .round_()

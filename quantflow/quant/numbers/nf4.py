@@ -62,6 +62,7 @@ class Nf4Tensor(QuantizedTensor):
     grid: ClassVar[str] = "of NF4's table"
     method: ClassVar[str] = "nf4"
     stages: ClassVar[tuple[str, ...]] = ("nf4",)
+    widths: ClassVar[tuple[int, ...]] = (4,)
     fixed_groups: ClassVar[bool] = True
 
     nested: NestedScales | None = None
