@@ -122,8 +122,10 @@ def _leads_out(path: Path) -> bool:
 
 
 def _stranger(path: Path) -> Problem:
-    found = "a symbolic link that leads out of the directory"
-    return Problem(str(path), found, "a file of the model", "Copy it, or link the whole directory")
+    problem = "a symbolic link that leads out of the directory"
+    return Problem(
+        str(path), problem, "a file of the model", "Copy it, or link the whole directory"
+    )
 
 
 class Directory:
@@ -220,11 +222,11 @@ def _locate(path: Path) -> tuple[dict[str, TensorFile], Mapping[str, str]]:
             other = places.setdefault(tensor, file)
             if other is file or (chosen.weight_map and _copied(tensor, file, other)):
                 continue
-            found = f"tensor {tensor} stands in two files, also in {other.path.name}"
+            problem = f"tensor {tensor} stands in two files, also in {other.path.name}"
             hint = f"Remove one, or add {INDEX}"
             if chosen.weight_map:
                 hint = "Loaders differ in which they take, whatever the index says: remove one"
-            problems.append(Problem(str(path / name), found, hint=hint))
+            problems.append(Problem(str(path / name), problem, hint=hint))
     problems += _contradictions(path, chosen.copies, places)
     if problems:
         raise ModelError(problems)
@@ -284,10 +286,10 @@ def _contradictions(
             None,
         )
         if wrong is not None:
-            found = f"{WEIGHTS} and shards such as {name}, which differ in {wrong}"
+            problem = f"{WEIGHTS} and shards such as {name}, which differ in {wrong}"
             hint = (
                 f"transformers opens {WEIGHTS}, and others the shards: move away those that are not"
                 " meant"
             )
-            return [Problem(str(path), found, "one model", hint)]
+            return [Problem(str(path), problem, "one model", hint)]
     return []

@@ -82,9 +82,9 @@ def _of_repository(repository: Path) -> Path:
             ) from error
         if (
             re.fullmatch(r"[0-9A-Za-z]+", revision)
-            and (found := repository / "snapshots" / revision) in snapshots
+            and (snapshot := repository / "snapshots" / revision) in snapshots
         ):
-            return found
+            return snapshot
         hint = f"Download it, or give one that is there: {snapshots[0]}"
         raise ModelError(
             Problem(

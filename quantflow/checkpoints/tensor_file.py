@@ -174,7 +174,7 @@ def same_tensor(one: Tensors, name: str, other: Tensors, other_name: str) -> boo
 
 def _identity(tensors: Tensors) -> Hashable:
     return tuple(
-        (file, (found := file.stat()).st_ino, found.st_size, found.st_mtime_ns)
+        (file, (status := file.stat()).st_ino, status.st_size, status.st_mtime_ns)
         for file in tensors.files
     )
 
@@ -201,16 +201,17 @@ def _same_bits(one: Tensors, name: str, other: Tensors, other_name: str) -> bool
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    def wrong(found: str, expected: str = "") -> ModelError:
+    def wrong(problem: str, expected: str = "") -> ModelError:
         return ModelError(
             Problem(
                 str(path),
-                found,
+                problem,
                 expected,
                 "The file is damaged or incomplete: copy or download it again",
             )
         )
 
+    # The header's bytes.
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -234,6 +235,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise ModelError(
             Problem(str(path), error.strerror or str(error), "a readable safetensors file")
         ) from error
+    # The header as JSON.
     try:
         header = json.loads(raw)
     except (
@@ -246,6 +248,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise wrong("a __metadata__ that is no JSON object", "names and strings")
+    # Every tensor's dtype, shape and place, each within the file.
     base, tensors = 8 + length, {}
     for name, entry in header.items():
         try:
@@ -273,6 +276,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
                 f"tensor {name} ends at byte {base + stop}, the file at {size}: it is truncated"
             )
         tensors[name] = TensorInfo(dtype, shape, base + start, base + stop)
+    # Tensors may not overlap.
     at, last = base, ""
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start < at:

@@ -96,12 +96,12 @@ def _unnamed(path: Path, there: list[str]) -> list[str]:
     # of several, transformers' own name
     own = [key for key in sets if key[0] == "model"] or list(sets)
     if len(own) > 1:
-        found = (
+        problem = (
             f"{len(own)} files or sets of shards:"
             f" {', '.join(min(sets[key].values()) for key in own)}"
         )
         hint = f"Call the one that is meant {WEIGHTS}, add {INDEX}, or move the others away"
-        raise ModelError(Problem(str(path), found, f"{WEIGHTS}, an index, or one file", hint))
+        raise ModelError(Problem(str(path), problem, f"{WEIGHTS}, an index, or one file", hint))
     (key,) = own
     missing = sorted(set(range(1, key[1] + 1)) - set(sets[key])) if key[1] < 10**5 else [0]
     if missing or max(sets[key]) > key[1]:
@@ -151,18 +151,18 @@ def _left_out(
     path: Path, read: Collection[str], there: Collection[str], why: str
 ) -> dict[str, str]:
     """File -> why it is not read; `why` for one of which nothing else is known."""
-    found = {
+    reasons = {
         name: "an adapter, which is not merged" if _is_adapter(name) else why
         for name in there
         if name not in read
     }
     for other in sorted({p.name for pattern in _OTHERS for p in path.glob(pattern)}):
-        found[other] = (
+        reasons[other] = (
             "an adapter, which is not merged"
             if _is_adapter(other)
             else "safetensors files hold the weights"
         )
-    return found
+    return reasons
 
 
 def _is_shard(name: str) -> bool:

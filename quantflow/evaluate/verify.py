@@ -78,12 +78,12 @@ def _files(path: Path) -> Check:
     manifest = read_manifest(path)
     if manifest is None:
         return Check("files", None, "no quantflow.json: nothing to compare the files with")
-    found, listed = file_entries(path), manifest["files"]
-    wrong = [f"{n} is missing" for n in sorted(set(listed) - set(found))]
+    stored, listed = file_entries(path), manifest["files"]
+    wrong = [f"{n} is missing" for n in sorted(set(listed) - set(stored))]
     wrong += [
         f"{n} differs from its sha256"
-        for n in sorted(set(listed) & set(found))
-        if found[n] != listed[n]
+        for n in sorted(set(listed) & set(stored))
+        if stored[n] != listed[n]
     ]
     wrong += [f"{n} is not in the manifest" for n in foreign_files(path)]
     if manifest["failed_gates"]:
@@ -137,27 +137,27 @@ def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None
             if not error <= FAR:
                 far.append(f"layer {index}: {error:.2e}")
         step(f"layer {index}")
-    said = (
+    result = (
         f"engine against dequantised weights in float32, largest relative difference {worst:.2e},"
         f" at most {limit:g}"
     )
-    found = [Check("layers", not off, "; ".join(off) or said)]
+    checks = [Check("layers", not off, "; ".join(off) or result)]
     if original is not None:
-        said = (
+        result = (
             "what a layer adds against the unquantised one's, largest relative difference"
             f" {furthest:.2e}, at most {FAR}"
         )
-        found.append(Check("reference", not far, "; ".join(far) or said))
+        checks.append(Check("reference", not far, "; ".join(far) or result))
     target = logits(architecture, config, outer, x)[0].log_softmax(-1)
-    return [*found, _logits(engine, tokens, target)]
+    return [*checks, _logits(engine, tokens, target)]
 
 
 def _final(outer: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
     return outer[f"{name}.weight"], outer.get(f"{name}.bias")
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected).norm() / expected.norm())
+def _difference(computed: Tensor, expected: Tensor) -> float:
+    return float((computed.float() - expected).norm() / expected.norm())
 
 
 def _rounding(engine: Engine, index: int) -> ObserveKV | None:
@@ -208,16 +208,16 @@ def _logits(engine: Engine, tokens: list[int], target: Tensor) -> Check:
     collector = Collector(request)
     for token in engine.tokens():
         collector.add(token)
-    found = collector.output().prompt_logprobs
-    scored = [(i - 1, p) for i, p in enumerate(found) if p is not None]
+    logprobs = collector.output().prompt_logprobs
+    scored = [(i - 1, p) for i, p in enumerate(logprobs) if p is not None]
     error = sum(abs(p.logprob - float(target[i, p.token])) for i, p in scored) / max(1, len(scored))
     same = sum(p.top[0][0] == int(target[i].argmax()) for i, p in scored) / max(1, len(scored))
     passed = error <= MOST_APART and same >= 0.9
-    said = (
+    result = (
         f"mean difference of log-probabilities {error:.2e}, top-1 agreement {same:.1%} over"
         f" {len(scored)} tokens"
     )
-    return Check("logits", passed, said)
+    return Check("logits", passed, result)
 
 
 def _generation(engine: Engine) -> Check:
@@ -235,13 +235,13 @@ def _generation(engine: Engine) -> Check:
     prompts = [tokens[: max(1, len(tokens) // n)] for n in (1, 2, 3)]
     alone = [run([prompt])[0] for prompt in prompts]
     together = run(prompts)
-    whole = all(len(found) == most for found in alone)
+    whole = all(len(sequence) == most for sequence in alone)
     passed = whole and alone == together and not engine.problems()
-    said = (
+    result = (
         f"{len(prompts)} prompts, {most} tokens each: the same alone and together"
         if passed
         else "texts differ alone and together"
     )
     return Check(
-        "generation", passed, said if whole else "a text ended early: logits that are no numbers"
+        "generation", passed, result if whole else "a text ended early: logits that are no numbers"
     )

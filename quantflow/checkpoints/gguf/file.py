@@ -101,17 +101,17 @@ def gguf_file(path: Path) -> Path | None:
     Raises ModelError for several."""
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    found = sorted(path.glob("*.gguf"))
-    if len(found) > 1:
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
         raise ModelError(
             Problem(
                 str(path),
-                f"{len(found)} .gguf files",
+                f"{len(files)} .gguf files",
                 "one",
-                f"Name the one that is meant, such as {found[0]}",
+                f"Name the one that is meant, such as {files[0]}",
             )
         )
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -181,11 +181,11 @@ class Gguf:
         self.tokenizer = path.parent if beside else path  # its metadata holds one too
         self.metadata, headers, base, size = _read_header(path)
         self._architecture = self._known_architecture()
-        found = _placed(path, headers, base, size)
-        self._rope_factors = found.pop("rope_freqs.weight", None)
+        placed = _placed(path, headers, base, size)
+        self._rope_factors = placed.pop("rope_freqs.weight", None)
         self._places: dict[str, _Place] = {}
         unknown = []
-        for name, (kind, info) in found.items():
+        for name, (kind, info) in placed.items():
             stem, _, part = name.rpartition(".")
             module = from_gguf_name(stem)
             if (
@@ -247,12 +247,12 @@ class Gguf:
         return TensorInfo(self._vectors, info.shape, 0, info.shape[0] * ITEM_BYTES[self._vectors])
 
     def _dtype_of_vectors(self) -> str:
-        said = self.metadata.get(VECTORS_KEY, "F32")
-        if said not in ("F32", "F16", "BF16"):
+        dtype = self.metadata.get(VECTORS_KEY, "F32")
+        if dtype not in ("F32", "F16", "BF16"):
             raise ModelError(
-                Problem(f"{self.path} {VECTORS_KEY}", f"{said!r}"[:80], "F32, F16 or BF16")
+                Problem(f"{self.path} {VECTORS_KEY}", f"{dtype!r}"[:80], "F32, F16 or BF16")
             )
-        return str(said)
+        return str(dtype)
 
     def _read(self, info: TensorInfo) -> Tensor:
         """uint8: the bytes of a tensor."""
@@ -294,9 +294,11 @@ class Gguf:
         read."""
         name = self.metadata.get("general.architecture")
         if not isinstance(name, str) or name not in _CLASSES:
-            found = "missing" if name is None else f"{name!r}"[:80]
+            problem = "missing" if name is None else f"{name!r}"[:80]
             raise ModelError(
-                Problem(f"{self.path} general.architecture", found, f"one of {', '.join(_CLASSES)}")
+                Problem(
+                    f"{self.path} general.architecture", problem, f"one of {', '.join(_CLASSES)}"
+                )
             )
         if self.metadata.get("split.count") not in (None, 0, 1):
             hint = "Join them with llama.cpp's llama-gguf-split --merge"
@@ -323,14 +325,14 @@ class Gguf:
         """What config.json would say."""
         own = self.metadata.get(CONFIG_KEY)
         config = self._own_config(own) if own is not None else self._standard_config()
-        said = self.metadata.get(SCHEMES_KEY, "{}")
+        text = self.metadata.get(SCHEMES_KEY, "{}")
         try:
-            schemes = json.loads(said) if isinstance(said, str) else None
+            schemes = json.loads(text) if isinstance(text, str) else None
         except (ValueError, RecursionError):
             schemes = None
         if not isinstance(schemes, dict):
             raise ModelError(
-                Problem(f"{self.path} {SCHEMES_KEY}", f"{said!r}"[:80], "a JSON object")
+                Problem(f"{self.path} {SCHEMES_KEY}", f"{text!r}"[:80], "a JSON object")
             )
         types = {
             place.module: BLOCK_TYPES[place.kind][0]
@@ -378,36 +380,38 @@ class Gguf:
         problems: list[Problem] = []
 
         def value(key: str, kind: type, default: Any = None) -> Any:
-            found: Any = self.metadata.get(f"{architecture}.{key}", default)
-            if isinstance(found, array) and len(set(found)) == 1:  # one for each layer
-                found = found[0]
-            if kind is float and type(found) is int:
-                found = float(found)
-            wrong = type(found) is not kind
-            if wrong or not 0 < found < 2**31:
+            number: Any = self.metadata.get(f"{architecture}.{key}", default)
+            if isinstance(number, array) and len(set(number)) == 1:  # one for each layer
+                number = number[0]
+            if kind is float and type(number) is int:
+                number = float(number)
+            wrong = type(number) is not kind
+            if wrong or not 0 < number < 2**31:
                 expected = f"a positive {kind.__name__}"
                 problems.append(
                     Problem(
                         f"{self.path} {architecture}.{key}",
-                        "missing" if found is None else f"{found!r}"[:80],
+                        "missing" if number is None else f"{number!r}"[:80],
                         expected,
                     )
                 )
                 return kind(1)
-            return found
+            return number
 
+        # The shape of the heads.
         heads, hidden = value("attention.head_count", int), value("embedding_length", int)
         head_dim = value("attention.key_length", int, max(1, hidden // heads))
         for key in ("attention.value_length", "rope.dimension_count"):
             if value(key, int, head_dim) != head_dim:
-                found = repr(self.metadata.get(f"{architecture}.{key}"))
+                stated = repr(self.metadata.get(f"{architecture}.{key}"))
                 problems.append(
                     Problem(
                         f"{self.path} {architecture}.{key}",
-                        found[:80],
+                        stated[:80],
                         f"the whole head, {head_dim}",
                     )
                 )
+        # What transformers' config.json would say.
         embedding = self._places.get("model.embed_tokens.weight")
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         config: dict[str, Any] = {
@@ -435,6 +439,7 @@ class Gguf:
         }
         if architecture == "llama":
             config["attention_bias"] = "model.layers.0.self_attn.o_proj.bias" in self._places
+        # How the rotary embedding is scaled.
         kind = self.metadata.get(f"{architecture}.rope.scaling.type", "none")
         if self._rope_factors is not None:
             scaling = (
@@ -470,6 +475,7 @@ class Gguf:
                     _ORIGINAL,
                 )
             )
+        # The tokens that begin and end a text.
         for role in ("bos", "eos"):
             token = self.metadata.get(f"tokenizer.ggml.{role}_token_id")
             if type(token) is int:
@@ -487,9 +493,9 @@ class Gguf:
         kind, info = self._rope_factors
         if kind != 0:
             return None
-        found = self._read(info).view(torch.float32)
+        factors = self._read(info).view(torch.float32)
         numbers = {
-            "factor": float(found.max()),
+            "factor": float(factors.max()),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
@@ -497,7 +503,9 @@ class Gguf:
         if not 1 <= numbers["factor"] < 2**31:
             return None
         expected = llama3_factors(theta, head_dim, numbers)
-        same = expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=0)
+        same = expected.shape == factors.shape and torch.allclose(
+            expected, factors, rtol=1e-4, atol=0
+        )
         return {"rope_type": "llama3", **numbers} if same else None
 
 
@@ -514,8 +522,10 @@ class _Reader:
         self.path, self.file = path, file
         self.left = min(size, MAX_HEADER_BYTES)
 
-    def wrong(self, found: str, expected: str = "a GGUF file", hint: str = _DAMAGED) -> ModelError:
-        return ModelError(Problem(str(self.path), found, expected, hint))
+    def wrong(
+        self, problem: str, expected: str = "a GGUF file", hint: str = _DAMAGED
+    ) -> ModelError:
+        return ModelError(Problem(str(self.path), problem, expected, hint))
 
     def take(self, count: int) -> bytes:
         if count > self.left:
@@ -537,10 +547,10 @@ class _Reader:
 
     def count(self, least: int, most: int = MAX_HEADER_BYTES) -> int:
         """A number of things of at least `least` bytes each."""
-        found = int(self.number("Q"))
-        if found * least > self.left or found > most:
-            raise self.wrong(f"a header that promises {found} entries in {self.left} bytes")
-        return found
+        count = int(self.number("Q"))
+        if count * least > self.left or count > most:
+            raise self.wrong(f"a header that promises {count} entries in {self.left} bytes")
+        return count
 
     def value(self) -> Any:
         """A bool, number or string; numbers of an array as an `array`, its strings as a list."""
@@ -586,9 +596,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Header], int, i
             version = reader.number("I")
             if version not in (2, 3):
                 swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-                found = f"version {version}" if swapped > VERSION else "a big-endian file"
+                claim = f"version {version}" if swapped > VERSION else "a big-endian file"
                 raise reader.wrong(
-                    found,
+                    claim,
                     "version 2 or 3, little-endian",
                     "Convert the original checkpoint with a newer llama.cpp",
                 )
@@ -606,11 +616,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, _Header], int, i
             for _ in range(tensor_count):
                 name, dims = reader.text(), reader.number("I")
                 if len(name) > _LONGEST_NAME or name in headers or not 0 < dims <= 4:
-                    found = (
+                    claim = (
                         f"tensor {name[:_LONGEST_NAME]!r} has {dims} dimensions, stands there twice"
                         " or has too long a name"
                     )
-                    raise reader.wrong(found, "1 to 4, once")
+                    raise reader.wrong(claim, "1 to 4, once")
                 shape = tuple(reader.number("Q") for _ in range(dims))
                 headers[name] = (shape[::-1], reader.number("I"), reader.number("Q"))
             at = file.tell()
@@ -629,9 +639,10 @@ def _placed(
 ) -> dict[str, tuple[int, TensorInfo]]:
     """ggml's number of the type, and dtype, shape and place as `TensorFile` has them, of every
     tensor."""
-    found: dict[str, tuple[int, TensorInfo]] = {}
+    placed: dict[str, tuple[int, TensorInfo]] = {}
     problems: list[Problem] = []
     strange: dict[str, list[str]] = {}
+    # Each tensor's bytes, from its type and shape.
     for name, (shape, kind, offset) in headers.items():
         dtype = PLAIN_TYPES.get(kind, "F32")
         if kind in PLAIN_TYPES:
@@ -664,12 +675,14 @@ def _placed(
                     "Download it again",
                 )
             )
-        found[name] = (kind, TensorInfo(dtype, shape, start, start + nbytes))
+        placed[name] = (kind, TensorInfo(dtype, shape, start, start + nbytes))
+    # One problem for each type that is not read, not for each tensor.
     for kind_name, names in strange.items():
         such = f"{len(names)} tensors of type {kind_name}, the first of which is {names[0]!r}"
         problems.append(Problem(str(path), such, f"one of {_READ_TYPES}", _REQUANTIZE))
+    # Tensors may not overlap.
     at, last = base, ""
-    for name, (_, info) in sorted(found.items(), key=lambda item: item[1][1].start):
+    for name, (_, info) in sorted(placed.items(), key=lambda item: item[1][1].start):
         if info.start < at:
             problems.append(
                 Problem(
@@ -684,7 +697,7 @@ def _placed(
         raise ModelError(
             problems[:20] + ([Problem(str(path), f"{more} more such problems")] if more > 0 else [])
         )
-    return found
+    return placed
 
 
 def llama3_factors(theta: float, head_dim: int, p: Mapping[str, float]) -> Tensor:

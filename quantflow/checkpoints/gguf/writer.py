@@ -169,7 +169,7 @@ def _decoder_metadata(
     most = (
         max(sorted(set(blocks)), key=blocks.count) if blocks else kinds["model.embed_tokens.weight"]
     )
-    found: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "general.architecture": name,
         "general.file_type": _FILE_TYPES[most],
         "general.quantization_version": 2,
@@ -188,14 +188,14 @@ def _decoder_metadata(
     }
     rope = decoder.rope
     if rope.kind in ("linear", "yarn"):
-        found[f"{name}.rope.scaling.type"] = rope.kind
-        found[f"{name}.rope.scaling.factor"] = rope.parameters["factor"]
+        metadata[f"{name}.rope.scaling.type"] = rope.kind
+        metadata[f"{name}.rope.scaling.factor"] = rope.parameters["factor"]
     if rope.kind == "yarn" or (
         "original_max_position_embeddings" in rope.parameters and rope.kind == "linear"
     ):
         trained = rope.parameters.get("original_max_position_embeddings", decoder.max_positions)
-        found[f"{name}.rope.scaling.original_context_length"] = int(trained)
-    return found
+        metadata[f"{name}.rope.scaling.original_context_length"] = int(trained)
+    return metadata
 
 
 def _context_length(decoder: DecoderConfig) -> int:

@@ -177,8 +177,8 @@ class _Settings:
         self._path, self._section = path, section
         self.problems: list[Problem] = []
 
-    def wrong(self, key: str, found: str, expected: str) -> None:
-        self.problems.append(Problem(f"{self._path} {key}", found[:80], expected))
+    def wrong(self, key: str, problem: str, expected: str) -> None:
+        self.problems.append(Problem(f"{self._path} {key}", problem[:80], expected))
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self._section.get(key, default)
@@ -216,6 +216,7 @@ def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
 
     Raises ModelError with everything that is wrong in it.
     """
+    # The layout of the files.
     settings = _Settings(path, _read_section(path))
     most = 2**31 - 1
     heads = settings.integer("head_num", 1, most)
@@ -241,6 +242,7 @@ def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
         settings.wrong(
             "kv_head_num", f"{layout.kv_heads}", f"a divisor of head_num = {layout.heads}"
         )
+    # Settings of which only some values are understood.
     rotary = settings.integer("rotary_embedding", 1, most, head_dim)
     if rotary != head_dim:
         settings.wrong(
@@ -258,6 +260,7 @@ def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
             f"it disagrees with rope_scaling_factor = {factor}",
             "dynamic scaling with a factor, or none",
         )
+    # The same as a Llama's config.json.
     start, end = settings.integer("start_id", -1, most, 1), settings.integer("end_id", -1, most, 2)
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
@@ -294,6 +297,7 @@ def read_ini(path: Path) -> tuple[str, Layout, dict[str, Any], bool]:
             "version": "gemm",
             "modules_to_not_convert": None,
         }
+    # Whether the dimensions can be cut and packed.
     if not settings.problems:
         for problem in dimension_problems(layout, 32):  # LMDeploy itself cuts at any tile
             settings.wrong(problem.where, problem.found, problem.expected)

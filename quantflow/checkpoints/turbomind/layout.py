@@ -153,16 +153,17 @@ def stored_layer(layout: Layout, i: int) -> list[Stored]:
         )
         yield Stored(folder, "scales_zeros", grid, "I32", (k // layout.group_size, m), tp)
 
+    # In the order in which TurboMind reads them: norms, attention, MLP.
     shapes = layout.fused_shapes()
-    found = [
+    stored = [
         norm("attention_norm", "input_layernorm"),
         norm("ffn_norm", "post_attention_layernorm"),
     ]
-    found += linear("attention.w_qkv", _QKV, *shapes["w_qkv"])
-    found += linear("attention.wo", (_OUTPUT,), *shapes["wo"])
+    stored += linear("attention.w_qkv", _QKV, *shapes["w_qkv"])
+    stored += linear("attention.wo", (_OUTPUT,), *shapes["wo"])
     if layout.bias:
         biases = tuple(f"{native}.{module}.bias" for module in _QKV)
-        found.append(
+        stored.append(
             Stored(
                 f"{stem}.attention.w_qkv",
                 "bias",
@@ -172,7 +173,7 @@ def stored_layer(layout: Layout, i: int) -> list[Stored]:
                 tp,
             )
         )
-        found.append(
+        stored.append(
             Stored(
                 f"{stem}.attention.wo",
                 "bias",
@@ -183,12 +184,12 @@ def stored_layer(layout: Layout, i: int) -> list[Stored]:
             )
         )
     if layout.group_size:
-        found += linear("feed_forward.w13", (_GATE, _UP), *shapes["w13"])
+        stored += linear("feed_forward.w13", (_GATE, _UP), *shapes["w13"])
     else:
-        found += linear("feed_forward.w1", (_GATE,), layout.hidden, layout.intermediate)
-        found += linear("feed_forward.w3", (_UP,), layout.hidden, layout.intermediate)
-    found += linear("feed_forward.w2", (_DOWN,), *shapes["w2"])
-    return found
+        stored += linear("feed_forward.w1", (_GATE,), layout.hidden, layout.intermediate)
+        stored += linear("feed_forward.w3", (_UP,), layout.hidden, layout.intermediate)
+    stored += linear("feed_forward.w2", (_DOWN,), *shapes["w2"])
+    return stored
 
 
 def stored_tensors(layout: Layout) -> Iterator[Stored]:
@@ -200,7 +201,7 @@ def stored_tensors(layout: Layout) -> Iterator[Stored]:
 
 def native_specs(layout: Layout, stored: Stored) -> dict[str, Spec]:
     """dtype and shape of the native tensors that `stored` is made of."""
-    found: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for source in stored.sources:
         module, _, part = source.rpartition(".")
         name = module.split(".", 3)[-1]
@@ -215,7 +216,7 @@ def native_specs(layout: Layout, stored: Stored) -> dict[str, Spec]:
             }.get(name, layout.hidden)
             k = {_OUTPUT: q, _DOWN: layout.intermediate}.get(name, layout.hidden)
             groups = k // layout.group_size if layout.group_size else 0
-            found[source] = {
+            specs[source] = {
                 "weight": (layout.dtype, (n, k)),
                 "bias": (layout.dtype, (n,)),
                 "qweight": ("I32", (k, n // 8)),
@@ -223,10 +224,10 @@ def native_specs(layout: Layout, stored: Stored) -> dict[str, Spec]:
                 "scales": ("F16", (groups, n)),
             }[part]
         elif stored.linear in ("tok_embeddings", "output"):
-            found[source] = (layout.dtype, (layout.vocabulary, layout.hidden))
+            specs[source] = (layout.dtype, (layout.vocabulary, layout.hidden))
         else:
-            found[source] = (layout.dtype, (layout.hidden,))
-    return found
+            specs[source] = (layout.dtype, (layout.hidden,))
+    return specs
 
 
 def encode(stored: Stored, layout: Layout, tensors: Sequence[Tensor]) -> list[Tensor]:

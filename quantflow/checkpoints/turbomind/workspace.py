@@ -83,9 +83,10 @@ def workspace_problems(
     """
     problems = []
 
-    def wrong(where: str, found: str, expected: str = "", hint: str = "") -> None:
-        problems.append(Problem(f"TurboMind workspace: {where}", found, expected, hint))
+    def wrong(where: str, problem: str, expected: str = "", hint: str = "") -> None:
+        problems.append(Problem(f"TurboMind workspace: {where}", problem, expected, hint))
 
+    # Parts that a workspace has no place for.
     if config.family != "llama":
         wrong("model", f"a decoder of the {config.family} kind", "a Llama-like one")
     if config.experts:
@@ -105,6 +106,7 @@ def workspace_problems(
         )
     if config.activation != "silu":
         wrong("model", f"activation {config.activation}", "silu")
+    # Numbers that config.ini cannot say.
     if config.dtype not in ("float16", "bfloat16"):
         wrong("dtype", config.dtype, "float16 or bfloat16", "Convert the model first")
     if config.rope.kind not in ("default", "dynamic", "qwen"):
@@ -125,12 +127,14 @@ def workspace_problems(
             f"{config.heads} heads of {config.head_dim}",
             f"hidden_size = {config.hidden} in all",
         )
+    # What the caller chose.
     if not 1 <= tp <= MOST_RANKS:
         wrong("tp", f"{tp}", f"1 to {MOST_RANKS}")
     if int4 and group_size < 1:
         wrong(
             "group_size", f"{group_size}", "a positive number: config.ini has one for all linears"
         )
+    # Dimensions, which are worth a look only where all the rest is right.
     if not problems:
         layout = layout_of(config, tp, group_size if int4 else 0)
         problems += [
@@ -332,8 +336,8 @@ def _spec_problems(
         wanted, wanted_shape = expected[name]
         dtypes = (wanted,) if name.endswith((".qweight", ".qzeros", ".scales")) else _PLAIN
         if tuple(shape) != wanted_shape or dtype not in dtypes:
-            found, right = f"{dtype} {list(shape)}", f"{' or '.join(dtypes)} {list(wanted_shape)}"
-            problems.append(Problem(name, found, right))
+            actual, right = f"{dtype} {list(shape)}", f"{' or '.join(dtypes)} {list(wanted_shape)}"
+            problems.append(Problem(name, actual, right))
     return problems
 
 
@@ -395,16 +399,16 @@ class Workspace:
         self._weights = path / WEIGHTS
         self.model_name, self.layout, self.config, self._kv_ranks = read_ini(self._weights / CONFIG)
         self.tp = self.layout.tp
-        found, problems = _weight_files(path)
-        self.files, self._kv_width, more = self._check_files(found)
+        sizes, problems = _weight_files(path)
+        self.files, self._kv_width, more = self._check_files(sizes)
         if problems or more:
             raise ModelError(problems + more)
-        self._strangers = sorted(found.keys() - {file.name for file in self.files} - {CONFIG})
+        self._strangers = sorted(sizes.keys() - {file.name for file in self.files} - {CONFIG})
         self._stored: dict[str, Stored] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for stored in stored_tensors(self.layout):
             for name, (dtype, shape) in native_specs(self.layout, stored).items():
-                if all(file in found for file in stored.files):
+                if all(file in sizes for file in stored.files):
                     self.tensors[name] = TensorInfo(
                         dtype, shape, 0, math.prod(shape) * ITEM_BYTES[dtype]
                     )
@@ -419,32 +423,32 @@ class Workspace:
         # of the file that was read last, those that nobody has asked for
         self._parts: dict[str, Tensor] = {}
 
-    def _check_files(self, found: Mapping[str, int]) -> tuple[list[Path], int, list[Problem]]:
+    def _check_files(self, sizes: Mapping[str, int]) -> tuple[list[Path], int, list[Problem]]:
         """The weight files, how many numbers a KV file holds, and what is missing or has the wrong
         size.
 
-        found: name -> bytes. What config.ini claims is compared with it file by file, and no
+        sizes: name -> bytes. What config.ini claims is compared with it file by file, and no
         further than it can be true.
         """
         optional = set()
         if self.layout.bias:
             biases = [
-                f"layers.{i}.attention.wo.{rank}.bias" for i, rank in self._layer_ranks(found)
+                f"layers.{i}.attention.wo.{rank}.bias" for i, rank in self._layer_ranks(sizes)
             ]
-            if not any(name in found for name in biases):
+            if not any(name in sizes for name in biases):
                 optional = set(biases)
         missing, problems, files = [], [], []
-        kv_width = 4 if self._kv_ranks and found.get(_kv_file(0, 0)) == 16 else 2
-        limit = len(found) + len(optional) + 5
+        kv_width = 4 if self._kv_ranks and sizes.get(_kv_file(0, 0)) == 16 else 2
+        limit = len(sizes) + len(optional) + 5
         for name, nbytes in islice(self._expected_files(kv_width), limit):
             if name in optional:
                 continue
-            if name not in found:
+            if name not in sizes:
                 missing.append(name)
-            elif found[name] != nbytes:
+            elif sizes[name] != nbytes:
                 wrong = Problem(
                     str(self._weights / name),
-                    f"{found[name]} bytes",
+                    f"{sizes[name]} bytes",
                     f"{nbytes} by {CONFIG}",
                     "Is it cut off?",
                 )
@@ -461,11 +465,11 @@ class Workspace:
             )
         return sorted(files), kv_width, problems
 
-    def _layer_ranks(self, found: Mapping[str, int]) -> Iterator[tuple[int, int]]:
+    def _layer_ranks(self, sizes: Mapping[str, int]) -> Iterator[tuple[int, int]]:
         """Layers and ranks, as many as there can be files of."""
         return islice(
             ((i, rank) for i in range(self.layout.layers) for rank in range(self.tp)),
-            len(found) + 5,
+            len(sizes) + 5,
         )
 
     def _expected_files(self, kv_width: int) -> Iterator[tuple[str, int]]:
@@ -509,7 +513,7 @@ class Workspace:
         """
         import torch
 
-        found: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         problems = []
         for i in range(self.layout.layers if self._kv_ranks else 0):
             ranks = torch.stack(
@@ -531,12 +535,12 @@ class Workspace:
                     )
                 )
             for part, values in zip(KV_PARTS, ranks.unbind(1), strict=True):
-                found[_kv_name(i, part)] = (
+                parameters[_kv_name(i, part)] = (
                     values[0].clone() if bool((values == values[0]).all()) else values.clone()
                 )
         if problems:
             raise ModelError(problems)
-        return found
+        return parameters
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -545,12 +549,12 @@ class Workspace:
 
         Raises ModelError for a file that cannot be read.
         """
-        said: tuple[str, ...] = ()
+        notes: tuple[str, ...] = ()
         if self._strangers:
             few = ", ".join(self._strangers[:3]) + (
                 f" and {len(self._strangers) - 3} more" if len(self._strangers) > 3 else ""
             )
-            said = (f"left out, since config.ini does not ask for them: {few}",)
+            notes = (f"left out, since config.ini does not ask for them: {few}",)
         grids = [
             file
             for stored in stored_tensors(self.layout)
@@ -559,13 +563,13 @@ class Workspace:
         ]
         plain = [name for name in grids if has_plain_zeros(self._read_file(name, "F16", (1,)))]
         if not plain:
-            return said
+            return notes
         number = "all" if len(plain) == len(grids) else f"{len(plain)} of {len(grids)}"
         older = (
             f"{number} scales_zeros files hold zero points as z, from an older QuantFlow: right"
             " here, wrong in LMDeploy, which takes 64 + z; export it to turbomind again for that"
         )
-        return (*said, older)
+        return (*notes, older)
 
     def _read_file(
         self, name: str, dtype: str, shape: tuple[int, ...], rows: range | None = None
@@ -602,7 +606,7 @@ def _weight_files(path: Path) -> tuple[dict[str, int], list[Problem]]:
     """Name -> bytes of the regular files beside config.ini, and what must not be there: links that
     leave the workspace."""
     root, weights = os.path.realpath(path), path / WEIGHTS
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     problems = []
     try:
         entries = list(os.scandir(weights))
@@ -623,5 +627,5 @@ def _weight_files(path: Path) -> tuple[dict[str, int], list[Problem]]:
             problems.append(Problem(entry.path, error.strerror or str(error), "a readable file"))
             continue
         if stat.S_ISREG(status.st_mode):
-            found[entry.name] = status.st_size
-    return found, sorted(problems, key=lambda problem: problem.where)
+            sizes[entry.name] = status.st_size
+    return sizes, sorted(problems, key=lambda problem: problem.where)
