@@ -33,7 +33,7 @@ class Changes:
             holder[step] = {} if inner is None else copy(inner)
             holder = holder[step]
         holder[path[-1]] = value
-        self.source.said[path] = where
+        self.source.origins[path] = where
 
     def apply(self, text: str) -> None:
         """Do what `dotted.path=value` says, or note the problem."""
@@ -83,14 +83,14 @@ class Changes:
             if int(step) < len(stages):
                 return int(step)
             _fail(where, f"there is no stage {step}", f"a position from 0 to {len(stages) - 1}")
-        found = [position for position, name, _ in stages if name == step]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        positions = [position for position, name, _ in stages if name == step]
+        if len(positions) == 1:
+            return positions[0]
+        if positions:
             _fail(
                 where,
-                f"the recipe has {len(found)} stages `{step}`",
-                "a position, " + " or ".join(f"stages.{p}" for p in found),
+                f"the recipe has {len(positions)} stages `{step}`",
+                "a position, " + " or ".join(f"stages.{p}" for p in positions),
             )
         if step in self.source.kinds:
             _fail(where, f"the recipe has no stage `{step}`", f"one of its own: {listing(names)}")
@@ -133,5 +133,5 @@ class Changes:
         return path
 
 
-def _fail(where: str, found: str, expected: str = "", hint: str = "") -> NoReturn:
-    raise RecipeError(Problem(where, found, expected, hint))
+def _fail(where: str, problem: str, expected: str = "", hint: str = "") -> NoReturn:
+    raise RecipeError(Problem(where, problem, expected, hint))

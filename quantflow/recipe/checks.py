@@ -67,9 +67,9 @@ def _check_rounding(recipe: Written) -> Iterator[Problem]:
         yield Problem(place, "no stage rounds the weights", f"exactly one of {every}", hint)
     if len(rounding) > 1:
         verb = "both" if len(rounding) == 2 else "all of"
-        found = f"{verb} {' and '.join(rounding)} round the weights"
+        problem = f"{verb} {' and '.join(rounding)} round the weights"
         place = max((recipe.at(name) for name in rounding), key=line)
-        yield Problem(place, found, "exactly one of them")
+        yield Problem(place, problem, "exactly one of them")
 
 
 def _check_numbers(recipe: Written) -> Iterator[Problem]:
@@ -120,12 +120,12 @@ def _check_overrides(recipe: Written) -> Iterator[Problem]:
     for position, override in recipe.overrides():
         steps = ("weights", "overrides", position)
         place, name = recipe.source.place(steps), dotted(steps)
-        given = [key for key in GRID if override.get(key) is not None]
-        if override.get("ignore") is True and given:
+        named = [key for key in GRID if override.get(key) is not None]
+        if override.get("ignore") is True and named:
             yield Problem(
-                place, f"`{name}` gives {listing(given)} to what it ignores", "one of the two"
+                place, f"`{name}` gives {listing(named)} to what it ignores", "one of the two"
             )
-        nothing = not given and override.get("ignore") is not True
+        nothing = not named and override.get("ignore") is not True
         if set(override) <= {"match", "ignore"} and nothing:
             settings = listing(list(Override.model_fields)[1:])
             yield Problem(place, f"`{name}` changes nothing", f"one of {settings}")

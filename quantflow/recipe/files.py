@@ -39,10 +39,10 @@ def locate_files(source: Source, recipe: Path) -> list[Problem]:
         if isinstance(section, dict):
             problems += _locate_data(source, path, section, recipe)
     model = source.data.get("model")
-    if isinstance(model, str) and model and ("model",) not in source.said:
-        found = _locate(model, recipe)
+    if isinstance(model, str) and model and ("model",) not in source.origins:
+        local = _locate(model, recipe)
         # if not here, the hub may have it
-        source.data["model"] = model if found is None else str(found)
+        source.data["model"] = model if local is None else str(local)
     return problems
 
 
@@ -53,22 +53,22 @@ def _locate_data(
     example = f"`{path[-1]}: {{data: c4, file: ./c4.jsonl}}`"
     works = f"A local file works for every name: {example}"
     if isinstance(file, str) and file:
-        place, found = (*path, "file"), _locate(file, recipe)
-        if found is None or not found.is_file():
-            what, way_out = (
+        place, local = (*path, "file"), _locate(file, recipe)
+        if local is None or not local.is_file():
+            problem, way_out = (
                 (absent(Path(file), "file").replace("no such", "there is no such"), "")
-                if found is None
-                else no_file(found)
+                if local is None
+                else no_file(local)
             )
-            what = what if found is None else f"it is {what}"
+            problem = problem if local is None else f"it is {problem}"
             yield Problem(
                 source.place(place),
-                f"`{dotted(place)}` is {shown(file)}: {what}",
+                f"`{dotted(place)}` is {shown(file)}: {problem}",
                 "a text or JSON-lines file",
                 way_out,
             )
         else:
-            section["file"] = str(found)
+            section["file"] = str(local)
     if not isinstance(data, str) or not data or data in DATA_NAMES:
         return
     place = (*path, "data")
@@ -81,16 +81,18 @@ def _locate_data(
             did_you_mean(data, DATA_NAMES),
         )
         return
-    found = _locate(data, recipe)
-    if found is not None and found.is_file():
-        section["data"] = str(found)
+    local = _locate(data, recipe)
+    if local is not None and local.is_file():
+        section["data"] = str(local)
         return
-    what, way_out = (
-        ("neither a known data set nor a file that exists", "") if found is None else no_file(found)
+    problem, way_out = (
+        ("neither a known data set nor a file that exists", "") if local is None else no_file(local)
     )
     hint = way_out or " ".join(text for text in (did_you_mean(data, DATA_NAMES), works) if text)
     names = f"one of {listing(DATA_NAMES)}, or the path of a local file"
-    yield Problem(source.place(place), f"`{dotted(place)}` is {shown(data)}, {what}", names, hint)
+    yield Problem(
+        source.place(place), f"`{dotted(place)}` is {shown(data)}, {problem}", names, hint
+    )
 
 
 def _locate(name: str, recipe: Path) -> Path | None:

@@ -51,7 +51,7 @@ def load(
     if output is not None:
         changes.set(("output",), output, f"--output {output}")
     chosen = source.data.get("output") is not None
-    if not chosen and ("model",) in source.said:
+    if not chosen and ("model",) in source.origins:
         name_output(source)
 
     problems = [*changes.problems, *locate_files(source, path), *check_together(Written(source))]

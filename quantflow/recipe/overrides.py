@@ -51,13 +51,13 @@ def compact(widths: Mapping[str, int]) -> Widths:
     for members_, names in alike.items():
         for family in _joined(names):
             overrides += _of_family(family, dict(members_), base)
-    found = Widths(base, tuple(overrides))
+    rules = Widths(base, tuple(overrides))
     # a star that reached into another family
-    if any(found.of(module) != bits for module, bits in widths.items()):
-        found = Widths(
+    if any(rules.of(module) != bits for module, bits in widths.items()):
+        rules = Widths(
             base, tuple((module, bits) for module, bits in widths.items() if bits != base)
         )
-    return found
+    return rules
 
 
 _MARK = "\0"
@@ -71,22 +71,22 @@ def _commonest(widths: Iterable[int]) -> int:
 def _of_family(
     family: str, members: Mapping[tuple[str, ...], int], base: int
 ) -> list[tuple[str, int]]:
-    found, usual = [], _commonest(members.values())
+    result, usual = [], _commonest(members.values())
     if usual != base:
-        found.append((family.replace(_MARK, "*"), usual))
+        result.append((family.replace(_MARK, "*"), usual))
     layers: dict[str, set[int]] = {}
     for numbers, bits in members.items():
         layers.setdefault(numbers[0] if numbers else "", set()).add(bits)
     for bits in sorted(set(members.values()) - {usual}):
         whole = [layer for layer, its in layers.items() if its == {bits}]
-        found += [
+        result += [
             (family.replace(_MARK, numbers, 1).replace(_MARK, "*"), bits)
             for numbers in _classes(whole)
         ]
         for numbers, its in members.items():
             if its == bits and numbers[:1] and numbers[0] not in whole:
-                found.append((_filled(family, numbers), bits))
-    return found
+                result.append((_filled(family, numbers), bits))
+    return result
 
 
 def _classes(numbers: list[str]) -> list[str]:
@@ -105,7 +105,7 @@ def _joined(names: list[str]) -> list[str]:
     """One pattern for names that differ in one letter alone, `self_attn.[qkv]_proj`; else the
     names."""
     if len({len(name) for name in names}) == 1 and len(names) > 1:
-        columns = [sorted(set(letters)) for letters in zip(*names, strict=True)]
+        columns = [sorted(set(column_parts)) for column_parts in zip(*names, strict=True)]
         if sum(len(column) > 1 for column in columns) == 1:
             return [
                 "".join(

@@ -192,8 +192,8 @@ def _values(value: Json) -> str:
         ("maximum", "at most"),
         ("exclusiveMaximum", "less than"),
     )
-    said = [f"{words} {_number(value[bound])}" for bound, words in bounds if bound in value]
-    return ", ".join([kind, *said])
+    bounds_text = [f"{words} {_number(value[bound])}" for bound, words in bounds if bound in value]
+    return ", ".join([kind, *bounds_text])
 
 
 def _number(value: float) -> str:

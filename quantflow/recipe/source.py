@@ -13,7 +13,7 @@ from quantflow.recipe.words import Steps, kind_of, shown
 
 
 class Source:
-    """What the file and the command line say together, and where each value was said. kinds: the
+    """What the file and the command line say together, and where each value comes from. kinds: the
     stages that a recipe may have."""
 
     def __init__(self, where: str, parsed: tuple[yaml.Node | None, Any], kinds: Stages) -> None:
@@ -23,17 +23,17 @@ class Source:
         if not isinstance(data, dict):
             holds = f"holds {shown(data)} ({kind_of(data)}) at the top level"
             line = f"{where}:{self.node.start_mark.line + 1}" if self.node else where
-            found = "is empty" if data is None else holds
-            raise RecipeError(Problem(line, found, "a recipe: `name:`, `model:`, `stages:` …"))
+            problem = "is empty" if data is None else holds
+            raise RecipeError(Problem(line, problem, "a recipe: `name:`, `model:`, `stages:` …"))
         self.data: dict[Any, Any] = data
-        self.said: dict[Steps, str] = {}  # what the command line said, by path
+        self.origins: dict[Steps, str] = {}  # what the command line said, by path
 
     def place(self, path: Steps) -> str:
         """`file:line` of the value at `path`, or of the innermost mapping or list that would hold
         it; the option if it came from one."""
         for length in range(len(path), 0, -1):
-            if path[:length] in self.said:
-                return self.said[path[:length]]
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
         node = self.node
         line = node.start_mark.line if node else 0
         for step in path:
@@ -45,7 +45,7 @@ class Source:
 
     def text(self, path: Steps) -> str | None:
         """The value at `path` as it is written in the file, where it is a plain scalar there."""
-        if any(path[: n + 1] in self.said for n in range(len(path))):
+        if any(path[: n + 1] in self.origins for n in range(len(path))):
             return None
         node = self.node
         for step in path:

@@ -54,15 +54,17 @@ def translate(error: dict[str, Any], source: Source) -> Problem:
             "a stage's name, or one name with its settings",
             _entry_hint(value, source.kinds),
         )
-    found = f"`{name}` is {shown(value)}"
+    problem = f"`{name}` is {shown(value)}"
     hint = ""
     if kind == "string_type" and isinstance(value, (bool, int, float)):
         written = source.text(path)
         if written is not None:
-            found = f"`{name}` is {written}, which YAML reads as {shown(value)} ({kind_of(value)})"
+            problem = (
+                f"`{name}` is {written}, which YAML reads as {shown(value)} ({kind_of(value)})"
+            )
             hint = f'Quote it: "{written}"'
     elif kind in _TYPES:
-        found += "" if value is None else f" ({kind_of(value)})"
+        problem += "" if value is None else f" ({kind_of(value)})"
         if kind == "tuple_type" and isinstance(value, str):
             hint = f"Write [{value[:100]}]"
     expected = _TYPES.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix(
@@ -74,7 +76,9 @@ def translate(error: dict[str, Any], source: Source) -> Problem:
         if isinstance(value, str):
             hint = did_you_mean(value, choices)
         elif (written := source.text(path)) is not None and choices:
-            found = f"`{name}` is {written}, which YAML reads as {shown(value)} ({kind_of(value)})"
+            problem = (
+                f"`{name}` is {written}, which YAML reads as {shown(value)} ({kind_of(value)})"
+            )
     elif kind == "string_pattern_mismatch":
         expected = "letters, digits, '.', '_' and '-', a letter or digit first"
     elif kind == "string_too_short":
@@ -85,7 +89,7 @@ def translate(error: dict[str, Any], source: Source) -> Problem:
         and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value.strip(), re.I)
     ):
         hint = "Remove the quotes"
-    return Problem(where, found, expected, hint)
+    return Problem(where, problem, expected, hint)
 
 
 def steps_of(error: dict[str, Any], source: Source) -> Steps:
@@ -108,8 +112,8 @@ def is_misspelt(error: dict[str, Any], source: Source) -> bool:
     of its own already."""
     *holder, key = steps_of(error, source)
     fields = section_at(tuple(holder), source.kinds).model_fields
-    given = value_at(source.data, tuple(holder))
-    unknown = [str(k) for k in given if k not in fields] if isinstance(given, dict) else []
+    section = value_at(source.data, tuple(holder))
+    unknown = [str(k) for k in section if k not in fields] if isinstance(section, dict) else []
     return error["type"] == "missing" and any(
         get_close_matches(k, fields, n=1) == [key] for k in unknown
     )

@@ -143,10 +143,12 @@ def parse(text: str, where: str) -> tuple[yaml.Node | None, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        found = ", ".join(t for t in (error.problem, error.context) if t)
+        problem = ", ".join(t for t in (error.problem, error.context) if t)
         raise RecipeError(
             Problem(
-                where + line, f"cannot be read as YAML: {found}", hint=_yaml_hint(found, text, mark)
+                where + line,
+                f"cannot be read as YAML: {problem}",
+                hint=_yaml_hint(problem, text, mark),
             )
         ) from None
     except yaml.reader.ReaderError as error:
@@ -169,17 +171,23 @@ def parse(text: str, where: str) -> tuple[yaml.Node | None, Any]:
         raise RecipeError(Problem(where, f"cannot be read as YAML: {error}")) from None
 
 
-def _yaml_hint(found: str, text: str, mark: yaml.Mark | None) -> str:
+def _yaml_hint(problem: str, text: str, mark: yaml.Mark | None) -> str:
     lines = text.splitlines()
-    if r"'\t'" in found or (mark and mark.line < len(lines) and "\t" in lines[mark.line]):
+    if r"'\t'" in problem or (mark and mark.line < len(lines) and "\t" in lines[mark.line]):
         return "YAML allows no tabs in the indentation; use spaces"
-    if "'@'" in found or "'`'" in found or "'%'" in found or "alias" in found or "'*'" in found:
+    if (
+        "'@'" in problem
+        or "'`'" in problem
+        or "'%'" in problem
+        or "alias" in problem
+        or "'*'" in problem
+    ):
         return 'Quote a text that begins with a special character, as in "*.down_proj"'
-    if "constructor" in found:
+    if "constructor" in problem:
         return "A recipe takes plain values only, no tags"
-    if "mapping values are not allowed" in found:
+    if "mapping values are not allowed" in problem:
         return 'Look for a missing comma or indentation, or quote a text that contains ": "'
-    if "expected a single document" in found:
+    if "expected a single document" in problem:
         return "One file holds one recipe: remove the `---`"
     return ""
 
