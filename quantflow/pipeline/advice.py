@@ -61,7 +61,7 @@ class Advice:
     impossible: dict[int, list[str]]
 
     def as_dict(self) -> dict[str, Any]:
-        def told(fitted: Fitted | None) -> dict[str, Any] | None:
+        def entry(fitted: Fitted | None) -> dict[str, Any] | None:
             if fitted is None:
                 return None
             c = fitted.candidate
@@ -88,11 +88,11 @@ class Advice:
         }
         return {
             "question": question,
-            "proposal": told(self.proposal),
-            "better": told(self.better),
-            "least": told(self.least),
-            "by_tp": {tp: told(fitted) for tp, fitted in self.by_ranks.items()},
-            "least_by_tp": {tp: told(fitted) for tp, fitted in self.least_by_ranks.items()},
+            "proposal": entry(self.proposal),
+            "better": entry(self.better),
+            "least": entry(self.least),
+            "by_tp": {tp: entry(fitted) for tp, fitted in self.by_ranks.items()},
+            "least_by_tp": {tp: entry(fitted) for tp, fitted in self.least_by_ranks.items()},
             "impossible": self.impossible,
         }
 
@@ -183,19 +183,19 @@ def _quantised(model: Model, tp: int, impossible: dict[int, list[str]]) -> list[
         if scheme.bits == 8 and by_bits.get(8):
             continue
         if reasons := model.problems(scheme, tp):
-            said = impossible.setdefault(tp, [])
-            said += [
+            why_not = impossible.setdefault(tp, [])
+            why_not += [
                 text
                 for why in reasons
-                if (text := f"groups of {scheme.group_size}: {why}") not in said
+                if (text := f"groups of {scheme.group_size}: {why}") not in why_not
             ]
         else:
             by_bits.setdefault(scheme.bits, []).append(scheme)
     return [
         Candidate(scheme, int8, tp)
-        for found in by_bits.values()
+        for schemes in by_bits.values()
         for int8 in (False, True)
-        for scheme in found
+        for scheme in schemes
     ]
 
 
@@ -214,7 +214,7 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
 
 @dataclass(frozen=True)
 class Measured:
-    """What `quantflow sensitivity` found. kl_mean: width -> KL divergence in nats a token of the
+    """What `quantflow sensitivity` measured. kl_mean: width -> KL divergence in nats a token of the
     whole model in it, rounded to nearest.
     same_weights: whether the weights are known to be this model's; else the config alone is."""
 
@@ -231,13 +231,13 @@ class Measured:
         return self.kl_mean.get(scheme.bits) if same else None
 
 
-def measured(checkpoint: Checkpoint, given: Path | None) -> tuple[Measured | None, list[str]]:
+def measured(checkpoint: Checkpoint, file: Path | None) -> tuple[Measured | None, list[str]]:
     """The measurements in a file, or in one that lies in the model's directory, beside it, or here,
     where that is of this model; and what is wrong with files that were found and cannot be read.
     Raises UserError for a file that was given and is no such."""
     places = (
-        [given]
-        if given
+        [file]
+        if file
         else [
             folder / "sensitivity.json"
             for folder in (checkpoint.path, checkpoint.path.parent, Path())
@@ -245,24 +245,24 @@ def measured(checkpoint: Checkpoint, given: Path | None) -> tuple[Measured | Non
     )
     unusable = []
     for path in dict.fromkeys(places):
-        if not given and not path.exists():
+        if not file and not path.exists():
             continue
         try:
-            found = _read_measured(checkpoint, path)
+            result = _read_measured(checkpoint, path)
             reason = "measurements of another model"
         except _NoMeasure as error:
-            found, reason = None, str(error)
+            result, reason = None, str(error)
             unusable.append(f"{path}: {reason}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            found, reason = (
+            result, reason = (
                 None,
                 (isinstance(error, OSError) and error.strerror)
                 or "no measurements of quantflow sensitivity",
             )
             unusable.append(f"{path}: {reason}")
-        if found:
-            return found, unusable
-        if given:
+        if result:
+            return result, unusable
+        if file:
             raise UserError(
                 Problem(
                     "--sensitivity",
@@ -290,7 +290,7 @@ def _read_measured(checkpoint: Checkpoint, path: Path) -> Measured | None:
             )
     kl_mean = {int(bits): float(whole["measured"]) for bits, whole in record["uniform"].items()}
     weights = _known_weights(checkpoint, path)
-    found = Measured(
+    measurement = Measured(
         path,
         text,
         int(record["group_size"]),
@@ -299,7 +299,7 @@ def _read_measured(checkpoint: Checkpoint, path: Path) -> Measured | None:
         weights is not None,
     )
     same = model["config"] == digest(checkpoint.raw_config) and weights in (None, model["weights"])
-    return found if same else None
+    return measurement if same else None
 
 
 def _known_weights(checkpoint: Checkpoint, beside: Path) -> str | None:

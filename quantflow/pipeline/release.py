@@ -366,8 +366,8 @@ def numbers(quality: Mapping[str, Any]) -> dict[str, float]:
     if not final:
         return {}
     excess = math.log(final["perplexity"] / final["reference_perplexity"])
-    found = {name: final[name] for name in ("perplexity", "kl_mean", "kl_p99")}
-    return {**found, "perplexity_excess": excess, "disagreement": 1 - final["top1"]}
+    figures = {name: final[name] for name in ("perplexity", "kl_mean", "kl_p99")}
+    return {**figures, "perplexity_excess": excess, "disagreement": 1 - final["top1"]}
 
 
 def _write(
@@ -379,16 +379,17 @@ def _write(
         write_json(output / COMPARISON, comparison)
     heads, rows = table(index, comparison)
     lines = [f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows]]
-    told = [
+    changes = [
         f"- {name}: {text}"
         for name, entry in index["artifacts"].items()
         for text in entry["failed_gates"]
     ]
     if comparison:
-        told += [f"- {name}: {text}" for name, text in worse(comparison)]
-        told += [f"- {name}: no longer in the release" for name in comparison["gone"]]
+        changes += [f"- {name}: {text}" for name, text in worse(comparison)]
+        changes += [f"- {name}: no longer in the release" for name in comparison["gone"]]
     write_atomic(
-        output / SUMMARY, ("\n".join([*lines, *([""] if told else []), *told]) + "\n").encode()
+        output / SUMMARY,
+        ("\n".join([*lines, *([""] if changes else []), *changes]) + "\n").encode(),
     )
     return [INDEX_FILE, SUMMARY, *([COMPARISON] if comparison else [])]
 
@@ -404,7 +405,7 @@ def _write_pages(
         if not (previous / name / REPORT).is_file():
             continue
         try:
-            found = make_comparison([previous / name, output / name])
+            compared = make_comparison([previous / name, output / name])
         except UserError as error:
             progress.note(
                 f"no {name}{PAGE_SUFFIX}: {error.problems[0].where}: {error.problems[0].found}"
@@ -412,7 +413,7 @@ def _write_pages(
             continue
         write_page(
             output / f"{name}{PAGE_SUFFIX}",
-            comparison_page(replace(found, names=(f"{name} (previous)", name))),
+            comparison_page(replace(compared, names=(f"{name} (previous)", name))),
         )
         written.append(f"{name}{PAGE_SUFFIX}")
     return written

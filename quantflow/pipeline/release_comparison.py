@@ -156,14 +156,14 @@ def table(
     rows = []
     for name, entry in index["artifacts"].items():
         row = [name, entry["status"]]
-        found = comparison["artifacts"][name] if comparison else None
+        compared = comparison["artifacts"][name] if comparison else None
         for key, metric in METRICS.items():
             value = entry["numbers"].get(key)
             text = "–" if value is None else f"{value / metric.unit:{metric.form}}"
-            change = found["numbers"].get(key, {}).get("change") if found else None
+            change = compared["numbers"].get(key, {}).get("change") if compared else None
             row.append(f"{text} ({change:+.1%})" if change and abs(change) >= 5e-4 else text)
-        if found:
-            row.append(found["note"] or ("worse" if found["worse"] else "ok"))
+        if compared:
+            row.append(compared["note"] or ("worse" if compared["worse"] else "ok"))
         rows.append(row)
     return heads, rows
 

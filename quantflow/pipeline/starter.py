@@ -232,10 +232,10 @@ def _fitting(
         for name, spec in checkpoint.linears(index).items()
     }
     shared = math.gcd(*inputs.values())
-    found = next(
+    choice = next(
         ((way, scheme) for way, scheme in offered if shared % scheme.group_size == 0), None
     )
-    if found is None:
+    if choice is None:
         bits, sizes = offered[0][1].bits, sorted({scheme.group_size for _, scheme in offered})
         odd = min(inputs, key=lambda name: (math.gcd(inputs[name], sizes[0]), name))
         others = [
@@ -250,4 +250,4 @@ def _fitting(
         raise UserError(
             Problem("--for", f"{target.title} with {odd} of {inputs[odd]} inputs", expected, hint)
         )
-    return found
+    return choice

@@ -32,9 +32,9 @@ def model_documents(
     def text() -> Text | None:
         if not has_tokenizer(folder) or not chat_template(folder):
             return None
-        found = Text(folder).on(OFFLINE_DATE)
-        found.check_template()  # or each row would be blamed
-        return found
+        loaded = Text(folder).on(OFFLINE_DATE)
+        loaded.check_template()  # or each row would be blamed
+        return loaded
 
     def render(conversation: Conversation) -> Document:
         model = text()

@@ -30,7 +30,7 @@ def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) 
     else:
         path, count, length = "stages.evaluate", section.windows, section.length
     option = f"--set {path}.file=FILE"
-    texts = model_documents(
+    documents = model_documents(
         plan.checkpoint.tokenizer_path,
         section.data,
         section.file,
@@ -39,7 +39,7 @@ def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) 
     )
     windows = cut_windows(
         tokenizer,
-        texts,
+        documents,
         count=count,
         length=length,
         skip=section.skip,
