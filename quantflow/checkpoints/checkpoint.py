@@ -207,11 +207,11 @@ class Checkpoint:
                 if len(beyond) < 4
                 else f"{min(beyond)} to {max(beyond)}"
             )
-            said = (
+            remark = (
                 f"layer{'s' if len(beyond) > 1 else ''} {few} left out, as transformers does:"
                 f" num_hidden_layers is {self.config.layers}"
             )
-            self.remarks += (said,)
+            self.remarks += (remark,)
         if self.config.tied:
             self._account_for_head()
 
@@ -293,6 +293,7 @@ class Checkpoint:
         if problem := foreign(self.container.tensors, self.architecture, self.path):
             return [problem]
         problems, missing = [], []
+        # Tensors that are expected: there, of the right shape, in floating point.
         for native, shape in self.expected.items():
             if packed(native):
                 continue
@@ -302,7 +303,7 @@ class Checkpoint:
                 continue
             info = self.container.tensors[source.name]
             try:
-                found = source.shape_of(info.shape)
+                stored = source.shape_of(info.shape)
             except ValueError as error:
                 problems.append(
                     Problem(
@@ -312,12 +313,12 @@ class Checkpoint:
                     )
                 )
                 continue
-            if found != shape:
+            if stored != shape:
                 where = f"{self.path} tensor {source.name}"
                 problems.append(
                     Problem(
                         where,
-                        f"shape {list(found)}",
+                        f"shape {list(stored)}",
                         f"{list(shape)} by config.json",
                         "config.json and weights disagree",
                     )
@@ -330,6 +331,7 @@ class Checkpoint:
                         ", ".join(_FLOATS),
                     )
                 )
+        # One problem for all that are missing.
         if missing:
             names = ", ".join(missing[:4]) + (
                 f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -341,11 +343,13 @@ class Checkpoint:
                     " tie_word_embeddings should say so?"
                 )
             problems.append(Problem(str(self.path), f"missing tensors: {names}", hint=hint))
+        # Tensors that stand there twice.
         for twice, first, second in self._twice:
-            what = f"both {first} and {second}, for {twice}"
+            both = f"both {first} and {second}, for {twice}"
             problems.append(
-                Problem(str(self.path), what, "one of them", "Which is meant? Remove the other")
+                Problem(str(self.path), both, "one of them", "Which is meant? Remove the other")
             )
+        # Tensors that nobody would read.
         unknown = [n for n in self.sources if n not in self.expected and not packed(n)]
         if unknown:
             names = ", ".join(unknown[:4]) + (

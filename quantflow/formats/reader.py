@@ -79,9 +79,9 @@ class Weights:
 
     def __init__(self, path: Path, *, tp: int = 1) -> None:
         self.checkpoint = Checkpoint(checkpoint_folder(path), tp=tp)
-        found = recognise(self.checkpoint)
-        self.format: Format | None = FORMATS[found[0]] if found else None
-        self._config = found[1] if found else {}
+        recognised = recognise(self.checkpoint)
+        self.format: Format | None = FORMATS[recognised[0]] if recognised else None
+        self._config = recognised[1] if recognised else {}
         ranks = self.checkpoint.path / "tensor_parallel.json"
         number = read_json(ranks).get("tensor_parallel") if ranks.is_file() else 1
         if number != tp:
@@ -130,21 +130,21 @@ class Weights:
     def left_out(self) -> dict[str, str]:
         """Source tensor -> why nothing is read from it: the checkpoint's own, and what belongs to
         its format without being weights."""
-        found = dict(self.checkpoint.left_out)
+        reasons = dict(self.checkpoint.left_out)
         kind = self.kv_scales
         read = KV_SUFFIXES[:2] if kind == "int8" else ()
         for name in self.checkpoint.source_names:
-            if name in found or name in self.checkpoint.expected or self.format is None:
+            if name in reasons or name in self.checkpoint.expected or self.format is None:
                 continue
             if name.endswith(KV_SUFFIXES) and not name.endswith(read):
-                found[name] = (
+                reasons[name] = (
                     f"a scale of a KV cache ({kind})"
                     if kind
                     else "a scale of a KV cache that quantization_config is silent on"
                 )
             elif name.endswith(".bias") and name.removesuffix(".bias") in self.modules:
-                found[name] = "zeros, where the model has no bias"
-        return found
+                reasons[name] = "zeros, where the model has no bias"
+        return reasons
 
     @property
     def format_name(self) -> str:
@@ -203,11 +203,11 @@ class Weights:
         tensor = self.format.decode(module, tensors, self._config)
         expected = self.checkpoint.expected.get(f"{module}.weight")
         if tensor.shape != expected:
-            found = f"shape {list(tensor.shape)}"
+            problem = f"shape {list(tensor.shape)}"
             raise ModelError(
                 Problem(
                     f"{self.checkpoint.path} {module}",
-                    found,
+                    problem,
                     f"{list(expected or ())} by config.json",
                 )
             )
@@ -230,11 +230,11 @@ class Weights:
             return {
                 n: t.repeat_interleave(heads // len(t)) if t.dim() else t for n, t in own.items()
             }
-        found: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         for name, scale in self._stored_kv_scales().items():
-            found[name] = scale.float().reshape(())
-            found[f"{name.removesuffix('scale')}zero_point"] = found[name].new_zeros(())
-        return found
+            parameters[name] = scale.float().reshape(())
+            parameters[f"{name.removesuffix('scale')}zero_point"] = parameters[name].new_zeros(())
+        return parameters
 
     @cached_property
     def kv_scales(self) -> str | None:
@@ -258,7 +258,7 @@ class Weights:
         return (*self.checkpoint.notes, unused)
 
     def _stored_kv_scales(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        scales: dict[str, Tensor] = {}
         present = self.checkpoint.container.tensors
         for index in range(self.checkpoint.config.layers):
             for letter in "kv":
@@ -280,8 +280,8 @@ class Weights:
                             "one finite number above 0, says kv_cache_scheme",
                         )
                     )
-                found[name] = scale
-        return found
+                scales[name] = scale
+        return scales
 
     def tensor(self, name: str) -> Tensor:
         """A native tensor in float32 if it is quantised, else as stored."""

@@ -78,19 +78,19 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
                     hint,
                 )
             )
-    found = detect({"quantization_config": config})
-    assert found is not None  # a config that is not empty names a format, or is refused
-    return found, config
+    detected = detect({"quantization_config": config})
+    assert detected is not None  # a config that is not empty names a format, or is refused
+    return detected, config
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raises ModelError for a quantised checkpoint, and FormatError for one that is not even
     read."""
-    if found := recognise(checkpoint):
+    if recognised := recognise(checkpoint):
         raise ModelError(
             Problem(
                 str(checkpoint.path),
-                f"already quantised ({found[0]})",
+                f"already quantised ({recognised[0]})",
                 "a full-precision checkpoint",
             )
         )
@@ -150,7 +150,7 @@ def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
                 f"AWQ's {[k, n // 8]} or GPTQ's, and no config says which",
             )
         )
-    said = {
+    config = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
@@ -171,7 +171,7 @@ def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
                 hint=hint,
             )
         )
-    return versions[stored], {**said, "checkpoint_format": versions[stored]}
+    return versions[stored], {**config, "checkpoint_format": versions[stored]}
 
 
 def _module(checkpoint: Checkpoint) -> str | None:

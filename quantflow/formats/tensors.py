@@ -48,7 +48,7 @@ def integer_grid(module: str, tensor: QuantizedTensor) -> IntegerTensor:
     return tensor
 
 
-def exact_scales(name: str, scales: Tensor, dtype: torch.dtype, what: str = "scales") -> Tensor:
+def exact_scales(name: str, scales: Tensor, dtype: torch.dtype, part: str = "scales") -> Tensor:
     """`scales` in `dtype`. Raises FormatError, with an example, if any value changes."""
     import torch
 
@@ -60,9 +60,9 @@ def exact_scales(name: str, scales: Tensor, dtype: torch.dtype, what: str = "sca
         raise FormatError(
             Problem(
                 name,
-                f"{int(changed.sum())} of {scales.numel()} {what} are no exact"
+                f"{int(changed.sum())} of {scales.numel()} {part} are no exact"
                 f" {str(dtype).removeprefix('torch.')} (one is {example:.9g})",
-                f"{what} rounded to {str(dtype).removeprefix('torch.')} before the weights are"
+                f"{part} rounded to {str(dtype).removeprefix('torch.')} before the weights are"
                 " quantised",
                 "A weight is not quantised again unless asked for: export --requantize, or"
                 " requantize: true in pack",

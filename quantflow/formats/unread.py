@@ -64,13 +64,13 @@ def unread_method(where: str, config: Mapping[str, Any]) -> Problem | None:
     """What a `quantization_config` says that is known and not read, so that it can be said by name;
     None for anything else."""
     method = str(config.get("quant_method")).lower().replace("-", "_")
-    what, said = _METHODS.get(method, ""), f"quant_method {config.get('quant_method')!r}"
+    kind, value = _METHODS.get(method, ""), f"quant_method {config.get('quant_method')!r}"
     if method == "fp8" and config.get("weight_block_size"):
-        what += " with a scale a block"
+        kind += " with a scale a block"
     if method.startswith("modelopt") and (algorithm := config.get("quant_algo")):
-        said += f", quant_algo {algorithm!r}"
+        value += f", quant_algo {algorithm!r}"
     if method == "bitsandbytes" and config.get("load_in_8bit"):
-        what, said = "INT8 weights of bitsandbytes", "load_in_8bit"
+        kind, value = "INT8 weights of bitsandbytes", "load_in_8bit"
     if method == "compressed_tensors":
         groups = config.get("config_groups")
         layouts = (
@@ -86,28 +86,28 @@ def unread_method(where: str, config: Mapping[str, Any]) -> Problem | None:
             ),
             "",
         )
-        what, said = UNREAD_LAYOUTS.get(layout, ""), f"compressed-tensors, format {layout!r}"
-    if not what:
+        kind, value = UNREAD_LAYOUTS.get(layout, ""), f"compressed-tensors, format {layout!r}"
+    if not kind:
         return None
-    return Problem(where, f"{what} ({said})", "full precision, or a format that is read", HINT)
+    return Problem(where, f"{kind} ({value})", "full precision, or a format that is read", HINT)
 
 
 def unread_tensors(where: str, dtypes: Mapping[str, str]) -> Problem | None:
     """What a checkpoint holds whose config is silent, by its tensors' names and dtypes; None for
     anything else."""
-    for mark, what in _MARKS.items():
+    for mark, kind in _MARKS.items():
         if name := _first(name for name in dtypes if name.endswith(mark)):
             return Problem(
-                where, f"{what} (there is {name})", "full precision, or a format that is read", HINT
+                where, f"{kind} (there is {name})", "full precision, or a format that is read", HINT
             )
-    for start, what in _DTYPES.items():
+    for start, kind in _DTYPES.items():
         narrow = [name for name, dtype in dtypes.items() if dtype.partition("_")[0] == start]
         if narrow:
-            found = (
-                f"{what}: {len(narrow)} of {len(dtypes)} tensors, such as {narrow[0]} of dtype"
+            problem = (
+                f"{kind}: {len(narrow)} of {len(dtypes)} tensors, such as {narrow[0]} of dtype"
                 f" {dtypes[narrow[0]]}"
             )
-            return Problem(where, found, "F32, F16 or BF16", HINT)
+            return Problem(where, problem, "F32, F16 or BF16", HINT)
     return None
 
 

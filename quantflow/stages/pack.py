@@ -89,15 +89,15 @@ def _check_awq_format(recipe: Written, place: str) -> Iterator[Problem]:
             hint = "Pack compressed-tensors instead"
             if len(steps) > 2:
                 hint += ", or use ignore: true"
-            said = recipe.source.place(steps)
-            found = f"the format awq cannot hold {bits} bits (`{dotted(steps)}`, {said})"
-            yield Problem(place, found, "4 bits", hint)
+            origin = recipe.source.place(steps)
+            problem = f"the format awq cannot hold {bits} bits (`{dotted(steps)}`, {origin})"
+            yield Problem(place, problem, "4 bits", hint)
     for entry in recipe.entries:
         if entry.settings.get("act_order") == "dynamic":
-            said = recipe.source.place(entry.steps("act_order"))
+            origin = recipe.source.place(entry.steps("act_order"))
             yield Problem(
                 place,
-                f"the format awq cannot hold act_order: dynamic ({said})",
+                f"the format awq cannot hold act_order: dynamic ({origin})",
                 "act_order static or none",
                 "static has its accuracy without a group index",
             )

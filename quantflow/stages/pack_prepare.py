@@ -146,7 +146,7 @@ def _whole_problems(job: PackJob) -> list[Problem]:
         if form.shares_scheme(module)
     }
     if len(alike) > 1:
-        found = ", ".join(
+        schemes = ", ".join(
             sorted(
                 {str(scheme) for module, scheme in modules.items() if form.shares_scheme(module)}
             )
@@ -154,7 +154,7 @@ def _whole_problems(job: PackJob) -> list[Problem]:
         problems.append(
             Problem(
                 form.name,
-                f"several schemes ({found})",
+                f"several schemes ({schemes})",
                 "one width and group size",
                 "Use gptq or compressed-tensors",
             )

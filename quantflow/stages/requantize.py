@@ -54,10 +54,10 @@ class Requantizing:
         rules = GridRules(
             (getattr(torch, target.scale_dtype(checkpoint.config.dtype)),), target.min_zero
         )
-        found = requantize(weight, source, wanted, rules)
-        if error := relative_error(found, weight):
+        tensor = requantize(weight, source, wanted, rules)
+        if error := relative_error(tensor, weight):
             self.errors[module] = error
-        return found
+        return tensor
 
     def _holds(self, module: str, tensor: QuantizedTensor) -> bool:
         try:

@@ -50,8 +50,8 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any], file: Path) -> Loaded:
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
-        found = "missing" if kind is None else f"{kind!r}"[:80]
-        raise ModelError(Problem(f"{file} tokenizer.ggml.model", found, "llama or gpt2", _HINT))
+        problem = "missing" if kind is None else f"{kind!r}"[:80]
+        raise ModelError(Problem(f"{file} tokenizer.ggml.model", problem, "llama or gpt2", _HINT))
     tokens, types = _tokens(metadata, file)
     return (_sentencepiece if kind == "llama" else _byte_level)(metadata, file, tokens, types)
 
@@ -88,7 +88,7 @@ def _tokens(metadata: Mapping[str, Any], file: Path) -> tuple[list[str], list[in
         None,
     )
     if wrong is not None or len(set(tokens)) < used or not used:
-        found = (
+        problem = (
             "no token"
             if not used
             else "two tokens that are the same"
@@ -96,19 +96,19 @@ def _tokens(metadata: Mapping[str, Any], file: Path) -> tuple[list[str], list[in
             else f"the token {wrong!r}"[:80]
         )
         raise ModelError(
-            Problem(f"{file} tokenizer.ggml.tokens", found, "different tokens, in UTF-8", _HINT)
+            Problem(f"{file} tokenizer.ggml.tokens", problem, "different tokens, in UTF-8", _HINT)
         )
     return tokens, list(types[:used])
 
 
 def _number(metadata: Mapping[str, Any], key: str, default: int = -1) -> int:
-    found = metadata.get(f"tokenizer.ggml.{key}", default)
-    return found if type(found) is int else default
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    return value if type(value) is int else default
 
 
 def _flag(metadata: Mapping[str, Any], key: str, default: bool) -> bool:
-    found = metadata.get(f"tokenizer.ggml.{key}", default)
-    return found if isinstance(found, bool) else default
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    return value if isinstance(value, bool) else default
 
 
 def _roles(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
@@ -165,8 +165,10 @@ def _byte_level(
     splitter = SPLITTERS.get(name) if isinstance(name, str) else None
     if splitter is None:
         reason = REFUSED.get(name) if isinstance(name, str) else None
-        found = "missing" if name is None else f"{name!r}"[:80] + (f", {reason}" if reason else "")
-        raise ModelError(Problem(f"{file} tokenizer.ggml.pre", found, EXPECTED, _HINT))
+        problem = (
+            "missing" if name is None else f"{name!r}"[:80] + (f", {reason}" if reason else "")
+        )
+        raise ModelError(Problem(f"{file} tokenizer.ggml.pre", problem, EXPECTED, _HINT))
     vocab = {token: number for number, token in enumerate(tokens)}
     check_bytes(f"{file} tokenizer.ggml.tokens", vocab)
     merges = metadata.get("tokenizer.ggml.merges")

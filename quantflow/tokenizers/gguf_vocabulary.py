@@ -35,6 +35,7 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
     """The `tokenizer.…` keys. folder: with tokenizer files; config: of the model; size: of its
     embedding, up to which unused tokens are added. Raises FormatError for a tokenizer that
     llama.cpp does not have."""
+    # A tokenizer that llama.cpp has: plain BPE, over bytes or with a fallback to them.
     tokenizer = json.loads(load_tokenizer(folder).to_str())
     model = tokenizer["model"]
     vocabulary = model.get("vocab")
@@ -77,20 +78,22 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
                 "Other formats keep the tokenizer's files as they are",
             )
         )
+    # The vocabulary, padded to the rows of the embedding.
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
     types = [_type(number, by_id, added, model.get("unk_token"), plain) for number in range(size)]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
-    found: dict[str, Any] = {"tokenizer.ggml.model": "llama" if plain else "gpt2"}
+    metadata: dict[str, Any] = {"tokenizer.ggml.model": "llama" if plain else "gpt2"}
     if plain:
         _check_merges(dict(zip(tokens, types, strict=True)), merges)
-        found["tokenizer.ggml.pre"] = "default"
-        found["tokenizer.ggml.scores"] = _scores(tokens, merges)
-        found["tokenizer.ggml.add_space_prefix"] = _adds_space(tokenizer)
+        metadata["tokenizer.ggml.pre"] = "default"
+        metadata["tokenizer.ggml.scores"] = _scores(tokens, merges)
+        metadata["tokenizer.ggml.add_space_prefix"] = _adds_space(tokenizer)
     else:
-        found["tokenizer.ggml.pre"] = _splitter(tokenizer)
-        found["tokenizer.ggml.merges"] = merges
-    found["tokenizer.ggml.tokens"] = tokens
-    found["tokenizer.ggml.token_type"] = types
+        metadata["tokenizer.ggml.pre"] = _splitter(tokenizer)
+        metadata["tokenizer.ggml.merges"] = merges
+    metadata["tokenizer.ggml.tokens"] = tokens
+    metadata["tokenizer.ggml.token_type"] = types
+    # Which token has which role, and what every text begins and ends with.
     numbers = {text: number for number, text in by_id.items()}
     roles = special_tokens(folder)
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
@@ -104,20 +107,24 @@ def vocabulary_metadata(folder: Path, config: Mapping[str, Any], size: int) -> d
             else number
         )
         if isinstance(number, int) and 0 <= number < size:
-            found[f"tokenizer.ggml.{key}_token_id"] = number
+            metadata[f"tokenizer.ggml.{key}_token_id"] = number
     begin, end = (
-        by_id.get(found.get(f"tokenizer.ggml.{role}_token_id", -1)) for role in ("bos", "eos")
+        by_id.get(metadata.get(f"tokenizer.ggml.{role}_token_id", -1)) for role in ("bos", "eos")
     )
     begins, ends = _template_ends(tokenizer, begin, end)
-    found["tokenizer.ggml.add_bos_token"], found["tokenizer.ggml.add_eos_token"] = begins, ends
+    metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_eos_token"] = (
+        begins,
+        ends,
+    )
+    # The chat templates.
     if template := chat_template(folder):
-        found |= {
+        metadata |= {
             f"tokenizer.chat_template{'' if n == 'default' else f'.{n}'}": text
             for n, text in sorted(template.templates.items())
         }
         if others := sorted(set(template.templates) - {"default"}):
-            found["tokenizer.chat_templates"] = others
-    return found
+            metadata["tokenizer.chat_templates"] = others
+    return metadata
 
 
 def _type(
@@ -267,11 +274,11 @@ def _splitter(tokenizer: Mapping[str, Any]) -> str:
     whole = bool(tokenizer["model"].get("ignore_merges"))
     fitting = [name for name in names if SPLITTERS[name].whole_words == whole]
     if not fitting and not _merges_reach_all(tokenizer):
-        found = f"ignore_merges: {json.dumps(whole)} beside the pre-tokenizer of {names[0]}"
+        problem = f"ignore_merges: {json.dumps(whole)} beside the pre-tokenizer of {names[0]}"
         raise FormatError(
             Problem(
                 "tokenizer",
-                found,
+                problem,
                 f"{json.dumps(not whole)}, which is all that llama.cpp has for it",
             )
         )

@@ -55,6 +55,7 @@ def sentencepiece_tokenizer(
             names[i] = declared.placed[i].content
     vocab = vocabulary_of(path, names, declared)
 
+    # The added tokens: control tokens, the user's own, and what else is declared.
     added = {
         i: AddedToken(names[i], special=True, normalized=False)
         for i, kind in enumerate(kinds)
@@ -74,6 +75,7 @@ def sentencepiece_tokenizer(
     added |= declared.placed
     unknown = kinds.index(UNKNOWN)
 
+    # The model: BPE, whose merges follow from the scores, or Unigram.
     if model.kind == BPE:
         scores = {
             piece.text: piece.score
@@ -116,6 +118,7 @@ def sentencepiece_tokenizer(
             tokenizer.pre_tokenizer = pre_tokenizers.Split(
                 Regex("<(?=0x[0-9A-F]{2}>)"), behavior="merged_with_previous"
             )
+    # Text into pieces, and pieces into text.
     symbols = [token.content for token in added.values() if token.normalized]
     tokenizer.normalizer = guarded(
         file, "a character map that can be read", lambda: _space_normalizer(model, symbols)
@@ -125,6 +128,7 @@ def sentencepiece_tokenizer(
         steps.append(decoders.Strip(content=" ", left=1, right=0))
     tokenizer.decoder = decoders.Sequence(steps)
 
+    # Which token has which role, and what every text begins and ends with.
     roles = {"unk_token": names[unknown]}
     for role, i in (
         ("bos_token", model.bos_id),

@@ -84,8 +84,8 @@ def check_sentencepiece(model: SentencePieceModel) -> None:
         raise ValueError(f"model type {model.kind}: only BPE and unigram can be read")
     if model.space_suffix or not model.escape_spaces:
         raise ValueError("spaces as suffixes, or not escaped, cannot be read")
-    texts = {piece.text for piece in model.pieces}
-    if len(texts) < len(model.pieces) or "" in texts:
+    unique = {piece.text for piece in model.pieces}
+    if len(unique) < len(model.pieces) or "" in unique:
         raise ValueError("an empty piece, or one that is there twice")
     kinds = [piece.kind for piece in model.pieces]
     if kinds.count(UNKNOWN) != 1:
