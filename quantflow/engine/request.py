@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -16,6 +16,26 @@ MOST_LOGPROBS = 50
 LEAST_TEMPERATURE = 1e-5  # less than that overflows
 MOST_BIASES = 1024
 MOST_STOPS, MOST_STOP_CHARACTERS = 32, 512
+
+# The least and the most that each may be; None: nothing above.
+_RANGES: tuple[tuple[str, type, float, float | None], ...] = (
+    ("max_tokens", int, 0, None),
+    ("min_tokens", int, 0, None),
+    ("temperature", float, 0, 100),
+    ("top_p", float, 0, 1),
+    ("min_p", float, 0, 1),
+    ("repetition_penalty", float, 0, 100),
+    ("presence_penalty", float, -2, 2),
+    ("frequency_penalty", float, -2, 2),
+    ("top_k", int, 0, None),
+    ("n", int, 1, MOST_SEQUENCES),
+    ("logprobs", int, 0, MOST_LOGPROBS),
+    ("prompt_logprobs", int, 0, MOST_LOGPROBS),
+    ("prompt_logprobs_from", int, 0, None),
+    ("seed", int, -(2**63), 2**64 - 1),
+)
+# What some of them must be more than: what lies between that and 0 computes nothing sensible.
+_LEAST = (("top_p", 0.0), ("repetition_penalty", 0.01), ("temperature", LEAST_TEMPERATURE))
 
 
 @dataclass(frozen=True)
@@ -72,116 +92,9 @@ class SamplingParams:
                 else value
             )
             object.__setattr__(self, name, value)
-        wrong = [
-            *_outside(self, "max_tokens", int, 0, None),
-            *_outside(self, "min_tokens", int, 0, None),
-        ]
-        for name, low, high in (
-            ("temperature", 0, 100),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("repetition_penalty", 0, 100),
-            ("presence_penalty", -2, 2),
-            ("frequency_penalty", -2, 2),
-        ):
-            wrong += _outside(self, name, float, low, high)
-        for name, low, most in (
-            ("top_k", 0, None),
-            ("n", 1, MOST_SEQUENCES),
-            ("logprobs", 0, MOST_LOGPROBS),
-            ("prompt_logprobs", 0, MOST_LOGPROBS),
-            ("prompt_logprobs_from", 0, None),
-            ("seed", -(2**63), 2**64 - 1),
-        ):
-            wrong += _outside(self, name, int, low, most)
-        for name, least in (
-            ("top_p", 0.0),
-            ("repetition_penalty", 0.01),
-            ("temperature", LEAST_TEMPERATURE),
-        ):
-            value = getattr(self, name)
-            if (
-                _is(value, float, 0, least)
-                and value < max(least, 1e-30)
-                and (value or name != "temperature")
-            ):
-                wrong.append(
-                    Problem(
-                        name,
-                        str(value),
-                        f"{'0, or ' if name == 'temperature' else ''}more than {least:g}",
-                    )
-                )
-        if not isinstance(self.logit_bias, Mapping) or len(self.logit_bias) > MOST_BIASES:
-            wrong.append(
-                Problem(
-                    "logit_bias",
-                    _shown(self.logit_bias),
-                    f"at most {MOST_BIASES} tokens and their biases",
-                )
-            )
-        elif not all(
-            _is(k, int, 0, None) and _is(v, float, -100, 100) for k, v in self.logit_bias.items()
-        ):
-            wrong.append(
-                Problem(
-                    "logit_bias",
-                    _shown(dict(self.logit_bias)),
-                    "token ids, each with a number from -100 to 100",
-                )
-            )
-        if (
-            not isinstance(self.stop, tuple)
-            or len(self.stop) > MOST_STOPS
-            or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_CHARACTERS for s in self.stop)
-        ):
-            wrong.append(
-                Problem(
-                    "stop",
-                    _shown(self.stop),
-                    f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_CHARACTERS} characters",
-                )
-            )
-        if (
-            not isinstance(self.stop_token_ids, tuple)
-            or len(self.stop_token_ids) > MOST_BIASES
-            or not all(_is(t, int, 0, None) for t in self.stop_token_ids)
-        ):
-            wrong.append(
-                Problem(
-                    "stop_token_ids",
-                    _shown(self.stop_token_ids),
-                    f"at most {MOST_BIASES} token ids",
-                )
-            )
-        if not wrong and self.max_tokens == 0 and (self.prompt_logprobs is None or self.n > 1):
-            wrong.append(
-                Problem(
-                    "max_tokens", "0", "an integer of at least 1, or prompt_logprobs, and one text"
-                )
-            )
-        if not wrong and self.prompt_logprobs_from and self.prompt_logprobs is None:
-            wrong.append(
-                Problem(
-                    "prompt_logprobs_from", str(self.prompt_logprobs_from), "with prompt_logprobs"
-                )
-            )
-        if not wrong and self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            wrong.append(
-                Problem(
-                    "min_tokens", str(self.min_tokens), f"at most max_tokens, {self.max_tokens}"
-                )
-            )
-        if not wrong and self.grammar and (self.min_tokens or self.ignore_eos):
-            wrong.append(
-                Problem(
-                    "grammar",
-                    "with min_tokens or ignore_eos",
-                    "neither: where the text is complete, it ends",
-                )
-            )
-        if wrong:
-            raise RequestError(wrong)
+        problems = [*_wrong_numbers(self), *_wrong_lists(self)]
+        if problems := problems or list(_wrong_together(self)):
+            raise RequestError(problems)
 
     @property
     def greedy(self) -> bool:
@@ -231,6 +144,66 @@ def _outside(
         f"{number} of at least {low:g}" if high is None else f"{number} from {low:g} to {high:g}"
     )
     return [Problem(name, _shown(value), expected + (" or nothing" if optional else ""))]
+
+
+def _wrong_numbers(params: SamplingParams) -> Iterator[Problem]:
+    for name, kind, low, high in _RANGES:
+        yield from _outside(params, name, kind, low, high)
+    for name, least in _LEAST:
+        value = getattr(params, name)
+        if (
+            _is(value, float, 0, least)
+            and value < max(least, 1e-30)
+            and (value or name != "temperature")
+        ):
+            greedy = "0, or " if name == "temperature" else ""
+            yield Problem(name, str(value), f"{greedy}more than {least:g}")
+
+
+def _wrong_lists(params: SamplingParams) -> Iterator[Problem]:
+    biases, stop, tokens = params.logit_bias, params.stop, params.stop_token_ids
+    if not isinstance(biases, Mapping) or len(biases) > MOST_BIASES:
+        yield Problem(
+            "logit_bias", _shown(biases), f"at most {MOST_BIASES} tokens and their biases"
+        )
+    elif not all(_is(k, int, 0, None) and _is(v, float, -100, 100) for k, v in biases.items()):
+        yield Problem(
+            "logit_bias", _shown(dict(biases)), "token ids, each with a number from -100 to 100"
+        )
+    if (
+        not isinstance(stop, tuple)
+        or len(stop) > MOST_STOPS
+        or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_CHARACTERS for s in stop)
+    ):
+        expected = f"at most {MOST_STOPS} strings of 1 to {MOST_STOP_CHARACTERS} characters"
+        yield Problem("stop", _shown(stop), expected)
+    if (
+        not isinstance(tokens, tuple)
+        or len(tokens) > MOST_BIASES
+        or not all(_is(t, int, 0, None) for t in tokens)
+    ):
+        yield Problem("stop_token_ids", _shown(tokens), f"at most {MOST_BIASES} token ids")
+
+
+def _wrong_together(params: SamplingParams) -> Iterator[Problem]:
+    """What does not go together, of values that are fine alone."""
+    if params.max_tokens == 0 and (params.prompt_logprobs is None or params.n > 1):
+        expected = "an integer of at least 1, or prompt_logprobs, and one text"
+        yield Problem("max_tokens", "0", expected)
+    if params.prompt_logprobs_from and params.prompt_logprobs is None:
+        yield Problem(
+            "prompt_logprobs_from", str(params.prompt_logprobs_from), "with prompt_logprobs"
+        )
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        yield Problem(
+            "min_tokens", str(params.min_tokens), f"at most max_tokens, {params.max_tokens}"
+        )
+    if params.grammar and (params.min_tokens or params.ignore_eos):
+        yield Problem(
+            "grammar",
+            "with min_tokens or ignore_eos",
+            "neither: where the text is complete, it ends",
+        )
 
 
 class Finish(StrEnum):

@@ -180,6 +180,7 @@ class Bitsandbytes(Format):
 
         from quantflow.quant.numbers.nf4 import NF4, NestedScales, Nf4Tensor
 
+        # What the tensor's own state says, against the configuration.
         where = f"{module}{_STATE}"
         state = _read_state(where, take(tensors, where, torch.uint8, dims=1))
         n, k = state["shape"]
@@ -212,6 +213,7 @@ class Bitsandbytes(Format):
                     f"one of {', '.join(STORAGE)}",
                 )
             )
+        # Codes, table and scales, of the shapes that follow.
         packed = take(tensors, f"{module}.weight", getattr(torch, storage))
         expect_shape(f"{module}.weight", packed, (n * k // 2 // packed.element_size(), 1))
         table = take(tensors, f"{module}.weight.quant_map", torch.float32, dims=1)
@@ -231,6 +233,7 @@ class Bitsandbytes(Format):
             )
             expect_shape(outer, nested.absmax, (-(-groups // _NESTED_BLOCK),))
             expect_shape(inner, nested.table, (256,))
+        # Two codes a byte, the first in the upper half.
         flat = packed.view(torch.uint8).view(-1)
         codes = torch.stack((flat >> 4, flat & 15), -1).view(n, k)
         scales = (nested.scales() if nested else absmax).view(n, -1)

@@ -99,6 +99,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     """AWQ and GPTQ, by the shapes of the first packed weight; every module is taken to be like it,
     which `decode` checks."""
+    # A packed weight to look at, of a kind that is read.
     module = _module(checkpoint)
     tensors = checkpoint.container.tensors
     if problem := unread_tensors(
@@ -129,6 +130,7 @@ def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
                 "tensors of neither AWQ nor GPTQ, and no quantization_config",
             )
         )
+    # AWQ packs along the rows, GPTQ along the columns.
     rows, columns = shape
     groups = scales.shape[0]
     group_size = k // groups if groups > 1 else -1
@@ -157,6 +159,7 @@ def _by_tensors(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
         "sym": True,
         "lm_head": "lm_head.qweight" in tensors,
     }
+    # Which of GPTQ's two versions, by the zero points of a symmetric grid.
     stored = _stored_zeros(checkpoint, module, bits)
     versions = {2 ** (bits - 1) - 1: "gptq", 2 ** (bits - 1): "gptq_v2"}
     if stored not in versions:

@@ -154,6 +154,7 @@ def starter(
     """The recipe. model: as it is to be named there. data: the calibration text, None for the
     bundled one. file: where the recipe goes; by default NAME.yaml. Raises UserError for what the
     engine does not load."""
+    # What the engine loads in that many bits, and which of it fits the model.
     target = TARGETS[engine_name]
     offered = list(target.schemes(bits))
     if not offered:
@@ -171,6 +172,7 @@ def starter(
     way, scheme = _fitting(checkpoint, offered, target)
     name = re.sub(r"[^A-Za-z0-9._-]", "", name_of(Path(model), f"_w{bits}_{engine_name}"))
     place = shlex.quote(file or f"{name}.yaml")
+    # The sections of the recipe.
     most = checkpoint.config.max_positions
     weights = {
         "bits": bits,
@@ -186,6 +188,7 @@ def starter(
     )
     if data:
         advice = "Of a file of text, or a data set such as c4. More samples, better statistics."
+    # The recipe, with the words that explain it.
     lines = [
         (
             f"# {checkpoint.path.name} ({checkpoint.architecture.name}, {checkpoint.config.layers}"

@@ -30,6 +30,7 @@ def translate(error: dict[str, Any], source: Source) -> Problem:
     path = steps_of(error, source)
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     where, name = source.place(path), dotted(path)
+    # Keys and stages that are missing or unknown.
     if kind == "missing":
         holder = section_at(path[:-1], source.kinds)
         return Problem(
@@ -54,6 +55,7 @@ def translate(error: dict[str, Any], source: Source) -> Problem:
             "a stage's name, or one name with its settings",
             _entry_hint(value, source.kinds),
         )
+    # What stands there, and in which words.
     problem = f"`{name}` is {shown(value)}"
     hint = ""
     if kind == "string_type" and isinstance(value, (bool, int, float)):
@@ -67,6 +69,7 @@ def translate(error: dict[str, Any], source: Source) -> Problem:
         problem += "" if value is None else f" ({kind_of(value)})"
         if kind == "tuple_type" and isinstance(value, str):
             hint = f"Write [{value[:100]}]"
+    # What would be right.
     expected = _TYPES.get(kind) or error["msg"].removeprefix("Input should be ").removeprefix(
         "Value error, "
     )

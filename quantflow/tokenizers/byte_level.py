@@ -173,6 +173,7 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def from_vocab(path: Path) -> Loaded:
+    # The vocabulary and its merges.
     file = path / "vocab.json"
     vocab = read_json(file)
     bad = next(
@@ -198,6 +199,7 @@ def from_vocab(path: Path) -> Loaded:
         )
     merges = _read_merges(path / "merges.txt", vocab)
 
+    # Which token has which role, where neither file says it.
     declared = read_declared(path)
     model_type = optional_json(path / "config.json").get("model_type")
     qwen = str(model_type).startswith(("qwen2", "qwen3")) or str(
@@ -211,6 +213,7 @@ def from_vocab(path: Path) -> Loaded:
     }
     roles = {**roles, **declared.roles}
     by_id = {i: token for token, i in vocab.items()}
+    # The added tokens.
     clash = next(
         (i for i, token in declared.placed.items() if by_id.get(i, token.content) != token.content),
         None,
@@ -220,6 +223,7 @@ def from_vocab(path: Path) -> Loaded:
         raise ModelError(Problem(where, f"has id {clash}, which is {by_id[clash]!r} in vocab.json"))
     for i, token in declared.placed.items():
         vocab[token.content] = i
+    # The model, and how it splits.
     tokenizer = guarded(
         path / "merges.txt",
         "merges of tokens in vocab.json",
@@ -232,6 +236,7 @@ def from_vocab(path: Path) -> Loaded:
             add_prefix_space=bool(declared.config.get("add_prefix_space", False))
         )
         tokenizer.decoder = decoders.ByteLevel()
+    # What is never split, and what every text begins and ends with.
     names = [name for name in (*roles.values(), *declared.specials) if name in vocab]
     named = {vocab[name]: AddedToken(name, special=True, normalized=False) for name in names}
     add_tokens(tokenizer, {**named, **declared.placed}, declared, roles)

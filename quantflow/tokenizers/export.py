@@ -41,6 +41,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
     configurations lose what names remote code or files. The same source gives the same bytes.
     Raises ModelError; an OSError of the target is the caller's.
     """
+    # What the source has.
     loaded = load(source)
     model_config = optional_json(source / "config.json")
     tokenizer_config = optional_json(source / "tokenizer_config.json")
@@ -49,6 +50,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
     added_tokens = optional_json(source / "added_tokens.json")
     templates = template_files(source)
 
+    # The configuration: roles, and nothing that names remote code or files.
     for role, token in all_roles(loaded, model_config).items():
         # A role that is null is null on purpose: Qwen2 has no BOS, whatever its config.json says.
         if role not in tokenizer_config or tokenizer_config[role] is not None:
@@ -63,6 +65,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
     for key in _DROPPED_KEYS:
         tokenizer_config.pop(key, None)
 
+    # The chat templates, or the family's own dialogue format.
     if set(templates) - {"default"}:  # a list, since older loaders do not know the folder
         named = (
             {**named_templates(source / "tokenizer_config.json"), **templates}
@@ -77,6 +80,7 @@ def export_tokenizer(source: Path, target: Path) -> list[str]:
         tokenizer_config["chat_template"] = chat.template
         generation_config = _ending_turns(generation_config, chat.end, loaded, special_tokens_map)
 
+    # The files.
     target.mkdir(parents=True, exist_ok=True)
     written = []
     if loaded.made:
