@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantflow.errors import Problem
-from quantflow.recipe.schema import Override
+from quantflow.recipe.schema import Override, Weights
 from quantflow.recipe.stage import Stages
 from quantflow.recipe.words import dotted, line, listing
 from quantflow.recipe.written import Entry, Written
@@ -77,7 +77,9 @@ def _check_numbers(recipe: Written) -> Iterator[Problem]:
     kind = recipe.weights.get("numbers")
     if not isinstance(kind, str):
         return
-    from quantflow.quant.numbers import NUMBERS  # here, since it brings torch along
+    # here, since they bring torch along
+    from quantflow.quant.numbers import NUMBERS
+    from quantflow.quant.numbers.base import BITS
 
     place = recipe.source.place(("weights", "numbers"))
     if kind not in NUMBERS:
@@ -88,6 +90,12 @@ def _check_numbers(recipe: Written) -> Iterator[Problem]:
         if name not in numbers.stages:
             expected = f"a stage {' or '.join(numbers.stages)}"
             yield Problem(place, f"`weights.numbers: {kind}` with {name}", expected)
+    unsaid = [] if "bits" in recipe.weights else [(("weights", "bits"), Weights().bits)]
+    for steps, bits in [*unsaid, *recipe.of_weights(("bits",))]:
+        if bits in BITS and bits not in numbers.widths:
+            where = recipe.source.place(steps)
+            expected = " or ".join(map(str, numbers.widths))
+            yield Problem(where, f"`{dotted(steps)}` is {bits} with {kind}", expected)
     for steps, symmetric in recipe.of_weights(("symmetric",)):
         if symmetric is False and not numbers.zero_points:
             where, found = recipe.source.place(steps), f"`{dotted(steps)}: false` with {kind}"

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from quantflow.errors import Problem, RecipeError
+from quantflow.quant.numbers import NUMBERS
+from quantflow.quant.numbers.minimum import MinimumTensor
 from quantflow.recipe import AUTO, Recipe, dump, read_recipe
 from quantflow.stages.awq import Awq
 from quantflow.stages.calibrate import Calibrate
@@ -1100,3 +1102,29 @@ def test_numbers_and_the_stage_that_rounds_to_them(
     ]
     for problem, part in zip(problems_of(path), expected, strict=True):
         assert part in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ("bits: 8, numbers: bytes", []),
+        ("numbers: bytes", ["`weights.bits` is 4 with bytes; expected 8"]),
+        (
+            "bits: 8, numbers: bytes, overrides: [{match: '*.up_proj', bits: 3}]",
+            ["`weights.overrides[0].bits` is 3 with bytes; expected 8"],
+        ),
+    ],
+)
+def test_numbers_of_one_width(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, expected: list[str]
+) -> None:
+    class Bytes(MinimumTensor):
+        kind, widths = "bytes", (8,)
+
+    monkeypatch.setitem(NUMBERS, "bytes", Bytes)
+    text = f"name: x\nmodel: m\noutput: o\nweights: {{{weights}}}\n"
+    path = write(tmp_path, text + "stages: [rtn, pack: {format: huggingface}]\n")
+    if not expected:
+        assert load_recipe(path).weights.numbers == "bytes"
+        return
+    assert [str(problem).partition(":4: ")[2] for problem in problems_of(path)] == expected
