@@ -36,3 +36,17 @@ def recipe(name: str | Path) -> Path | None:
         and path.stem in recipes()
     )
     return folder() / "recipes" / f"{path.stem}.yaml" if known else None
+
+
+def find(name: str | Path) -> Path:
+    """The file itself, `NAME.yaml` for `NAME`, or the bundled recipe of that name. What is none of
+    them stays as it is, for whoever reads it to say so."""
+    path = Path(name)
+    try:
+        if path.exists():
+            return path
+        if not path.suffix and (local := path.with_suffix(".yaml")).is_file():
+            return local
+    except (OSError, ValueError):  # too long a name, a NUL
+        return path
+    return recipe(path) or path

@@ -28,8 +28,15 @@ TURNING = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, what was found, what was expected, what to do. code: a name
-    for programs, where one may ask."""
+    """One thing that is wrong.
+
+    Attributes:
+        where: A file and line, an option, a tensor: what the rest is about.
+        found: What was found there.
+        expected: What was expected.
+        hint: What to do.
+        code: A name for programs, where one may ask.
+    """
 
     where: str
     found: str
@@ -47,8 +54,12 @@ class Problem:
 
 
 class QuantFlowError(Exception):
-    """Base of all errors that QuantFlow raises on purpose. `problems` holds every problem found,
-    not the first alone."""
+    """Base of all errors that QuantFlow raises on purpose.
+
+    Attributes:
+        problems: Every `Problem` that was found, not the first alone.
+        exit_code: What the command line ends with: who can mend it.
+    """
 
     exit_code = 1
 
@@ -66,43 +77,49 @@ class QuantFlowError(Exception):
 
 
 class UserError(QuantFlowError):
+    """The recipe, the model, the data or the output directory is wrong."""
+
     exit_code = 2
 
 
 class RecipeError(UserError):
-    pass
+    """The recipe: its YAML, a key, a value, a combination."""
 
 
 class ModelError(UserError):
-    pass
+    """The checkpoint: config, tensors, tokenizer."""
 
 
 class DataError(UserError):
-    pass
+    """The text to calibrate or to evaluate on."""
 
 
 class FormatError(UserError):
-    pass
+    """A format cannot hold what it is given."""
 
 
 class OutputError(UserError):
-    pass
+    """The place where the result should go."""
 
 
 class RequestError(UserError):
-    pass
+    """What was asked of the engine."""
 
 
 class GateError(QuantFlowError):
+    """The artifact is kept, but missed its quality gates."""
+
     exit_code = 3
 
 
 class ResourceError(QuantFlowError):
+    """The machine: disk full, out of memory, an engine that ended."""
+
     exit_code = 4
 
 
 class ServerError(ResourceError):
-    pass
+    """A server elsewhere: not there, or it failed."""
 
 
 def panicked(error: BaseException) -> bool:

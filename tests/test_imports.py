@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # From the top. A package imports from lower lines, and from its own line as long as that makes no
 # circle.
 LAYERS = (
-    ("cli",), ("serve",), ("pipeline",), ("evaluate", "report"), ("engine",), ("stages",),
+    ("cli",), ("api", "serve"), ("pipeline",), ("evaluate", "report"), ("engine",), ("stages",),
     ("formats",), ("artifacts", "decoder"), ("calibration",), ("tokenizers",),
     ("checkpoints",), ("models",), ("quant",), ("recipe",), ("machine",), ("placeholder",),
     ("bundled", "distribution", "errors", "paths", "units"),

@@ -138,7 +138,7 @@ class Plain:
         self._tell(detail)
 
     def note(self, text: str) -> None:
-        errors.print(text)
+        errors.print(text.translate(HARMLESS))
 
     def _tell(self, detail: str) -> None:
         now, whole, parts = time.monotonic(), round(self._done, 6), min(self._total, 10)
@@ -191,7 +191,7 @@ class Bars:
         self._update(self._steps, detail)
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text)
+        self._progress.console.print(text.translate(HARMLESS))
 
     def _update(self, done: float, detail: str) -> None:
         if self._task is not None:

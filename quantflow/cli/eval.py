@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
-from quantflow.cli.console import RUNNING, console, progress, reporting, show_notes
+from quantflow.cli.console import RUNNING, console, progress, reporting
 from quantflow.cli.eval_tasks import evaluate_tasks, settings_of
 from quantflow.cli.options import (
     KV,
@@ -138,19 +137,27 @@ def evaluate(
                 as_json=as_json,
             )
         elif reference is not None and data is not None:
-            _evaluate_text(
-                directory,
-                reference,
-                data,
-                field,
-                windows,
-                length,
-                skip,
-                engine,
-                kv,
-                device,
-                as_json,
-            )
+            from quantflow import api
+            from quantflow.cli.run import quality_table
+
+            with progress() as watcher:
+                divergence = api.measure(
+                    directory,
+                    reference,
+                    data,
+                    field=field,
+                    windows=windows,
+                    length=length,
+                    skip=skip,
+                    engine=engine,
+                    kv=kv.value,
+                    device=device.value,
+                    progress=watcher,
+                )
+            if as_json:
+                print(json.dumps(divergence.as_dict()))
+            else:
+                console.print(quality_table({directory: divergence.as_dict()}))
 
 
 def _check_form(options: set[str], tasks: bool, reference: str | None, data: str | None) -> None:
@@ -183,68 +190,3 @@ def _check_form(options: set[str], tasks: bool, reference: str | None, data: str
                 wrong.append(Problem(name, "not given", meaning))
     if wrong:
         raise UserError(wrong)
-
-
-def _evaluate_text(
-    directory: str,
-    reference: str,
-    data: str,
-    field: str | None,
-    windows: int,
-    length: int,
-    skip: int,
-    engine: bool,
-    kv: KV,
-    device: Device,
-    as_json: bool,
-) -> None:
-    from quantflow.calibration.data import cut_windows
-    from quantflow.checkpoints.checkpoint import resolve_model
-    from quantflow.cli.run import quality_table
-    from quantflow.engine.config import EngineConfig, KVPrecision
-    from quantflow.engine.engine import Engine
-    from quantflow.errors import ModelError
-    from quantflow.evaluate.divergence import Model, Variant, compare
-    from quantflow.evaluate.running import Running
-    from quantflow.formats.reader import Weights
-    from quantflow.machine import resolve_device
-    from quantflow.pipeline.room import room
-    from quantflow.pipeline.texts import model_documents
-    from quantflow.pipeline.windows import left_out_notes
-    from quantflow.tokenizers.load import load_tokenizer
-
-    original, quantised = (Weights(resolve_model(reference)), Weights(resolve_model(directory)))
-    show_notes(note for weights in (original, quantised) for note in weights.checkpoint.remarks)
-    a, b = original.checkpoint.config, quantised.checkpoint.config
-    if a.vocabulary != b.vocabulary:
-        raise ModelError(
-            Problem(
-                directory, f"a vocabulary of {b.vocabulary}", f"{a.vocabulary}, that of {reference}"
-            )
-        )
-    if length > a.context and not a.stretches:
-        raise ModelError(
-            Problem("--length", str(length), f"at most the model's {a.context} positions")
-        )
-    folder = original.checkpoint.tokenizer_path
-    documents = model_documents(folder, data, field=field)
-    text = cut_windows(
-        load_tokenizer(folder), documents, count=windows, length=length, skip=skip, source=data
-    )
-    show_notes(left_out_notes(text=text))
-    with progress() as watcher:
-        watcher.phase("evaluate", a.layers + b.layers, "layers")
-        where = resolve_device(device.value)
-        variant: Model = Variant(quantised)
-        if engine:
-            options = EngineConfig(device=where, kv=KVPrecision(kv.value), max_batch_size=1)
-            variant = Running(lambda: Engine(quantised.checkpoint.path, options))
-        with TemporaryDirectory(prefix="quantflow-") as files:
-            place = room(where, Path(files))
-            result = compare(
-                Variant(original), {"weights": variant}, text.tokens, place, watcher.advance
-            )
-    if as_json:
-        print(json.dumps(result["weights"].as_dict()))
-    else:
-        console.print(quality_table({directory: result["weights"].as_dict()}))

@@ -58,36 +58,32 @@ def export(
 ) -> None:
     """Write a checkpoint in another format: exactly, or not at all."""
     with reporting(debug, EXPORTING):
-        from quantflow.errors import Problem, UserError
-        from quantflow.pipeline import export as exporting
-        from quantflow.recipe.values import parse_bytes
+        from quantflow import api
 
-        try:
-            most = parse_bytes(
-                int(max_shard_size) if max_shard_size.isdecimal() else max_shard_size
+        with progress() as watcher:
+            done = api.export(
+                source,
+                format,
+                output,
+                tp=tp,
+                max_shard_size=max_shard_size,
+                requantize=requantize,
+                dtype=dtype,
+                kv_scales=kv_scales,
+                progress=watcher,
             )
-        except ValueError as error:
-            raise UserError(
-                Problem("--max-shard-size", repr(max_shard_size), str(error))
-            ) from error
-        options = exporting.Options(
-            tp=tp, max_shard_bytes=most, requantize=requantize, dtype=dtype, kv_scales=kv_scales
-        )
-        with progress() as shown:
-            done = exporting.export(source, format, output, options, shown)
         if as_json:
-            record = {
+            value = {
                 "output": str(done.output),
                 "from": done.source_format,
                 "to": done.format,
                 "modules": done.modules,
-            }
-            counts = {
+                "relative_errors": dict(done.errors),
                 "left_out": dict(done.left_out),
                 "notes": list(done.notes),
                 "warnings": list(done.warnings),
             }
-            print(json.dumps({**record, "relative_errors": dict(done.errors), **counts}))
+            print(json.dumps(value))
             return
         content = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
         console.print(f"{done.output} written: {content}, {done.source_format} to {done.format}.")

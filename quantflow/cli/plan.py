@@ -100,16 +100,18 @@ def plan(
             )
         if problems or recipe is None:
             raise UserError(problems)
-        from quantflow.pipeline.plan import make_plan
+        from quantflow import api
         from quantflow.pipeline.status import stored_layers
-        from quantflow.stages.registry import load_recipe
 
-        result = make_plan(
-            load_recipe(find(recipe), set_ or (), model=model, output=output),
+        resolved = api.plan(
+            find(recipe),
+            model=model,
+            output=output,
+            overrides=set_ or (),
             device=device.value,
             config_only=config_only,
         )
-        summary = summarise(result, stored_layers(result) if not config_only else None)
+        summary = summarise(resolved, stored_layers(resolved) if not config_only else None)
         if as_json:
             print(json.dumps(summary, indent=2))
         else:

@@ -9,18 +9,10 @@ from quantflow.cli.console import errors
 
 
 def find(recipe: Path) -> Path:
-    """The file itself, `NAME.yaml` for `NAME`, or the bundled recipe of that name, which is said.
-    What is none of them stays as it is, for `load_recipe` to say so."""
-    try:
-        if recipe.exists():
-            return recipe
-        if not recipe.suffix and (local := recipe.with_suffix(".yaml")).is_file():
-            return local
-    except (OSError, ValueError):  # too long a name, a NUL
-        return recipe
-    path = bundled.recipe(recipe)
-    if path:
+    """The file that the name means, as `bundled.find` has it; a bundled one is said."""
+    place = bundled.find(recipe)
+    if place != recipe and place.parent == bundled.folder() / "recipes":
         errors.print(
-            f"{recipe}: no such file here, so the bundled recipe {path.stem} is taken: {path}"
+            f"{recipe}: no such file here, so the bundled recipe {place.stem} is taken: {place}"
         )
-    return path or recipe
+    return place

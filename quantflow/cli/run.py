@@ -32,52 +32,41 @@ def run(
     quality gate failed, 4 disk or memory, 130 interrupted, 1 a fault of QuantFlow's.
     """
     with reporting(debug):
-        from quantflow.errors import GateError, Problem
-        from quantflow.pipeline.plan import make_plan
-        from quantflow.pipeline.run import run as run_plan
-        from quantflow.stages.registry import load_recipe
+        from quantflow import api
 
-        plan = make_plan(
-            load_recipe(find(recipe), set_ or (), model=model, output=output), device=device.value
+        plan = api.plan(
+            find(recipe), model=model, output=output, overrides=set_ or (), device=device.value
         )
         show_notes(plan.checkpoint.remarks)
         for warning in plan.warnings if not as_json else ():
             errors.print(f"Warning: {warning}.")
         with progress() as watcher:
-            result = run_plan(plan, watcher, fresh=fresh)
-        show_notes(note for note in result.report["notes"] if note not in plan.notes)
+            artifact = api.quantize(plan, fresh=fresh, enforce_gates=False, progress=watcher)
+        show_notes(note for note in artifact.report["notes"] if note not in plan.notes)
         if as_json:
             value = {
-                "output": str(result.output),
-                "existed": result.existed,
-                "quality": result.quality,
-                "failed_gates": result.failures,
-                "seconds": result.seconds,
+                "output": str(artifact.path),
+                "existed": artifact.existed,
+                "quality": artifact.quality,
+                "failed_gates": artifact.failures,
+                "seconds": artifact.seconds,
                 "warnings": list(plan.warnings),
             }
             print(json.dumps(value, indent=2))
         else:
-            if result.existed:
-                console.print(f"{result.output} is up to date: nothing to do.")
+            if artifact.existed:
+                console.print(f"{artifact.path} is up to date: nothing to do.")
             else:
                 took = ", ".join(
-                    f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items()
+                    f"{name} {seconds:.1f} s" for name, seconds in artifact.seconds.items()
                 )
                 console.print(
-                    f"{result.output} written ({took}).\nTo look at: {result.output}/report.html"
+                    f"{artifact.path} written ({took}).\nTo look at: {artifact.path}/report.html"
                 )
-            _show(result.report)
-            if result.quality:
-                console.print(quality_table(result.quality))
-        if result.failures:
-            raise GateError(
-                [
-                    Problem(
-                        str(result.output), failure, hint="The artifact is kept, marked as failed"
-                    )
-                    for failure in result.failures
-                ]
-            )
+            _show(artifact.report)
+            if artifact.quality:
+                console.print(quality_table(artifact.quality))
+        artifact.check_gates()
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -103,8 +103,16 @@ class Stream:
 
 
 class AsyncLLM:
-    """A model for asyncio. options: those of `EngineConfig`. Close it when done, or use it in
-    `async with`."""
+    """A model for asyncio. Close it when done, or use it in `async with`.
+
+    Args:
+        model: An artifact, a checkpoint in a format that is read, or a hub id.
+        options: Those of `EngineConfig`.
+
+    Raises:
+        UserError: For a model that cannot be run, and options that make no sense.
+        ResourceError: Where the machine has not enough memory.
+    """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.progress = time.monotonic()

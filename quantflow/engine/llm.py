@@ -78,8 +78,16 @@ class Collector:
 
 
 class LLM:
-    """A model directory, an artifact of QuantFlow's or a hub id, loaded to be run. options: those
-    of `EngineConfig`."""
+    """A model, loaded to be run.
+
+    Args:
+        model: An artifact, a checkpoint in a format that is read, or a hub id.
+        options: Those of `EngineConfig`, such as `device`, `kv`, `session_len` (tokens) and `tp`.
+
+    Raises:
+        UserError: For a model that cannot be run, and options that make no sense.
+        ResourceError: Where the machine has not enough memory.
+    """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = Engine(model, EngineConfig(**options))
@@ -91,11 +99,18 @@ class LLM:
         prompts: Prompt | Many[Prompt],
         params: SamplingParams | Many[SamplingParams] | None = None,
     ) -> list[Output]:
-        """What the model makes of each prompt (text, or token ids), in their order; all of them run
-        together.
+        """What the model makes of each prompt; all of them run together.
 
-        params: one for all, or one each. Raises RequestError for what cannot be served, before
-        anything runs, and ResourceError where memory runs out.
+        Args:
+            prompts: Texts, or lists of token ids; one of them, or many.
+            params: One for all, or one each; greedy by default.
+
+        Returns:
+            An output a prompt, in their order.
+
+        Raises:
+            RequestError: For what cannot be served, before anything runs.
+            ResourceError: Where memory runs out.
         """
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         many: Many[Prompt] = [prompts] if single else prompts  # type: ignore[list-item, assignment]
@@ -113,8 +128,18 @@ class LLM:
         return [_checked(collector.output()) for collector in collectors.values()]
 
     def chat(self, messages: Many[Message], params: SamplingParams | None = None) -> Output:
-        """The model's answer to a dialogue, a list of `{"role": …, "content": …}`, in its own
-        dialogue format."""
+        """The model's answer to a dialogue, in its own dialogue format.
+
+        Args:
+            messages: The dialogue, a list of `{"role": …, "content": …}`.
+            params: As in `generate`.
+
+        Returns:
+            The answer.
+
+        Raises:
+            RequestError: For what cannot be served; ResourceError as in `generate`.
+        """
         return self.generate([self.engine.tokenizer.dialogue(messages)], params)[0]
 
     def get_prompt(self, query: str) -> str:
@@ -124,8 +149,20 @@ class LLM:
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, session: int | None = None
     ) -> Iterator[Token]:
-        """The tokens and their text as they come. Leaving the loop aborts the request. session: see
-        `Engine.submit`."""
+        """The tokens and their text as they come. Leaving the loop aborts the request.
+
+        Args:
+            prompt: A text, or token ids.
+            params: As in `generate`.
+            session: A number; the next prompt with the same one goes on from this one's end.
+
+        Yields:
+            A token, the text that it adds, and of the last one why the text ended.
+
+        Raises:
+            RequestError: For what cannot be served.
+            ResourceError: Where a text could not be finished.
+        """
         request = self.engine.submit(prompt, params, session=session)
         self._inboxes[request.id] = deque()
         open_texts = request.params.n
@@ -168,6 +205,7 @@ class LLM:
         return self.engine.tokenizer.encode(text, special=special)
 
     def decode(self, tokens: Many[int]) -> str:
+        """The text of token ids."""
         return self.engine.tokenizer.decode(tokens)
 
 

@@ -43,19 +43,33 @@ class SamplingParams:
     """How tokens are chosen and when to stop; everything wrong is reported at once, by
     RequestError.
 
-    max_tokens: None means as many as the context holds; 0, that the prompt's log-probabilities are
-    all that is wanted, without a text: the prompt's last token then does not go through the model,
-    and it may be one token longer than the context. min_tokens: neither end tokens nor stop strings
-    end the text before. temperature 0 is greedy. top_k 0: off. min_p: of the most likely token's
-    probability. repetition_penalty (Keskar et al. 2019) counts prompt and output, presence_penalty
-    and frequency_penalty the output. logprobs, prompt_logprobs: how many alternatives to report
-    beside the token itself, from the model's own distribution; None: nothing.
-    prompt_logprobs_from: tokens of the prompt before this one are not reported, and may come from
-    the prefix cache. seed: the same seed gives the same text; None: another each time.
-    grammar: what the text may be; it ends where nothing can follow. skip_special_tokens: whether
-    they are left out of the text.
-    include_stop: whether the stop string or token that ends a text is a part of it; a special token
-    is not, where those are left out.
+    Attributes:
+        max_tokens: None means as many as the context holds; 0, that the prompt's log-probabilities
+            are all that is wanted, without a text: the prompt's last token then does not go through
+            the model, and it may be one token longer than the context.
+        min_tokens: Neither end tokens nor stop strings end the text before.
+        temperature: 0 is greedy.
+        top_k: Only so many of the most likely tokens; 0: all.
+        top_p: Only the most likely tokens that have this share of the probability together.
+        min_p: Only tokens with this share of the most likely token's probability.
+        repetition_penalty: Of tokens in prompt and output (Keskar et al. 2019); 1: none.
+        presence_penalty: Taken off the logit of every token in the output.
+        frequency_penalty: Taken off it for each time that it is there.
+        logit_bias: Added to the logits of these token ids.
+        seed: The same seed gives the same text; None: another each time.
+        n: How many texts to make.
+        stop: Strings that end the text.
+        stop_token_ids: Tokens that end it, beside the model's own.
+        ignore_eos: Whether the model's own end tokens do not.
+        logprobs: How many alternatives to report beside the token itself, from the model's own
+            distribution; None: nothing.
+        prompt_logprobs: The same of the prompt's tokens.
+        prompt_logprobs_from: Tokens of the prompt before this one are not reported, and may come
+            from the prefix cache.
+        grammar: What the text may be; it ends where nothing can follow.
+        skip_special_tokens: Whether they are left out of the text.
+        include_stop: Whether the stop string or token that ends a text is a part of it; a special
+            token is not, where those are left out.
     """
 
     max_tokens: int | None = None
@@ -321,7 +335,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Output:
-    """All that came of a request."""
+    """All that came of a request.
+
+    Attributes:
+        id: The request's.
+        prompt: Its token ids.
+        completions: Its finished texts, `n` of them, each with `text`, `token_ids` and `finish`.
+        prompt_logprobs: Of every token of the prompt, where they were asked for.
+        cached_tokens: Tokens of the prompt that the prefix cache held.
+    """
 
     id: str
     prompt: tuple[int, ...]

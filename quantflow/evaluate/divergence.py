@@ -50,9 +50,17 @@ class Profile:
 
 @dataclass(frozen=True)
 class Divergence:
-    """perplexity and reference_perplexity: over each window's tokens but its first. kl_mean,
-    kl_p99: KL(reference || model) in nats a token, over all positions. top1: share of positions
-    with the same most likely token. tokens: positions compared."""
+    """How far a model is from its reference, on text.
+
+    Attributes:
+        perplexity: The model's, over each window's tokens but its first.
+        reference_perplexity: The reference's.
+        kl_mean: The mean of KL(reference || model) over all positions, in nats a token.
+        kl_p99: Its 99th percentile.
+        top1: The share of positions with the same most likely token, from 0 to 1.
+        tokens: How many positions were compared.
+        profile: Where the divergence lies: by position, and by layer.
+    """
 
     perplexity: float
     reference_perplexity: float

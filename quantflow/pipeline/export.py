@@ -69,10 +69,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Exported:
-    """modules: how many quantised weights were written. scheme: of most of them; None for a plain
-    checkpoint. notes: what a user should know of the architecture and of this checkpoint. errors:
-    what had to be rounded -> its relative error, {} where the translation is exact. left_out:
-    source tensor -> why it was not written. warnings: what engines are known not to load of it.
+    """A checkpoint that `export` has written.
+
+    Attributes:
+        output: Its directory.
+        source_format: The format of the source, `huggingface` for a plain one.
+        format: The format that it is in now.
+        modules: How many quantised weights were moved.
+        scheme: Of most of them; None for a plain checkpoint.
+        notes: What a user should know of the architecture and of this checkpoint.
+        errors: What had to be rounded, and its relative error; empty where all of it is exact.
+        left_out: Tensors of the source that were not written, and why.
+        warnings: What engines are known not to load of it.
     """
 
     output: Path

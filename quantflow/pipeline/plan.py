@@ -122,6 +122,18 @@ class Account:
 
 @dataclass(frozen=True)
 class Plan:
+    """A recipe resolved against a checkpoint: what `quantize` will do.
+
+    Attributes:
+        recipe: The recipe, with what it leaves open decided.
+        model: The model, as it was named.
+        checkpoint: Its config, and its tensors by name; no weight is in memory.
+        output: Where the artifact goes.
+        device: `cpu` or `cuda`.
+        linears: Every linear of the decoder, its shape `(N, K)`, and its scheme or why it is kept.
+        notes: What one should know of the model and of the choices made.
+    """
+
     recipe: Recipe
     model: str
     checkpoint: Checkpoint

@@ -7,6 +7,9 @@ from typing import Protocol
 
 
 class Progress(Protocol):
+    """What a long run tells: an object with these four methods hears all of it, in the caller's
+    thread."""
+
     def phase(self, name: str, total: int, unit: str = "steps") -> None:
         """A phase of `total` steps begins. unit: what they are, in the plural: "layers"."""
 

@@ -34,6 +34,7 @@ from quantflow.errors import DataError, ModelError, Problem
 from quantflow.evaluate.gates import judge
 from quantflow.formats.reader import REQUANTIZED
 from quantflow.machine import peak_resident_bytes
+from quantflow.pipeline.artifact import Artifact
 from quantflow.pipeline.measure import measure
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
@@ -60,20 +61,6 @@ from quantflow.tokenizers.load import load_tokenizer, tokenizer_files
 
 
 @dataclass(frozen=True)
-class RunResult:
-    """output: the artifact. existed: it was there already, nothing was done. quality: variant ->
-    divergence, {} without `evaluate`.
-    failures: gates that were missed. seconds: of each phase."""
-
-    output: Path
-    existed: bool
-    quality: dict[str, Any]
-    failures: list[str]
-    seconds: dict[str, float]
-    report: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _Identity:
     weights: str
     calibrate: str
@@ -82,7 +69,7 @@ class _Identity:
     artifact: str
 
 
-def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> RunResult:
+def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> Artifact:
     """Runs the plan, or finds its artifact finished. Raises UserError; a missed gate is in the
     result, not raised."""
     clock = _Clock()
@@ -127,7 +114,7 @@ def _run(
     progress: Progress,
     clock: _Clock,
     fresh: bool,
-) -> RunResult:
+) -> Artifact:
     evaluate = plan.stage(Evaluate)
     progress.phase("hash", len(plan.checkpoint.files), "files")
     weights = plan.weights_key(plan.store.digests(plan.checkpoint.files, progress.step).values())
@@ -208,7 +195,7 @@ def _run(
         clock.lap("write")
         write_json(folder / RUN, _run_record(plan, clock.seconds))
         plan.store.remember(folder, place, {name: entry["sha256"] for name, entry in files.items()})
-    return RunResult(plan.output, False, quality, failures, clock.seconds, report)
+    return Artifact(plan.output, False, quality, failures, clock.seconds, report)
 
 
 class _Clock:
@@ -283,7 +270,7 @@ def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | No
     return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
 
 
-def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
+def _finished(plan: Plan, identity: _Identity) -> Artifact | None:
     try:
         manifest = read_manifest(plan.output)
         if (
@@ -302,7 +289,7 @@ def _finished(plan: Plan, identity: _Identity) -> RunResult | None:
         report = read_json(plan.output / REPORT)
     except (ModelError, OSError):  # damaged: the artifact is written anew
         return None
-    return RunResult(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
+    return Artifact(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
 
 
 def _pack(

@@ -3,8 +3,10 @@ its line."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -24,15 +26,15 @@ _MOST_SHOWN = 100  # problems
 
 
 def load(
-    path: str | Path,
+    recipe: str | Path | Mapping[str, Any],
     kinds: Stages,
     overrides: Sequence[str] = (),
     *,
     model: str | None = None,
     output: str | None = None,
 ) -> Recipe:
-    """The recipe in the YAML file at `path`, of stages of these `kinds`, with `overrides`
-    (`dotted.path=value`), `model` and `output` put over what it says.
+    """The recipe in a YAML file, or in what one would hold, of stages of these `kinds`, with
+    `overrides` (`dotted.path=value`), `model` and `output` put over what it says.
 
     A stage is addressed by name (`stages.gptq.damp=0.05`), or by position from 0 where it is there
     twice (`stages.5.format=awq`). Without an `output`, the artifact goes to `artifacts/NAME`, or
@@ -41,8 +43,12 @@ def load(
     from the current directory, else from the recipe's directory, else from the directory above
     that. Raises RecipeError with every problem found.
     """
-    path = Path(path)
-    source = Source(str(path), parse(read(path), str(path)), kinds)
+    if isinstance(recipe, Mapping):
+        path = Path("recipe")
+        source = Source(str(path), (None, deepcopy(dict(recipe))), kinds)
+    else:
+        path = Path(recipe)
+        source = Source(str(path), parse(read(path), str(path)), kinds)
     changes = Changes(source)
     for text in overrides:
         changes.apply(text)
@@ -55,20 +61,20 @@ def load(
         name_output(source)
 
     problems = [*changes.problems, *locate_files(source, path), *check_together(Written(source))]
-    recipe: Recipe | None = None
+    result: Recipe | None = None
     try:
-        recipe = read_recipe(source.data, kinds)
+        result = read_recipe(source.data, kinds)
     except ValidationError as error:
         errors = [dict(details) for details in error.errors(include_url=False)]
         problems += [
             translate(details, source) for details in errors if not is_misspelt(details, source)
         ]
-    if problems or recipe is None:
+    if problems or result is None:
         more = len(problems) - _MOST_SHOWN
         shown = sorted(problems, key=by_line)[:_MOST_SHOWN]
         raise RecipeError(
             shown + ([Problem(str(path), f"{more} more problems")] if more > 0 else [])
         )
     if not chosen:
-        recipe.model_fields_set.discard("output")
-    return recipe
+        result.model_fields_set.discard("output")
+    return result

@@ -30,12 +30,14 @@ class Source:
 
     def place(self, path: Steps) -> str:
         """`file:line` of the value at `path`, or of the innermost mapping or list that would hold
-        it; the option if it came from one."""
+        it; the option if it came from one. What is no file has no lines."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         node = self.node
-        line = node.start_mark.line if node else 0
+        if node is None:
+            return self.where
+        line = node.start_mark.line
         for step in path:
             inner, inner_line = child(node, step)
             if inner is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from quantflow import recipe
 from quantflow.recipe import Recipe, Stage
@@ -24,12 +25,12 @@ STAGES: dict[str, type[Stage]] = {
 
 
 def load_recipe(
-    path: str | Path,
+    source: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     model: str | None = None,
     output: str | None = None,
 ) -> Recipe:
-    """The recipe in the YAML file at `path`, as `quantflow.recipe.load` reads it, of these
-    stages."""
-    return recipe.load(path, STAGES, overrides, model=model, output=output)
+    """The recipe in a YAML file, or in what one would hold, as `quantflow.recipe.load` reads it, of
+    these stages."""
+    return recipe.load(source, STAGES, overrides, model=model, output=output)

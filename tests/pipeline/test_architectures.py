@@ -26,9 +26,10 @@ from quantflow.calibration.data import cut_windows, documents
 from quantflow.errors import UserError
 from quantflow.formats.reader import Weights
 from quantflow.models.registry import ARCHITECTURES
+from quantflow.pipeline.artifact import Artifact
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
-from quantflow.pipeline.run import RunResult, run
+from quantflow.pipeline.run import run
 from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers.tiny import write_text
@@ -80,7 +81,7 @@ FORMATS = ("compressed-tensors", "awq", "gptq")
 
 def quantise(
     root: Path, found: Specimen, symmetric: bool, formats: tuple[str, ...] = FORMATS, bits: int = 4
-) -> RunResult:
+) -> Artifact:
     """Runs the recipe over the checkpoint `found`; everything lies below `root`."""
     torch.set_num_threads(1)
     recipe = {
