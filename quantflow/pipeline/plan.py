@@ -36,44 +36,30 @@ from quantflow.models.config import DecoderConfig
 from quantflow.pipeline.texts import local_text, model_documents
 from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.scheme import Scheme
-from quantflow.recipe import AUTO, BUNDLED, BUNDLED_NEW, Calibration, Recipe, Weights, dump
+from quantflow.recipe import AUTO, BUNDLED, BUNDLED_NEW, Calibration, Recipe, Weights
 from quantflow.recipe.overrides import matches
 from quantflow.stages.awq import Awq
+from quantflow.stages.base import PlannedStage
 from quantflow.stages.calibrate import Calibrate
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.gptq import Gptq
 from quantflow.stages.kv_qparams import KvQparams
-from quantflow.stages.nf4 import Nf4
 from quantflow.stages.pack import Pack
 from quantflow.stages.pack_prepare import Prepared, prepare
-from quantflow.stages.rtn import Rtn
+from quantflow.stages.rounding import RoundingStage
 from quantflow.stages.shard import Shard
 from quantflow.tokenizers.load import has_tokenizer, tokenizer_placeholders
 
 T = TypeVar("T")
-# What computes a layer's results, and reads the weights for it: whatever of ours these import is in
-# the identities of those. What reads texts can change nothing but tokens, which are in the keys
-# themselves.
-CALIBRATES = (
-    "quantflow.stages.calibrate_layer",
-    "quantflow.decoder.native",
-    "quantflow.decoder.stream",
-    "quantflow.checkpoints.checkpoint",
-)
-ROUNDS = (
-    "quantflow.stages.awq_layer",
-    "quantflow.stages.quantize",
-    "quantflow.stages.output_error",
-    "quantflow.decoder.passage",
-    "quantflow.checkpoints.checkpoint",
-)
+# What reads the weights and runs a layer for the stages, each of which names its own code: whatever
+# of ours these import is in the identities of a layer's results. What reads texts can change
+# nothing but tokens, which are in the keys themselves.
+READS = ("quantflow.checkpoints.checkpoint", "quantflow.decoder.decoder")
 # whose own imports are a recipe's and a plan's
-LOOP = ("quantflow.pipeline.sweep", "quantflow.decoder.walk")
+LOOP = ("quantflow.pipeline.sweep", "quantflow.decoder.walk", "quantflow.stages.work")
 # tokens of a window of calibration, and of evaluation, where the recipe says auto
 SEQLEN, LENGTH = 2048, 512
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
-# weights that share a scale: bitsandbytes' own choice, and all that its readers are tested with
-NF4_BLOCK = 64
 SAMPLE, LOOKED = 200, 16  # letters of a text that are shown, and documents that are looked at
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
@@ -147,6 +133,11 @@ class Plan:
         return next((s for s in self.recipe.stages if isinstance(s, kind)), None)
 
     @cached_property
+    def layer_stages(self) -> tuple[PlannedStage, ...]:
+        """Those that work on one decoder layer after the other, in the recipe's order."""
+        return tuple(stage for stage in _planned(self.recipe) if stage.layer)
+
+    @cached_property
     def packs(self) -> tuple[Pack, ...]:
         return tuple(s for s in self.recipe.stages if isinstance(s, Pack))
 
@@ -181,28 +172,25 @@ class Plan:
     def rounds(self) -> bool:
         """Whether a stage changes the weights; a recipe of `calibrate` and `kv_qparams` alone only
         measures."""
-        return any(self.stage(kind) for kind in (Gptq, Rtn, Nf4))
+        return any(stage.rounds for stage in self.recipe.stages)
 
     @property
     def needs_stream(self) -> bool:
         """Whether hidden states of the quantised model must be carried from layer to layer."""
-        return self.rounds and any(self.stage(kind) for kind in (Awq, Gptq, KvQparams))
+        return self.stream_windows > 0
 
     @property
     def reads_calibration(self) -> bool:
-        return self.needs_stream or self.stage(Calibrate) is not None
+        return self.needs_stream or any(stage.original for stage in self.layer_stages)
 
     @property
     def stream_windows(self) -> int:
-        """Windows that the quantised stream carries: all, or only AWQ's sample where nothing else
-        looks at them."""
+        """Windows that the quantised stream carries: as many as the stage that looks at most of
+        them does."""
         calibration = self.recipe.calibration
-        if calibration is None or not self.needs_stream:
+        if calibration is None or not self.rounds:
             return 0
-        awq = self.stage(Awq)
-        if awq and not self.stage(Gptq) and not self.stage(KvQparams):
-            return min(calibration.samples, max(1, awq.max_tokens // calibration.seqlen))
-        return calibration.samples
+        return max(s.windows(calibration) for s in self.layer_stages if not s.original)
 
     @cached_property
     def account(self) -> Account:
@@ -327,21 +315,13 @@ class Plan:
                 device_name(self.device),
                 computed_by(self.device),
                 BATCH_TOKENS,
-                code_digest(*CALIBRATES, alone=LOOP),
+                [[stage.name, stage.identity()] for stage in self._passing(original=True)],
+                self._code(original=True),
             ]
         )
 
     def sweep_key(self, weights: str, tokens: str) -> str:
-        """Identity of the layers' results. `kv_qparams`' settings are not in it: the extremes that
-        are stored serve them all."""
-        recipe = self.recipe
-        stages = [
-            dump(recipe)["stages"][i]
-            for i, s in enumerate(recipe.stages)
-            if isinstance(s, (Awq, Gptq, Rtn, Nf4))
-        ]
-        linears = [[p.module, str(p.scheme)] for p in self.linears]
-        kv = self.stage(KvQparams) is not None
+        """Identity of the layers' results."""
         return digest(
             [
                 "sweep",
@@ -351,18 +331,27 @@ class Plan:
                 self.compute_dtype,
                 self.device,
                 device_name(self.device),
-                recipe.seed,
-                stages,
-                linears,
+                self.recipe.seed,
+                [[stage.name, stage.identity()] for stage in self._passing(original=False)],
+                [[p.module, str(p.scheme)] for p in self.linears],
                 self.scale_dtypes,
                 self.min_zero,
-                kv,
                 self.stream_windows,
                 computed_by(self.device),
                 BATCH_TOKENS,
-                code_digest(*ROUNDS, alone=LOOP),
+                self._code(original=False),
             ]
         )
+
+    def _passing(self, *, original: bool) -> Iterator[PlannedStage]:
+        """The stages that a layer goes through together."""
+        return (stage for stage in self.layer_stages if stage.original is original)
+
+    def _code(self, *, original: bool) -> str:
+        """Digest of all code that computes those stages' results."""
+        stages = self._passing(original=original)
+        modules = {module for stage in stages for module in stage.modules()}
+        return code_digest(*sorted(modules), *READS, alone=LOOP)
 
     @property
     def measures_engine(self) -> bool:
@@ -376,6 +365,10 @@ class Plan:
         asymmetric grid."""
         asymmetric = any(p.scheme is not None and not p.scheme.symmetric for p in self.linears)
         return max(FORMATS[p.format].min_zero for p in self.packs) if asymmetric else 0
+
+
+def _planned(recipe: Recipe) -> Iterator[PlannedStage]:
+    return (stage for stage in recipe.stages if isinstance(stage, PlannedStage))
 
 
 def weights_key(checkpoint: Checkpoint, digests: Iterable[str]) -> str:
@@ -519,8 +512,7 @@ def _scheme(weights: Weights) -> Scheme:
 
 def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
     weights = recipe.weights
-    nf4 = next((stage for stage in recipe.stages if isinstance(stage, Nf4)), None)
-    rounds = any(isinstance(stage, (Gptq, Rtn, Nf4)) for stage in recipe.stages)
+    rounding = next((s for s in recipe.stages if isinstance(s, RoundingStage)), None)
     for i in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(i)
         for name, spec in checkpoint.linears(i).items():
@@ -544,10 +536,10 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
                         ),
                     )
                     reason = ""
-            if not rounds:
+            if not rounding:
                 scheme, reason = None, "no stage rounds the weights"
-            if scheme and nf4:
-                scheme = Scheme(4, NF4_BLOCK, True, "nf4", nf4.double_quant)
+            if scheme and rounding:
+                scheme = rounding.scheme(scheme)
             yield LinearPlan(i, name, module, spec.shape, scheme, reason)
 
 

@@ -84,7 +84,7 @@ def make_report(
                 "exponent": exponent(line["scale"]),
                 "group": f"{prefix}.{line['group']}",
             }
-            for line in found["awq"]
+            for line in found.get("awq", [])
         ]
     kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
     kept[plan.checkpoint.architecture.head] = (

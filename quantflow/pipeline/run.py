@@ -39,7 +39,7 @@ from quantflow.pipeline.measure import measure
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.report import make_report, portable
-from quantflow.pipeline.sweep import MeasuredReader, SweepReader, check_complete, sweep
+from quantflow.pipeline.sweep import MeasuredReader, SweepReader, check_complete, passes, sweep
 from quantflow.pipeline.windows import recipe_windows
 from quantflow.quant.kv import KVParameters
 from quantflow.report.page import report_page, write_page
@@ -125,9 +125,9 @@ def _run(
             plan.store.forget(key)
     elif (found := _finished(plan, identity)) is not None:
         return found
-    sweep(
-        plan, plan.store, (identity.calibrate, identity.sweep), windows.tokens, progress, clock.lap
-    )
+    for each in passes(plan, identity.calibrate, identity.sweep, windows.tokens):
+        sweep(plan, each, progress)
+        clock.lap(each.name)
     for key in (identity.calibrate, identity.sweep):
         plan.store.drop_streams(key)  # of a run that was killed after its last layer
     reader = (

@@ -1,17 +1,16 @@
-"""The sweep: one pass over the decoder that takes each layer in turn through all layer stages.
+"""The sweep: a pass over the decoder that takes each layer in turn through a recipe's layer stages.
 
-For a layer: load it; let `awq` find scales on a sample of the quantised stream and fold them;
-quantise its linears group by group in execution order, each group's Hessian taken from the stream
-as the groups before it left it (GPTQ's true-sequential mode, which also makes one forward of every
-linear enough); carry the stream on; store the result; free the layer.
+There are two: over the full-precision model's stream for the stages that look at it, and over the
+stream that the stages before have altered. In that one, `awq` finds scales on a sample of it;
+whoever rounds the linears (`gptq` segment by segment, on what the segments before it left of the
+stream) carries the stream on; the store keeps the result; the layer is freed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor
 
 from quantflow.artifacts.store import Shelf, Store
-from quantflow.calibration.statistics import KVStatistics
 from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.decoder.block import Block, Decoder, Streams
 from quantflow.decoder.decoder import open_decoder
@@ -32,105 +30,86 @@ from quantflow.pipeline.room import room
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
-from quantflow.stages.awq import Awq
-from quantflow.stages.awq_layer import AwqResult, search_layer
-from quantflow.stages.calibrate import Calibrate
-from quantflow.stages.calibrate_layer import calibrate_layer
-from quantflow.stages.gptq import Gptq
-from quantflow.stages.kv_qparams import KvQparams
-from quantflow.stages.output_error import OutputErrors
-from quantflow.stages.quantize import (
-    Quantized,
-    Unrounded,
-    gptq_rounder,
-    gptq_segment,
-    nearest_segment,
-)
-from quantflow.stages.rtn import Rtn
+from quantflow.stages.base import PlannedStage, code
+from quantflow.stages.rounded import Rounder
+from quantflow.stages.rounding import RoundingStage
+from quantflow.stages.work import LayerWork
 
 
 @dataclass(frozen=True)
-class _Context:
-    plan: Plan
-    store: Store
-    device: torch.device
-    dtype: torch.dtype
-    rules: GridRules
-    decoder: Decoder | None
-    batch: int  # windows that go through a layer together
-    progress: Progress
+class Pass:
+    """name: of its phase. key: of its results in the store. stages: what each layer goes through,
+    in this order. tokens: the windows that go along, none where no stage looks at them. original:
+    they go through the model as it is."""
 
-    def layer(self, index: int, stored: dict[str, Tensor]) -> Block:
-        assert self.decoder is not None
-        return self.decoder.block(index, stored, self.dtype)
+    name: str
+    key: str
+    stages: tuple[PlannedStage, ...]
+    tokens: list[list[int]]
+    original: bool
 
 
-def grid_rules(plan: Plan) -> GridRules:
-    return GridRules(tuple(getattr(torch, d) for d in plan.scale_dtypes), plan.min_zero)
-
-
-def sweep(
-    plan: Plan,
-    store: Store,
-    keys: tuple[str, str],
-    tokens: list[list[int]],
-    progress: Progress,
-    lap: Callable[[str], None],
-) -> None:
-    """Fills the store with every layer's result, from the first that is missing. keys: (of the
-    calibration, of the sweep). lap: is told the name of each of the two passes when it is over."""
-    config, recipe = plan.config, plan.recipe
-    calibrate_key, sweep_key = keys
-    length = len(tokens[0]) if tokens else 0
-    device = torch.device(plan.device)
-    context = _Context(
-        plan,
-        store,
-        device,
-        getattr(torch, plan.compute_dtype),
-        grid_rules(plan),
-        open_decoder(plan.checkpoint, length, device) if tokens else None,
-        max(1, BATCH_TOKENS // length) if tokens else 1,
-        progress,
+def passes(plan: Plan, calibrate: str, sweep: str, tokens: list[list[int]]) -> Iterator[Pass]:
+    """The passes of a plan, by the keys of their results."""
+    original, altered = (
+        tuple(stage for stage in plan.layer_stages if stage.original is wanted)
+        for wanted in (True, False)
     )
-    torch.manual_seed(recipe.seed)
-    if (
-        plan.stage(Calibrate)
-        and store.finished_layers(calibrate_key, config.layers) < config.layers
-    ):
-        progress.phase("calibrate", config.layers, "layers")
-        _pass(context, calibrate_key, tokens, _calibrate, inner=False)
-        lap("calibrate")
-    if plan.rounds and store.finished_layers(sweep_key, config.layers) < config.layers:
-        progress.phase("quantise", config.layers, "layers")
-        _pass(context, sweep_key, tokens[: plan.stream_windows], _quantise, inner=True)
-        lap("quantise")
+    if original:
+        yield Pass("calibrate", calibrate, original, tokens, True)
+    if plan.rounds:
+        yield Pass("quantise", sweep, altered, tokens[: plan.stream_windows], False)
 
 
-SEARCHES = 3  # of AWQ in a layer, beside one for each expert's `down`
-LayerStep = Callable[[_Context, int, dict[str, Tensor], Streams | None], Result]
-
-
-def _pass(
-    context: _Context, key: str, tokens: list[list[int]], step: LayerStep, *, inner: bool
-) -> None:
-    """Takes the windows through all layers, from the first that the store has no result of."""
-    plan, progress = context.plan, context.progress
-    shelf = Shelf(context.store, key)
-    streams = (
-        _open_streams(context, shelf.folder, len(tokens), len(tokens[0]), inner) if tokens else None
-    )
+def sweep(plan: Plan, this: Pass, progress: Progress) -> None:
+    """Fills the store with every layer's result of a pass, from the first that is missing."""
+    config, checkpoint, shelf = plan.config, plan.checkpoint, Shelf(plan.store, this.key)
+    if shelf.finished(config.layers) == config.layers:
+        return
+    progress.phase(this.name, config.layers, "layers")
+    device, dtype = torch.device(plan.device), getattr(torch, plan.compute_dtype)
+    length = len(this.tokens[0]) if this.tokens else 0
+    decoder = open_decoder(checkpoint, length, device) if this.tokens else None
+    streams = _open_streams(plan, this, shelf.folder, dtype) if this.tokens else None
+    rules, batch = grid_rules(plan), max(1, BATCH_TOKENS // length) if length else 1
+    torch.manual_seed(plan.recipe.seed)
 
     def begin() -> None:
-        if streams:
-            _embed(context, streams.x, tokens)
+        if streams and decoder:
+            _embed(plan, decoder, streams.x, this.tokens, batch)
+
+    def step(index: int, stored: dict[str, Tensor]) -> Result:
+        def make_block(tensors: Mapping[str, Tensor]) -> Block:
+            assert decoder is not None
+            return decoder.block(index, tensors, dtype)
+
+        schemes = plan.schemes(index)
+        parts = sum(stage.parts(len(schemes), config.experts) for stage in this.stages)
+        work = LayerWork(
+            stored,
+            checkpoint.segments(index),
+            schemes,
+            rules,
+            streams,
+            make_block,
+            last=index + 1 == config.layers,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            round_finally=_rounder(this.stages, rules),
+            tell=within_step(progress, parts),
+            advance=progress.advance,
+        )
+        for stage in this.stages:
+            code(stage.layer)(stage, work)
+        return work.result()
 
     try:
         walk(
-            plan.checkpoint.layer,
-            plan.config.layers,
-            context.device,
-            lambda index, stored: step(context, index, stored, streams),
+            checkpoint.layer,
+            config.layers,
+            device,
+            step,
             shelf,
             {"x": streams.x} if streams else {},
             begin,
@@ -141,23 +120,32 @@ def _pass(
             streams.close()
 
 
-def _open_streams(
-    context: _Context, folder: Path, windows: int, length: int, inner: bool
-) -> Streams:
-    config = context.plan.config
+def grid_rules(plan: Plan) -> GridRules:
+    return GridRules(tuple(getattr(torch, d) for d in plan.scale_dtypes), plan.min_zero)
+
+
+def _rounder(stages: tuple[PlannedStage, ...], rules: GridRules) -> Rounder | None:
+    """How the stage that rounds does it; None where that is to nearest."""
+    rounding = next((stage for stage in stages if isinstance(stage, RoundingStage)), None)
+    return code(rounding.rounder)(rules, rounding) if rounding and rounding.rounder else None
+
+
+def _open_streams(plan: Plan, this: Pass, folder: Path, dtype: torch.dtype) -> Streams:
+    config = plan.config
+    windows, length = len(this.tokens), len(this.tokens[0])
     width = config.heads * config.head_dim
-    available = room(context.plan.device, folder)
+    available = room(plan.device, folder)
     hidden_bytes, context_bytes, inner_bytes = (
-        windows * length * channels * context.dtype.itemsize
+        windows * length * channels * dtype.itemsize
         for channels in (config.hidden, width, config.intermediate)
     )
     place = available.sharing(hidden_bytes + context_bytes)
 
     def open_stream(name: str, channels: int) -> Stream:
-        return place.stream(name, (windows, length, channels), context.dtype)
+        return place.stream(name, (windows, length, channels), dtype)
 
     x = open_stream("x", config.hidden)
-    if not inner:
+    if this.original:
         return Streams(x, None, None)
     mid = open_stream("context", width)
     if config.experts:
@@ -169,170 +157,16 @@ def _open_streams(
 
 
 @torch.inference_mode()
-def _embed(context: _Context, x: Stream, tokens: list[list[int]]) -> None:
-    checkpoint = context.plan.checkpoint
-    decoder = context.decoder
-    assert decoder is not None
-    tensors = {n: checkpoint.tensor(n).to(context.device) for n in decoder.embeds}
-    for start, stop in x.spans(context.batch):
-        ids = torch.tensor(tokens[start:stop], device=context.device)
-        x.write(start, decoder.embed(tensors, ids, context.dtype))
+def _embed(plan: Plan, decoder: Decoder, x: Stream, tokens: list[list[int]], batch: int) -> None:
+    tensors = {n: plan.checkpoint.tensor(n).to(x.device) for n in decoder.embeds}
+    for start, stop in x.spans(batch):
+        ids = torch.tensor(tokens[start:stop], device=x.device)
+        x.write(start, decoder.embed(tensors, ids, x.dtype))
 
 
 def _summary(report: dict[str, Any]) -> str:
     errors = [line["error"] for line in report.get("linears", {}).values() if "error" in line]
     return f"output error {sum(errors) / len(errors):.2e}" if errors else ""
-
-
-@torch.inference_mode()
-def _calibrate(
-    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
-) -> Result:
-    assert streams is not None
-    return Result(
-        calibrate_layer(
-            context.layer(index, stored), streams.x, context.batch, context.progress.advance
-        )
-    )
-
-
-@torch.inference_mode()
-def _quantise(
-    context: _Context, index: int, stored: dict[str, Tensor], streams: Streams | None
-) -> Result:
-    """One layer through awq, gptq, rtn or nf4, and kv_qparams' observation."""
-    plan = context.plan
-    schemes = plan.schemes(index)
-    awq = plan.stage(Awq)
-    searched = SEARCHES + max(1, plan.config.experts) if awq else 0
-    # a linear that is done counts as much as a search
-    tell = within_step(context.progress, len(schemes) + searched)
-    scales = (
-        _search_scales(context, index, stored, streams, schemes, awq, tell)
-        if awq and streams
-        else AwqResult()
-    )
-    changed = dict(scales.folding.changed)
-    for linear in (n for n in scales.folding.columns if n not in schemes):
-        # A router, or a linear that stays in 16 bits, reads the scaled norm too.
-        name = f"{linear}.weight"
-        changed[name] = scales.folding.weight(linear, stored[name]).to(stored[name].dtype)
-    kv, source = KVStatistics(), Unrounded(stored, scales.folding, schemes, context.rules)
-    done = _round(context, index, source, changed, streams, scales, kv, tell)
-    tensors = dict(changed)
-    for name, result in done.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in result.tensor.parts().items()}
-    if plan.stage(KvQparams):
-        tensors.update({f"kv.{name}": value for name, value in kv.result().items()})
-    report = {
-        "linears": {name: done[name].report for name in sorted(done)},
-        "awq": scales.report,
-        "schemes": {n: s.as_list() for n, s in schemes.items()},
-    }
-    return Result({n: t.cpu().contiguous() for n, t in tensors.items()}, report)
-
-
-def _round(
-    context: _Context,
-    index: int,
-    source: Unrounded,
-    changed: dict[str, Tensor],
-    streams: Streams | None,
-    scales: AwqResult,
-    kv: KVStatistics,
-    tell: Callable[[str], None],
-) -> dict[str, Quantized]:
-    """The layer's linears, segment by segment; the streams go along. Where rounding looks at what a
-    segment reads (GPTQ), they go segment by segment too, over the rounded weights, and else through
-    the whole layer at the end."""
-    plan, gptq, rtn = context.plan, context.plan.stage(Gptq), context.plan.stage(Rtn)
-    tensors = {**source.tensors, **changed} if streams else {}
-    block = context.layer(index, tensors) if gptq and streams else None
-    passage = block.passage(streams, context.batch, kv) if block and streams else None
-    held = block.tensors if block else tensors
-    done: dict[str, Quantized] = {}
-    for segment in plan.checkpoint.segments(index):
-        names = [n for n in segment.names if n in source.schemes]
-        if gptq and passage:
-            rounded = gptq_segment(
-                source,
-                names,
-                segment.channels,
-                partial(passage.rows, segment),
-                gptq,
-                context.device,
-            )
-        else:
-            rounded = nearest_segment(
-                source, names, search=bool(rtn and rtn.range_search), importance=scales.importance
-            )
-        for name, result in rounded:
-            done[name] = result
-            if streams:
-                held[f"{name}.weight"] = result.tensor.dequantize(context.dtype)
-            tell(name)
-        if passage:
-            passage.advance(segment, feeds=index + 1 < plan.config.layers)
-    if streams and not passage:
-        done |= _measure(context, context.layer(index, tensors), streams.x, source, done, kv)
-    return done
-
-
-def _measure(
-    context: _Context,
-    layer: Block,
-    x: Stream,
-    source: Unrounded,
-    done: Mapping[str, Quantized],
-    kv: KVStatistics,
-) -> dict[str, Quantized]:
-    """Takes `x` through a layer that was rounded without looking at it, and adds to its report what
-    that did to the outputs."""
-
-    def difference(name: str) -> tuple[Tensor, Tensor] | None:
-        if name not in done:
-            return None
-        weight = source.plain(name).float()
-        return weight, weight - done[name].tensor.dequantize()
-
-    errors = OutputErrors(difference)
-    for start, stop in x.spans(context.batch):
-        layer.tap = None if start else errors  # the first windows are sample enough
-        x.write(start, layer.forward(x.read(start, stop), kv))
-    return {
-        name: replace(done[name], report=done[name].report | lines)
-        for name, lines in errors.found.items()
-    }
-
-
-def _search_scales(
-    context: _Context,
-    index: int,
-    stored: dict[str, Tensor],
-    streams: Streams,
-    schemes: dict[str, Scheme],
-    awq: Awq,
-    tell: Callable[[str], None],
-) -> AwqResult:
-    windows, length = streams.x.windows, streams.x.shape[1]
-    count = min(windows, max(1, awq.max_tokens // length))
-    picked = [i * windows // count for i in range(count)]
-    sample = torch.cat([streams.x.read(i, i + 1) for i in picked])
-    gptq = context.plan.stage(Gptq)
-    round_finally = gptq_rounder(context.rules, gptq) if gptq else None
-    clip = awq.clip and gptq is None  # GPTQ searches its own ranges
-    layer = context.layer(index, stored)
-    return search_layer(
-        layer,
-        stored,
-        sample,
-        schemes,
-        context.rules,
-        grid=awq.grid,
-        clip=clip,
-        round_finally=round_finally,
-        step=lambda group: tell(f"scales of {group}"),
-    )
 
 
 class SweepReader:

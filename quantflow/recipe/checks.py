@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantflow.errors import Problem
-from quantflow.recipe.schema import Override, Weights
+from quantflow.recipe.schema import Override
 from quantflow.recipe.stage import Stages
 from quantflow.recipe.words import dotted, line, listing
 from quantflow.recipe.written import Entry, Written
@@ -25,7 +25,6 @@ def check_together(recipe: Written) -> Iterator[Problem]:
         )
         return
     yield from _check_rounding(recipe)
-    yield from _check_numbers(recipe)
     measuring = recipe.only_measures and recipe.names == [
         name for name in recipe.names if source.kinds[name].measures
     ]
@@ -70,36 +69,6 @@ def _check_rounding(recipe: Written) -> Iterator[Problem]:
         problem = f"{verb} {' and '.join(rounding)} round the weights"
         place = max((recipe.at(name) for name in rounding), key=line)
         yield Problem(place, problem, "exactly one of them")
-
-
-def _check_numbers(recipe: Written) -> Iterator[Problem]:
-    """Numbers are of a kind that there is, and that the recipe's stage rounds to."""
-    kind = recipe.weights.get("numbers")
-    if not isinstance(kind, str):
-        return
-    # here, since they bring torch along
-    from quantflow.quant.numbers import NUMBERS
-    from quantflow.quant.numbers.base import BITS
-
-    place = recipe.source.place(("weights", "numbers"))
-    if kind not in NUMBERS:
-        yield Problem(place, f"`weights.numbers` is {kind!r}", f"one of {', '.join(NUMBERS)}")
-        return
-    numbers = NUMBERS[kind]
-    for name in recipe.having("rounds"):
-        if name not in numbers.stages:
-            expected = f"a stage {' or '.join(numbers.stages)}"
-            yield Problem(place, f"`weights.numbers: {kind}` with {name}", expected)
-    unsaid = [] if "bits" in recipe.weights else [(("weights", "bits"), Weights().bits)]
-    for steps, bits in [*unsaid, *recipe.of_weights(("bits",))]:
-        if bits in BITS and bits not in numbers.widths:
-            where = recipe.source.place(steps)
-            expected = " or ".join(map(str, numbers.widths))
-            yield Problem(where, f"`{dotted(steps)}` is {bits} with {kind}", expected)
-    for steps, symmetric in recipe.of_weights(("symmetric",)):
-        if symmetric is False and not numbers.zero_points:
-            where, found = recipe.source.place(steps), f"`{dotted(steps)}: false` with {kind}"
-            yield Problem(where, found, "numbers with zero points")
 
 
 def _check_order(recipe: Written, kinds: Stages) -> Iterator[Problem]:

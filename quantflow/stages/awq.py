@@ -8,16 +8,18 @@ from typing import ClassVar
 from pydantic import Field
 
 from quantflow.errors import Problem
-from quantflow.recipe.stage import Stage
+from quantflow.recipe import Calibration
 from quantflow.recipe.written import Entry, Written
+from quantflow.stages.base import PlannedStage
 
 
-class Awq(Stage):
+class Awq(PlannedStage):
     """Scale the channels that the activations make important, folded into the preceding norm or
     linear (AWQ)."""
 
     name: ClassVar[str] = "awq"
     example: ClassVar[str] = "- awq: {grid: 20, clip: true}"
+    layer: ClassVar[str] = "quantflow.stages.awq_layer:awq_layer"
     unrounded: ClassVar[str] = "awq only scales: add `- rtn` or `- gptq` after it"
     needs_calibration: ClassVar[bool] = True
 
@@ -46,3 +48,13 @@ class Awq(Stage):
                 "integer",
                 "AWQ searches its scales for a grid of integers",
             )
+
+    def windows(self, calibration: Calibration) -> int:
+        return self.windows_of(calibration.samples, calibration.seqlen)
+
+    def windows_of(self, windows: int, length: int) -> int:
+        """As many whole ones as `max_tokens` allows, and one at least."""
+        return min(windows, max(1, self.max_tokens // length))
+
+    def parts(self, linears: int, experts: int) -> int:
+        return 3 + max(1, experts)  # searches: of each expert's `down` one

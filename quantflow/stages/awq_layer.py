@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from quantflow.quant.awq import candidates, linear_loss, rounded, weight_profile
 from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.folding import Folding
+from quantflow.stages.rounded import Rounder, ScaledRounder
+from quantflow.stages.work import LayerWork
+
+if TYPE_CHECKING:
+    from quantflow.stages.awq import Awq
 
 
 @dataclass
@@ -41,10 +47,6 @@ FINALISTS = 5  # of them, and the identity, are tried on the whole sample
 LOSS_ROWS = 1024
 
 _Candidate = tuple[str, Tensor]
-ScaledRounder = Callable[[Tensor], Callable[[Tensor, Scheme], Tensor]]
-Rounder = Callable[[Tensor], ScaledRounder]
-"""How the recipe's next stage would round: Hessian of the unscaled input -> scale -> (weight `[N,
-K]`, scheme) -> rounded weight."""
 
 
 @dataclass(frozen=True)
@@ -255,3 +257,32 @@ def search_layer(
                 )
         remember(quantised, rows)
     return result
+
+
+@torch.inference_mode()
+def awq_layer(settings: Awq, work: LayerWork) -> None:
+    """Scales on a sample of the stream's windows, evenly spaced; they are folded by whoever
+    rounds."""
+    assert work.streams is not None
+    x = work.streams.x
+    count = settings.windows_of(x.windows, x.shape[1])
+    sample = torch.cat([x.read(i, i + 1) for i in (n * x.windows // count for n in range(count))])
+    result = search_layer(
+        work.make_block(work.stored),
+        dict(work.stored),
+        sample,
+        work.schemes,
+        work.rules,
+        grid=settings.grid,
+        clip=settings.clip and work.round_finally is None,  # GPTQ searches its own ranges
+        round_finally=work.round_finally,
+        step=lambda group: work.tell(f"scales of {group}"),
+    )
+    work.folding, work.importance = result.folding, result.importance
+    work.report["awq"] = result.report
+    work.changed |= result.folding.changed
+    for linear in (n for n in result.folding.columns if n not in work.schemes):
+        # A router, or a linear that stays in 16 bits, reads the scaled norm too.
+        name = f"{linear}.weight"
+        stored = work.stored[name]
+        work.changed[name] = result.folding.weight(linear, stored).to(stored.dtype)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from quantflow.recipe.stage import Stage
+from quantflow.recipe import Calibration
+from quantflow.stages.base import PlannedStage
 
 
-class Calibrate(Stage):
+class Calibrate(PlannedStage):
     """Take statistics of every linear's input and output, and of K and V per head and channel."""
 
     name: ClassVar[str] = "calibrate"
     example: ClassVar[str] = "- calibrate"
+    layer: ClassVar[str] = "quantflow.stages.calibrate_layer:calibrate"
+    original: ClassVar[bool] = True
     measures: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
+
+    def windows(self, calibration: Calibration) -> int:
+        return calibration.samples

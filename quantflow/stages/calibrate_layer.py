@@ -8,12 +8,18 @@ What LMDeploy's `lite calibrate` records, as safetensors: `{module}.input.max`,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from quantflow.calibration.statistics import ChannelStatistics, KVStatistics
 from quantflow.decoder.block import Block
 from quantflow.decoder.stream import Stream
+
+if TYPE_CHECKING:
+    from quantflow.stages.calibrate import Calibrate
+    from quantflow.stages.work import LayerWork
 
 
 class LayerStatistics:
@@ -59,3 +65,10 @@ def calibrate_layer(
         stream.write(start, layer.forward(stream.read(start, stop), statistics.kv))
         step((stop - start) / stream.windows)
     return {name: value.cpu().contiguous() for name, value in statistics.result().items()}
+
+
+@torch.inference_mode()
+def calibrate(settings: Calibrate, work: LayerWork) -> None:
+    assert work.streams is not None
+    block, x = work.make_block(work.stored), work.streams.x
+    work.tensors |= calibrate_layer(block, x, work.batch, work.advance)

@@ -6,15 +6,17 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from quantflow.recipe.stage import Stage
+from quantflow.recipe import Calibration
+from quantflow.stages.rounding import RoundingStage
 
 
-class Gptq(Stage):
+class Gptq(RoundingStage):
     """Round with error feedback through the inverse Hessian of the layer's inputs (GPTQ)."""
 
     name: ClassVar[str] = "gptq"
     example: ClassVar[str] = "- gptq: {act_order: static, damp: 0.01}"
-    rounds: ClassVar[bool] = True
+    layer: ClassVar[str] = "quantflow.stages.gptq_layer:gptq_layer"
+    rounder: ClassVar[str] = "quantflow.stages.gptq_layer:gptq_rounder"
     needs_calibration: ClassVar[bool] = True
 
     act_order: Literal["none", "static", "dynamic"] = Field(
@@ -40,3 +42,6 @@ class Gptq(Stage):
         le=100,
         description="Passes of coordinate descent over codes and scales after GPTQ; 0: plain GPTQ.",
     )
+
+    def windows(self, calibration: Calibration) -> int:
+        return calibration.samples

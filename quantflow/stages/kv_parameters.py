@@ -15,6 +15,13 @@ from quantflow.quant.kv import KVParameters, kv_parameters, round_kv
 
 if TYPE_CHECKING:  # settings need pydantic, and this needs their values alone
     from quantflow.stages.kv_qparams import KvQparams
+    from quantflow.stages.work import LayerWork
+
+
+def keep_extremes(settings: KvQparams, work: LayerWork) -> None:
+    """Stores the extremes of K and V that whoever rounded the layer has seen. They serve all
+    settings."""
+    work.tensors |= {f"kv.{name}": value for name, value in work.kv.result().items()}
 
 
 def layer_parameters(

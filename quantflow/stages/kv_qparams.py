@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from quantflow.errors import Problem
-from quantflow.recipe.stage import Stage
+from quantflow.recipe import Calibration
 from quantflow.recipe.written import Entry, Written
+from quantflow.stages.base import PlannedStage
 
 
-class KvQparams(Stage):
+class KvQparams(PlannedStage):
     """Scales and zero points for an int8 KV cache, measured on the K and V of the quantised
     model."""
 
     name: ClassVar[str] = "kv_qparams"
     example: ClassVar[str] = "- kv_qparams: {symmetric: false, granularity: tensor}"
+    layer: ClassVar[str] = "quantflow.stages.kv_parameters:keep_extremes"
     measures: ClassVar[bool] = True
     alters: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
@@ -39,3 +41,9 @@ class KvQparams(Stage):
                 "kv_qparams without calibrate",
                 "`- calibrate` first, for the ranges of K and V",
             )
+
+    def windows(self, calibration: Calibration) -> int:
+        return calibration.samples
+
+    def identity(self) -> dict[str, Any]:
+        return {}  # the extremes that are stored serve all settings

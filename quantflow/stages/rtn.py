@@ -6,15 +6,15 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from quantflow.recipe.stage import Stage
+from quantflow.stages.rounding import RoundingStage
 
 
-class Rtn(Stage):
+class Rtn(RoundingStage):
     """Round to nearest. Needs no calibration."""
 
     name: ClassVar[str] = "rtn"
     example: ClassVar[str] = "- rtn: {range_search: true}"
-    rounds: ClassVar[bool] = True
+    layer: ClassVar[str] = "quantflow.stages.nearest_layer:rtn_layer"
 
     range_search: bool = Field(
         default=False,

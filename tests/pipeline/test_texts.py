@@ -24,6 +24,8 @@ from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.sensitivity import Settings, prepare
 from quantflow.pipeline.texts import model_documents
 from quantflow.pipeline.windows import recipe_windows
+from quantflow.stages import registry
+from quantflow.stages.base import PlannedStage
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.load import load_tokenizer
@@ -370,8 +372,12 @@ def test_tokens_do_not_depend_on_the_date(bench: Bench, monkeypatch: pytest.Monk
 def test_what_reads_texts_throws_no_stored_layer_away() -> None:
     """The keys of layers have the code that computes them and reads their weights, and none that
     makes tokens of texts."""
-    for modules in (plan_module.CALIBRATES, plan_module.ROUNDS):
-        code = closure(*modules)
+    kinds = registry.STAGES
+    stages = [kind for kind in kinds.values() if issubclass(kind, PlannedStage) and kind.layer]
+    everything: set[str] = set(plan_module.LOOP)
+    for stage in stages:
+        code = closure(*stage.modules(), *plan_module.READS)
+        everything |= set(code)
         assert {
             "quantflow.quant.product",
             "quantflow.decoder.native",
@@ -385,8 +391,13 @@ def test_what_reads_texts_throws_no_stored_layer_away() -> None:
         "quantflow.quant.gptq",
         "quantflow.quant.numbers.nf4",
         "quantflow_kernels.cpu_solver",
-    } <= set(closure(*plan_module.ROUNDS))
+    } <= set(closure(*kinds["gptq"].modules()))
+    assert "quantflow.quant.grid" not in closure(*kinds["calibrate"].modules())
     # All of ours that the loop takes from stages, calibration and decoder is among them.
     loop = (PACKAGE / "pipeline" / "sweep.py").read_text()
     taken = set(re.findall(r"from (quantflow\.(?:stages|calibration|decoder)\.\w+) import", loop))
-    assert taken and taken <= set(closure(*plan_module.CALIBRATES, *plan_module.ROUNDS))
+    # what a stage asks for is in the plan's keys by what it asks
+    assert (
+        taken
+        and taken - {f"quantflow.stages.{kind}" for kind in ("base", "rounding")} <= everything
+    )

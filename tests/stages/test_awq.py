@@ -19,7 +19,8 @@ from quantflow.stages import awq_layer
 from quantflow.stages.awq_layer import AwqResult, search_layer
 from quantflow.stages.folding import Folding
 from quantflow.stages.gptq import Gptq
-from quantflow.stages.quantize import Unrounded, gptq_rounder, gptq_segment
+from quantflow.stages.gptq_layer import gptq_rounder, gptq_segment
+from quantflow.stages.rounded import Unrounded
 from tests.helpers.layers import CONFIGS, TinyLayer, folded
 
 RULES = GridRules((torch.float32,))

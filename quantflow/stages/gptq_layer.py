@@ -1,108 +1,44 @@
-"""Rounding to nearest, and `gptq`, on the linears of one segment: fold, quantise, report."""
+"""`gptq`: a layer's linears, segment by segment, each on what the segments before it left of the
+stream once they were rounded (GPTQ's true-sequential mode)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantflow.calibration.statistics import Hessian
-from quantflow.quant.fit import fit, shown
+from quantflow.quant.fit import shown
 from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
 from quantflow.quant.grid import GridRules
-from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
-from quantflow.stages.awq_layer import Rounder
-from quantflow.stages.folding import Folding
+from quantflow.stages.rounded import Quantized, Rounder, Unrounded, line, nearest_linear
+from quantflow.stages.work import LayerWork
+
+if TYPE_CHECKING:
+    from quantflow.stages.gptq import Gptq
 
 Rows = Callable[[], Iterator[Tensor]]
 
 
-@dataclass(frozen=True)
-class Unrounded:
-    """What a layer's rounding begins from. tensors: as stored. folding: the scales that are folded
-    into them first. schemes: linear -> its scheme."""
-
-    tensors: Mapping[str, Tensor]
-    folding: Folding
-    schemes: Mapping[str, Scheme]
-    rules: GridRules
-
-    def weight(self, linear: str) -> Tensor:
-        """The folded weight in at least float32, a fresh tensor."""
-        return self.folding.weight(linear, self.tensors[f"{linear}.weight"])
-
-    def plain(self, linear: str) -> Tensor:
-        """The same; as it is stored, and no copy, where nothing is folded into it."""
-        touched = linear in self.folding.columns or linear in self.folding.rows
-        return self.weight(linear) if touched else self.tensors[f"{linear}.weight"]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A linear's canonical tensor, and its line of the report."""
-
-    tensor: QuantizedTensor
-    report: dict[str, Any]
-
-
-def _line(
-    weight: Tensor,
-    tensor: QuantizedTensor,
-    rules: GridRules,
-    *,
-    method: str,
-    fallback: str = "",
-    **more: Any,
-) -> dict[str, Any]:
-    remarks = tensor.remarks(rules)
-    fallback = "; ".join(filter(None, (fallback, remarks.pop("fallback", ""))))
-    said = {k: v for k, v in {**more, "fallback": fallback}.items() if v not in ("", None)}
-    return {
-        "scheme": str(tensor.scheme),
-        "method": method,
-        **said,
-        **remarks,
-        **fit(weight, tensor).as_dict(),
-    }
-
-
-def nearest_linear(
-    weight: Tensor,
-    scheme: Scheme,
-    rules: GridRules,
-    *,
-    search: bool,
-    importance: Tensor | None = None,
-    fallback: str = "",
-) -> Quantized:
-    """One linear, rounded to the nearest of its numbers; with `importance` (AWQ's clip search) on
-    the range of least output error."""
-    tensor = scheme.numbers.quantize(
-        weight, scheme, rules, search=search or importance is not None, importance=importance
-    )
-    return Quantized(tensor, _line(weight, tensor, rules, method=tensor.method, fallback=fallback))
-
-
-def nearest_segment(
-    source: Unrounded, names: Sequence[str], *, search: bool, importance: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Quantized]]:
-    """The linears `names` of a segment, each rounded for itself, to the nearest of its scheme's
-    numbers. search, importance: see `nearest_linear`."""
-    for n in names:
-        yield (
-            n,
-            nearest_linear(
-                source.plain(n),
-                source.schemes[n],
-                source.rules,
-                search=search,
-                importance=importance.get(n),
-            ),
-        )
+@torch.inference_mode()
+def gptq_layer(settings: Gptq, work: LayerWork) -> None:
+    assert work.streams is not None
+    block = work.make_block({**work.stored, **work.changed})
+    passage = block.passage(work.streams, work.batch, work.kv)
+    for segment in work.segments:
+        rows = partial(passage.rows, segment)
+        names = work.names(segment)
+        for name, result in gptq_segment(
+            work.unrounded, names, segment.channels, rows, settings, work.device
+        ):
+            work.rounded[name] = result
+            block.tensors[f"{name}.weight"] = result.tensor.dequantize(work.dtype)
+            work.tell(name)
+        passage.advance(segment, feeds=not work.last)
 
 
 def gptq_segment(
@@ -110,7 +46,7 @@ def gptq_segment(
     names: Sequence[str],
     channels: int,
     rows: Rows,
-    settings: Any,
+    settings: Gptq,
     device: torch.device,
 ) -> Iterator[tuple[str, Quantized]]:
     """The linears `names` of a segment by GPTQ. Those of one scheme are solved together.
@@ -159,7 +95,7 @@ def _hessian(channels: int, rows: Rows, device: torch.device, *, exact: bool = F
     return hessian
 
 
-def _factor(hessian: Hessian, settings: Any) -> Factor | None:
+def _factor(hessian: Hessian, settings: Gptq) -> Factor | None:
     """None where the matrix has none, or no token was seen."""
     return (
         factorize(hessian.matrix, damp=settings.damp, act_order=settings.act_order != "none")
@@ -174,7 +110,7 @@ def _solve(
     scheme: Scheme,
     seen: Hessian,
     factor: Factor | None,
-    settings: Any,
+    settings: Gptq,
 ) -> Iterator[tuple[str, Quantized]]:
     """Linears of one scheme that share an input, their rows under one another."""
     weights = [source.weight(n) for n in names]
@@ -196,7 +132,7 @@ def _solve(
         tensor = result.tensor.rows(slice(start, start + len(weight)))
         start += len(weight)
         error = shown(output_error(weight, tensor.dequantize(), seen.matrix))
-        lines = _line(
+        lines = line(
             weight,
             tensor,
             source.rules,
@@ -208,7 +144,7 @@ def _solve(
         yield n, Quantized(tensor, lines)
 
 
-def gptq_rounder(rules: GridRules, settings: Any) -> Rounder:
+def gptq_rounder(rules: GridRules, settings: Gptq) -> Rounder:
     """What GPTQ (without refinement) makes of a scaled weight, seen from the unscaled input: for
     AWQ's choice among its finalists."""
 

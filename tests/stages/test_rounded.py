@@ -7,7 +7,7 @@ import torch
 
 from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
-from quantflow.stages.quantize import nearest_linear
+from quantflow.stages.rounded import nearest_linear
 
 BOTH = GridRules((torch.bfloat16, torch.float16))
 
