@@ -7,7 +7,7 @@ d`. A group of more than 32 repeats its scale; `quantflow.schemes` in the metada
 a reader checks it. An integer zero point becomes the minimum `-zero * scale`, where fp16 holds that
 exactly.
 
-The file itself, names and the order of rotary channels are `checkpoints/gguf/file.py`'s.
+The file itself, names and the order of rotary channels are `checkpoints/gguf/`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from quantflow.checkpoints.gguf.file import BLOCK, BLOCK_TYPES
+from quantflow.checkpoints.gguf.types import BLOCK, BLOCK_TYPES
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.abilities import Ability
 from quantflow.formats.base import ConfigRequest, Format, Spec

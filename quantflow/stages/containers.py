@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantflow.checkpoints.gguf.file import NAME, SCHEMES_KEY
+from quantflow.checkpoints.gguf.config import SCHEMES_KEY
+from quantflow.checkpoints.gguf.file import NAME
 from quantflow.checkpoints.gguf.writer import GgufWriter, decoder_problems
 from quantflow.checkpoints.tensor_file import TensorWriter
 from quantflow.checkpoints.turbomind.workspace import TOKENIZER, WorkspaceWriter, workspace_problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantflow.checkpoints.gguf.file import read_metadata
+from quantflow.checkpoints.gguf.header import read_metadata
 from quantflow.errors import ModelError, Problem
 from quantflow.tokenizers.dialogue import OF_FAMILY, ChatTemplate, Dialogue
 from quantflow.tokenizers.reading import file_text, optional_json

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models
 
-from quantflow.checkpoints.gguf.file import read_metadata
+from quantflow.checkpoints.gguf.header import read_metadata
 from quantflow.errors import ModelError, Problem
 from quantflow.placeholder import placeholder_at
 from quantflow.tokenizers.byte_level import check_bytes, from_tiktoken, from_vocab

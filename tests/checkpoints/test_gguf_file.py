@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from quantflow.checkpoints.checkpoint import Checkpoint
-from quantflow.checkpoints.gguf.file import Gguf, to_gguf_name
+from quantflow.checkpoints.gguf.file import Gguf
+from quantflow.checkpoints.gguf.names import to_gguf_name
 from quantflow.checkpoints.gguf.superblocks import SUPERBLOCK_TYPES, dequantize_superblocks
 from quantflow.checkpoints.gguf.writer import GgufWriter, decoder_problems
 from quantflow.errors import FormatError, ModelError

@@ -509,7 +509,7 @@ def _superblocks() -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
 def _gguf() -> list[bytes]:
     import gguf
 
-    from quantflow.checkpoints.gguf.file import to_gguf_name
+    from quantflow.checkpoints.gguf.names import to_gguf_name
 
     plain = _plain()
     kinds = gguf.GGMLQuantizationType

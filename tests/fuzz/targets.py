@@ -207,7 +207,7 @@ TARGETS = {
         _gguf,
         ("model.gguf",),
         (
-            "checkpoints/gguf/file.py",
+            *(f"checkpoints/gguf/{name}.py" for name in ("file", "header", "config")),
             "tokenizers/gguf.py",
             "checkpoints/gguf/superblocks.py",
             "formats/gguf.py",

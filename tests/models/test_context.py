@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantflow.checkpoints.checkpoint import Checkpoint
-from quantflow.checkpoints.gguf.file import CONFIG_KEY, Gguf, read_metadata
+from quantflow.checkpoints.gguf.config import CONFIG_KEY
+from quantflow.checkpoints.gguf.file import Gguf
+from quantflow.checkpoints.gguf.header import read_metadata
 from quantflow.decoder.rope import inverse_frequencies
 from quantflow.engine.config import EngineConfig
 from quantflow.engine.engine import Engine

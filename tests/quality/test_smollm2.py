@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quantflow.checkpoints.gguf.file import read_metadata
+from quantflow.checkpoints.gguf.header import read_metadata
 from quantflow.tokenizers.gguf import tokenizer_from_metadata
 from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
 from tests.helpers.llama_tokens import TEXTS, random_texts

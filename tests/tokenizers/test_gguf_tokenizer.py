@@ -22,7 +22,7 @@ from tokenizers import (
     trainers,
 )
 
-from quantflow.checkpoints.gguf.file import read_metadata
+from quantflow.checkpoints.gguf.header import read_metadata
 from quantflow.errors import FormatError, ModelError
 from quantflow.tokenizers.chat_templates import chat_template
 from quantflow.tokenizers.export import export_tokenizer

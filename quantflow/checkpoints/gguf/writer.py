@@ -1,4 +1,4 @@
-"""Writing GGUF: `gguf_file.py` backwards, and what llama.cpp must be told of a decoder."""
+"""Writing GGUF: `file.py` backwards, and what llama.cpp must be told of a decoder."""
 
 from __future__ import annotations
 
@@ -9,21 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantflow.checkpoints.gguf.file import (
-    ALIGNMENT,
-    ARCHITECTURES,
-    BLOCK,
-    BLOCK_TYPES,
-    CONFIG_KEY,
-    MAGIC,
-    PLAIN_TYPES,
-    VECTORS_KEY,
-    VERSION,
-    llama3_factors,
-    rotary_heads,
-    to_gguf_name,
-    to_rotary_pairs,
-)
+from quantflow.checkpoints.gguf.config import CONFIG_KEY, VECTORS_KEY
+from quantflow.checkpoints.gguf.header import ALIGNMENT, MAGIC, VERSION
+from quantflow.checkpoints.gguf.names import ARCHITECTURES, to_gguf_name
+from quantflow.checkpoints.gguf.rotary import llama3_factors, rotary_heads, to_rotary_pairs
+from quantflow.checkpoints.gguf.types import BLOCK, BLOCK_TYPES, PLAIN_TYPES
 from quantflow.checkpoints.tensor_file import ITEM_BYTES, AnnouncedWriter
 from quantflow.errors import FormatError, Problem
 from quantflow.models.config import DecoderConfig
