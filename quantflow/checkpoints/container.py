@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quantflow.checkpoints.directory import Directory
 from quantflow.checkpoints.gguf.file import Gguf, gguf_file
 from quantflow.checkpoints.tensor_file import TensorInfo
-from quantflow.checkpoints.turbomind.workspace import Workspace, is_workspace
+from quantflow.checkpoints.turbomind.files import is_workspace
+from quantflow.checkpoints.turbomind.workspace import Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.checkpoints.directory import is_place, read_json
 from quantflow.checkpoints.gguf.file import gguf_file
-from quantflow.checkpoints.turbomind.workspace import is_workspace
+from quantflow.checkpoints.turbomind.files import is_workspace
 from quantflow.errors import ModelError, Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import Format

@@ -2,7 +2,7 @@
 nibbles.
 
 A weight is handed over in AWQ's three tensors, and read back in them; how the workspace arranges
-those, and the rest of the model, is `checkpoints/turbomind/workspace.py`'s.
+those, and the rest of the model, is `checkpoints/turbomind/`'s.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from quantflow.checkpoints.gguf.config import SCHEMES_KEY
 from quantflow.checkpoints.gguf.file import NAME
 from quantflow.checkpoints.gguf.writer import GgufWriter, decoder_problems
 from quantflow.checkpoints.tensor_file import TensorWriter
-from quantflow.checkpoints.turbomind.workspace import TOKENIZER, WorkspaceWriter, workspace_problems
+from quantflow.checkpoints.turbomind.files import TOKENIZER
+from quantflow.checkpoints.turbomind.writer import WorkspaceWriter, workspace_problems
 from quantflow.checkpoints.weight_files import INDEX
 from quantflow.errors import FormatError, ModelError, Problem
 from quantflow.paths import write_text

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.checkpoints.tensor_file import dtype_name
-from quantflow.checkpoints.turbomind import layout as workspace_layout
-from quantflow.checkpoints.turbomind.layout import (
+from quantflow.checkpoints.turbomind import permutations
+from quantflow.checkpoints.turbomind.files import is_workspace
+from quantflow.checkpoints.turbomind.permutations import (
     cut_tiles,
     from_interleaved,
     from_interleaved_words,
@@ -33,12 +34,8 @@ from quantflow.checkpoints.turbomind.layout import (
     to_interleaved_words,
     to_tiles,
 )
-from quantflow.checkpoints.turbomind.workspace import (
-    Workspace,
-    WorkspaceWriter,
-    is_workspace,
-    workspace_problems,
-)
+from quantflow.checkpoints.turbomind.workspace import Workspace
+from quantflow.checkpoints.turbomind.writer import WorkspaceWriter, workspace_problems
 from quantflow.errors import FormatError, ModelError
 from quantflow.models.config import DecoderConfig, Rope
 from quantflow.models.registry import ARCHITECTURES
@@ -429,7 +426,7 @@ def test_large_words_are_permuted_some_rows_at_a_time(monkeypatch: pytest.Monkey
         lambda w: fuse_gate_up_words(w, w.flip(0)),
     )
     whole = [function(words) for function in functions]
-    monkeypatch.setattr(workspace_layout, "_BLOCK_WORDS", 1)
+    monkeypatch.setattr(permutations, "_BLOCK_WORDS", 1)
     for function, expected in zip(functions, whole, strict=True):
         assert torch.equal(function(words), expected)
 

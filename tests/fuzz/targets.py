@@ -263,7 +263,7 @@ TARGETS = {
     "workspace": Target(
         _workspace,
         (f"{WEIGHTS / CONFIG}",),
-        ("checkpoints/turbomind/config.py", "checkpoints/turbomind/workspace.py"),
+        tuple(f"checkpoints/turbomind/{name}.py" for name in ("config", "files", "workspace")),
     ),
     "artifact": Target(
         _artifact,
