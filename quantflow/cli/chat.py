@@ -18,18 +18,14 @@ import typer
 
 from quantflow.cli.console import HARMLESS, RUNNING, errors, reporting, show, show_notes
 from quantflow.cli.options import (
-    KV,
-    CacheShare,
+    USUAL,
     Debug,
-    Device,
-    DeviceOption,
-    DialogueName,
-    Eager,
-    KVOption,
-    Mode,
-    ModeOption,
-    SessionLength,
-    TensorParallel,
+    EngineOptions,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    with_engine_options,
 )
 from quantflow.cli.prompt import QUOTES, piped, typed
 from quantflow.errors import OutputError, Problem, QuantFlowError, RequestError
@@ -339,6 +335,7 @@ def _number(name: str, text: str) -> float | int | None:
         raise RequestError(Problem(f"/set {name}", repr(text), kind)) from None
 
 
+@with_engine_options
 def chat(
     target: Annotated[
         str,
@@ -356,19 +353,10 @@ def chat(
             "--max-tokens", min=1, help="Tokens of an answer; by default what the context holds."
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="0: the likeliest token each time.")
-    ] = 0.8,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", help="Draw from the likeliest tokens that together have this probability."
-        ),
-    ] = 0.95,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw from this many tokens; 0: all.")] = 40,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")
-    ] = 1.0,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
+    top_k: TopK = 40,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Annotated[
         int | None, typer.Option("--seed", help="The same seed gives the same answers.")
     ] = None,
@@ -379,14 +367,7 @@ def chat(
             help="The server's key, its first line; else the environment's QUANTFLOW_API_KEY.",
         ),
     ] = None,
-    mode: ModeOption = Mode.exact,
-    kv: KVOption = KV.auto,
-    session_len: SessionLength = None,
-    cache_max_entry_count: CacheShare = None,
-    tp: TensorParallel = 1,
-    dialogue: DialogueName = None,
-    eager: Eager = False,
-    device: DeviceOption = Device.auto,
+    engine: EngineOptions = USUAL,
     debug: Debug = False,
 ) -> None:
     """Chat in the terminal. With a model here, or one behind a server.
@@ -410,19 +391,9 @@ def chat(
             found = keys(api_key_file, KEY_VARIABLE)
             partner = Remote(target, found[0] if found else None)
         else:
-            from quantflow.engine.follower import follow
-            from quantflow.engine.tensor_parallel import follows
-            from quantflow.machine import resolve_device
-
-            if follows():  # torchrun has started this one to help the first
-                follow(resolve_device(device.value))
+            if engine.followed():
                 return
-            options = {
-                "mode": mode.value, "kv": kv.value, "session_len": session_len,
-                "cache_max_entry_count": cache_max_entry_count, "tp": tp, "dialogue": dialogue,
-                "device": device.value, "graphs": not eager, "max_batch_size": 1,
-            }  # fmt: skip
-            partner = Local(target, parameters, options)
+            partner = Local(target, parameters, {**engine.settings, "max_batch_size": 1})
         with closing(partner):
             code = talk(Chat(partner, _write, system, parameters))
         if code:

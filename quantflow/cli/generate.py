@@ -11,25 +11,22 @@ import typer
 
 from quantflow.cli.console import RUNNING, errors, reporting, show_notes
 from quantflow.cli.options import (
-    KV,
-    CacheShare,
+    USUAL,
     Debug,
-    Device,
-    DeviceOption,
-    DialogueName,
-    Eager,
+    EngineOptions,
     Json,
-    KVOption,
-    Mode,
     ModelDirectory,
-    ModeOption,
-    SessionLength,
-    TensorParallel,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    with_engine_options,
 )
 
 DEFAULT_TOKENS = 256
 
 
+@with_engine_options
 def generate(
     model: ModelDirectory,
     prompts: Annotated[
@@ -55,19 +52,10 @@ def generate(
             help="Tokens to generate; by default 256, or what the context still holds.",
         ),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="0: the likeliest token each time.")
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            "--top-p", help="Draw from the likeliest tokens that together have this probability."
-        ),
-    ] = 1.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw from this many tokens; 0: all.")] = 0,
-    repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")
-    ] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     seed: Annotated[
         int | None, typer.Option("--seed", help="The same seed gives the same text.")
     ] = None,
@@ -75,14 +63,7 @@ def generate(
         list[str] | None, typer.Option("--stop", help="Text that ends the output. May be repeated.")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show the text as it comes.")] = False,
-    mode: ModeOption = Mode.exact,
-    kv: KVOption = KV.auto,
-    session_len: SessionLength = None,
-    cache_max_entry_count: CacheShare = None,
-    tp: TensorParallel = 1,
-    dialogue: DialogueName = None,
-    eager: Eager = False,
-    device: DeviceOption = Device.auto,
+    engine: EngineOptions = USUAL,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -94,15 +75,11 @@ def generate(
 ) -> None:
     """Go on from a text. With an artifact, or any checkpoint that QuantFlow reads."""
     with reporting(debug, RUNNING):
-        from quantflow.engine.follower import follow
         from quantflow.engine.llm import LLM
         from quantflow.engine.request import SamplingParams
-        from quantflow.engine.tensor_parallel import follows
         from quantflow.errors import Problem, RequestError
-        from quantflow.machine import resolve_device
 
-        if follows():  # torchrun has started this one to help the first
-            follow(resolve_device(device.value))
+        if engine.followed():
             return
         # How to choose, and what to go on from.
         params = SamplingParams(
@@ -130,17 +107,7 @@ def generate(
             )
         sequences = [_stdin() if text == "-" else text for text in arguments]
         # The engine, and the prompts as its tokens.
-        llm = LLM(
-            model,
-            mode=mode.value,
-            kv=kv.value,
-            session_len=session_len,
-            cache_max_entry_count=cache_max_entry_count,
-            dialogue=dialogue,
-            device=device.value,
-            tp=tp,
-            graphs=not eager,
-        )
+        llm = LLM(model, **engine.settings)
         if verbose:
             errors.print(
                 ", ".join(f"{name}: {value}" for name, value in llm.engine.describe().items())

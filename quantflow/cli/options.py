@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,3 +110,75 @@ DialogueName = Annotated[
 Eager = Annotated[
     bool, typer.Option("--eager", help="On a GPU, launch kernels one by one: no CUDA graphs.")
 ]
+
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="0: the likeliest token each time.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", help="Draw from the likeliest tokens that together have this probability."
+    ),
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Draw from this many tokens; 0: all.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="More than 1: fewer repetitions.")
+]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is run: the options of each verb that runs one, in the order of its help."""
+
+    mode: ModeOption = Mode.exact
+    kv: KVOption = KV.auto
+    session_len: SessionLength = None
+    cache_max_entry_count: CacheShare = None
+    tp: TensorParallel = 1
+    dialogue: DialogueName = None
+    eager: Eager = False
+    device: DeviceOption = Device.auto
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As `EngineConfig` calls them."""
+        return {
+            "mode": self.mode.value,
+            "kv": self.kv.value,
+            "session_len": self.session_len,
+            "cache_max_entry_count": self.cache_max_entry_count,
+            "tp": self.tp,
+            "dialogue": self.dialogue,
+            "graphs": not self.eager,
+            "device": self.device.value,
+        }
+
+    def followed(self) -> bool:
+        """Whether torchrun has started this process to help the first; if so, it has done that."""
+        from quantflow.engine.follower import follow
+        from quantflow.engine.tensor_parallel import follows
+        from quantflow.machine import resolve_device
+
+        if follows():
+            follow(resolve_device(self.device.value))
+            return True
+        return False
+
+
+USUAL = EngineOptions()
+
+
+def with_engine_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb as typer wants it: an option for each field of its parameter `engine`."""
+    own = inspect.signature(verb, eval_str=True)
+    options = inspect.signature(EngineOptions, eval_str=True).parameters
+    parameters: list[inspect.Parameter] = []
+    for parameter in own.parameters.values():
+        parameters += options.values() if parameter.name == "engine" else [parameter]
+
+    @wraps(verb)
+    def command(**values: Any) -> None:
+        verb(engine=EngineOptions(**{name: values.pop(name) for name in options}), **values)
+
+    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command

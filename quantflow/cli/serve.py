@@ -9,21 +9,7 @@ from typing import Annotated
 import typer
 
 from quantflow.cli.console import RUNNING, console, errors, reporting
-from quantflow.cli.options import (
-    KV,
-    CacheShare,
-    Debug,
-    Device,
-    DeviceOption,
-    DialogueName,
-    Eager,
-    KVOption,
-    Mode,
-    ModelDirectory,
-    ModeOption,
-    SessionLength,
-    TensorParallel,
-)
+from quantflow.cli.options import USUAL, Debug, EngineOptions, ModelDirectory, with_engine_options
 
 
 class LogLevel(StrEnum):
@@ -33,6 +19,7 @@ class LogLevel(StrEnum):
     debug = "debug"
 
 
+@with_engine_options
 def serve(
     model: ModelDirectory,
     host: Annotated[
@@ -42,13 +29,10 @@ def serve(
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")
     ] = 23333,
-    tp: TensorParallel = 1,
+    engine: EngineOptions = USUAL,
     max_batch_size: Annotated[
         int, typer.Option("--max-batch-size", min=1, help="Texts that are generated at once.")
     ] = 64,
-    session_len: SessionLength = None,
-    kv: KVOption = KV.auto,
-    cache_max_entry_count: CacheShare = None,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
@@ -120,22 +104,14 @@ def serve(
     log_level: Annotated[
         LogLevel, typer.Option("--log-level", help="debug shows every request.")
     ] = LogLevel.info,
-    mode: ModeOption = Mode.exact,
-    dialogue: DialogueName = None,
-    eager: Eager = False,
-    device: DeviceOption = Device.auto,
     debug: Debug = False,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, and a chat page."""
     with reporting(debug, RUNNING):
         from quantflow.distribution import missing
-        from quantflow.engine.follower import follow
-        from quantflow.engine.tensor_parallel import follows
         from quantflow.errors import UserError
-        from quantflow.machine import resolve_device
 
-        if follows():  # torchrun has started this one to help the first
-            follow(resolve_device(device.value))
+        if engine.followed():
             return
         try:
             from quantflow.serve.run import start
@@ -172,15 +148,8 @@ def serve(
             config,
             lambda text: errors.print(text),
             lambda text: console.print(text),
-            mode=mode.value,
-            kv=kv.value,
-            session_len=session_len,
-            cache_max_entry_count=cache_max_entry_count,
             max_batch_size=max_batch_size,
-            dialogue=dialogue,
-            device=device.value,
-            tp=tp,
-            graphs=not eager,
             prefix_cache=not no_prefix_cache,
+            **engine.settings,
         )
     raise typer.Exit(code)
