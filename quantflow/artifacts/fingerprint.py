@@ -22,28 +22,16 @@ def digest(value: Any) -> str:
     ).hexdigest()
 
 
-def source_digest(*parts: str) -> str:
-    """sha256 of the package's source files below `parts` (files or folders, such as "quant" or
-    "stages/awq_layer.py"; "kernels": the kernels', in Python and C)."""
-    hasher = hashlib.sha256()
-    for part in parts:
-        top, path = (
-            (_kernels().parent, _kernels()) if part == "kernels" else (_PACKAGE, _PACKAGE / part)
-        )
-        for file in (
-            sorted(f for f in path.rglob("*") if f.suffix in (".py", ".c"))
-            if path.is_dir()
-            else [path]
-        ):
-            hasher.update(str(file.relative_to(top)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return hasher.hexdigest()
+LIBRARIES = ("torch", "triton")  # that compute
 
 
 @lru_cache
-def code_digest(*modules: str, alone: tuple[str, ...] = ()) -> str:
+def code_digest(
+    *modules: str, alone: tuple[str, ...] = (), libraries: tuple[str, ...] = LIBRARIES
+) -> str:
     """sha256 of the code that can change what `modules` compute: their source, and that of all of
     ours that they import, in Python and C; of the modules `alone` their own source; and the
-    versions of torch and triton. Nothing is imported for it."""
+    versions of `libraries`. Nothing is imported for it."""
     hasher = hashlib.sha256()
     for name, path in sorted(
         (closure(*modules) | {name: _file_of(name) for name in alone}).items()
@@ -53,7 +41,7 @@ def code_digest(*modules: str, alone: tuple[str, ...] = ()) -> str:
         for file in (path, path.with_suffix(".c")):
             if file.is_file():
                 hasher.update(f"{name}{file.suffix}".encode() + b"\0" + file.read_bytes() + b"\0")
-    for library in ("torch", "triton"):
+    for library in libraries:
         hasher.update(f"{library} {_version(library)}".encode() + b"\0")
     return hasher.hexdigest()
 

@@ -19,19 +19,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantflow.artifacts.artifact import RUN, foreign_files, is_export, read_manifest
-from quantflow.artifacts.fingerprint import code_digest, digest, file_digest
+from quantflow.artifacts.fingerprint import digest, file_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.calibration.data import LeftOut
 from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
 from quantflow.checkpoints.directory import read_json
 from quantflow.checkpoints.weight_files import INDEX
-from quantflow.decoder.native import computed_by
 from quantflow.errors import OutputError, Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.formats.weight import LEAST_GROUP, Weight, usual_group
-from quantflow.machine import device_name, resolve_device
+from quantflow.machine import resolve_device
 from quantflow.models.config import DecoderConfig
 from quantflow.pipeline.texts import local_text, model_documents
 from quantflow.quant.numbers import NUMBERS
@@ -51,12 +50,6 @@ from quantflow.stages.shard import Shard
 from quantflow.tokenizers.load import has_tokenizer, tokenizer_placeholders
 
 T = TypeVar("T")
-# What reads the weights and runs a layer for the stages, each of which names its own code: whatever
-# of ours these import is in the identities of a layer's results. What reads texts can change
-# nothing but tokens, which are in the keys themselves.
-READS = ("quantflow.checkpoints.checkpoint", "quantflow.decoder.decoder")
-# whose own imports are a recipe's and a plan's
-LOOP = ("quantflow.pipeline.sweep", "quantflow.decoder.walk", "quantflow.stages.work")
 # tokens of a window of calibration, and of evaluation, where the recipe says auto
 SEQLEN, LENGTH = 2048, 512
 GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
@@ -296,62 +289,9 @@ class Plan:
         form = FORMATS[pack.format]
         return form if self.rounds else form.unrounded
 
-    # Identities. `weights` is the digest of the weight files, `tokens` that of the calibration
-    # windows.
-
     def weights_key(self, digests: Iterable[str]) -> str:
-        """`weights`, from the content hashes of the weight files."""
+        """What tells the weights from others, from the content hashes of the weight files."""
         return weights_key(self.checkpoint, digests)
-
-    def calibrate_key(self, weights: str, tokens: str) -> str:
-        return digest(
-            [
-                "calibrate",
-                weights,
-                tokens,
-                self.checkpoint.raw_config,
-                self.compute_dtype,
-                self.device,
-                device_name(self.device),
-                computed_by(self.device),
-                BATCH_TOKENS,
-                [[stage.name, stage.identity()] for stage in self._passing(original=True)],
-                self._code(original=True),
-            ]
-        )
-
-    def sweep_key(self, weights: str, tokens: str) -> str:
-        """Identity of the layers' results."""
-        return digest(
-            [
-                "sweep",
-                weights,
-                tokens if self.needs_stream else "",
-                self.checkpoint.raw_config,
-                self.compute_dtype,
-                self.device,
-                device_name(self.device),
-                self.recipe.seed,
-                [[stage.name, stage.identity()] for stage in self._passing(original=False)],
-                [[p.module, str(p.scheme)] for p in self.linears],
-                self.scale_dtypes,
-                self.min_zero,
-                self.stream_windows,
-                computed_by(self.device),
-                BATCH_TOKENS,
-                self._code(original=False),
-            ]
-        )
-
-    def _passing(self, *, original: bool) -> Iterator[PlannedStage]:
-        """The stages that a layer goes through together."""
-        return (stage for stage in self.layer_stages if stage.original is original)
-
-    def _code(self, *, original: bool) -> str:
-        """Digest of all code that computes those stages' results."""
-        stages = self._passing(original=original)
-        modules = {module for stage in stages for module in stage.modules()}
-        return code_digest(*sorted(modules), *READS, alone=LOOP)
 
     @property
     def measures_engine(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from quantflow.artifacts.artifact import (
     is_whole,
     read_manifest,
 )
-from quantflow.artifacts.fingerprint import digest, file_digest, source_digest
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
 from quantflow.checkpoints.directory import read_json
@@ -35,6 +34,7 @@ from quantflow.evaluate.gates import judge
 from quantflow.formats.reader import REQUANTIZED
 from quantflow.machine import peak_resident_bytes
 from quantflow.pipeline.artifact import Artifact
+from quantflow.pipeline.identities import Identities, identities
 from quantflow.pipeline.measure import measure
 from quantflow.pipeline.plan import Plan, check_output
 from quantflow.pipeline.progress import Progress
@@ -57,16 +57,7 @@ from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.pack_pieces import Results
 from quantflow.stages.pack_writer import rank_folders, write_checkpoint, write_ranks
 from quantflow.stages.requantize import Requantizing, record
-from quantflow.tokenizers.load import load_tokenizer, tokenizer_files
-
-
-@dataclass(frozen=True)
-class _Identity:
-    weights: str
-    calibrate: str
-    sweep: str
-    evaluate: str
-    artifact: str
+from quantflow.tokenizers.load import load_tokenizer
 
 
 def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> Artifact:
@@ -119,7 +110,7 @@ def _run(
     progress.phase("hash", len(plan.checkpoint.files), "files")
     weights = plan.weights_key(plan.store.digests(plan.checkpoint.files, progress.step).values())
     clock.lap("hash")
-    identity = _identity(plan, weights, windows, held_out)
+    identity = identities(plan, weights, windows, held_out)
     if fresh:
         for key in (identity.calibrate, identity.sweep, identity.evaluate):
             plan.store.forget(key)
@@ -208,69 +199,7 @@ class _Clock:
         self.seconds[name], self._last = round(now - self._last, 3), now
 
 
-def _identity(plan: Plan, weights: str, windows: Windows, held_out: Windows | None) -> _Identity:
-    calibrate, sweep_key = (
-        plan.calibrate_key(weights, windows.digest),
-        plan.sweep_key(weights, windows.digest),
-    )
-    copied = {
-        name: file_digest(file)
-        for name, file in tokenizer_files(plan.checkpoint.tokenizer_path).items()
-    }
-    kv = plan.stage(KvQparams)
-    settings, first = (
-        kv.model_dump(mode="json") if kv else None,
-        plan.packs[0].model_dump(mode="json") if plan.packs else None,
-    )
-    evaluate = digest(
-        [
-            "evaluate",
-            sweep_key,
-            calibrate if kv else "",
-            held_out.digest if held_out else "",
-            settings,
-            first,
-            plan.device,
-            plan.measures_engine,
-            source_digest(
-                "evaluate",
-                "engine",
-                "checkpoints",
-                "tokenizers",
-                "models",
-                "formats",
-                "quant",
-                "stages",
-                "kernels",
-                "pipeline/measure.py",
-            ),
-        ]
-    )
-    artifact = digest(
-        [
-            "artifact",
-            copied,
-            calibrate if plan.stage(Calibrate) else "",
-            sweep_key,
-            evaluate if held_out else "",
-            portable(plan),
-            source_digest(
-                "stages",
-                "formats",
-                "pipeline",
-                "artifacts",
-                "checkpoints",
-                "tokenizers",
-                "models",
-                "quant",
-                "kernels",
-            ),
-        ]
-    )
-    return _Identity(weights, calibrate, sweep_key, evaluate, artifact)
-
-
-def _finished(plan: Plan, identity: _Identity) -> Artifact | None:
+def _finished(plan: Plan, identity: Identities) -> Artifact | None:
     try:
         manifest = read_manifest(plan.output)
         if (
@@ -384,7 +313,7 @@ def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:
     return summary
 
 
-def _write_statistics(plan: Plan, identity: _Identity, reader: SweepReader, folder: Path) -> None:
+def _write_statistics(plan: Plan, identity: Identities, reader: SweepReader, folder: Path) -> None:
     if plan.stage(KvQparams):
         save_tensors(folder / KV_FILE, _kv_tensors(plan, reader))
     if not plan.stage(Calibrate):

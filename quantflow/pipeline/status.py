@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantflow.calibration.data import Windows
+from quantflow.pipeline.identities import calibrate_key, sweep_key
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.texts import local_text
 from quantflow.pipeline.windows import recipe_windows
@@ -24,8 +25,8 @@ def stored_layers(plan: Plan) -> int | None:
         windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.tokenizer_path), calibration)
     weights = plan.weights_key(digests.values())
     key = (
-        plan.sweep_key(weights, windows.digest)
+        sweep_key(plan, weights, windows.digest)
         if plan.rounds
-        else plan.calibrate_key(weights, windows.digest)
+        else calibrate_key(plan, weights, windows.digest)
     )
     return plan.store.finished_layers(key, plan.config.layers)

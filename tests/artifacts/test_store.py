@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from quantflow.artifacts.artifact import (
     is_whole,
     read_manifest,
 )
-from quantflow.artifacts.fingerprint import closure, code_digest, digest, file_digest, source_digest
+from quantflow.artifacts.fingerprint import closure, code_digest, digest, file_digest
 from quantflow.artifacts.store import Store, write_atomic, write_json
 from quantflow.checkpoints.directory import Directory
 from quantflow.errors import ModelError, OutputError
@@ -230,28 +229,6 @@ def test_digest_leaves_out_the_order_of_mappings_and_nothing_else() -> None:
     ]  # fmt: skip
     assert len({digest(v) for v in values}) == len(values)
     assert digest("é") == hashlib.sha256('"é"'.encode()).hexdigest()
-
-
-def test_source_digest_sees_names_and_contents() -> None:
-    whole, one = source_digest("quant"), source_digest("quant/kv.py")
-    assert (
-        whole == source_digest("quant")
-        and len({whole, one, source_digest("quant/grid.py"), source_digest("quant", "errors.py")})
-        == 4
-    )
-
-
-def test_source_digest_sees_what_is_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "quantflow_kernels"
-    shutil.copytree(fingerprint._kernels(), folder, ignore=shutil.ignore_patterns("__pycache__"))
-    known = source_digest("kernels")
-    monkeypatch.setattr(fingerprint, "_kernels", lambda: folder)
-    assert source_digest("kernels") == known != source_digest("quant")
-    source = folder / "cpu_solver.c"
-    source.write_text(source.read_text() + "/* changed */")
-    assert source_digest("kernels") != known
 
 
 @pytest.fixture
