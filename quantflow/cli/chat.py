@@ -125,8 +125,8 @@ class Remote:
 
     def stream(self, messages: Sequence[Message], parameters: Parameters) -> Iterator[str]:
         self.tokens = (0, 0)
-        given = {name: value for name, value in parameters.items() if value is not None}
-        yield from self._client.stream(messages, {"model": self.name, **given})
+        stated = {name: value for name, value in parameters.items() if value is not None}
+        yield from self._client.stream(messages, {"model": self.name, **stated})
         self.tokens = (self._counted("prompt_tokens"), self._counted("completion_tokens"))
 
     def _counted(self, name: str) -> int:
@@ -388,8 +388,8 @@ def chat(
         if is_address(target):
             from quantflow.serve.config import KEY_VARIABLE, keys
 
-            found = keys(api_key_file, KEY_VARIABLE)
-            partner = Remote(target, found[0] if found else None)
+            allowed = keys(api_key_file, KEY_VARIABLE)
+            partner = Remote(target, allowed[0] if allowed else None)
         else:
             if engine.followed():
                 return

@@ -186,10 +186,10 @@ class _Trial:
         exponents = torch.randint(-1, 2, (channels,), generator=self._random)
         return torch.exp2(exponents.float()).to(self.x.device, self.block.dtype)
 
-    def _same(self, found: Tensor, expected: Tensor) -> bool:
+    def _same(self, computed: Tensor, expected: Tensor) -> bool:
         size = expected.float().norm()
         limit = SAME.get(self.block.dtype, SAME_WIDE)
-        return bool(size > 0 and (found.float() - expected.float()).norm() <= limit * size)
+        return bool(size > 0 and (computed.float() - expected.float()).norm() <= limit * size)
 
     def _holds(self, changed: Mapping[str, Tensor], segment: Segment, scale: Tensor) -> bool:
         """Whether the segment then reads its input divided by `scale`, and all else is as it

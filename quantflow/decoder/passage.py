@@ -107,8 +107,8 @@ class NativePassage:
         any."""
         assert self.inner is not None
         if self._picks[0] != expert:
-            found = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in self._routes]
-            self._picks = expert, [(tokens, slot) for tokens, slot in found]
+            picks = [(chosen == expert).nonzero(as_tuple=True) for chosen, _ in self._routes]
+            self._picks = expert, [(tokens, slot) for tokens, slot in picks]
         for number, ((a, b), (tokens, _)) in enumerate(
             zip(self._spans, self._picks[1], strict=True)
         ):

@@ -56,9 +56,9 @@ def compared(reference: Output, others: Sequence[Output]) -> Iterator[tuple[int,
         expected = reference.head(states[0])
         likely, positions = expected.exp(), slice(start, start + len(expected))
         for number, other in enumerate(others):
-            found = other.head(states[1 + number])
-            kl = (likely * (expected - found)).sum(-1)
-            yield number, Compared(positions, expected, found, kl)
+            logprobs = other.head(states[1 + number])
+            kl = (likely * (expected - logprobs)).sum(-1)
+            yield number, Compared(positions, expected, logprobs, kl)
 
 
 def mean_divergences(reference: Output, others: Sequence[Output]) -> list[float]:

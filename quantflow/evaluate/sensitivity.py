@@ -61,7 +61,7 @@ def parts(checkpoint: Checkpoint, granularity: Granularity = "fused") -> list[Pa
     """The parts of a model, in the order of computation. fused: linears that engines fuse and so
     want in one width: q, k and v; gate and up; the experts of a layer. module: every linear. layer:
     all linears of a layer."""
-    found = []
+    result = []
     for index in range(checkpoint.config.layers):
         groups: dict[str, dict[str, tuple[int, int]]] = {}
         for segment in checkpoint.segments(index):
@@ -69,11 +69,11 @@ def parts(checkpoint: Checkpoint, granularity: Granularity = "fused") -> list[Pa
                 name = {"layer": "", "module": spec.name, "fused": segment.part}[granularity]
                 groups.setdefault(name, {})[spec.name] = spec.shape
         prefix = checkpoint.architecture.layer_prefix(index)
-        found += [
+        result += [
             Part(".".join(filter(None, (prefix, name))), index, shapes)
             for name, shapes in groups.items()
         ]
-    return found
+    return result
 
 
 class Measure:

@@ -113,13 +113,13 @@ class Library:
     def outer(self) -> dict[str, str]:
         """`embedding` and `head` -> the module's name."""
         names = {module: name for name, module in self.model.named_modules()}
-        found = {
+        modules = {
             "embedding": self.model.get_input_embeddings(),
             "head": self.model.get_output_embeddings(),
         }
-        if None in found.values():
+        if None in modules.values():
             raise ConfigProblem(f"{self.name} of transformers has no embedding and head")
-        return {kind: names[module] for kind, module in found.items()}
+        return {kind: names[module] for kind, module in modules.items()}
 
     @property
     def tied(self) -> bool:

@@ -119,13 +119,13 @@ def export(
     if options.requantize:
         moved = Requantizing(moved, job, None if weights.modules else weights.tensor, errors)
     origin = _origin(checkpoint)
-    told = progress or Silent()
-    told.phase("export", checkpoint.config.layers * (1 + rank_folders(job)), "layers")
+    watcher = progress or Silent()
+    watcher.phase("export", checkpoint.config.layers * (1 + rank_folders(job)), "layers")
     with building(output) as folder:
-        errors |= write_checkpoint(folder, job, moved, told.step)
+        errors |= write_checkpoint(folder, job, moved, watcher.step)
         if kv and not container_of(job).kv_inside:
             save_tensors(folder / KV_FILE, kv)
-        for rank, place in write_ranks(folder, job, moved, told.step):
+        for rank, place in write_ranks(folder, job, moved, watcher.step):
             if kv:
                 save_tensors(
                     place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp)
@@ -134,13 +134,13 @@ def export(
         before = checkpoint.path / REQUANTIZED  # an inexact source stays one
         earlier = {"before": read_json(before)} if before.is_file() else {}
         if errors or earlier:
-            said = {
+            summary = {
                 "from": source_format,
                 "to": format_name,
                 "relative_errors": record(errors),
                 **earlier,
             }
-            write_json(folder / REQUANTIZED, said)
+            write_json(folder / REQUANTIZED, summary)
         exact = not errors and not earlier
         manifest = _manifest(
             checkpoint, origin, job, folder, source_format, options.tp, weights.notes, exact=exact
@@ -235,11 +235,11 @@ def _check_output(output: Path, source: Path) -> None:
     if place == source.resolve() or source.resolve().is_relative_to(place):
         raise OutputError(Problem(str(output), "the source itself", "another directory"))
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        found = "a directory with other content" if place.is_dir() else "a file"
+        problem = "a directory with other content" if place.is_dir() else "a file"
         raise OutputError(
             Problem(
                 str(output),
-                found,
+                problem,
                 "a new directory, or an empty one",
                 "Remove it yourself if it is no longer needed",
             )
@@ -296,8 +296,8 @@ def kv_tensors(weights: Weights) -> dict[str, Tensor]:
     file = kv_file(weights.checkpoint.path)
     if file is None:
         return weights.kv_parameters()
-    found = TensorFile(file)
-    return {name: found.read(name) for name in found.tensors}
+    file_tensors = TensorFile(file)
+    return {name: file_tensors.read(name) for name in file_tensors.tensors}
 
 
 def _target(name: str, options: Options) -> Format:
@@ -366,13 +366,13 @@ def _job(weights: Weights, target: Format, options: Options) -> PackJob:
             outer=outer,
         )
 
-    found = prepared(options.requantize)
-    if problems := [*found.modules, *found.whole]:
+    preparation = prepared(options.requantize)
+    if problems := [*preparation.modules, *preparation.whole]:
         again = prepared(True)
         raise FormatError(
             _by_cause(problems, _ASK if not again.modules and not again.whole else "")
         )
-    return found.job
+    return preparation.job
 
 
 def _shapes(checkpoint: Checkpoint, index: int) -> dict[str, tuple[int, int]]:
@@ -416,15 +416,15 @@ class _Moved:
         return self.weights.tensor(name) if index is None and name in self.job.unpacked else None
 
 
-def _alike(found: Scheme, wanted: Scheme) -> bool:
+def _alike(scheme: Scheme, wanted: Scheme) -> bool:
     """Whether they differ in name alone: an asymmetric tensor whose zero points all happen to lie
     in the middle reads as symmetric."""
-    return found.symmetric and replace(found, symmetric=False) == wanted
+    return scheme.symmetric and replace(scheme, symmetric=False) == wanted
 
 
 def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
     """For each layer, the scheme of every quantised linear by its name in the layer."""
-    checkpoint, found = weights.checkpoint, []
+    checkpoint, layers = weights.checkpoint, []
     for index in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(index)
         layer: dict[str, Scheme] = {}
@@ -432,10 +432,10 @@ def _schemes(weights: Weights) -> list[dict[str, Scheme]]:
             scheme = weights.scheme_of(f"{prefix}.{linear}")
             if scheme is not None:
                 layer[linear] = scheme
-        found.append(layer)
+        layers.append(layer)
     if weights.format and weights.format.all_symmetric(weights.modules, checkpoint.read_source):
-        found = [
+        layers = [
             {name: replace(scheme, symmetric=True) for name, scheme in layer.items()}
-            for layer in found
+            for layer in layers
         ]
-    return found
+    return layers

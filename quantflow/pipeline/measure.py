@@ -39,8 +39,8 @@ def measure(
     settings = plan.stage(KvQparams)
     stored = plan.store.read_json(key, "quality")
     if isinstance(stored, dict) and all(
-        isinstance(found, dict) and {"figures", "profile"} <= set(found)
-        for found in stored.values()
+        isinstance(entry, dict) and {"figures", "profile"} <= set(entry)
+        for entry in stored.values()
     ):
         return stored
     reference = Weights(plan.checkpoint.path)
@@ -72,10 +72,10 @@ def measure(
             variants["weights_and_kv"] = Variant(weights, rounding(quantised))
     progress.phase("evaluate", plan.config.layers * (1 + len(variants)), "layers")
     place = room(plan.device, plan.store.folder(key))
-    found = compare(Variant(reference), variants, held_out.tokens, place, progress.advance)
+    divergences = compare(Variant(reference), variants, held_out.tokens, place, progress.advance)
     measured = {
         name: {"figures": divergence.as_dict(), "profile": divergence.profile.as_dict()}
-        for name, divergence in found.items()
+        for name, divergence in divergences.items()
     }
     plan.store.write_json(key, "quality", measured)
     return measured

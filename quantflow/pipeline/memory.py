@@ -122,7 +122,7 @@ class Model:
     def linears(self) -> Counter[tuple[str, tuple[int, int], int | None, bool]]:
         """(name in the layer, of expert 0 for all, shape, the dimension that ranks cut, whether it
         may be quantised) -> how many."""
-        checkpoint, found = (
+        checkpoint, counts = (
             self.checkpoint,
             Counter[tuple[str, tuple[int, int], int | None, bool]](),
         )
@@ -130,8 +130,8 @@ class Model:
             for name, spec in checkpoint.linears(index).items():
                 module = f"{checkpoint.architecture.layer_prefix(index)}.{name}"
                 quantised = not any(matches(module, pattern) for pattern in self.question.ignore)
-                found[re.sub(r"\d+(?=\.)", "0", name), spec.shape, spec.cut, quantised] += 1
-        return found
+                counts[re.sub(r"\d+(?=\.)", "0", name), spec.shape, spec.cut, quantised] += 1
+        return counts
 
     def weights(self, scheme: Scheme | None, tp: int) -> int:
         """Bytes on one rank."""
@@ -230,12 +230,12 @@ class Model:
         splits = 1 << (-(-context // SPLIT) - 1).bit_length()
         parts = splits * batch * queries * 4 if self.question.device == "cuda" else 0
         head = batch * config.vocabulary * 2 * item + 32 * config.vocabulary
-        found = (
+        terms = (
             Term(f"a layer of {tokens} tokens", layer),
             Term("a decode's partial results", parts),
             Term(f"{batch} rows of logits", head),
         )
-        return Term("activations", max(term.bytes for term in found), parts=found, largest=True)
+        return Term("activations", max(term.bytes for term in terms), parts=terms, largest=True)
 
     def need(self, candidate: Candidate, context: int, batch: int) -> Need:
         reserve = Term(

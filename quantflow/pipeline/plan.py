@@ -202,39 +202,41 @@ class Plan:
     @property
     def sections(self) -> dict[str, Calibration | Evaluate]:
         """The parts of the recipe that name a text, whether it is read or not."""
-        found = {"calibration": self.recipe.calibration, "evaluate": self.stage(Evaluate)}
-        return {name: section for name, section in found.items() if section is not None}
+        sections = {"calibration": self.recipe.calibration, "evaluate": self.stage(Evaluate)}
+        return {name: section for name, section in sections.items() if section is not None}
 
     @cached_property
     def samples(self) -> dict[str, Sample | UserError]:
         """How each section's text begins, and what is wrong where it cannot be read. A text on the
         hub is not looked at."""
-        found: dict[str, Sample | UserError] = {}
+        samples: dict[str, Sample | UserError] = {}
         for name, section in self.sections.items():
             if local_text(section):
-                texts = model_documents(
+                documents = model_documents(
                     self.checkpoint.tokenizer_path, section.data, section.file, field=section.field
                 )
                 left_out = LeftOut()
                 try:
-                    first = list(islice(left_out.sift(texts), section.skip, section.skip + LOOKED))
+                    first = list(
+                        islice(left_out.sift(documents), section.skip, section.skip + LOOKED)
+                    )
                     if not first:
                         left_out.check()
-                    found[name] = Sample(first[0].text[:SAMPLE] if first else "", left_out.note)
+                    samples[name] = Sample(first[0].text[:SAMPLE] if first else "", left_out.note)
                 except UserError as error:
-                    found[name] = error
-        return found
+                    samples[name] = error
+        return samples
 
     @property
     def text_notes(self) -> tuple[str, ...]:
         """What of the sections' texts cannot be used, as far as it was looked at; each in a
         sentence."""
-        found = (
+        notes = (
             (name, sample.left_out)
             for name, sample in self.samples.items()
             if isinstance(sample, Sample)
         )
-        return tuple(f"{name}: {note}" for name, note in found if note)
+        return tuple(f"{name}: {note}" for name, note in notes if note)
 
     def schemes(self, layer: int) -> dict[str, Scheme]:
         """Relative name -> scheme of the quantised linears of a layer."""
@@ -242,10 +244,10 @@ class Plan:
 
     @cached_property
     def _by_layer(self) -> dict[int, list[LinearPlan]]:
-        found: dict[int, list[LinearPlan]] = {i: [] for i in range(self.config.layers)}
+        layers: dict[int, list[LinearPlan]] = {i: [] for i in range(self.config.layers)}
         for linear in self.linears:
-            found[linear.layer].append(linear)
-        return found
+            layers[linear.layer].append(linear)
+        return layers
 
     @cached_property
     def store(self) -> Store:
@@ -486,7 +488,7 @@ def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
 def _grid_problems(plan: Plan) -> list[Problem]:
     """What stands against the packs: one problem a kind of linear and cause, not one a layer; what
     the formats cannot say of the whole; and overrides that match nothing."""
-    found: dict[tuple[str, str], Problem] = {}
+    by_cause: dict[tuple[str, str], Problem] = {}
     problems: list[Problem] = []
     linears = {linear.module: linear for linear in plan.linears}
     if plan.rounds and not any(linear.scheme for linear in plan.linears):
@@ -512,21 +514,23 @@ def _grid_problems(plan: Plan) -> list[Problem]:
                 if FORMATS[pack.format].holds_numbers(linear.scheme.kind)
                 else ""
             )
-            if (leaf, problem.found) not in found:
+            if (leaf, problem.found) not in by_cause:
                 hint = "; for instance ".join(
                     filter(
                         None, (problem.hint, _advice(plan, linear, problem, FORMATS[pack.format]))
                     )
                 )
                 where = f"{linear.module} (pack {pack.format})"
-                found[leaf, problem.found] = Problem(where, problem.found, problem.expected, hint)
+                by_cause[leaf, problem.found] = Problem(
+                    where, problem.found, problem.expected, hint
+                )
         problems += (problem for problem in prepared.whole if problem not in problems)
         if not prepared.modules:
             if pack.kv_scales:
                 problems += _kv_problems(plan, pack)
             if not pack.requantize:
                 problems += _chances(plan, pack, prepared)
-    problems = [*found.values(), *problems]
+    problems = [*by_cause.values(), *problems]
     # Of `ignore` the same is a warning: lists that are written for many models name what this one
     # has not, and nothing comes of it.
     unmatched = (
@@ -653,12 +657,12 @@ def _data_problems(plan: Plan) -> list[Problem]:
         if isinstance(sample, UserError):
             problems += [problem for problem in sample.problems if problem not in problems]
         elif sample and not sample.begins:
-            found = (
+            problem = (
                 "no text in it"
                 if not section.skip
                 else f"no text in it after {section.skip} documents"
             )
-            problems.append(Problem(f"{where} {local_text(section)}", found, "documents"))
+            problems.append(Problem(f"{where} {local_text(section)}", problem, "documents"))
     return problems
 
 
@@ -717,11 +721,11 @@ def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
             )
         ]
     if "output" not in plan.recipe.model_fields_set and (other := _other_model(plan, output)):
-        found = f"an artifact of another model, {other}, which would be lost"
+        problem = f"an artifact of another model, {other}, which would be lost"
         return [
             Problem(
                 str(plan.output),
-                found,
+                problem,
                 f"one of {plan.recipe.model}, or nothing",
                 "Pass --output DIR",
             )

@@ -158,12 +158,12 @@ class Job:
 
     def whole(self, widths: Mapping[str, int]) -> Rounding:
         """All parts rounded, each to its width."""
-        found: dict[int, dict[str, Scheme]] = {}
+        schemes: dict[int, dict[str, Scheme]] = {}
         for part in self.parts:
-            found.setdefault(part.layer, {}).update(
+            schemes.setdefault(part.layer, {}).update(
                 dict.fromkeys(part.shapes, self.settings.scheme(widths[part.name]))
             )
-        return found
+        return schemes
 
     def total_bytes(self, widths: Mapping[str, int]) -> int:
         return self.kept_bytes + sum(
@@ -278,14 +278,14 @@ def prepare(settings: Settings) -> Job:
         refuse_quantised(checkpoint)
     except UserError as error:
         raise ModelError([*problems, *error.problems]) from error
-    found = tuple(parts(checkpoint, settings.granularity))
+    measured = tuple(parts(checkpoint, settings.granularity))
     if settings.length > config.context and not config.stretches:
         problems.append(
             Problem(
                 "--length", str(settings.length), f"at most the model's {config.context} positions"
             )
         )
-    problems += _group_problems(checkpoint, found, settings)
+    problems += _group_problems(checkpoint, measured, settings)
     problems += _output_problems(settings)
     device = resolve_device(settings.device)
     windows, calibration = Windows([], frozenset(), ""), 0
@@ -302,7 +302,7 @@ def prepare(settings: Settings) -> Job:
             windows, calibration = _text(settings, checkpoint)
         except UserError as error:
             problems += error.problems
-    job = Job(settings, weights, found, windows, calibration, device)
+    job = Job(settings, weights, measured, windows, calibration, device)
     if not problems:
         problems += _budget_problems(job)
     if problems:
@@ -382,13 +382,13 @@ def _written(recipe: Path) -> bool:
 
 
 def _group_problems(
-    checkpoint: Checkpoint, found: Sequence[Part], settings: Settings
+    checkpoint: Checkpoint, measured: Sequence[Part], settings: Settings
 ) -> list[Problem]:
     """One a kind of linear, not one a layer; each says which sizes fit all of them, since there is
     one --group-size."""
     problems: dict[tuple[str, tuple[int, int]], Problem] = {}
     if settings.group_size >= 4:  # a whole row fits any linear
-        shared = math.gcd(*(shape[1] for part in found for shape in part.shapes.values()))
+        shared = math.gcd(*(shape[1] for part in measured for shape in part.shapes.values()))
         fitting = sorted(
             {
                 usual_group(shared, settings.group_size),
@@ -401,7 +401,7 @@ def _group_problems(
             f"What fits all linears of this model: --group-size {' or '.join([*sizes, '-1'])} (a"
             " group a row)"
         )
-        for part in found:
+        for part in measured:
             prefix = checkpoint.architecture.layer_prefix(part.layer)
             for name, shape in part.shapes.items():
                 scheme = Scheme(4, settings.group_size, True)
@@ -414,7 +414,7 @@ def _group_problems(
 
 def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
     """The windows, and how many of that length the text has for a recipe's calibration."""
-    found = cut_windows(
+    cut = cut_windows(
         load_tokenizer(checkpoint.tokenizer_path),
         model_documents(checkpoint.tokenizer_path, settings.data, field=settings.field),
         count=max(CALIBRATION, settings.samples),
@@ -423,14 +423,14 @@ def _text(settings: Settings, checkpoint: Checkpoint) -> tuple[Windows, int]:
         skip=settings.skip,
         source=Path(settings.data).name,
     )
-    windows = replace(found, tokens=found.tokens[: settings.samples])
+    windows = replace(cut, tokens=cut.tokens[: settings.samples])
     if (largest := max(map(max, windows.tokens))) >= checkpoint.config.vocabulary:
         expected = f"ids below the model's vocabulary of {checkpoint.config.vocabulary}"
         hint = "Tokenizer and weights are not of one model"
         raise UserError(
             Problem(f"{checkpoint.path} tokenizer", f"gives token {largest}", expected, hint)
         )
-    return windows, len(found.tokens)
+    return windows, len(cut.tokens)
 
 
 def _budget_problems(job: Job) -> list[Problem]:
@@ -546,17 +546,17 @@ def _parts(job: Job, key: str, progress: Progress) -> tuple[Measured, ...]:
             at = f"layer {index + 1} of {layers}"
             return [part.rounded(job.settings.scheme(bits)) for part, bits in wanted[index]]
 
-        for index, found in measure.layer_by_layer(roundings, missing[0]):
-            if found:
+        for index, divergences in measure.layer_by_layer(roundings, missing[0]):
+            if divergences:
                 _check_finite(
                     [
                         (f"{part.name} in {bits} bits", kl)
-                        for (part, bits), kl in zip(wanted[index], found, strict=True)
+                        for (part, bits), kl in zip(wanted[index], divergences, strict=True)
                     ]
                 )
                 known[index] |= {
                     _name(part, bits): kl
-                    for (part, bits), kl in zip(wanted[index], found, strict=True)
+                    for (part, bits), kl in zip(wanted[index], divergences, strict=True)
                 }
                 job.store.write_json(key, f"layer-{index:05}", known[index])
             if index == missing[-1]:
@@ -572,12 +572,12 @@ def _parts(job: Job, key: str, progress: Progress) -> tuple[Measured, ...]:
     )
 
 
-def _check_finite(found: Sequence[tuple[str, float]]) -> None:
+def _check_finite(divergences: Sequence[tuple[str, float]]) -> None:
     """Raises ModelError for the divergences that are no numbers, before they are stored."""
     hint = "The model's own logits, or those with these weights rounded, are not finite"
     if wrong := [
         Problem(name, f"a KL divergence of {kl}", "a finite number", hint)
-        for name, kl in found
+        for name, kl in divergences
         if not math.isfinite(kl)
     ]:
         raise ModelError(wrong)
@@ -611,13 +611,13 @@ def _wholes(
     }
     if new:
         progress.phase("whole", 2 * job.checkpoint.config.layers)
-        found = _measure(job, key, progress.step).whole([job.whole(w) for w in new.values()])
+        divergences = _measure(job, key, progress.step).whole([job.whole(w) for w in new.values()])
         names = [
             f"the whole model in {' and '.join(map(str, sorted(set(w.values()))))} bits"
             for w in new.values()
         ]
-        _check_finite(list(zip(names, found, strict=True)))
-        known |= dict(zip(new, found, strict=True))
+        _check_finite(list(zip(names, divergences, strict=True)))
+        known |= dict(zip(new, divergences, strict=True))
         job.store.write_json(key, "whole", known)
     return [known[identity] for identity in identities]
 

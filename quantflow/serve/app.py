@@ -317,7 +317,7 @@ def _administration(app: FastAPI, service: Service, sessions: Sessions) -> None:
 
 
 def _pages(app: FastAPI) -> list[str]:
-    """The web page's files; where they are found."""
+    """Serves the web page's files."""
     folder = files("quantflow.serve") / "page"
     places = dict(PAGES)
     for file in folder.iterdir():
@@ -401,8 +401,8 @@ MOST_NAME = 100  # letters of a client's own word in a message
 
 
 def unreadable(error: RequestValidationError) -> Refused:
-    """What pydantic found, in OpenAI's words."""
-    found = []
+    """A refusal in OpenAI's words, for a request that pydantic does not accept."""
+    problems = []
     for problem in _telling(error.errors())[:5]:
         # whatever it is called, it is a name
         last = len(problem["loc"]) - 1 if problem["type"] == "extra_forbidden" else 0
@@ -418,7 +418,7 @@ def unreadable(error: RequestValidationError) -> Refused:
             or "body"
         )
         if problem["type"] == "extra_forbidden":
-            found.append(
+            problems.append(
                 (
                     param,
                     f"{param}: unknown parameter; expected one of the API's",
@@ -426,20 +426,20 @@ def unreadable(error: RequestValidationError) -> Refused:
                 )
             )
         elif problem["type"] == REFUSED:
-            found.append((param, f"{param}: {problem['msg']}", REFUSED))
+            problems.append((param, f"{param}: {problem['msg']}", REFUSED))
         else:
             message = problem["msg"][:1].lower() + problem["msg"][1:]
-            found.append(
+            problems.append(
                 (
                     param,
                     f"{param}: {message}",
                     "missing" if problem["type"] == "missing" else "invalid_value",
                 )
             )
-    param, _, code = found[0]
+    param, _, code = problems[0]
     return Refused(
         400,
-        "; ".join(dict.fromkeys(message for _, message, _ in found)),
+        "; ".join(dict.fromkeys(message for _, message, _ in problems)),
         param=param[:200],
         code=code,
     )
@@ -463,12 +463,12 @@ def _telling(problems: Sequence[Any]) -> list[Any]:
     groups: dict[Any, list[Any]] = {}
     for problem in problems:
         groups.setdefault(problem["loc"][1:2], []).append(problem)
-    found = []
+    telling = []
     for group in groups.values():
         details = [p for p in group if not p["type"].endswith("_type")]
         deepest = max(len(p["loc"]) for p in group)
-        found += details or [p for p in group if len(p["loc"]) == deepest]
-    return found
+        telling += details or [p for p in group if len(p["loc"]) == deepest]
+    return telling
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:

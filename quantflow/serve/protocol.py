@@ -34,11 +34,11 @@ def _null_or_nothing(schema: dict[str, Any]) -> None:
     """Also where there is a default, which null stands for."""
     schema["additionalProperties"] = {"type": "null"}
     properties = schema.get("properties", {})
-    for name, given in properties.items():
-        if given.get("default") is not None:
-            about = {key: given[key] for key in ("default", "title", "description") if key in given}
+    for name, value in properties.items():
+        if value.get("default") is not None:
+            about = {key: value[key] for key in ("default", "title", "description") if key in value}
             properties[name] = {
-                "anyOf": [{k: v for k, v in given.items() if k not in about}, {"type": "null"}],
+                "anyOf": [{k: v for k, v in value.items() if k not in about}, {"type": "null"}],
                 **about,
             }
 
