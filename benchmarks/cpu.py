@@ -31,14 +31,14 @@ def timed(*calls: Callable[[], Any]) -> list[float]:
     for call in calls:
         call()
         call()
-    found: list[list[float]] = [[] for _ in calls]
+    samples: list[list[float]] = [[] for _ in calls]
     began = time.perf_counter()
-    while time.perf_counter() - began < 1.0 or len(found[0]) < 5:
-        for call, times in zip(calls, found, strict=True):
+    while time.perf_counter() - began < 1.0 or len(samples[0]) < 5:
+        for call, times in zip(calls, samples, strict=True):
             start = time.perf_counter()
             call()
             times.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(times) for times in found]
+    return [statistics.median(times) for times in samples]
 
 
 def read_gb_s() -> float:

@@ -82,7 +82,7 @@ def _recorded(calls: list[Callable[[], Any]], repeats: int) -> torch.cuda.CUDAGr
 def timed(**ways: list[Callable[[], Any]]) -> dict[str, float]:
     """Median microseconds of one call of each way; the ways take turns."""
     graphs = {name: capture(calls) for name, calls in ways.items()}
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    samples: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(12):
         for name, (graph, count) in graphs.items():
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -91,8 +91,8 @@ def timed(**ways: list[Callable[[], Any]]) -> dict[str, float]:
             stop.record()
             stop.synchronize()
             if turn >= 2:
-                found[name].append(start.elapsed_time(stop) * 1e3 / count)
-    return {name: statistics.median(times) for name, times in found.items()}
+                samples[name].append(start.elapsed_time(stop) * 1e3 / count)
+    return {name: statistics.median(times) for name, times in samples.items()}
 
 
 def stream_copy_gb_s() -> float:
@@ -128,14 +128,14 @@ def through_dense(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     return F.linear(x, dequantize(weight, x.dtype))
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected).norm() / expected.norm())
+def relative(computed: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((computed.float() - expected).norm() / expected.norm())
 
 
 def matmul_rows(
     shapes: dict[str, list[tuple[int, int]]], tokens: tuple[int, ...], peak: float
 ) -> Iterator[dict[str, Any]]:
-    found = configs.tuned(torch.cuda.get_device_name())
+    tuning = configs.tuned(torch.cuda.get_device_name())
     models = {
         size: [m for m, sizes in shapes.items() if size in sizes]
         for sizes in shapes.values()
@@ -150,9 +150,9 @@ def matmul_rows(
         for m in tokens:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             expected = x.float() @ dense.T
-            exact, triton_ = (configs.matmul_config(found, m, exact=e) for e in (True, False))
+            exact, triton_ = (configs.matmul_config(tuning, m, exact=e) for e in (True, False))
             ways: dict[str, Callable[[PackedWeight], torch.Tensor]] = {
-                "fast": partial(linear, x, exact=False, tuning=found),
+                "fast": partial(linear, x, exact=False, tuning=tuning),
                 "triton": partial(matmul, x, bias=None, config=triton_),
             }
             if m <= 1024:

@@ -54,8 +54,8 @@ C = TypeVar("C")
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.exp(sum(map(math.log, found)) / len(found))
+    numbers = list(values)
+    return math.exp(sum(map(math.log, numbers)) / len(numbers))
 
 
 def best(
@@ -63,16 +63,16 @@ def best(
 ) -> list[tuple[float, C]]:
     """Candidates by their score, the least first; those that fail are left out, and after `until`
     nothing new is begun."""
-    found = []
+    scored = []
     for candidate in candidates:
         if time.monotonic() > until:
             print("no time for the rest")
             break
         try:
-            found.append((score(candidate), candidate))
+            scored.append((score(candidate), candidate))
         except Exception as error:  # whatever a candidate runs into, the others are tried
             print(f"  {candidate}: {type(error).__name__}: {str(error)[:100]}", flush=True)
-    return sorted(found, key=lambda pair: pair[0])
+    return sorted(scored, key=lambda pair: pair[0])
 
 
 def tiles(block_m: int) -> list[MatmulConfig]:
@@ -146,11 +146,11 @@ class Products:
             pairs = []
             for (_, k), weights in self.packed.items():
                 x = self.activations(tokens, k)
-                found = timed(
+                medians = timed(
                     ours=[partial(matmul, x, w, None, config) for w in weights],
                     dense=[partial(through_dense, x, w) for w in weights],
                 )
-                pairs.append(found["ours"] / found["dense"])
+                pairs.append(medians["ours"] / medians["dense"])
             if geometric_mean(pairs) > 1:
                 return tokens
         return 2048
@@ -183,12 +183,12 @@ def attention_score(
         scale = torch.full((kv_heads, d), 0.02, device="cuda")
         int8 = KVCache(k, v, scale[:, 0].contiguous(), scale, None, torch.zeros_like(scale))
         plain = KVCache((k * 0.02).bfloat16(), (v * 0.02).bfloat16())
-        found = [
+        results = [
             paged_attention(q, cache, batches[0], d**-0.5, config).float()
             for cache in (int8, plain)
         ]
-        if not relative(*found) < 2e-2:
-            raise ArithmeticError(f"the caches' results differ by {relative(*found):.2g}")
+        if not relative(*results) < 2e-2:
+            raise ArithmeticError(f"the caches' results differ by {relative(*results):.2g}")
         ways = {
             name: [partial(paged_attention, q, cache, batch, d**-0.5, config) for batch in batches]
             for name, cache in (("int8", int8), ("plain", plain))
@@ -208,7 +208,7 @@ def main() -> None:
         raise SystemExit("quantflow: tuning needs a CUDA device, and torch finds none")
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
-    found, record = (
+    tuning, record = (
         configs.tuned(device),
         {
             "device": device,
@@ -241,7 +241,7 @@ def main() -> None:
         )
         note(f"{tokens} tokens, splits", second)
         regimes.append(
-            (second or first)[0][1] if first else configs.matmul_config(found, tokens, exact=False)
+            (second or first)[0][1] if first else configs.matmul_config(tuning, tokens, exact=False)
         )
     candidates = [
         AttentionConfig(tile=tile, split=split, warps=warps, stages=stages)
@@ -257,7 +257,7 @@ def main() -> None:
         exact=one,
         fast=fast,
         dense_from=products.dense_from(more[3]),
-        attention=attention[0][1] if attention else found.attention,
+        attention=attention[0][1] if attention else tuning.attention,
     )
     record["tuned"] = asdict(tuned)
     if args.output:

@@ -64,7 +64,7 @@ class Row:
 def jobs(capability: int) -> Iterator[Job]:
     """Every kernel in the configurations that are shipped for GPUs of a capability, over the
     widths, groups and dtypes that compile to different code."""
-    own = [found for its, found in DEVICES.values() if its == capability]
+    own = [tuning for its, tuning in DEVICES.values() if its == capability]
     for tuned in dict.fromkeys((DEFAULT, *own)):
         regimes = dict.fromkeys([tuned.exact, *(config for _, config in tuned.fast)])
         for bits, group, dtype in VARIANTS:
@@ -285,15 +285,15 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run(
+        listing = subprocess.run(
             [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found, said
-    return int(found[1]), int(found[2])
+    match = re.search(r"REG:(\d+) STACK:(\d+)", listing)
+    assert match, listing
+    return int(match[1]), int(match[2])
 
 
 def _load_bytes(asm: dict[str, Any], streamed: tuple[str, ...]) -> int | None:
@@ -301,21 +301,21 @@ def _load_bytes(asm: dict[str, Any], streamed: tuple[str, ...]) -> int | None:
     layouts of the loads; checked against the widest access that stands in the PTX."""
     if not streamed:
         return None
-    text, found = str(asm["ttgir"]), []
+    text, widths = str(asm["ttgir"]), []
     declared = re.findall(r"(#blocked\d*) = #ttg.blocked<{sizePerThread = \[([\d, ]+)\]", text)
     layouts = {name: [int(v) for v in sizes.split(",")] for name, sizes in declared}
     for line in text.splitlines():
         if "tt.load" in line or "async_copy_global_to_local" in line:
             for kind, layout in re.findall(r"tensor<\d+x\d+x!tt.ptr<(\w+)>, (#blocked\d*)>", line):
                 if kind in streamed:
-                    found.append(max(layouts[layout]) * ITEM_BYTES[kind])
+                    widths.append(max(layouts[layout]) * ITEM_BYTES[kind])
     ptx = str(asm["ptx"])
     widest = (
         16
         if re.search(r"cp\.async\.cg[^;]*, 0x10|ld\.global[\w.:]*\.v4\.b32|cp\.async\.bulk", ptx)
         else 0
     )
-    return min([*found, widest]) if found else 0
+    return min([*widths, widest]) if widths else 0
 
 
 def main() -> None:

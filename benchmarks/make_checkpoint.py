@@ -110,20 +110,20 @@ Spec = tuple[str, tuple[int, ...]]  # dtype and shape, as a safetensors header h
 def packed(everything: dict[str, Spec]) -> tuple[dict[str, Spec], dict[str, Any]]:
     """The tensors of the same model with its layers' linears packed, and the
     quantization_config."""
-    found: dict[str, Spec] = {}
+    specs: dict[str, Spec] = {}
     for name, (dtype, shape) in everything.items():
         if "_proj.weight" in name:
             n, k = shape
-            found |= {
+            specs |= {
                 f"{name}_packed": ("I32", (n, k // 8)),
                 f"{name}_scale": (dtype, (n, k // GROUP)),
                 f"{name}_shape": ("I64", (2,)),
             }
         else:
-            found[name] = (dtype, shape)
+            specs[name] = (dtype, shape)
     scheme = Scheme(4, GROUP, True)
     request = ConfigRequest({"model.layers.0.mlp.up_proj": scheme}, ["lm_head"], scheme)
-    return found, FORMATS["compressed-tensors"].quantization_config(request)
+    return specs, FORMATS["compressed-tensors"].quantization_config(request)
 
 
 def value(
@@ -210,9 +210,9 @@ def main() -> None:
                 if name.endswith("weight_shape"):
                     writer.write(name, torch.tensor(linears[name.removesuffix("_shape")]))
                 else:
-                    found = value(name, dtype, dims, generator, device)
+                    tensor = value(name, dtype, dims, generator, device)
                     writer.write(
-                        name, (found if dtype == "I32" else found.to(torch.bfloat16)).cpu()
+                        name, (tensor if dtype == "I32" else tensor.to(torch.bfloat16)).cpu()
                     )
     if len(shards) > 1:
         index = {

@@ -107,27 +107,27 @@ def log_probabilities(folder: Path, windows: list[list[int]]) -> list[torch.Tens
     return [net(torch.tensor([window])).logits[0].float().log_softmax(-1) for window in windows]
 
 
-def told(folder: Path, windows: int) -> list[torch.Tensor]:
+def stored(folder: Path, windows: int) -> list[torch.Tensor]:
     """The same, as whoever made the model has measured it."""
     found = load_file(folder / "log_probabilities.safetensors")
     return [found[str(number)] for number in range(windows)]
 
 
 def compare(
-    reference: list[torch.Tensor], found: list[torch.Tensor], windows: list[list[int]]
+    reference: list[torch.Tensor], logprobs: list[torch.Tensor], windows: list[list[int]]
 ) -> dict[str, float]:
-    divergence = [(a.exp() * (a - b)).sum(-1) for a, b in zip(reference, found, strict=True)]
-    same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, found, strict=True)]
+    divergence = [(a.exp() * (a - b)).sum(-1) for a, b in zip(reference, logprobs, strict=True)]
+    same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, logprobs, strict=True)]
     return {
-        "perplexity": perplexity(found, windows),
+        "perplexity": perplexity(logprobs, windows),
         "kl_mean": float(torch.cat(divergence).double().mean()),
         "top1": float(torch.cat(same).double().mean()),
     }
 
 
-def perplexity(found: list[torch.Tensor], windows: list[list[int]]) -> float:
+def perplexity(logprobs: list[torch.Tensor], windows: list[list[int]]) -> float:
     surprise = [
-        -b[:-1].gather(1, torch.tensor(w)[1:, None]) for b, w in zip(found, windows, strict=True)
+        -b[:-1].gather(1, torch.tensor(w)[1:, None]) for b, w in zip(logprobs, windows, strict=True)
     ]
     return math.exp(float(torch.cat(surprise).double().mean()))
 
@@ -185,8 +185,8 @@ def main() -> None:
                 given = json.dumps([str(args.model), *map(str, places), args.group, str(output)])
                 run([args.llmcompressor, "-c", LLM_COMPRESSOR, given], PYTHONPATH="")
             seconds = time.perf_counter() - began
-            found = log_probabilities(output, windows) if way else told(output, len(windows))
-            rows[name] = {"seconds": round(seconds, 1), **compare(reference, found, windows)}
+            logprobs = log_probabilities(output, windows) if way else stored(output, len(windows))
+            rows[name] = {"seconds": round(seconds, 1), **compare(reference, logprobs, windows)}
             print(name, rows[name], flush=True)
             keep(args, rows)
 

@@ -284,7 +284,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Of every file below a case's folder what must be the same, by its name. A store's folders are
     called by the identity, which may change: their files are called by their names and numbered,
     those of the same name in the order of their bytes."""
-    found: dict[str, bytes] = {}
+    result: dict[str, bytes] = {}
     stored: dict[str, list[bytes]] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
@@ -296,22 +296,22 @@ def contents(folder: Path) -> dict[str, bytes]:
             for key in ("fingerprint", "files", "artifact"):
                 kept.pop(key, None)
             kept.get("source", {}).pop("artifact", None)
-            found[str(name)] = json.dumps(kept, indent=1).encode()
+            result[str(name)] = json.dumps(kept, indent=1).encode()
         elif name.name not in ("run.json", "report.html", "recipe.yaml"):
-            found[str(name)] = path.read_bytes()
+            result[str(name)] = path.read_bytes()
     for name, files in stored.items():
-        found |= {f"store/{name} #{i}": data for i, data in enumerate(sorted(files))}
-    return found
+        result |= {f"store/{name} #{i}": data for i, data in enumerate(sorted(files))}
+    return result
 
 
 def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[tuple[str, str]]:
     """(file, how it differs), sorted by name."""
-    found = []
+    result = []
     for name in sorted(one.keys() | other.keys()):
         if name not in other:
-            found.append((name, "is missing now"))
+            result.append((name, "is missing now"))
         elif name not in one:
-            found.append((name, "is new"))
+            result.append((name, "is new"))
         elif (before := one[name]) != (now := other[name]):
             first = next(
                 (i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b),
@@ -325,8 +325,8 @@ def differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[tuple[st
                 if len(before) == len(now)
                 else f"{len(before)} and {len(now)} bytes"
             )
-            found.append((name, f"{changed} of {sizes} differ, from byte {first} on"))
-    return found
+            result.append((name, f"{changed} of {sizes} differ, from byte {first} on"))
+    return result
 
 
 # Both

@@ -109,12 +109,12 @@ def request(path: str, body: Any, *headers: str) -> bytes:
 async def ask(port: int, data: bytes, leave_s: float | None = None) -> bytes:
     """The whole answer; or what came of it, where the client goes away after a time."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    found = bytearray()
+    received = bytearray()
     try:
         async with asyncio.timeout(leave_s if leave_s is not None else HANG_S):
             writer.write(data)
             while part := await reader.read(65536):
-                found += part
+                received += part
     except TimeoutError:
         if leave_s is None:
             raise
@@ -122,7 +122,7 @@ async def ask(port: int, data: bytes, leave_s: float | None = None) -> bytes:
         pass  # it was closed before all of it was sent
     finally:
         writer.transport.abort() if leave_s is not None else writer.close()
-    return bytes(found)
+    return bytes(received)
 
 
 async def get(port: int, path: str) -> bytes:
@@ -224,26 +224,27 @@ def load(scale: float) -> dict[str, Any]:
         return tokens / seconds
 
     asked = bodies(count)
-    found: dict[str, list[float]] = {"offline": [], "whole": [], "stream": []}
+    rates: dict[str, list[float]] = {"offline": [], "whole": [], "stream": []}
     # Taken in turn: the machine's speed varies from minute to minute.
     for _ in range(rounds):
-        found["offline"].append(offline(count))
+        rates["offline"].append(offline(count))
         with server() as (_, port):
             asyncio.run(online(port, True))  # warm
-            found["whole"].append(asyncio.run(online(port, False)))
-            found["stream"].append(asyncio.run(online(port, True)))
-            said = asyncio.run(metrics(port))
-    medians = {name: statistics.median(rates) for name, rates in found.items()}
+            rates["whole"].append(asyncio.run(online(port, False)))
+            rates["stream"].append(asyncio.run(online(port, True)))
+            counters = asyncio.run(metrics(port))
+    medians = {name: statistics.median(rates) for name, rates in rates.items()}
     ratios = {
-        name: statistics.median(r / o for r, o in zip(found[name], found["offline"], strict=True))
+        name: statistics.median(r / o for r, o in zip(rates[name], rates["offline"], strict=True))
         for name in ("whole", "stream")
     }
     first = (
-        said["quantflow_time_to_first_token_seconds_sum"]
-        / said["quantflow_time_to_first_token_seconds_count"]
+        counters["quantflow_time_to_first_token_seconds_sum"]
+        / counters["quantflow_time_to_first_token_seconds_count"]
     )
     between = (
-        said["quantflow_inter_token_seconds_sum"] / said["quantflow_inter_token_seconds_count"]
+        counters["quantflow_inter_token_seconds_sum"]
+        / counters["quantflow_inter_token_seconds_count"]
     )
     return {
         "clients": CLIENTS,
@@ -252,7 +253,7 @@ def load(scale: float) -> dict[str, Any]:
         "rounds": rounds,
         "tokens_per_s": medians,
         "of_offline": ratios,
-        "all_tokens_per_s": found,
+        "all_tokens_per_s": rates,
         "mean_first_token_s": first,
         "mean_inter_token_s": between,
         "goal_of_offline": 0.8,
@@ -305,8 +306,12 @@ def disconnect(scale: float) -> dict[str, Any]:
         seconds = await crowd(count, 48, one)
         until = time.monotonic() + 30
         while time.monotonic() < until:
-            said = await metrics(port)
-            if said["quantflow_sequences_running"] == said["quantflow_sequences_waiting"] == 0:
+            counters = await metrics(port)
+            if (
+                counters["quantflow_sequences_running"]
+                == counters["quantflow_sequences_waiting"]
+                == 0
+            ):
                 break
             await asyncio.sleep(0.1)
         await ask(port, request("/admin/sessions/end", {}, f"authorization: Bearer {ADMIN_KEY}"))
@@ -314,15 +319,15 @@ def disconnect(scale: float) -> dict[str, Any]:
         return seconds, await metrics(port)
 
     with server("--max-queue", "1000", QUANTFLOW_ADMIN_KEY=ADMIN_KEY) as (process, port):
-        seconds, said = asyncio.run(run(process, port))
+        seconds, counters = asyncio.run(run(process, port))
         grown = max(sizes[-3:]) - max(sizes[len(sizes) // 2 : len(sizes) // 2 + 3])
     left = {
-        name: said[f"quantflow_{name}"]
+        name: counters[f"quantflow_{name}"]
         for name in ("sequences_running", "sequences_waiting", "kv_blocks_used", "sessions")
     }
     refused = sum(
         v
-        for k, v in said.items()
+        for k, v in counters.items()
         if k.startswith("quantflow_http_responses_total") and 'status="409"' in k
     )
     return {
@@ -440,19 +445,19 @@ def mutate(draw: random.Random, value: Any, depth: int = 0) -> Any:
     if kind < 0.15 or depth > 6:
         return draw.choice(ODD)
     if isinstance(value, dict) and value:
-        found = dict(value)
-        key = draw.choice(list(found))
+        changed = dict(value)
+        key = draw.choice(list(changed))
         if kind < 0.3:
-            found.pop(key)
+            changed.pop(key)
         elif kind < 0.4:
-            found[
+            changed[
                 draw.choice(
                     ("foo", "\ud800", "", "n", "stream", "stop", "prompt", "messages", "__proto__")
                 )
             ] = draw.choice(ODD)
         else:
-            found[key] = mutate(draw, found[key], depth + 1)
-        return found
+            changed[key] = mutate(draw, changed[key], depth + 1)
+        return changed
     if isinstance(value, list) and value:
         found_list = list(value)
         at = draw.randrange(len(found_list))
@@ -566,7 +571,7 @@ def fuzz(scale: float) -> dict[str, Any]:
         seconds = asyncio.run(run(port))
         health = asyncio.run(get(port, "/health"))
         alive = process.poll() is None and health.startswith(b"HTTP/1.1 200 ")
-        said = asyncio.run(metrics(port))
+        counters = asyncio.run(metrics(port))
     return {
         "requests": count,
         "seconds": seconds,
@@ -574,8 +579,8 @@ def fuzz(scale: float) -> dict[str, Any]:
         "server_errors": odd[:20],
         "hangs": hangs[:20],
         "alive_and_well_after": alive,
-        "running_after": said["quantflow_sequences_running"],
-        "passed": alive and not hangs and not odd and not said["quantflow_sequences_running"],
+        "running_after": counters["quantflow_sequences_running"],
+        "passed": alive and not hangs and not odd and not counters["quantflow_sequences_running"],
     }
 
 
@@ -586,16 +591,16 @@ def slow(scale: float) -> dict[str, Any]:
     count = max(10, int(60 * scale))
 
     async def times(port: int) -> float:
-        found: list[float] = []
+        seconds: list[float] = []
         body = {"prompt": "The table", "max_tokens": 32, "ignore_eos": True, "temperature": 0}
 
         async def one(number: int) -> None:
             began = time.perf_counter()
             await ask(port, request("/v1/completions", body))
-            found.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - began)
 
         await crowd(count, 2, one)
-        return statistics.median(found)
+        return statistics.median(seconds)
 
     async def run(port: int) -> tuple[list[float], list[float]]:
         without, beside = [], []
@@ -650,7 +655,7 @@ def death(scale: float) -> dict[str, Any]:
                 for i in range(8)
             )
         )
-        found = await answers
+        received = await answers
         began, health = time.monotonic(), b""
         try:
             while time.monotonic() - began < 10:
@@ -659,7 +664,7 @@ def death(scale: float) -> dict[str, Any]:
                     break
         except OSError:  # it has ended already
             pass
-        return list(found), time.monotonic() - began, health
+        return list(received), time.monotonic() - began, health
 
     with server("--supervised", code=DIES) as (process, port):
         answers, seconds, health = asyncio.run(run(port))
@@ -716,9 +721,9 @@ def main() -> int:
     if args.output and args.output.exists():
         record = {**json.loads(args.output.read_text()), **record}
     for name in args.only.split(","):
-        found = PARTS[name](args.scale)
-        record[name] = found
-        print(name, json.dumps(found, indent=1), flush=True)
+        measured = PARTS[name](args.scale)
+        record[name] = measured
+        print(name, json.dumps(measured, indent=1), flush=True)
         if args.output:
             args.output.write_text(json.dumps(record, indent=1) + "\n")
     return 0 if all(record[name]["passed"] for name in args.only.split(",")) else 1

@@ -366,24 +366,24 @@ def delay(pid: int) -> dict[str, float]:
 async def settled(port: int) -> dict[str, float]:
     """What is left, once it is nothing, or after a minute."""
     for _ in range(120):
-        said, load = (
+        counters, load = (
             await metrics(port),
             json.loads((await get(port, "/load")).rsplit(b"\r\n\r\n", 1)[1]),
         )
         names = ("sequences_running", "sequences_waiting", "kv_blocks_used")
-        found = {
-            **{name: said[f"quantflow_{name}"] for name in names},
+        figures = {
+            **{name: counters[f"quantflow_{name}"] for name in names},
             "inside": load["server_load"],
-            "sessions": said["quantflow_sessions"],
+            "sessions": counters["quantflow_sessions"],
         }
         if not any(
             value
-            for name, value in found.items()
-            if name != "sessions" and (name != "kv_blocks_used" or not found["sessions"])
+            for name, value in figures.items()
+            if name != "sessions" and (name != "kv_blocks_used" or not figures["sessions"])
         ):
             break
         await asyncio.sleep(0.5)
-    return found
+    return figures
 
 
 def connections(port: int) -> int:

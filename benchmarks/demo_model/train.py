@@ -38,7 +38,7 @@ def documents(path: Path) -> list[str]:
     return [d.strip() for d in path.read_text(encoding="utf-8").split(SEPARATOR) if d.strip()]
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(documents, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
@@ -73,10 +73,10 @@ def as_chat(document: str) -> str:
 
 
 def token_stream(
-    tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int, chat: float
+    tokenizer: PreTrainedTokenizerFast, documents: list[str], seed: int, chat: float
 ) -> torch.Tensor:
     rng = random.Random(seed)
-    shuffled = rng.sample(texts, len(texts))
+    shuffled = rng.sample(documents, len(documents))
     ids: list[int] = []
     for text in shuffled:
         ids += tokenizer(as_chat(text) if rng.random() < chat else text)["input_ids"] + [
@@ -89,13 +89,13 @@ def token_stream(
 def evaluate(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerFast,
-    texts: list[str],
+    documents: list[str],
     length: int,
     windows: int,
 ) -> dict[str, float]:
     """Perplexity and bits per byte on windows of `length` tokens; every token but each window's
     first is predicted."""
-    ids = [i for text in texts for i in tokenizer(text)["input_ids"]]
+    ids = [i for text in documents for i in tokenizer(text)["input_ids"]]
     nll, tokens, data = 0.0, 0, 0
     for start in range(0, min(len(ids) - length, windows * length), length):
         window = torch.tensor([ids[start : start + length]])
@@ -123,10 +123,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    texts = documents(args.corpus / "train.txt")
+    training = documents(args.corpus / "train.txt")
     held_out = documents(args.corpus / "eval.txt")
-    tokenizer = make_tokenizer(texts)
-    data = token_stream(tokenizer, texts, args.seed, chat=0.08)
+    tokenizer = make_tokenizer(training)
+    data = token_stream(tokenizer, training, args.seed, chat=0.08)
     print(f"{len(data)} training tokens", flush=True)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -211,7 +211,7 @@ def main() -> None:
         "steps": step,
         "tokens": seen,
         "epochs": round(seen / len(data), 2),
-        "training_bytes": len("".join(texts).encode()),
+        "training_bytes": len("".join(training).encode()),
         "torch": torch.__version__,
         "held_out": result,
     }

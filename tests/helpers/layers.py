@@ -102,7 +102,7 @@ class TinyLayer:
 def folded(tensors: Mapping[str, torch.Tensor], folding: Folding) -> dict[str, torch.Tensor]:
     """All tensors of the layer as they are after folding, linears as wide as `Folding.weight` makes
     them."""
-    found = {**tensors, **folding.changed}
+    result = {**tensors, **folding.changed}
     for linear in {*folding.columns, *folding.rows}:
-        found[f"{linear}.weight"] = folding.weight(linear, tensors[f"{linear}.weight"])
-    return found
+        result[f"{linear}.weight"] = folding.weight(linear, tensors[f"{linear}.weight"])
+    return result

@@ -82,12 +82,12 @@ def vocabulary() -> tuple[list[str], list[str]]:
     """Tokens and merges of a byte-level vocabulary, the same each time."""
     from quantflow.tokenizers.byte_level import byte_characters
 
-    letters = byte_characters()
-    missing = {letters[byte] for byte in MISSING}
+    characters = byte_characters()
+    missing = {characters[byte] for byte in MISSING}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=900, initial_alphabet=letters, show_progress=False, max_token_length=6
+        vocab_size=900, initial_alphabet=characters, show_progress=False, max_token_length=6
     )
     tokenizer.train_from_iterator(
         [" ".join(text.split("\n")[0][:40] for text in TEXTS), *TEXTS, *random_texts(200, seed=7)],
@@ -112,7 +112,7 @@ def metadata(name: str, tokens: Sequence[str], merges: Sequence[str]) -> dict[st
 
 
 def llama_ids(
-    name: str, tokens: Sequence[str], merges: Sequence[str], texts: Sequence[str], folder: Path
+    name: str, tokens: Sequence[str], merges: Sequence[str], samples: Sequence[str], folder: Path
 ) -> list[list[int]]:
     """llama.cpp's tokens of each text, with what it puts around one by default."""
     import gguf
@@ -127,9 +127,9 @@ def llama_ids(
     writer.write_tensors_to_file()
     writer.close()
     llama = llama_cpp.Llama(str(folder / "vocabulary.gguf"), vocab_only=True, verbose=False)
-    found = [llama.tokenize(text.encode(), add_bos=True, special=True) for text in texts]
+    ids = [llama.tokenize(text.encode(), add_bos=True, special=True) for text in samples]
     llama.close()
-    return found
+    return ids
 
 
 def main() -> None:
@@ -138,17 +138,17 @@ def main() -> None:
     from quantflow.tokenizers.gguf_splitters import SPLITTERS
 
     tokens, merges = vocabulary()
-    texts = [*TEXTS, *random_texts()]
-    rows: list[dict[str, list[str]]] = [{} for _ in texts]
+    samples = [*TEXTS, *random_texts()]
+    rows: list[dict[str, list[str]]] = [{} for _ in samples]
     with tempfile.TemporaryDirectory() as folder:
         for name in SPLITTERS:
             for row, ids in zip(
-                rows, llama_ids(name, tokens, merges, texts, Path(folder)), strict=True
+                rows, llama_ids(name, tokens, merges, samples, Path(folder)), strict=True
             ):
                 row.setdefault(" ".join(map(str, ids)), []).append(name)
     known = [
         {"text": text, "ids": {ids: " ".join(names) for ids, names in row.items()}}
-        for text, row in zip(texts, rows, strict=True)
+        for text, row in zip(samples, rows, strict=True)
     ]
     made = (
         f"llama.cpp in llama-cpp-python {llama_cpp.__version__}, by python -m"

@@ -17,9 +17,9 @@ CHECKOUT = Path(os.environ["QUANTFLOW_LMDEPLOY"])
 
 def _package(name: str) -> None:
     """An empty one, whose modules are the checkout's."""
-    found = ModuleType(name)
-    found.__path__ = [str(CHECKOUT.joinpath(*name.split(".")))]
-    sys.modules[name] = found
+    module = ModuleType(name)
+    module.__path__ = [str(CHECKOUT.joinpath(*name.split(".")))]
+    sys.modules[name] = module
 
 
 for name in ("lmdeploy", "lmdeploy.serve"):

@@ -31,10 +31,10 @@ def _nullable(schema: Any) -> Any:
         return [_nullable(s) for s in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {k: _nullable(v) for k, v in schema.items()}
-    if found.pop("nullable", False) is True:
-        return {"anyOf": [found, {"type": "null"}]}
-    return found
+    result = {k: _nullable(v) for k, v in schema.items()}
+    if result.pop("nullable", False) is True:
+        return {"anyOf": [result, {"type": "null"}]}
+    return result
 
 
 def check(value: Any, name: str) -> None:

@@ -28,8 +28,8 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 def pages() -> list[Path]:
     """README.md, SECURITY.md and everything under docs/ that is English: what a translation shows,
     its English page shows too."""
-    found = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    return [page for page in found if page not in translations()]
+    files = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in files if page not in translations()]
 
 
 @cache
@@ -83,14 +83,14 @@ class Command:
 def blocks() -> Iterator[Block]:
     for page in pages():
         text = page.read_text(encoding="utf-8")
-        for found in _FENCE.finditer(text):
-            yield Block(name_of(page), text.count("\n", 0, found.start(2)) + 1, found[1], found[2])
+        for match in _FENCE.finditer(text):
+            yield Block(name_of(page), text.count("\n", 0, match.start(2)) + 1, match[1], match[2])
 
 
 def commands() -> list[Command]:
     """Every command of a program of `OURS` or `FOREIGN`, in the order of the pages. Lines of other
     words are output."""
-    found = []
+    result = []
     for block in blocks():
         if block.language not in SHELLS:
             continue
@@ -107,8 +107,8 @@ def commands() -> list[Command]:
                 whole = _uncommented(text)
                 # JSON has brackets of its own
                 bare = re.sub(r"\s*\[[^\]]*\]", "", whole) if "'" not in whole else whole
-                found.append(Command(block.page, block.line + first, bare, whole))
-    return found
+                result.append(Command(block.page, block.line + first, bare, whole))
+    return result
 
 
 def _uncommented(text: str) -> str:
@@ -142,19 +142,19 @@ def inline_settings() -> list[tuple[str, str]]:
 def _spans() -> Iterator[tuple[str, str]]:
     for page in pages():
         prose = _FENCE.sub("", page.read_text(encoding="utf-8"))
-        yield from ((name_of(page), found[1]) for found in _SPAN.finditer(prose))
+        yield from ((name_of(page), match[1]) for match in _SPAN.finditer(prose))
 
 
 def quoted_messages() -> list[tuple[str, str]]:
     """(page, message) of every blockquote that is one span: a message of QuantFlow's, `…` for what
     differs."""
-    found = []
+    messages = []
     for page in pages():
-        found += [
+        messages += [
             (name_of(page), text)
             for text in re.findall(r"^> `(.+)`$", page.read_text(encoding="utf-8"), re.M)
         ]
-    return found
+    return messages
 
 
 def links() -> Iterator[tuple[Path, str]]:
@@ -167,7 +167,7 @@ def links() -> Iterator[tuple[Path, str]]:
 
 def anchors(page: Path) -> list[str]:
     """What `#…` may say of a page: its headings in their order, as GitHub spells them."""
-    found = []
+    result = []
     for heading in re.findall(r"^#+ (.*)$", _FENCE.sub("", page.read_text(encoding="utf-8")), re.M):
-        found.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
-    return found
+        result.append(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"))
+    return result

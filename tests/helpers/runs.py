@@ -79,9 +79,9 @@ class Bench:
     def layers(self) -> dict[str, tuple[int, int]]:
         """Finished layers in the store -> what a rewritten file would not have: the same inode and
         time."""
-        found = sorted(self.store.glob("*/layer-*.safetensors"))
+        files = sorted(self.store.glob("*/layer-*.safetensors"))
         return {
-            str(p.relative_to(self.store)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in found
+            str(p.relative_to(self.store)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files
         }
 
     def leavings(self) -> list[str]:
@@ -131,7 +131,7 @@ def reduced(arguments: list[str]) -> list[str]:
     recipe = yaml.safe_load(
         Path([text for text in arguments if text.endswith(".yaml")][-1]).read_text()
     )
-    said = {text.partition("=")[0] for text in arguments}
+    named = {text.partition("=")[0] for text in arguments}
     settings: dict[str, dict[str, Any]] = {
         next(iter(stage)): next(iter(stage.values())) or {}
         for stage in recipe["stages"]
@@ -142,7 +142,7 @@ def reduced(arguments: list[str]) -> list[str]:
     if calibration := recipe.get("calibration"):
         changes |= {"calibration.samples": 4, "calibration.seqlen": 64}
         if (
-            "calibration.file" not in said
+            "calibration.file" not in named
             and not calibration.get("file")
             and not Path(calibration["data"]).is_file()
         ):
@@ -153,7 +153,7 @@ def reduced(arguments: list[str]) -> list[str]:
         changes["stages.gptq.refine"] = 0
     if "evaluate" in names:
         changes |= {"stages.evaluate.windows": 2, "stages.evaluate.length": 64}
-        if "stages.evaluate.data" not in said and not Path(settings["evaluate"]["data"]).is_file():
+        if "stages.evaluate.data" not in named and not Path(settings["evaluate"]["data"]).is_file():
             changes["stages.evaluate.file"] = "wikitext2.txt"
         changes |= {
             f"stages.evaluate.gates.{gate}": 1e-6 if gate == "top1" else 100.0

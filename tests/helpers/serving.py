@@ -122,12 +122,12 @@ class Running:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def metric(self, name: str) -> float:
-        found = [
+        lines = [
             line
             for line in self.get("/metrics").body.decode().splitlines()
             if line.startswith((f"{name} ", f"{name}{{"))
         ]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in found)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 
 @contextmanager

@@ -56,8 +56,8 @@ def digest(section: str) -> str:
 def stamp(section: str) -> str:
     """The digest of the English section that a Chinese one was made from, which it carries in a
     comment; "" without one."""
-    found = re.search(r"^<!-- en: ([0-9a-f]{8}) -->$", section, re.M)
-    return found[1] if found else ""
+    match = re.search(r"^<!-- en: ([0-9a-f]{8}) -->$", section, re.M)
+    return match[1] if match else ""
 
 
 def figures(text: str) -> list[str]:
@@ -89,10 +89,10 @@ def differences(english: str, chinese: str, places: tuple[Path, Path]) -> Iterat
             return
     for (tag, one), (_, other) in zip(_leaves(wanted), _leaves(here), strict=True):
         if one.type == "fence":
-            said = _differences_of_blocks(one.content, other.content, places)
+            reported = _differences_of_blocks(one.content, other.content, places)
         else:
-            said = _differences_of_text(one, other, places, ordered=tag in ("td", "th"))
-        yield from (f"{other.content.strip()[:80]}\n    {difference}" for difference in said)
+            reported = _differences_of_text(one, other, places, ordered=tag in ("td", "th"))
+        yield from (f"{other.content.strip()[:80]}\n    {difference}" for difference in reported)
 
 
 @lru_cache(maxsize=8)
@@ -111,14 +111,14 @@ def _shape(tokens: list[Token]) -> list[str]:
 
 def _leaves(tokens: list[Token]) -> list[tuple[str, Token]]:
     """(tag around it, block) of what holds text, but for the line of languages."""
-    found, tag = [], ""
+    leaves, tag = [], ""
     for token in tokens:
         if token.type == "fence" or (
             token.type == "inline" and not LANGUAGES.fullmatch(token.content)
         ):
-            found.append((tag, token))
+            leaves.append((tag, token))
         tag = token.tag
-    return found
+    return leaves
 
 
 def _differences_of_blocks(english: str, chinese: str, places: tuple[Path, Path]) -> Iterator[str]:
@@ -141,11 +141,11 @@ def _differences_of_text(
     """ordered: figures come in one order, as they do within a cell. Grammar may turn round those of
     a sentence."""
     gather: Any = list if ordered else Counter
-    said, here = _prose(english), _prose(chinese)
+    source, here = _prose(english), _prose(chinese)
     there = {source: page for page, source in translations().items()}
     for what, one, other in (
         ("code", Counter(_of(english, "code_inline")), Counter(_of(chinese, "code_inline"))),
-        ("figures", gather(figures(said)), gather(figures(here))),
+        ("figures", gather(figures(source)), gather(figures(here))),
         (
             "links",
             *(
@@ -164,10 +164,10 @@ def _differences_of_text(
     ):
         if one != other:
             yield f"{what}: {_said(other, one)}, in English {_said(one, other)}"
-    if lost := names(said) - names(here):
+    if lost := names(source) - names(here):
         yield f"{sorted(lost)} of the English text are not in it"
     if not _CHINESE.search(here):
-        if _ENGLISH.search(said):
+        if _ENGLISH.search(source):
             yield "it is not translated"
         elif _folded(chinese.content) != _folded(english.content):
             yield f"in English {english.content}"

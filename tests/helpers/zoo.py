@@ -58,11 +58,11 @@ class _Random:
         return torch.randn(size, generator=self._generator).mul(0.6).exp().to(self.dtype)
 
     def outer(self, embedding: str, norm: str, head: str = "") -> Tensors:
-        found = {
+        tensors = {
             embedding: self(VOCABULARY, HIDDEN, scale=0.25 if head else 0.1),
             norm: self.norm(),
         }
-        return found | ({head: self(VOCABULARY, HIDDEN)} if head else {})
+        return tensors | ({head: self(VOCABULARY, HIDDEN)} if head else {})
 
     def llama_layer(
         self,
@@ -74,18 +74,18 @@ class _Random:
         o_bias: bool = False,
         mlp: bool = True,
     ) -> Tensors:
-        found = {
+        tensors = {
             f"{p}.input_layernorm.weight": self.norm(),
             f"{p}.post_attention_layernorm.weight": self.norm(),
         }
         for name, heads in (("q", HEADS), ("k", kv), ("v", kv)):
-            found[f"{p}.self_attn.{name}_proj.weight"] = self(heads * size, HIDDEN)
+            tensors[f"{p}.self_attn.{name}_proj.weight"] = self(heads * size, HIDDEN)
             if qkv_bias:
-                found[f"{p}.self_attn.{name}_proj.bias"] = self(heads * size)
-        found[f"{p}.self_attn.o_proj.weight"] = self(HIDDEN, HEADS * size)
+                tensors[f"{p}.self_attn.{name}_proj.bias"] = self(heads * size)
+        tensors[f"{p}.self_attn.o_proj.weight"] = self(HIDDEN, HEADS * size)
         if o_bias:
-            found[f"{p}.self_attn.o_proj.bias"] = self(HIDDEN)
-        return found | (self.llama_mlp(f"{p}.mlp", INNER) if mlp else {})
+            tensors[f"{p}.self_attn.o_proj.bias"] = self(HIDDEN)
+        return tensors | (self.llama_mlp(f"{p}.mlp", INNER) if mlp else {})
 
     def llama_mlp(self, p: str, width: int) -> Tensors:
         return {
@@ -486,27 +486,27 @@ def specimen(name: str, dtype: torch.dtype = torch.float32) -> Specimen:
     return _MAKERS[name](_Random(dtype))
 
 
-def write(folder: Path, found: Specimen, *, shards: int = 1) -> Path:
+def write(folder: Path, specimen: Specimen, *, shards: int = 1) -> Path:
     """Writes the checkpoint with a tokenizer (more than one shard: with an index), and returns the
     folder."""
     folder.mkdir(parents=True, exist_ok=True)
     assert write_tokenizer(folder) <= VOCABULARY
-    (folder / "config.json").write_text(json.dumps(found.config))
+    (folder / "config.json").write_text(json.dumps(specimen.config))
     if shards == 1:
-        save_file(found.tensors, folder / "model.safetensors", {"format": "pt"})
+        save_file(specimen.tensors, folder / "model.safetensors", {"format": "pt"})
         return folder
-    names = sorted(found.tensors)
+    names = sorted(specimen.tensors)
     weight_map = {
         name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors"
         for i, name in enumerate(names)
     }
     for file in sorted(set(weight_map.values())):
         save_file(
-            {n: found.tensors[n] for n in names if weight_map[n] == file},
+            {n: specimen.tensors[n] for n in names if weight_map[n] == file},
             folder / file,
             {"format": "pt"},
         )
-    total = sum(tensor.nbytes for tensor in found.tensors.values())
+    total = sum(tensor.nbytes for tensor in specimen.tensors.values())
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
     )
