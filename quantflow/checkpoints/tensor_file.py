@@ -11,7 +11,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -291,6 +291,23 @@ def _integers(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
+def check_announced(
+    name: str, tensor: Tensor, spec: tuple[str, Sequence[int]], missing: Collection[str]
+) -> None:
+    """Raises ValueError for a tensor of another dtype or shape than was announced, and for one that
+    was there before. missing: those that were not."""
+    dtype, shape = spec
+    if (
+        dtype_name(tensor.dtype) != dtype
+        or tuple(tensor.shape) != tuple(shape)
+        or name not in missing
+    ):
+        raise ValueError(
+            f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype}"
+            f" {tuple(shape)}, or written twice"
+        )
+
+
 class AnnouncedWriter:
     """Writes a file whose tensors were announced and arrive one at a time, in any order; a format's
     own writer lays it out.
@@ -318,16 +335,7 @@ class AnnouncedWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes the tensor; it must have the dtype and shape that were announced."""
-        dtype, shape = self._specs[name]
-        if (
-            dtype_name(tensor.dtype) != dtype
-            or tuple(tensor.shape) != tuple(shape)
-            or name not in self._missing
-        ):
-            raise ValueError(
-                f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype}"
-                f" {tuple(shape)}, or written twice"
-            )
+        check_announced(name, tensor, self._specs[name], self._missing)
         self._missing.discard(name)
         self._put(name, self._as_stored(name, tensor))
 

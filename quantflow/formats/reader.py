@@ -261,10 +261,8 @@ class Weights:
         scales: dict[str, Tensor] = {}
         present = self.checkpoint.container.tensors
         for index in range(self.checkpoint.config.layers):
-            for letter in "kv":
-                name = (
-                    f"{self.checkpoint.architecture.layer_prefix(index)}.self_attn.{letter}_scale"
-                )
+            for part in "kv":
+                name = f"{self.checkpoint.architecture.layer_prefix(index)}.self_attn.{part}_scale"
                 scale = self.checkpoint.read_source(name) if name in present else None
                 if (
                     scale is None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.checkpoints.rounding import converted
-from quantflow.checkpoints.tensor_file import dtype_name, torch_dtype
+from quantflow.checkpoints.tensor_file import check_announced, torch_dtype
 from quantflow.checkpoints.turbomind.config import (
     CONFIG,
     KV_INT8,
@@ -197,16 +197,7 @@ class WorkspaceWriter:
 
         Raises FormatError for a plain tensor whose values the workspace's dtype does not hold.
         """
-        dtype, shape = self._specs[name]
-        if (
-            dtype_name(tensor.dtype) != dtype
-            or tuple(tensor.shape) != tuple(shape)
-            or name not in self._missing
-        ):
-            raise ValueError(
-                f"{name}: {dtype_name(tensor.dtype)} {tuple(tensor.shape)} announced as {dtype}"
-                f" {tuple(shape)}, or written twice"
-            )
+        check_announced(name, tensor, self._specs[name], self._missing)
         self._missing.discard(name)
         tensor = tensor.detach().cpu()
         if not name.endswith((".qweight", ".qzeros", ".scales")):
