@@ -7,6 +7,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 BUNDLED, BUNDLED_NEW = "demo", "demo-new"  # the texts to calibrate and to evaluate on
+BUNDLED_TEXT = "the bundled text, pages of the documentation of Python, PostgreSQL and SQLite"
 TEXTS = {BUNDLED: "demo_calib.txt", BUNDLED_NEW: "demo_eval.txt"}
 
 

@@ -122,7 +122,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
     """The plan as JSON-able data. stored: finished layers in the store, None where that is not
     known without reading weights."""
     from quantflow.pipeline.estimate import estimate
-    from quantflow.pipeline.plan import Sample
+    from quantflow.pipeline.text_samples import Sample
     from quantflow.recipe import dump
 
     cost = estimate(plan)

@@ -48,7 +48,10 @@ LOOP = (
     "quantflow.stages.work",
 )
 MEASUREMENT = ("quantflow.pipeline.measure", "quantflow.decoder.decoder")
-ARTIFACT = tuple(f"quantflow.pipeline.{name}" for name in ("plan", "report", "run", "sweep"))
+ARTIFACT = tuple(
+    f"quantflow.pipeline.{name}"
+    for name in ("plan", "resolve", "linears", "grid_problems", "report", "run", "sweep")
+)
 
 
 @dataclass(frozen=True)

@@ -7,77 +7,41 @@ presence: no weight is read but to tell whether two tensors of the source are co
 
 from __future__ import annotations
 
-import errno
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from quantflow.artifacts.artifact import RUN, foreign_files, is_export, read_manifest
 from quantflow.artifacts.fingerprint import digest, file_digest
 from quantflow.artifacts.store import Store, store_beside
-from quantflow.calibration.data import LeftOut
 from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
-from quantflow.checkpoints.directory import read_json
 from quantflow.checkpoints.weight_files import INDEX
-from quantflow.errors import OutputError, Problem, UserError
+from quantflow.errors import Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format
 from quantflow.formats.recognise import refuse_quantised
-from quantflow.formats.weight import LEAST_GROUP, Weight, usual_group
 from quantflow.machine import resolve_device
 from quantflow.models.config import DecoderConfig
-from quantflow.pipeline.texts import local_text, model_documents
-from quantflow.quant.numbers import NUMBERS
+from quantflow.pipeline.grid_problems import grid_problems, unmatched
+from quantflow.pipeline.linears import LinearPlan, planned_linears, scheme_of
+from quantflow.pipeline.output import output_problems
+from quantflow.pipeline.resolve import group_notes, recipe_notes, resolved
+from quantflow.pipeline.text_samples import Sample, sample_of, text_problems
+from quantflow.pipeline.texts import local_text
 from quantflow.quant.scheme import Scheme
-from quantflow.recipe import AUTO, BUNDLED, BUNDLED_NEW, Calibration, Recipe, Weights
-from quantflow.recipe.overrides import matches
-from quantflow.stages.awq import Awq
-from quantflow.stages.base import PlannedStage
-from quantflow.stages.calibrate import Calibrate
+from quantflow.recipe import NamesText, Recipe
+from quantflow.stages.base import PlannedStage, planned
 from quantflow.stages.evaluate import Evaluate
-from quantflow.stages.gptq import Gptq
-from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.pack import Pack
 from quantflow.stages.pack_prepare import Prepared, prepare
-from quantflow.stages.rounding import RoundingStage
-from quantflow.stages.shard import Shard
+from quantflow.stages.rounding import rounding_stage
 from quantflow.tokenizers.load import has_tokenizer, tokenizer_placeholders
 
 T = TypeVar("T")
-# tokens of a window of calibration, and of evaluation, where the recipe says auto
-SEQLEN, LENGTH = 2048, 512
-GROUPS = (128, 64, 32)  # sizes that engines have kernels for, the best known first
-SAMPLE, LOOKED = 200, 16  # letters of a text that are shown, and documents that are looked at
 BATCH_TOKENS = 4096  # tokens that go through a layer together
 HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACTIVATION_BYTES)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """begins: how the first document of a text does, as the model will see it; "" where there is
-    none. left_out: what of the first rows cannot be used; "" where all can."""
-
-    begins: str
-    left_out: str
-
-
-@dataclass(frozen=True)
-class LinearPlan:
-    """One linear of the decoder. name: relative to its layer. scheme: None where it stays as it is,
-    for `reason`."""
-
-    layer: int
-    name: str
-    module: str
-    shape: tuple[int, int]
-    scheme: Scheme | None
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +92,7 @@ class Plan:
     @cached_property
     def layer_stages(self) -> tuple[PlannedStage, ...]:
         """Those that work on one decoder layer after the other, in the recipe's order."""
-        return tuple(stage for stage in _planned(self.recipe) if stage.layer)
+        return tuple(stage for stage in planned(self.recipe) if stage.layer)
 
     @cached_property
     def packs(self) -> tuple[Pack, ...]:
@@ -136,8 +100,7 @@ class Plan:
 
     @property
     def tp(self) -> int:
-        shard = self.stage(Shard)
-        return shard.tp if shard else 1
+        return max(stage.ranks for stage in planned(self.recipe))
 
     @property
     def model_place(self) -> str:
@@ -165,7 +128,7 @@ class Plan:
     def rounds(self) -> bool:
         """Whether a stage changes the weights; a recipe of `calibrate` and `kv_qparams` alone only
         measures."""
-        return any(stage.rounds for stage in self.recipe.stages)
+        return rounding_stage(self.recipe) is not None
 
     @property
     def needs_stream(self) -> bool:
@@ -183,7 +146,7 @@ class Plan:
         calibration = self.recipe.calibration
         if calibration is None or not self.rounds:
             return 0
-        return max(s.windows(calibration) for s in self.layer_stages if not s.original)
+        return max(s.looks_at(calibration) for s in self.layer_stages if not s.original)
 
     @cached_property
     def account(self) -> Account:
@@ -200,32 +163,19 @@ class Plan:
         )
 
     @property
-    def sections(self) -> dict[str, Calibration | Evaluate]:
-        """The parts of the recipe that name a text, whether it is read or not."""
-        sections = {"calibration": self.recipe.calibration, "evaluate": self.stage(Evaluate)}
-        return {name: section for name, section in sections.items() if section is not None}
+    def sections(self) -> dict[str, NamesText]:
+        """The parts of the recipe that name a text, whether it is read or not, by their names."""
+        texts = {s.name: cast(NamesText, s) for s in self.recipe.stages if s.reads_text}
+        calibration = self.recipe.calibration
+        return {"calibration": calibration, **texts} if calibration else texts
 
     @cached_property
     def samples(self) -> dict[str, Sample | UserError]:
         """How each section's text begins, and what is wrong where it cannot be read. A text on the
         hub is not looked at."""
-        samples: dict[str, Sample | UserError] = {}
-        for name, section in self.sections.items():
-            if local_text(section):
-                documents = model_documents(
-                    self.checkpoint.tokenizer_path, section.data, section.file, field=section.field
-                )
-                left_out = LeftOut()
-                try:
-                    first = list(
-                        islice(left_out.sift(documents), section.skip, section.skip + LOOKED)
-                    )
-                    if not first:
-                        left_out.check()
-                    samples[name] = Sample(first[0].text[:SAMPLE] if first else "", left_out.note)
-                except UserError as error:
-                    samples[name] = error
-        return samples
+        folder = self.checkpoint.tokenizer_path
+        texts = {name: section for name, section in self.sections.items() if local_text(section)}
+        return {name: sample_of(folder, section) for name, section in texts.items()}
 
     @property
     def text_notes(self) -> tuple[str, ...]:
@@ -257,8 +207,8 @@ class Plan:
     def prepared(self) -> tuple[Prepared, ...]:
         """What each of `packs` writes, the whole checkpoint, and what stands against it. Made once:
         GGUF's reads the vocabulary."""
-        gptq, weights = self.stage(Gptq), self.recipe.weights
-        index = bool(gptq and gptq.act_order == "dynamic")
+        rounding = rounding_stage(self.recipe)
+        index = rounding is not None and rounding.indexed
         return tuple(
             prepare(
                 self.checkpoint,
@@ -268,7 +218,7 @@ class Plan:
                 max_shard_bytes=pack.max_shard_size,
                 ranks=self.tp,
                 requantize=pack.requantize,
-                default=_scheme(weights),
+                default=scheme_of(self.recipe.weights),
             )
             for pack in self.packs
         )
@@ -279,7 +229,7 @@ class Plan:
         that leave alone what is not there, and what engines are known not to load of what the packs
         write."""
         unused = (
-            _unmatched(self, "weights.ignore", pattern, ignores=True)
+            unmatched(self, "weights.ignore", pattern, ignores=True)
             for pattern in self.recipe.weights.ignore
         )
         packs = (
@@ -309,10 +259,6 @@ class Plan:
         return max(FORMATS[p.format].min_zero for p in self.packs) if asymmetric else 0
 
 
-def _planned(recipe: Recipe) -> Iterator[PlannedStage]:
-    return (stage for stage in recipe.stages if isinstance(stage, PlannedStage))
-
-
 def weights_key(checkpoint: Checkpoint, digests: Iterable[str]) -> str:
     """What tells a checkpoint's weights from others, from the content hashes of its files."""
     index = checkpoint.path / INDEX  # it chooses between files that hold the same tensor
@@ -333,8 +279,8 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     refuse_quantised(checkpoint)
     problems += checkpoint.problems()
     asked, recipe = recipe, resolved(recipe, checkpoint)
-    linears = tuple(_linears(recipe, checkpoint))
-    notes = (*checkpoint.notes, *_group_notes(asked, recipe, linears), *_bundled_notes(recipe))
+    linears = tuple(planned_linears(recipe, checkpoint))
+    notes = (*checkpoint.notes, *group_notes(asked, recipe, linears), *recipe_notes(recipe))
     plan = Plan(
         recipe,
         str(recipe.model),
@@ -344,7 +290,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
         linears,
         notes,
     )
-    problems += _grid_problems(plan) + _data_problems(plan) + _output_problems(plan)
+    problems += grid_problems(plan) + text_problems(plan) + output_problems(plan)
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
         problems.append(
             Problem(
@@ -358,457 +304,6 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     if problems:
         raise UserError(problems)
     return plan
-
-
-def resolved(recipe: Recipe, checkpoint: Checkpoint) -> Recipe:
-    """The recipe with the model's numbers where it says `auto`: lengths within its positions, and a
-    group that fits all linears; and the first pack's choice of symmetric weights or not."""
-    most, changes = checkpoint.config.max_positions, dict[str, object]()
-    if recipe.weights.symmetric is None:
-        first = next(
-            (FORMATS[stage.format] for stage in recipe.stages if isinstance(stage, Pack)), None
-        )
-        symmetric = first is not None and first.prefers_symmetric(
-            experts=bool(checkpoint.config.experts)
-        )
-        recipe = recipe.model_copy(
-            update={"weights": recipe.weights.model_copy(update={"symmetric": symmetric})}
-        )
-    if recipe.calibration and recipe.calibration.seqlen == AUTO:
-        changes["calibration"] = recipe.calibration.model_copy(update={"seqlen": min(SEQLEN, most)})
-    changes["stages"] = tuple(
-        (
-            stage.model_copy(update={"length": min(LENGTH, most)})
-            if isinstance(stage, Evaluate) and stage.length == AUTO
-            else stage
-        )
-        for stage in recipe.stages
-    )
-    if recipe.weights.group_size == AUTO:
-        tp = next((stage.tp for stage in recipe.stages if isinstance(stage, Shard)), 1)
-        linears = [
-            p
-            for p in _linears(recipe, checkpoint)
-            if p.scheme is not None and p.scheme.group_size == AUTO
-        ]
-        shared = math.gcd(*(_inputs_of_rank(checkpoint, tp, p) for p in linears))
-        changes["weights"] = recipe.weights.model_copy(
-            update={"group_size": auto_group(shared) if linears else GROUPS[0]}
-        )
-    return recipe.model_copy(update=changes)
-
-
-def auto_group(channels: int) -> int:
-    """The largest of the group sizes that engines have kernels for that divides so many input
-    channels, else the largest that does and is worth its scales, else -1: the whole row."""
-    return next((size for size in GROUPS if channels % size == 0), 0) or usual_group(
-        channels, GROUPS[0]
-    )
-
-
-def _group_notes(asked: Recipe, recipe: Recipe, linears: Iterable[LinearPlan]) -> Iterator[str]:
-    """Said where `auto` became a group that engines may have no kernels for. recipe: what was
-    `asked`, resolved."""
-    size = recipe.weights.group_size
-    if asked.weights.group_size != AUTO or size in GROUPS:
-        return
-    odd = min(
-        (p for p in linears if p.scheme and p.scheme.group_size == size),
-        key=lambda p: math.gcd(p.shape[1], GROUPS[0]),
-    )
-    why = (
-        f"none of {', '.join(map(str, GROUPS))} divides the inputs of all linears ({odd.name} has"
-        f" {odd.shape[1]})"
-    )
-    what = (
-        f"{size}, the largest that does"
-        if size > 0
-        else f"-1, a scale a row: no size from {LEAST_GROUP} up does"
-    )
-    yield f"weights.group_size auto is {what}; {why}"
-
-
-def _bundled_notes(recipe: Recipe) -> Iterator[str]:
-    calibration = recipe.calibration
-    reads = any(isinstance(stage, (Calibrate, Awq, Gptq, KvQparams)) for stage in recipe.stages)
-    what = "the bundled text, pages of the documentation of Python, PostgreSQL and SQLite"
-    if calibration and reads and not calibration.file and calibration.data == BUNDLED:
-        yield (
-            f"calibration reads {what}: --set calibration.data=FILE takes text like what the model"
-            " will be asked"
-        )
-    if any(
-        isinstance(stage, Evaluate) and not stage.file and stage.data == BUNDLED_NEW
-        for stage in recipe.stages
-    ):
-        yield (
-            f"evaluate reads {what}, other pages than calibration has: --set"
-            " stages.evaluate.data=FILE takes another"
-        )
-
-
-def _scheme(weights: Weights) -> Scheme:
-    symmetric = bool(weights.symmetric) or not NUMBERS[weights.numbers].zero_points
-    return Scheme(weights.bits, weights.group_size, symmetric, weights.numbers)
-
-
-def _linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
-    weights = recipe.weights
-    rounding = next((s for s in recipe.stages if isinstance(s, RoundingStage)), None)
-    for i in range(checkpoint.config.layers):
-        prefix = checkpoint.architecture.layer_prefix(i)
-        for name, spec in checkpoint.linears(i).items():
-            module = f"{prefix}.{name}"
-            scheme: Scheme | None = _scheme(weights)
-            reason = ""
-            if any(matches(module, pattern) for pattern in weights.ignore):
-                scheme, reason = None, "weights.ignore"
-            for override in weights.overrides:
-                if matches(module, override.match):
-                    if override.ignore:
-                        scheme, reason = None, f"override {override.match}"
-                        continue
-                    base = scheme or _scheme(weights)
-                    scheme = replace(
-                        base,
-                        bits=override.bits or base.bits,
-                        group_size=override.group_size or base.group_size,
-                        symmetric=(
-                            base.symmetric if override.symmetric is None else override.symmetric
-                        ),
-                    )
-                    reason = ""
-            if not rounding:
-                scheme, reason = None, "no stage rounds the weights"
-            if scheme and rounding:
-                scheme = rounding.scheme(scheme)
-            yield LinearPlan(i, name, module, spec.shape, scheme, reason)
-
-
-def _grid_problems(plan: Plan) -> list[Problem]:
-    """What stands against the packs: one problem a kind of linear and cause, not one a layer; what
-    the formats cannot say of the whole; and overrides that match nothing."""
-    by_cause: dict[tuple[str, str], Problem] = {}
-    problems: list[Problem] = []
-    linears = {linear.module: linear for linear in plan.linears}
-    if plan.rounds and not any(linear.scheme for linear in plan.linears):
-        problems.append(Problem("weights", "every linear is ignored", "something to quantise"))
-    if not plan.rounds:
-        plain = [name for name, form in FORMATS.items() if form.holds_plain]
-        expected, hint = (
-            f"one of {', '.join(plain)}, which hold plain weights",
-            "Add `- rtn`, or `- gptq`, to quantise them",
-        )
-        wrong = [pack for pack in plan.packs if pack.format not in plain]
-        problems += [
-            Problem(f"pack {pack.format}", "no stage rounds the weights", expected, hint)
-            for pack in wrong
-        ]
-    for pack, prepared in zip(plan.packs, plan.prepared, strict=True):
-        for problem in prepared.modules:
-            linear = linears[problem.where]
-            assert linear.scheme is not None
-            # A grid of another kind is one fact, whatever linear it is said of.
-            leaf = (
-                linear.name.rpartition(".")[2]
-                if FORMATS[pack.format].holds_numbers(linear.scheme.kind)
-                else ""
-            )
-            if (leaf, problem.found) not in by_cause:
-                hint = "; for instance ".join(
-                    filter(
-                        None, (problem.hint, _advice(plan, linear, problem, FORMATS[pack.format]))
-                    )
-                )
-                where = f"{linear.module} (pack {pack.format})"
-                by_cause[leaf, problem.found] = Problem(
-                    where, problem.found, problem.expected, hint
-                )
-        problems += (problem for problem in prepared.whole if problem not in problems)
-        if not prepared.modules:
-            if pack.kv_scales:
-                problems += _kv_problems(plan, pack)
-            if not pack.requantize:
-                problems += _chances(plan, pack, prepared)
-    problems = [*by_cause.values(), *problems]
-    # Of `ignore` the same is a warning: lists that are written for many models name what this one
-    # has not, and nothing comes of it.
-    unmatched = (
-        _unmatched(plan, "weights.overrides match", o.match, ignores=o.ignore)
-        for o in plan.recipe.weights.overrides
-    )
-    problems += filter(None, unmatched)
-    if not any(matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
-        problems.append(
-            Problem(
-                "weights.ignore",
-                "lm_head is not in it",
-                "lm_head",
-                "QuantFlow quantises the decoder's linears; the head stays as it is",
-            )
-        )
-    return problems
-
-
-def _unmatched(plan: Plan, where: str, pattern: str, *, ignores: bool) -> Problem | None:
-    """What is said of a pattern that matches no linear. ignores: a router or a norm, which nobody
-    quantises, may be left alone too."""
-    modules = [
-        *(linear.module for linear in plan.linears),
-        *(_other_modules(plan.checkpoint) if ignores else ()),
-    ]
-    if any(matches(module, pattern) for module in modules):
-        return None
-    leaves = dict.fromkeys(module.rpartition(".")[2] for module in modules)
-    parent, dot, leaf = pattern.rpartition(".")
-    # a router's `gate` is no slip for `gate_proj`
-    near = get_close_matches(leaf, leaves, n=1, cutoff=0.75)
-    hint = f"Did you mean {f'{parent}{dot}{near[0]}'!r}?" if near else ""
-    return Problem(
-        f"{where} {pattern!r}",
-        "matches no linear of the model",
-        f"a pattern such as *.{next(iter(leaves))}",
-        hint,
-    )
-
-
-def _other_modules(checkpoint: Checkpoint) -> Iterator[str]:
-    """The head, which a tied model has no tensor of, and the modules of all weights: routers, norms
-    and embeddings too."""
-    yield checkpoint.architecture.head
-    yield from (
-        name.removesuffix(".weight") for name in checkpoint.expected if name.endswith(".weight")
-    )
-
-
-def _advice(plan: Plan, linear: LinearPlan, problem: Problem, form: Format) -> str:
-    """What to write into the recipe; "" where the problem's own hint says it."""
-    assert linear.scheme is not None
-    leaf, change = linear.name.rpartition(".")[2], "ignore: true"
-    if not form.holds_numbers(linear.scheme.kind):
-        return ""
-    if "group_size" in problem.expected:
-        inputs = {
-            p.module: _inputs_of_rank(plan.checkpoint, plan.tp, p)
-            for p in plan.linears
-            if p.scheme is not None
-        }
-        if form.shares_scheme(linear.module):  # which has no place for overrides
-            k = math.gcd(*inputs.values())
-            return f"weights.group_size: {usual_group(k, linear.scheme.group_of(k))}"
-        channels = inputs[linear.module]
-        fitting = replace(
-            linear.scheme, group_size=usual_group(channels, linear.scheme.group_of(channels))
-        )
-        if not form.check(Weight(linear.module, (linear.shape[0], channels), fitting)):
-            change = f"group_size: {fitting.group_size}"
-    elif "asymmetric" in problem.found:
-        change = "symmetric: true"
-    return f'weights.overrides: [{{match: "*.{leaf}", {change}}}]'
-
-
-def _inputs_of_rank(checkpoint: Checkpoint, tp: int, linear: LinearPlan) -> int:
-    cut = checkpoint.linears(linear.layer)[linear.name].cut
-    return linear.shape[1] // (tp if cut == 1 else 1)
-
-
-def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:
-    """What keeps KV scales from being written into the checkpoint itself."""
-    where, problems = f"pack {pack.format} kv_scales", []
-    if pack.kv_scales not in FORMATS[pack.format].kv_scales:
-        holding = [name for name, form in FORMATS.items() if pack.kv_scales in form.kv_scales]
-        problems.append(
-            Problem(
-                where,
-                f"the format {pack.format}",
-                f"{', '.join(holding)}, which has names for them",
-            )
-        )
-    if plan.stage(KvQparams) is None:
-        problems.append(
-            Problem(where, "no stage kv_qparams", "`- kv_qparams`, which measures K and V")
-        )
-    return problems
-
-
-def _chances(plan: Plan, pack: Pack, prepared: Prepared) -> Iterator[Problem]:
-    """What the format holds only if the numbers happen to be so."""
-    kv = plan.stage(KvQparams)
-    granularity = kv.granularity if kv else None
-    hint = "Set requantize: true in pack, which reports the error"
-    for chance in prepared.job.format.chances(prepared.job.request, granularity):
-        yield replace(chance, where=f"pack {pack.format}", hint=hint)
-
-
-def _data_problems(plan: Plan) -> list[Problem]:
-    problems = []
-    for where, section in plan.sections.items():
-        length = section.seqlen if isinstance(section, Calibration) else section.length
-        read = plan.reads_calibration or not isinstance(section, Calibration)
-        if read and length > plan.config.context and not plan.config.stretches:
-            problems.append(
-                Problem(
-                    where,
-                    f"windows of {length} tokens",
-                    f"at most the model's {plan.config.context} positions",
-                )
-            )
-        sample = plan.samples.get(where)
-        if isinstance(sample, UserError):
-            problems += [problem for problem in sample.problems if problem not in problems]
-        elif sample and not sample.begins:
-            problem = (
-                "no text in it"
-                if not section.skip
-                else f"no text in it after {section.skip} documents"
-            )
-            problems.append(Problem(f"{where} {local_text(section)}", problem, "documents"))
-    return problems
-
-
-def _output_problems(plan: Plan) -> list[Problem]:
-    try:
-        return _place_problems(plan, plan.output.resolve(), plan.checkpoint.path.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links, a NUL
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        return [
-            Problem(
-                str(plan.output),
-                reason,
-                "a directory that QuantFlow may create",
-                "Pass --output DIR",
-            )
-        ]
-
-
-def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
-    if output == model or model in output.parents:
-        return [
-            Problem(
-                str(plan.output),
-                "lies in the model directory",
-                "another place",
-                "Pass --output DIR",
-            )
-        ]
-    if output in model.parents:
-        return [
-            Problem(
-                str(plan.output),
-                "contains the model directory and would replace it",
-                "another place",
-                "Pass --output DIR",
-            )
-        ]
-    if output.exists() and not output.is_dir():
-        return [Problem(str(plan.output), "a file", "a directory that QuantFlow may create")]
-    if output.is_dir() and any(output.iterdir()) and not (output / "quantflow.json").is_file():
-        return [
-            Problem(
-                str(plan.output),
-                "a directory with other content",
-                "an empty or absent one, or an artifact of QuantFlow's",
-                "Pass --output DIR",
-            )
-        ]
-    if is_export(output):
-        return [
-            Problem(
-                str(plan.output),
-                "what `quantflow export` wrote, which would be lost",
-                "another place",
-                "Pass --output DIR",
-            )
-        ]
-    if "output" not in plan.recipe.model_fields_set and (other := _other_model(plan, output)):
-        problem = f"an artifact of another model, {other}, which would be lost"
-        return [
-            Problem(
-                str(plan.output),
-                problem,
-                f"one of {plan.recipe.model}, or nothing",
-                "Pass --output DIR",
-            )
-        ]
-    if foreign := foreign_files(output):
-        shown = ", ".join(foreign[:3]) + (
-            f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
-        )
-        return [
-            Problem(
-                str(plan.output),
-                f"an artifact with other files in it ({shown}), which would be lost",
-                "only the artifact",
-                "Move them away",
-            )
-        ]
-    if plan.store.root.exists() and not plan.store.root.is_dir():
-        return [
-            Problem(
-                str(plan.store.root),
-                "a file",
-                "a directory for the store",
-                "Set QUANTFLOW_STORE to a directory",
-            )
-        ]
-    parent = output
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        return [
-            Problem(
-                str(plan.output),
-                f"{parent} is not writable",
-                "a writable place",
-                "Pass --output DIR",
-            )
-        ]
-    return []
-
-
-def _other_model(plan: Plan, output: Path) -> str:
-    """The model that the artifact at `output` was made of, if that is another than the plan's; else
-    ""."""
-    try:
-        manifest, record = (
-            read_manifest(output),
-            read_json(output / RUN) if (output / RUN).is_file() else {},
-        )
-        digests = plan.store.cached_digests(plan.checkpoint.files)
-    except (OSError, UserError):  # which the run replaces
-        return ""
-    if manifest is None or (
-        digests and manifest["source"]["weights"] == plan.weights_key(digests.values())
-    ):
-        return ""
-    # the names of two places may be one
-    name, place = manifest["source"]["model"], record.get("model")
-    if isinstance(place, str):
-        return place if place != plan.model_place else ""
-    return (
-        name if name != (Path(plan.model).name if Path(plan.model).exists() else plan.model) else ""
-    )
-
-
-def check_output(plan: Plan) -> None:
-    """Raises OutputError where the output or the store cannot be written."""
-    for folder in (plan.output.absolute().parent, plan.store.root):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".quantflow-probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise OutputError(
-                Problem(
-                    str(folder),
-                    error.strerror or str(error),
-                    "a writable directory",
-                    "Pass --output DIR",
-                )
-            ) from error
 
 
 def activation_budget() -> int:

@@ -50,7 +50,7 @@ from quantflow.pipeline.release_comparison import (
 )
 from quantflow.pipeline.run import run as run_plan
 from quantflow.pipeline.texts import local_text
-from quantflow.recipe import Calibration
+from quantflow.recipe import NamesText
 from quantflow.report.comparison import comparison_page, make_comparison
 from quantflow.report.measurement import measured_on
 from quantflow.report.page import write_page
@@ -328,7 +328,7 @@ def dependencies(plan: Plan, manifest: Mapping[str, Any]) -> Iterator[dict[str, 
         )
 
 
-def _text(section: Calibration | Evaluate, role: str, **notes: Any) -> dict[str, Any]:
+def _text(section: NamesText, role: str, **notes: Any) -> dict[str, Any]:
     """The local file that a section's text comes from, or its place on the hub."""
     if path := local_text(section):
         return resource(path.name, role, sha256=file_digest(path), **notes)

@@ -36,7 +36,8 @@ from quantflow.machine import peak_resident_bytes
 from quantflow.pipeline.artifact import Artifact
 from quantflow.pipeline.identities import Identities, identities
 from quantflow.pipeline.measure import measure
-from quantflow.pipeline.plan import Plan, check_output
+from quantflow.pipeline.output import check_output
+from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.report import make_report, portable
 from quantflow.pipeline.sweep import MeasuredReader, SweepReader, check_complete, passes, sweep
@@ -84,8 +85,8 @@ def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
     )
     windows = Windows([], frozenset(), "")
     if plan.reads_calibration and calibration:
-        windows = recipe_windows(plan, tokenizer, calibration)
-    held_out = recipe_windows(plan, tokenizer, evaluate) if evaluate else None
+        windows = recipe_windows(plan, tokenizer, "calibration")
+    held_out = recipe_windows(plan, tokenizer, "evaluate") if evaluate else None
     if held_out and (shared := windows.documents & held_out.documents):
         raise DataError(
             Problem(

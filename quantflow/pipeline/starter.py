@@ -13,11 +13,12 @@ from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import Problem, UserError
 from quantflow.formats.engines import LLAMA_CPP, LMDEPLOY, SGLANG, TRANSFORMERS, VLLM, loads
 from quantflow.formats.weight import LEAST_GROUP
-from quantflow.pipeline.plan import GROUPS, LENGTH, SEQLEN
+from quantflow.pipeline.resolve import GROUPS, SEQLEN
 from quantflow.quant.numbers.base import BITS
 from quantflow.quant.scheme import PER_CHANNEL, Scheme
 from quantflow.recipe import BUNDLED, BUNDLED_NEW
 from quantflow.recipe.writer import flow, name_of
+from quantflow.stages.evaluate import LENGTH
 
 # of the bundled texts there is enough for so many windows, of 2048 and of 512 tokens
 SAMPLES, WINDOWS = 32, 32

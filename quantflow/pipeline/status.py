@@ -22,7 +22,9 @@ def stored_layers(plan: Plan) -> int | None:
     if (plan.needs_stream or not plan.rounds) and calibration:
         if local_text(calibration) is None:
             return None
-        windows = recipe_windows(plan, load_tokenizer(plan.checkpoint.tokenizer_path), calibration)
+        windows = recipe_windows(
+            plan, load_tokenizer(plan.checkpoint.tokenizer_path), "calibration"
+        )
     weights = plan.weights_key(digests.values())
     key = (
         sweep_key(plan, weights, windows.digest)

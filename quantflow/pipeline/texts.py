@@ -11,8 +11,7 @@ from quantflow.calibration.data import Document, joined, read_documents
 from quantflow.calibration.shapes import Conversation
 from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.errors import Problem
-from quantflow.recipe import Calibration
-from quantflow.stages.evaluate import Evaluate
+from quantflow.recipe import NamesText
 from quantflow.tokenizers.chat_templates import chat_template
 from quantflow.tokenizers.load import has_tokenizer
 
@@ -48,7 +47,7 @@ def model_documents(
     return read_documents(data, file, field=field, option=option, render=render)
 
 
-def local_text(section: Calibration | Evaluate) -> Path | None:
+def local_text(section: NamesText) -> Path | None:
     """The file that a section of the recipe reads; None where that is on the hub."""
     path = Path(section.file or bundled.text(section.data) or section.data).expanduser()
     return path if path.is_file() else None

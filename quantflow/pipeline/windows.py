@@ -9,8 +9,6 @@ from quantflow.calibration.data import Windows, cut_windows
 from quantflow.errors import Problem, UserError
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.texts import model_documents
-from quantflow.recipe import Calibration
-from quantflow.stages.evaluate import Evaluate
 
 
 def left_out_notes(**sections: Windows | None) -> list[str]:
@@ -22,13 +20,11 @@ def left_out_notes(**sections: Windows | None) -> list[str]:
     ]
 
 
-def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) -> Windows:
-    """The windows of `calibration` or `evaluate`. Raises DataError, and UserError for a tokenizer
+def recipe_windows(plan: Plan, tokenizer: Any, name: str) -> Windows:
+    """The windows of one of the plan's `sections`. Raises DataError, and UserError for a tokenizer
     that is another model's."""
-    if isinstance(section, Calibration):
-        path, count, length = "calibration", section.samples, section.seqlen
-    else:
-        path, count, length = "stages.evaluate", section.windows, section.length
+    section = plan.sections[name]
+    path = name if name == "calibration" else f"stages.{name}"
     option = f"--set {path}.file=FILE"
     documents = model_documents(
         plan.checkpoint.tokenizer_path,
@@ -40,8 +36,8 @@ def recipe_windows(plan: Plan, tokenizer: Any, section: Calibration | Evaluate) 
     windows = cut_windows(
         tokenizer,
         documents,
-        count=count,
-        length=length,
+        count=section.count,
+        length=section.tokens,
         skip=section.skip,
         source=Path(section.file or section.data).name,
     )

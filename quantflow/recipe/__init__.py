@@ -12,9 +12,9 @@ from quantflow.recipe.schema import (
     read_recipe,
 )
 from quantflow.recipe.stage import Stage, Stages
-from quantflow.recipe.values import AUTO, DATA_NAMES
+from quantflow.recipe.values import AUTO, DATA_NAMES, NamesText
 
 __all__ = [
-    "AUTO", "BUNDLED", "BUNDLED_NEW", "DATA_NAMES", "Calibration", "Override", "Recipe", "Stage",
-    "Stages", "Weights", "dump", "json_schema", "load", "read_recipe",
+    "AUTO", "BUNDLED", "BUNDLED_NEW", "DATA_NAMES", "Calibration", "NamesText", "Override",
+    "Recipe", "Stage", "Stages", "Weights", "dump", "json_schema", "load", "read_recipe",
 ]  # fmt: skip

@@ -47,6 +47,14 @@ class Calibration(Section):
     )
     skip: int = Field(default=0, ge=0, description="Documents left out at the start.")
 
+    @property
+    def count(self) -> int:
+        return self.samples
+
+    @property
+    def tokens(self) -> int:
+        return self.seqlen
+
 
 class Override(Section):
     """Other settings for the linears whose name matches. The last match counts."""

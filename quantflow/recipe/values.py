@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -138,3 +138,27 @@ class Section(BaseModel):
     where a float is asked for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class NamesText(Protocol):
+    """A section that names a text: a data set and where a copy of it lies, or a local file."""
+
+    @property
+    def data(self) -> str: ...
+
+    @property
+    def file(self) -> str | None: ...
+
+    @property
+    def field(self) -> str | None: ...
+
+    @property
+    def skip(self) -> int: ...
+
+    @property
+    def count(self) -> int:
+        """Windows."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a window."""

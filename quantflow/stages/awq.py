@@ -49,7 +49,7 @@ class Awq(PlannedStage):
                 "AWQ searches its scales for a grid of integers",
             )
 
-    def windows(self, calibration: Calibration) -> int:
+    def looks_at(self, calibration: Calibration) -> int:
         return self.windows_of(calibration.samples, calibration.seqlen)
 
     def windows_of(self, windows: int, length: int) -> int:

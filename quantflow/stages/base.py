@@ -6,10 +6,12 @@ two files: the settings name the code as "module:function".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from quantflow.recipe import Calibration, Stage
+from quantflow.models.config import DecoderConfig
+from quantflow.recipe import Calibration, Recipe, Stage
 
 
 class PlannedStage(Stage):
@@ -23,9 +25,22 @@ class PlannedStage(Stage):
     layer: ClassVar[str] = ""
     original: ClassVar[bool] = False
 
-    def windows(self, calibration: Calibration) -> int:
+    def looks_at(self, calibration: Calibration) -> int:
         """Windows of the stream that it looks at; 0 of one that looks at weights alone."""
         return 0
+
+    def resolved(self, config: DecoderConfig) -> Self:
+        """With the model's numbers where the recipe leaves them open."""
+        return self
+
+    def notes(self) -> Iterator[str]:
+        """What is to be known of it before a run, each in a sentence."""
+        yield from ()
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks it cuts the checkpoint for."""
+        return 1
 
     def identity(self) -> dict[str, Any]:
         """What of its settings the layers' stored results depend on."""
@@ -40,6 +55,11 @@ class PlannedStage(Stage):
     def modules(cls) -> tuple[str, ...]:
         """Where its code for layers is: what these import is in the identity of its results."""
         return (cls.layer.partition(":")[0],)
+
+
+def planned(recipe: Recipe) -> Iterator[PlannedStage]:
+    """The recipe's stages, in its order."""
+    return (stage for stage in recipe.stages if isinstance(stage, PlannedStage))
 
 
 def code(place: str) -> Any:

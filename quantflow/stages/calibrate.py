@@ -18,5 +18,5 @@ class Calibrate(PlannedStage):
     measures: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
 
-    def windows(self, calibration: Calibration) -> int:
+    def looks_at(self, calibration: Calibration) -> int:
         return calibration.samples

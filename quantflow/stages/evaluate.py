@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 
-from quantflow.bundled import BUNDLED_NEW
+from quantflow.bundled import BUNDLED_NEW, BUNDLED_TEXT
 from quantflow.errors import Problem
-from quantflow.recipe.stage import Stage
+from quantflow.models.config import DecoderConfig
 from quantflow.recipe.values import AS_WRITTEN, AUTO, DATA, FIELD, Length, NonEmpty, Section
 from quantflow.recipe.written import Entry, Written
+from quantflow.stages.base import PlannedStage
+
+LENGTH = 512  # tokens of a window, where the recipe says auto
 
 
 class Gates(Section):
@@ -40,7 +43,7 @@ class Gates(Section):
     )
 
 
-class Evaluate(Stage):
+class Evaluate(PlannedStage):
     """Compare with the full-precision model, on text that was not used for calibration."""
 
     name: ClassVar[str] = "evaluate"
@@ -74,6 +77,26 @@ class Evaluate(Stage):
         description="Measure the engine's own kernels and KV cache, not the same in float32.",
     )
     gates: Gates = Field(default=Gates(), description="Limits that the result must keep.")
+
+    @property
+    def count(self) -> int:
+        return self.windows
+
+    @property
+    def tokens(self) -> int:
+        return self.length
+
+    def resolved(self, config: DecoderConfig) -> Self:
+        if self.length != AUTO:
+            return self
+        return self.model_copy(update={"length": min(LENGTH, config.max_positions)})
+
+    def notes(self) -> Iterator[str]:
+        if not self.file and self.data == BUNDLED_NEW:
+            yield (
+                f"evaluate reads {BUNDLED_TEXT}, other pages than calibration has: --set"
+                " stages.evaluate.data=FILE takes another"
+            )
 
     @classmethod
     def check(cls, recipe: Written, entry: Entry) -> Iterator[Problem]:

@@ -43,5 +43,9 @@ class Gptq(RoundingStage):
         description="Passes of coordinate descent over codes and scales after GPTQ; 0: plain GPTQ.",
     )
 
-    def windows(self, calibration: Calibration) -> int:
+    @property
+    def indexed(self) -> bool:
+        return self.act_order == "dynamic"
+
+    def looks_at(self, calibration: Calibration) -> int:
         return calibration.samples

@@ -42,7 +42,7 @@ class KvQparams(PlannedStage):
                 "`- calibrate` first, for the ranges of K and V",
             )
 
-    def windows(self, calibration: Calibration) -> int:
+    def looks_at(self, calibration: Calibration) -> int:
         return calibration.samples
 
     def identity(self) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from quantflow.errors import Problem
-from quantflow.recipe.stage import Stage
 from quantflow.recipe.values import ByteSize
 from quantflow.recipe.words import dotted
 from quantflow.recipe.written import Entry, Written
+from quantflow.stages.base import PlannedStage
 
 
 def _check_kv_scales(value: Any) -> Any:
@@ -30,7 +30,7 @@ KvScales = Annotated[
 ]
 
 
-class Pack(Stage):
+class Pack(PlannedStage):
     """Write a checkpoint that other software loads."""
 
     name: ClassVar[str] = "pack"

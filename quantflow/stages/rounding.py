@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from quantflow.errors import Problem
-from quantflow.recipe import Weights
+from quantflow.recipe import Recipe, Weights
 from quantflow.recipe.words import dotted
 from quantflow.recipe.written import Entry, Written
 from quantflow.stages.base import PlannedStage
@@ -26,6 +26,11 @@ class RoundingStage(PlannedStage):
     def scheme(self, asked: Scheme) -> Scheme:
         """The scheme of a linear for which the recipe asks for another."""
         return asked
+
+    @property
+    def indexed(self) -> bool:
+        """Whether its groups follow an order of the columns of their own (g_idx)."""
+        return False
 
     def parts(self, linears: int, experts: int) -> int:
         return linears
@@ -63,3 +68,8 @@ class RoundingStage(PlannedStage):
             if symmetric is False and not numbers.zero_points:
                 where, problem = recipe.source.place(steps), f"`{dotted(steps)}: false` with {kind}"
                 yield Problem(where, problem, "numbers with zero points")
+
+
+def rounding_stage(recipe: Recipe) -> RoundingStage | None:
+    """The one that a recipe has, None where it only measures."""
+    return next((stage for stage in recipe.stages if isinstance(stage, RoundingStage)), None)

@@ -86,8 +86,8 @@ def test_every_reader_sees_the_same_tokens(bench: Bench, monkeypatch: pytest.Mon
     plan = make_plan(load_recipe(recipe), device="cpu")
     tokenizer, evaluate = load_tokenizer(bench.model), plan.stage(Evaluate)
     assert plan.recipe.calibration and evaluate
-    assert recipe_windows(plan, tokenizer, plan.recipe.calibration).tokens == windows
-    assert recipe_windows(plan, tokenizer, evaluate).tokens == windows[:4]
+    assert recipe_windows(plan, tokenizer, "calibration").tokens == windows
+    assert recipe_windows(plan, tokenizer, "evaluate").tokens == windows[:4]
     job = prepare(
         Settings(str(bench.model), chat, samples=6, length=32, group_size=16, device="cpu")
     )

@@ -1,0 +1,69 @@
+"""The linears of a model's decoder, and in which numbers each is to be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.quant.numbers import NUMBERS
+from quantflow.quant.scheme import Scheme
+from quantflow.recipe import Recipe, Weights
+from quantflow.recipe.overrides import matches
+from quantflow.stages.rounding import rounding_stage
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear of the decoder. name: relative to its layer. scheme: None where it stays as it is,
+    for `reason`."""
+
+    layer: int
+    name: str
+    module: str
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    reason: str = ""
+
+
+def planned_linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
+    weights = recipe.weights
+    rounding = rounding_stage(recipe)
+    for i in range(checkpoint.config.layers):
+        prefix = checkpoint.architecture.layer_prefix(i)
+        for name, spec in checkpoint.linears(i).items():
+            module = f"{prefix}.{name}"
+            scheme: Scheme | None = scheme_of(weights)
+            reason = ""
+            if any(matches(module, pattern) for pattern in weights.ignore):
+                scheme, reason = None, "weights.ignore"
+            for override in weights.overrides:
+                if matches(module, override.match):
+                    if override.ignore:
+                        scheme, reason = None, f"override {override.match}"
+                        continue
+                    base = scheme or scheme_of(weights)
+                    scheme = replace(
+                        base,
+                        bits=override.bits or base.bits,
+                        group_size=override.group_size or base.group_size,
+                        symmetric=(
+                            base.symmetric if override.symmetric is None else override.symmetric
+                        ),
+                    )
+                    reason = ""
+            if not rounding:
+                scheme, reason = None, "no stage rounds the weights"
+            if scheme and rounding:
+                scheme = rounding.scheme(scheme)
+            yield LinearPlan(i, name, module, spec.shape, scheme, reason)
+
+
+def scheme_of(weights: Weights) -> Scheme:
+    symmetric = bool(weights.symmetric) or not NUMBERS[weights.numbers].zero_points
+    return Scheme(weights.bits, weights.group_size, symmetric, weights.numbers)
+
+
+def inputs_of_rank(checkpoint: Checkpoint, tp: int, linear: LinearPlan) -> int:
+    cut = checkpoint.linears(linear.layer)[linear.name].cut
+    return linear.shape[1] // (tp if cut == 1 else 1)
