@@ -222,8 +222,8 @@ class Windows:
 
 
 def _chunk(documents: Iterator[Document], tokens: int) -> Iterator[Document]:
-    """Some texts that are worth reading and encoding together: no more than may be needed for so
-    many tokens."""
+    """Some documents that are worth reading and encoding together: no more than may be needed for
+    so many tokens."""
     characters = 0
     for document in islice(documents, CHUNK):
         yield document

@@ -268,10 +268,10 @@ class Request:
 
 @dataclass(eq=False)
 class Sequence:
-    """One of a request's `n` texts while it is made. computed: tokens whose keys and values are in
-    the cache. chain, sealed: its place in the prefix cache, see `block_manager`. detokenizer: None
-    before the first token that is shown. prompt_logprobs: of the first of the texts, those that are
-    known of its prompt's tokens."""
+    """One of a request's `n` sequences while it is made. computed: tokens whose keys and values are
+    in the cache. chain, sealed: its place in the prefix cache, see `block_manager`. detokenizer:
+    None before the first token that is shown. prompt_logprobs: of the first of the sequences, those
+    that are known of its prompt's tokens."""
 
     request: Request
     index: int

@@ -59,7 +59,7 @@ def draw(sequences: list[Sequence], logits: Tensor, end_tokens: Collection[int])
 
 
 def _siblings(first: Sequence) -> list[Sequence]:
-    """The other texts of a request, which begin where its prompt ends."""
+    """The other sequences of a request, which begin where its prompt ends."""
     request = first.request
     matchers = [first.matcher and first.matcher.copy() for _ in range(1, request.params.n)]
     return [

@@ -72,9 +72,9 @@ def make_report(
     scales: list[dict[str, Any]] = []
     for index in range(config.layers):
         prefix = plan.checkpoint.architecture.layer_prefix(index)
-        found = reader.report(index)
+        layer = reader.report(index)
         lines |= {
-            f"{prefix}.{name}": {"layer": index, **found["linears"][name]}
+            f"{prefix}.{name}": {"layer": index, **layer["linears"][name]}
             for name in plan.schemes(index)
         }
         scales += [
@@ -84,7 +84,7 @@ def make_report(
                 "exponent": exponent(line["scale"]),
                 "group": f"{prefix}.{line['group']}",
             }
-            for line in found.get("awq", [])
+            for line in layer.get("awq", [])
         ]
     kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
     kept[plan.checkpoint.architecture.head] = (
@@ -115,8 +115,8 @@ def make_report(
         },
         "calibration": _text(windows) if windows.tokens else None,
         "evaluation": {**_text(held_out), "engine": plan.measures_engine} if held_out else None,
-        "quality": {name: found["figures"] for name, found in measured.items()},
-        "profile": {name: found["profile"] for name, found in measured.items()},
+        "quality": {name: variant["figures"] for name, variant in measured.items()},
+        "profile": {name: variant["profile"] for name, variant in measured.items()},
         "gates": [verdict.as_dict() for verdict in verdicts],
         "linears": lines,
         "kept": kept,
@@ -144,35 +144,35 @@ def exponent(scale: str) -> float | None:
     if scale.startswith("identity"):
         return 0.0
     root = scale.startswith("sqrt(")
-    found = AWQ_NAME.fullmatch(scale.removeprefix("sqrt(").removesuffix(")") if root else scale)
-    return float(found[1]) / (2 if root else 1) if found else None
+    match = AWQ_NAME.fullmatch(scale.removeprefix("sqrt(").removesuffix(")") if root else scale)
+    return float(match[1]) / (2 if root else 1) if match else None
 
 
 def _text(windows: Windows) -> dict[str, Any]:
-    found = {
+    record = {
         "source": windows.source,
         "tokens": windows.digest,
         "windows": len(windows.tokens),
         "length": len(windows.tokens[0]),
     }
-    return found | ({"left_out": windows.left_out.as_dict()} if windows.left_out else {})
+    return record | ({"left_out": windows.left_out.as_dict()} if windows.left_out else {})
 
 
 def _activations(plan: Plan, statistics: Path) -> dict[str, dict[str, Any]]:
     """Of every linear's input channels: the largest magnitude, that of the median channel, and the
     mean magnitude. An expert that no token reached has none."""
-    file, found = TensorFile(statistics), {}
+    file, magnitudes = TensorFile(statistics), {}
     for linear in plan.linears:
         name = f"{linear.module}.input"
         if f"{name}.absmax" in file.tensors:
             absmax, absmean = file.read(f"{name}.absmax"), file.read(f"{name}.absmean")
-            found[linear.module] = {
+            magnitudes[linear.module] = {
                 "layer": linear.layer,
                 "absmax": shown(float(absmax.max())),
                 "median_absmax": shown(float(absmax.median())),
                 "absmean": shown(float(absmean.mean())),
             }
-    return found
+    return magnitudes
 
 
 def _kv_ranges(plan: Plan, reader: SweepReader) -> dict[str, Any]:

@@ -115,8 +115,8 @@ def _run(
     if fresh:
         for key in (identity.calibrate, identity.sweep, identity.evaluate):
             plan.store.forget(key)
-    elif (found := _finished(plan, identity)) is not None:
-        return found
+    elif (finished := _finished(plan, identity)) is not None:
+        return finished
     for each in passes(plan, identity.calibrate, identity.sweep, windows.tokens):
         sweep(plan, each, progress)
         clock.lap(each.name)
@@ -141,7 +141,7 @@ def _run(
             if held_out
             else {}
         )
-        quality = {name: found["figures"] for name, found in measured.items()}
+        quality = {name: variant["figures"] for name, variant in measured.items()}
         clock.lap("evaluate")
         verdicts = judge(quality, evaluate.gates.model_dump()) if evaluate else []
         failures = [str(verdict) for verdict in verdicts if not verdict.kept]
@@ -210,9 +210,9 @@ def _finished(plan: Plan, identity: Identities) -> Artifact | None:
         ):
             return None
         # Hashes are cached by size, time of change and header: a second look reads nothing.
-        found = plan.store.digests([plan.output / name for name in manifest["files"]])
+        digests = plan.store.digests([plan.output / name for name in manifest["files"]])
         if any(
-            found[plan.output / name] != entry["sha256"]
+            digests[plan.output / name] != entry["sha256"]
             for name, entry in manifest["files"].items()
         ):
             return None
@@ -265,7 +265,7 @@ def _kv_of_ranks(plan: Plan, reader: SweepReader) -> tuple[dict[str, Tensor], di
         for rank in range(plan.tp)
     ]
     whole = {
-        name: torch.stack([found[name] for found, _ in ranks]) if plan.tp > 1 else value
+        name: torch.stack([parameters[name] for parameters, _ in ranks]) if plan.tp > 1 else value
         for name, value in ranks[0][0].items()
     }
     return whole, {name: max(errors.get(name, 0.0) for _, errors in ranks) for name in ranks[0][1]}
@@ -306,10 +306,10 @@ def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:
         summary["layers"] = [
             {
                 f"{letter}_{what}": float(f"{float(getattr(p, field)):.9g}")
-                for letter, p in (("k", found["key"]), ("v", found["value"]))
+                for letter, p in (("k", parameters["key"]), ("v", parameters["value"]))
                 for what, field in (("scale", "scale"), ("zero_point", "zero_point"))
             }
-            for found in (_kv_parameters(plan, reader, i) for i in range(plan.config.layers))
+            for parameters in (_kv_parameters(plan, reader, i) for i in range(plan.config.layers))
         ]
     return summary
 

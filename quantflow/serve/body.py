@@ -97,11 +97,11 @@ def read_text(text: str, param: str) -> Any:
         return read(text.encode("utf-8", "surrogatepass"))
 
 
-def check_texts(texts: Iterable[str], param: str) -> None:
+def check_texts(prompts: Iterable[str], param: str) -> None:
     """Of several such strings, before one after the other is read: together they have no more parts
     than a body may. Raises Refused."""
     with _within(param):
-        _check_parts(",".join(texts).encode("utf-8", "surrogatepass"))
+        _check_parts(",".join(prompts).encode("utf-8", "surrogatepass"))
 
 
 @contextmanager

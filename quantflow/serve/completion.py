@@ -205,8 +205,8 @@ def _prompts(body: CompletionRequest) -> list[str | list[int]]:
 def _encoded(
     service: Service, inputs: Sequence[str | list[int]], *, echo: bool, special: bool
 ) -> list[Prompt]:
-    """All texts at once, and the text of tokens that will be echoed: the engine refuses those that
-    are too many."""
+    """All prompts at once, and the text of tokens that will be echoed: the engine refuses those
+    that are too many."""
     encoded = iter(
         service.encode([text for text in inputs if isinstance(text, str)], special=special)
     )
@@ -225,7 +225,7 @@ def _encoded(
 
 
 def sequences(body: CompletionRequest) -> int:
-    """How many texts will be generated."""
+    """How many sequences will be generated."""
     return len(_prompts(body)) * max(body.n or 1, body.best_of or 1)
 
 

@@ -247,7 +247,7 @@ class Service:
         )[0]
 
     def tokens(self, prompts: Sequence[str], *, special: bool) -> Encoded:
-        """The tokens of texts of any length. Raises RequestError."""
+        """The tokens of prompts of any length. Raises RequestError."""
         return self._encoded(prompts, special=special)
 
     def dialogue_tokens(

@@ -134,16 +134,16 @@ class _Search:
         identity = tried[0]
         part = x[: len(x) // SCREENING_SHARE]
         if parent and len(part) and len(tried) > FINALISTS:
-            screened = sorted(losses(tried[1:], part), key=lambda found: found[0])
+            screened = sorted(losses(tried[1:], part), key=lambda pair: pair[0])
             tried = [identity, *(candidate for _, candidate in screened[:FINALISTS])]
         ranked = losses(tried, x)
-        winner = min(ranked, key=lambda found: found[0])
+        winner = min(ranked, key=lambda pair: pair[0])
         if self.round_finally and winner[1] is not identity:
             name, scale = winner[1]
             ranked = losses(
                 [identity, (f"sqrt({name})", scale.sqrt()), (name, scale)], x, by_next_stage=True
             )
-            winner = min(ranked, key=lambda found: found[0])
+            winner = min(ranked, key=lambda pair: pair[0])
         reference = ranked[0][0]
         return (
             winner[1][0],

@@ -41,16 +41,16 @@ class LayerStatistics:
         self.outputs.setdefault(name, ChannelStatistics()).add(y)
 
     def result(self) -> dict[str, Tensor]:
-        found = self.kv.result()
+        statistics = self.kv.result()
         for kind, records in (("input", self.inputs), ("output", self.outputs)):
             for name, record in records.items():
-                found.update(
+                statistics.update(
                     {
                         f"{name}.{kind}.{statistic}": value
                         for statistic, value in record.result().items()
                     }
                 )
-        return found
+        return statistics
 
 
 def calibrate_layer(

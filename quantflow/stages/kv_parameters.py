@@ -29,17 +29,17 @@ def layer_parameters(
 ) -> dict[str, KVParameters]:
     """Parameters of `key` and `value` from a layer's extremes `[kv_heads, D]`; of one rank's heads,
     under tensor parallelism."""
-    found = {}
+    parameters = {}
     for name in ("key", "value"):
         low, high = (extremes[f"{name}.{end}"].chunk(tp)[rank] for end in ("min", "max"))
-        found[name] = kv_parameters(
+        parameters[name] = kv_parameters(
             low,
             high,
             bits=settings.bits,
             symmetric=settings.symmetric,
             granularity=settings.granularity,
         )
-    return found
+    return parameters
 
 
 def layer_tensors(parameters: Mapping[str, KVParameters]) -> dict[str, Tensor]:
@@ -88,14 +88,14 @@ def largest_of_parameters(tensors: Mapping[str, Tensor], prefix: str) -> dict[st
     """The same from the int8 parameters of a layer, whatever their granularity: never less than it
     was. What is constant has a scale of 1, as other channels may, and counts for the whole range
     that this holds: no parameter tells the two apart, and less would clip."""
-    found = {}
+    largest = {}
     for letter, name in (("k", "key"), ("v", "value")):
         scale, zero = (
             tensors[f"{prefix}.{letter}_{part}"].double() for part in ("scale", "zero_point")
         )
         # Asymmetric codes span 255 steps around the zero point, symmetric ones 127 on each side.
-        found[name] = float((zero.abs() + scale * (127.5 if bool(zero.any()) else 127.0)).max())
-    return found
+        largest[name] = float((zero.abs() + scale * (127.5 if bool(zero.any()) else 127.0)).max())
+    return largest
 
 
 def of_rank(tensors: Mapping[str, Tensor], kv_heads: int, rank: int, tp: int) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def per_rank(
             for part in ("scale", "zero_point")
         )
         if not bool((scale != scale[:, :1]).any() or (zero != zero[:, :1]).any()):
-            found = scale[:, 0], zero[:, 0]
+            parameters = scale[:, 0], zero[:, 0]
         elif not rounded:
             hint = (
                 "Use kv_qparams: {granularity: tensor}; or export --requantize, requantize: true in"
@@ -136,13 +136,13 @@ def per_rank(
             raise FormatError(Problem("KV cache", what, "one scale for each layer and rank", hint))
         else:
             low, high = (zero - 127.5 * scale).amin(1), (zero + 127.5 * scale).amax(1)
-            found = (
+            parameters = (
                 ((high - low) / 255, (low + high) / 2)
                 if bool(zero.any())
                 else (scale.amax(1), zero[:, 0])
             )
-            errors[f"{name}scale"] = float((found[0][:, None] / scale).max()) - 1
-        for part, values in zip(("scale", "zero_point"), found, strict=True):
+            errors[f"{name}scale"] = float((parameters[0][:, None] / scale).max()) - 1
+        for part, values in zip(("scale", "zero_point"), parameters, strict=True):
             whole[f"{name}{part}"] = values[0] if bool((values == values[0]).all()) else values
     return whole, errors
 

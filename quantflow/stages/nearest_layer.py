@@ -71,5 +71,5 @@ def _carry_on(work: LayerWork, block: Block) -> None:
     for start, stop in x.spans(work.batch):
         block.tap = None if start else errors  # the first windows are sample enough
         x.write(start, block.forward(x.read(start, stop), work.kv))
-    for name, lines in errors.found.items():
+    for name, lines in errors.of_linears.items():
         rounded[name] = replace(rounded[name], report=rounded[name].report | lines)

@@ -20,16 +20,16 @@ def test_it_is_that_of_the_outputs() -> None:
     expected = float(
         (x @ (error * 0.1).T).double().square().sum() / (x @ weight.T).double().square().sum()
     )
-    assert list(tap.found) == ["q"] and tap.found["q"]["tokens"] == 15
-    assert tap.found["q"]["error"] == pytest.approx(expected, rel=1e-3)
+    assert list(tap.of_linears) == ["q"] and tap.of_linears["q"]["tokens"] == 15
+    assert tap.of_linears["q"]["error"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_few_rows_of_many_and_none() -> None:
     weight = torch.eye(4)
     tap = OutputErrors(lambda name: (weight, weight * 0.5))
     tap("expert", torch.zeros(0, 4), torch.zeros(0, 4))
-    assert tap.found == {}  # no token reached it
+    assert tap.of_linears == {}  # no token reached it
     tap("many", torch.ones(ROWS * 3 + 1, 4), torch.ones(ROWS * 3 + 1, 4))
-    assert tap.found["many"] == {"error": 0.25, "tokens": ROWS}
+    assert tap.of_linears["many"] == {"error": 0.25, "tokens": ROWS}
     tap("silent", torch.zeros(2, 4), torch.zeros(2, 4))
-    assert tap.found["silent"]["error"] == 0.0
+    assert tap.of_linears["silent"]["error"] == 0.0
