@@ -9,6 +9,9 @@
 # make fuzz   coverage-guided fuzzing of every parser of foreign files and of the server, FUZZ_SECONDS=600 each; TARGET=gguf for one, RECORD=FILE
 #                 for the numbers
 # make wheel-check    what a user of the wheel gets: it is built, installed into an empty environment, and run outside of this folder
+# make setup  the environment for work on QuantFlow, and style checked at each commit
+# make check  style, types, and the tests that take no time: under 90 s on two cores
+# make docs   the documentation site, in build/docs; a broken link is an error
 # make lint   style and types
 # make kernel-report  what the compiler makes of every GPU kernel: registers, spills, shared memory, width of loads (no GPU needed)
 # make bench-gpu      the kernels' speed on the GPU at hand, then the engine's, with the interpreter that PYTHON names: nothing is installed
@@ -41,7 +44,7 @@ WORKERS ?= 2
 # A file's tests stay in one process, for what its fixtures make.
 PYTEST := --timeout=1200 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-chat smollm2 plan artifacts assets notebooks test coverage fuzz wheel-check lint kernel-report bench-gpu tune-gpu bench-cpu clean
+.PHONY: demo demo-chat smollm2 plan artifacts assets notebooks test coverage fuzz setup wheel-check check docs lint kernel-report bench-gpu tune-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -123,6 +126,19 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/model_or_format.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+
+setup: $(STAMP)
+	$(BIN)/pre-commit install
+
+# What they take together on two cores is 40 s. Servers, browsers and whole recipes are for `make test`.
+FAST := $(addprefix tests/,artifacts formats models quant recipe stages tokenizers test_api.py test_distribution.py test_imports.py)
+check: lint
+	$(BIN)/python -m pytest $(PYTEST) --quiet -m "not slow and not shared and not gpu" $(FAST)
+
+docs: $(STAMP)
+	PYTHONPATH=.:kernels $(BIN)/python -m sphinx -q -W --keep-going -c docs/site -b html . build/docs
 
 kernel-report: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python benchmarks/kernel_report.py
@@ -141,7 +157,7 @@ bench-cpu: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,dev,docs]'
 	touch $@
 
 clean:

@@ -82,7 +82,8 @@ def server(sandbox: Path) -> Iterator[Running]:
 COMMANDS = commands()
 UNIQUE = list({command.text: command for command in COMMANDS if command.program in OURS}.values())
 RUN_BY_THEMSELVES = {
-    "demo-chat", "test", "lint", "kernel-report", "bench-gpu", "tune-gpu", "bench-cpu", "clean",
+    "check", "docs", "setup", "wheel-check", "demo-chat", "test", "lint", "kernel-report",
+    "bench-gpu", "tune-gpu", "bench-cpu", "clean",
 }  # fmt: skip
 """Targets of make that are no command of QuantFlow's, take minutes, or need a package (`demo-chat`,
 which tests/quality/test_smollm2.py runs): that they exist is all that is looked at here."""

@@ -26,9 +26,9 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def pages() -> list[Path]:
-    """README.md, SECURITY.md and everything under docs/ that is English: what a translation shows,
-    its English page shows too."""
-    files = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """What lies in the repository's root and everything under docs/ that is English: what a
+    translation shows, its English page shows too."""
+    files = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
     return [page for page in files if page not in translations()]
 
 
