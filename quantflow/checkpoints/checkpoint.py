@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,8 @@ from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.expected import expected_tensors
 from quantflow.models.prefixes import foreign, own_names
-from quantflow.models.registry import ARCHITECTURES
-from quantflow.models.segments import LinearSpec, Segment, segments
+from quantflow.models.registry import family
+from quantflow.models.segments import LinearSpec, Role, Segment, segments
 from quantflow.models.sharding import shard_shape
 from quantflow.models.spelling import settled
 from quantflow.paths import absent
@@ -116,20 +116,14 @@ class Checkpoint:
     def __init__(self, path: Path, *, config_only: bool = False, tp: int = 1) -> None:
         self.path, self.tp = path, tp
         self.container = open_container(path, config_only=config_only)
-        model_type = self.container.config.get("model_type")
-        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-            raise ModelError(
-                Problem(
-                    f"{path}/config.json model_type",
-                    repr(model_type),
-                    f"one of {', '.join(sorted(ARCHITECTURES))}",
-                    "What is missing for another family is a table in quantflow/models: its tensor"
-                    " names and what its decoder computes",
-                )
-            )
-        self.architecture: Architecture = ARCHITECTURES[model_type]
         try:
-            self.raw_config, overruled = settled(self.container.config)
+            self.architecture: Architecture = family(self.container.config, path)
+            # A class of transformers settles for itself what stands twice.
+            self.raw_config, overruled = (
+                (dict(self.container.config), ())
+                if self.architecture.library
+                else settled(self.container.config)
+            )
             self.config: DecoderConfig = self.architecture.read_config(self.raw_config)
         except ConfigProblem as error:
             raise ModelError(Problem(f"{path}/config.json", str(error))) from error
@@ -142,8 +136,8 @@ class Checkpoint:
         self.remarks: tuple[str, ...] = self.container.notes + overruled
         self.sources: dict[str, Source] = {}
         self.left_out: dict[str, str] = {}
-        self._segments: dict[bool, tuple[Segment, ...]] = {}
-        self._linears: dict[bool, dict[str, LinearSpec]] = {}
+        self._segments: dict[Hashable, tuple[Segment, ...]] = {}
+        self._linears: dict[Hashable, dict[str, LinearSpec]] = {}
         # a native tensor that two source tensors hold, and these
         self._twice: list[tuple[str, str, str]] = []
         self._account()
@@ -235,6 +229,8 @@ class Checkpoint:
         else:
             self.config = replace(self.config, tied=False)
             self.raw_config = {**self.raw_config, "tie_word_embeddings": False}
+            if self.architecture.library:
+                self.architecture = family(self.raw_config, self.path)
             own = f"{self.sources[heads[0]].name} is another than {self.architecture.embedding}"
             done = "it is kept, as transformers does, and what is written says false"
             self.remarks += (f"{own} though tie_word_embeddings is true: {done}",)
@@ -271,7 +267,7 @@ class Checkpoint:
 
     def segments(self, layer: int) -> tuple[Segment, ...]:
         """Of a decoder layer, in execution order."""
-        kind = self.config.is_moe(layer)  # layers of a kind are alike
+        kind = self._kind(layer)
         if kind not in self._segments:
             self._segments[kind] = segments(self.architecture, self.config, layer)
             self._linears[kind] = {
@@ -282,7 +278,18 @@ class Checkpoint:
     def linears(self, layer: int) -> Mapping[str, LinearSpec]:
         """Name relative to the layer -> every linear of it but the router, in execution order."""
         self.segments(layer)
-        return self._linears[self.config.is_moe(layer)]
+        return self._linears[self._kind(layer)]
+
+    def _kind(self, layer: int) -> Hashable:
+        """What layers of the same segments have in common."""
+        library = self.architecture.library
+        return library.trace(layer) if library else self.config.is_moe(layer)
+
+    def attention(self, layer: int) -> str:
+        """The full name of a layer's attention, beside whose tensors scales of its KV cache are
+        stored."""
+        segment = next(s for s in self.segments(layer) if s.role is Role.attention_out)
+        return f"{self.architecture.layer_prefix(layer)}.{segment.names[0].rpartition('.')[0]}"
 
     def problems(self, packed: Callable[[str], bool] = lambda name: False) -> list[Problem]:
         """What keeps this checkpoint from being read: missing, misshapen and unknown tensors.

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quantflow.decoder.block import ObserveKV, Reading, Streams, Tap
-from quantflow.models.library import TRACED, KVCache, Library
+from quantflow.models.library import TRACED, Library
 from quantflow.models.segments import Fold, Segment
+from quantflow.models.trace import KVCache
 
 # How far a folded layer may be from the plain one: rounding, where a wrong fold is off by tens of
 # percent.
@@ -162,8 +163,7 @@ class _Trial:
         self.block, self.trace = block, block.library.trace(block.index)
         device = next(iter(block.tensors.values())).device
         self._random = torch.Generator().manual_seed(0)
-        hidden = block.library.state[f"{block.library.outer['embedding']}.weight"][1]
-        x = torch.randn(1, TRACED, hidden, generator=self._random)
+        x = torch.randn(1, TRACED, block.library.hidden, generator=self._random)
         self.x = x.to(device, block.dtype)
         self.inputs, self.output = self._watch(block.tensors)
 
@@ -234,9 +234,10 @@ class _Trial:
         ]
         for spec, before in reversed(producers):
             rows, channels = spec.shape[0], segment.channels
-            cached = self.trace.cached
-            heads = (1, 1)
-            if cached is not None and self.trace.kv and before < cached <= number:
+            cached, heads = self.trace.cached, (1, 1)
+            # Values of a head may be read by several groups of queries.
+            beside = spec.name.rpartition(".")[0] == segment.names[0].rpartition(".")[0]
+            if beside and cached is not None and self.trace.kv and before < cached <= number:
                 heads = (channels // rows, self.trace.kv[1][1])
             if rows * heads[0] != channels or rows % heads[1]:
                 continue

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantflow.engine.families import engine_problem
 from quantflow.engine.model import Layer, Mixture, Mlp, Model, Norm
 from quantflow.engine.ops import Linear, Ops, resident_bytes
 from quantflow.errors import ModelError, Problem
@@ -44,9 +45,13 @@ def load_model(weights: Weights, ops: Ops, step: Callable[[], None] = lambda: No
 
 
 def open_weights(model: Path, rank: int, tp: int) -> Weights:
-    """The whole checkpoint, or this rank's files where the artifact has them."""
+    """The whole checkpoint, or this rank's files where the artifact has them. Raises ModelError for
+    a family that has no table, which the engine cannot compute."""
     own = checkpoint_folder(model) / f"tp{tp}" / f"rank-{rank}"
-    return Weights(own, tp=tp) if tp > 1 and own.is_dir() else Weights(model)
+    weights = Weights(own, tp=tp) if tp > 1 and own.is_dir() else Weights(model)
+    if problem := engine_problem(weights.checkpoint):
+        raise ModelError(problem)
+    return weights
 
 
 def rank_config(config: DecoderConfig, tp: int) -> DecoderConfig:

@@ -262,7 +262,7 @@ class Weights:
         present = self.checkpoint.container.tensors
         for index in range(self.checkpoint.config.layers):
             for part in "kv":
-                name = f"{self.checkpoint.architecture.layer_prefix(index)}.self_attn.{part}_scale"
+                name = f"{self.checkpoint.attention(index)}.{part}_scale"
                 scale = self.checkpoint.read_source(name) if name in present else None
                 if (
                     scale is None

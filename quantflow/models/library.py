@@ -21,14 +21,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from quantflow.models.architecture import Architecture, Json
 from quantflow.models.config import MOST_LAYERS, ConfigProblem, DecoderConfig, read_dtype
-from quantflow.models.segments import Fold, LinearSpec, Role, Segment
+from quantflow.models.segments import Segment
 from quantflow.models.spelling import SYNONYMS
+from quantflow.models.trace import KVCache, Trace, Visits
 
 TRACED = 8  # tokens of the pass that finds a layer's segments
 # Keys of config.json that name code or how it is run, and none of what the model computes.
@@ -43,20 +44,6 @@ class Call:
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class KVCache(transformers.DynamicCache):  # type: ignore[misc]
-    """Stands where a layer looks for its cache: `seen` gets K and V `[B, kv_heads, L, D]` and
-    returns what attention shall use. It keeps nothing."""
-
-    def __init__(self, seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-        super().__init__()
-        self.seen = seen
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self.seen(key_states, value_states)
 
 
 class _Reached(Exception):
@@ -109,6 +96,11 @@ class Library:
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
         self._kinds: dict[tuple[object, ...], Trace] = {}
 
+    @property
+    def version(self) -> str:
+        """What computes it."""
+        return f"transformers {transformers.__version__}"
+
     @cached_property
     def outer(self) -> dict[str, str]:
         """`embedding` and `head` -> the module's name."""
@@ -120,6 +112,11 @@ class Library:
         if None in modules.values():
             raise ConfigProblem(f"{self.name} of transformers has no embedding and head")
         return {kind: names[module] for kind, module in modules.items()}
+
+    @property
+    def hidden(self) -> int:
+        """Channels of the hidden states."""
+        return self.state[f"{self.outer['embedding']}.weight"][1]
 
     @property
     def tied(self) -> bool:
@@ -177,20 +174,38 @@ class Library:
         if key not in self._calls:
             for module in (self.model, *self.layers):
                 _move_buffers(module, device)
-            calls: list[Call] = []
+            start = torch.zeros(1, length, self.hidden, dtype=dtype, device=device)
+            # one length: masks grow with its square
+            self._calls = {key: self._called_with(start)}
+        return self._calls[key]
 
-            def note(index: int, call: Call) -> Tensor:
-                calls.append(call)
-                if len(calls) == len(self.layers):
-                    raise _Reached
-                return call.hidden
+    def _called_with(self, start: Tensor) -> list[Call]:
+        """What each layer is called with where `start` is embedded. Raises ConfigProblem where the
+        outer model does more between its layers than hand the hidden states on."""
+        calls: list[Call] = []
 
-            hidden = self.state[f"{self.outer['embedding']}.weight"][1]
-            start = torch.zeros(1, length, hidden, dtype=dtype, device=device)
+        def note(index: int, call: Call) -> Tensor:
+            if calls and call.hidden is not calls[-1].hidden:
+                raise ConfigProblem(f"{self.name} changes what goes from layer to layer")
+            calls.append(call)
+            if len(calls) == len(self.layers):
+                raise _Reached
+            return call.hidden
+
+        try:
             with torch.inference_mode(False), torch.no_grad():
                 self.run(note, {}, inputs_embeds=start)
-            self._calls = {key: calls}  # masks grow with the square of the length
-        return self._calls[key]
+        except ConfigProblem:
+            raise
+        except Exception as error:  # whatever a class does with tokens that are not there
+            raise self._unfollowed(error) from error
+        if len(calls) != len(self.layers):
+            raise ConfigProblem(f"{self.name} runs {len(calls)} of its {len(self.layers)} layers")
+        return calls
+
+    def _unfollowed(self, error: Exception) -> ConfigProblem:
+        reason = " ".join(str(error).split())[:200]
+        return ConfigProblem(f"{self.name} of transformers cannot be followed here ({reason})")
 
     def cache_argument(self, layer: int) -> str | None:
         """The name of the argument that is a layer's KV cache; None where it has none."""
@@ -210,19 +225,14 @@ class Library:
         layer = self.layers[index]
         if fused := [name for name, p in layer.named_parameters() if p.dim() > 2]:
             raise ConfigProblem(
-                f"{self.name} holds experts or other weights in one tensor ({fused[0]}), which the"
-                " pipeline does not take apart yet"
+                f"{self.name} holds weights in tensors of three dimensions, such as {fused[0]},"
+                " which the pipeline does not take apart yet"
             )
-        visits = _Visits(layer)
-        call = self.calls(TRACED, torch.float32, torch.device("cpu"))[index]
+        visits = Visits(layer)
+        call = self._plain_call(index)
         hidden, args, kwargs = tree_map_only(
             Tensor, lambda t: t.to("meta"), (call.hidden, call.args, call.kwargs)
         )
-        if any(isinstance(value, dict | list) for value in (*args, *kwargs.values())):
-            raise ConfigProblem(
-                f"layers of {self.name} share what they make with later ones, which the pipeline"
-                " does not follow yet"
-            )
         if name := self.cache_argument(index):
             kwargs[name] = KVCache(visits.cached)
         buffers = {name: b.to("meta") for name, b in layer.named_buffers()}
@@ -230,10 +240,7 @@ class Library:
             with visits, torch.no_grad():
                 result = functional_call(layer, buffers, (hidden, *args), kwargs)
         except Exception as error:  # whatever a class does with what the meta device cannot give
-            reason = str(error).strip().partition("\n")[0][:200]
-            raise ConfigProblem(
-                f"a layer of {self.name} cannot be followed without weights ({reason})"
-            ) from error
+            raise self._unfollowed(error) from error
         if not isinstance(result, Tensor):
             raise ConfigProblem(
                 f"layers of {self.name} hand on more than hidden states, which the pipeline does"
@@ -241,102 +248,36 @@ class Library:
             )
         return visits.result(self._cut)
 
+    def _plain_call(self, index: int) -> Call:
+        """What a layer is called with for a few tokens. Raises ConfigProblem where that is more
+        than the length of the text says."""
+        first, other = (
+            self._called_with(make(1, TRACED, self.hidden))[index]
+            for make in (torch.zeros, torch.ones)
+        )
+        values = [*first.args, *first.kwargs.values()]
+        if any(isinstance(value, dict | list) for value in values):
+            raise ConfigProblem(
+                f"layers of {self.name} share what they make with later ones, which the pipeline"
+                " does not follow yet"
+            )
+        tensors = (
+            [v for v in tree_leaves((c.args, c.kwargs)) if isinstance(v, Tensor)]
+            for c in (first, other)
+        )
+        if not all(torch.equal(a, b) for a, b in zip(*tensors, strict=True)):
+            raise ConfigProblem(
+                f"what layers of {self.name} are called with depends on the text, which the"
+                " pipeline does not follow yet"
+            )
+        return first
+
     def _cut(self, name: str) -> int | None:
         """Which dimension of a layer's linear tensor parallelism divides, by the class's own
         plan."""
         plan: Mapping[str, str] = getattr(self.model, "_tp_plan", None) or {}
         how = plan.get(f"{self.prefix}.*.{name}", "")
         return 0 if how.startswith("colwise") else 1 if how.startswith("rowwise") else None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """segments: a layer's, in execution order, with the norms that feed them. cached: after so many
-    of them K and V are cached (None: never). kv: (kv_heads, D) of K and of V."""
-
-    segments: tuple[Segment, ...]
-    cached: int | None
-    kv: tuple[tuple[int, int], tuple[int, int]] | None
-
-
-class _Visits(contextlib.ExitStack):
-    """Watches one pass of a layer: which linears read which tensor, and which norms made it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._read: dict[tuple[int, ...], list[tuple[str, nn.Linear]]] = {}
-        self._norms: dict[tuple[int, ...], str] = {}
-        self._alive: list[Tensor] = []  # else the place of one could become another's
-        self._cached: int | None = None
-        self._kv: tuple[tuple[int, int], tuple[int, int]] | None = None
-        for name, module in layer.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if isinstance(module, nn.Linear):
-                hook = module.register_forward_pre_hook(self._linear(name))
-            elif "weight" in own and own["weight"].dim() == 1:
-                hook = module.register_forward_hook(self._norm(name))
-            else:
-                continue
-            self.callback(hook.remove)
-
-    def _key(self, x: Tensor) -> tuple[int, ...]:
-        """The same for a tensor and what is a view of all of it."""
-        self._alive.append(x)
-        return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x.shape[-1]
-
-    def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def visit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            assert isinstance(module, nn.Linear)
-            self._read.setdefault(self._key(args[0]), []).append((name, module))
-
-        return visit
-
-    def _norm(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def visit(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
-                self._norms[self._key(output)] = name
-
-        return visit
-
-    def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self._cached = len(self._read)
-        self._kv = (k.shape[1], k.shape[-1]), (v.shape[1], v.shape[-1])
-        return k, v
-
-    def result(self, cut: Callable[[str], int | None]) -> Trace:
-        names = [name for readers in self._read.values() for name, _ in readers]
-        if again := [name for name in names if names.count(name) > 1]:
-            raise ConfigProblem(f"the linear {again[0]} is used more than once in a layer")
-        parents = [readers[0][0].rpartition(".")[0] for readers in self._read.values()]
-        attention = set(parents[: self._cached or 0])
-        segments = []
-        for number, (key, readers) in enumerate(self._read.items()):
-            parent, last = parents[number], parents[number] not in parents[number + 1 :]
-            where = "attention" if parent in attention else "mlp"
-            specs = tuple(
-                LinearSpec(
-                    name,
-                    (module.out_features, module.in_features),
-                    module.bias is not None,
-                    cut(name),
-                )
-                for name, module in readers
-            )
-            fold = Fold(norm=self._norms[key]) if key in self._norms else None
-            role = Role(f"{where}_{'out' if last else 'in'}")
-            segments.append(Segment(role, _part(specs), specs, fold))
-        return Trace(tuple(segments), self._cached, self._kv)
-
-
-def _part(specs: tuple[LinearSpec, ...]) -> str:
-    """What engines that fuse a segment's linears call them together: `self_attn.qkv`,
-    `mlp.gate_up`."""
-    if len(specs) == 1:
-        return specs[0].name
-    parent = specs[0].name.rpartition(".")[0]
-    leaves = [spec.name.rpartition(".")[2].removesuffix("_proj") for spec in specs]
-    joined = ("" if all(len(leaf) == 1 for leaf in leaves) else "_").join(leaves)
-    return f"{parent}.{joined}" if parent else joined
 
 
 def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -412,8 +353,7 @@ def open_family(values: Json) -> Architecture:
         base_parts=tuple(parts),
         notes=(
             f"no table of QuantFlow's describes {values['model_type']}: its layers are computed by"
-            f" {library.name} of transformers {transformers.__version__}, and its segments are"
-            " found",
+            f" {library.name} of {library.version}, and its segments are found",
         ),
         library=library,
     )
@@ -424,19 +364,20 @@ def _decoder_config(library: Library, values: Json) -> DecoderConfig:
     heads = config.num_attention_heads
     default = (getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
     kv_heads, head_dim = trace.kv[1] if trace.kv else default
-    vocabulary, hidden = library.state[f"{library.outer['embedding']}.weight"]
     return DecoderConfig(
         family="hosted",
-        hidden=hidden,
+        hidden=library.hidden,
         intermediate=max(segment.channels for segment in trace.segments),
         layers=len(library.layers),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocabulary=vocabulary,
+        vocabulary=library.state[f"{library.outer['embedding']}.weight"][0],
         max_positions=getattr(config, "max_position_embeddings", None) or 2048,
         norm_eps=0.0,
-        activation="",
+        activation=str(
+            getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+        ),
         dtype=read_dtype(values),
         tied=library.tied,
     )

@@ -19,6 +19,7 @@ from quantflow.artifacts.fingerprint import digest
 from quantflow.artifacts.store import store_beside
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.engine.config import SHARE
+from quantflow.engine.families import engine_problem
 from quantflow.errors import Problem, UserError
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.pipeline.memory import FORMAT, Candidate, Model, Need, Question
@@ -108,6 +109,8 @@ def schemes(question: Question, mixture: bool) -> Iterator[Scheme]:
 def advise(checkpoint: Checkpoint, question: Question) -> Advice:
     """What to do. Raises UserError for a question that has no answer: a context longer than the
     model's, a model that cannot be cut so."""
+    if absent := engine_problem(checkpoint):
+        raise UserError(absent)
     model = Model(checkpoint, question)
     problems = []
     refuse_quantised(checkpoint)

@@ -274,10 +274,7 @@ def _with_kv(
                 )
             )
         if not scales:
-            prefixes = [
-                f"{checkpoint.architecture.layer_prefix(index)}.self_attn"
-                for index in range(checkpoint.config.layers)
-            ]
+            prefixes = [checkpoint.attention(index) for index in range(checkpoint.config.layers)]
             for prefix in prefixes:
                 scales |= fp8_scales(
                     prefix,

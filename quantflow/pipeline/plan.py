@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,6 +18,7 @@ from quantflow.artifacts.fingerprint import digest, file_digest
 from quantflow.artifacts.store import Store, store_beside
 from quantflow.checkpoints.checkpoint import Checkpoint, resolve_model
 from quantflow.checkpoints.weight_files import INDEX
+from quantflow.engine.families import engine_problem
 from quantflow.errors import Problem, UserError
 from quantflow.formats import FORMATS, scale_dtypes
 from quantflow.formats.base import Format
@@ -291,6 +292,8 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
         notes,
     )
     problems += grid_problems(plan) + text_problems(plan) + output_problems(plan)
+    if plan.measures_engine and (absent := engine_problem(checkpoint)):
+        problems.append(replace(absent, where="evaluate.engine"))
     if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
         problems.append(
             Problem(

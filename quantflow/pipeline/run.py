@@ -282,7 +282,7 @@ def _kv_parameters(
 def _kv_tensors(plan: Plan, reader: SweepReader, rank: int = 0, tp: int = 1) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for index in range(plan.config.layers):
-        prefix = f"{plan.checkpoint.architecture.layer_prefix(index)}.self_attn"
+        prefix = plan.checkpoint.attention(index)
         tensors.update(parameter_tensors(prefix, _kv_parameters(plan, reader, index, rank, tp)))
     return tensors
 
@@ -290,7 +290,7 @@ def _kv_tensors(plan: Plan, reader: SweepReader, rank: int = 0, tp: int = 1) -> 
 def _fp8_scales(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
     scales: dict[str, Tensor] = {}
     for index in range(plan.config.layers):
-        prefix = f"{plan.checkpoint.architecture.layer_prefix(index)}.self_attn"
+        prefix = plan.checkpoint.attention(index)
         scales |= fp8_scales(
             prefix, largest_of_extremes(reader.kv(index)), getattr(torch, plan.config.dtype)
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quantflow.calibration.statistics import BlockHessian, Hessian
 from quantflow.decoder.block import Block
-from quantflow.models.segments import Role
+from quantflow.models.segments import Fold, Role
 from quantflow.quant.awq import candidates, linear_loss, rounded, weight_profile
 from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
@@ -204,16 +204,16 @@ def search_layer(
 
     def fold_into_norm(
         norm: str,
+        fold: Fold,
         group: list[str],
-        others: list[str],
         h: Tensor,
-        parent: Callable[[Tensor], Tensor],
+        parent: Callable[[Tensor], Tensor] | None,
     ) -> None:
         if any(n in schemes for n in group):
             chosen, scale, ratio = search.best(group, h, parent, _Channels())
             note(norm, chosen, ratio)
             if chosen != "identity":
-                folding.fold_norm(norm, stored, [*group, *others], scale)
+                folding.fold_norm(norm, stored, [*group, *fold.beside], scale, fold.offset)
 
     def remember(group: list[str], rows: Tensor) -> None:
         if not clip or not len(rows):
@@ -237,14 +237,13 @@ def search_layer(
         quantised = [n for n in segment.names if n in schemes]
         if fold and fold.norm and fold.norm not in norms:
             norms.add(fold.norm)
-            assert reading.parent is not None
             readers = [
                 n
                 for other in layer.segments
                 if other.fold and other.fold.norm == fold.norm
                 for n in other.names
             ]
-            fold_into_norm(fold.norm, readers, list(fold.beside), reading.source, reading.parent)
+            fold_into_norm(fold.norm, fold, readers, reading.source, reading.parent)
         elif segment.expert is not None and not len(rows) and segment.role is Role.mlp_out:
             note(segment.names[0], "identity: no token of the sample reached this expert", 1.0)
         elif fold and fold.linear and fold.linear in schemes and quantised:
@@ -255,6 +254,8 @@ def search_layer(
                 folding.fold_linear(
                     fold.linear, segment.names[0], stored, scale, channels.expand(scale)
                 )
+        elif fold is None and quantised and segment.expert is None:
+            note(segment.part, "identity: nothing that could take the scale feeds it", 1.0)
         remember(quantised, rows)
     return result
 

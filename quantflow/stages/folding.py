@@ -33,20 +33,26 @@ class Folding:
         return weight
 
     def fold_norm(
-        self, norm: str, tensors: dict[str, Tensor], readers: list[str], scale: Tensor
+        self,
+        norm: str,
+        tensors: dict[str, Tensor],
+        readers: list[str],
+        scale: Tensor,
+        offset: float = 0.0,
     ) -> None:
-        """Divides the norm by `scale` and multiplies every reader's columns by what the *stored*
-        norm was really divided by.
+        """Divides what the norm multiplies by, `offset` + its weight, by `scale`, and multiplies
+        every reader's columns by what it was really divided by, once the weight is *stored*.
 
-        In 16 bits the rounded norm is off by up to 0.4%; the ratio of the old weight to the stored
+        In 16 bits the rounded norm is off by up to 0.4%; the ratio of the old factor to the stored
         one is exact.
         """
         name = f"{norm}.weight"
         old = tensors[name]
-        new = (old.float() / scale).to(old.dtype)
-        usable = (new != 0) & (old != 0) & new.isfinite()
+        new = ((old.float() + offset) / scale - offset).to(old.dtype)
+        before, after = old.double() + offset, new.double() + offset
+        usable = (after != 0) & (before != 0) & new.isfinite()
         new = torch.where(usable, new, old)
-        ratio = torch.where(usable, old.double() / new.double(), 1.0).to(scale.dtype)
+        ratio = torch.where(usable, before / after, 1.0).to(scale.dtype)
         self.changed[name] = new
         if f"{norm}.bias" in tensors:
             bias = tensors[f"{norm}.bias"]

@@ -113,7 +113,7 @@ def _plain_dtype(job: PackJob, name: str) -> str:
 def _kv_pieces(job: PackJob, index: int) -> Iterator[Piece]:
     """The scales of a layer's KV cache, for a format that holds them among the weights."""
     if job.kv and job.kv_scales:
-        attention = f"{job.checkpoint.architecture.layer_prefix(index)}.self_attn"
+        attention = job.checkpoint.attention(index)
         scales = {name: job.kv[name] for name in (f"{attention}.k_scale", f"{attention}.v_scale")}
         specs: dict[str, Spec] = {
             name: (dtype_name(scale.dtype), tuple(scale.shape)) for name, scale in scales.items()

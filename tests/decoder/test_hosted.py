@@ -15,6 +15,7 @@ from torch import Tensor
 from quantflow.calibration.statistics import Hessian
 from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.decoder.block import Block, Streams
+from quantflow.decoder.decoder import open_decoder
 from quantflow.decoder.hosted import HostedDecoder
 from quantflow.decoder.native import NativeDecoder
 from quantflow.decoder.stream import Stream
@@ -22,8 +23,8 @@ from quantflow.formats.reader import Weights
 from quantflow.models.config import ConfigProblem
 from quantflow.models.library import Library
 from quantflow.models.segments import Fold
-from tests.helpers.hosted import write_gemma3
-from tests.helpers.zoo import INNER, random_tokens, specimen, write
+from tests.helpers.hosted import write_gemma3, write_other
+from tests.helpers.zoo import INNER, decoder_logits, random_tokens, specimen, write
 
 WINDOWS, LENGTH = 3, 20
 CPU = torch.device("cpu")
@@ -217,6 +218,63 @@ def test_the_folds_of_a_norm_that_adds_one(gemma3: Any) -> None:
         ]
 
 
+ATTENTION, DENSE = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+OTHERS: dict[str, list[tuple[tuple[str, ...], str | None]]] = {
+    # norms stand behind the linears: nothing could take a scale of what is read
+    "olmo2": [
+        (ATTENTION, None),
+        (("o_proj",), "v_proj"),
+        (DENSE, None),
+        (("down_proj",), "up_proj"),
+    ],
+    # attention and MLP read one norm
+    "cohere2": [
+        ((*ATTENTION, *DENSE), "input_layernorm"),
+        (("o_proj",), "v_proj"),
+        (("down_proj",), "up_proj"),
+    ],
+    # gelu lets no scale through
+    "starcoder2": [
+        (ATTENTION, "input_layernorm"),
+        (("o_proj",), "v_proj"),
+        (("c_fc",), "post_attention_layernorm"),
+        (("c_proj",), None),
+    ],
+    # q, k and v are one linear, whose rows are not all values
+    "phi3": [
+        (("qkv_proj",), "input_layernorm"),
+        (("o_proj",), None),
+        (("gate_up_proj",), "post_attention_layernorm"),
+        (("down_proj",), None),
+    ],
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(OTHERS))
+def test_other_families_are_found_or_left_alone(model_type: str, tmp_path: Path) -> None:
+    folder = write_other(tmp_path, model_type)
+    weights, tokens = Weights(folder), random_tokens(2, 20)
+    assert weights.checkpoint.problems() == []
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    torch.testing.assert_close(decoder_logits(weights, tokens), expected, rtol=0, atol=2e-5)
+    decoder = open_decoder(weights.checkpoint, 20, "cpu")
+    segments = decoder.block(0, weights.layer(0), torch.float32).segments
+    leaves = [
+        (
+            tuple(name.rpartition(".")[2] for name in segment.names),
+            (
+                (fold.norm or fold.linear or "").rpartition(".")[2]
+                if (fold := segment.fold)
+                else None
+            ),
+        )
+        for segment in segments
+    ]
+    assert leaves == OTHERS[model_type]
+
+
 def test_a_hosted_block_can_be_differentiated(gemma3: Any) -> None:
     """Against a difference quotient of the output, along the gradient."""
     _, decoder, tensors = gemma3
@@ -241,12 +299,16 @@ def test_a_hosted_block_can_be_differentiated(gemma3: Any) -> None:
     ("values", "said"),
     [
         ({"model_type": "mixtral"}, "mlp.experts"),
+        ({"model_type": "gpt_oss"}, "mlp.experts"),
+        ({"model_type": "falcon"}, "changes what goes from layer to layer"),
+        ({"model_type": "gpt2"}, "cannot be followed here"),
         ({"model_type": "gemma3_text", "hidden_size": "many"}, "gemma3_text refuses it"),
         ({"model_type": "gemma3_text", "num_hidden_layers": 10**9}, "at most 10000"),
     ],
 )
 def test_what_is_not_looked_after_is_refused(values: dict[str, Any], said: str) -> None:
-    small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+    small["num_attention_heads"] = 4
     with pytest.raises(ConfigProblem, match=said):
         Library({**small, **values}).segments(0)
 

@@ -37,6 +37,25 @@ def write_gemma3(folder: Path, dtype: torch.dtype = torch.float32, **changes: An
     return write_random(folder, transformers.Gemma3ForCausalLM, config, dtype)
 
 
+def write_other(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Two layers of any family whose config has the usual names."""
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return write_random(folder, type(model), config, dtype)
+
+
 def write_random(folder: Path, kind: type[Any], config: Any, dtype: torch.dtype) -> Path:
     """A checkpoint of the class with random weights, whose channels differ in size: else AWQ finds
     nothing to do."""

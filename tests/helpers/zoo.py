@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantflow.decoder.native import NativeBlock, embed, logits, sequences
+from quantflow.decoder.decoder import open_decoder
 from quantflow.formats.reader import Weights
 from tests.helpers.tiny import write_tokenizer
 
@@ -523,9 +523,9 @@ def random_tokens(windows: int, length: int) -> Tensor:
 def decoder_logits(weights: Weights, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """`[B, L, V]` in `dtype`, by QuantFlow's decoder over the weights of any checkpoint it
     reads."""
-    architecture, config = weights.checkpoint.architecture, weights.checkpoint.config
-    outer, seq = weights.outer(), sequences(config, tokens.shape[1])
-    x = embed(architecture, config, outer, tokens, dtype)
-    for i in range(config.layers):
-        x = NativeBlock(architecture, config, i, weights.layer(i), seq, dtype).forward(x)
-    return logits(architecture, config, outer, x)
+    decoder, outer = open_decoder(weights.checkpoint, tokens.shape[1], "cpu"), weights.outer()
+    x = decoder.embed({n: outer[n] for n in decoder.embeds}, tokens, dtype)
+    for i in range(weights.checkpoint.config.layers):
+        x = decoder.block(i, weights.layer(i), dtype).forward(x)
+    rows = decoder.logits({n: outer[n] for n in decoder.heads}, x.flatten(0, 1))
+    return rows.unflatten(0, tokens.shape)

@@ -135,7 +135,7 @@ def test_a_tensor_of_integers_is_a_problem(tmp_path: Path) -> None:
     assert name in problem.where and problem.found == "dtype I32"
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", None, ["llama"]])
+@pytest.mark.parametrize("model_type", ["chameleon9", None, ["llama"]])
 def test_an_unknown_model_type_is_refused_with_what_is_missing(
     model_type: object, tmp_path: Path
 ) -> None:

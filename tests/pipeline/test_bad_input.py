@@ -291,8 +291,12 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
         ("config.json model_type: None", "expected one of"),
     ),
     "an unknown model_type": (
-        edit_config(model_type="mamba"),
-        ("'mamba'", "llama", "What is missing for another family is a table"),
+        edit_config(model_type="mamba9"),
+        (
+            "'mamba9'",
+            "llama",
+            "Did you mean 'mamba'? What is missing for another family is a table",
+        ),
     ),
     "a model_type that is a list": (
         edit_config(model_type=["llama"]),

@@ -172,3 +172,15 @@ def test_fold_linear_by_hand() -> None:
     torch.testing.assert_close(
         folding.weight("v", tensors["v.weight"]), torch.tensor([[0.5, 0.5], [1 / 3, 1 / 3]])
     )
+
+
+def test_a_norm_that_adds_one_is_divided_as_it_multiplies() -> None:
+    """1 + 0.5 halved is 1 - 0.25; in bfloat16, 1 + 0.0625 divided by 1.7 lies off its numbers, and
+    the readers get what it was really divided by. What would be 1 + -1 stays."""
+    weights = {"norm.weight": torch.tensor([0.5, 0.0625, -1.0], dtype=torch.bfloat16)}
+    folding = Folding()
+    folding.fold_norm("norm", weights, ["q"], torch.tensor([2.0, 1.7, 3.0]), offset=1.0)
+    stored, columns = folding.changed["norm.weight"], folding.columns["q"]
+    assert stored.dtype == torch.bfloat16
+    assert stored.tolist() == [-0.25, -0.375, -1.0]
+    assert columns.tolist() == pytest.approx([2.0, 1.0625 / 0.625, 1.0])

@@ -1,0 +1,19 @@
+"""Which families the engine computes: those that have a table."""
+
+from __future__ import annotations
+
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.errors import Problem
+from quantflow.models.registry import ARCHITECTURES
+
+
+def engine_problem(checkpoint: Checkpoint) -> Problem | None:
+    """What to say to who wants the engine to run a checkpoint that it cannot; None where it can."""
+    if checkpoint.architecture.library is None:
+        return None
+    return Problem(
+        str(checkpoint.path),
+        f"{checkpoint.architecture.name}, which QuantFlow's own engine has no table for",
+        f"one of {', '.join(sorted(ARCHITECTURES))}",
+        f"transformers runs it, and vLLM: `vllm serve {checkpoint.path}`",
+    )

@@ -1,0 +1,123 @@
+"""One pass of a layer over a few tokens, without weights: which linears read the same tensor.
+
+A linear is known by `nn.Linear`, a norm by its one vector of weights, and K and V by the layer's
+handing them to its cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+
+from quantflow.models.config import ConfigProblem
+from quantflow.models.segments import Fold, LinearSpec, Role, Segment
+
+
+class KVCache(transformers.DynamicCache):  # type: ignore[misc]
+    """Stands where a layer looks for its cache: `seen` gets K and V `[B, kv_heads, L, D]` and
+    returns what attention shall use. It keeps nothing."""
+
+    def __init__(self, seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.seen(key_states, value_states)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """segments: a layer's, in execution order, with the norms that feed them. cached: after so many
+    of them K and V are cached (None: never). kv: (kv_heads, D) of K and of V."""
+
+    segments: tuple[Segment, ...]
+    cached: int | None
+    kv: tuple[tuple[int, int], tuple[int, int]] | None
+
+
+class Visits(contextlib.ExitStack):
+    """Watches one pass of a layer: which linears read which tensor, and which norms made it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._read: dict[tuple[int, ...], list[tuple[str, nn.Linear]]] = {}
+        self._norms: dict[tuple[int, ...], str] = {}
+        self._alive: list[Tensor] = []  # else the place of one could become another's
+        self._cached: int | None = None
+        self._kv: tuple[tuple[int, int], tuple[int, int]] | None = None
+        for name, module in layer.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, nn.Linear):
+                hook = module.register_forward_pre_hook(self._linear(name))
+            elif "weight" in own and own["weight"].dim() == 1:
+                hook = module.register_forward_hook(self._norm(name))
+            else:
+                continue
+            self.callback(hook.remove)
+
+    def _key(self, x: Tensor) -> tuple[int, ...]:
+        """The same for a tensor and what is a view of all of it."""
+        self._alive.append(x)
+        return x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x.shape[-1]
+
+    def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def visit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, nn.Linear)
+            self._read.setdefault(self._key(args[0]), []).append((name, module))
+
+        return visit
+
+    def _norm(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+        def visit(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._norms[self._key(output)] = name
+
+        return visit
+
+    def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._cached = len(self._read)
+        self._kv = (k.shape[1], k.shape[-1]), (v.shape[1], v.shape[-1])
+        return k, v
+
+    def result(self, cut: Callable[[str], int | None]) -> Trace:
+        names = [name for readers in self._read.values() for name, _ in readers]
+        if again := [name for name in names if names.count(name) > 1]:
+            raise ConfigProblem(f"the linear {again[0]} is used more than once in a layer")
+        parents = [readers[0][0].rpartition(".")[0] for readers in self._read.values()]
+        attention = set(parents[: self._cached or 0])
+        segments = []
+        for number, (key, readers) in enumerate(self._read.items()):
+            parent, last = parents[number], parents[number] not in parents[number + 1 :]
+            where = "attention" if parent in attention else "mlp"
+            specs = tuple(
+                LinearSpec(
+                    name,
+                    (module.out_features, module.in_features),
+                    module.bias is not None,
+                    cut(name),
+                )
+                for name, module in readers
+            )
+            fold = Fold(norm=self._norms[key]) if key in self._norms else None
+            role = Role(f"{where}_{'out' if last else 'in'}")
+            segments.append(Segment(role, _part(specs), specs, fold))
+        return Trace(tuple(segments), self._cached, self._kv)
+
+
+def _part(specs: tuple[LinearSpec, ...]) -> str:
+    """What engines that fuse a segment's linears call them together: `self_attn.qkv`,
+    `mlp.gate_up`."""
+    if len(specs) == 1:
+        return specs[0].name
+    parents = {spec.name.rpartition(".")[0] for spec in specs}
+    parent = parents.pop() if len(parents) == 1 else ""
+    leaves = [spec.name.rpartition(".")[2].removesuffix("_proj") for spec in specs]
+    joined = ("" if all(len(leaf) == 1 for leaf in leaves) else "_").join(leaves)
+    return f"{parent}.{joined}" if parent else joined
