@@ -70,12 +70,12 @@ def free_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, a GPU's or this machine's, did not suffice: torch says so in several ways."""
     text = str(error)
-    said = (
+    matches = (
         type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in text
         or "not enough memory" in text
     )
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and said)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and matches)
 
 
 def ending(code: int) -> str:

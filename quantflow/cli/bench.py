@@ -97,7 +97,7 @@ def bench(
         original = str(resolve_model(reference)) if reference else None
         batches, prompts = _numbers("--batch", batch), _numbers("--prompt", prompt)
         for path in filter(None, (quantised, original)):
-            # what is wrong with a model is said before anything is measured
+            # what is wrong with a model is reported before anything is measured
             config = Weights(Path(path)).checkpoint.config
             if max(prompts) + new > config.context and not config.stretches:
                 problem = f"{max(prompts)} tokens and {new} new ones"

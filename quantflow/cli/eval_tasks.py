@@ -83,7 +83,7 @@ def evaluate_tasks(
 
     # Everything that can be wrong, before a model is loaded.
     tasks = read_tasks(files, settings)
-    if output:  # said before the work, not after it
+    if output:  # reported before the work, not after it
         if output.is_dir():
             raise OutputError(Problem(f"--output {output}", "a directory", "a file"))
         output.parent.mkdir(parents=True, exist_ok=True)

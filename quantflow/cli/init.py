@@ -89,8 +89,8 @@ def init(
             draft = Path(folder) / place.name
             write_text(draft, recipe.text)
             try:
-                # What cannot be is said before it is written: all that `plan` will say, once there
-                # is more than a config.
+                # A recipe that cannot run is refused before it is written: all that `plan` finds,
+                # once there is more than a config.
                 make_plan(
                     load_recipe(draft),
                     config_only=path.is_dir() and not any(path.glob("*.safetensors")),

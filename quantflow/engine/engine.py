@@ -88,7 +88,7 @@ class Engine:
         self.path = resolve_model(str(model))
         device = torch.device(resolve_device(config.device))
         if config.tp > 1:
-            # What is wrong with it is said before other processes are started.
+            # What is wrong with it is reported before other processes are started.
             rank_config(Checkpoint(checkpoint_folder(self.path)).config, config.tp)
             ranks = ranks or join(config.tp, device)
             device = ranks.device

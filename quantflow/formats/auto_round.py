@@ -90,6 +90,6 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bits(config: Mapping[str, Any], key: str) -> int:
-    """16 where nothing is said."""
+    """The bits of a module; 16 where the config names none."""
     value = config.get(key)
     return value if type(value) is int else 16

@@ -113,7 +113,7 @@ class Format(ABC):
 
     @abstractmethod
     def _config(self, request: ConfigRequest) -> dict[str, Any]:
-        """The `quantization_config`. Raises FormatError for what cannot be said."""
+        """The `quantization_config`. Raises FormatError for what it cannot express."""
 
     # What most formats have alike.
 

@@ -1,9 +1,8 @@
 """One thing under several names in a config.json: which value counts.
 
-Where transformers reads both names, its choice counts and is said; elsewhere they must agree. What
-is settled says each thing once, so that whoever reads the config that is written reads the same
-model.
-"""
+Where transformers reads both names, its choice counts and is reported; elsewhere they must agree.
+What is settled says each thing once, so that whoever reads the config that is written reads the
+same model."""
 
 from __future__ import annotations
 

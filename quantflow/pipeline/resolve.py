@@ -1,4 +1,4 @@
-"""What a recipe leaves to the model, `auto`, and what is to be said of it."""
+"""What a recipe leaves to the model, `auto`, and the notes about it."""
 
 from __future__ import annotations
 

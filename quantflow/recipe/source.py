@@ -26,7 +26,7 @@ class Source:
             problem = "is empty" if data is None else holds
             raise RecipeError(Problem(line, problem, "a recipe: `name:`, `model:`, `stages:` …"))
         self.data: dict[Any, Any] = data
-        self.origins: dict[Steps, str] = {}  # what the command line said, by path
+        self.origins: dict[Steps, str] = {}  # where on the command line, by path
 
     def place(self, path: Steps) -> str:
         """`file:line` of the value at `path`, or of the innermost mapping or list that would hold

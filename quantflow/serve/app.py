@@ -458,7 +458,7 @@ def _is_name(part: int | str, at: int) -> bool:
 
 
 def _telling(problems: Sequence[Any]) -> list[Any]:
-    """Of what is said about each parameter, the most telling: where a union's branches all
+    """Of the problems of each parameter, the most telling: where a union's branches all
     complain, those that fit but for a detail, or else those that fit the furthest."""
     groups: dict[Any, list[Any]] = {}
     for problem in problems:

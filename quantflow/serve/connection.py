@@ -120,7 +120,7 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, all: Connections, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.parting = False  # the last word has been said
+        self.parting = False  # the last answer has been sent
         self._all = all
         self._raw: asyncio.Transport
         self._late: asyncio.TimerHandle | None = None
@@ -324,7 +324,7 @@ class Connection(HttpToolsProtocol):
             self._close() if self.parting else self.drop()
 
     def part(self, *, unread: bool = False) -> None:
-        """Ends it, once what was said is sent. unread: the client may still be sending, and a
+        """Ends it, once all answers are sent. unread: the client may still be sending, and a
         connection closed over what nobody read is reset before its answer is read: what comes is
         passed over for a while."""
         if self.parting or self._raw.is_closing():

@@ -81,7 +81,7 @@ class Sessions:
         return session
 
     def leave(self, owner: str, id: int, session: Conversation, *, keep: bool) -> None:
-        """A session in which nothing was said is not kept either."""
+        """A session without a turn is not kept either."""
         session.busy, session.used = False, time.monotonic()
         if self._found.get((owner, id)) is session and not (keep and session.messages):
             self.end(owner, id)

@@ -20,8 +20,8 @@ def default(value: Any, otherwise: Any) -> Any:
 
 
 def sampling_params(body: Sampling, **more: Any) -> SamplingParams:
-    """OpenAI's defaults where nothing is said. more: what has another name there. Raises Refused,
-    RequestError."""
+    """OpenAI's defaults where the request names none. more: what has another name there. Raises
+    Refused, RequestError."""
     arguments: Object = {
         "max_tokens": most_tokens(body),
         "min_tokens": max(body.min_tokens or 0, body.min_new_tokens or 0),

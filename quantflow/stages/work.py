@@ -53,7 +53,7 @@ class LayerWork:
     # What rounding leaves: the linears, and the extremes of K and V as it took the streams through.
     rounded: dict[str, Quantized] = field(default_factory=dict)
     kv: KVStatistics = field(default_factory=KVStatistics)
-    # What else is stored, and said in the report.
+    # What else is stored, and reported.
     tensors: dict[str, Tensor] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 

@@ -97,7 +97,7 @@ Parts = Annotated[list[Part], Field(max_length=MOST_MESSAGES, fail_fast=True)]
 
 
 class MessageItem(ItemFields):
-    """A message, whoever said it."""
+    """A message of any role."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
