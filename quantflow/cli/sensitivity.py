@@ -104,7 +104,8 @@ def sensitivity(
     widths; then widths are chosen for a size."""
     with reporting(debug, MEASURING):
         from quantflow.errors import Problem, UserError
-        from quantflow.pipeline.sensitivity import Settings, prepare, run
+        from quantflow.pipeline.sensitivity import run
+        from quantflow.pipeline.sensitivity_job import Settings, prepare
         from quantflow.pipeline.windows import left_out_notes
         from quantflow.recipe.values import parse_bytes
 

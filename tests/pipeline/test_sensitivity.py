@@ -19,9 +19,9 @@ from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.errors import UserError
 from quantflow.evaluate.sensitivity import Measure
 from quantflow.formats.reader import Weights
-from quantflow.pipeline import sensitivity
+from quantflow.pipeline import sensitivity_job
 from quantflow.pipeline.plan import make_plan
-from quantflow.pipeline.sensitivity import Settings, prepare
+from quantflow.pipeline.sensitivity_job import Settings, prepare
 from quantflow.pipeline.texts import model_documents
 from quantflow.stages.registry import load_recipe
 from quantflow.tokenizers.load import load_tokenizer
@@ -174,10 +174,10 @@ def test_every_input_changes_the_key(bench: Bench, monkeypatch: pytest.MonkeyPat
     ]
     keys = [j.key("w") for j in jobs] + [job.key("other weights")]
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity, "scale_dtypes", lambda dtype: ("float16",))
+        patch.setattr(sensitivity_job, "scale_dtypes", lambda dtype: ("float16",))
         keys.append(job.key("w"))
     with monkeypatch.context() as patch:
-        patch.setattr(sensitivity, "code_digest", lambda *modules: "other code")
+        patch.setattr(sensitivity_job, "computing_code", lambda *modules: "other code")
         keys.append(job.key("w"))
     assert len(set(keys)) == len(keys) == 9 and job.key("w") == keys[0]
 
@@ -207,7 +207,7 @@ def test_the_text_is_read_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) ->
         read.append(data)
         return model_documents(folder, data, **options)
 
-    monkeypatch.setattr(sensitivity, "model_documents", reading)
+    monkeypatch.setattr(sensitivity_job, "model_documents", reading)
     job = prepare(
         Settings(
             str(bench.model),

@@ -12,7 +12,6 @@ import pytest
 from transformers import AutoTokenizer
 
 from quantflow.artifacts.fingerprint import closure
-from quantflow.calibration import data as data_module
 from quantflow.calibration.data import Document, Windows, cut_windows
 from quantflow.engine import chat_environment
 from quantflow.engine import template as template_module
@@ -20,7 +19,7 @@ from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.errors import ModelError
 from quantflow.pipeline import identities
 from quantflow.pipeline.plan import make_plan
-from quantflow.pipeline.sensitivity import Settings, prepare
+from quantflow.pipeline.sensitivity_job import Settings, prepare
 from quantflow.pipeline.texts import model_documents
 from quantflow.pipeline.windows import recipe_windows
 from quantflow.stages import registry
@@ -99,8 +98,8 @@ def test_every_reader_sees_the_same_tokens(bench: Bench, monkeypatch: pytest.Mon
         taken.append(real(*arguments, **options))
         return taken[-1]
 
-    real = data_module.cut_windows
-    monkeypatch.setattr(data_module, "cut_windows", cut)
+    real = cut_windows
+    monkeypatch.setattr("quantflow.pipeline.comparison.cut_windows", cut)
     options = ("--windows", 4, "--length", 32, "--device", "cpu")
     assert (
         invoke("eval", bench.model, "--reference", bench.model, "--data", chat, *options).exit_code
