@@ -1,9 +1,13 @@
 """docs/extending.md, done as it says: its architecture is planned, quantised and run; its numbers
-are stored and cut, its format is written and read back."""
+are stored and cut, its format is written and read back, its stage is one file and a name."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,19 +24,24 @@ from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.requantize import relative_error, requantize
 from quantflow.quant.scheme import Scheme
-from tests.helpers.pages import blocks, run_python
+from tests.helpers.pages import ROOT, blocks, run_python
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
 
-SNIPPETS = [
-    block for block in blocks() if block.page == "docs/extending.md" and block.language == "python"
-]
+START = "from quantflow.cli.main import main; main()"
+SNIPPETS = {  # by the file that each is, in its first line
+    block.text.splitlines()[0].removeprefix("# "): block
+    for block in blocks()
+    if block.page == "docs/extending.md" and block.language == "python"
+}
 
 
 def test_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Llama whose q, k and v lie in one tensor, as Baichuan-7B's do, says what that Llama
     says."""
-    monkeypatch.setitem(ARCHITECTURES, "baichuan", run_python(SNIPPETS[0])["BAICHUAN"])
+    monkeypatch.setitem(
+        ARCHITECTURES, "baichuan", run_python(SNIPPETS["quantflow/models/baichuan.py"])["BAICHUAN"]
+    )
     llama = write_llama(tmp_path / "llama", num_key_value_heads=4, dtype=torch.float32)
     baichuan = write_llama(
         tmp_path / "baichuan", num_key_value_heads=4, dtype=torch.float32, model_type="baichuan"
@@ -76,10 +85,64 @@ def test_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
+def test_its_stage(tmp_path: Path) -> None:
+    """One file and its name in the registry, in a copy of the package: the recipe, the reference,
+    the plan and the run know it. Its weights are those of `rtn` on a model that was clamped by
+    hand."""
+    package = shutil.copytree(
+        ROOT / "quantflow", tmp_path / "quantflow", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (package / "stages" / "clamp.py").write_text(SNIPPETS["quantflow/stages/clamp.py"].text)
+    registry = package / "stages" / "registry.py"
+    lines = registry.read_text().replace("Rtn, Nf4,", "Rtn, Clamp, Nf4,")
+    first = "from quantflow.stages.evaluate import"
+    registry.write_text(lines.replace(first, f"from quantflow.stages.clamp import Clamp\n{first}"))
+
+    def quantflow(*arguments: object) -> subprocess.CompletedProcess[str]:
+        paths = os.pathsep.join((str(tmp_path), str(ROOT / "kernels")))
+        return subprocess.run(
+            [sys.executable, "-P", "-c", START, *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": paths},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+
+    def recipe(*stages: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        entries = ", ".join((*stages, "pack: {format: huggingface}"))
+        path.write_text(f"name: x\nweights: {{group_size: 32}}\nstages: [{entries}]\n")
+        return path
+
+    model, clamped = (write_llama(tmp_path / name, dtype=torch.float32) for name in "ab")
+    tensors = load_file(clamped / "model.safetensors")
+    for name, weight in tensors.items():
+        if "_proj" in name:
+            limit = 1.5 * weight.std(1, keepdim=True)
+            tensors[name] = weight.minimum(limit).maximum(-limit)
+    save_file(tensors, clamped / "model.safetensors", {"format": "pt"})
+    for source, stage in ((model, "clamp: {deviations: 1.5}"), (clamped, "rtn")):
+        output = tmp_path / f"{source.name}-w4"
+        done = quantflow("run", recipe(stage), "--model", source, "--output", output)
+        assert done.returncode == 0, done.stderr
+    here, there = (load_file(tmp_path / f"{name}-w4" / "model.safetensors") for name in "ab")
+    assert here.keys() == there.keys()
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+    refused = quantflow("plan", recipe("awq", "clamp: {deviation: 2}"), "--model", model)
+    for problem in (
+        "recipe.yaml:3: awq with clamp; expected clamp alone",
+        "Did you mean `deviations`",
+    ):
+        assert problem in refused.stderr
+    reference = quantflow("schema", "--markdown").stdout
+    assert "- clamp: {deviations: 3}" in reference and "gptq, rtn, clamp, nf4" in reference
+
+
 def test_its_numbers(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new kind goes through the store, ranks and a format without a word about it anywhere
     else."""
-    power = run_python(SNIPPETS[1])["PowerTensor"]
+    power = run_python(SNIPPETS["quantflow/quant/numbers/power.py"])["PowerTensor"]
     monkeypatch.setitem(NUMBERS, "power", power)
     scheme, rules = Scheme(4, 2, True, "power"), GridRules((torch.float16,))
     tensor = power.quantize(
@@ -108,7 +171,9 @@ def test_its_numbers(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_its_format(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "bytewise", run_python(SNIPPETS[2])["Bytewise"]())
+    monkeypatch.setitem(
+        FORMATS, "bytewise", run_python(SNIPPETS["quantflow/formats/bytewise.py"])["Bytewise"]()
+    )
     done = invoke("export", artifact, "--format", "bytewise", "--output", tmp_path / "bytewise")
     assert done.exit_code == 0, done.stderr
     there, back = Weights(artifact), Weights(tmp_path / "bytewise")
