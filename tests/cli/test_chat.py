@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
-from quantflow.cli.chat import COMMANDS, Chat, Message, Parameters, Remote, is_address, talk
+from quantflow.cli.chat import is_address, talk
 from quantflow.cli.console import show
+from quantflow.cli.dialogue import COMMANDS, Chat
+from quantflow.cli.partner import Message, Parameters, Remote
 from quantflow.engine.request import SamplingParams
 from quantflow.errors import OutputError, Problem, RequestError, ServerError
 from quantflow.serve.config import ServerConfig
