@@ -1,7 +1,7 @@
 """A model's chat template, rendered in a process of its own: Jinja's sandbox keeps it from touching
 anything, and limits on memory and time from using the machine up.
 
-    python -m quantflow.engine.template    reads {"template": …, "variables": {…}, "date": …} a line, writes {"text": …} or {"error": …}
+    python -m quantflow.engine.renderer    reads {"template": …, "variables": {…}, "date": …} a line, writes {"text": …} or {"error": …}
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Renderer:
         # the last one first: the other is started only where it is needed
         self._idle: LifoQueue[Child] = LifoQueue()
         for _ in range(PROCESSES):
-            self._idle.put(Child("quantflow.engine.template"))
+            self._idle.put(Child("quantflow.engine.renderer"))
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
         """Raises TemplateRefused."""

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from quantflow.checkpoints.directory import read_json
 from quantflow.engine.literal import Literal
-from quantflow.engine.template import Renderer, TemplateRefused
+from quantflow.engine.renderer import Renderer, TemplateRefused
 from quantflow.errors import ModelError, Problem, RequestError
 from quantflow.tokenizers.byte_level import byte_characters
 from quantflow.tokenizers.chat_templates import chat_template, template_place, turn_end

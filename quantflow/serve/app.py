@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -20,19 +19,18 @@ from starlette.types import ASGIApp
 
 from quantflow import __version__
 from quantflow.errors import RequestError, ResourceError
-from quantflow.serve import protocol
+from quantflow.serve import replies
 from quantflow.serve.answer import Answer, Job, prepared
 from quantflow.serve.body import JsonRoute
 from quantflow.serve.chat import chat_job
 from quantflow.serve.completion import completion_job, sequences
 from quantflow.serve.errors import Refused, asks_anthropic, engine_stopped, refused, response
-from quantflow.serve.fields import REFUSED
 from quantflow.serve.generate import GENERATE_RENAMED, encoded, generate_job
 from quantflow.serve.guard import HEALTH, Guard
 from quantflow.serve.interactive import Sessions, turn_job
 from quantflow.serve.messages.models import model_info, model_page
 from quantflow.serve.messages.routes import add_routes as add_messages
-from quantflow.serve.protocol import (
+from quantflow.serve.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -44,6 +42,7 @@ from quantflow.serve.protocol import (
 from quantflow.serve.responses.routes import add_routes as add_responses
 from quantflow.serve.service import Service
 from quantflow.serve.tokenize import detokenized, tokenized
+from quantflow.serve.unreadable import unreadable
 from quantflow.serve.watched import Worked
 from quantflow.serve.wire import Json
 
@@ -119,7 +118,7 @@ def _answers(
     *,
     events: bool = False,
     refusals: tuple[int, ...] = GENERATES,
-    error: Any = protocol.ErrorResponse,
+    error: Any = replies.ErrorResponse,
 ) -> dict[str, Any]:
     """The part of the OpenAPI document that says what a route may answer."""
     whole: dict[str, Any] = {"model": model} if model else {}
@@ -136,20 +135,20 @@ def _answers(
 
 
 def _models(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models", tags=["models"], **_answers(protocol.ModelList, refusals=READS))
+    @app.get("/v1/models", tags=["models"], **_answers(replies.ModelList, refusals=READS))
     async def models(request: Request) -> Any:
         """The names that the model answers to; to a client that sends anthropic-version, in
         Anthropic's words."""
         if asks_anthropic(request.scope):
             return Json(model_page(service.cards()))
-        return protocol.ModelList(data=service.cards())
+        return replies.ModelList(data=service.cards())
 
     # path: names of models have slashes, which are the same to a server whether they are escaped or
     # not
     @app.get(
         MODEL_PATH.replace("}", ":path}"),
         tags=["models"],
-        **_answers(protocol.ModelCard, refusals=(*READS, 404)),
+        **_answers(replies.ModelCard, refusals=(*READS, 404)),
     )
     async def model(model: str, request: Request) -> Any:
         """What is known of one of them."""
@@ -165,9 +164,7 @@ def _models(app: FastAPI, service: Service) -> None:
 
 def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
     @app.post(
-        "/v1/chat/completions",
-        tags=["generation"],
-        **_answers(protocol.ChatCompletion, events=True),
+        "/v1/chat/completions", tags=["generation"], **_answers(replies.ChatCompletion, events=True)
     )
     async def chat(body: ChatRequest, request: Request) -> Any:
         """A dialogue in, the assistant's message out."""
@@ -179,14 +176,14 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
             CHAT_RENAMED,
         )
 
-    @app.post("/v1/completions", tags=["generation"], **_answers(protocol.Completion, events=True))
+    @app.post("/v1/completions", tags=["generation"], **_answers(replies.Completion, events=True))
     async def completions(body: CompletionRequest) -> Any:
         """A text in, what follows it out."""
         return Answer(
             service, sequences(body), prepared(service, lambda: completion_job(service, body))
         )
 
-    @app.post("/generate", tags=["generation"], **_answers(protocol.GenerateResponse, events=True))
+    @app.post("/generate", tags=["generation"], **_answers(replies.GenerateResponse, events=True))
     async def generate(body: GenerateRequest) -> Any:
         """A text or tokens in, what follows them out, in LMDeploy's words."""
         renamed = (
@@ -199,7 +196,7 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
     @app.post(
         "/v1/chat/interactive",
         tags=["generation"],
-        **_answers(protocol.InteractiveResponse, events=True, refusals=(*GENERATES, 409)),
+        **_answers(replies.InteractiveResponse, events=True, refusals=(*GENERATES, 409)),
     )
     async def interactive(body: InteractiveRequest, request: Request) -> Any:
         """A turn of a dialogue that the server remembers."""
@@ -237,17 +234,17 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
 
 
 def _text(app: FastAPI, service: Service) -> None:
-    @app.post("/tokenize", tags=["text"], **_answers(protocol.TokenizeResponse))
+    @app.post("/tokenize", tags=["text"], **_answers(replies.TokenizeResponse))
     async def tokenize(body: TokenizeRequest) -> Any:
         """The tokens of a text, or of a dialogue up to where the answer begins."""
         return Worked(service, lambda: tokenized(service, body))
 
-    @app.post("/detokenize", tags=["text"], **_answers(protocol.DetokenizeResponse))
+    @app.post("/detokenize", tags=["text"], **_answers(replies.DetokenizeResponse))
     async def detokenize(body: DetokenizeRequest) -> Any:
         """The text of tokens, special ones left out."""
         return Worked(service, lambda: detokenized(service, body))
 
-    @app.post("/v1/encode", tags=["text"], **_answers(protocol.EncodeResponse))
+    @app.post("/v1/encode", tags=["text"], **_answers(replies.EncodeResponse))
     async def encode(body: EncodeRequest) -> Any:
         """The tokens of a text, or of each of several, in LMDeploy's words."""
         return Worked(service, lambda: encoded(service, body))
@@ -257,8 +254,8 @@ def _operation(app: FastAPI, service: Service) -> None:
     @app.get(
         HEALTH[0],
         tags=["operation"],
-        **_answers(protocol.Health, refusals=READS)
-        | {"responses": {503: {"model": protocol.Health}}},
+        **_answers(replies.Health, refusals=READS)
+        | {"responses": {503: {"model": replies.Health}}},
     )
     async def health() -> Any:
         """200 only while the engine makes progress."""
@@ -268,11 +265,11 @@ def _operation(app: FastAPI, service: Service) -> None:
     for path in HEALTH[1:]:
         app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(health)
 
-    @app.get("/version", tags=["operation"], **_answers(protocol.Version, refusals=READS))
+    @app.get("/version", tags=["operation"], **_answers(replies.Version, refusals=READS))
     async def version() -> Any:
         return Json({"version": __version__})
 
-    @app.get("/load", tags=["operation"], **_answers(protocol.Load, refusals=READS))
+    @app.get("/load", tags=["operation"], **_answers(replies.Load, refusals=READS))
     async def load() -> Any:
         """How much there is to do."""
         return Json({"server_load": service.inside})
@@ -298,7 +295,7 @@ def _administration(app: FastAPI, service: Service, sessions: Sessions) -> None:
     @app.post(
         "/admin/drain",
         tags=["administration"],
-        **_answers(protocol.Done, refusals=(400, 408, 413, 415)),
+        **_answers(replies.Done, refusals=(400, 408, 413, 415)),
     )
     async def drain() -> Any:
         """No new requests; those that run are finished. It lasts until the server is started
@@ -309,7 +306,7 @@ def _administration(app: FastAPI, service: Service, sessions: Sessions) -> None:
     @app.post(
         "/admin/sessions/end",
         tags=["administration"],
-        **_answers(protocol.Done, refusals=(400, 408, 413, 415)),
+        **_answers(replies.Done, refusals=(400, 408, 413, 415)),
     )
     async def end_sessions() -> Any:
         """Ends all sessions."""
@@ -392,83 +389,6 @@ def no_route(app: FastAPI, request: Request, error: HTTPException) -> Refused | 
         else "GET /openapi.json tells what there is"
     )
     return Refused(404, f"{shown}: nothing is served here. {hint}", code="unknown_url")
-
-
-# what pydantic calls those of unions
-BRANCHES = ("str", "text", "texts", "tokens", "lists", "named", "allowed")
-NAME = re.compile(r"[a-z][a-z_]*$")
-MOST_NAME = 100  # letters of a client's own word in a message
-
-
-def unreadable(error: RequestValidationError) -> Refused:
-    """A refusal in OpenAI's words, for a request that pydantic does not accept."""
-    problems = []
-    for problem in _telling(error.errors())[:5]:
-        # whatever it is called, it is a name
-        last = len(problem["loc"]) - 1 if problem["type"] == "extra_forbidden" else 0
-        place = [
-            _shown(part)
-            for at, part in enumerate(problem["loc"])
-            if at and (at == last or _is_name(part, at))
-        ]
-        param = (
-            "".join(
-                f"[{part}]" if isinstance(part, int) else f".{part}" for part in place
-            ).removeprefix(".")
-            or "body"
-        )
-        if problem["type"] == "extra_forbidden":
-            problems.append(
-                (
-                    param,
-                    f"{param}: unknown parameter; expected one of the API's",
-                    "unknown_parameter",
-                )
-            )
-        elif problem["type"] == REFUSED:
-            problems.append((param, f"{param}: {problem['msg']}", REFUSED))
-        else:
-            message = problem["msg"][:1].lower() + problem["msg"][1:]
-            problems.append(
-                (
-                    param,
-                    f"{param}: {message}",
-                    "missing" if problem["type"] == "missing" else "invalid_value",
-                )
-            )
-    param, _, code = problems[0]
-    return Refused(
-        400,
-        "; ".join(dict.fromkeys(message for _, message, _ in problems)),
-        param=param[:200],
-        code=code,
-    )
-
-
-def _shown(part: int | str) -> int | str:
-    return part[:MOST_NAME] if isinstance(part, str) else part
-
-
-def _is_name(part: int | str, at: int) -> bool:
-    """Whether a part of a place is a parameter's name or an item's number, and not a branch of a
-    union."""
-    return isinstance(part, int) or (
-        NAME.match(part) is not None and (at < 2 or part not in BRANCHES)
-    )
-
-
-def _telling(problems: Sequence[Any]) -> list[Any]:
-    """Of the problems of each parameter, the most telling: where a union's branches all
-    complain, those that fit but for a detail, or else those that fit the furthest."""
-    groups: dict[Any, list[Any]] = {}
-    for problem in problems:
-        groups.setdefault(problem["loc"][1:2], []).append(problem)
-    telling = []
-    for group in groups.values():
-        details = [p for p in group if not p["type"].endswith("_type")]
-        deepest = max(len(p["loc"]) for p in group)
-        telling += details or [p for p in group if len(p["loc"]) == deepest]
-    return telling
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:

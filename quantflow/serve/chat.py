@@ -11,10 +11,10 @@ from quantflow.engine.request import Finish, Output, SamplingParams, Token
 from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.grammars import constraint
-from quantflow.serve.protocol import ChatRequest
+from quantflow.serve.requests import ChatRequest
 from quantflow.serve.sampling import chat_logprobs, prompt_logprobs, sampling_params, stream_usage
 from quantflow.serve.service import Service
-from quantflow.serve.template import TemplateOptions, template_options
+from quantflow.serve.template_options import TemplateOptions, template_options
 from quantflow.serve.tool_use import ToolUse, choice_of, tool_use
 from quantflow.serve.tools import Call, Reading, ToolFormat, apart
 from quantflow.serve.wire import Object

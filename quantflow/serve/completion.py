@@ -12,7 +12,7 @@ from quantflow.engine.text import Detokenizer
 from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.grammars import constraint
-from quantflow.serve.protocol import CompletionRequest
+from quantflow.serve.requests import CompletionRequest
 from quantflow.serve.sampling import (
     finite,
     most_tokens,

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from quantflow.serve.chat import Plan, count, plan
 from quantflow.serve.errors import Refused, renaming
-from quantflow.serve.protocol import ChatRequest
+from quantflow.serve.requests import ChatRequest
 from quantflow.serve.service import Service
 
 Body = TypeVar("Body", bound=BaseModel)

@@ -247,6 +247,8 @@ CHAT: dict[str, Foreign] = {
         "structured_outputs guided_json guided_regex guided_choice guided_grammar", only(hint=_CHAT)
     ),
 }
+# what dialogues in another API's words do not read of them
+DIALOGUE: dict[str, Foreign] = {**REQUEST, **CHAT}
 
 # What the messages of answers carry, and their clients put back into a history.
 MESSAGE: dict[str, Foreign] = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from quantflow.engine.request import Finish, Logprob, Output, SamplingParams, Token
 from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused
-from quantflow.serve.protocol import EncodeRequest, GenerateRequest
+from quantflow.serve.requests import EncodeRequest, GenerateRequest
 from quantflow.serve.sampling import LEAST_TOP_P, default, finite, temperature
 from quantflow.serve.service import Service
 from quantflow.serve.wire import Object, encode

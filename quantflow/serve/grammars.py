@@ -17,7 +17,7 @@ from typing import Any
 from quantflow.engine.grammar import MOST_CHARACTERS, Grammar, GrammarKind
 from quantflow.serve.body import read_text
 from quantflow.serve.errors import Refused, renaming
-from quantflow.serve.protocol import Constrained, JsonSchema, ResponseFormat, StructuredOutputs
+from quantflow.serve.requests import Constrained, JsonSchema, ResponseFormat, StructuredOutputs
 
 GBNF_RULE = re.compile(r"^[ \t]*+[\w.-]++\s*+::=", re.MULTILINE)
 

@@ -19,7 +19,7 @@ from quantflow.engine.engine import Engine
 from quantflow.engine.request import Finish, Output, Request, SamplingParams, Token
 from quantflow.serve.answer import Job, Shape, Usage
 from quantflow.serve.errors import Refused, aborted
-from quantflow.serve.protocol import InteractiveRequest
+from quantflow.serve.requests import InteractiveRequest
 from quantflow.serve.service import Service, for_templates
 from quantflow.serve.wire import Object
 

@@ -9,7 +9,7 @@ from typing import Any
 from quantflow.engine.request import LEAST_TEMPERATURE, Logprob, SamplingParams
 from quantflow.engine.text import Text
 from quantflow.serve.errors import Refused
-from quantflow.serve.protocol import Sampling, StreamOptions
+from quantflow.serve.requests import Sampling, StreamOptions
 from quantflow.serve.wire import Object
 
 LEAST_TOP_P = 1e-9  # the likeliest token alone, as 0 is

@@ -26,8 +26,8 @@ from quantflow.serve import body
 from quantflow.serve.config import ServerConfig
 from quantflow.serve.errors import Refused, shutting_down
 from quantflow.serve.metrics import Metrics
-from quantflow.serve.protocol import ModelCard
-from quantflow.serve.template import TemplateOptions
+from quantflow.serve.replies import ModelCard
+from quantflow.serve.template_options import TemplateOptions
 from quantflow.serve.tools import ToolFormat, tool_format
 from quantflow.serve.wire import encode
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantflow.serve.errors import Refused
 
 if TYPE_CHECKING:
-    from quantflow.serve.protocol import Message, Templated
+    from quantflow.serve.requests import Message, Templated
 
 MOST_CHARACTERS = 65_536  # of all variables together, names included
 MOST_VALUES = 4096

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from quantflow.serve import fields
 from quantflow.serve.errors import Refused
-from quantflow.serve.protocol import DetokenizeRequest, Templated, TokenizeRequest
+from quantflow.serve.requests import DetokenizeRequest, Templated, TokenizeRequest
 from quantflow.serve.service import Service
-from quantflow.serve.template import template_options
+from quantflow.serve.template_options import template_options
 
 OF_DIALOGUES = tuple(Templated.__annotations__)
 OF_TEXTS = ("add_special_tokens",)

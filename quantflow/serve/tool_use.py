@@ -12,7 +12,7 @@ from quantflow.engine.grammar import Grammar, GrammarKind
 from quantflow.engine.schema import endless
 from quantflow.serve.errors import Refused, renaming
 from quantflow.serve.grammars import Constraint
-from quantflow.serve.protocol import AllowedToolsChoice, Function, ToolChoice
+from quantflow.serve.requests import AllowedToolsChoice, Function, ToolChoice
 from quantflow.serve.service import Service
 from quantflow.serve.tools import MOST_CALLS, Callee, Opening, ToolFormat, lark
 from quantflow.serve.wire import Object

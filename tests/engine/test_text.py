@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from quantflow.engine import template
-from quantflow.engine.template import Renderer
+from quantflow.engine.renderer import Renderer
 from quantflow.engine.text import Detokenizer, Text
 from quantflow.errors import RequestError
 from quantflow.tokenizers.dialogue import ChatTemplate
@@ -101,7 +100,7 @@ def test_a_template_that_does_not_behave_is_a_refused_request(
     tiny: Path, tmp_path: Path, template: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "more than" in said:
-        monkeypatch.setattr("quantflow.engine.template.MOST_SECONDS", 1.0)
+        monkeypatch.setattr("quantflow.engine.renderer.MOST_SECONDS", 1.0)
     text = with_template(tiny, tmp_path / "model", template)
     with pytest.raises(RequestError, match="chat template refused") as caught:
         text.render(TALK)
@@ -300,7 +299,7 @@ def test_a_templates_process_that_somebody_ended_is_started_again(tiny: Path) ->
 def test_a_template_that_takes_long_does_not_keep_all_others_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(template, "MOST_SECONDS", 60.0)
+    monkeypatch.setattr("quantflow.engine.renderer.MOST_SECONDS", 60.0)
     renderer = Renderer()
     renderer.render("x", {})
     slow = "{% for i in range(3000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}slow"

@@ -178,8 +178,8 @@ _TOKENIZER_MODULES = tuple(
     for name in ("load", "byte_level", "sentencepiece", "declared", "loaded", "export")
 )
 _SERVED = (
-    "app", "body", "protocol", "answer", "chat", "completion", "interactive", "generate", "tools",
-    "sampling", "service", "errors", "wire",
+    "app", "body", "protocol", "requests", "unreadable", "answer", "chat", "completion",
+    "interactive", "generate", "tools", "sampling", "service", "errors", "wire",
 )  # fmt: skip
 _FORMATS = (
     "awq", "base", "bitsandbytes", "compressed_tensors", "gptq", "recognise", "settings", "tensors",

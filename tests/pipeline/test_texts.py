@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 
 from quantflow.artifacts.fingerprint import closure
 from quantflow.calibration.data import Document, Windows, cut_windows
-from quantflow.engine import chat_environment
-from quantflow.engine import template as template_module
+from quantflow.engine import chat_environment, renderer
 from quantflow.engine.text import OFFLINE_DATE, Text
 from quantflow.errors import ModelError
 from quantflow.pipeline import identities
@@ -342,7 +341,7 @@ def test_tokens_do_not_depend_on_the_date(bench: Bench, monkeypatch: pytest.Monk
     template = bench.model / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     # In this process, whose clock is the test's.
-    monkeypatch.setattr(template_module, "_ask", lambda child, line: template_module.answer(line))
+    monkeypatch.setattr(renderer, "_ask", lambda child, line: renderer.answer(line))
     found: list[tuple[Any, str]] = []
     try:
         for day in (date(2026, 3, 1), date(2031, 12, 24)):

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from quantflow.serve import app  # all that comes in is known with it
 from quantflow.serve.body import MOST_KEYS
 from quantflow.serve.messages.protocol import MessagesRequest
-from quantflow.serve.protocol import ChatRequest, Incoming
+from quantflow.serve.protocol import Incoming
+from quantflow.serve.requests import ChatRequest
 from quantflow.serve.responses.protocol import ResponsesRequest
 
 TEXT, ANYTHING = {"type": "str"}, {"type": "any"}

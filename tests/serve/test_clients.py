@@ -18,7 +18,7 @@ from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
 from quantflow.serve.config import ServerConfig
-from quantflow.serve.protocol import ChatRequest, CompletionRequest
+from quantflow.serve.requests import ChatRequest, CompletionRequest
 from tests.helpers.openapi import check, properties, shared
 from tests.helpers.serving import LMDEPLOY_BODY, Running, serving
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from quantflow.serve.fields import ANY, CALL, MESSAGE, REQUEST
 from quantflow.serve.messages.protocol import MessagesRequest
-from quantflow.serve.protocol import (
+from quantflow.serve.requests import (
     ChatRequest,
     Constrained,
     InteractiveRequest,

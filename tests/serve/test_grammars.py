@@ -15,7 +15,7 @@ from quantflow.engine import grammar
 from quantflow.engine.gbnf import PARTS
 from quantflow.engine.grammar import MOST_CHARACTERS, GrammarKind
 from quantflow.serve.grammars import constraint
-from quantflow.serve.protocol import CompletionRequest
+from quantflow.serve.requests import CompletionRequest
 from tests.helpers.serving import Running
 
 SCHEMA = {

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from quantflow.engine.literal import Literal
 from quantflow.engine.long_text import LongTexts
-from quantflow.engine.template import Renderer
+from quantflow.engine.renderer import Renderer
 from quantflow.engine.text import Text
 from quantflow.serve.service import Service
-from quantflow.serve.template import (
+from quantflow.serve.template_options import (
     DEEPEST,
     MOST_CHARACTERS,
     RESERVED,

@@ -20,7 +20,7 @@ from quantflow.serve.messages.protocol import (
     ToolUseBlock,
     Turn,
 )
-from quantflow.serve.protocol import ChatRequest
+from quantflow.serve.requests import ChatRequest
 from quantflow.serve.wire import Object
 
 RENAMED = {

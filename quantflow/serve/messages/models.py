@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from quantflow.serve.protocol import ModelCard
+from quantflow.serve.replies import ModelCard
 from quantflow.serve.wire import Object
 
 

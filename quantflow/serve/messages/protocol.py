@@ -25,8 +25,7 @@ _THOUGHTS = only(hint="Use thinking, or output_config.effort")
 # Parameters that are not read, Anthropic's and those of others who serve this API, and the values
 # of each that change nothing.
 REQUEST: dict[str, Foreign] = {
-    **fields.REQUEST,
-    **fields.CHAT,
+    **fields.DIALOGUE,
     "max_completion_tokens": only(hint="Use max_tokens"),
     "stop": only([], hint="Use stop_sequences"),
     "parallel_tool_calls": only(True, hint="Use tool_choice"),

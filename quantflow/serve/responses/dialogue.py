@@ -8,7 +8,7 @@ from typing import Any
 
 from quantflow.serve.dialect import chat_request
 from quantflow.serve.errors import Refused
-from quantflow.serve.protocol import ChatRequest
+from quantflow.serve.requests import ChatRequest
 from quantflow.serve.responses.protocol import (
     LOGPROBS,
     AllowedTools,

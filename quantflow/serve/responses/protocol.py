@@ -12,22 +12,21 @@ from quantflow.serve.fields import ANY, LABEL, NUMBER, Foreign, known_types, onl
 from quantflow.serve.protocol import (
     MOST_MESSAGES,
     MOST_TOOLS,
-    Function,
     Incoming,
     Name,
     Outgoing,
     Probability,
-    TokenLogprob,
     Variables,
 )
+from quantflow.serve.replies import TokenLogprob
+from quantflow.serve.requests import Function
 
 _STORED = "Nothing is stored here: send the whole dialogue as input"
 
 # Parameters that are not read, OpenAI's and those of others who serve this API, and the values of
 # each that change nothing.
 REQUEST: dict[str, Foreign] = {
-    **fields.REQUEST,
-    **fields.CHAT,
+    **fields.DIALOGUE,
     "background": only(False, hint="Nothing is stored here: wait for the answer, or stream it"),
     "background_options": only({}),
     "previous_response_id": only(hint=_STORED),
