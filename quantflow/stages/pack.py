@@ -8,8 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from quantflow.errors import Problem
+from quantflow.formats import FORMATS, Format
 from quantflow.recipe.values import ByteSize
-from quantflow.recipe.words import dotted
+from quantflow.recipe.words import dotted, listing
 from quantflow.recipe.written import Entry, Written
 from quantflow.stages.base import PlannedStage
 
@@ -78,26 +79,30 @@ class Pack(PlannedStage):
                     f"packs the format {form} twice",
                     f"one pack stage a format; the first is at {same[0].place}",
                 )
-        if form == "awq" and entry.settings.get("requantize") is not True:
-            yield from _check_awq_format(recipe, recipe.source.place(entry.steps("format")))
+            if form in FORMATS and entry.settings.get("requantize") is not True:
+                place = recipe.source.place(entry.steps("format"))
+                yield from _unheld(recipe, FORMATS[form], place)
 
 
-def _check_awq_format(recipe: Written, place: str) -> Iterator[Problem]:
+def _unheld(recipe: Written, form: Format, place: str) -> Iterator[Problem]:
     """What the format at `place` cannot hold, as far as the recipe alone says it."""
-    for steps, bits in recipe.of_weights(("bits",)):
-        if bits in (2, 3, 5, 6, 7, 8) and not isinstance(bits, bool):
+    widths = form.ability.bits  # of integers; none where it holds none
+    for steps, bits in recipe.of_weights(("bits",)) if widths else ():
+        if bits in range(2, 9) and bits not in widths and not isinstance(bits, bool):
             hint = "Pack compressed-tensors instead"
             if len(steps) > 2:
                 hint += ", or use ignore: true"
             origin = recipe.source.place(steps)
-            problem = f"the format awq cannot hold {bits} bits (`{dotted(steps)}`, {origin})"
-            yield Problem(place, problem, "4 bits", hint)
-    for entry in recipe.entries:
+            problem = (
+                f"the format {form.name} cannot hold {bits} bits (`{dotted(steps)}`, {origin})"
+            )
+            yield Problem(place, problem, f"{listing(map(str, widths))} bits", hint)
+    for entry in recipe.entries if not form.holds_index else ():
         if entry.settings.get("act_order") == "dynamic":
             origin = recipe.source.place(entry.steps("act_order"))
             yield Problem(
                 place,
-                f"the format awq cannot hold act_order: dynamic ({origin})",
+                f"the format {form.name} cannot hold act_order: dynamic ({origin})",
                 "act_order static or none",
                 "static has its accuracy without a group index",
             )

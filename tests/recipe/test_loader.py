@@ -636,6 +636,19 @@ TOGETHER: list[tuple[str, str, list[tuple[int, str]]]] = [
         [(8, "the format awq cannot hold 8 bits (`weights.overrides[1].bits`")],
     ),
     (
+        "gptq in 5 bits",
+        "name: x\nweights: {bits: 5}\nstages:\n- rtn\n- pack: {format: gptq}\n",
+        [(5, "the format gptq cannot hold 5 bits (`weights.bits`")],
+    ),
+    (
+        "compressed-tensors and g_idx",
+        (
+            "name: x\ncalibration: {data: demo}\nstages:\n- gptq: {act_order: dynamic}\n- pack:"
+            " {format: compressed-tensors}\n"
+        ),
+        [(5, "the format compressed-tensors cannot hold act_order: dynamic")],
+    ),
+    (
         "awq and g_idx",
         (
             "name: x\ncalibration: {data: demo}\nstages:\n- gptq: {act_order: dynamic}\n- pack:"
