@@ -166,11 +166,6 @@ def test_the_check_of_circles_itself() -> None:
     assert circle(file_graph({**lazily, "quantflow.b": (for_types, False)})) == ""
 
 
-# Not yet cut along their nouns.
-LONG = {
-    "formats/base.py", "pipeline/export.py", "pipeline/plan.py",
-    "recipe/loader.py", "recipe/schema.py",
-}  # fmt: skip
 MOST_LINES = 450
 
 
@@ -180,7 +175,7 @@ def test_no_file_is_longer_than_a_reader_holds_in_mind() -> None:
         path.relative_to(package).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
         for path in files(package)
     }
-    assert {name: n for name, n in lengths.items() if n > MOST_LINES and name not in LONG} == {}
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
 
 
 def test_the_product_imports_no_tests_and_no_benchmarks() -> None:
