@@ -5,7 +5,8 @@ benchmarks of time and memory.
     python benchmarks/make_checkpoint.py --shape llama-4g --output build/llama-4g [--single-file]
     python benchmarks/make_checkpoint.py --shape llama-8b --packed --output build/llama-8b-w4
 
---packed: linears of random 4-bit codes in groups of 128, as compressed-tensors packs them, for benchmarks of the engine.
+--packed: linears of random 4-bit codes in groups of 128, as compressed-tensors packs them, for
+benchmarks of the engine.
 
 Tensors are written one at a time, so a 15 GB checkpoint needs little memory. The tokenizer is the
 demo model's.

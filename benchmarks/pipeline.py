@@ -39,8 +39,10 @@ began = time.perf_counter()
 result = run(plan, Silent())
 seconds = time.perf_counter() - began
 peak = peak_resident_bytes()
-print(json.dumps({"seconds": result.seconds, "total": seconds, "imports_bytes": imports, "peak_bytes": peak,
-    "estimate_bytes": estimate(plan).memory_bytes, "weight_bytes": plan.checkpoint.weight_bytes, "quality": result.quality}))
+figures = {"seconds": result.seconds, "total": seconds, "quality": result.quality}
+sizes = {"imports_bytes": imports, "peak_bytes": peak}
+planned = {"estimate_bytes": estimate(plan).memory_bytes}
+print(json.dumps({**figures, **sizes, **planned, "weight_bytes": plan.checkpoint.weight_bytes}))
 """
 
 

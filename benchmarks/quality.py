@@ -47,17 +47,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model, windows, judged, group, output = json.loads(sys.argv[1])
 ids = json.load(open(windows))
 data = Dataset.from_list([{"input_ids": each, "attention_mask": [1] * len(each)} for each in ids])
-weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group, "symmetric": False}
-modifier = GPTQModifier(config_groups={"all": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group}
+linears = {"targets": ["Linear"], "weights": {**weights, "symmetric": False}}
+modifier = GPTQModifier(config_groups={"all": linears}, ignore=["lm_head"])
 net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-oneshot(model=net, processor=AutoTokenizer.from_pretrained(model), dataset=data, recipe=modifier, num_calibration_samples=len(ids),
-        max_seq_length=len(ids[0]), shuffle_calibration_samples=False)
+oneshot(model=net, processor=AutoTokenizer.from_pretrained(model), dataset=data, recipe=modifier,
+        num_calibration_samples=len(ids), max_seq_length=len(ids[0]),
+        shuffle_calibration_samples=False)
 net.save_pretrained(output, save_compressed=True)
 del net
 net = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
 with torch.inference_mode():
-    found = [net(torch.tensor([each])).logits[0].float().log_softmax(-1) for each in json.load(open(judged))]
-save_file({str(n): each for n, each in enumerate(found)}, output + "/log_probabilities.safetensors")
+    logits = [net(torch.tensor([each])).logits[0] for each in json.load(open(judged))]
+answers = [each.float().log_softmax(-1) for each in logits]
+answers = {str(n): each for n, each in enumerate(answers)}
+save_file(answers, output + "/log_probabilities.safetensors")
 """
 
 

@@ -58,11 +58,15 @@ import torch
 from tests.helpers import tiny, zoo
 
 root = Path(sys.argv[1])
-zoo.INNER, zoo.EXPERT_INNER, zoo.QWEN3_HEAD = 128, 64, 32  # whole blocks of 32 and 64, halved into ranks too
-dtypes = {"internlm": torch.float16, "qwen": torch.float16, "llama_bias": torch.float16, "opt": torch.float16, "qwen3_moe": torch.float32}
+# whole blocks of 32 and 64, halved into ranks too
+zoo.INNER, zoo.EXPERT_INNER, zoo.QWEN3_HEAD = 128, 64, 32
+dtypes = dict.fromkeys(("internlm", "qwen", "llama_bias", "opt"), torch.float16)
+dtypes["qwen3_moe"] = torch.float32
 for name in zoo.ZOO:
-    zoo.write(root / name, zoo.specimen(name, dtypes.get(name, torch.bfloat16)), shards=2 if name == "qwen2" else 1)
-tiny.write_llama(root / "wide", dtype=torch.float16, hidden_size=256, intermediate_size=512, num_key_value_heads=4)
+    specimen = zoo.specimen(name, dtypes.get(name, torch.bfloat16))
+    zoo.write(root / name, specimen, shards=2 if name == "qwen2" else 1)
+wide = dict(hidden_size=256, intermediate_size=512, num_key_value_heads=4)
+tiny.write_llama(root / "wide", dtype=torch.float16, **wide)
 tiny.write_text(root / "calib.txt", 0, 128)
 tiny.write_text(root / "eval.txt", 128, 256)
 print(*zoo.ZOO, "wide")
@@ -88,7 +92,8 @@ def zoo_cases(model: str, models: Path) -> Iterator[Case]:
             *({"pack": {"format": pack} if isinstance(pack, str) else pack} for pack in packs),
         ]
         content = {
-            "name": "same", "model": str(models / model), **({"weights": weights} if weights else {}),
+            "name": "same", "model": str(models / model),
+            **({"weights": weights} if weights else {}),
             "calibration": {"data": str(models / "calib.txt"), "samples": 12, "seqlen": 20},
             "stages": [*stages, {"shard": {"tp": tp}}] if tp > 1 else stages,
         }  # fmt: skip

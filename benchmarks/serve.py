@@ -3,13 +3,19 @@
     PYTHONPATH=.:kernels python benchmarks/serve.py [--output benchmarks/results/serve_cpu.json]
     [--only load,fuzz] [--scale 0.1]
 
-load        32 clients, each request as one answer and as a stream, against `LLM.generate` on the same requests
-disconnect  10,000 requests, a third of which go away at a random moment: nothing runs, no block leaks, memory stays flat
-fuzz        20,000 bodies and headers, random and mutated: no 500, no hang, no connection that ends without an answer
-slow        a reader that takes a long stream a few bytes at a time, and the time that others' requests take meanwhile
-death       the engine's thread dies: clients get an error, /health turns red, the process ends with 1 under --supervised
+load        32 clients, each request as one answer and as a stream, against `LLM.generate` on the
+            same requests
+disconnect  10,000 requests, a third of which go away at a random moment: nothing runs, no block
+            leaks, memory stays flat
+fuzz        20,000 bodies and headers, random and mutated: no 500, no hang, no connection that ends
+            without an answer
+slow        a reader that takes a long stream a few bytes at a time, and the time that others'
+            requests take meanwhile
+death       the engine's thread dies: clients get an error, /health turns red, the process ends with
+            1 under --supervised
 
---scale multiplies the numbers of requests. The client is a plain asyncio one in this process, so that little of the machine goes to it.
+--scale multiplies the numbers of requests. The client is a plain asyncio one in this process, so
+that little of the machine goes to it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ slow        300 connections: headers that drip, bodies that drip, streams that a
 malformed   fuzzed bodies and headers, and what is no HTTP
 grammars    a grammar of 60 KB whose string is not closed
 brackets    bodies of closing brackets
-scores      128 prompts with the log-probabilities of 20 tokens at each place: as many as are answered, and more
+scores      128 prompts with the log-probabilities of 20 tokens at each place: as many as are
+            answered, and more
 counted     count_tokens and its like for 4 MB, sent and left
 items       lists of a hundred thousand wrong items
 honest      requests that want nothing but an answer, and ask again where the queue is full

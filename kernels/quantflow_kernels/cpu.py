@@ -155,7 +155,8 @@ def unpacker() -> tuple[Unpack, str]:
             torch.ones(2, 96),
             torch.zeros(2, 96, dtype=torch.uint8),
         )
-    except Exception as error:  # no compiler, no headers, nowhere to write: whatever it is, there is another way, and it is said
+    # no compiler, no headers, nowhere to write: whatever it is, there is another way, which is said
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logging.getLogger(__name__).warning(
             "4-bit weights are unpacked without a compiler (%s)", reason

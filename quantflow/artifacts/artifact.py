@@ -1,12 +1,13 @@
 """An artifact directory: built under a temporary name, renamed when whole. Its manifest is
 `quantflow.json`.
 
-quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, size and sha256 of every file
+quantflow.json           manifest: recipe, identity, status, formats, provenance, quality, and size
+                         and sha256 of every file
 report.json              what was asked and done, every linear, fallbacks, quality
 report.html              the same to look at: drawn from it, and outside the artifact's identity
 calibration.safetensors  calibrate's statistics
 kv_qparams.safetensors   scales and zero points of the KV cache
-run.json                 times, host, memory, the place of the model: outside the artifact's identity
+run.json                 times, host, memory, the model's place: outside the artifact's identity
 <checkpoint files>       in the directory itself or, for several formats, in one folder a format
 tp2/rank-0/, …           tensor-parallel ranks, beside the checkpoint they come from
 

@@ -148,7 +148,8 @@ def _public(remote: str | None) -> str | None:
     if parts.scheme not in ("https", "ssh") or not parts.hostname:
         return None
     user = "git@" if (parts.scheme, parts.username) == ("ssh", "git") else ""
-    return f"git+{parts.scheme}://{user}{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    port = f":{parts.port}" if parts.port else ""
+    return f"git+{parts.scheme}://{user}{parts.hostname}{port}{parts.path}"
 
 
 def checksums(digests: Mapping[str, str]) -> str:

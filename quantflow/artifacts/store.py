@@ -192,4 +192,5 @@ def _identity(file: Path, place: Path | None = None) -> str:
     status = file.stat()
     with open(file, "rb") as stream:
         header = stream.read(min(8 + int.from_bytes(stream.read(8), "little"), 2**24))
-    return f"{(place or file).resolve()}|{status.st_size}|{status.st_mtime_ns}|{hashlib.sha256(header).hexdigest()}"
+    digest = hashlib.sha256(header).hexdigest()
+    return f"{(place or file).resolve()}|{status.st_size}|{status.st_mtime_ns}|{digest}"

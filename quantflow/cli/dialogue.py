@@ -194,7 +194,8 @@ SYNONYMS = {"/reset": "/clear", "/?": "/help"}
 COMMAND = re.compile(r"/[a-z_?]*(?: .*)?")  # of one line, and no path
 
 KEYS = f"""
-  Enter sends. Alt+Enter, Ctrl-J or a \\ before Enter begins a line; or write {QUOTES} before and after several lines.
+  Enter sends. Alt+Enter, Ctrl-J or a \\ before Enter begins a line; or write {QUOTES} before and
+  after several lines.
   A paste is not sent before you press Enter. Ctrl-C stops an answer, or forgets what you wrote.
 """
 

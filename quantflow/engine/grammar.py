@@ -6,8 +6,10 @@ limits do not hold for all that happens while a grammar is compiled (intersectio
 large multiples), so that each is compiled in a process of its own first, with limits on memory and
 time.
 
-    python -m quantflow.engine.grammar    reads a tokenizer, then a grammar a line, as JSON; writes {"text": …}, what llguidance reads,
-                                          or {"error": …}
+    python -m quantflow.engine.grammar
+
+reads a tokenizer, then a grammar a line, as JSON; writes {"text": …}, what llguidance reads, or
+{"error": …}.
 """
 
 from __future__ import annotations

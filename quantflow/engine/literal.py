@@ -4,8 +4,8 @@
 A template writes its own control tokens and what was said as one text, and a tokenizer finds them
 in it by their spelling. So a letter that no text has goes into every such spelling in what was
 said, before the template sees it. The control tokens that the tokenizer still finds are the
-template's own. They are written in other characters that no text has, the marks are taken out, and the
-same tokenizer, whose control tokens are called so, reads the text.
+template's own. They are written in other characters that no text has, the marks are taken out, and
+the same tokenizer, whose control tokens are called so, reads the text.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Literal:
         for token, begin, end in self._controls(text):
             added, private = self._control[token]
             # What a token takes of the space beside it is in its place. Any other spelling is
-            # somebody's own, which the normaliser makes that token of (`＜/s＞`), or a letter that a
-            # token for the unknown stands for. One of one letter has its mark behind it.
+            # somebody's own, which the normaliser makes that token of (`＜/s＞`), or a letter that
+            # a token for the unknown stands for. One of one letter has its mark behind it.
             if _bare(text[begin:end]) == _bare(added.content) and text[end : end + 1] != MARK:
                 parts += [text[at:begin], private]
                 at = end

@@ -2,8 +2,10 @@
 gigabytes for what one request can hold (a million spaces, or characters of which a normaliser makes
 eighteen each), and what runs in a library of this process cannot be stopped.
 
-    python -m quantflow.engine.long_text    reads {"tokenizer": …, "templates": …, "seconds": …}, then a question a line; writes an
-                                            answer a line
+    python -m quantflow.engine.long_text
+
+reads {"tokenizer": …, "templates": …, "seconds": …}, then a question a line; writes an answer a
+line.
 """
 
 from __future__ import annotations
@@ -159,7 +161,7 @@ def answer(tokenizer: Tokenizer, literal: Literal | None, line: bytes) -> bytes:
     except BaseException as error:  # the library's panics are no Exceptions
         return _wrong(
             "the tokenizer cannot"
-            f" ({str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__})"
+            f" ({(str(error).strip() or type(error).__name__).splitlines()[0][:200]})"
         )
 
 

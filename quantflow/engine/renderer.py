@@ -1,7 +1,9 @@
 """A model's chat template, rendered in a process of its own: Jinja's sandbox keeps it from touching
 anything, and limits on memory and time from using the machine up.
 
-    python -m quantflow.engine.renderer    reads {"template": …, "variables": {…}, "date": …} a line, writes {"text": …} or {"error": …}
+    python -m quantflow.engine.renderer
+
+reads {"template": …, "variables": {…}, "date": …} a line, writes {"text": …} or {"error": …}.
 """
 
 from __future__ import annotations

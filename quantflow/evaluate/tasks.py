@@ -2,9 +2,12 @@
 
 Three forms of lines, as in llm-foundry's evaluation gauntlet; further keys, and white space at the
 ends of texts, are ignored:
-    {"query", "choices", "gold"}                    multiple choice: the choice likeliest after the query; gold: its index, or several
-    {"context_options", "continuation", "gold"}     Winograd: the context after which the continuation is likeliest (Trinh and Le 2018)
-    {"query", "answer"} or {"query", "answers"}     exact match: what the model goes on with, greedily
+    {"query", "choices", "gold"}
+        multiple choice: the choice likeliest after the query; gold: its index, or several
+    {"context_options", "continuation", "gold"}
+        Winograd: the context after which the continuation is likeliest (Trinh and Le 2018)
+    {"query", "answer"} or {"query", "answers"}
+        exact match: what the model goes on with, greedily
 """
 
 from __future__ import annotations
@@ -295,8 +298,8 @@ class Result:
 
     acc: right by the sum of log-probabilities; acc_norm: by that over the characters of the choice,
     acc_bytes: over its UTF-8 bytes (as the metrics of these names in lm-evaluation-harness 0.4.13).
-    Of exact match, acc: the same characters, white space at the ends apart; acc_norm: the same after
-    `normalized`.
+    Of exact match, acc: the same characters, white space at the ends apart; acc_norm: the same
+    after `normalized`.
     """
 
     task: Task

@@ -1,7 +1,8 @@
 """What QuantFlow knows of a model family, as data.
 
-*Native* names are those that transformers' own class has on disk (Llama's for InternLM, Qwen2's for the first Qwen):
-artifacts are written under them. A `Source` says where in a checkpoint a native tensor comes from.
+*Native* names are those that transformers' own class has on disk (Llama's for InternLM, Qwen2's for
+the first Qwen): artifacts are written under them. A `Source` says where in a checkpoint a native
+tensor comes from.
 """
 
 from __future__ import annotations

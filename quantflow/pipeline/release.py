@@ -3,11 +3,14 @@ and what has changed.
 
 <output>/<name>/                  an artifact, built where it stays: nothing is written twice
 <output>/<name>.intoto.json       its provenance, ready to be signed
-<output>/<name>.comparison.html   its report beside the previous release's; where `previous` is a folder that holds that one's
+<output>/<name>.comparison.html   its report beside the previous release's, where `previous` is a
+                                  folder that holds that one's
 <output>/release.json             an entry an artifact: status, quality, sizes, fingerprint
-<output>/comparison.json          the same numbers beside the previous release's, and what is worse; with `previous` alone
+<output>/comparison.json          the same numbers beside the previous release's, and what is worse;
+                                  with `previous` alone
 <output>/release.md               both, for people
-<output>/SHA256SUMS               every file above, for `sha256sum -c`. Written last: a folder without it is no release
+<output>/SHA256SUMS               every file above, for `sha256sum -c`. Written last: a folder
+                                  without it is no release
 """
 
 from __future__ import annotations

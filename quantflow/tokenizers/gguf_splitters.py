@@ -6,13 +6,17 @@ tests/tokenizers/test_gguf_splitters.py holds every name against its tokens. Wha
 what llama.cpp *does*, since that is what a file's user sees, also where it departs from the
 tokenizer.json of the models that the name was made for:
 
-- `tekken`, `gpt-4o`: letters outside ASCII are both large and small, so `éÉ` is one word, and a combining mark ends a word.
-- `kimi-k2`, `tiny_aya`, `youtu`: letters have no case at all. For the first, too, a combining mark ends a word.
-- `afmoe`, `tiny_aya`: what stands before a run of digits goes into one piece with the first of them, which the next expression cuts
-  again. Spaces before a number are cut otherwise than in the models' own.
+- `tekken`, `gpt-4o`: letters outside ASCII are both large and small, so `éÉ` is one word, and a
+  combining mark ends a word.
+- `kimi-k2`, `tiny_aya`, `youtu`: letters have no case at all. For the first, too, a combining mark
+  ends a word.
+- `afmoe`, `tiny_aya`: what stands before a run of digits goes into one piece with the first of
+  them, which the next expression cuts again. Spaces before a number are cut otherwise than in the
+  models' own.
 - `afmoe`: the letters of East Asia begin at U+8C48, where U+F900 was meant.
-- `deepseek-llm`, `deepseek-coder`: white space is no letter and no punctuation, though U+2000 to U+200A and U+3000 lie within their
-  expressions' ranges. The digits of a number are one word for the first.
+- `deepseek-llm`, `deepseek-coder`: white space is no letter and no punctuation, though U+2000 to
+  U+200A and U+3000 lie within their expressions' ranges. The digits of a number are one word for
+  the first.
 - A contraction consists of ASCII: `'ſ` is none.
 
 One thing is the models' own: `qwen2`, `qwen35` and their further names normalise to NFC, as these
@@ -53,10 +57,13 @@ _ONE, _THREE = r"\p{N}", r"\p{N}{1,3}"
 _ASCII_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
 _KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"  # and Chinese
 _HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff&&\\S]+"  # and more
-_HAN = "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002ebef\uf900-\ufaff\U0002f800-\U0002fa1f"
+_HAN = (
+    "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002ebef"
+    "\uf900-\ufaff\U0002f800-\U0002fa1f"
+)
 _ASIAN = (
-    "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff"
-    "\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+    "[\u4e00-\u9fff\u3400-\u4dbf\u8c48-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f"
+    "\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
 )
 _YOUTU = (
     "[\uac00-\ud7a3\u3131-\u318e]+|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"

@@ -117,7 +117,9 @@ def stream():
 WORK = {
     "text.json": lambda: write_text(folder / "text.json", "x" * 5000),
     "record.json": lambda: write_json(folder / "record.json", ["x"] * 5000),
-    ".model.safetensors": lambda: save_tensors(folder / "model.safetensors", {"a": torch.zeros(5000)}),
+    ".model.safetensors": lambda: save_tensors(
+        folder / "model.safetensors", {"a": torch.zeros(5000)}
+    ),
     "token": lambda: export_tokenizer(model, folder / "tokens"),
     "saved.bin": stream,
 }
@@ -125,7 +127,8 @@ for name, work in WORK.items():
     try:
         work()
     except OSError as error:
-        print(error.errno, name in Path(error.filename).name, str(error.filename).startswith(str(folder)))
+        named, inside = Path(error.filename).name, str(error.filename).startswith(str(folder))
+        print(error.errno, name in named, inside)
 """
 
 

@@ -24,11 +24,16 @@ import json, sys
 
 def main():
     from vllm import LLM, SamplingParams
-    folder, prompts, new, result = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    folder, prompts, new, result = sys.argv[1:]
+    prompts, new = json.loads(prompts), int(new)
     model = LLM(folder, dtype="float16", enforce_eager=True, max_model_len=128, seed=0)
     greedy = SamplingParams(temperature=0, max_tokens=new, logprobs=1, ignore_eos=True)
-    outputs = [found.outputs[0] for found in model.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)]
-    answers = [[(token, each[token].logprob) for token, each in zip(out.token_ids, out.logprobs)] for out in outputs]
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [answer.outputs[0] for answer in model.generate(requests, greedy)]
+    answers = [
+        [(token, each[token].logprob) for token, each in zip(out.token_ids, out.logprobs)]
+        for out in outputs
+    ]
     with open(result, "w") as file:
         json.dump(answers, file)
 

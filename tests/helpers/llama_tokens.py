@@ -71,9 +71,8 @@ TEXTS = [
 def random_texts(count: int = 24, seed: int = 16) -> list[str]:
     """Pieces of all kinds, one after the other without order."""
     generator = random.Random(seed)
-    pieces = " |  |   |\n|\r\n|\t|a|B|é|É|中|あ|한|ह|\u0301|1|22|333|4444|'s|'LL|'|!|...|/|$|\0|_|😀".split(
-        "|"
-    )
+    pieces = " |  |   |\n|\r\n|\t|a|B|é|É|中|あ|한|ह|\u0301|1|22|333|4444".split("|")
+    pieces += "'s|'LL|'|!|...|/|$|\0|_|😀".split("|")
     pieces += "\u3000|\u2003|\u00a0|\u2028|the|ABC|xYz|ſ|٣|-".split("|")
     return ["".join(generator.choices(pieces, k=generator.randint(4, 14))) for _ in range(count)]
 

@@ -23,8 +23,8 @@ from quantflow.serve.service import Service
 
 DEMO = Path(__file__).parents[2] / "calib_data" / "demo_model"
 LMDEPLOY_BODY = {
-    "model": "internlm-chat-7b", "messages": "写一首春天的诗", "temperature": 0.7, "top_p": 1, "n": 1,
-    "max_tokens": 512, "stop": False, "stream": False, "presence_penalty": 0,
+    "model": "internlm-chat-7b", "messages": "写一首春天的诗", "temperature": 0.7, "top_p": 1,
+    "n": 1, "max_tokens": 512, "stop": False, "stream": False, "presence_penalty": 0,
     "frequency_penalty": 0, "user": "string", "repetition_penalty": 1, "renew_session": False,
     "ignore_eos": False,
 }  # fmt: skip

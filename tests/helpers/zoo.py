@@ -89,7 +89,8 @@ class _Random:
 
     def llama_mlp(self, p: str, width: int) -> Tensors:
         return {
-            f"{p}.gate_proj.weight": self(width, HIDDEN), f"{p}.up_proj.weight": self(width, HIDDEN),
+            f"{p}.gate_proj.weight": self(width, HIDDEN),
+            f"{p}.up_proj.weight": self(width, HIDDEN),
             f"{p}.down_proj.weight": self(HIDDEN, width),
         }  # fmt: skip
 

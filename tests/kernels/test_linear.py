@@ -121,7 +121,8 @@ import sys
 sys.modules["triton"] = None
 import torch
 from quantflow_kernels import cpu_attention, linear
-codes, zeros = torch.randint(0, 16, (64, 64), dtype=torch.uint8), torch.zeros(64, 1, dtype=torch.uint8)
+codes = torch.randint(0, 16, (64, 64), dtype=torch.uint8)
+zeros = torch.zeros(64, 1, dtype=torch.uint8)
 for dtype in (torch.float32, torch.bfloat16):
     weight = linear.prepare(codes, torch.ones(64, 1), zeros, 64, 4, dtype)
     assert linear.linear(torch.ones(1, 64, dtype=dtype), weight, exact=True).isfinite().all()

@@ -21,7 +21,8 @@ def test_asymmetric_by_hand() -> None:
         (-128, 127),
     )
     x = torch.tensor([-62.0, 65.5, 1.75, 2.0, 2.5, 2.25, 1e6, -1e6]).view(1, 1, 8, 1)
-    # -127.5 goes to -128. 127.5 would go to 128, which is 127 at most. Halves go to even: 0.5 to 0, 1.5 to 2.
+    # -127.5 goes to -128. 127.5 would go to 128, which is 127 at most. Halves go to even: 0.5 to 0,
+    # 1.5 to 2.
     assert round_kv(x, parameters).flatten().tolist() == [
         -62.25,
         65.25,

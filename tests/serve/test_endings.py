@@ -227,8 +227,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "one bad of several": ("/v1/completions", {"prompt": [[5], [6], [10**6]], "max_tokens": 3}),
 }
 ERRORS = {
-    "cancelled": asyncio.CancelledError(), "a bug": RuntimeError("a bug"), "gone": ClientDisconnect(),
-    "refused": RequestError(Problem("prompt", "bad")),
+    "cancelled": asyncio.CancelledError(), "a bug": RuntimeError("a bug"),
+    "gone": ClientDisconnect(), "refused": RequestError(Problem("prompt", "bad")),
 }  # fmt: skip
 
 
