@@ -16,7 +16,7 @@ from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.decoder.native import computed_by
 from quantflow.machine import device_name
 from quantflow.pipeline.plan import BATCH_TOKENS, Plan
-from quantflow.pipeline.report import portable
+from quantflow.pipeline.portable import portable
 from quantflow.stages.calibrate import Calibrate
 from quantflow.stages.kv_qparams import KvQparams
 from quantflow.tokenizers.load import tokenizer_files
@@ -47,10 +47,29 @@ LOOP = (
     "quantflow.decoder.decoder",
     "quantflow.stages.work",
 )
-MEASUREMENT = ("quantflow.pipeline.measure", "quantflow.decoder.decoder")
+MEASUREMENT = (
+    "quantflow.pipeline.measure",
+    "quantflow.pipeline.packing",
+    "quantflow.pipeline.kv_files",
+    "quantflow.decoder.decoder",
+)
 ARTIFACT = tuple(
     f"quantflow.pipeline.{name}"
-    for name in ("plan", "resolve", "linears", "grid_problems", "report", "run", "sweep")
+    for name in (
+        "plan",
+        "resolve",
+        "linears",
+        "grid_problems",
+        "portable",
+        "report",
+        "run",
+        "build",
+        "sweep",
+        "packing",
+        "kv_files",
+        "statistics_file",
+        "evaluation",
+    )
 )
 
 

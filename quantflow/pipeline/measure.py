@@ -14,28 +14,20 @@ from quantflow.engine.kv_cache import KVFormat
 from quantflow.evaluate.divergence import Model, Variant, compare
 from quantflow.evaluate.running import Running
 from quantflow.formats.reader import Weights
+from quantflow.pipeline.build import Build
 from quantflow.pipeline.plan import Plan
-from quantflow.pipeline.progress import Progress
 from quantflow.pipeline.room import room
-from quantflow.pipeline.sweep import MeasuredReader, SweepReader
 from quantflow.quant.kv import KVParameters
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.kv_parameters import layer_parameters, layer_tensors, rounding
 from quantflow.stages.kv_qparams import KvQparams
 
 
-def measure(
-    plan: Plan,
-    key: str,
-    reader: SweepReader,
-    full: MeasuredReader,
-    checkpoint: Path,
-    held_out: Windows,
-    progress: Progress,
-) -> dict[str, Any]:
-    """variant -> its `figures` and its `profile`, from the store where they were measured before
-    under `key`: `weights`, and with kv_qparams `kv` and `weights_and_kv`; `kv` alone, of what was
-    written, where no stage rounds the weights. full: what `calibrate` saw."""
+def measure(build: Build, checkpoint: Path, held_out: Windows) -> dict[str, Any]:
+    """variant -> its `figures` and its `profile`, from the store where they were measured before:
+    `weights`, and with kv_qparams `kv` and `weights_and_kv`; `kv` alone, of what was
+    written, where no stage rounds the weights."""
+    plan, key, progress = build.plan, build.identity.evaluate, build.progress
     settings = plan.stage(KvQparams)
     stored = plan.store.read_json(key, "quality")
     if isinstance(stored, dict) and all(
@@ -49,11 +41,11 @@ def measure(
     # would not fit it.
     def original(index: int) -> dict[str, KVParameters]:
         assert settings is not None
-        return layer_parameters(full.kv(index), settings)
+        return layer_parameters(build.original.kv(index), settings)
 
     def quantised(index: int) -> dict[str, KVParameters]:
         assert settings is not None
-        return layer_parameters(reader.kv(index), settings)
+        return layer_parameters(build.reader.kv(index), settings)
 
     variants: dict[str, Model]
     if not plan.rounds:

@@ -6,23 +6,22 @@ Nothing of the machine or the time is in it: the same recipe gives the same byte
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantflow.artifacts.artifact import STATISTICS
 from quantflow.calibration.data import Windows
 from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.engine.kv_cache import KVFormat, block_bytes
-from quantflow.evaluate.gates import Verdict
+from quantflow.pipeline.build import Build
 from quantflow.pipeline.plan import Plan
+from quantflow.pipeline.portable import portable
 from quantflow.pipeline.sweep import SweepReader
 from quantflow.pipeline.windows import left_out_notes
 from quantflow.quant.fit import shown
-from quantflow.recipe import dump
 from quantflow.report.page import VERSION
-from quantflow.stages.calibrate import Calibrate
 from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.pack_writer import checkpoint_bytes
 
@@ -31,42 +30,10 @@ BATCHES, CONTEXTS = (1, 8, 16, 32, 48), (512, 2048, 4096, 32768)
 AWQ_NAME = re.compile(r"a\^(-?[0-9.]+)(?: w\^-?[0-9.]+)?")
 
 
-def portable(plan: Plan) -> dict[str, Any]:
-    """The recipe without what is particular to a machine: places of files become their names, the
-    output is left out."""
-
-    def shorten(section: dict[str, Any]) -> dict[str, Any]:
-        return {
-            k: Path(v).name
-            if k in ("data", "file", "model") and isinstance(v, str) and Path(v).exists()
-            else v
-            for k, v in section.items()
-        }
-
-    recipe = shorten({k: v for k, v in dump(plan.recipe).items() if k != "output"})
-    recipe["calibration"] = shorten(recipe["calibration"]) if recipe["calibration"] else None
-    recipe["stages"] = [
-        {name: shorten(settings) for name, settings in stage.items()} for stage in recipe["stages"]
-    ]
-    return recipe
-
-
-def make_report(
-    plan: Plan,
-    reader: SweepReader,
-    *,
-    fingerprint: str,
-    weights: str,
-    windows: Windows,
-    held_out: Windows | None,
-    measured: Mapping[str, Mapping[str, Any]],
-    verdicts: list[Verdict],
-    inexact: Mapping[str, Mapping[str, float]],
-    statistics: Path,
-) -> dict[str, Any]:
-    """measured: variant -> its figures and its profile. verdicts: on the gates. inexact: format ->
-    what it had to round.
-    statistics: `calibrate`'s, as written into the artifact."""
+def make_report(build: Build) -> dict[str, Any]:
+    plan, reader, texts = build.plan, build.reader, build.texts
+    statistics = build.folder / STATISTICS
+    windows, held_out = texts.get("calibration"), texts.get("evaluate")
     config, asked = plan.config, portable(plan)
     lines: dict[str, Any] = {}
     scales: list[dict[str, Any]] = []
@@ -93,8 +60,8 @@ def make_report(
     return {
         "version": VERSION,
         "name": plan.recipe.name,
-        "status": "complete" if all(verdict.kept for verdict in verdicts) else "failed",
-        "fingerprint": fingerprint,
+        "status": "complete" if all(verdict.kept for verdict in build.verdicts) else "failed",
+        "fingerprint": build.identity.artifact,
         "asked": asked,
         "model": {
             "architecture": plan.checkpoint.architecture.name,
@@ -110,22 +77,22 @@ def make_report(
         },
         "source": {
             "model": asked["model"],
-            "weights": weights,
+            "weights": build.identity.weights,
             "bytes": plan.checkpoint.weight_bytes,
         },
-        "calibration": _text(windows) if windows.tokens else None,
+        "calibration": _text(windows) if windows else None,
         "evaluation": {**_text(held_out), "engine": plan.measures_engine} if held_out else None,
-        "quality": {name: variant["figures"] for name, variant in measured.items()},
-        "profile": {name: variant["profile"] for name, variant in measured.items()},
-        "gates": [verdict.as_dict() for verdict in verdicts],
+        "quality": {name: variant["figures"] for name, variant in build.measured.items()},
+        "profile": {name: variant["profile"] for name, variant in build.measured.items()},
+        "gates": [verdict.as_dict() for verdict in build.verdicts],
         "linears": lines,
         "kept": kept,
-        "activations": _activations(plan, statistics) if plan.stage(Calibrate) else {},
+        "activations": _activations(plan, statistics) if statistics.is_file() else {},
         "awq": scales,
         "fallbacks": {
             name: line["fallback"] for name, line in lines.items() if line.get("fallback")
         },
-        **({"requantized": inexact} if inexact else {}),
+        **({"requantized": build.inexact} if build.inexact else {}),
         "kv": _kv_ranges(plan, reader) if plan.stage(KvQparams) else None,
         "sizes": {
             pack.format: checkpoint_bytes(prepared.job)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantflow import __version__
 from quantflow.artifacts.artifact import (
-    KV_FILE,
     MANIFEST,
     PAGE,
     REPORT,
     RUN,
-    STATISTICS,
     building,
     file_entries,
     is_whole,
@@ -28,36 +23,20 @@ from quantflow.artifacts.artifact import (
 from quantflow.artifacts.store import write_json
 from quantflow.calibration.data import Windows
 from quantflow.checkpoints.directory import read_json
-from quantflow.checkpoints.tensor_file import TensorFile, TensorWriter, dtype_name, save_tensors
 from quantflow.errors import DataError, ModelError, Problem
-from quantflow.evaluate.gates import judge
-from quantflow.formats.reader import REQUANTIZED
 from quantflow.machine import peak_resident_bytes
 from quantflow.pipeline.artifact import Artifact
+from quantflow.pipeline.build import Build
 from quantflow.pipeline.identities import Identities, identities
-from quantflow.pipeline.measure import measure
 from quantflow.pipeline.output import check_output
 from quantflow.pipeline.plan import Plan
+from quantflow.pipeline.portable import portable
 from quantflow.pipeline.progress import Progress
-from quantflow.pipeline.report import make_report, portable
+from quantflow.pipeline.report import make_report
 from quantflow.pipeline.sweep import MeasuredReader, SweepReader, check_complete, passes, sweep
 from quantflow.pipeline.windows import recipe_windows
-from quantflow.quant.kv import KVParameters
 from quantflow.report.page import report_page, write_page
-from quantflow.stages.calibrate import Calibrate
-from quantflow.stages.containers import container_of
-from quantflow.stages.evaluate import Evaluate
-from quantflow.stages.kv_parameters import (
-    fp8_scales,
-    largest_of_extremes,
-    layer_parameters,
-    parameter_tensors,
-    per_rank,
-)
-from quantflow.stages.kv_qparams import KvQparams
-from quantflow.stages.pack_pieces import Results
-from quantflow.stages.pack_writer import rank_folders, write_checkpoint, write_ranks
-from quantflow.stages.requantize import Requantizing, record
+from quantflow.stages.base import code, planned
 from quantflow.tokenizers.load import load_tokenizer
 
 
@@ -66,62 +45,57 @@ def run(plan: Plan, progress: Progress, *, fresh: bool = False) -> Artifact:
     result, not raised."""
     clock = _Clock()
     # what is wrong with them is said before anything is written, or gigabytes are hashed
-    windows, held_out = _texts(plan)
+    texts = _texts(plan)
+    windows = texts.get("calibration", NO_WINDOWS)
     clock.lap("tokenize")
     check_output(plan)
     with plan.store.locked():
         plan.store.drop_torn()
-        return _run(plan, windows, held_out, progress, clock, fresh)
+        progress.phase("hash", len(plan.checkpoint.files), "files")
+        digests = plan.store.digests(plan.checkpoint.files, progress.step)
+        clock.lap("hash")
+        weights = plan.weights_key(digests.values())
+        identity = identities(plan, weights, windows, texts.get("evaluate"))
+        if fresh:
+            for key in (identity.calibrate, identity.sweep, identity.evaluate):
+                plan.store.forget(key)
+        elif (finished := _finished(plan, identity)) is not None:
+            return finished
+        for each in passes(plan, identity.calibrate, identity.sweep, windows.tokens):
+            if sweep(plan, each, progress):
+                clock.lap(each.name)
+        for key in (identity.calibrate, identity.sweep):
+            plan.store.drop_streams(key)  # of a run that was killed after its last layer
+        return _build(plan, identity, texts, progress, clock)
 
 
-def _texts(plan: Plan) -> tuple[Windows, Windows | None]:
-    """The windows of the calibration (none where no stage reads it) and of `evaluate`. Raises
-    UserError, also for an overlap."""
-    evaluate, calibration = plan.stage(Evaluate), plan.recipe.calibration
-    tokenizer = (
-        load_tokenizer(plan.checkpoint.tokenizer_path)
-        if plan.reads_calibration or evaluate
-        else None
-    )
-    windows = Windows([], frozenset(), "")
-    if plan.reads_calibration and calibration:
-        windows = recipe_windows(plan, tokenizer, "calibration")
-    held_out = recipe_windows(plan, tokenizer, "evaluate") if evaluate else None
-    if held_out and (shared := windows.documents & held_out.documents):
-        raise DataError(
-            Problem(
-                "evaluate",
-                f"{len(shared)} of its documents were used for calibration",
-                "text that calibration has not seen",
-                "Use another file, or evaluate.skip to begin after the calibration's documents",
+NO_WINDOWS = Windows([], frozenset(), "")
+
+
+def _texts(plan: Plan) -> dict[str, Windows]:
+    """The windows of the sections that name a text; of the calibration where a stage reads it.
+    Raises UserError, also for an overlap."""
+    names = [n for n in plan.sections if n != "calibration" or plan.reads_calibration]
+    tokenizer = load_tokenizer(plan.checkpoint.tokenizer_path) if names else None
+    texts = {name: recipe_windows(plan, tokenizer, name) for name in names}
+    seen = texts.get("calibration", NO_WINDOWS).documents
+    for name, windows in texts.items():
+        if name != "calibration" and (shared := seen & windows.documents):
+            raise DataError(
+                Problem(
+                    name,
+                    f"{len(shared)} of its documents were used for calibration",
+                    "text that calibration has not seen",
+                    f"Use another file, or {name}.skip to begin after the calibration's documents",
+                )
             )
-        )
-    return windows, held_out
+    return texts
 
 
-def _run(
-    plan: Plan,
-    windows: Windows,
-    held_out: Windows | None,
-    progress: Progress,
-    clock: _Clock,
-    fresh: bool,
+def _build(
+    plan: Plan, identity: Identities, texts: dict[str, Windows], progress: Progress, clock: _Clock
 ) -> Artifact:
-    evaluate = plan.stage(Evaluate)
-    progress.phase("hash", len(plan.checkpoint.files), "files")
-    weights = plan.weights_key(plan.store.digests(plan.checkpoint.files, progress.step).values())
-    clock.lap("hash")
-    identity = identities(plan, weights, windows, held_out)
-    if fresh:
-        for key in (identity.calibrate, identity.sweep, identity.evaluate):
-            plan.store.forget(key)
-    elif (finished := _finished(plan, identity)) is not None:
-        return finished
-    for each in passes(plan, identity.calibrate, identity.sweep, windows.tokens):
-        sweep(plan, each, progress)
-        clock.lap(each.name)
-    for key in (identity.calibrate, identity.sweep):
-        plan.store.drop_streams(key)  # of a run that was killed after its last layer
+    """The artifact of layers that are all in the store."""
     reader = (
         SweepReader(plan.store, identity.sweep)
         if plan.rounds
@@ -131,63 +105,51 @@ def _run(
     # where the current folder is the output, it is another one afterwards
     place = plan.output.resolve()
     with building(place) as folder:
-        formats, inexact = _pack(plan, reader, folder, progress)
-        clock.lap("pack")
-        _write_statistics(plan, identity, reader, folder)
-        full = MeasuredReader(plan.store, identity.calibrate)
-        written = folder / next(iter(formats.values()), ".")
-        measured = (
-            measure(plan, identity.evaluate, reader, full, written, held_out, progress)
-            if held_out
-            else {}
-        )
-        quality = {name: variant["figures"] for name, variant in measured.items()}
-        clock.lap("evaluate")
-        verdicts = judge(quality, evaluate.gates.model_dump()) if evaluate else []
-        failures = [str(verdict) for verdict in verdicts if not verdict.kept]
-        report = make_report(
-            plan,
-            reader,
-            fingerprint=identity.artifact,
-            weights=weights,
-            windows=windows,
-            held_out=held_out,
-            measured=measured,
-            verdicts=verdicts,
-            inexact=inexact,
-            statistics=folder / STATISTICS,
-        )
+        build = Build(plan, folder, reader, identity, texts, progress)
+        for stage in planned(plan.recipe):
+            if stage.finish:
+                code(stage.finish)(stage, build)
+                clock.lap(stage.phase)
+        report = make_report(build)
         write_json(folder / REPORT, report)
         write_page(folder / PAGE, report_page(report))
         files = file_entries(folder)
-        manifest = {
-            "quantflow": __version__,
-            "name": plan.recipe.name,
-            "fingerprint": identity.artifact,
-            "status": "failed" if failures else "complete",
-            "failed_gates": failures,
-            "formats": formats,
-            "tensor_parallel": plan.tp,
-            "recipe": portable(plan),
-            "source": {
-                "model": portable(plan)["model"],
-                "architecture": plan.checkpoint.architecture.name,
-                "weights": weights,
-                "files": {p.name: d for p, d in plan.store.digests(plan.checkpoint.files).items()},
-            },
-            "calibration": {"tokens": windows.digest, "source": windows.source}
-            if windows.tokens
-            else None,
-            "kv_qparams": _kv_summary(plan, reader),
-            "quality": quality,
-            "notes": report["notes"],
-            "files": files,
-        }
+        manifest = _manifest(build, report, files)
         write_json(folder / MANIFEST, manifest)
         clock.lap("write")
         write_json(folder / RUN, _run_record(plan, clock.seconds))
         plan.store.remember(folder, place, {name: entry["sha256"] for name, entry in files.items()})
-    return Artifact(plan.output, False, quality, failures, clock.seconds, report)
+    failures = manifest["failed_gates"]
+    return Artifact(plan.output, False, manifest["quality"], failures, clock.seconds, report)
+
+
+def _manifest(build: Build, report: dict[str, Any], files: dict[str, Any]) -> dict[str, Any]:
+    plan, windows = build.plan, build.texts.get("calibration", NO_WINDOWS)
+    failures = [str(verdict) for verdict in build.verdicts if not verdict.kept]
+    return {
+        "quantflow": __version__,
+        "name": plan.recipe.name,
+        "fingerprint": build.identity.artifact,
+        "status": "failed" if failures else "complete",
+        "failed_gates": failures,
+        "formats": build.formats,
+        "tensor_parallel": plan.tp,
+        "recipe": portable(plan),
+        "source": {
+            "model": portable(plan)["model"],
+            "architecture": plan.checkpoint.architecture.name,
+            "weights": build.identity.weights,
+            "files": {p.name: d for p, d in plan.store.digests(plan.checkpoint.files).items()},
+        },
+        "calibration": {"tokens": windows.digest, "source": windows.source}
+        if windows.tokens
+        else None,
+        "kv_qparams": None,
+        **build.manifest,
+        "quality": report["quality"],
+        "notes": report["notes"],
+        "files": files,
+    }
 
 
 class _Clock:
@@ -197,7 +159,8 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
-        self.seconds[name], self._last = round(now - self._last, 3), now
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self._last, 3)
+        self._last = now
 
 
 def _finished(plan: Plan, identity: Identities) -> Artifact | None:
@@ -220,118 +183,6 @@ def _finished(plan: Plan, identity: Identities) -> Artifact | None:
     except (ModelError, OSError):  # damaged: the artifact is written anew
         return None
     return Artifact(plan.output, True, manifest["quality"], manifest["failed_gates"], {}, report)
-
-
-def _pack(
-    plan: Plan, reader: SweepReader, folder: Path, progress: Progress
-) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """Writes every format (and its ranks). Returns format -> folder relative to the artifact, and
-    format -> what had to be put on another grid or rounded -> its relative error."""
-    jobs = [prepared.job for prepared in plan.prepared]
-    progress.phase(
-        "pack", plan.config.layers * sum(1 + rank_folders(job) for job in jobs), "layers"
-    )
-    formats: dict[str, str] = {}
-    errors: dict[str, dict[str, float]] = {}
-    for pack, job in zip(plan.packs, jobs, strict=True):
-        formats[pack.format] = "." if len(plan.packs) == 1 else pack.format
-        target = folder / formats[pack.format]
-        off: dict[str, float] = {}
-        if plan.stage(KvQparams) and container_of(job).kv_inside:
-            kv, off = _kv_of_ranks(plan, reader)
-            job = replace(job, kv=kv)
-        if pack.kv_scales:
-            job = replace(job, kv=_fp8_scales(plan, reader), kv_scales=pack.kv_scales)
-        results: Results = Requantizing(reader, job, errors=off) if pack.requantize else reader
-        off |= write_checkpoint(target, job, results, progress.step)
-        for rank, place in write_ranks(target, job, results, progress.step):
-            if plan.stage(KvQparams):
-                save_tensors(place / KV_FILE, _kv_tensors(plan, reader, rank, plan.tp))
-        if off:
-            errors[pack.format] = record(off)
-            write_json(
-                target / REQUANTIZED,
-                {"from": "recipe", "to": pack.format, "relative_errors": errors[pack.format]},
-            )
-    return formats, errors
-
-
-def _kv_of_ranks(plan: Plan, reader: SweepReader) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """KV parameters for a workspace: one a layer and rank, from the extremes of the rank's heads;
-    and by how much scales by head or channel were widened for that, which the plan has allowed."""
-    heads = plan.config.kv_heads // plan.tp
-    ranks = [
-        per_rank(_kv_tensors(plan, reader, rank, plan.tp), heads, 1, rounded=True)
-        for rank in range(plan.tp)
-    ]
-    whole = {
-        name: torch.stack([parameters[name] for parameters, _ in ranks]) if plan.tp > 1 else value
-        for name, value in ranks[0][0].items()
-    }
-    return whole, {name: max(errors.get(name, 0.0) for _, errors in ranks) for name in ranks[0][1]}
-
-
-def _kv_parameters(
-    plan: Plan, reader: SweepReader, index: int, rank: int = 0, tp: int = 1
-) -> dict[str, KVParameters]:
-    settings = plan.stage(KvQparams)
-    assert settings is not None
-    return layer_parameters(reader.kv(index), settings, rank, tp)
-
-
-def _kv_tensors(plan: Plan, reader: SweepReader, rank: int = 0, tp: int = 1) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for index in range(plan.config.layers):
-        prefix = plan.checkpoint.attention(index)
-        tensors.update(parameter_tensors(prefix, _kv_parameters(plan, reader, index, rank, tp)))
-    return tensors
-
-
-def _fp8_scales(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
-    scales: dict[str, Tensor] = {}
-    for index in range(plan.config.layers):
-        prefix = plan.checkpoint.attention(index)
-        scales |= fp8_scales(
-            prefix, largest_of_extremes(reader.kv(index)), getattr(torch, plan.config.dtype)
-        )
-    return scales
-
-
-def _kv_summary(plan: Plan, reader: SweepReader) -> dict[str, Any] | None:
-    settings = plan.stage(KvQparams)
-    if settings is None:
-        return None
-    summary: dict[str, Any] = {**settings.model_dump(mode="json"), "file": KV_FILE}
-    if settings.granularity == "tensor":
-        summary["layers"] = [
-            {
-                f"{letter}_{what}": float(f"{float(getattr(p, field)):.9g}")
-                for letter, p in (("k", parameters["key"]), ("v", parameters["value"]))
-                for what, field in (("scale", "scale"), ("zero_point", "zero_point"))
-            }
-            for parameters in (_kv_parameters(plan, reader, i) for i in range(plan.config.layers))
-        ]
-    return summary
-
-
-def _write_statistics(plan: Plan, identity: Identities, reader: SweepReader, folder: Path) -> None:
-    if plan.stage(KvQparams):
-        save_tensors(folder / KV_FILE, _kv_tensors(plan, reader))
-    if not plan.stage(Calibrate):
-        return
-    files = [TensorFile(plan.store.layer(identity.calibrate, i)) for i in range(plan.config.layers)]
-    prefixes = [plan.checkpoint.architecture.layer_prefix(i) for i in range(plan.config.layers)]
-    specs = {
-        f"{p}.{n}": (info.dtype, info.shape)
-        for p, f in zip(prefixes, files, strict=True)
-        for n, info in f.tensors.items()
-    }
-    with TensorWriter(folder / STATISTICS, specs) as writer:
-        for prefix, file in zip(prefixes, files, strict=True):
-            for name in file.tensors:
-                tensor = file.read(name)
-                assert dtype_name(tensor.dtype) == "F32"
-                writer.write(f"{prefix}.{name}", tensor)
 
 
 def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:

@@ -61,11 +61,12 @@ def passes(plan: Plan, calibrate: str, sweep: str, tokens: list[list[int]]) -> I
         yield Pass("quantise", sweep, altered, tokens[: plan.stream_windows], False)
 
 
-def sweep(plan: Plan, this: Pass, progress: Progress) -> None:
-    """Fills the store with every layer's result of a pass, from the first that is missing."""
+def sweep(plan: Plan, this: Pass, progress: Progress) -> bool:
+    """Fills the store with every layer's result of a pass, from the first that is missing. Returns
+    whether any was."""
     config, checkpoint, shelf = plan.config, plan.checkpoint, Shelf(plan.store, this.key)
     if shelf.finished(config.layers) == config.layers:
-        return
+        return False
     progress.phase(this.name, config.layers, "layers")
     device, dtype = torch.device(plan.device), getattr(torch, plan.compute_dtype)
     length = len(this.tokens[0]) if this.tokens else 0
@@ -118,6 +119,7 @@ def sweep(plan: Plan, this: Pass, progress: Progress) -> None:
     finally:
         if streams:
             streams.close()
+    return True
 
 
 def grid_rules(plan: Plan) -> GridRules:

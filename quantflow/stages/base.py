@@ -19,11 +19,14 @@ class PlannedStage(Stage):
 
     layer: what it does to one decoder layer, given the stage and a `LayerWork`. original: it looks
     at the full-precision model's stream, in a pass of its own; else at the stream that the stages
-    before it have altered.
+    before it have altered. finish: what it does to the artifact when all layers are done, given the
+    stage and the run's `Build`; phase: of the run that this counts as.
     """
 
     layer: ClassVar[str] = ""
     original: ClassVar[bool] = False
+    finish: ClassVar[str] = ""
+    phase: ClassVar[str] = "pack"
 
     def looks_at(self, calibration: Calibration) -> int:
         """Windows of the stream that it looks at; 0 of one that looks at weights alone."""

@@ -14,6 +14,7 @@ class Calibrate(PlannedStage):
     name: ClassVar[str] = "calibrate"
     example: ClassVar[str] = "- calibrate"
     layer: ClassVar[str] = "quantflow.stages.calibrate_layer:calibrate"
+    finish: ClassVar[str] = "quantflow.pipeline.statistics_file:write_statistics"
     original: ClassVar[bool] = True
     measures: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True

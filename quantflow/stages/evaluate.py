@@ -56,6 +56,8 @@ class Evaluate(PlannedStage):
             " perplexity_ratio: 1.05}}"
         )
     }
+    finish: ClassVar[str] = "quantflow.pipeline.evaluation:evaluate"
+    phase: ClassVar[str] = "evaluate"
     reads_text: ClassVar[bool] = True
 
     data: NonEmpty = Field(

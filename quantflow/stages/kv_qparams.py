@@ -20,6 +20,7 @@ class KvQparams(PlannedStage):
     name: ClassVar[str] = "kv_qparams"
     example: ClassVar[str] = "- kv_qparams: {symmetric: false, granularity: tensor}"
     layer: ClassVar[str] = "quantflow.stages.kv_parameters:keep_extremes"
+    finish: ClassVar[str] = "quantflow.pipeline.kv_files:write_parameters"
     measures: ClassVar[bool] = True
     alters: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True

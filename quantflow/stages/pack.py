@@ -36,6 +36,7 @@ class Pack(PlannedStage):
 
     name: ClassVar[str] = "pack"
     example: ClassVar[str] = "- pack: {format: compressed-tensors, max_shard_size: 2GB}"
+    finish: ClassVar[str] = "quantflow.pipeline.packing:pack_checkpoint"
     writes: ClassVar[bool] = True
 
     format: Literal[

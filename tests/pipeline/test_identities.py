@@ -164,7 +164,10 @@ def test_a_hosted_decoder_is_of_its_own_code_and_of_transformers(
     [
         ("pipeline/sweep.py", (*LAYER_CODE, *module.READS, *module.NATIVE), module.LOOP),
         ("pipeline/measure.py", (*module.MEASURES, *module.RUNS), module.MEASUREMENT),
-        ("pipeline/run.py", (*module.WRITES, *module.DESCRIBES), module.ARTIFACT),
+        *(
+            (f"pipeline/{name}.py", (*module.WRITES, *module.DESCRIBES), module.ARTIFACT)
+            for name in ("run", "packing", "kv_files", "evaluation")
+        ),
     ],
 )
 def test_all_that_a_loop_puts_together_is_seen(
