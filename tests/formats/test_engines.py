@@ -17,7 +17,8 @@ from quantflow.formats.engines import BITSANDBYTES, HEADS, LLAMA_CPP, LOADS, loa
 from quantflow.formats.weight import Weight
 from quantflow.pipeline.starter import TARGETS
 from quantflow.quant.numbers import NUMBERS
-from quantflow.quant.scheme import BITS, Scheme
+from quantflow.quant.numbers.base import BITS
+from quantflow.quant.scheme import Scheme
 from tests.helpers.runs import invoke
 
 ROOT = Path(__file__).parents[2]
@@ -159,7 +160,7 @@ def test_widths_that_need_more_than_the_engine_are_said_with_what_they_need() ->
 
 def test_no_recipe_for_an_engine_is_one_that_it_is_said_not_to_load() -> None:
     for name, target in TARGETS.items():
-        offered = [found for bits in BITS for found in target.schemes(bits)]
+        offered = [scheme for bits in BITS for scheme in target.schemes(bits)]
         assert {scheme.bits for _, scheme in offered} == {
             "lmdeploy": {4},
             "transformers": set(BITS),
