@@ -11,8 +11,9 @@ A step decides for itself whether it computes gradients.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,17 @@ def through(
 ) -> None:
     """Calls `work` with each layer's index and its weights on the device; the next layer's are read
     meanwhile."""
+    with closing(_each(read, layers, device)) as each:
+        for index, weights in each:
+            work(index, weights)
+            del weights
+
+
+def _each(
+    read: Read, layers: range, device: torch.device
+) -> Generator[tuple[int, dict[str, Tensor]], None, None]:
+    """Each layer's index and its weights on the device, of which whoever asks for the next
+    must have let go: else two layers' take room there."""
     if not layers:
         return
     with ThreadPoolExecutor(1) as reader:
@@ -55,7 +67,7 @@ def through(
             weights = {name: tensor.to(device) for name, tensor in ahead.result().items()}
             if index != layers[-1]:
                 ahead = reader.submit(read, index + 1)
-            work(index, weights)
+            yield index, weights
             del weights
             give_back_freed_memory()
 
@@ -82,11 +94,10 @@ def walk(
         begin()
     for _ in range(done):
         tell(None)
-    with ThreadPoolExecutor(1) as writer:
+    ahead = _each(read, range(done, layers), device)
+    with ThreadPoolExecutor(1) as writer, closing(ahead) as each:
         saving: Future[None] | None = None
-
-        def work(index: int, weights: dict[str, Tensor]) -> None:
-            nonlocal saving
+        for index, weights in each:
             result = step(index, weights)
             # The layer before must be whole on disk before this one is: results count from the
             # first that is missing.
@@ -97,8 +108,7 @@ def walk(
             snapshots = {name: stream.snapshot() for name, stream in carried.items()}
             saving = writer.submit(_save, shelf, index, result, snapshots)
             tell(result)
-
-        through(read, range(done, layers), device, work)
+            del result, weights
         if saving is not None:
             saving.result()
     shelf.drop_streams()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantflow.calibration.statistics import Hessian
 from quantflow.quant.fit import shown
-from quantflow.quant.gptq import Factor, factorize, output_error, quantize_gptq
+from quantflow.quant.gptq import Factor, GptqResult, factorize, output_error, quantize_gptq
 from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.rounded import Quantized, Rounder, Unrounded, line, nearest_linear
@@ -63,29 +63,28 @@ def gptq_segment(
         # again, exactly.
         hessian = _hessian(channels, rows, device, exact=True)
         factor = _factor(hessian, settings)
-    if hessian.rows:
-        for scheme in dict.fromkeys(source.schemes[n] for n in names):
-            yield from _solve(
-                source,
-                [n for n in names if source.schemes[n] == scheme],
-                scheme,
-                hessian,
-                factor,
-                settings,
-            )
-    else:
+    if not hessian.rows:
         for n in names:
-            reason = "no calibration token: rounded to nearest"
-            yield (
-                n,
-                nearest_linear(
-                    source.weight(n),
-                    source.schemes[n],
-                    source.rules,
-                    search=settings.range_search,
-                    fallback=reason,
-                ),
-            )
+            weight, scheme, rules = source.weight(n), source.schemes[n], source.rules
+            reason, search = "no calibration token: rounded to nearest", settings.range_search
+            yield n, nearest_linear(weight, scheme, rules, search=search, fallback=reason)
+        return
+    for scheme in dict.fromkeys(source.schemes[n] for n in names):
+        alike = [n for n in names if source.schemes[n] == scheme]
+        weights = [source.weight(n) for n in alike]
+        together = weights[0] if len(weights) == 1 else torch.cat(weights)
+        weights = list(together.split([len(weight) for weight in weights]))
+        result = quantize_gptq(
+            together,
+            hessian.matrix,
+            factor,
+            scheme,
+            source.rules,
+            act_order=settings.act_order,
+            search=settings.range_search,
+            refine=settings.refine,
+        )
+        yield from zip(alike, _apart(weights, result, hessian, source.rules), strict=True)
 
 
 def _hessian(channels: int, rows: Rows, device: torch.device, *, exact: bool = False) -> Hessian:
@@ -104,44 +103,25 @@ def _factor(hessian: Hessian, settings: Gptq) -> Factor | None:
     )
 
 
-def _solve(
-    source: Unrounded,
-    names: list[str],
-    scheme: Scheme,
-    seen: Hessian,
-    factor: Factor | None,
-    settings: Gptq,
-) -> Iterator[tuple[str, Quantized]]:
-    """Linears of one scheme that share an input, their rows under one another."""
-    weights = [source.weight(n) for n in names]
-    sizes = [len(weight) for weight in weights]
-    together = weights[0] if len(weights) == 1 else torch.cat(weights)
-    weights = list(together.split(sizes))
-    result = quantize_gptq(
-        together,
-        seen.matrix,
-        factor,
-        scheme,
-        source.rules,
-        act_order=settings.act_order,
-        search=settings.range_search,
-        refine=settings.refine,
-    )
+def _apart(
+    weights: list[Tensor], result: GptqResult, seen: Hessian, rules: GridRules
+) -> Iterator[Quantized]:
+    """Linears that were solved with their rows under one another, each with its line of the
+    report."""
     start = 0
-    for n, weight in zip(names, weights, strict=True):
+    for weight in weights:
         tensor = result.tensor.rows(slice(start, start + len(weight)))
         start += len(weight)
-        error = shown(output_error(weight, tensor.dequantize(), seen.matrix))
-        lines = line(
+        report = line(
             weight,
             tensor,
-            source.rules,
+            rules,
             method="gptq",
-            error=error,
+            error=shown(output_error(weight, tensor.dequantize(), seen.matrix)),
             tokens=seen.rows,
             fallback=result.fallback,
         )
-        yield n, Quantized(tensor, lines)
+        yield Quantized(tensor, report)
 
 
 def gptq_rounder(rules: GridRules, settings: Gptq) -> Rounder:
