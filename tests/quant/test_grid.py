@@ -254,10 +254,10 @@ def test_a_search_is_never_worse_in_its_own_loss(
         importance = x.transpose(1, 2) @ x
 
     def loss(grid: Grid) -> torch.Tensor:
-        parts = weight.double().view(3, -1, group)
+        # The ends of a symmetric range lie halfway between two codes: which one, only float32 says.
+        codes = encode(weight.view(3, -1, group), grid, scheme).double()
         scales, zeros = grid.scales.double()[..., None], grid.zeros.double()[..., None]
-        codes = (parts / scales + zeros).round().clamp(0, scheme.levels)
-        error = (codes - zeros) * scales - parts
+        error = (codes - zeros) * scales - weight.double().view(3, -1, group)
         if importance is None:
             return error.square().sum(-1)
         if kind == "channels":
