@@ -243,10 +243,11 @@ class _File:
     dtype: torch.dtype
 
     def save(self, path: Path) -> int:
-        checksum = 0
+        checksum, most = 0, _copied(self.shape, self.dtype)
+        buffer = torch.empty((min(most, self.shape[0]), *self.shape[1:]), dtype=self.dtype)
         with open(self.path, "rb", buffering=0) as file:
-            for start, stop in _spans(self.shape[0], _copied(self.shape, self.dtype)):
-                part = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+            for start, stop in _spans(self.shape[0], most):
+                part = buffer[: stop - start]
                 _read_into(file, part, self.path)
                 checksum = zlib.crc32(_bytes(part), checksum)
         os.replace(self.path, path)

@@ -3,7 +3,8 @@
 What every offline pass shares, whatever it does with a layer: the next layer's weights are read
 while this one is worked on, streams lie in files where they are larger than their budget, and
 results are stored a layer at a time while the next one is computed, so that a walk that was killed
-goes on behind the last layer that is whole.
+goes on behind the last layer that is whole: what is lost is a layer's work and, of the next one's,
+what was done while it was written.
 
 A step decides for itself whether it computes gradients.
 """
@@ -126,6 +127,8 @@ def _save(shelf: Shelf, index: int, result: Result, streams: Mapping[str, Snapsh
     }
     save_tensors(shelf.layer(index), result.tensors, metadata)
     shelf.drop_streams(keep=index)
+    result.tensors.clear()  # the next layer needs the room
+    give_back_freed_memory()
 
 
 def _resume(shelf: Shelf, layers: int, streams: Mapping[str, Stream]) -> int:
