@@ -314,3 +314,48 @@ def test_a_family_with_a_table_needs_no_modelling_code(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_evaluate_cannot_measure_an_engine_that_does_not_run_it(place: Path) -> None:
+    recipe = {
+        "name": "engine",
+        "model": str(place / "model"),
+        "output": str(place / "engine"),
+        "weights": {"bits": 4, "group_size": 32, "symmetric": True},
+        "stages": [
+            "rtn",
+            {"pack": {"format": "compressed-tensors"}},
+            {"evaluate": {"data": str(place / "eval.txt"), "length": 24, "engine": True}},
+        ],
+    }
+    (place / "engine.yaml").write_text(yaml.safe_dump(recipe))
+    result = invoke("plan", place / "engine.yaml")
+    assert result.exit_code == 2
+    assert "evaluate.engine: Gemma3ForCausalLM, which QuantFlow's own engine" in result.stderr
+
+
+def test_sensitivity_measures_what_transformers_gives(place: Path, tmp_path: Path) -> None:
+    """Of one part: transformers' KL with that part's linears rounded, on the same windows."""
+    data, out = str(place / "eval.txt"), tmp_path / "sensitivity.json"
+    options = ("--samples", 2, "--length", 24, "--group-size", 32, "--bits", "3,8")
+    result = invoke("sensitivity", place / "model", "--data", data, "--output", out, *options)
+    assert result.exit_code == 0, result.output
+    (found,) = [
+        part
+        for part in json.loads(out.read_text())["parts"]
+        if part["name"] == "model.layers.1.mlp.gate_up"
+    ]
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32).eval()
+    texts = documents(data)
+    windows = cut_windows(load_tokenizer(place / "model"), texts, count=2, length=24)
+    tokens = torch.tensor(windows.tokens)
+    scheme = Scheme(3, 32, False)
+    with torch.inference_mode():
+        reference = model(tokens).logits.double().log_softmax(-1)
+        for name in ("gate_proj", "up_proj"):
+            weight = model.model.layers[1].mlp.get_submodule(name).weight
+            rounded = scheme.numbers.quantize(weight, scheme, GridRules((torch.float32,)))
+            weight.copy_(rounded.dequantize())
+        quantised = model(tokens).logits.double().log_softmax(-1)
+    kl = float((reference.exp() * (reference - quantised)).sum(-1).mean())
+    assert found["kl_mean"]["3"] == pytest.approx(kl, rel=2e-3)
