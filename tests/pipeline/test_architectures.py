@@ -144,7 +144,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
     def made(name: str) -> tuple[Path, dict[str, Any]]:
         case = CASES[name]
         result = quantise(tmp_path_factory.mktemp(name), specimen(name, case.dtype), case.symmetric)
-        return result.output, json.loads((result.output / "report.json").read_text())
+        return result.path, json.loads((result.path / "report.json").read_text())
 
     return made
 
@@ -205,7 +205,7 @@ def test_eight_bits_compute_what_the_original_computes(name: str, tmp_path: Path
     a router, a second reader of a norm."""
     output = quantise(
         tmp_path, specimen(name), CASES[name].symmetric, formats=("compressed-tensors",), bits=8
-    ).output
+    ).path
     report = json.loads((output / "report.json").read_text())
     assert report["fallbacks"] == {}
     # AWQ has rescaled something
@@ -239,7 +239,7 @@ def test_asymmetric_experts_go_where_they_can_be_read(name: str, tmp_path: Path)
 
     output = quantise(
         tmp_path / "written", found, symmetric=False, formats=("awq", "gptq_v2")
-    ).output
+    ).path
     awq, gptq = Weights(output / "awq"), Weights(output / "gptq_v2")
     assert len(awq.modules) == CASES[name].linears and awq.modules == gptq.modules
     for module in awq.modules:
@@ -279,7 +279,7 @@ def test_an_expert_without_a_token_is_rounded_to_nearest_and_reported(
 ) -> None:
     shunned = 2
     found = _shun(specimen(name), shunned)
-    output = quantise(tmp_path, found, symmetric=True).output
+    output = quantise(tmp_path, found, symmetric=True).path
     report = json.loads((output / "report.json").read_text())
     block, gate, down, up = parts
     names = {
