@@ -237,9 +237,7 @@ def test_asymmetric_experts_go_where_they_can_be_read(name: str, tmp_path: Path)
     )
     assert not (tmp_path / "refused" / "out").exists()
 
-    output = quantise(
-        tmp_path / "written", found, symmetric=False, formats=("awq", "gptq_v2")
-    ).path
+    output = quantise(tmp_path / "written", found, symmetric=False, formats=("awq", "gptq_v2")).path
     awq, gptq = Weights(output / "awq"), Weights(output / "gptq_v2")
     assert len(awq.modules) == CASES[name].linears and awq.modules == gptq.modules
     for module in awq.modules:
