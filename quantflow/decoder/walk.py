@@ -144,6 +144,6 @@ def _resume(shelf: Shelf, layers: int, streams: Mapping[str, Stream]) -> int:
         return done
     # Killed between saving the layer and cleaning up is fine; a stream lost otherwise means
     # starting over.
-    for index in range(layers):
+    for index in reversed(range(layers)):
         shelf.layer(index).unlink(missing_ok=True)
     return 0

@@ -277,7 +277,7 @@ class Library:
         plan."""
         plan: Mapping[str, str] = getattr(self.model, "_tp_plan", None) or {}
         how = plan.get(f"{self.prefix}.*.{name}", "")
-        return 0 if how.startswith("colwise") else 1 if how.startswith("rowwise") else None
+        return 0 if how == "colwise" else 1 if how == "rowwise" else None
 
 
 def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
