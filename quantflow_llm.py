@@ -26,7 +26,11 @@ def shadowed(package: Path | None = None) -> str:
         package = Path(spec.origin) if spec and spec.origin else None
     if package is None:
         return f"no package of that name is found; expected that of {NAME}. {REMEDY}"
-    if NAME in package.read_text(encoding="utf-8"):  # our docstring says so
+    try:
+        ours = NAME in package.read_text(encoding="utf-8", errors="replace")  # in our docstring
+    except OSError:  # in an archive, say
+        ours = False
+    if ours:
         return ""
     return f"{package} is of another project of that name; expected that of {NAME}. {REMEDY}"
 

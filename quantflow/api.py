@@ -104,7 +104,12 @@ def quantize(
     from quantflow.pipeline.run import run
 
     if isinstance(recipe, Plan):
-        given = {"model": model, "output": output, "overrides": overrides or None}
+        given = {
+            "model": model,
+            "output": output,
+            "overrides": overrides or None,
+            "device": None if device == "auto" else device,
+        }
         if wrong := [name for name, value in given.items() if value is not None]:
             raise UserError(
                 [Problem(name, "given beside a plan", "it in the call of plan") for name in wrong]

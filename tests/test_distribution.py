@@ -147,6 +147,9 @@ def test_ours_is_told_from_theirs(tmp_path: Path) -> None:
     theirs = tmp_path / "__init__.py"
     theirs.write_text(FOREIGN)
     assert str(theirs) in quantflow_llm.shadowed(theirs)
+    theirs.write_bytes(b"# \xe9\n")  # in no UTF-8
+    assert str(theirs) in quantflow_llm.shadowed(theirs)
+    assert "is of another project" in quantflow_llm.shadowed(tmp_path / "in.zip" / "__init__.py")
     assert shared() == ""
 
 

@@ -154,13 +154,16 @@ class _Copy:
     def save(self, path: Path) -> int:
         temporary = path.with_name(f".{path.name}.tmp")
         checksum, held = 0, self._held
-        with naming(path), open(temporary, "wb", buffering=0) as file:
-            for start, stop in _spans(len(held), _copied(held.shape, held.dtype)):
-                data = _bytes(held[start:stop])
-                checksum = zlib.crc32(data, checksum)
-                _write_all(file, data)
-                self._tell(stop)
-        os.replace(temporary, path)
+        try:
+            with naming(path), open(temporary, "wb", buffering=0) as file:
+                for start, stop in _spans(len(held), _copied(held.shape, held.dtype)):
+                    data = _bytes(held[start:stop])
+                    checksum = zlib.crc32(data, checksum)
+                    _write_all(file, data)
+                    self._tell(stop)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # half of one, where the disk is full
         return checksum
 
     def release(self) -> None:

@@ -78,7 +78,9 @@ class Library:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.model, self.config = _build(values)
         self.name = type(self.model).__name__
-        wanted: int = self.config.num_hidden_layers
+        wanted = getattr(self.config, "num_hidden_layers", None)
+        if not isinstance(wanted, int):
+            raise ConfigProblem(f"{self.name} of transformers does not say how many layers it has")
         lists = [
             (name, module)
             for name, module in self.model.named_modules()
@@ -284,6 +286,11 @@ def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
     """The model, its parameters on the meta device, and its config's object."""
     plain = {key: value for key, value in values.items() if not NOT_THE_MODEL.fullmatch(key)}
     model_type = plain.pop("model_type")
+    if "text_config" in CONFIG_MAPPING[model_type].sub_configs:
+        raise ConfigProblem(
+            f"{model_type} is more than a language model: expected its text model's own config, a"
+            " checkpoint of the model_type of its text_config"
+        )
     for name in SYNONYMS[0]:  # before a class makes a list of so many
         if isinstance(count := plain.get(name), int) and count > MOST_LAYERS:
             raise ConfigProblem(f"{name} is {count}, expected at most {MOST_LAYERS}")
@@ -361,6 +368,11 @@ def open_family(values: Json) -> Architecture:
 
 def _decoder_config(library: Library, values: Json) -> DecoderConfig:
     config, trace = library.config, library.trace(0)
+    sizes = {name: getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")}
+    if missing := [name for name, size in sizes.items() if not isinstance(size, int) or not size]:
+        raise ConfigProblem(f"{library.name} of transformers has no {', no '.join(missing)}")
+    if not trace.segments:
+        raise ConfigProblem(f"layers of {library.name} have no linear that could be quantised")
     heads = config.num_attention_heads
     default = (getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
     kv_heads, head_dim = trace.kv[1] if trace.kv else default

@@ -185,8 +185,19 @@ def _rank_problems(job: PackJob) -> list[Problem]:
         for name, count in counts
         if count % tp
     ]
-    modules = job.modules
-    for linear, spec in job.linears().items():
+    modules, linears = job.modules, job.linears()
+    uncut = [linear for linear, spec in linears.items() if spec.cut is None]
+    if checkpoint.architecture.library and uncut:  # every rank would get them whole
+        problems.append(
+            Problem(
+                where,
+                f"{len(uncut)} linears that {checkpoint.architecture.name} of transformers does"
+                f" not cut, such as {uncut[0]}",
+                "1",
+                "What reads it cuts the whole itself",
+            )
+        )
+    for linear, spec in linears.items():
         if spec.cut is None or linear in modules:
             continue
         if (channels := spec.shape[spec.cut]) % tp:

@@ -30,7 +30,7 @@ from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.awq_layer import search_layer
 from quantflow.tokenizers.load import load_tokenizer
-from tests.helpers.hosted import write_gemma3
+from tests.helpers.hosted import write_gemma3, write_other
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama, write_text
 from tests.helpers.zoo import decoder_logits, random_tokens
@@ -314,6 +314,22 @@ def test_a_family_with_a_table_needs_no_modelling_code(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_linears_that_the_library_does_not_cut_have_no_ranks(tmp_path: Path) -> None:
+    """Phi-3's fused q, k and v: a half of its rows would be no rank's."""
+    model = write_other(tmp_path / "model", "phi3")
+    recipe = {
+        "name": "ranks",
+        "model": str(model),
+        "output": str(tmp_path / "out"),
+        "weights": {"bits": 4, "group_size": 32},
+        "stages": ["rtn", {"pack": {"format": "compressed-tensors"}}, {"shard": {"tp": 2}}],
+    }
+    (tmp_path / "ranks.yaml").write_text(yaml.safe_dump(recipe))
+    result = invoke("plan", tmp_path / "ranks.yaml")
+    assert result.exit_code == 2
+    assert "tp 2: 8 linears that Phi3ForCausalLM of transformers does not cut" in result.stderr
 
 
 def test_evaluate_cannot_measure_an_engine_that_does_not_run_it(place: Path) -> None:
