@@ -208,3 +208,11 @@ def test_a_model_beside_itself_has_no_divergence_and_others_have(
     assert json.loads(invoke(*command).stdout) == other.as_dict() and other.kl_mean > 0
     with pytest.raises(quantflow.UserError, match="length"):
         quantflow.measure(bench.model, bench.model, text, length=10**6)
+
+
+def test_nothing_is_added_to_a_plan(bench: Bench, tmp_path: Path) -> None:
+    plan = quantflow.plan(recipe(bench), output=tmp_path / "out", device="cpu")
+    with pytest.raises(quantflow.UserError) as caught:
+        quantflow.quantize(plan, device="cuda", overrides=["weights.bits=3"])
+    assert [problem.where for problem in caught.value.problems] == ["overrides", "device"]
+    assert not (tmp_path / "out").exists()

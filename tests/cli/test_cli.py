@@ -339,9 +339,9 @@ class PanicException(BaseException):
             ("/bad/disk: Input/output error",),
         ),
         (
-            PermissionError(errno.EACCES, "Permission denied", "/root/x"),
+            PermissionError(errno.EACCES, "Permission denied", "/srv/x"),
             2,
-            ("/root/x: Permission denied",),
+            ("/srv/x: Permission denied",),
         ),
         (
             OSError(errno.EROFS, "Read-only file system", "/cd/x"),
