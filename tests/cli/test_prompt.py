@@ -182,6 +182,7 @@ def test_a_real_terminal(address: str) -> None:
         await_("Ask something")
         press(CTRL_C)
         await_("Ctrl-D or /bye leaves")
+        await_("Ask something")  # until then the terminal itself echoes, and Ctrl-C empties it
         press("three")
         await_("three")
         press(CTRL_C)

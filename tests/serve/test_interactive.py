@@ -234,6 +234,7 @@ def test_a_session_keeps_what_a_template_gets_and_nothing_else(
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": answer.json["text"]},
     ]
+    assert until(lambda: bool(left))  # an answer is whole before its session is left
     assert json.loads(left[-1].messages) == expected
     turn(running, session_id=901, cancel=True)
 
