@@ -95,6 +95,7 @@ class Library:
         self._recorders = [_Recorder(layer, i) for i, layer in enumerate(self.layers)]
         parent, _, leaf = self.prefix.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._recorders))
+        self._device = torch.device("cpu")  # of the buffers
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
         self._kinds: dict[tuple[object, ...], Trace] = {}
 
@@ -140,6 +141,7 @@ class Library:
     ) -> Any:
         """The outer model over `tensors` (its own, without the layers'); `seen` stands for every
         layer. None where `seen` has ended it."""
+        self._move_to(next(iter(inputs.values())).device)
         for recorder in self._recorders:
             recorder.seen = seen
         try:
@@ -172,14 +174,23 @@ class Library:
 
     def calls(self, length: int, dtype: torch.dtype, device: torch.device) -> list[Call]:
         """What each layer is called with, for texts of `length` tokens."""
+        self._move_to(device)
         key = (length, dtype, device)
         if key not in self._calls:
+            start = torch.zeros(1, length, self.hidden, dtype=dtype, device=device)
+            # One length besides that of traces: masks grow with its square.
+            kept = {other: calls for other, calls in self._calls.items() if other[0] == TRACED}
+            self._calls = {**kept, key: self._called_with(start)}
+        return self._calls[key]
+
+    def _move_to(self, device: torch.device) -> None:
+        """Takes the buffers of the outer model and of the layers to the device that computes."""
+        if device == self._device:
+            return
+        with torch.inference_mode(False):  # a step that trains uses them as well
             for module in (self.model, *self.layers):
                 _move_buffers(module, device)
-            start = torch.zeros(1, length, self.hidden, dtype=dtype, device=device)
-            # one length: masks grow with its square
-            self._calls = {key: self._called_with(start)}
-        return self._calls[key]
+        self._device = device
 
     def _called_with(self, start: Tensor) -> list[Call]:
         """What each layer is called with where `start` is embedded. Raises ConfigProblem where the
@@ -254,7 +265,7 @@ class Library:
         """What a layer is called with for a few tokens. Raises ConfigProblem where that is more
         than the length of the text says."""
         first, other = (
-            self._called_with(make(1, TRACED, self.hidden))[index]
+            self._called_with(make(1, TRACED, self.hidden, device=self._device))[index]
             for make in (torch.zeros, torch.ones)
         )
         values = [*first.args, *first.kwargs.values()]

@@ -218,6 +218,53 @@ def test_the_folds_of_a_norm_that_adds_one(gemma3: Any) -> None:
         ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_something_else_reads_a_little_takes_no_scale(
+    gemma3: Any, dtype: torch.dtype
+) -> None:
+    """A hundredth of the norm's output goes past the linears: less than bfloat16 would tell."""
+    _, decoder, tensors = gemma3
+    mlp = decoder.library.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) + 0.01 * x
+    segments = decoder.block(1, of_layer(tensors, 1), dtype).segments
+    assert [segment.fold for segment in segments] == [
+        Fold(norm="input_layernorm", offset=1.0),
+        Fold(linear="self_attn.v_proj", heads=(2, 16)),
+        None,
+        Fold(linear="mlp.up_proj"),
+    ]
+
+
+def test_a_norm_whose_other_reader_is_another_segment_takes_no_scale(gemma3: Any) -> None:
+    """`gate` reads a copy of what `up` reads, and nothing of either gets through `down`."""
+    _, decoder, tensors = gemma3
+    mlp = decoder.library.layers[1].mlp
+    mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x.clone())) * mlp.up_proj(x))
+    own = of_layer(tensors, 1)
+    own["mlp.down_proj.weight"] = torch.zeros_like(own["mlp.down_proj.weight"])
+    segments = decoder.block(1, own, torch.float32).segments
+    folds = {segment.names: segment.fold for segment in segments}
+    assert folds["mlp.gate_proj",] is None and folds["mlp.up_proj",] is None
+    assert folds["mlp.down_proj",] == Fold(linear="mlp.up_proj")
+
+
+def test_the_outer_models_buffers_are_where_the_tokens_are(gemma3: Any) -> None:
+    """When its first pass begins, and those of the layers too."""
+    _, decoder, tensors = gemma3
+    library, seen = decoder.library, list[str]()
+
+    def look(module: torch.nn.Module, args: object) -> None:
+        buffers = [b for m in (module, *library.layers) for b in m.buffers()]
+        seen.extend(buffer.device.type for buffer in buffers)
+        raise InterruptedError  # the meta device cannot make masks
+
+    library.model.register_forward_pre_hook(look)
+    outer = {name: tensors[name].to("meta") for name in decoder.embeds}
+    with pytest.raises(InterruptedError):
+        decoder.embed(outer, torch.zeros(1, 4, dtype=torch.long, device="meta"), torch.float32)
+    assert seen and set(seen) == {"meta"}
+
+
 ATTENTION, DENSE = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 OTHERS: dict[str, list[tuple[tuple[str, ...], str | None]]] = {
     # norms stand behind the linears: nothing could take a scale of what is read
