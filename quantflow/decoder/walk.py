@@ -28,6 +28,9 @@ from quantflow.machine import give_back_freed_memory
 if TYPE_CHECKING:
     from quantflow.artifacts.store import Shelf
 
+# Weights after which freed memory goes back to the system: pages that come again cost time.
+GIVEN_BACK_BYTES = 2**26
+
 Read = Callable[[int], Mapping[str, Tensor]]
 """Reads a layer's weights, under their names relative to the layer. Called in another thread."""
 
@@ -62,15 +65,19 @@ def _each(
     must have let go: else two layers' take room there."""
     if not layers:
         return
+    read_bytes = 0
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, layers[0])
         for index in layers:
             weights = {name: tensor.to(device) for name, tensor in ahead.result().items()}
             if index != layers[-1]:
                 ahead = reader.submit(read, index + 1)
+            read_bytes += sum(tensor.nbytes for tensor in weights.values())
             yield index, weights
             del weights
-            give_back_freed_memory()
+            if read_bytes >= GIVEN_BACK_BYTES:
+                give_back_freed_memory()
+                read_bytes = 0
 
 
 def walk(

@@ -58,7 +58,10 @@ def compared(reference: Output, others: Sequence[Output]) -> Iterator[tuple[int,
         for number, other in enumerate(others):
             logprobs = other.head(states[1 + number])
             kl = (likely * (expected - logprobs)).sum(-1)
+            if number == len(others) - 1:
+                del likely  # each of these is as large as LOGIT_ELEMENTS says
             yield number, Compared(positions, expected, logprobs, kl)
+            del logprobs
 
 
 def mean_divergences(reference: Output, others: Sequence[Output]) -> list[float]:

@@ -260,6 +260,7 @@ def _compare(
         nll_target -= float(a.gather(1, wanted)[counted].double().sum())
         nll -= float(b.gather(1, wanted)[counted].double().sum())
         divergences.append(part.kl)
+        del part, a, b  # before the next ones are computed
     kl = torch.cat(divergences).double()
     predicted = int(predicts.sum())
     p99 = float(kl.kthvalue(max(1, math.ceil(0.99 * len(kl)))).values)
