@@ -142,6 +142,7 @@ def summarise(plan: Plan, stored: int | None) -> dict[str, Any]:
         },
         "steps": dump(plan.recipe)["stages"],
         "linears": dict(schemes),
+        "others": dict(Counter(plan.others.values())),
         "stored_layers": stored,
         "weight_bytes": plan.checkpoint.weight_bytes,
         "tensors": plan.account.as_dict() if not plan.checkpoint.config_only else None,
@@ -189,6 +190,8 @@ def _show(summary: dict[str, Any]) -> None:
         table.add_row("step", f"{name}{': ' if shown else ''}{shown}")
     for scheme, count in summary["linears"].items():
         table.add_row("linears", f"{count} × {scheme}")
+    for reason, count in summary["others"].items():
+        table.add_row("kept", f"{count} × {reason}")
     stored = summary["stored_layers"]
     table.add_row(
         "in the store",

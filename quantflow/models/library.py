@@ -134,6 +134,15 @@ class Library:
     def segments(self, layer: int) -> tuple[Segment, ...]:
         return self.trace(layer).segments
 
+    def apart(self, layer: int, name: str) -> str:
+        """Why a layer's matrix is no weight of its segments."""
+        owner = self.layers[layer]
+        for part in name.split(".")[:-1]:
+            owner = getattr(owner, part, owner)
+        if isinstance(owner, nn.Linear):
+            return "a linear that its layer does not call"
+        return f"a weight of {type(owner).__name__}, which is no linear"
+
     # The outer model
 
     def run(

@@ -59,6 +59,24 @@ def planned_linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPl
             yield LinearPlan(i, name, module, spec.shape, scheme, reason)
 
 
+def other_matrices(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Tensors of the layers, of two dimensions or more, that no stage could round, as modules or
+    parameters, and why."""
+    architecture = checkpoint.architecture
+    for tensor, shape in checkpoint.expected.items():
+        layer, module = architecture.layer_of(tensor), tensor.removesuffix(".weight")
+        if layer is None or len(shape) < 2:
+            continue
+        prefix = f"{architecture.layer_prefix(layer)}."
+        if module.removeprefix(prefix) in checkpoint.linears(layer):
+            continue
+        library = architecture.library
+        yield (
+            module,
+            library.apart(layer, tensor.removeprefix(prefix)) if library else "the router",
+        )
+
+
 def scheme_of(weights: Weights) -> Scheme:
     symmetric = bool(weights.symmetric) or not NUMBERS[weights.numbers].zero_points
     return Scheme(weights.bits, weights.group_size, symmetric, weights.numbers)

@@ -26,7 +26,7 @@ from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
 from quantflow.models.config import DecoderConfig
 from quantflow.pipeline.grid_problems import grid_problems, unmatched
-from quantflow.pipeline.linears import LinearPlan, planned_linears, scheme_of
+from quantflow.pipeline.linears import LinearPlan, other_matrices, planned_linears, scheme_of
 from quantflow.pipeline.output import output_problems
 from quantflow.pipeline.resolve import group_notes, recipe_notes, resolved
 from quantflow.pipeline.text_samples import Sample, sample_of, text_problems
@@ -162,6 +162,11 @@ class Plan:
             {source.name for source in sources.values()} - quantised,
             self.checkpoint.left_out,
         )
+
+    @cached_property
+    def others(self) -> dict[str, str]:
+        """Matrices of the layers that are no linears and stay as they are, each with the reason."""
+        return dict(other_matrices(self.checkpoint))
 
     @property
     def sections(self) -> dict[str, NamesText]:

@@ -53,7 +53,7 @@ def make_report(build: Build) -> dict[str, Any]:
             }
             for line in layer.get("awq", [])
         ]
-    kept = {p.module: p.reason for p in plan.linears if p.scheme is None}
+    kept = {p.module: p.reason for p in plan.linears if p.scheme is None} | plan.others
     kept[plan.checkpoint.architecture.head] = (
         "tied to the embedding" if config.tied else "weights.ignore"
     )

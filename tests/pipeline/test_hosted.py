@@ -15,14 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+import quantflow
 from quantflow.calibration.data import cut_windows, documents
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
+from quantflow.cli.plan import summarise
 from quantflow.decoder.decoder import open_decoder
 from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
@@ -314,6 +317,43 @@ def test_a_family_with_a_table_needs_no_modelling_code(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+def test_matrices_that_are_no_linears_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In plan and report: parameters, transformers' own Conv1D, and a linear that nobody calls."""
+    kind = transformers.models.gemma3.modeling_gemma3.Gemma3MLP
+    make = kind.__init__
+
+    def more(self: Any, *arguments: Any, **keywords: Any) -> None:
+        make(self, *arguments, **keywords)
+        self.low_rank = nn.Parameter(torch.zeros(4, 64))
+        self.side = transformers.pytorch_utils.Conv1D(8, 64)
+        self.spare = nn.Linear(64, 8)
+
+    monkeypatch.setattr(kind, "__init__", more)
+    model = write_gemma3(tmp_path / "model", tie_word_embeddings=False)
+    recipe = {
+        "name": "odd",
+        "model": str(model),
+        "output": str(tmp_path / "out"),
+        "weights": {"bits": 4, "group_size": 32},
+        "stages": ["rtn", {"pack": {"format": "huggingface"}}],
+    }
+    result = quantflow.quantize(recipe, device="cpu")
+    kept = json.loads((result.path / "report.json").read_text())["kept"]
+    reasons = {
+        "low_rank": "a weight of Gemma3MLP, which is no linear",
+        "side": "a weight of Conv1D, which is no linear",
+        "spare": "a linear that its layer does not call",
+    }
+    assert kept.pop("lm_head")
+    assert kept == {
+        f"model.layers.{i}.mlp.{name}": why for i in range(3) for name, why in reasons.items()
+    }
+    others = summarise(quantflow.plan(recipe, device="cpu"), None)["others"]
+    assert others == dict.fromkeys(reasons.values(), 3)
 
 
 def test_linears_that_the_library_does_not_cut_have_no_ranks(tmp_path: Path) -> None:

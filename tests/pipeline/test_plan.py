@@ -33,7 +33,7 @@ LLAMA_70B = {
 PARAMETERS_70B = 68_976_648_192  # as Meta's index of Llama-2-70B says
 KEYS = {
     "name", "model", "architecture", "layers", "device", "output", "calibration", "samples",
-    "steps", "linears", "stored_layers", "weight_bytes", "estimate", "notes", "tensors",
+    "steps", "linears", "others", "stored_layers", "weight_bytes", "estimate", "notes", "tensors",
     "warnings",
 }  # fmt: skip
 
