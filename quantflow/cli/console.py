@@ -378,4 +378,5 @@ def reporting(debug: bool, hints: Hints = QUANTISING) -> Iterator[None]:
         code, title, problems = translate(error, hints)
         errors.print(f"quantflow: {title}", style="bold red")
         show(problems)
+        show(getattr(error, "__notes__", ()))  # what went wrong beside it
         sys.exit(code)

@@ -105,20 +105,28 @@ def walk(
     ahead = _each(read, range(done, layers), device)
     with ThreadPoolExecutor(1) as writer, closing(ahead) as each:
         saving: Future[None] | None = None
-        for index, weights in each:
-            result = step(index, weights)
-            # The layer before must be whole on disk before this one is: results count from the
-            # first that is missing.
+        try:
+            for index, weights in each:
+                if saving is not None and saving.done():
+                    saving.result()  # where it failed at once, nothing more is worked on
+                result = step(index, weights)
+                # The layer before must be whole on disk before this one is: results count from the
+                # first that is missing.
+                if saving is not None:
+                    saving.result()
+                # The last layer's output feeds nothing: a walk killed there redoes no layer.
+                carried = streams if index + 1 < layers else {}
+                snapshots = {name: stream.snapshot() for name, stream in carried.items()}
+                saving = writer.submit(_save, shelf, index, result, snapshots)
+                tell(result)
+                del result, weights
             if saving is not None:
                 saving.result()
-            # The last layer's output feeds nothing: a walk killed there redoes no layer.
-            carried = streams if index + 1 < layers else {}
-            snapshots = {name: stream.snapshot() for name, stream in carried.items()}
-            saving = writer.submit(_save, shelf, index, result, snapshots)
-            tell(result)
-            del result, weights
-        if saving is not None:
-            saving.result()
+        except BaseException as error:
+            failed = saving.exception() if saving is not None else None
+            if failed is not None and failed is not error:
+                error.add_note(f"and a layer's result could not be saved: {failed}")
+            raise
     shelf.drop_streams()
 
 

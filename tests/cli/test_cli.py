@@ -21,7 +21,7 @@ import yaml
 
 import quantflow
 import quantflow.pipeline.run as pipeline
-from quantflow.cli.console import translate
+from quantflow.cli.console import reporting, translate
 from quantflow.cli.main import VERBS, purpose
 from quantflow.errors import (
     GateError,
@@ -542,6 +542,16 @@ def test_inspect_refuses_what_is_no_model(bench: Bench, tmp_path: Path) -> None:
         assert (
             result.exit_code == 2 and fragment in result.stderr and "Traceback" not in result.output
         )
+
+
+def test_what_went_wrong_beside_an_error_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), reporting(debug=False):
+        error = KeyboardInterrupt()
+        error.add_note("and a layer's result could not be saved: No space left on device")
+        raise error
+    shown = capfd.readouterr().err.splitlines()
+    assert shown[0] == "quantflow: interrupted"
+    assert shown[-1] == "  and a layer's result could not be saved: No space left on device"
 
 
 def test_a_terminal_of_ascii_is_no_harm(bench: Bench) -> None:

@@ -4,8 +4,10 @@ behind the step's back."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +159,52 @@ def test_a_full_disk_ends_the_walk(
     monkeypatch.undo()
     assert not list((tmp_path / "a").glob("*/layer-*"))
     assert run(tmp_path / "a", held) == [0, 1, 2, 3]
+
+
+@ROOMS
+def test_a_save_that_fails_beside_a_step_that_fails_is_said(
+    tmp_path: Path, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    def stop(index: int) -> None:
+        if index == 1:
+            raise Stop
+
+    monkeypatch.setattr(module, "save_tensors", full)
+    with pytest.raises(Stop) as raised:
+        run(tmp_path, held, after=stop)
+    (note,) = raised.value.__notes__
+    assert "could not be saved" in note and "No space left on device" in note
+
+
+def test_a_save_that_failed_before_a_step_begins_keeps_it_from_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    steps = []
+
+    def step(index: int, stored: dict[str, Tensor]) -> Result:
+        steps.append(index)
+        return Result({})
+
+    class Writer(ThreadPoolExecutor):
+        """Has done what it was given, before anybody goes on."""
+
+        def submit(self, *arguments: Any, **keywords: Any) -> Any:
+            future = super().submit(*arguments, **keywords)
+            if arguments[0] is module._save:
+                wait([future], 30)
+            return future
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Writer)
+    monkeypatch.setattr(module, "save_tensors", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        walk(weights, LAYERS, CPU, step, Shelf(Store(tmp_path), "c" * 20), {}, lambda: None)
+    assert steps == [0] and not hasattr(raised.value, "__notes__")
 
 
 def test_the_next_layer_is_read_meanwhile() -> None:
