@@ -16,11 +16,13 @@ from quantflow.checkpoints.directory import Directory
 from quantflow.checkpoints.gguf.file import gguf_file
 from quantflow.checkpoints.hub_cache import snapshot
 from quantflow.checkpoints.tensor_file import same_tensor
+from quantflow.checkpoints.tensor_problems import FLOATS, tensor_problems
 from quantflow.errors import ModelError, Problem
 from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source
+from quantflow.models.beyond import why_copied
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.expected import expected_tensors
-from quantflow.models.prefixes import foreign, own_names
+from quantflow.models.prefixes import own_names
 from quantflow.models.registry import family
 from quantflow.models.segments import LinearSpec, Role, Segment, segments
 from quantflow.models.sharding import shard_shape
@@ -29,8 +31,6 @@ from quantflow.paths import absent
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_FLOATS = ("F32", "F16", "BF16")
 
 
 def resolve_model(model: str) -> Path:
@@ -109,8 +109,9 @@ class Checkpoint:
 
     config, raw_config: as the tensors bear them out: not tied where the head is another than the
     embedding. Every tensor of the source is either in `sources` (native name -> where it lies) or
-    in `left_out` (source name -> why). remarks: what is odd about this one, and what was made of
-    it.
+    in `left_out` (source name -> why). copied: those of `sources` that are written as they are,
+    whatever becomes of the model (native name -> why). twice: a native tensor that two source
+    tensors hold, and these. remarks: what is odd about this one, and what was made of it.
     """
 
     def __init__(self, path: Path, *, config_only: bool = False, tp: int = 1) -> None:
@@ -135,11 +136,11 @@ class Checkpoint:
         overruled += tuple(_stretched(self.config))
         self.remarks: tuple[str, ...] = self.container.notes + overruled
         self.sources: dict[str, Source] = {}
+        self.copied: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self._segments: dict[Hashable, tuple[Segment, ...]] = {}
         self._linears: dict[Hashable, dict[str, LinearSpec]] = {}
-        # a native tensor that two source tensors hold, and these
-        self._twice: list[tuple[str, str, str]] = []
+        self.twice: list[tuple[str, str, str]] = []
         self._account()
         self.quantization: dict[str, Any] | None = self.raw_config.get("quantization_config")
         if self.quantization is not None and not isinstance(self.quantization, dict):
@@ -176,36 +177,40 @@ class Checkpoint:
 
     def _account(self) -> None:
         """Puts every tensor of the source into `sources`, or into `left_out`."""
+        tensors, layers = self.container.tensors, self.config.layers
+        integers = {n.rpartition(".")[0] for n, t in tensors.items() if t.dtype not in FLOATS}
         beyond = set()
-        for name, info in self.container.tensors.items():
+        for name, info in tensors.items():
             if COMPUTED_TENSORS.search(name):
                 self.left_out[name] = "a buffer that is computed"
                 continue
             natives = self.architecture.sources(name, info.shape, self.config) or {
                 name: Source(name)
             }
-            layer = self.architecture.layer_of(next(iter(natives)))
-            if layer is not None and layer >= self.config.layers:
-                self.left_out[name] = f"in a layer beyond num_hidden_layers = {self.config.layers}"
-                beyond.add(layer)
+            why = why_copied(natives, self.architecture, layers, self.raw_config)
+            if why and name.rpartition(".")[0] in integers:
+                self.left_out[name] = f"{why}, and not in floating point"
                 continue
-            self._twice += [
+            if why:
+                if not all(source.fits(info.shape) for source in natives.values()):
+                    natives = {name: Source(name)}
+                self.copied |= dict.fromkeys(natives, why)
+                beyond.add(self.architecture.layer_of(next(iter(natives))))
+            self.twice += [
                 (native, self.sources[native].name, name)
                 for native in natives
                 if native in self.sources
             ]
             self.sources |= natives
-        if beyond:
+        if numbers := sorted(layer for layer in beyond if layer is not None):
             few = (
-                ", ".join(map(str, sorted(beyond)))
-                if len(beyond) < 4
-                else f"{min(beyond)} to {max(beyond)}"
+                ", ".join(map(str, numbers))
+                if len(numbers) < 4
+                else f"{numbers[0]} to {numbers[-1]}"
             )
-            remark = (
-                f"layer{'s' if len(beyond) > 1 else ''} {few} left out, as transformers does:"
-                f" num_hidden_layers is {self.config.layers}"
-            )
-            self.remarks += (remark,)
+            which = f"layer{'s' if len(numbers) > 1 else ''} {few} copied as in the source"
+            why = f"since transformers runs none: num_hidden_layers is {layers}"
+            self.remarks += (f"{which}, unquantised, {why}",)
         if self.config.tied:
             self._account_for_head()
 
@@ -295,84 +300,12 @@ class Checkpoint:
         """What keeps this checkpoint from being read: missing, misshapen and unknown tensors.
         packed: whether a name is that of a quantised weight or of a tensor that it is packed into,
         which are for others to check."""
-        if self.config_only:
-            return []
-        if problem := foreign(self.container.tensors, self.architecture, self.path):
-            return [problem]
-        problems, missing = [], []
-        # Tensors that are expected: there, of the right shape, in floating point.
-        for native, shape in self.expected.items():
-            if packed(native):
-                continue
-            source = self.sources.get(native)
-            if source is None:
-                missing.append(native)
-                continue
-            info = self.container.tensors[source.name]
-            try:
-                stored = source.shape_of(info.shape)
-            except ValueError as error:
-                problems.append(
-                    Problem(
-                        f"{self.path} tensor {source.name}",
-                        str(error),
-                        hint="config.json and weights disagree",
-                    )
-                )
-                continue
-            if stored != shape:
-                where = f"{self.path} tensor {source.name}"
-                problems.append(
-                    Problem(
-                        where,
-                        f"shape {list(stored)}",
-                        f"{list(shape)} by config.json",
-                        "config.json and weights disagree",
-                    )
-                )
-            if info.dtype not in _FLOATS:
-                problems.append(
-                    Problem(
-                        f"{self.path} tensor {source.name}",
-                        f"dtype {info.dtype}",
-                        ", ".join(_FLOATS),
-                    )
-                )
-        # One problem for all that are missing.
-        if missing:
-            names = ", ".join(missing[:4]) + (
-                f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-            )
-            hint = "Is a shard missing, or config.json another model's?"
-            if missing == [f"{self.architecture.head}.weight"]:
-                hint = (
-                    "Save the class with a head, such as AutoModelForCausalLM's; or is it tied, and"
-                    " tie_word_embeddings should say so?"
-                )
-            problems.append(Problem(str(self.path), f"missing tensors: {names}", hint=hint))
-        # Tensors that stand there twice.
-        for twice, first, second in self._twice:
-            both = f"both {first} and {second}, for {twice}"
-            problems.append(
-                Problem(str(self.path), both, "one of them", "Which is meant? Remove the other")
-            )
-        # Tensors that nobody would read.
-        unknown = [n for n in self.sources if n not in self.expected and not packed(n)]
-        if unknown:
-            names = ", ".join(unknown[:4]) + (
-                f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""
-            )
-            problems.append(
-                Problem(
-                    str(self.path),
-                    f"tensors that {self.architecture.name} does not have: {names}",
-                    hint="They would be lost; is model_type right?",
-                )
-            )
-        # a fused tensor that is wrong is so for each of its parts
-        return list(dict.fromkeys(problems))
+        return [] if self.config_only else tensor_problems(self, packed)
 
     def shape_of(self, native: str) -> tuple[int, ...]:
+        if native in self.copied:
+            source = self.sources[native]
+            return source.shape_of(self.container.tensors[source.name].shape)
         return self.expected[native]
 
     def dtype_of(self, native: str) -> str:

@@ -319,13 +319,13 @@ def _described(error: OSError) -> str:
     )
 
 
-def left_out_lines(left_out: Mapping[str, str]) -> Iterator[str]:
-    """A line for each reason why tensors of a checkpoint are left out, with the names of the
-    first."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
+def by_reason(reasons: Mapping[str, str]) -> Iterator[str]:
+    """A line for each reason why tensors of a checkpoint are copied or left out, with the names of
+    the first."""
+    alike: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        alike.setdefault(reason, []).append(name)
+    for reason, names in alike.items():
         yield (
             f"{', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}:"
             f" {reason}"

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from quantflow.cli.console import Hints, console, left_out_lines, progress, reporting
+from quantflow.cli.console import Hints, by_reason, console, progress, reporting
 from quantflow.cli.options import Debug, Json
 
 EXPORTING = Hints("", "Free memory: a few tensors are held at a time.")
@@ -87,7 +87,7 @@ def export(
             return
         content = f"{done.modules} linears of {done.scheme}" if done.scheme else "plain weights"
         console.print(f"{done.output} written: {content}, {done.source_format} to {done.format}.")
-        for line in left_out_lines(done.left_out):
+        for line in by_reason(done.left_out):
             console.print(f"Left out: {line}.")
         for note in done.notes:
             console.print(f"Note: {note}.")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantflow.cli.console import console, facts, left_out_lines, reporting
+from quantflow.cli.console import by_reason, console, facts, reporting
 from quantflow.cli.options import Debug, Json
 from quantflow.paths import absent
 
@@ -76,6 +76,7 @@ def describe(directory: Path) -> dict[str, Any]:
         "weight_bytes": checkpoint.weight_bytes,
         "files": len(checkpoint.files),
         "modules": modules,
+        "copied": checkpoint.copied,
         "left_out": weights.left_out,
         "notes": list(weights.notes),
         "artifact": (
@@ -114,7 +115,9 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row("size", f"{size(s['weight_bytes'])} in {s['files']} file(s)")
     for scheme, count in Counter(s["modules"].values()).items():
         table.add_row("linears", f"{count} × {scheme}")
-    for line in left_out_lines(s["left_out"]):
+    for line in by_reason(s["copied"]):
+        table.add_row("copied", line)
+    for line in by_reason(s["left_out"]):
         table.add_row("left out", line)
     for note in s["notes"]:
         table.add_row("note", note)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quantflow.cli.console import console, facts, left_out_lines, reporting
+from quantflow.cli.console import by_reason, console, facts, reporting
 from quantflow.cli.options import Debug, Device, DeviceOption, Json, Model, Output, Set
 from quantflow.cli.recipes import find
 from quantflow.errors import Problem, UserError
@@ -206,8 +206,9 @@ def _show(summary: dict[str, Any]) -> None:
         f"about {size(estimate['artifact_bytes'])} artifact, {size(estimate['store_bytes'])} store",
     )
     table.add_row("time", f"about {estimate['seconds']:.0f} s")
-    for line in left_out_lines((summary["tensors"] or {}).get("left_out", {})):
-        table.add_row("left out", line)
+    for fate in ("copied", "left_out"):
+        for line in by_reason((summary["tensors"] or {}).get(fate, {})):
+            table.add_row(fate.replace("_", " "), line)
     for note in summary["notes"]:
         table.add_row("note", note)
     console.print(table)

@@ -122,7 +122,9 @@ class Weights:
         """The quantised modules."""
         marks = self.format.marks if self.format else ()
         names = [
-            name for name in self.checkpoint.source_names if name not in self.checkpoint.left_out
+            name
+            for name in self.checkpoint.source_names
+            if name not in self.checkpoint.left_out and name not in self.checkpoint.copied
         ]
         return {n.removesuffix(mark) for n in names for mark in marks if n.endswith(mark)}
 

@@ -34,12 +34,16 @@ class Source:
     index: tuple[int | slice, ...] = ()
     vector: bool = False
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the source tensor's shape is one that can be viewed so."""
+        return self.view is None or math.prod(self.view) == math.prod(shape)
+
     def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The native tensor's shape, from the source tensor's; raises ValueError where the view
         does not fit."""
         if self.view is None:
             return shape
-        if math.prod(self.view) != math.prod(shape):
+        if not self.fits(shape):
             raise ValueError(f"{list(shape)} cannot be viewed as {list(self.view)}")
         left: list[int] = []
         for axis, size in enumerate(self.view):

@@ -131,6 +131,11 @@ class Library:
         skipped = f"{self.outer['head']}.weight" if self.tied else None
         return ((name, shape) for name, shape in self.state.items() if name != skipped)
 
+    def ignores(self, name: str) -> bool:
+        """Whether the class passes over such a tensor of a checkpoint without a word."""
+        patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        return any(re.search(pattern, name) for pattern in patterns)
+
     def segments(self, layer: int) -> tuple[Segment, ...]:
         return self.trace(layer).segments
 

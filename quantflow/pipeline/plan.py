@@ -48,18 +48,20 @@ HELD_BYTES = 512 * 2**20  # activations beyond this live in files (QUANTFLOW_ACT
 @dataclass(frozen=True)
 class Account:
     """What becomes of every tensor of the source, by its own name: it is quantised (if only a part
-    of it), or kept, or left out, for a reason."""
+    of it), or kept, or copied from beside the decoder, or left out, for a reason."""
 
     quantised: set[str]
     kept: set[str]
+    copied: Mapping[str, str]
     left_out: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        counts = {"source": len(self.quantised) + len(self.kept) + len(self.left_out)}
+        parts = (self.quantised, self.kept, self.copied, self.left_out)
         return {
-            **counts,
+            "source": sum(map(len, parts)),
             "quantised": len(self.quantised),
             "kept": len(self.kept),
+            "copied": dict(self.copied),
             "left_out": dict(self.left_out),
         }
 
@@ -157,9 +159,11 @@ class Plan:
             {f"{p.module}.weight" for p in self.linears if p.scheme is not None},
         )
         quantised = {source.name for native, source in sources.items() if native in weights}
+        copied = {sources[native].name: why for native, why in self.checkpoint.copied.items()}
         return Account(
             quantised,
-            {source.name for source in sources.values()} - quantised,
+            {source.name for source in sources.values()} - quantised - set(copied),
+            copied,
             self.checkpoint.left_out,
         )
 

@@ -72,6 +72,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         titles=GATES,
         kept=_by_reason(report["kept"]),
         tensors=report.get("tensors"),
+        copied=_by_reason(report.get("tensors", {}).get("copied", {})),
         left_out=_by_reason(report.get("tensors", {}).get("left_out", {})),
         variants=VARIANTS,
         pictures=pictures(report),

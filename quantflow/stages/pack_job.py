@@ -65,8 +65,20 @@ class PackJob:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What engines are known not to load of it, each in a sentence. It is right all the same,
-        and is written."""
-        return tuple(f"{self.format.name}, {doubt}" for doubt in self.format.doubts(self.request))
+        and is written. And what has no place in it."""
+        doubts = tuple(f"{self.format.name}, {doubt}" for doubt in self.format.doubts(self.request))
+        if lost := [name for name in self.checkpoint.copied if name not in self.copied]:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            doubts += (
+                f"{self.format.name} leaves out what it has no place for: {lost[0]}{more}, which is"
+                f" {self.checkpoint.copied[lost[0]]}",
+            )
+        return doubts
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Native names of what is beside the decoder and is written as it is."""
+        return tuple(self.checkpoint.copied) if self.format.container == "directory" else ()
 
     def linears(self) -> dict[str, LinearSpec]:
         """Every linear of the layers, by its full name."""
@@ -83,7 +95,8 @@ class PackJob:
         return self.format.quantization_config(self.request) if self.modules else {}
 
     def _ignored(self) -> list[str]:
-        """The linears that stay as they are: the head, those of the layers, and routers."""
+        """The linears that stay as they are: the head, those of the layers, routers, and whatever
+        has a matrix beside the decoder."""
         checkpoint, modules = self.checkpoint, self.modules
         architecture = checkpoint.architecture
         ignored = [] if architecture.head in modules else [architecture.head]
@@ -96,4 +109,5 @@ class PackJob:
             ]
             if checkpoint.config.is_moe(index):
                 ignored.append(f"{prefix}.{architecture.layer.router}")
-        return ignored
+        ignored += [n.rpartition(".")[0] for n in self.copied if len(checkpoint.shape_of(n)) > 1]
+        return list(dict.fromkeys(ignored))

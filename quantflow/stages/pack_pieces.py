@@ -96,6 +96,9 @@ def pieces_of(job: PackJob) -> Iterator[Piece]:
                     cut,
                     last,
                 )
+    for name in job.copied:
+        shape = checkpoint.shape_of(name)
+        yield Piece(name, None, name, {name: (_plain_dtype(job, name), shape)}, shape=shape)
 
 
 def _plain_dtype(job: PackJob, name: str) -> str:

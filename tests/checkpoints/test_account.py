@@ -1,5 +1,5 @@
-"""Every tensor of a source is used, or left out for a reason that is named; and the head of a model
-that says it is tied."""
+"""Every tensor of a source is used, copied, or left out for a reason that is named; and the head of
+a model that says it is tied."""
 
 from __future__ import annotations
 
@@ -83,13 +83,16 @@ def test_every_tensor_is_used_or_left_out(
         "read",
         lambda tensor, index=None: read.add(tensor) or inner(tensor, index),
     )
-    for native in source.expected:
-        source.tensor(native)
+    for native in (*source.expected, *source.copied):
+        assert source.tensor(native).shape == source.shape_of(native)
     assert read | set(source.left_out) == set(tensors)
     assert not read & set(source.left_out)
     assert all(source.left_out.values())
     if more:
-        assert set(strangers(name, found)) <= set(source.left_out)
+        more_layers = {n for n in strangers(name, found) if f".{LAYERS + 5}." in n}
+        beyond = {n for n in more_layers if not n.endswith("rotary_emb.inv_freq")}
+        assert set(strangers(name, found)) - beyond <= set(source.left_out)
+        assert {source.sources[native].name for native in source.copied} == beyond
         assert any("num_hidden_layers is 2" in note for note in source.remarks)
     elif tied:
         assert source.left_out[HEADS.get(name, HEAD)].startswith(
@@ -427,10 +430,11 @@ def test_plan_report_and_export_name_what_is_left_out(tmp_path: Path) -> None:
     every = set(found.tensors) | set(strangers("internlm", found))
     linears = {n for n in found.tensors if n.endswith("_proj.weight")}
     assert tensors["source"] == len(every) and tensors["quantised"] == len(linears)
-    assert set(tensors["left_out"]) == {
-        n for n in every if ".7." in n or "rotary_emb" in n or ".attn." in n
-    }
-    assert tensors["quantised"] + tensors["kept"] + len(tensors["left_out"]) == tensors["source"]
+    buffers = {n for n in every if "rotary_emb" in n or ".attn." in n}
+    assert set(tensors["left_out"]) == buffers
+    assert set(tensors["copied"]) == {n for n in every if ".7." in n} - buffers
+    parts = (len(tensors["copied"]), len(tensors["left_out"]))
+    assert tensors["quantised"] + tensors["kept"] + sum(parts) == tensors["source"]
     page = report_page(report)
     assert (
         "model.layers.0.self_attn.rotary_emb.inv_freq" in page
@@ -449,3 +453,4 @@ def test_plan_report_and_export_name_what_is_left_out(tmp_path: Path) -> None:
     assert "Left out: " in exported.stdout and "a buffer that is computed" in exported.stdout
     inspected = json.loads(invoke("inspect", folder, "--json").stdout)
     assert inspected["left_out"] == tensors["left_out"]
+    assert inspected["copied"] == tensors["copied"]

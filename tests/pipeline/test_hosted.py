@@ -285,7 +285,7 @@ def test_layers_beyond_are_named(tmp_path: Path) -> None:
     extra = {"model.layers.3.mlp.up_proj.weight": torch.ones(96, 64)}
     checkpoint = Checkpoint(changed(tmp_path, extra))
     assert checkpoint.problems() == []
-    assert checkpoint.left_out == {next(iter(extra)): "in a layer beyond num_hidden_layers = 3"}
+    assert checkpoint.copied == {next(iter(extra)): "in a layer beyond num_hidden_layers = 3"}
 
 
 def test_a_head_of_its_own_is_kept(tmp_path: Path) -> None:
