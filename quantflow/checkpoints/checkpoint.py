@@ -20,7 +20,7 @@ from quantflow.checkpoints.tensor_problems import FLOATS, tensor_problems
 from quantflow.errors import ModelError, Problem
 from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source
 from quantflow.models.beyond import why_copied
-from quantflow.models.config import ConfigProblem, DecoderConfig
+from quantflow.models.config import ConfigProblem, DecoderConfig, stretched
 from quantflow.models.expected import expected_tensors
 from quantflow.models.prefixes import own_names
 from quantflow.models.registry import family
@@ -84,19 +84,6 @@ def resolve_model(model: str) -> Path:
         ) from error
 
 
-def _stretched(config: DecoderConfig) -> Iterator[str]:
-    """What a user should know of a context that is longer than config.json's number."""
-    if config.context > config.max_positions:
-        how = (
-            f"max_position_embeddings is {config.max_positions}, and {config.rope.kind} rope"
-            " scaling stretches what was trained"
-        )
-        yield (
-            f"texts may have {config.context} tokens: {how} {config.rope.parameters['factor']:g}"
-            " times"
-        )
-
-
 class Checkpoint:
     """A model directory. The constructor reads config.json and the safetensors headers, and no
     weight but two that may be one: the embedding and the head, where they are said to be tied and
@@ -133,7 +120,7 @@ class Checkpoint:
                 own_names(self.container.tensors, self.architecture, path)
             )
         self.config_only = config_only
-        overruled += tuple(_stretched(self.config))
+        overruled += tuple(stretched(self.config))
         self.remarks: tuple[str, ...] = self.container.notes + overruled
         self.sources: dict[str, Source] = {}
         self.copied: dict[str, str] = {}
@@ -285,6 +272,17 @@ class Checkpoint:
         self.segments(layer)
         return self._linears[self._kind(layer)]
 
+    def held(self, module: str) -> str:
+        """What the class in transformers calls a module, where the library computes the family."""
+        library = self.architecture.library
+        return library.names.held(f"{module}.weight").removesuffix(".weight") if library else module
+
+    def routers(self, layer: int) -> tuple[str, ...]:
+        """What weighs a layer's experts, relative to it: matrices that are never quantised."""
+        if library := self.architecture.library:
+            return library.trace(layer).routers
+        return (self.architecture.layer.router,) if self.config.is_moe(layer) else ()
+
     def _kind(self, layer: int) -> Hashable:
         """What layers of the same segments have in common."""
         library = self.architecture.library
@@ -328,12 +326,9 @@ class Checkpoint:
             value = read(source.name)
         elif isinstance(source.index[0], int) and source.view[0] == info.shape[0]:
             # One expert of a fused tensor: read that slice alone.
-            part = read(source.name, source.index[0])
-            value = part[source.index[1:]].reshape(-1, source.view[-1]).contiguous()
+            value = source.arranged(read(source.name, source.index[0])[source.index[1:]])
         else:
-            part = read(source.name).view(source.view)[source.index]
-            value = part.reshape(-1) if source.vector else part.reshape(-1, source.view[-1])
-            value = value.contiguous()
+            value = source.taken_from(read(source.name))
         # The extremes of numbers that are all finite are finite, and NaN is its own extreme: one
         # fast pass.
         if (

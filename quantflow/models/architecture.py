@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from quantflow.models.config import DecoderConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantflow.models.library import Library
 
 Json = dict[str, Any]
@@ -27,12 +29,14 @@ class Source:
     flattened into one row axis.
 
     view: None takes the tensor as it is. vector: the result has one dimension (a bias).
+    transposed: the source holds inputs before outputs.
     """
 
     name: str
     view: tuple[int, ...] | None = None
     index: tuple[int | slice, ...] = ()
     vector: bool = False
+    transposed: bool = False
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the source tensor's shape is one that can be viewed so."""
@@ -52,7 +56,21 @@ class Source:
                 left.append(len(range(*pick.indices(size))))
         if self.vector:
             return (math.prod(left),)
-        return math.prod(left[:-1]), left[-1]
+        rows = math.prod(left[:-1]), left[-1]
+        return rows[::-1] if self.transposed else rows
+
+    def taken_from(self, tensor: Tensor) -> Tensor:
+        """The native tensor, of the source tensor."""
+        if self.view is None:
+            return tensor
+        return self.arranged(tensor.view(self.view)[self.index])
+
+    def arranged(self, part: Tensor) -> Tensor:
+        """The native tensor, of what `index` picks."""
+        if self.vector:
+            return part.reshape(-1).contiguous()
+        rows = part.reshape(-1, part.shape[-1])
+        return (rows.T if self.transposed else rows).contiguous()
 
 
 @dataclass(frozen=True)

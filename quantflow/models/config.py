@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,19 @@ class DecoderConfig:
             self.dense_intermediate
             if self.experts and not self.is_moe(layer)
             else self.intermediate
+        )
+
+
+def stretched(config: DecoderConfig) -> Iterator[str]:
+    """What a user should know of a context that is longer than config.json's number."""
+    if config.context > config.max_positions:
+        how = (
+            f"max_position_embeddings is {config.max_positions}, and {config.rope.kind} rope"
+            " scaling stretches what was trained"
+        )
+        yield (
+            f"texts may have {config.context} tokens: {how} {config.rope.parameters['factor']:g}"
+            " times"
         )
 
 

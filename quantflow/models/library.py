@@ -14,7 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from quantflow.models.architecture import Architecture, Json
-from quantflow.models.config import MOST_LAYERS, ConfigProblem, DecoderConfig, read_dtype
+from quantflow.models.architecture import Source
+from quantflow.models.config import MOST_LAYERS, ConfigProblem, DecoderConfig
+from quantflow.models.experts import experts_of, take_apart
 from quantflow.models.segments import Segment
 from quantflow.models.spelling import SYNONYMS
+from quantflow.models.stored_names import StoredNames
 from quantflow.models.trace import KVCache, Trace, Visits
 
 TRACED = 8  # tokens of the pass that finds a layer's segments
@@ -71,8 +73,9 @@ class Library:
     """A model class of transformers, without weights. Raises ConfigProblem where the class refuses
     the config, or is none that is looked after.
 
-    model: the outer model, with recorders for layers. layers: the layers themselves. prefix: where
-    they are in the model.
+    model: the outer model, with recorders for layers. layers: the layers themselves, their experts
+    one by one (`experts.py`). prefix: where they are in the model; stored_prefix, in a checkpoint,
+    as all names are that leave this class. held: a tensor's name in a checkpoint -> in the class.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -89,15 +92,25 @@ class Library:
         if not lists:
             raise ConfigProblem(f"{self.name} of transformers has no list of {wanted} layers")
         self.prefix: str = lists[0][0]
-        layers = lists[0][1]
-        self.state = {n: tuple(t.shape) for n, t in self.model.state_dict(keep_vars=True).items()}
-        self.layers = list(layers)
+        self.layers = list(lists[0][1])
+        self.names = StoredNames(self.model)
+        self.experts = take_apart(self.layers, self.prefix, self.names, self.name)
+        state = self.model.state_dict(keep_vars=True)
+        self.held = {self.names.stored(name): name for name in state}
+        self.state = {name: tuple(state[held].shape) for name, held in self.held.items()}
+        self.stored_prefix = self._stored(f"{self.prefix}.0").removesuffix(".0")
         self._recorders = [_Recorder(layer, i) for i, layer in enumerate(self.layers)]
         parent, _, leaf = self.prefix.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._recorders))
         self._device = torch.device("cpu")  # of the buffers
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
         self._kinds: dict[tuple[object, ...], Trace] = {}
+        self._traces: dict[int, Trace] = {}
+        self._inside: dict[int, dict[str, str]] = {}
+
+    def _stored(self, module: str) -> str:
+        """A module's name in a checkpoint."""
+        return self.names.stored(f"{module}.weight").removesuffix(".weight")
 
     @property
     def version(self) -> str:
@@ -106,7 +119,7 @@ class Library:
 
     @cached_property
     def outer(self) -> dict[str, str]:
-        """`embedding` and `head` -> the module's name."""
+        """`embedding` and `head` -> the module's name in a checkpoint."""
         names = {module: name for name, module in self.model.named_modules()}
         modules = {
             "embedding": self.model.get_input_embeddings(),
@@ -114,7 +127,7 @@ class Library:
         }
         if None in modules.values():
             raise ConfigProblem(f"{self.name} of transformers has no embedding and head")
-        return {kind: names[module] for kind, module in modules.items()}
+        return {kind: self._stored(names[module]) for kind, module in modules.items()}
 
     @property
     def hidden(self) -> int:
@@ -142,7 +155,7 @@ class Library:
     def apart(self, layer: int, name: str) -> str:
         """Why a layer's matrix is no weight of its segments."""
         owner = self.layers[layer]
-        for part in name.split(".")[:-1]:
+        for part in self.inside(layer)[name].split(".")[:-1]:
             owner = getattr(owner, part, owner)
         if isinstance(owner, nn.Linear):
             return "a linear that its layer does not call"
@@ -159,7 +172,8 @@ class Library:
         for recorder in self._recorders:
             recorder.seen = seen
         try:
-            return functional_call(self.model, dict(tensors), (), {**inputs, "use_cache": False})
+            own = {self.held[name]: tensor for name, tensor in tensors.items()}
+            return functional_call(self.model, own, (), {**inputs, "use_cache": False})
         except _Reached:
             return None
 
@@ -243,18 +257,52 @@ class Library:
 
     def trace(self, layer: int) -> Trace:
         """How a layer goes; layers of the same modules go alike."""
-        kind = tuple((n, tuple(t.shape)) for n, t in self.layers[layer].state_dict().items())
-        if kind not in self._kinds:
-            self._kinds[kind] = self._traced(layer)
-        return self._kinds[kind]
+        if layer not in self._traces:
+            kind = tuple((n, tuple(t.shape)) for n, t in self.layers[layer].state_dict().items())
+            if kind not in self._kinds:
+                self._kinds[kind] = self._traced(layer)
+            self._traces[layer] = self._kinds[kind]
+        return self._traces[layer]
+
+    def inside(self, layer: int) -> Mapping[str, str]:
+        """Of a layer's tensors: name in a checkpoint -> in the class, relative to the layer."""
+        if layer not in self._inside:
+            stored, held = f"{self.stored_prefix}.{layer}.", f"{self.prefix}.{layer}."
+            self._inside[layer] = {
+                name.removeprefix(stored): own.removeprefix(held)
+                for name, own in self.held.items()
+                if own.startswith(held)
+            }
+        return self._inside[layer]
+
+    def module(self, layer: int, name: str) -> nn.Module:
+        """A linear or a norm of a layer, by its name in a checkpoint, relative to the layer."""
+        own = self.inside(layer)[f"{name}.weight"].removesuffix(".weight")
+        return self.layers[layer].get_submodule(own)
+
+    def sources(
+        self, name: str, shape: tuple[int, ...], config: DecoderConfig
+    ) -> dict[str, Source] | None:
+        """Where the tensors lie in a checkpoint's tensor; None for one that the class does not
+        know."""
+        held = self.names.held(name)
+        own = self.names.stored(held)
+        if own in self.state:
+            return {own: Source(name)}
+        layer, _, inside = held.removeprefix(f"{self.prefix}.").partition(".")
+        if not layer.isdecimal() or int(layer) >= len(self.layers):
+            return None
+        path, _, tensor = inside.rpartition(".")
+        for experts in experts_of(self.layers[int(layer)]):
+            if experts.path == path and tensor in experts.layout.tensors:
+                return {
+                    self.names.stored(f"{self.prefix}.{layer}.{part}"): source
+                    for part, source in experts.sources(tensor, name, shape).items()
+                }
+        return None
 
     def _traced(self, index: int) -> Trace:
         layer = self.layers[index]
-        if fused := [name for name, p in layer.named_parameters() if p.dim() > 2]:
-            raise ConfigProblem(
-                f"{self.name} holds weights in tensors of three dimensions, such as {fused[0]},"
-                " which the pipeline does not take apart yet"
-            )
         visits = Visits(layer)
         call = self._plain_call(index)
         hidden, args, kwargs = tree_map_only(
@@ -273,7 +321,12 @@ class Library:
                 f"layers of {self.name} hand on more than hidden states, which the pipeline does"
                 " not follow yet"
             )
-        return visits.result(self._cut)
+        return visits.result(self._cut, partial(self._stored_inside, index))
+
+    def _stored_inside(self, layer: int, module: str) -> str:
+        """A module's name in a checkpoint, relative to the layer, of that in the class."""
+        whole = self._stored(f"{self.prefix}.{layer}.{module}")
+        return whole.removeprefix(f"{self.stored_prefix}.{layer}.")
 
     def _plain_call(self, index: int) -> Call:
         """What a layer is called with for a few tokens. Raises ConfigProblem where that is more
@@ -303,6 +356,9 @@ class Library:
         """Which dimension of a layer's linear tensor parallelism divides, by the class's own
         plan."""
         plan: Mapping[str, str] = getattr(self.model, "_tp_plan", None) or {}
+        for experts in self.experts:
+            if (tensor := experts.tensor_of(name)) and f"{self.prefix}.*.{tensor}" in plan:
+                return 1 if tensor.endswith("down_proj") else 0
         how = plan.get(f"{self.prefix}.*.{name}", "")
         return 0 if how == "colwise" else 1 if how == "rowwise" else None
 
@@ -331,6 +387,7 @@ def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
                 config,
                 dtype=torch.float32,
                 attn_implementation="sdpa" if fused else "eager",
+                experts_implementation="eager",
                 trust_remote_code=False,
             ).eval()
     except ConfigProblem:
@@ -365,56 +422,3 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
-
-
-def open_family(values: Json) -> Architecture:
-    """The family of a config.json that has no table. Raises ConfigProblem."""
-    library = Library(values)
-    embedding, head = library.outer["embedding"], library.outer["head"]
-    base = library.model.base_model_prefix
-    parts = dict(library.model.base_model.named_children())
-    return Architecture(
-        library.name,
-        (str(values["model_type"]),),
-        lambda config: _decoder_config(library, config),
-        prefix=f"{library.prefix}.{{i}}",
-        embedding=embedding,
-        final_norm="",
-        head=head,
-        base=base,
-        base_parts=tuple(parts),
-        notes=(
-            f"no table of QuantFlow's describes {values['model_type']}: its layers are computed by"
-            f" {library.name} of {library.version}, and its segments are found",
-        ),
-        library=library,
-    )
-
-
-def _decoder_config(library: Library, values: Json) -> DecoderConfig:
-    config, trace = library.config, library.trace(0)
-    sizes = {name: getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")}
-    if missing := [name for name, size in sizes.items() if not isinstance(size, int) or not size]:
-        raise ConfigProblem(f"{library.name} of transformers has no {', no '.join(missing)}")
-    if not trace.segments:
-        raise ConfigProblem(f"layers of {library.name} have no linear that could be quantised")
-    heads = config.num_attention_heads
-    default = (getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
-    kv_heads, head_dim = trace.kv[1] if trace.kv else default
-    return DecoderConfig(
-        family="hosted",
-        hidden=library.hidden,
-        intermediate=max(segment.channels for segment in trace.segments),
-        layers=len(library.layers),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocabulary=library.state[f"{library.outer['embedding']}.weight"][0],
-        max_positions=getattr(config, "max_position_embeddings", None) or 2048,
-        norm_eps=0.0,
-        activation=str(
-            getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
-        ),
-        dtype=read_dtype(values),
-        tied=library.tied,
-    )

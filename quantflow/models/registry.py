@@ -44,7 +44,7 @@ def family(config: Json, path: Path) -> Architecture:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            from quantflow.models.library import open_family
+            from quantflow.models.hosted import open_family
 
             return open_family(config)
         known += [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in ARCHITECTURES]

@@ -7,6 +7,7 @@ handing them to its cache.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from quantflow.models.config import ConfigProblem
+from quantflow.models.experts import experts_of, routers_of
 from quantflow.models.segments import Fold, LinearSpec, Role, Segment
 
 
@@ -32,14 +34,19 @@ class KVCache(transformers.DynamicCache):  # type: ignore[misc]
         return self.seen(key_states, value_states)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """segments: a layer's, in execution order, with the norms that feed them. cached: after so many
-    of them K and V are cached (None: never). kv: (kv_heads, D) of K and of V."""
+    of them K and V are cached (None: never). kv: (kv_heads, D) of K and of V. routers: what weighs
+    experts and is never quantised."""
 
     segments: tuple[Segment, ...]
     cached: int | None
     kv: tuple[tuple[int, int], tuple[int, int]] | None
+    routers: tuple[str, ...] = ()
+
+
+_Read = tuple[tuple[int, ...], int | None]
 
 
 class Visits(contextlib.ExitStack):
@@ -47,14 +54,25 @@ class Visits(contextlib.ExitStack):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._read: dict[tuple[int, ...], list[tuple[str, nn.Linear]]] = {}
+        # a tensor, and which expert reads it -> its readers
+        self._read: dict[_Read, list[tuple[str, nn.Linear]]] = {}
+        self._beside: dict[tuple[int, ...], list[str]] = {}  # routers
+        self._experts = {
+            name: expert
+            for experts in experts_of(layer)
+            for expert in range(experts.count)
+            for name in experts.names(expert)
+        }
+        self.routers = routers_of(layer)
         self._norms: dict[tuple[int, ...], str] = {}
         self._alive: list[Tensor] = []  # else the place of one could become another's
         self._cached: int | None = None
         self._kv: tuple[tuple[int, int], tuple[int, int]] | None = None
         for name, module in layer.named_modules():
             own = dict(module.named_parameters(recurse=False))
-            if isinstance(module, nn.Linear):
+            if name in self.routers:
+                hook = module.register_forward_pre_hook(self._router(name))
+            elif isinstance(module, nn.Linear):
                 hook = module.register_forward_pre_hook(self._linear(name))
             elif "weight" in own and own["weight"].dim() == 1:
                 hook = module.register_forward_hook(self._norm(name))
@@ -70,7 +88,14 @@ class Visits(contextlib.ExitStack):
     def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def visit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, nn.Linear)
-            self._read.setdefault(self._key(args[0]), []).append((name, module))
+            key = self._key(args[0]), self._experts.get(name)
+            self._read.setdefault(key, []).append((name, module))
+
+        return visit
+
+    def _router(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def visit(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._beside.setdefault(self._key(args[0]), []).append(name)
 
         return visit
 
@@ -86,29 +111,38 @@ class Visits(contextlib.ExitStack):
         self._kv = (k.shape[1], k.shape[-1]), (v.shape[1], v.shape[-1])
         return k, v
 
-    def result(self, cut: Callable[[str], int | None]) -> Trace:
-        names = [name for readers in self._read.values() for name, _ in readers]
-        if again := [name for name in names if names.count(name) > 1]:
+    def result(self, cut: Callable[[str], int | None], stored: Callable[[str], str]) -> Trace:
+        """cut: of a linear, by its name in the class. stored: a module's name in a checkpoint, of
+        that in the class; both relative to the layer."""
+        names = Counter(name for readers in self._read.values() for name, _ in readers)
+        if again := [name for name, count in names.items() if count > 1]:
             raise ConfigProblem(f"the linear {again[0]} is used more than once in a layer")
         parents = [readers[0][0].rpartition(".")[0] for readers in self._read.values()]
-        attention = set(parents[: self._cached or 0])
+        attention, last = set(parents[: self._cached or 0]), {p: n for n, p in enumerate(parents)}
         segments = []
-        for number, (key, readers) in enumerate(self._read.items()):
-            parent, last = parents[number], parents[number] not in parents[number + 1 :]
+        for number, ((key, expert), readers) in enumerate(self._read.items()):
+            parent = parents[number]
             where = "attention" if parent in attention else "mlp"
             specs = tuple(
                 LinearSpec(
-                    name,
+                    stored(name),
                     (module.out_features, module.in_features),
                     module.bias is not None,
                     cut(name),
                 )
                 for name, module in readers
             )
-            fold = Fold(norm=self._norms[key]) if key in self._norms else None
-            role = Role(f"{where}_{'out' if last else 'in'}")
-            segments.append(Segment(role, _part(specs), specs, fold))
-        return Trace(tuple(segments), self._cached, self._kv)
+            fold = None
+            if key in self._norms:
+                beside = tuple(stored(name) for name in self._beside.get(key, ()))
+                fold = Fold(norm=stored(self._norms[key]), beside=beside)
+            role = Role(f"{where}_{'out' if last[parent] == number else 'in'}")
+            part = _part(specs)
+            if expert is not None:
+                part = specs[0].name.rsplit(".", 2)[0]
+            segments.append(Segment(role, part, specs, fold, expert))
+        routers = tuple(stored(name) for name in self.routers)
+        return Trace(tuple(segments), self._cached, self._kv, routers)
 
 
 def _part(specs: tuple[LinearSpec, ...]) -> str:

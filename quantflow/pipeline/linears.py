@@ -12,6 +12,8 @@ from quantflow.recipe import Recipe, Weights
 from quantflow.recipe.overrides import matches
 from quantflow.stages.rounding import rounding_stage
 
+ROUTER = "the router"
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -68,12 +70,14 @@ def other_matrices(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         if layer is None or len(shape) < 2:
             continue
         prefix = f"{architecture.layer_prefix(layer)}."
-        if module.removeprefix(prefix) in checkpoint.linears(layer):
+        name, library = module.removeprefix(prefix), architecture.library
+        if name in checkpoint.linears(layer):
             continue
-        library = architecture.library
         yield (
             module,
-            library.apart(layer, tensor.removeprefix(prefix)) if library else "the router",
+            ROUTER
+            if library is None or name in checkpoint.routers(layer)
+            else library.apart(layer, tensor.removeprefix(prefix)),
         )
 
 

@@ -147,8 +147,10 @@ def _open_streams(plan: Plan, this: Pass, folder: Path, dtype: torch.dtype) -> S
         return place.stream(name, (windows, length, channels), dtype)
 
     x = open_stream("x", config.hidden)
-    if this.original or plan.checkpoint.architecture.library:
-        return Streams(x, None, None)  # a hosted block keeps nothing between its segments
+    if this.original:
+        return Streams(x, None, None)
+    if plan.checkpoint.architecture.library:  # a hosted block keeps what experts get, no more
+        return Streams(x, None, open_stream("inner", config.hidden) if config.experts else None)
     mid = open_stream("context", width)
     if config.experts:
         # All experts read the MLP's input, while `x` moves on under them.

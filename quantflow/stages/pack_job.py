@@ -102,12 +102,9 @@ class PackJob:
         ignored = [] if architecture.head in modules else [architecture.head]
         for index in range(checkpoint.config.layers):
             prefix = architecture.layer_prefix(index)
-            ignored += [
-                f"{prefix}.{linear}"
-                for linear in checkpoint.linears(index)
-                if f"{prefix}.{linear}" not in modules
-            ]
-            if checkpoint.config.is_moe(index):
-                ignored.append(f"{prefix}.{architecture.layer.router}")
+            for linear in (*checkpoint.linears(index), *checkpoint.routers(index)):
+                if (module := f"{prefix}.{linear}") not in modules:
+                    # transformers looks for the name that its class has
+                    ignored += dict.fromkeys((module, checkpoint.held(module)))
         ignored += [n.rpartition(".")[0] for n in self.copied if len(checkpoint.shape_of(n)) > 1]
         return list(dict.fromkeys(ignored))

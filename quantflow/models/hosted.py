@@ -1,0 +1,62 @@
+"""The architecture and the numbers of a family that a class of transformers computes."""
+
+from __future__ import annotations
+
+from quantflow.models.architecture import Architecture, Json
+from quantflow.models.config import ConfigProblem, DecoderConfig, read_dtype
+from quantflow.models.library import Library
+
+
+def open_family(values: Json) -> Architecture:
+    """The family of a config.json that has no table. Raises ConfigProblem."""
+    library = Library(values)
+    embedding, head = library.outer["embedding"], library.outer["head"]
+    base = library.names.stored(f"{library.model.base_model_prefix}.x").removesuffix(".x")
+    parts = dict(library.model.base_model.named_children())
+    return Architecture(
+        library.name,
+        (str(values["model_type"]),),
+        lambda config: _decoder_config(library, config),
+        sources=library.sources,
+        prefix=f"{library.stored_prefix}.{{i}}",
+        embedding=embedding,
+        final_norm="",
+        head=head,
+        base=base,
+        base_parts=tuple(parts),
+        notes=(
+            f"no table of QuantFlow's describes {values['model_type']}: its layers are computed by"
+            f" {library.name} of {library.version}, and its segments are found",
+        ),
+        library=library,
+    )
+
+
+def _decoder_config(library: Library, values: Json) -> DecoderConfig:
+    config, trace = library.config, library.trace(0)
+    sizes = {name: getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")}
+    if missing := [name for name, size in sizes.items() if not isinstance(size, int) or not size]:
+        raise ConfigProblem(f"{library.name} of transformers has no {', no '.join(missing)}")
+    if not trace.segments:
+        raise ConfigProblem(f"layers of {library.name} have no linear that could be quantised")
+    heads = config.num_attention_heads
+    default = (getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
+    kv_heads, head_dim = trace.kv[1] if trace.kv else default
+    return DecoderConfig(
+        family="hosted",
+        hidden=library.hidden,
+        intermediate=max(segment.channels for segment in trace.segments),
+        layers=len(library.layers),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=library.state[f"{library.outer['embedding']}.weight"][0],
+        max_positions=getattr(config, "max_position_embeddings", None) or 2048,
+        norm_eps=0.0,
+        activation=str(
+            getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
+        ),
+        dtype=read_dtype(values),
+        tied=library.tied,
+        experts=max((experts.count for experts in library.experts), default=0),
+    )

@@ -1,0 +1,58 @@
+"""Names of tensors in a class of transformers and on disk.
+
+The library's own table (`transformers.conversion_mapping`) says how what is stored becomes what a
+class holds: names that change, and matrices of single experts that are put into one tensor. What
+`save_pretrained` would write is what artifacts have.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    apply_renamings,
+)
+
+
+class StoredNames:
+    """Of one model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        changes = [
+            change
+            for change in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(change, PrefixChange)  # of another class's files
+        ]
+        back = [change.reverse_transform() for change in reversed(changes)]
+        self._forward = [change for change in changes if isinstance(change, WeightRenaming)]
+        self._back = [change for change in back if isinstance(change, WeightRenaming)]
+        self._apart = [change for change in back if isinstance(change, WeightConverter)]
+
+    def stored(self, name: str) -> str:
+        """On disk, of a tensor that is stored as the class holds it."""
+        return str(apply_renamings(name, self._back))
+
+    def held(self, name: str) -> str:
+        """In the class, of a tensor on disk that is held as it is stored."""
+        return str(apply_renamings(name, self._forward))
+
+    def taken_apart(self, name: str, tensor: Tensor) -> dict[str, tuple[int, ...]]:
+        """Names and shapes on disk of what the class holds as `tensor`, on the meta device."""
+        first, pattern = apply_converters(name, self._apart)
+        if pattern is None:
+            return {self.stored(name): tuple(tensor.shape)}
+        change = deepcopy(next(c for c in self._apart if pattern in c.source_patterns))
+        change.add_tensor(first, name, pattern, tensor)
+        parts = change.convert(first, model=self._model, config=self._model.config)
+        return {
+            self.stored(part): tuple((value[0] if isinstance(value, list) else value).shape)
+            for part, value in parts.items()
+        }
