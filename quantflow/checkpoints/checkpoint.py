@@ -322,9 +322,7 @@ class Checkpoint:
 
         source = self.sources[native]
         read, info = self.container.read, self.container.tensors[source.name]
-        if source.view is None:
-            value = read(source.name)
-        elif isinstance(source.index[0], int) and source.view[0] == info.shape[0]:
+        if source.view and isinstance(source.index[0], int) and source.view[0] == info.shape[0]:
             # One expert of a fused tensor: read that slice alone.
             value = source.arranged(read(source.name, source.index[0])[source.index[1:]])
         else:

@@ -30,6 +30,7 @@ class Source:
 
     view: None takes the tensor as it is. vector: the result has one dimension (a bias).
     transposed: the source holds inputs before outputs.
+    unit_rows: each row is divided by its length, as the family's class does wherever it uses them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Source:
     index: tuple[int | slice, ...] = ()
     vector: bool = False
     transposed: bool = False
+    unit_rows: bool = False
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the source tensor's shape is one that can be viewed so."""
@@ -60,7 +62,11 @@ class Source:
         return rows[::-1] if self.transposed else rows
 
     def taken_from(self, tensor: Tensor) -> Tensor:
-        """The native tensor, of the source tensor."""
+        """The native tensor, of the source tensor, in whose memory it may lie."""
+        if self.unit_rows:
+            for rows in tensor.split(1024):
+                lengths = rows.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+                rows.copy_(rows.float() / lengths)
         if self.view is None:
             return tensor
         return self.arranged(tensor.view(self.view)[self.index])

@@ -1,15 +1,17 @@
-"""InternLM and InternLM2, without their remote code: both compute what Llama computes, under other
-tensor names."""
+"""InternLM, InternLM2 and InternLM3, without their remote code: they compute what Llama computes,
+under other names of tensors or config keys."""
 
 from __future__ import annotations
 
-from quantflow.models.architecture import Architecture, Json, Source, renamed, split_rows
-from quantflow.models.config import ConfigProblem, DecoderConfig, flag, number, read_rope
+from quantflow.models.architecture import Json, Source, renamed, split_rows
+from quantflow.models.config import ConfigProblem, flag, number, read_rope
 from quantflow.models.llama import read_llama_like
+from quantflow.models.translation import Translation
 
 _REMOTE_KEYS = (
     "auto_map",
     "bias",
+    "qkv_bias",
     "attn_implementation",
     "_attn_implementation_autoset",
     "tokenizer_class",
@@ -64,22 +66,34 @@ def _with_llama_rope(config: Json) -> Json:
     return result
 
 
-def _read_internlm(config: Json) -> DecoderConfig:
-    bias = flag(config, "bias", True)
-    return read_llama_like(_with_llama_rope(config), attention_bias=bias, output_bias=bias)
-
-
 def _internlm_config(config: Json) -> Json:
     return as_llama_config(_with_llama_rope(config), attention_bias=flag(config, "bias", True))
 
 
-def _read_internlm2(config: Json) -> DecoderConfig:
-    bias = flag(config, "bias")
-    return read_llama_like(config, attention_bias=bias, output_bias=bias)
-
-
 def _internlm2_config(config: Json) -> Json:
     return as_llama_config(config, attention_bias=flag(config, "bias"))
+
+
+# What InternLM3's class takes for keys that config.json has not.
+_INTERNLM3_ABSENT = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def _internlm3_config(config: Json) -> Json:
+    """`qkv_bias` is on q, k and v, `bias` on o and in the MLP: Llama has one flag for attention."""
+    # transformers' own class writes them as Llama does.
+    old = {"attention_bias": "qkv_bias", "mlp_bias": "bias"}
+    biases = {new: flag(config, new if config.get(new) is not None else old[new]) for new in old}
+    if len(set(biases.values())) > 1:
+        raise ConfigProblem(
+            f"qkv_bias is {biases['attention_bias']} and bias {biases['mlp_bias']}; Llama, which it"
+            " is written as, has one for q, k, v and o"
+        )
+    return as_llama_config({**_INTERNLM3_ABSENT, **config}, **biases)
 
 
 _INTERNLM2_NAMES = renamed(
@@ -96,13 +110,12 @@ _INTERNLM2_NAMES = renamed(
 )
 
 
-def _internlm2_sources(
-    name: str, shape: tuple[int, ...], config: DecoderConfig
-) -> dict[str, Source]:
+def _internlm2_sources(name: str, shape: tuple[int, ...], values: Json) -> dict[str, Source]:
     head, mark, part = name.rpartition(".attention.wqkv.")
     if not mark:
         return {_INTERNLM2_NAMES(name): Source(name)}
     # Grouped by KV head: the queries that share it, then its key, then its value.
+    config = read_llama_like(_internlm2_config(values))
     queries = config.heads // config.kv_heads
     whole = slice(None)
     parts: dict[str, tuple[int | slice, ...]] = {
@@ -113,19 +126,12 @@ def _internlm2_sources(
     return split_rows(name, shape, (config.kv_heads, queries + 2, config.head_dim), parts)
 
 
-INTERNLM = Architecture(
-    "InternLM",
-    ("internlm",),
-    _read_internlm,
-    _internlm_config,
-    notes=("written as Llama with biases: no remote code",),
-)
-INTERNLM2 = Architecture(
+INTERNLM = Translation("InternLM", _internlm_config, "written as Llama with biases: no remote code")
+INTERNLM2 = Translation(
     "InternLM2",
-    ("internlm2",),
-    _read_internlm2,
     _internlm2_config,
+    "written as Llama: no remote code",
     _internlm2_sources,
     base_parts=("tok_embeddings", "layers", "norm"),
-    notes=("written as Llama: no remote code",),
 )
+INTERNLM3 = Translation("InternLM3", _internlm3_config, "written as Llama: no remote code")

@@ -44,7 +44,6 @@ class Pack(PlannedStage):
         "awq",
         "gptq",
         "gptq_v2",
-        "bitblas",
         "bitsandbytes",
         "turbomind",
         "gguf",

@@ -100,5 +100,5 @@ DIALOGUES: dict[str, Dialogue] = {
 """By the name that a user gives; a chat template of the model's own goes first unless one is asked
 for."""
 
-OF_FAMILY = {name: DIALOGUES[name] for name in ("internlm", "internlm2", "qwen")}
+OF_FAMILY = {name: DIALOGUES[name] for name in ("internlm", "internlm2", "qwen", "baichuan")}
 """By config.json's model_type: families whose dialogue format is in their remote code alone."""

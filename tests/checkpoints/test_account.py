@@ -69,6 +69,8 @@ def test_every_tensor_is_used_or_left_out(
     """used: what is really read for the tensors that are computed with and written."""
     found = specimen(name)
     tensors, config = dict(found.tensors), dict(found.config)
+    if tied and name == "baichuan2":
+        pytest.skip("its head is normalised, so that no embedding is like it: refused")
     if tied:
         config["tie_word_embeddings"] = True
         tensors[HEADS.get(name, HEAD)] = tensors[EMBEDDINGS.get(name, EMBEDDING)].clone()

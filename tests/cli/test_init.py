@@ -23,8 +23,9 @@ FOUR_BITS = {
 }  # fmt: skip
 SLIDING, MIXED, OTHER = "a sliding window", "a mixture of experts", "model_type 'opt'"
 NO_GGUF = {
-    "mistral": SLIDING, "qwen2": SLIDING, "mixtral": MIXED, "mixtral_fused": MIXED,
-    "qwen3_moe": MIXED, "qwen3_moe_fused": MIXED, "opt": OTHER, "opt_prefixed": OTHER,
+    "internlm3": "biases in the MLP", "mistral": SLIDING, "qwen2": SLIDING, "mixtral": MIXED,
+    "mixtral_fused": MIXED, "qwen3_moe": MIXED, "qwen3_moe_fused": MIXED, "opt": OTHER,
+    "opt_prefixed": OTHER,
 }  # fmt: skip
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from quantflow.engine.request import SamplingParams
 from quantflow.formats import FORMATS
 from quantflow.formats.reader import Weights
 from quantflow.formats.weight import Weight
-from quantflow.models.registry import ARCHITECTURES
+from quantflow.models.registry import TRANSLATIONS
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.requantize import relative_error, requantize
@@ -37,28 +37,27 @@ SNIPPETS = {  # by the file that each is, in its first line
 
 
 def test_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Llama whose q, k and v lie in one tensor, as Baichuan-7B's do, says what that Llama
-    says."""
+    """A Llama whose q, k and v lie in one tensor says what that Llama says."""
     monkeypatch.setitem(
-        ARCHITECTURES, "baichuan", run_python(SNIPPETS["quantflow/models/baichuan.py"])["BAICHUAN"]
+        TRANSLATIONS, "packed", run_python(SNIPPETS["quantflow/models/packed.py"])["PACKED"]
     )
     llama = write_llama(tmp_path / "llama", num_key_value_heads=4, dtype=torch.float32)
-    baichuan = write_llama(
-        tmp_path / "baichuan", num_key_value_heads=4, dtype=torch.float32, model_type="baichuan"
+    packed = write_llama(
+        tmp_path / "packed", num_key_value_heads=4, dtype=torch.float32, model_type="packed"
     )
-    tensors = load_file(baichuan / "model.safetensors")
+    tensors = load_file(packed / "model.safetensors")
     for i in range(2):
         at = f"model.layers.{i}.self_attn"
         tensors[f"{at}.W_pack.weight"] = torch.cat(
             [tensors.pop(f"{at}.{letter}_proj.weight") for letter in "qkv"]
         )
-    save_file(tensors, baichuan / "model.safetensors", {"format": "pt"})
+    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
 
     said = [
         LLM(str(path), device="cpu", cache_bytes=2**20).generate(
             "The fox", SamplingParams(max_tokens=8)
         )
-        for path in (llama, baichuan)
+        for path in (llama, packed)
     ]
     assert said[0][0].completions[0].token_ids == said[1][0].completions[0].token_ids
 
@@ -66,23 +65,21 @@ def test_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     recipe.write_text(
         "name: x\nweights: {group_size: 32}\nstages: [rtn, pack: {format: compressed-tensors}]\n"
     )
-    for model in (llama, baichuan):
+    for model in (llama, packed):
         for verb in ("plan", "run"):
             done = invoke(verb, recipe, "--model", model, "--output", tmp_path / f"{model.name}-w4")
             assert done.exit_code == 0, done.stderr
     assert (
         "written as Llama"
-        in invoke("plan", recipe, "--model", baichuan, "--output", tmp_path / "other").stdout
+        in invoke("plan", recipe, "--model", packed, "--output", tmp_path / "other").stdout
     )
     written = [
-        load_file(tmp_path / f"{name}-w4" / "model.safetensors") for name in ("llama", "baichuan")
+        load_file(tmp_path / f"{name}-w4" / "model.safetensors") for name in ("llama", "packed")
     ]
     assert written[0].keys() == written[1].keys() and all(
         torch.equal(written[0][name], written[1][name]) for name in written[0]
     )
-    assert (
-        json.loads((tmp_path / "baichuan-w4" / "config.json").read_text())["model_type"] == "llama"
-    )
+    assert json.loads((tmp_path / "packed-w4" / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_its_stage(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.helpers.zoo import TRAINED, ZOO, Specimen, decoder_logits, random_tok
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # families whose rotary embedding stretches beyond TRAINED
-STRETCHED = ("internlm", "internlm2", "qwen")
+STRETCHED = ("internlm", "internlm2", "internlm3", "qwen")
 
 
 def config(**changes: Any) -> EngineConfig:

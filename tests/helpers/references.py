@@ -1,7 +1,7 @@
 """Every architecture as transformers computes it, over the checkpoints of `zoo`.
 
 transformers reads the same files where it knows the family. Where the family is remote code
-(InternLM, InternLM2, Qwen), the weights are carried into Llama or Qwen2 by the index loops below,
+(InternLM, Baichuan, Qwen), the weights are carried into Llama or Qwen2 by the index loops below,
 written from the families' own definitions, not from `quantflow.models`.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    InternLM3Config,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -25,6 +26,7 @@ from tests.helpers.zoo import (
     HEADS,
     HIDDEN,
     INNER,
+    INTERNLM3_HEAD,
     KV_HEADS,
     LAYERS,
     TRAINED,
@@ -33,7 +35,7 @@ from tests.helpers.zoo import (
     specimen,
 )
 
-REMOTE = ("internlm", "internlm2", "qwen")
+REMOTE = ("internlm", "internlm2", "internlm3", "baichuan2", "qwen")
 D = HIDDEN // HEADS
 
 
@@ -97,6 +99,41 @@ def _internlm2(tensors: Tensors, length: int) -> LlamaForCausalLM:
     return _llama(native, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, rope_parameters=rope)
 
 
+def _internlm3(tensors: Tensors, length: int) -> LlamaForCausalLM:
+    """transformers' own config class of it, under the old keys."""
+    config = InternLM3Config(
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=INTERNLM3_HEAD,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=TRAINED,
+        qkv_bias=True,
+        bias=True,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "dynamic", "factor": 6.0, "rope_theta": 50000000.0},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(tensors)
+    assert isinstance(model, LlamaForCausalLM)
+    return model.eval()
+
+
+def _baichuan2(tensors: Tensors, length: int) -> LlamaForCausalLM:
+    """q, k and v one below the other; each row of the head over its length."""
+    native = {name: tensor for name, tensor in tensors.items() if "W_pack" not in name}
+    head = tensors["lm_head.weight"]
+    native["lm_head.weight"] = torch.stack([row / (row * row).sum().sqrt() for row in head])
+    for i in range(LAYERS):
+        fused = tensors[f"model.layers.{i}.self_attn.W_pack.weight"]
+        for at, letter in enumerate("qkv"):
+            rows = [fused[at * HIDDEN + row] for row in range(HIDDEN)]
+            native[f"model.layers.{i}.self_attn.{letter}_proj.weight"] = torch.stack(rows)
+    return _llama(native, num_key_value_heads=HEADS, rms_norm_eps=1e-6)
+
+
 def _qwen(tensors: Tensors, length: int) -> Qwen2ForCausalLM:
     native = {
         "model.embed_tokens.weight": tensors["transformer.wte.weight"],
@@ -149,6 +186,8 @@ def _qwen(tensors: Tensors, length: int) -> Qwen2ForCausalLM:
 _REFERENCES: dict[str, Callable[[Tensors, int], Any]] = {
     "internlm": _internlm,
     "internlm2": _internlm2,
+    "internlm3": _internlm3,
+    "baichuan2": _baichuan2,
     "qwen": _qwen,
 }
 

@@ -72,6 +72,7 @@ class _Random:
         kv: int = KV_HEADS,
         qkv_bias: bool = False,
         o_bias: bool = False,
+        mlp_bias: bool = False,
         mlp: bool = True,
     ) -> Tensors:
         tensors = {
@@ -85,7 +86,11 @@ class _Random:
         tensors[f"{p}.self_attn.o_proj.weight"] = self(HIDDEN, HEADS * size)
         if o_bias:
             tensors[f"{p}.self_attn.o_proj.bias"] = self(HIDDEN)
-        return tensors | (self.llama_mlp(f"{p}.mlp", INNER) if mlp else {})
+        tensors |= self.llama_mlp(f"{p}.mlp", INNER) if mlp else {}
+        if mlp_bias:
+            for name, rows in (("gate", INNER), ("up", INNER), ("down", HIDDEN)):
+                tensors[f"{p}.mlp.{name}_proj.bias"] = self(rows)
+        return tensors
 
     def llama_mlp(self, p: str, width: int) -> Tensors:
         return {
@@ -213,6 +218,56 @@ def _internlm2(random: _Random) -> Specimen:
             f"{p}.feed_forward.w3.weight": random(INNER, HIDDEN),
             f"{p}.feed_forward.w2.weight": random(HIDDEN, INNER),
         }
+    return Specimen(config, tensors)
+
+
+INTERNLM3_HEAD = 24  # unlike hidden / heads, which is 16
+
+
+def _internlm3(random: _Random) -> Specimen:
+    """InternLM3's old directories: remote code, `qkv_bias` and `bias`, a head size of its own."""
+    config = _llama_like(
+        "internlm3",
+        "InternLM3ForCausalLM",
+        random,
+        bias=True,
+        qkv_bias=True,
+        head_dim=INTERNLM3_HEAD,
+        rope_theta=50000000,
+        rope_scaling={"rope_type": "dynamic", "factor": 6.0},
+        max_position_embeddings=TRAINED,
+        auto_map={
+            "AutoConfig": "configuration_internlm3.InternLM3Config",
+            "AutoModelForCausalLM": "modeling_internlm3.InternLM3ForCausalLM",
+        },
+    )
+    biases = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+    return Specimen(config, _native(random, size=INTERNLM3_HEAD, **biases))
+
+
+def _baichuan2(random: _Random) -> Specimen:
+    """Baichuan2-7B: q, k and v in `W_pack`, a head that is normalised where it is used."""
+    config = _llama_like(
+        "baichuan",
+        "BaichuanForCausalLM",
+        random,
+        model_max_length=128,
+        z_loss_weight=0,
+        rms_norm_eps=1e-6,
+        auto_map={
+            "AutoConfig": "configuration_baichuan.BaichuanConfig",
+            "AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM",
+        },
+    )
+    for key in ("rope_theta", "rope_scaling", "num_key_value_heads"):
+        del config[key]
+    tensors = _native(random, kv=HEADS)
+    for i in range(LAYERS):
+        at = f"model.layers.{i}.self_attn"
+        for letter in "qkv":
+            del tensors[f"{at}.{letter}_proj.weight"]
+        tensors[f"{at}.W_pack.weight"] = random(3 * HIDDEN, HIDDEN)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 40  # far from length 1
     return Specimen(config, tensors)
 
 
@@ -475,9 +530,10 @@ def _opt_prefixed(random: _Random) -> Specimen:
 
 _MAKERS: dict[str, Callable[[_Random], Specimen]] = {
     "llama3": _llama3, "llama_bias": _llama_bias, "internlm": _internlm, "internlm2": _internlm2,
-    "mistral": _mistral, "qwen": _qwen, "qwen2": _qwen2, "qwen3": _qwen3, "mixtral": _mixtral,
-    "mixtral_fused": _mixtral_fused, "qwen3_moe": _qwen3_moe, "qwen3_moe_fused": _qwen3_moe_fused,
-    "opt": _opt, "opt_prefixed": _opt_prefixed,
+    "internlm3": _internlm3, "baichuan2": _baichuan2, "mistral": _mistral, "qwen": _qwen,
+    "qwen2": _qwen2, "qwen3": _qwen3, "mixtral": _mixtral, "mixtral_fused": _mixtral_fused,
+    "qwen3_moe": _qwen3_moe, "qwen3_moe_fused": _qwen3_moe_fused, "opt": _opt,
+    "opt_prefixed": _opt_prefixed,
 }  # fmt: skip
 ZOO = tuple(_MAKERS)
 

@@ -13,7 +13,7 @@ import torch
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
-from quantflow.models.registry import ARCHITECTURES
+from quantflow.models.registry import ARCHITECTURES, TRANSLATIONS, family
 from tests.helpers.references import REMOTE, reference
 from tests.helpers.zoo import (
     EXPERTS,
@@ -45,7 +45,9 @@ def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_the_zoo_has_every_architecture() -> None:
-    assert {specimen(name).config["model_type"] for name in ZOO} == set(ARCHITECTURES)
+    """And the translations to a table; `test_translations.py` has the others."""
+    there = {specimen(name).config["model_type"] for name in ZOO}
+    assert there - set(TRANSLATIONS) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -69,6 +71,11 @@ LOST = {
     "internlm": ("model.layers.1.self_attn.k_proj.bias", ["model.layers.1.self_attn.k_proj.bias"]),
     "internlm2": (
         "model.layers.1.attention.wqkv.weight",
+        [f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkv"],
+    ),
+    "internlm3": ("model.layers.1.mlp.down_proj.bias", ["model.layers.1.mlp.down_proj.bias"]),
+    "baichuan2": (
+        "model.layers.1.self_attn.W_pack.weight",
         [f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkv"],
     ),
     "mistral": ("lm_head.weight", ["lm_head.weight"]),
@@ -146,7 +153,7 @@ def test_an_unknown_model_type_is_refused_with_what_is_missing(
         )
     (problem,) = caught.value.problems
     assert problem.found == repr(model_type)
-    for known in ARCHITECTURES:
+    for known in (*ARCHITECTURES, *TRANSLATIONS):
         assert known in problem.expected
     assert "tensor names" in problem.hint and "what its decoder computes" in problem.hint
 
@@ -198,7 +205,7 @@ def test_the_native_config_is_plain_and_reads_back_the_same(name: str) -> None:
     """transformers builds its own class from it, without remote code, and the tensors it wants are
     the native ones."""
     raw = specimen(name).config
-    architecture = ARCHITECTURES[raw["model_type"]]
+    architecture = family(raw, Path())
     native = architecture.native_config(json.loads(json.dumps(raw)))
     assert "auto_map" not in native if name in REMOTE else native == raw
     read, again = (

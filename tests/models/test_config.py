@@ -3,6 +3,7 @@ else comes out."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +11,13 @@ import torch
 
 from quantflow.decoder.rope import inverse_frequencies
 from quantflow.models.config import ConfigProblem
-from quantflow.models.registry import ARCHITECTURES
+from quantflow.models.registry import family
 from tests.helpers.zoo import specimen
 
 
 def read(name: str, **changes: Any) -> Any:
     config = {**specimen(name).config, **changes}
-    return ARCHITECTURES[config["model_type"]].read_config(config)
+    return family(config, Path()).read_config(config)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
-from quantflow.models.registry import ARCHITECTURES
+from quantflow.models.registry import family
 from quantflow.pipeline.export import export
 from quantflow.quant.scheme import Scheme
 from tests.formats.test_recognise import GPTQ, written
@@ -25,7 +25,7 @@ HEADS = ("lm_head.", "output.")
 
 
 def base_of(found: Specimen) -> str:
-    return ARCHITECTURES[found.config["model_type"]].base
+    return family(found.config, Path()).base
 
 
 def changed(found: Specimen, change: Callable[[str], str]) -> Specimen:

@@ -19,7 +19,7 @@ from quantflow.engine.text import Text
 from quantflow.errors import ModelError
 from quantflow.models.config import ConfigProblem
 from quantflow.models.llama import read_llama_like
-from quantflow.models.registry import ARCHITECTURES
+from quantflow.models.registry import ARCHITECTURES, family
 from quantflow.models.spelling import SYNONYMS, settled
 from quantflow.pipeline.plan import make_plan
 from quantflow.pipeline.progress import Silent
@@ -348,7 +348,7 @@ def test_pairs_that_agree_are_read(tmp_path: Path) -> None:
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}),
     ):
         found = specimen(name)
-        architecture = ARCHITECTURES[found.config["model_type"]]
+        architecture = family(found.config, Path())
         assert architecture.read_config(
             settled(found.config | changes)[0]
         ) == architecture.read_config(found.config), name
