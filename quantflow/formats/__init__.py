@@ -9,6 +9,7 @@ from typing import Any
 from quantflow.errors import FormatError, Problem
 from quantflow.formats.awq import Awq
 from quantflow.formats.base import Format
+from quantflow.formats.bitblas import Bitblas
 from quantflow.formats.bitsandbytes import Bitsandbytes
 from quantflow.formats.compressed_tensors import CompressedTensors
 from quantflow.formats.gguf import Gguf
@@ -24,6 +25,7 @@ FORMATS: dict[str, Format] = {
         Awq(),
         Gptq(),
         GptqV2(),
+        Bitblas(),
         Bitsandbytes(),
         TurboMind(),
         Gguf(),

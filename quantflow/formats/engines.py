@@ -182,6 +182,15 @@ LOADS: tuple[Loads, ...] = (
     ),
     Loads(GPTQMODEL, "gptq_v2", _GPTQ, asymmetric=True, index=True, known="read"),
     Loads(
+        GPTQMODEL,
+        "bitblas",
+        (2, 4, 8),
+        (32, 64, 128, -1),
+        asymmetric=True,
+        known="read",
+        note="on a GPU; of a model in bfloat16 asymmetric alone",
+    ),
+    Loads(
         BITSANDBYTES,
         "bitsandbytes",
         (4,),

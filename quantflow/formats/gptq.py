@@ -52,9 +52,9 @@ class Gptq(Format):
         asymmetric="yes, without a zero point of 0",
         act_order_index="yes",
     )
-    suffixes = (".qweight", ".qzeros", ".scales", ".g_idx")
+    suffixes: ClassVar[tuple[str, ...]] = (".qweight", ".qzeros", ".scales", ".g_idx")
     marks = (".qweight",)
-    index_suffixes = (".g_idx",)
+    index_suffixes: ClassVar[tuple[str, ...]] = (".g_idx",)
     holds_index = True
 
     name: str = "gptq"
@@ -162,6 +162,7 @@ class Gptq(Format):
 
         qweight = take(tensors, f"{module}.qweight", torch.int32)
         n, bits = qweight.shape[1], scheme.bits
+        _not_ten_to_a_word(module, scheme, tensors)
         if qweight.shape[0] * 32 % bits:
             raise FormatError(
                 Problem(
@@ -288,6 +289,24 @@ def declared_version(config: Mapping[str, Any]) -> str:
     """`gptq`, `gptq_v2` or what else a `quantization_config` says. Writers before version 2 said
     nothing; GPTQModel says it twice, and calls `checkpoint_format` the older name."""
     return str(config.get("checkpoint_format") or config.get("format") or "gptq")
+
+
+def _not_ten_to_a_word(module: str, scheme: Scheme, tensors: Mapping[str, Tensor]) -> None:
+    """EfficientQAT puts ten codes of 3 bits into a word and leaves two bits of it empty. Raises
+    FormatError for a weight that is so."""
+    scales = tensors.get(f"{module}.scales")
+    if scheme.bits != 3 or scheme.group_size < 0 or scales is None or scales.dim() != 2:
+        return
+    k, words = len(scales) * scheme.group_size, len(tensors[f"{module}.qweight"])
+    if words == -(-k // 10) != k * 3 // 32:
+        raise FormatError(
+            Problem(
+                f"{module}.qweight",
+                f"{words} words for {k} codes of 3 bits, ten to a word as EfficientQAT packs them",
+                f"GPTQ's stream of bits, {k * 3 // 32} words",
+                "Save it unpacked (without --real_quant), and quantise that",
+            )
+        )
 
 
 def _by_gptqmodel(config: Mapping[str, Any]) -> bool:

@@ -44,6 +44,7 @@ class Pack(PlannedStage):
         "awq",
         "gptq",
         "gptq_v2",
+        "bitblas",
         "bitsandbytes",
         "turbomind",
         "gguf",

@@ -152,3 +152,15 @@ def test_dynamic_as_its_readers_apply_it() -> None:
         r"-:^model\.layers\.1\.mlp\.up_proj$": {},
         r"+:^model\.layers\.\d+\.mlp\.down_proj$": {"bits": 8, "group_size": -1, "sym": True},
     }
+
+
+def test_three_bits_ten_to_a_word_are_named() -> None:
+    """As EfficientQAT packs them: the same names, and other bits."""
+    scheme = Scheme(3, 32, symmetric=False)
+    form = FORMATS["gptq_v2"]
+    config = form.quantization_config(ConfigRequest({"m": scheme}, [], scheme))
+    tensors = form.encode("m", random_tensor(32, 320, scheme), torch.float16)
+    assert tensors["m.qweight"].shape == (30, 32)
+    tensors["m.qweight"] = torch.zeros(32, 32, dtype=torch.int32)  # 320 codes, ten to a word
+    with pytest.raises(FormatError, match=r"m\.qweight: 32 words for 320 codes of 3 bits, ten to"):
+        form.decode("m", tensors, config)

@@ -31,7 +31,7 @@ from tests.formats.helpers import random_tensor
 from tests.helpers.runs import UNLIKE, Bench, contents, invoke, make_bench
 
 ROOT = Path(__file__).parents[2]
-EVERY = ("compressed-tensors", "awq", "gptq", "gptq_v2", "gguf")
+EVERY = ("compressed-tensors", "awq", "gptq", "gptq_v2", "bitblas", "gguf")
 
 
 def made(root: Path, pack: str, stages: list[Any], **changes: Any) -> Bench:

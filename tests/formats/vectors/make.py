@@ -1,8 +1,8 @@
 """Makes the vectors of this folder with the packages that the formats come from; README.md says
 how.
 
-`python make.py autoawq|autogptq|gptqmodel`, each where that package can be imported. Weights are
-random; everything that is stored was packed, and dequantised, by the package.
+`python make.py autoawq|autogptq|gptqmodel|bitblas`, each where that package can be imported.
+Weights are random; everything that is stored was packed, and dequantised, by the package.
 """
 
 from __future__ import annotations
@@ -154,9 +154,33 @@ def gptqmodel() -> Cases:
     return cases, tensors
 
 
+def bitblas() -> Cases:
+    for package in ("bitblas", "bitblas.quantization"):
+        without_init(package)
+    from bitblas.quantization.utils import general_compress, interleave_weight
+
+    cases, tensors = {}, {}
+    for seed, bits in enumerate((2, 4, 8)):
+        generator = torch.Generator().manual_seed(300 + seed)
+        codes = torch.randint(0, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
+        zeros = torch.randint(0, 2**bits, (K // 32, N), generator=generator, dtype=torch.uint8)
+        plain = general_compress(codes.numpy().view("int8"), bits)
+        cases[str(bits)] = {"bits": bits}
+        tensors |= {
+            f"{bits}.codes": codes,
+            f"{bits}.zeros": zeros,
+            f"{bits}.qweight": torch.from_numpy(plain),
+            f"{bits}.qzeros": torch.from_numpy(general_compress(zeros.numpy().view("int8"), bits)),
+        }
+        if bits < 8:
+            tensors[f"{bits}.interleaved"] = torch.from_numpy(interleave_weight(plain, bits))
+    return cases, tensors
+
+
 if __name__ == "__main__":
     package = sys.argv[1]
-    cases, tensors = {"autoawq": autoawq, "autogptq": autogptq, "gptqmodel": gptqmodel}[package]()
+    makers = {"autoawq": autoawq, "autogptq": autogptq, "gptqmodel": gptqmodel, "bitblas": bitblas}
+    cases, tensors = makers[package]()
     try:
         version = importlib.metadata.version({"autogptq": "auto-gptq"}.get(package, package))
     except importlib.metadata.PackageNotFoundError:  # sources on the path
