@@ -38,7 +38,7 @@ from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.pack import Pack
 from quantflow.stages.pack_prepare import Prepared, prepare
 from quantflow.stages.rounding import rounding_stage
-from quantflow.tokenizers.load import has_tokenizer, tokenizer_placeholders
+from quantflow.tokenizers.load import tokenizer_placeholders, tokenizer_problem
 
 T = TypeVar("T")
 BATCH_TOKENS = 4096  # tokens that go through a layer together
@@ -303,15 +303,9 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     problems += grid_problems(plan) + text_problems(plan) + output_problems(plan)
     if plan.measures_engine and (absent := engine_problem(checkpoint)):
         problems.append(replace(absent, where="evaluate.engine"))
-    if not config_only and not has_tokenizer(checkpoint.tokenizer_path):
-        problems.append(
-            Problem(
-                str(checkpoint.path),
-                "no tokenizer",
-                "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken",
-            )
-        )
     if not config_only:
+        if problem := tokenizer_problem(checkpoint.tokenizer_path):
+            problems.append(problem)
         problems += tokenizer_placeholders(checkpoint.tokenizer_path)
     if problems:
         raise UserError(problems)

@@ -30,7 +30,7 @@ from quantflow.pipeline.texts import model_documents
 from quantflow.quant.grid import GridRules
 from quantflow.quant.numbers.base import BITS
 from quantflow.quant.scheme import Scheme
-from quantflow.tokenizers.load import has_tokenizer, load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer, tokenizer_problem
 
 FILE = "sensitivity.json"
 RATE = {"cpu": 6e10, "cuda": 3e13}  # float32 operations a second, an order of magnitude
@@ -234,14 +234,8 @@ def prepare(settings: Settings) -> Job:
     problems += _output_problems(settings)
     device = resolve_device(settings.device)
     windows, calibration = Windows([], frozenset(), ""), 0
-    if not has_tokenizer(checkpoint.tokenizer_path):
-        problems.append(
-            Problem(
-                str(path),
-                "no tokenizer",
-                "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken",
-            )
-        )
+    if problem := tokenizer_problem(checkpoint.tokenizer_path):
+        problems.append(problem)
     else:
         try:
             windows, calibration = _text(settings, checkpoint)

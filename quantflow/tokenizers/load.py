@@ -9,6 +9,7 @@ them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from quantflow.tokenizers.chat_templates import TEMPLATES
 from quantflow.tokenizers.declared import ROLES, read_declared
 from quantflow.tokenizers.loaded import Loaded
 from quantflow.tokenizers.reading import Json, file_text, guarded, optional_json
-from quantflow.tokenizers.sentencepiece import from_sentencepiece
+from quantflow.tokenizers.sentencepiece import from_sentencepiece, is_tiktoken
 
 _FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -51,6 +52,30 @@ def has_tokenizer(path: Path) -> bool:
         (path / name).is_file()
         for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken", "vocab.json")
     )
+
+
+_CODE_READS_IT = (
+    "tokenizer_config.json names code of the model's directory, which is never run: such a model"
+    " needs a tokenizer.json{}"
+)
+_ELSEWHERE = {"chatglm": " (for GLM-4-9B: that of glm-4-9b-chat-hf)"}  # by model_type
+
+
+def tokenizer_problem(path: Path) -> Problem | None:
+    """What keeps a model directory's tokenizer from being read, as far as the names and the first
+    bytes of its files tell: there is none, or one that only the model's own code reads."""
+    model_type = str(optional_json(path / "config.json").get("model_type"))
+    hint = _CODE_READS_IT.format(_ELSEWHERE.get(model_type, ""))
+    file = path / "tokenizer.model"
+    if not has_tokenizer(path):
+        expected = "tokenizer.json, tokenizer.model, vocab.json or qwen.tiktoken"
+        code = (path / "tiktoken.model").is_file()
+        return Problem(str(path), "no tokenizer", expected, hint if code else "")
+    if file.is_file() and not (path / "tokenizer.json").is_file():
+        with contextlib.suppress(OSError), file.open("rb") as opened:  # who reads it will say so
+            if is_tiktoken(opened.read(1024)):
+                return Problem(str(file), "a tiktoken file", "SentencePiece's", hint)
+    return None
 
 
 def tokenizer_files(path: Path) -> dict[str, Path]:
@@ -109,7 +134,8 @@ def load(path: Path) -> Loaded:
                 " them too"
             )
         else:
-            hint = "Is the download complete?"
+            problem = tokenizer_problem(path)
+            hint = (problem and problem.hint) or "Is the download complete?"
         raise ModelError(Problem(str(path), "no tokenizer", f"one of {expected}", hint))
     # A limit stored in tokenizer.json would cut documents without a word.
     loaded.tokenizer.no_truncation()

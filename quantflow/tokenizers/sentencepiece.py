@@ -27,6 +27,11 @@ from quantflow.tokenizers.sentencepiece_model import (
 SPACE = "\u2581"  # ▁, SentencePiece's letter for a space
 
 
+def is_tiktoken(data: bytes) -> bool:
+    """Whether a file that begins so holds tiktoken's ranks."""
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) is not None
+
+
 def from_sentencepiece(path: Path) -> Loaded:
     file = path / "tokenizer.model"
     data = file_bytes(file)
@@ -34,7 +39,7 @@ def from_sentencepiece(path: Path) -> Loaded:
         model = read_sentencepiece(data)
     except ValueError as error:  # UnicodeDecodeError is one
         hint = "Is the download complete?"
-        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        if is_tiktoken(data):
             hint = "It is a tiktoken file, as Llama 3 has: such a model needs its tokenizer.json"
         raise ModelError(
             Problem(str(file), f"not a SentencePiece model ({error})", hint=hint)

@@ -26,7 +26,7 @@ from quantflow.engine.text import Text
 from quantflow.errors import ModelError
 from quantflow.tokenizers.byte_level import QWEN_PATTERN, QWEN_SPECIALS, byte_characters
 from quantflow.tokenizers.export import export_tokenizer
-from quantflow.tokenizers.load import load_tokenizer
+from quantflow.tokenizers.load import load_tokenizer, tokenizer_problem
 from quantflow.tokenizers.merges import merges_of
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -911,6 +911,29 @@ def test_the_handmade_model_that_the_next_test_damages_is_good(tmp_path: Path) -
         3,
         2,
     ]
+
+
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        ({"tiktoken.model": "IQ== 0\nIg== 1\n"}, ("no tokenizer", "needs a tokenizer.json")),
+        (
+            {"tokenizer.model": "IQ== 0\nIg== 1\n", "config.json": {"model_type": "chatglm"}},
+            ("a tiktoken file", "that of glm-4-9b-chat-hf"),
+        ),
+        ({"tokenizer.model": "IQ== 0\n", "tokenizer.json": "{}"}, ()),
+        ({"tokenizer.model": "not looked at any further"}, ()),
+    ],
+)
+def test_what_only_remote_code_reads_is_told_before_a_run(
+    files: dict[str, Any], parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text)
+    problem = tokenizer_problem(tmp_path)
+    assert (problem is None) == (not parts)
+    assert all(part in str(problem) for part in parts)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
