@@ -26,7 +26,7 @@ from quantflow.models.prefixes import own_names
 from quantflow.models.registry import family
 from quantflow.models.segments import LinearSpec, Role, Segment, segments
 from quantflow.models.sharding import shard_shape
-from quantflow.models.spelling import settled
+from quantflow.models.spelling import settled, untied
 from quantflow.paths import absent
 
 if TYPE_CHECKING:
@@ -164,7 +164,11 @@ class Checkpoint:
 
     def _account(self) -> None:
         """Puts every tensor of the source into `sources`, or into `left_out`."""
-        tensors, layers = self.container.tensors, self.config.layers
+        tensors, layers, library = (
+            self.container.tensors,
+            self.config.layers,
+            self.architecture.library,
+        )
         integers = {n.rpartition(".")[0] for n, t in tensors.items() if t.dtype not in FLOATS}
         beyond = set()
         for name, info in tensors.items():
@@ -175,7 +179,8 @@ class Checkpoint:
                 name: Source(name)
             }
             why = why_copied(natives, self.architecture, layers, self.raw_config)
-            if why and name.rpartition(".")[0] in integers:
+            apart = library is None or next(iter(natives)) not in library.beside
+            if why and apart and name.rpartition(".")[0] in integers:
                 self.left_out[name] = f"{why}, and not in floating point"
                 continue
             if why:
@@ -220,7 +225,7 @@ class Checkpoint:
             )
         else:
             self.config = replace(self.config, tied=False)
-            self.raw_config = {**self.raw_config, "tie_word_embeddings": False}
+            self.raw_config = untied(self.raw_config)
             if self.architecture.library:
                 self.architecture = family(self.raw_config, self.path)
             own = f"{self.sources[heads[0]].name} is another than {self.architecture.embedding}"

@@ -23,7 +23,8 @@ def tensor_problems(checkpoint: Checkpoint, packed: Callable[[str], bool]) -> li
     container, architecture, path = checkpoint.container, checkpoint.architecture, checkpoint.path
     if problem := foreign(container.tensors, architecture, path):
         return [problem]
-    expected = {n: s for n, s in checkpoint.expected.items() if not packed(n)}
+    beside = architecture.library.beside if architecture.library else {}
+    expected = {n: s for n, s in {**checkpoint.expected, **beside}.items() if not packed(n)}
     problems = list(_unfit(checkpoint, expected))
     if missing := [native for native in expected if native not in checkpoint.sources]:
         hint = "Is a shard missing, or config.json another model's?"
@@ -76,7 +77,7 @@ def _unfit(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> Iter
                 f"{list(shape)} by config.json",
                 "config.json and weights disagree",
             )
-        if info.dtype not in FLOATS:
+        if info.dtype not in FLOATS and native not in checkpoint.copied:
             yield Problem(where, f"dtype {info.dtype}", ", ".join(FLOATS))
 
 

@@ -25,7 +25,10 @@ def recognise(checkpoint: Checkpoint) -> tuple[str, dict[str, Any]] | None:
     written.
     """
     raw = checkpoint.raw_config
+    text = raw.get("text_config")  # where some keep it of a model that is more than that
     declared = raw.get("quantization_config") or raw.get("compression_config")
+    if not declared and isinstance(text, Mapping):
+        declared = text.get("quantization_config")
     # which MLX writes, and again as a quantization_config without a method
     mlx = raw.get("quantization")
     if isinstance(mlx, Mapping) and "group_size" in mlx and declared in (None, {}, mlx):

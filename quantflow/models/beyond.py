@@ -1,8 +1,9 @@
 """What a checkpoint holds beside the decoder that is quantised: it is written again as it is.
 
-Blocks that predict further tokens are such, whether they stand in layers beyond num_hidden_layers
-(DeepSeek-V3, GLM-4.5) or have names of their own (Qwen3-Next, MiMo). transformers reads neither;
-engines that speculate with them do, and those lose their speed where somebody drops them.
+Towers that see or hear are such (`composite.py`), and blocks that predict further tokens, whether
+these stand in layers beyond num_hidden_layers (DeepSeek-V3, GLM-4.5) or have names of their own
+(Qwen3-Next, MiMo). transformers reads no such block; engines that speculate with them do, and lose
+their speed where somebody drops them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def why_copied(
         return f"in a layer beyond num_hidden_layers = {layers}{_counted(config)}"
     if library and first in library.state:
         return None
+    if library and first in library.beside:
+        return f"of the model's {library.part(first)}, beside its language model"
     if _PREDICTS_MORE.search(first):
         return f"of a block that predicts further tokens{_counted(config)}"
     if library and library.ignores(first):

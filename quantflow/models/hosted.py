@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from quantflow.models.architecture import Architecture, Json
+from quantflow.models.composite import flattened
 from quantflow.models.config import ConfigProblem, DecoderConfig, read_dtype
 from quantflow.models.library import Library
 
@@ -12,7 +15,8 @@ def open_family(values: Json) -> Architecture:
     library = Library(values)
     embedding, head = library.outer["embedding"], library.outer["head"]
     base = library.names.stored(f"{library.model.base_model_prefix}.x").removesuffix(".x")
-    parts = dict(library.model.base_model.named_children())
+    # of a composite, `sources` knows where a base model's prefix is missing
+    parts = () if library.beside else tuple(dict(library.model.base_model.named_children()))
     return Architecture(
         library.name,
         (str(values["model_type"]),),
@@ -23,13 +27,22 @@ def open_family(values: Json) -> Architecture:
         final_norm="",
         head=head,
         base=base,
-        base_parts=tuple(parts),
+        base_parts=parts,
         notes=(
             f"no table of QuantFlow's describes {values['model_type']}: its layers are computed by"
             f" {library.name} of {library.version}, and its segments are found",
+            *_beside_note(library),
         ),
         library=library,
     )
+
+
+def _beside_note(library: Library) -> Iterator[str]:
+    if parts := dict.fromkeys(map(library.part, library.beside)):
+        yield (
+            f"the language model of {library.name} is quantised, on text alone;"
+            f" {', '.join(parts)} {'are' if len(parts) > 1 else 'is'} copied"
+        )
 
 
 def _decoder_config(library: Library, values: Json) -> DecoderConfig:
@@ -56,7 +69,7 @@ def _decoder_config(library: Library, values: Json) -> DecoderConfig:
         activation=str(
             getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "")
         ),
-        dtype=read_dtype(values),
+        dtype=read_dtype(flattened(values)),
         tied=library.tied,
         experts=max((experts.count for experts in library.experts), default=0),
     )

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from quantflow.models.architecture import Source
+from quantflow.models.composite import beside, language_model, model_class, whose
 from quantflow.models.config import MOST_LAYERS, ConfigProblem, DecoderConfig
 from quantflow.models.experts import experts_of, take_apart
 from quantflow.models.segments import Segment
@@ -76,11 +76,14 @@ class Library:
     model: the outer model, with recorders for layers. layers: the layers themselves, their experts
     one by one (`experts.py`). prefix: where they are in the model; stored_prefix, in a checkpoint,
     as all names are that leave this class. held: a tensor's name in a checkpoint -> in the class.
+    state, beside: those of the language model, and others, with their shapes. config: the language
+    model's.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.model, self.config = _build(values)
         self.name = type(self.model).__name__
+        inside = language_model(self.model)
         wanted = getattr(self.config, "num_hidden_layers", None)
         if not isinstance(wanted, int):
             raise ConfigProblem(f"{self.name} of transformers does not say how many layers it has")
@@ -88,16 +91,22 @@ class Library:
             (name, module)
             for name, module in self.model.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == wanted
+            if name.startswith(inside)
         ]
         if not lists:
             raise ConfigProblem(f"{self.name} of transformers has no list of {wanted} layers")
         self.prefix: str = lists[0][0]
         self.layers = list(lists[0][1])
         self.names = StoredNames(self.model)
+        self.beside = beside(self.model, self.names)
         self.experts = take_apart(self.layers, self.prefix, self.names, self.name)
         state = self.model.state_dict(keep_vars=True)
         self.held = {self.names.stored(name): name for name in state}
-        self.state = {name: tuple(state[held].shape) for name, held in self.held.items()}
+        self.state = {
+            name: tuple(state[held].shape)
+            for name, held in self.held.items()
+            if name not in self.beside
+        }
         self.stored_prefix = self._stored(f"{self.prefix}.0").removesuffix(".0")
         self._recorders = [_Recorder(layer, i) for i, layer in enumerate(self.layers)]
         parent, _, leaf = self.prefix.rpartition(".")
@@ -147,7 +156,12 @@ class Library:
     def ignores(self, name: str) -> bool:
         """Whether the class passes over such a tensor of a checkpoint without a word."""
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        return any(re.search(pattern, name) for pattern in patterns)
+        return any(re.search(pattern, self.names.held(name)) for pattern in patterns)
+
+    def part(self, name: str) -> str:
+        """The part of the class, such as `vision_tower`, that a tensor beside the language model
+        belongs to."""
+        return whose(self.names.held(name), self.model.base_model_prefix)
 
     def segments(self, layer: int) -> tuple[Segment, ...]:
         return self.trace(layer).segments
@@ -286,9 +300,11 @@ class Library:
         """Where the tensors lie in a checkpoint's tensor; None for one that the class does not
         know."""
         held = self.names.held(name)
-        own = self.names.stored(held)
-        if own in self.state:
-            return {own: Source(name)}
+        base = f"{self.model.base_model_prefix}."
+        for spelled in (held, f"{base}{held}", held.removeprefix(base)):  # as transformers tries
+            own = self.names.stored(spelled)
+            if own in self.state or own in self.beside:
+                return {own: Source(name)}
         layer, _, inside = held.removeprefix(f"{self.prefix}.").partition(".")
         if not layer.isdecimal() or int(layer) >= len(self.layers):
             return None
@@ -364,31 +380,26 @@ class Library:
 
 
 def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The model, its parameters on the meta device, and its config's object."""
+    """The model, its parameters on the meta device, and the config of its language model."""
     plain = {key: value for key, value in values.items() if not NOT_THE_MODEL.fullmatch(key)}
     model_type = plain.pop("model_type")
-    if "text_config" in CONFIG_MAPPING[model_type].sub_configs:
-        raise ConfigProblem(
-            f"{model_type} is more than a language model: expected its text model's own config, a"
-            " checkpoint of the model_type of its text_config"
-        )
-    for name in SYNONYMS[0]:  # before a class makes a list of so many
-        if isinstance(count := plain.get(name), int) and count > MOST_LAYERS:
-            raise ConfigProblem(f"{name} is {count}, expected at most {MOST_LAYERS}")
+    for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+        for name in SYNONYMS[0]:  # before a class makes a list of so many
+            if isinstance(count := part.get(name), int) and count > MOST_LAYERS:
+                raise ConfigProblem(f"{name} is {count}, expected at most {MOST_LAYERS}")
     logged = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # advice on how to load it, which nobody here does
     try:
         config = CONFIG_MAPPING[model_type].from_dict(plain)
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind, text = model_class(config), config.get_text_config(decoder=True)
         # torch's own attention caps no scores
-        fused = kind._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
+        fused = kind._supports_sdpa and not getattr(text, "attn_logit_softcapping", None)
         with _parameters_on_meta():
-            model = transformers.AutoModelForCausalLM.from_config(
+            model = kind._from_config(
                 config,
                 dtype=torch.float32,
                 attn_implementation="sdpa" if fused else "eager",
                 experts_implementation="eager",
-                trust_remote_code=False,
             ).eval()
     except ConfigProblem:
         raise
@@ -397,7 +408,7 @@ def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
         raise ConfigProblem(f"transformers' class for {model_type} refuses it: {reason}") from error
     finally:
         transformers.logging.set_verbosity(logged)
-    return model, config
+    return model, text
 
 
 @contextlib.contextmanager

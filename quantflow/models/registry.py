@@ -51,21 +51,25 @@ def family(config: Json, path: Path) -> Architecture:
     known = list(own)
     if isinstance(model_type, str):
         # Not for a family that has a table: these imports take seconds.
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from transformers.models.auto import modeling_auto
 
-        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        names = {
+            **modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        }
+        if model_type in names:
             from quantflow.models.hosted import open_family
 
             return open_family(config)
-        known += [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in own]
+        known += [name for name in names if name not in own]
     near = get_close_matches(str(model_type), known, n=1, cutoff=0.75)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise ModelError(
         Problem(
             f"{path}/config.json model_type",
             repr(model_type),
-            f"one of {', '.join(own)}, or one that the installed transformers"
-            " maps to a causal language model",
+            f"one of {', '.join(own)}, or one that the installed transformers maps to a causal"
+            " language model, with towers or without",
             f"{hint}What is missing for another family is a table in quantflow/models: its tensor"
             " names and what its decoder computes",
         )

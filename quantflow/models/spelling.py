@@ -67,6 +67,15 @@ def settled(config: Json) -> tuple[Json, tuple[str, ...]]:
     return result, tuple(notes)
 
 
+def untied(config: Json) -> Json:
+    """The config, saying that the head is no copy of the embedding; so does what it says of a
+    language model inside."""
+    result = {**config, "tie_word_embeddings": False}
+    if isinstance(text := config.get("text_config"), Mapping):
+        result["text_config"] = {**text, "tie_word_embeddings": False}
+    return result
+
+
 def _settle_rope(config: Json) -> list[str]:
     """Brings the rotary numbers of `config` into one form, as transformers merges them; returns
     what was overruled."""

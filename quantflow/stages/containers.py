@@ -23,6 +23,7 @@ from quantflow.stages.pack_pieces import Piece, Results, Step, fill, pieces_of, 
 from quantflow.tokenizers.export import export_tokenizer
 from quantflow.tokenizers.gguf_vocabulary import vocabulary_metadata
 from quantflow.tokenizers.load import has_tokenizer
+from quantflow.tokenizers.processor import export_processor
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def _write_directory(folder: Path, job: PackJob, results: Results, step: Step) -
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
     _write_configs(folder, job)
     export_tokenizer(job.checkpoint.tokenizer_path, folder)
+    export_processor(job.checkpoint.tokenizer_path, folder)
     return errors
 
 

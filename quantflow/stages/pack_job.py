@@ -57,9 +57,10 @@ class PackJob:
     @property
     def request(self) -> ConfigRequest:
         """What its configuration is to say."""
-        dtype = self.checkpoint.config.dtype
+        dtype, modules = self.checkpoint.config.dtype, self.modules
+        modules |= {self.checkpoint.held(name): scheme for name, scheme in modules.items()}
         return ConfigRequest(
-            self.modules, self._ignored(), self.default, self.kv_scales, self.has_index, dtype
+            modules, self._ignored(), self.default, self.kv_scales, self.has_index, dtype
         )
 
     @cached_property
@@ -99,12 +100,16 @@ class PackJob:
         has a matrix beside the decoder."""
         checkpoint, modules = self.checkpoint, self.modules
         architecture = checkpoint.architecture
-        ignored = [] if architecture.head in modules else [architecture.head]
+        head = architecture.head
+        ignored = [] if head in modules else [head, checkpoint.held(head)]
         for index in range(checkpoint.config.layers):
             prefix = architecture.layer_prefix(index)
             for linear in (*checkpoint.linears(index), *checkpoint.routers(index)):
                 if (module := f"{prefix}.{linear}") not in modules:
                     # transformers looks for the name that its class has
                     ignored += dict.fromkeys((module, checkpoint.held(module)))
-        ignored += [n.rpartition(".")[0] for n in self.copied if len(checkpoint.shape_of(n)) > 1]
+        for name in self.copied:
+            if name.endswith(".weight") and len(checkpoint.shape_of(name)) > 1:
+                module = name.removesuffix(".weight")
+                ignored += (module, checkpoint.held(module))
         return list(dict.fromkeys(ignored))

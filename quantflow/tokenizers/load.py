@@ -23,6 +23,7 @@ from quantflow.tokenizers.byte_level import check_bytes, from_tiktoken, from_voc
 from quantflow.tokenizers.chat_templates import TEMPLATES
 from quantflow.tokenizers.declared import ROLES, read_declared
 from quantflow.tokenizers.loaded import Loaded
+from quantflow.tokenizers.processor import PROCESSOR_FILES
 from quantflow.tokenizers.reading import Json, file_text, guarded, optional_json
 from quantflow.tokenizers.sentencepiece import from_sentencepiece, is_tiktoken
 
@@ -79,9 +80,12 @@ def tokenizer_problem(path: Path) -> Problem | None:
 
 
 def tokenizer_files(path: Path) -> dict[str, Path]:
-    """The files that the tokenizer of a model directory and its chat templates are read from, by
-    their names in it."""
-    files = [*(path / name for name in _FILES), *sorted((path / TEMPLATES).glob("*.jinja"))]
+    """The files that the tokenizer of a model directory and its chat templates are read from, and
+    what stands beside them, by their names in it."""
+    files = [
+        *(path / name for name in (*_FILES, *PROCESSOR_FILES)),
+        *sorted((path / TEMPLATES).glob("*.jinja")),
+    ]
     return {file.relative_to(path).as_posix(): file for file in files if file.is_file()}
 
 

@@ -1,0 +1,67 @@
+"""Checkpoints of more than a language model: towers that see or hear, and what leads from them.
+
+The library's class for the whole is opened, and text alone goes through it: what is quantised is
+its language model. The rest is written as it is, and the class finds all of it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+
+from quantflow.models.stored_names import StoredNames
+
+_TEXT = "text_config"
+
+
+def is_composite(model_type: str) -> bool:
+    """Whether configs of that type hold that of a language model among others."""
+    return _TEXT in CONFIG_MAPPING[model_type].sub_configs
+
+
+def model_class(config: Any) -> Any:
+    """The class with a head, of the whole where a config is of more than text."""
+    whole = is_composite(config.model_type)
+    kind = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None) if whole else None
+    return kind or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def language_model(model: Any) -> str:
+    """The name of the module that holds embedding and layers, with a dot behind it; "" where the
+    model is nothing else."""
+    if not is_composite(model.config.model_type):
+        return ""
+    embedding = model.get_input_embeddings()
+    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    return name.rpartition(".")[0] + "." if "." in name else ""
+
+
+def beside(model: Any, names: StoredNames) -> dict[str, tuple[int, ...]]:
+    """Name in a checkpoint -> shape of every tensor that is not the language model's."""
+    inside, head = language_model(model), model.get_output_embeddings()
+    own = (inside, *(f"{name}." for name, part in model.named_modules() if part is head))
+    parts: dict[str, tuple[int, ...]] = {}
+    if inside:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not name.startswith(own):
+                parts |= names.taken_apart(name, tensor.detach().to("meta"))
+    return parts
+
+
+def whose(name: str, base: str) -> str:
+    """The part of the model, such as `vision_tower`, that a tensor of it belongs to. base: what
+    stands before it in the class."""
+    return name.removeprefix(f"{base}.").partition(".")[0]
+
+
+def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with what its language model's says where it says nothing itself."""
+    inner = values.get(_TEXT)
+    own = {key: value for key, value in values.items() if value is not None}
+    return {**inner, **own} if isinstance(inner, Mapping) else own

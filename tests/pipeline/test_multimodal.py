@@ -1,0 +1,217 @@
+"""Models that see: their language model is quantised, and the rest is what it was, in transformers'
+own class and over a picture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.checkpoints.tensor_file import save_tensors
+from quantflow.formats.reader import Weights
+from tests.helpers.multimodal import features, logits, write_multimodal
+from tests.helpers.runs import invoke
+from tests.helpers.tiny import write_text
+from tests.helpers.zoo import decoder_logits, random_tokens
+
+# One of each way of names: as the class has them, with `language_model.model` in front, and as
+# before the class had a `language_model`.
+SEARCHED = ["calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams"]
+STAGES: dict[str, list[Any]] = {
+    "qwen3_vl": SEARCHED,
+    "gemma3": SEARCHED,
+    "qwen2_5_vl": ["rtn"],
+    "llava": ["rtn"],
+    "internvl": ["rtn"],
+    "mistral3": ["rtn"],
+    "glm4v": ["rtn"],
+}
+LINEARS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+)
+TOWERS = ("visual.", "vision_tower.", "multi_modal_projector.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run over a checkpoint in float32."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def packed(self) -> Path:
+        return self.root / "out" / "compressed-tensors"
+
+    @property
+    def plain(self) -> Path:
+        return self.root / "out" / "huggingface"
+
+    @cached_property
+    def source(self) -> dict[str, torch.Tensor]:
+        return load_file(self.model / "model.safetensors")
+
+    @property
+    def report(self) -> Any:
+        return json.loads((self.root / "out" / "report.json").read_text())
+
+    @property
+    def text_names(self) -> set[str]:
+        return {n for n in self.source if not n.removeprefix("model.").startswith(TOWERS)}
+
+    @property
+    def linears(self) -> set[str]:
+        modules = {n.removesuffix(".weight") for n in self.text_names if n.endswith(".weight")}
+        return {module for module in modules if module.rpartition(".")[2] in LINEARS}
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp(request.param)
+    write_multimodal(root / "model", request.param)
+    write_text(root / "calib.txt", 0, 128)
+    recipe = {
+        "name": "out",
+        "model": str(root / "model"),
+        "output": str(root / "out"),
+        "calibration": {"data": str(root / "calib.txt"), "samples": 8, "seqlen": 20},
+        "weights": {
+            "bits": 4,
+            "group_size": 32,
+            "symmetric": True,
+            # engines find their names by those of the class
+            "overrides": [
+                {"match": "*.down_proj", "bits": 8},
+                {"match": "*.1.*.o_proj", "ignore": True},
+            ],
+        },
+        "stages": [
+            *STAGES[request.param],
+            {"pack": {"format": "compressed-tensors"}},
+            {"pack": {"format": "huggingface"}},
+        ],
+    }
+    (root / "r.yaml").write_text(yaml.safe_dump(recipe))
+    result = invoke("run", root / "r.yaml", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return Run(root)
+
+
+def opened(folder: Path) -> Any:
+    """By the class of its config, which finds all that it looks for and nothing else."""
+    model, told = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"] and not told["mismatched_keys"]
+    return model.eval()
+
+
+def test_over_a_picture_transformers_computes_our_reference(finished: Run) -> None:
+    """The reference: the class over the dequantised weights, plain."""
+    text = random_tokens(1, 12)
+    original, packed = opened(finished.model), opened(finished.packed)
+    plain = opened(finished.plain)
+    weights, numbers = Weights(finished.packed), load_file(finished.plain / "model.safetensors")
+    for name in weights.checkpoint.expected:
+        assert torch.equal(numbers[name], weights.tensor(name)), name
+    assert torch.equal(features(packed), features(original))
+    expected = logits(plain, text)
+    torch.testing.assert_close(logits(packed, text), expected, rtol=0, atol=5e-5)
+    assert (logits(original, text) - expected).abs().max() > 0.05  # it is quantised
+
+
+def test_over_text_alone_so_does_the_pipeline(finished: Run) -> None:
+    text = random_tokens(1, 12)
+    for folder in (finished.model, finished.packed):
+        expected = logits(opened(folder), text, sees=False)
+        torch.testing.assert_close(
+            decoder_logits(Weights(folder), text), expected, rtol=0, atol=5e-5
+        )
+
+
+def test_the_names_are_those_of_the_source_and_the_rest_is_copied(finished: Run) -> None:
+    written = load_file(finished.packed / "model.safetensors")
+    quantised = {n.removesuffix(".weight_packed") for n in written if n.endswith("_packed")}
+    left_alone = {module for module in finished.linears if module.endswith(".1.self_attn.o_proj")}
+    assert quantised == finished.linears - left_alone and len(quantised) >= 2 * 6 - 1
+    kept = {n for n in finished.source if n.removesuffix(".weight") not in quantised}
+    assert kept == {n for n in written if "weight_" not in n}
+    towers = set(finished.source) - finished.text_names
+    assert len(towers) > 20
+    assert all(torch.equal(written[n], finished.source[n]) for n in towers)
+    tensors = finished.report["tensors"]
+    assert set(tensors["copied"]) == towers and tensors["left_out"] == {}
+    assert tensors["quantised"] + tensors["kept"] + len(towers) == tensors["source"]
+    assert tensors["source"] == len(finished.source)
+
+
+def test_the_config_is_the_sources_with_what_is_quantised_at_the_top(finished: Run) -> None:
+    config = json.loads((finished.packed / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    source = json.loads((finished.model / "config.json").read_text())
+    assert config == source and "text_config" in config
+    model = opened(finished.model)  # whose linears that are plain must all be named
+    plain = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    plain -= {n for n in plain if "language_model." in n}
+    assert plain and plain <= set(quantization["ignore"])
+    settings = json.loads((finished.packed / "preprocessor_config.json").read_text())
+    assert settings == {"do_resize": False}
+
+
+def test_plan_and_inspect_say_what_is_copied(finished: Run) -> None:
+    plan = json.loads(invoke("plan", finished.root / "r.yaml", "--json", "--device", "cpu").stdout)
+    assert any("is quantised, on text alone" in note for note in plan["notes"])
+    inspected = json.loads(invoke("inspect", finished.packed, "--json").stdout)
+    assert len(inspected["copied"]) == len(finished.source) - len(finished.text_names)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])
+def test_what_a_tower_lacks_or_has_too_much_is_named(model_type: str, tmp_path: Path) -> None:
+    write_multimodal(tmp_path, model_type)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    lost = next(n for n in tensors if n.removeprefix("model.").startswith(TOWERS))
+    kind = lost.partition(".")[0]
+    save_tensors(
+        file, {n: t for n, t in tensors.items() if n != lost} | {f"{kind}.odd": torch.ones(2)}
+    )
+    missing, unknown = Checkpoint(tmp_path).problems()
+    assert missing.found == f"missing tensors: {lost}"
+    assert f"does not have: {kind}.odd" in unknown.found
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
+def test_names_as_the_class_has_them_are_read_too(model_type: str, tmp_path: Path) -> None:
+    """As newer tools write them; what is written has the names of the hub's files."""
+    model = write_multimodal(tmp_path / "hub", model_type)
+    shutil.copytree(tmp_path / "hub", tmp_path / "class")
+    own = {n: t.clone() for n, t in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del own["lm_head.weight"]
+    save_tensors(tmp_path / "class" / "model.safetensors", own)
+    source, again = Weights(tmp_path / "hub"), Weights(tmp_path / "class")
+    assert set(again.checkpoint.source_names) != set(source.checkpoint.source_names)
+    assert set(again.checkpoint.expected) == set(source.checkpoint.expected)
+    assert set(again.checkpoint.copied) == set(source.checkpoint.copied)
+    text = random_tokens(1, 12)
+    assert torch.equal(decoder_logits(again, text), decoder_logits(source, text))
