@@ -212,7 +212,8 @@ class Checkpoint:
             f"{self.architecture.head}.weight",
             f"{self.architecture.embedding}.weight",
         )
-        heads = [name for name in self.sources if name.startswith(f"{self.architecture.head}.")]
+        inside, bias = f"{self.architecture.head}.", f"{self.architecture.head}.bias"
+        heads = [name for name in self.sources if name.startswith(inside) and name != bias]
         if not heads:
             return
         if heads == [head] and not any(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from quantflow.decoder.block import ObserveKV, Reading, Streams, Tap
 from quantflow.decoder.folds import DIFFERENT, Trial
@@ -84,14 +85,15 @@ class HostedBlock:
         observe: ObserveKV | None = None,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        call = self.library.calls(x.shape[1], self.dtype, x.device)[self.index]
+        call = self.library.call(self.index, x)
         kwargs, cache = dict(call.kwargs), self.library.cache_argument(self.index)
         if observe and cache:
             kwargs[cache] = KVCache(observe)
         names = self.library.inside(self.index)
         weights = {names[n]: t for n, t in (tensors or self.tensors).items()}
-        output: Tensor = functional_call(self.layer, weights, (x, *call.args), kwargs)
-        return output
+        output = functional_call(self.layer, weights, (x, *call.args), kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
     def until(self, segment: Segment, x: Tensor, observe: ObserveKV | None = None) -> Tensor:
         """What the segment reads, `[..., K]`, of hidden states `x`: the layer is run so far."""
@@ -223,12 +225,17 @@ class HostedBlock:
                 for n, t in self.tensors.items()
                 if names[n].startswith(own)
             }
-            output = functional_call(
-                parent,
-                weights,
-                tuple(part if value is source else value for value in args),
-                {name: part if value is source else value for name, value in kwargs.items()},
-            )
+            # `part` may have fewer texts: so has all that comes with it then.
+            whole, fewer = (self.library.call(self.index, value) for value in (x, x[: len(part)]))
+            swapped = {id(a): b for a, b in zip(whole.tensors, fewer.tensors, strict=True)}
+            swapped[id(source)] = part
+
+            def of_part(value: Tensor) -> Tensor:
+                alike = value[: len(part)] if value.shape == source.shape else value
+                return swapped.get(id(value), alike)
+
+            own_args, own_kwargs = tree_map_only(Tensor, of_part, (args, kwargs))
+            output = functional_call(parent, weights, own_args, own_kwargs)
             return output if isinstance(output, Tensor) else output[0]
 
         return called, source, made_of

@@ -9,11 +9,9 @@ same tensor.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,52 +19,25 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from torch.utils._pytree import tree_map_only
+from transformers.pytorch_utils import Conv1D
 
 from quantflow.models.architecture import Source
-from quantflow.models.composite import beside, language_model, model_class, whose
-from quantflow.models.config import MOST_LAYERS, ConfigProblem, DecoderConfig
+from quantflow.models.calls import Call, Recorder, stand_ins
+from quantflow.models.composite import beside, language_model, whose
+from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.experts import experts_of, take_apart
+from quantflow.models.library_class import build, move_buffers
 from quantflow.models.segments import Segment
-from quantflow.models.spelling import SYNONYMS
 from quantflow.models.stored_names import StoredNames
-from quantflow.models.trace import KVCache, Trace, Visits
+from quantflow.models.trace import KVCache, SeenKV, Trace, Visits
 
 TRACED = 8  # tokens of the pass that finds a layer's segments
-# Keys of config.json that name code or how it is run, and none of what the model computes.
-NOT_THE_MODEL = re.compile(r"_.*|auto_map|quantization_config|\w+_implementation|use_kernels")
 _CACHES = ("past_key_values", "past_key_value", "layer_past")  # the argument that is the KV cache
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a layer is called with beside the hidden states `[1, L, H]`, which came with it."""
-
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class _Reached(Exception):
     """Ends a pass of the outer model: what was wanted has been seen."""
-
-
-class _Recorder(nn.Module):
-    """Stands where a layer stood: `seen` gets what the layer would be called with."""
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        super().__init__()
-        for name, value in vars(layer).items():
-            if isinstance(value, str | int | bool) and not name.startswith("_"):
-                setattr(self, name, value)  # outer models ask some for their kind of attention
-        self.index = index
-        self.seen: Callable[[int, Call], Tensor] = lambda index, call: call.hidden
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not args:
-            args = (kwargs.pop("hidden_states"),)
-        return self.seen(self.index, Call(args[0], args[1:], kwargs))
 
 
 class Library:
@@ -81,7 +52,7 @@ class Library:
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        self.model, self.config = _build(values)
+        self.model, self.config = build(values)
         self.name = type(self.model).__name__
         inside = language_model(self.model)
         wanted = getattr(self.config, "num_hidden_layers", None)
@@ -97,6 +68,12 @@ class Library:
             raise ConfigProblem(f"{self.name} of transformers has no list of {wanted} layers")
         self.prefix: str = lists[0][0]
         self.layers = list(lists[0][1])
+        kinds = {type(module) for module in self.layers[0].modules()}
+        if Conv1D in kinds and nn.Linear not in kinds:
+            raise ConfigProblem(
+                f"layers of {self.name} hold their weights transposed, inputs before outputs"
+                " (transformers' Conv1D), and no loader knows quantised ones of such"
+            )
         self.names = StoredNames(self.model)
         self.beside = beside(self.model, self.names)
         self.experts = take_apart(self.layers, self.prefix, self.names, self.name)
@@ -108,7 +85,7 @@ class Library:
             if name not in self.beside
         }
         self.stored_prefix = self._stored(f"{self.prefix}.0").removesuffix(".0")
-        self._recorders = [_Recorder(layer, i) for i, layer in enumerate(self.layers)]
+        self._recorders = [Recorder(layer, i) for i, layer in enumerate(self.layers)]
         parent, _, leaf = self.prefix.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._recorders))
         self._device = torch.device("cpu")  # of the buffers
@@ -116,6 +93,7 @@ class Library:
         self._kinds: dict[tuple[object, ...], Trace] = {}
         self._traces: dict[int, Trace] = {}
         self._inside: dict[int, dict[str, str]] = {}
+        self._beside_is_set = False
 
     def _stored(self, module: str) -> str:
         """A module's name in a checkpoint."""
@@ -206,6 +184,7 @@ class Library:
         """`[T, V]` from hidden states `[T, H]` after the last layer, each its own text."""
         rows = x[:, None]
         last = len(self.layers) - 1
+        self._set_beside()
         output = self.run(
             lambda index, call: rows if index == last else call.hidden,
             tensors,
@@ -214,15 +193,23 @@ class Library:
         logits: Tensor = output.logits
         return logits[:, 0]
 
+    def call(self, index: int, x: Tensor) -> Call:
+        """What a layer is called with where its hidden states are `x` `[B, L, H]`."""
+        return self.calls(x.shape[1], x.dtype, x.device)[index].of(len(x))
+
     def calls(self, length: int, dtype: torch.dtype, device: torch.device) -> list[Call]:
-        """What each layer is called with, for texts of `length` tokens."""
+        """What each layer is called with, for one text of `length` tokens."""
         self._move_to(device)
         key = (length, dtype, device)
         if key not in self._calls:
             start = torch.zeros(1, length, self.hidden, dtype=dtype, device=device)
             # One length besides that of traces: masks grow with its square.
             kept = {other: calls for other, calls in self._calls.items() if other[0] == TRACED}
-            self._calls = {**kept, key: self._called_with(start)}
+            new = [
+                Call(call.hidden, call.args, call.kwargs, plain.per_text)
+                for call, plain in zip(self._called_with(start), self._plain_calls, strict=True)
+            ]
+            self._calls = {**kept, key: new}
         return self._calls[key]
 
     def _move_to(self, device: torch.device) -> None:
@@ -231,32 +218,67 @@ class Library:
             return
         with torch.inference_mode(False):  # a step that trains uses them as well
             for module in (self.model, *self.layers):
-                _move_buffers(module, device)
+                move_buffers(module, device)
         self._device = device
+
+    def _passed(self, start: Tensor, seen: Callable[[int, Call], Tensor]) -> None:
+        """A pass of the outer model where `start` is embedded, without weights."""
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                own = stand_ins(self.model, start.dtype, self._device)
+                self.run(seen, own, inputs_embeds=start.clone())  # some scale it in place
+        except ConfigProblem:
+            raise
+        except Exception as error:  # whatever a class does with tokens that are not there
+            raise self._unfollowed(error) from error
 
     def _called_with(self, start: Tensor) -> list[Call]:
         """What each layer is called with where `start` is embedded. Raises ConfigProblem where the
         outer model does more between its layers than hand the hidden states on."""
+        self._set_beside()
         calls: list[Call] = []
+        beside = {id(value) for value in self._recorders[0].beside or () if value is not None}
 
         def note(index: int, call: Call) -> Tensor:
             if calls and call.hidden is not calls[-1].hidden:
                 raise ConfigProblem(f"{self.name} changes what goes from layer to layer")
+            if any(id(value) in beside for value in call.tensors):
+                raise ConfigProblem(
+                    f"layers of {self.name} hand on more than hidden states to later ones, which"
+                    " the pipeline does not follow yet"
+                )
             calls.append(call)
             if len(calls) == len(self.layers):
                 raise _Reached
             return call.hidden
 
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                self.run(note, {}, inputs_embeds=start)
-        except ConfigProblem:
-            raise
-        except Exception as error:  # whatever a class does with tokens that are not there
-            raise self._unfollowed(error) from error
+        self._passed(start, note)
         if len(calls) != len(self.layers):
             raise ConfigProblem(f"{self.name} runs {len(calls)} of its {len(self.layers)} layers")
         return calls
+
+    def _set_beside(self) -> None:
+        """Tells the recorders what a layer hands on beside the hidden states: what the first one
+        does, on what it is called with."""
+        if self._beside_is_set:
+            return
+        calls: list[Call] = []
+
+        def first(index: int, call: Call) -> Tensor:
+            calls.append(call)
+            raise _Reached
+
+        self._passed(torch.zeros(1, TRACED, self.hidden, device=self._device), first)
+        if not calls:
+            raise ConfigProblem(f"{self.name} runs none of its {len(self.layers)} layers")
+        result = self._on_meta(0, calls[0], lambda k, v: (k, v))
+        if isinstance(result, tuple):
+            stand_in = tuple(
+                torch.zeros(1) if isinstance(value, Tensor) else None for value in result[1:]
+            )
+            for recorder in self._recorders:
+                recorder.beside = stand_in
+        self._beside_is_set = True
 
     def _unfollowed(self, error: Exception) -> ConfigProblem:
         reason = " ".join(str(error).split())[:200]
@@ -319,24 +341,9 @@ class Library:
 
     def _traced(self, index: int) -> Trace:
         layer = self.layers[index]
-        visits = Visits(layer)
-        call = self._plain_call(index)
-        hidden, args, kwargs = tree_map_only(
-            Tensor, lambda t: t.to("meta"), (call.hidden, call.args, call.kwargs)
-        )
-        if name := self.cache_argument(index):
-            kwargs[name] = KVCache(visits.cached)
-        buffers = {name: b.to("meta") for name, b in layer.named_buffers()}
-        try:
-            with visits, torch.no_grad():
-                result = functional_call(layer, buffers, (hidden, *args), kwargs)
-        except Exception as error:  # whatever a class does with what the meta device cannot give
-            raise self._unfollowed(error) from error
-        if not isinstance(result, Tensor):
-            raise ConfigProblem(
-                f"layers of {self.name} hand on more than hidden states, which the pipeline does"
-                " not follow yet"
-            )
+        call, visits = self._plain_calls[index], Visits(layer)
+        with visits:
+            self._on_meta(index, call, visits.cached)
         return visits.result(self._cut, partial(self._stored_inside, index))
 
     def _stored_inside(self, layer: int, module: str) -> str:
@@ -344,29 +351,52 @@ class Library:
         whole = self._stored(f"{self.prefix}.{layer}.{module}")
         return whole.removeprefix(f"{self.stored_prefix}.{layer}.")
 
-    def _plain_call(self, index: int) -> Call:
-        """What a layer is called with for a few tokens. Raises ConfigProblem where that is more
-        than the length of the text says."""
-        first, other = (
-            self._called_with(make(1, TRACED, self.hidden, device=self._device))[index]
-            for make in (torch.zeros, torch.ones)
+    def _on_meta(self, index: int, call: Call, cached: SeenKV) -> Any:
+        """What a layer hands on, without numbers. cached: sees K and V."""
+        hidden, args, kwargs = tree_map_only(
+            Tensor, lambda t: t.to("meta"), (call.hidden, call.args, call.kwargs)
         )
-        values = [*first.args, *first.kwargs.values()]
-        if any(isinstance(value, dict | list) for value in values):
+        if name := self.cache_argument(index):
+            kwargs[name] = KVCache(cached)
+        layer = self.layers[index]
+        buffers = {name: b.to("meta") for name, b in layer.named_buffers()}
+        try:
+            with torch.no_grad():
+                return functional_call(layer, buffers, (hidden, *args), kwargs)
+        except Exception as error:  # whatever a class does with what the meta device cannot give
+            raise self._unfollowed(error) from error
+
+    @cached_property
+    def _plain_calls(self) -> list[Call]:
+        """What each layer is called with for a few tokens. Raises ConfigProblem where that is more
+        than the number and the length of texts say."""
+        generator = torch.Generator().manual_seed(0)
+        first, other, both = (
+            self._called_with(
+                torch.randn(texts, TRACED, self.hidden, generator=generator).to(self._device)
+            )
+            for texts in (1, 1, 2)
+        )
+        if any(isinstance(v, dict | list) for c in first for v in (*c.args, *c.kwargs.values())):
             raise ConfigProblem(
                 f"layers of {self.name} share what they make with later ones, which the pipeline"
                 " does not follow yet"
             )
-        tensors = (
-            [v for v in tree_leaves((c.args, c.kwargs)) if isinstance(v, Tensor)]
-            for c in (first, other)
-        )
-        if not all(torch.equal(a, b) for a, b in zip(*tensors, strict=True)):
+        if any(one.differing(two) for one, two in zip(first, other, strict=True)):
             raise ConfigProblem(
                 f"what layers of {self.name} are called with depends on the text, which the"
                 " pipeline does not follow yet"
             )
-        return first
+        plain = [
+            Call(one.hidden, one.args, one.kwargs, one.differing(two))
+            for one, two in zip(first, both, strict=True)
+        ]
+        if any(one.of(2).differing(two) for one, two in zip(plain, both, strict=True)):
+            raise ConfigProblem(
+                f"what layers of {self.name} are called with depends on how many texts there are,"
+                " which the pipeline does not follow yet"
+            )
+        return plain
 
     def _cut(self, name: str) -> int | None:
         """Which dimension of a layer's linear tensor parallelism divides, by the class's own
@@ -377,59 +407,3 @@ class Library:
                 return 1 if tensor.endswith("down_proj") else 0
         how = plan.get(f"{self.prefix}.*.{name}", "")
         return 0 if how == "colwise" else 1 if how == "rowwise" else None
-
-
-def _build(values: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The model, its parameters on the meta device, and the config of its language model."""
-    plain = {key: value for key, value in values.items() if not NOT_THE_MODEL.fullmatch(key)}
-    model_type = plain.pop("model_type")
-    for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
-        for name in SYNONYMS[0]:  # before a class makes a list of so many
-            if isinstance(count := part.get(name), int) and count > MOST_LAYERS:
-                raise ConfigProblem(f"{name} is {count}, expected at most {MOST_LAYERS}")
-    logged = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # advice on how to load it, which nobody here does
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(plain)
-        kind, text = model_class(config), config.get_text_config(decoder=True)
-        # torch's own attention caps no scores
-        fused = kind._supports_sdpa and not getattr(text, "attn_logit_softcapping", None)
-        with _parameters_on_meta():
-            model = kind._from_config(
-                config,
-                dtype=torch.float32,
-                attn_implementation="sdpa" if fused else "eager",
-                experts_implementation="eager",
-            ).eval()
-    except ConfigProblem:
-        raise
-    except Exception as error:  # whatever a class makes of values that it does not expect
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigProblem(f"transformers' class for {model_type} refuses it: {reason}") from error
-    finally:
-        transformers.logging.set_verbosity(logged)
-    return model, text
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters of modules that are made here have a shape and no numbers; buffers have theirs."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
-        register(module, name, param)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)

@@ -19,12 +19,14 @@ from quantflow.models.config import ConfigProblem
 from quantflow.models.experts import experts_of, routers_of
 from quantflow.models.segments import Fold, LinearSpec, Role, Segment
 
+SeenKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class KVCache(transformers.DynamicCache):  # type: ignore[misc]
     """Stands where a layer looks for its cache: `seen` gets K and V `[B, kv_heads, L, D]` and
     returns what attention shall use. It keeps nothing."""
 
-    def __init__(self, seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, seen: SeenKV) -> None:
         super().__init__()
         self.seen = seen
 

@@ -22,6 +22,8 @@ from quantflow.stages.pack_prepare import Prepared
 if TYPE_CHECKING:
     from quantflow.pipeline.plan import Plan
 
+_HEAD = "lm_head"  # what recipes call the head, whatever the family does
+
 
 def grid_problems(plan: Plan) -> list[Problem]:
     """What stands against the packs: one problem a kind of linear and cause, not one a layer; what
@@ -76,12 +78,13 @@ def grid_problems(plan: Plan) -> list[Problem]:
         for o in plan.recipe.weights.overrides
     )
     problems += filter(None, useless)
-    if not any(matches(plan.checkpoint.architecture.head, p) for p in plan.recipe.weights.ignore):
+    heads = _HEAD, plan.checkpoint.architecture.head
+    if not any(matches(head, p) for head in heads for p in plan.recipe.weights.ignore):
         problems.append(
             Problem(
                 "weights.ignore",
-                "lm_head is not in it",
-                "lm_head",
+                f"{_HEAD} is not in it",
+                _HEAD,
                 "QuantFlow quantises the decoder's linears; the head stays as it is",
             )
         )
@@ -113,7 +116,7 @@ def unmatched(plan: Plan, where: str, pattern: str, *, ignores: bool) -> Problem
 def _other_modules(checkpoint: Checkpoint) -> Iterator[str]:
     """The head, which a tied model has no tensor of, and the modules of all weights: routers, norms
     and embeddings too."""
-    yield checkpoint.architecture.head
+    yield from (_HEAD, checkpoint.architecture.head)
     yield from (
         name.removesuffix(".weight") for name in checkpoint.expected if name.endswith(".weight")
     )

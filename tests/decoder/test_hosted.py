@@ -348,8 +348,7 @@ def test_a_hosted_block_can_be_differentiated(gemma3: Any) -> None:
     ("values", "said"),
     [
         ({"model_type": "jetmoe", "num_key_value_heads": 4}, "input_linear.weight"),
-        ({"model_type": "falcon"}, "changes what goes from layer to layer"),
-        ({"model_type": "gpt2"}, "cannot be followed here"),
+        ({"model_type": "gpt2"}, "transposed"),
         ({"model_type": "gemma3_text", "hidden_size": "many"}, "gemma3_text refuses it"),
         ({"model_type": "gemma3_text", "num_hidden_layers": 10**9}, "at most 10000"),
         ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}, "at most 10000"),

@@ -150,9 +150,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": HEAD},
+    "moshi": {"ffn_dim": 128},
     "nemotron": {"num_key_value_heads": KV_HEADS},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": HEAD,
@@ -188,9 +190,13 @@ def _small(plain: Any) -> Iterator[tuple[str, Any]]:
     own = plain.to_dict()
     counts = {own[name] for name in LAYERS if isinstance(own.get(name), int)}
     by_layer = {
-        name: list(dict.fromkeys(value))  # each kind of layer once
+        name: kinds
         for name, value in own.items()
-        if isinstance(value, list) and len(value) in counts and len(value) > 2
+        if isinstance(value, list)
+        and len(value) in counts
+        and len(value) > 2
+        # each kind of layer once; more are no kinds but numbers of layers
+        and len(kinds := list(dict.fromkeys(value))) < 9
     }
     layers = max([2, *map(len, by_layer.values())])
     outside = 320

@@ -1,0 +1,91 @@
+"""A model class of the transformers library from the values of a config.json: no code of a model
+directory, and no weights."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from quantflow.models.composite import model_class
+from quantflow.models.config import MOST_LAYERS, ConfigProblem
+from quantflow.models.spelling import SYNONYMS
+
+# Keys of config.json that name code or how it is run, and none of what the model computes.
+NOT_THE_MODEL = re.compile(r"_.*|auto_map|quantization_config|\w+_implementation|use_kernels")
+
+
+def build(values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model, its parameters on the meta device, and the config of its language model."""
+    plain = {
+        key: _plain(value) for key, value in values.items() if not NOT_THE_MODEL.fullmatch(key)
+    }
+    model_type = plain.pop("model_type")
+    for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
+        for name in SYNONYMS[0]:  # before a class makes a list of so many
+            if isinstance(count := part.get(name), int) and count > MOST_LAYERS:
+                raise ConfigProblem(f"{name} is {count}, expected at most {MOST_LAYERS}")
+    logged = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # advice on how to load it, which nobody here does
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(plain)
+        kind, text = model_class(config), config.get_text_config(decoder=True)
+        # torch's own attention caps no scores
+        fused = kind._supports_sdpa and not getattr(text, "attn_logit_softcapping", None)
+        with _parameters_on_meta():
+            model = kind._from_config(
+                config,
+                dtype=torch.float32,
+                attn_implementation="sdpa" if fused else "eager",
+                experts_implementation="eager",
+            ).eval()
+    except ConfigProblem:
+        raise
+    except Exception as error:  # whatever a class makes of values that it does not expect
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigProblem(f"transformers' class for {model_type} refuses it: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(logged)
+    return model, text
+
+
+def _plain(value: Any) -> Any:
+    """A value of config.json with the numbers that JSON has no word for, which transformers writes
+    as `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _plain(part) for key, part in value.items()}
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters of modules that are made here have a shape and no numbers; buffers have theirs."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
