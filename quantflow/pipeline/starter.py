@@ -155,22 +155,7 @@ def starter(
     """The recipe. model: as it is to be named there. data: the calibration text, None for the
     bundled one. file: where the recipe goes; by default NAME.yaml. Raises UserError for what the
     engine does not load."""
-    # What the engine loads in that many bits, and which of it fits the model.
-    target = TARGETS[engine_name]
-    offered = list(target.schemes(bits))
-    if not offered:
-        known = [b for b in BITS if any(target.schemes(b))]
-        others = [name for name, other in TARGETS.items() if any(other.schemes(bits))]
-        hint = f"{bits} bits are for {', '.join(others)}" if others else ""
-        raise UserError(
-            Problem(
-                "--bits",
-                f"{bits} with --for {engine_name}",
-                f"{' or '.join(map(str, known))}: what it loads",
-                hint,
-            )
-        )
-    way, scheme = _fitting(checkpoint, offered, target)
+    target, (way, scheme) = TARGETS[engine_name], offer(checkpoint, bits, engine_name)
     name = re.sub(r"[^A-Za-z0-9._-]", "", name_of(Path(model), f"_w{bits}_{engine_name}"))
     place = shlex.quote(file or f"{name}.yaml")
     # The sections of the recipe.
@@ -218,6 +203,26 @@ def starter(
         f"  - evaluate: {flow(evaluate)}",
     ]
     return Starter(name, "".join(f"{_one_line(line)}\n" for line in lines))
+
+
+def offer(checkpoint: Checkpoint, bits: int, engine_name: str) -> tuple[Way, Scheme]:
+    """What an engine loads in that many bits, of what fits the model. Raises UserError for
+    nothing."""
+    target = TARGETS[engine_name]
+    offered = list(target.schemes(bits))
+    if not offered:
+        known = [b for b in BITS if any(target.schemes(b))]
+        others = [name for name, other in TARGETS.items() if any(other.schemes(bits))]
+        hint = f"{bits} bits are for {', '.join(others)}" if others else ""
+        raise UserError(
+            Problem(
+                "--bits",
+                f"{bits} with --for {engine_name}",
+                f"{' or '.join(map(str, known))}: what it loads",
+                hint,
+            )
+        )
+    return _fitting(checkpoint, offered, target)
 
 
 def _one_line(text: str) -> str:

@@ -153,7 +153,7 @@ def test_the_verbs_and_their_options() -> None:
             "--json",
             "--debug",
         },
-        "inspect": {"--json", "--debug"},
+        "inspect": {"--config-only", "--json", "--debug"},
         "eval": {
             "--reference",
             "--data",

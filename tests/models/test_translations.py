@@ -515,6 +515,11 @@ def test_internlm3_with_biases_that_llama_has_no_flag_for(tmp_path: Path) -> Non
         Checkpoint(write(tmp_path, Specimen({**found.config, "qkv_bias": True}, found.tensors)))
 
 
+def test_the_page_has_every_translation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "supported.md").read_text()
+    assert all(f"`{model_type}`" in page for model_type in TRANSLATIONS)
+
+
 def test_every_translation_has_a_test() -> None:
     there = {make().specimen.config["model_type"] for make in CASES.values()}
     elsewhere = {"internlm", "internlm2", "internlm3", "kimi_k2", "stablelm_epoch"}
