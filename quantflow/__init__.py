@@ -62,7 +62,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'quantflow' has no attribute {name!r}")
     from importlib import import_module
 
-    value = globals()[name] = getattr(import_module(f"quantflow.{_PLACES[name]}"), name)
+    value = getattr(import_module(f"quantflow.{_PLACES[name]}"), name)
+    if _PLACES[name] == "api":
+        from quantflow.arguments import for_callers
+
+        value = for_callers(value)
+    globals()[name] = value
     return value
 
 

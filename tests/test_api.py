@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import quantflow
+from quantflow.arguments import for_callers
 from quantflow.pipeline.progress import Silent
 from tests.helpers.runs import Bench, contents, invoke, make_bench
 
@@ -185,7 +186,7 @@ def test_export_is_the_command(artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(quantflow.FormatError) as refused:
         quantflow.export(artifact, "marlin", tmp_path / "none")
     assert "marlin" in str(refused.value) and not (tmp_path / "none").exists()
-    with pytest.raises(quantflow.UserError, match="max-shard-size"):
+    with pytest.raises(quantflow.UserError, match="max_shard_size"):
         quantflow.export(artifact, "huggingface", tmp_path / "none", max_shard_size="5 apples")
 
 
@@ -216,3 +217,61 @@ def test_nothing_is_added_to_a_plan(bench: Bench, tmp_path: Path) -> None:
         quantflow.quantize(plan, device="cuda", overrides=["weights.bits=3"])
     assert [problem.where for problem in caught.value.problems] == ["overrides", "device"]
     assert not (tmp_path / "out").exists()
+
+
+# What a caller reads
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"max_shard_size": "much"}, "max_shard_size: 'much'; expected a size such as"),
+        ({"format": "ggml"}, "format: 'ggml'; expected one of "),
+        ({"dtype": "float16"}, 'expected format="huggingface", the one that dequantises'),
+        ({"kv_scales": "fp9"}, "kv_scales: 'fp9'"),
+        ({"output": "full"}, "expected a new directory, or an empty one"),
+    ],
+)
+def test_a_caller_of_export_is_told_of_arguments(
+    artifact: Path, tmp_path: Path, given: dict[str, Any], expected: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes").touch()
+    arguments = {"format": "awq", **given, "output": tmp_path / given.get("output", "new")}
+    with pytest.raises(quantflow.UserError) as error:
+        quantflow.export(artifact, **arguments)
+    assert expected in str(error.value) and "--" not in str(error.value)
+
+
+def test_a_caller_of_quantize_is_told_of_arguments(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, full = recipe(bench), tmp_path / "full"
+    full.mkdir()
+    (full / "notes").touch()
+    without = {name: value for name, value in own.items() if name != "model"}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for arguments, expected in (
+        ({"recipe": without}, "Pass model=DIR"),
+        ({"recipe": own, "output": full}, "Pass output=DIR"),
+        ({"recipe": own, "device": "cuda"}, 'device="cuda": torch sees no GPU'),
+        ({"recipe": own, "overrides": ["stages.gptq.damp=1"]}, 'overrides=["stages.gptq.damp=1"]'),
+    ):
+        with pytest.raises(quantflow.QuantFlowError) as error:
+            quantflow.quantize(**arguments)
+        assert expected in str(error.value) and "--" not in str(error.value)
+
+
+def test_commands_and_other_options_stay_as_they_are() -> None:
+    def quantize(model: str = "", fresh: bool = False) -> None:
+        raise quantflow.UserError(
+            quantflow.Problem(
+                "--model", "none", "`quantflow run --model DIR`", "--fresh, --kv int8"
+            )
+        )
+
+    with pytest.raises(quantflow.UserError) as error:
+        for_callers(quantize)()
+    assert str(error.value) == (
+        "model: none; expected `quantflow run --model DIR`. fresh=True, --kv int8"
+    )

@@ -21,7 +21,7 @@ LAYERS = (
     ("cli",), ("api", "serve"), ("pipeline",), ("evaluate", "report"), ("engine",), ("stages",),
     ("formats",), ("artifacts", "decoder"), ("calibration",), ("tokenizers",),
     ("checkpoints",), ("models",), ("quant",), ("recipe",), ("machine",), ("placeholder",),
-    ("bundled", "distribution", "errors", "paths", "units"),
+    ("arguments", "bundled", "distribution", "errors", "paths", "units"),
 )  # fmt: skip
 HEIGHT = {package: -line for line, packages in enumerate(LAYERS) for package in packages}
 
