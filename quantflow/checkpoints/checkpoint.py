@@ -18,7 +18,7 @@ from quantflow.checkpoints.hub_cache import snapshot
 from quantflow.checkpoints.tensor_file import same_tensor
 from quantflow.checkpoints.tensor_problems import FLOATS, tensor_problems
 from quantflow.errors import ModelError, Problem
-from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Source
+from quantflow.models.architecture import COMPUTED_TENSORS, Architecture, Joined, Source
 from quantflow.models.beyond import why_copied
 from quantflow.models.config import ConfigProblem, DecoderConfig, stretched
 from quantflow.models.expected import expected_tensors
@@ -277,6 +277,19 @@ class Checkpoint:
         """Name relative to the layer -> every linear of it but the router, in execution order."""
         self.segments(layer)
         return self._linears[self._kind(layer)]
+
+    def joined(self, layer: int, form: str) -> tuple[Joined, ...]:
+        """Tensors in which checkpoints of the family in a format hold many native ones of a
+        layer."""
+        library = self.architecture.library
+        every = library.joined(layer) if library else ()
+        return tuple(whole for whole in every if form not in whole.named_in)
+
+    def joined_linears(self, layer: int, form: str) -> frozenset[str]:
+        """Those of a layer's linears, relative to it, that lie in such tensors."""
+        prefix = self.architecture.layer_prefix(layer) + "."
+        parts = (part for whole in self.joined(layer, form) for part in whole.parts)
+        return frozenset(part.removeprefix(prefix).rpartition(".")[0] for part in parts)
 
     def held(self, module: str) -> str:
         """What the class in transformers calls a module, where the library computes the family."""

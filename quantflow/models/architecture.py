@@ -71,12 +71,29 @@ class Source:
             return tensor
         return self.arranged(tensor.view(self.view)[self.index])
 
+    def put_into(self, tensor: Tensor, native: Tensor) -> None:
+        """Writes the native tensor into the source tensor, its `view`."""
+        place = tensor[self.index]
+        place.copy_((native.T if self.transposed else native).reshape(place.shape))
+
     def arranged(self, part: Tensor) -> Tensor:
         """The native tensor, of what `index` picks."""
         if self.vector:
             return part.reshape(-1).contiguous()
         rows = part.reshape(-1, part.shape[-1])
         return (rows.T if self.transposed else rows).contiguous()
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A tensor of a checkpoint that holds native ones for which loaders have no names of their own.
+    parts: their places in it. named_in: formats of which loaders do have such names, and know this
+    tensor no more."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Source]
+    named_in: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ before anything is done with a model.
 
 Names. Where the library's table says that a checkpoint holds expert by expert, these linears have
 the checkpoint's names, which artifacts have too: every loader knows them. Where the checkpoint
-itself holds three dimensions (gpt-oss, Llama 4, GraniteMoE), no loader has a name for one expert,
-and the family is refused.
+itself holds three dimensions (gpt-oss, Llama 4, GraniteMoE), no loader has a name for one expert:
+these have the usual names here, and are `Joined` again when a checkpoint is written, as plain
+numbers, quantised values included. A format that keeps codes has no place for them, and a plan says
+so, unless the library itself has a list of experts for that format (Llama 4).
 
 Shapes: `E` experts, `T` tokens, `k` experts of a token, `K` channels that experts read, `I` inner.
 """
@@ -19,12 +21,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from quantflow.models.architecture import Source
 from quantflow.models.config import ConfigProblem
@@ -107,18 +110,20 @@ class Routed:
 class Experts(nn.Module):
     """Stands where a layer's experts stood.
 
-    path: of the module in its layer. leaves: names of gate (if there is one), up and down. count:
-    of experts. everywhere: linears see every token, whatever the router says of it.
+    path: of the module in its layer. leaves: names of gate (if there is one), up and down. apart:
+    checkpoints hold single experts. count: of experts. everywhere: linears see every token,
+    whatever the router says of it.
     """
 
     def __init__(
-        self, fused: nn.Module, layout: Layout, path: str, leaves: tuple[str, ...]
+        self, fused: nn.Module, layout: Layout, path: str, leaves: tuple[str, ...], apart: bool
     ) -> None:
         super().__init__()
         for name, value in vars(fused).items():
             if isinstance(value, str | int | float | bool) and not name.startswith("_"):
                 setattr(self, name, value)  # blocks ask some for how many they are
-        self.path, self.layout, self.leaves, self.everywhere = path, layout, leaves, False
+        self.path, self.layout, self.leaves, self.apart = path, layout, leaves, apart
+        self.everywhere = False
         self._class: tuple[Any] = (fused,)  # its tensors are none of this module's
         self._call = inspect.signature(type(fused).forward)
         self.count: int
@@ -209,12 +214,21 @@ class Experts(nn.Module):
 
     # What it is stored as
 
-    def sources(self, tensor: str, name: str, shape: tuple[int, ...]) -> dict[str, Source]:
-        """The experts' tensors, relative to the layer, in the class's `tensor`, which a checkpoint
-        holds as `name`; none where it has another shape than the class's."""
-        if shape != tuple(getattr(self._class[0], tensor).shape):
-            return {}
-        return {n: replace(part, name=name) for n, part in self._parts(tensor, shape).items()}
+    def parts(self, tensor: str, shape: tuple[int, ...] | None = None) -> dict[str, Source]:
+        """The experts' tensors, relative to the layer, in the class's `tensor`; none where that has
+        another shape in a checkpoint."""
+        own = self.shape(tensor)
+        return self._parts(tensor, own) if shape in (None, own) else {}
+
+    @property
+    def named_in(self) -> frozenset[str]:
+        """Quantisation methods for which the library puts a list of experts in this class's
+        place."""
+        patch = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(self._class[0]).__name__, {})
+        return frozenset(str(method.value) for method in patch.get("quantization_methods", ()))
+
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        return tuple(self._class[0].get_parameter(tensor).shape)
 
     def _parts(self, tensor: str, shape: tuple[int, ...]) -> dict[str, Source]:
         bias = tensor.endswith("_bias")
@@ -315,41 +329,34 @@ def take_apart(
                 isinstance(getattr(module, name, None), nn.Parameter) for name in layout.tensors
             ):
                 continue
-            leaves = _leaves(f"{prefix}.{index}.{path}", module, layout, names)
-            if leaves is None:
-                raise ConfigProblem(
-                    f"a checkpoint of {model} holds its experts in tensors of three dimensions,"
-                    f" such as {path}.{layout.first}, and no loader has names for single ones"
-                )
-            experts = Experts(module, layout, path, leaves)
+            parts = _stored(f"{prefix}.{index}.{path}", module, layout, names, model)
+            usual = ("gate_proj", "up_proj", "down_proj")[not layout.gated :]
+            experts = Experts(module, layout, path, parts or usual, bool(parts))
             parent, _, leaf = path.rpartition(".")
             setattr(layer.get_submodule(parent), leaf, experts)
             if not taken:  # one speaks for all
                 experts.check(model)
             taken.append(experts)
-        if whole := [
-            f"{path}.{name}"
-            for path, module in layer.named_modules()
-            for name, value in module.named_parameters(recurse=False)
-            if value.dim() > 2 and not isinstance(module, nn.modules.conv._ConvNd)
-        ]:
-            raise ConfigProblem(
-                f"{model} holds weights in tensors of three dimensions, such as {whole[0]}, which"
-                " the pipeline cannot take apart"
-            )
     return taken
 
 
-def _leaves(
-    place: str, module: nn.Module, layout: Layout, names: StoredNames
-) -> tuple[str, ...] | None:
-    """What the checkpoint calls an expert's linears; None where it has no names for them."""
+def _stored(
+    place: str, module: nn.Module, layout: Layout, names: StoredNames, model: str
+) -> tuple[str, ...]:
+    """What the checkpoint calls an expert's linears; nothing where it has no names for them.
+    Raises ConfigProblem where it holds all in another order than the class."""
     leaves: list[str] = []
-    for tensor in (layout.first, "down_proj"):
-        shape = (1, *getattr(module, tensor).shape[1:])
-        parts = names.taken_apart(f"{place}.{tensor}", torch.empty(shape, device="meta"))
-        if any(len(part) > 2 for part in parts.values()):
-            return None
+    for tensor in layout.tensors:
+        held = f"{place}.{tensor}"
+        shape = (1, *module.get_parameter(tensor).shape[1:])
+        parts = names.taken_apart(held, torch.empty(shape, device="meta"))
+        if parts == {names.stored(held): shape} and names.as_it_is(held):
+            continue
+        if any(len(part) > 2 for part in parts.values()) or layout.bias:
+            raise ConfigProblem(
+                f"a checkpoint of {model} holds {tensor} in another order than its class, which the"
+                " pipeline does not follow"
+            )
         leaves += [part.removesuffix(".weight").rpartition(".")[2] for part in parts]
     return tuple(leaves)
 

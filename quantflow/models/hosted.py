@@ -16,7 +16,9 @@ def open_family(values: Json) -> Architecture:
     embedding, head = library.outer["embedding"], library.outer["head"]
     base = library.names.stored(f"{library.model.base_model_prefix}.x").removesuffix(".x")
     # of a composite, `sources` knows where a base model's prefix is missing
-    parts = () if library.beside else tuple(dict(library.model.base_model.named_children()))
+    inner = None if library.beside else library.model.base_model
+    # the model itself where it has none of its class's name
+    parts = tuple(dict(inner.named_children())) if inner not in (None, library.model) else ()
     return Architecture(
         library.name,
         (str(values["model_type"]),),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from transformers.pytorch_utils import Conv1D
 
-from quantflow.models.architecture import Source
+from quantflow.models.architecture import Joined, Source
 from quantflow.models.calls import Call, Recorder, stand_ins
 from quantflow.models.composite import beside, language_model, whose
 from quantflow.models.config import ConfigProblem, DecoderConfig
@@ -327,17 +328,40 @@ class Library:
             own = self.names.stored(spelled)
             if own in self.state or own in self.beside:
                 return {own: Source(name)}
+            if fused := self._experts_in(spelled, name, shape):
+                return fused
+        return None
+
+    def _experts_in(self, held: str, name: str, shape: tuple[int, ...]) -> dict[str, Source]:
+        """Single experts' tensors in the class's tensor `held`, which is `name` in a checkpoint;
+        none where it is another tensor, or has another shape."""
         layer, _, inside = held.removeprefix(f"{self.prefix}.").partition(".")
         if not layer.isdecimal() or int(layer) >= len(self.layers):
-            return None
+            return {}
         path, _, tensor = inside.rpartition(".")
-        for experts in experts_of(self.layers[int(layer)]):
-            if experts.path == path and tensor in experts.layout.tensors:
-                return {
-                    self.names.stored(f"{self.prefix}.{layer}.{part}"): source
-                    for part, source in experts.sources(tensor, name, shape).items()
-                }
-        return None
+        return {
+            self.names.stored(f"{self.prefix}.{layer}.{part}"): replace(place, name=name)
+            for experts in experts_of(self.layers[int(layer)])
+            if experts.path == path and tensor in experts.layout.tensors
+            for part, place in experts.parts(tensor, shape).items()
+        }
+
+    def joined(self, layer: int) -> tuple[Joined, ...]:
+        """Tensors in which a checkpoint holds all of a layer's experts."""
+        return tuple(
+            Joined(
+                self.names.stored(f"{self.prefix}.{layer}.{experts.path}.{tensor}"),
+                experts.shape(tensor),
+                {
+                    self.names.stored(f"{self.prefix}.{layer}.{part}"): place
+                    for part, place in experts.parts(tensor).items()
+                },
+                experts.named_in,
+            )
+            for experts in experts_of(self.layers[layer])
+            if not experts.apart
+            for tensor in experts.layout.tensors
+        )
 
     def _traced(self, index: int) -> Trace:
         layer = self.layers[index]

@@ -44,6 +44,10 @@ class StoredNames:
         """In the class, of a tensor on disk that is held as it is stored."""
         return str(apply_renamings(name, self._forward))
 
+    def as_it_is(self, name: str) -> bool:
+        """Whether what the class calls `name` is stored as one tensor of the same numbers."""
+        return apply_converters(name, self._apart)[1] is None
+
     def taken_apart(self, name: str, tensor: Tensor) -> dict[str, tuple[int, ...]]:
         """Names and shapes on disk of what the class holds as `tensor`, on the meta device."""
         first, pattern = apply_converters(name, self._apart)

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.formats import FORMATS
 from quantflow.quant.numbers import NUMBERS
 from quantflow.quant.scheme import Scheme
 from quantflow.recipe import Recipe, Weights
 from quantflow.recipe.overrides import matches
+from quantflow.stages.pack import Pack
 from quantflow.stages.rounding import rounding_stage
 
 ROUTER = "the router"
+# of a format, where a checkpoint holds all experts in one tensor
+NO_NAMES = "no loader has names for a single expert of this family"
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,10 @@ class LinearPlan:
 def planned_linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPlan]:
     weights = recipe.weights
     rounding = rounding_stage(recipe)
+    packed: list[str] = sorted({s.format for s in recipe.stages if isinstance(s, Pack)})
     for i in range(checkpoint.config.layers):
         prefix = checkpoint.architecture.layer_prefix(i)
+        nowhere = _held_by_none(checkpoint, i, packed)
         for name, spec in checkpoint.linears(i).items():
             module = f"{prefix}.{name}"
             scheme: Scheme | None = scheme_of(weights)
@@ -58,7 +64,16 @@ def planned_linears(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[LinearPl
                 scheme, reason = None, "no stage rounds the weights"
             if scheme and rounding:
                 scheme = rounding.scheme(scheme)
+            if scheme and name in nowhere:
+                scheme, reason = None, f"{' and '.join(packed)}: {NO_NAMES}"
             yield LinearPlan(i, name, module, spec.shape, scheme, reason)
+
+
+def _held_by_none(checkpoint: Checkpoint, layer: int, packed: list[str]) -> frozenset[str]:
+    """Linears for which none of the formats has a place, where there are formats."""
+    if not packed or not all(FORMATS[form].keeps_codes for form in packed):
+        return frozenset()
+    return frozenset.intersection(*(checkpoint.joined_linears(layer, form) for form in packed))
 
 
 def other_matrices(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,13 @@ from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
 from quantflow.models.config import DecoderConfig
 from quantflow.pipeline.grid_problems import grid_problems, unmatched
-from quantflow.pipeline.linears import LinearPlan, other_matrices, planned_linears, scheme_of
+from quantflow.pipeline.linears import (
+    NO_NAMES,
+    LinearPlan,
+    other_matrices,
+    planned_linears,
+    scheme_of,
+)
 from quantflow.pipeline.output import output_problems
 from quantflow.pipeline.resolve import group_notes, recipe_notes, resolved
 from quantflow.pipeline.text_samples import Sample, sample_of, text_problems
@@ -245,7 +251,13 @@ class Plan:
         packs = (
             f"pack {warning}" for prepared in self.prepared for warning in prepared.job.warnings
         )
-        return (*(str(problem) for problem in unused if problem), *packs)
+        plain = (
+            f"pack {prepared.job.format.name}: {NO_NAMES}: {count} linears are in"
+            f" {self.config.dtype}, rounded"
+            for prepared in self.prepared
+            if (count := sum(map(len, prepared.job.plain.values())))
+        )
+        return (*(str(problem) for problem in unused if problem), *packs, *plain)
 
     def _format(self, pack: Pack) -> Format:
         form = FORMATS[pack.format]

@@ -24,8 +24,9 @@ class PackJob:
     there will be; rank, tp: which one this is, of how many, where it is not the whole. kv: what the
     checkpoint holds of the KV cache: a workspace int8 parameters, `[]` or `[ranks]`; others scales,
     `[1]`, of the kind kv_scales, one of the format's own.
-    unpacked: weights outside the layers that the source holds quantised and the format does not.
-    rounded: what a dtype does not hold exactly is rounded."""
+    plain: quantised linears for which the format has no place: they are written as numbers of the
+    model's dtype. unpacked: weights outside the layers that the source holds quantised and the
+    format does not. rounded: what a dtype does not hold exactly is rounded."""
 
     checkpoint: Checkpoint
     format: Format
@@ -41,6 +42,11 @@ class PackJob:
     outer: Mapping[str, Scheme] = field(default_factory=dict)
     unpacked: frozenset[str] = frozenset()
     rounded: bool = False
+    plain: Held = field(default_factory=dict)
+
+    def held(self, layer: int) -> Mapping[str, Scheme]:
+        """Of a layer's linears, those that are quantised where they come from."""
+        return {**self.schemes.get(layer, {}), **self.plain.get(layer, {})}
 
     @property
     def modules(self) -> dict[str, Scheme]:
@@ -104,10 +110,15 @@ class PackJob:
         ignored = [] if head in modules else [head, checkpoint.held(head)]
         for index in range(checkpoint.config.layers):
             prefix = architecture.layer_prefix(index)
+            joined = checkpoint.joined_linears(index, self.format.name)
             for linear in (*checkpoint.linears(index), *checkpoint.routers(index)):
-                if (module := f"{prefix}.{linear}") not in modules:
-                    # transformers looks for the name that its class has
-                    ignored += dict.fromkeys((module, checkpoint.held(module)))
+                module = f"{prefix}.{linear}"
+                if module in modules:
+                    continue
+                if linear in joined:  # in the module that holds all experts
+                    module = module.rsplit(".", 2)[0]
+                # transformers looks for the name that its class has
+                ignored += (module, checkpoint.held(module))
         for name in self.copied:
             if name.endswith(".weight") and len(checkpoint.shape_of(name)) > 1:
                 module = name.removesuffix(".weight")

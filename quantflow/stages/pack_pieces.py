@@ -4,9 +4,9 @@ modules, each read and packed while the one before it is written."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from quantflow.checkpoints.rounding import converted
 from quantflow.checkpoints.tensor_file import ITEM_BYTES, dtype_name, torch_dtype
 from quantflow.formats.base import SAFETENSORS_DTYPE, Spec
 from quantflow.formats.weight import Weight
+from quantflow.models.architecture import Joined, Source
 from quantflow.models.sharding import shard_plain, shard_shape
 from quantflow.quant.numbers import QuantizedTensor
 from quantflow.quant.scheme import Scheme
@@ -41,7 +42,8 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """A native tensor, or a quantised module (`scheme`), and the tensors it becomes."""
+    """A native tensor, or a quantised module (`scheme`), and the tensors it becomes. joined: where
+    the native tensors lie in it, of which it is made."""
 
     name: str
     layer: int | None
@@ -51,6 +53,7 @@ class Piece:
     shape: tuple[int, ...] = ()
     cut: int | None = None
     last_of_layer: bool = False
+    joined: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +75,20 @@ def pieces_of(job: PackJob) -> Iterator[Piece]:
         schemes = job.schemes.get(index, {})
         yield from _kv_pieces(job, index)
         linears = checkpoint.linears(index)
-        names = list(checkpoint.layer_names(index))
+        whole = {
+            part: each for each in checkpoint.joined(index, job.format.name) for part in each.parts
+        }
+        # a tensor of many is written where the first of them would be
+        names = [
+            name
+            for name in checkpoint.layer_names(index)
+            if name not in whole or name == next(iter(whole[name].parts))
+        ]
         for name in names:
             last = name == names[-1]
+            if name in whole:
+                yield _joined_piece(job, index, whole[name], last=last)
+                continue
             relative = name.removeprefix(prefix)
             linear, _, part = relative.rpartition(".")
             cut = linears[linear].cut if job.tp > 1 and linear in linears else None
@@ -99,6 +113,21 @@ def pieces_of(job: PackJob) -> Iterator[Piece]:
     for name in job.copied:
         shape = checkpoint.shape_of(name)
         yield Piece(name, None, name, {name: (_plain_dtype(job, name), shape)}, shape=shape)
+
+
+def _joined_piece(job: PackJob, index: int, whole: Joined, *, last: bool) -> Piece:
+    prefix = job.checkpoint.architecture.layer_prefix(index) + "."
+    linears = {name.removeprefix(prefix).rpartition(".")[0] for name in whole.parts}
+    dtype = _plain_dtype(job, next(iter(whole.parts)))
+    if not linears.isdisjoint(job.held(index)) and not whole.name.endswith("bias"):
+        dtype = SAFETENSORS_DTYPE[
+            job.checkpoint.config.dtype
+            if job.format.keeps_codes
+            else job.format.scale_dtype(job.checkpoint.config.dtype)
+        ]
+    specs: dict[str, Spec] = {whole.name: (dtype, whole.shape)}
+    relative = whole.name.removeprefix(prefix)
+    return Piece(whole.name, index, relative, specs, last_of_layer=last, joined=whole.parts)
 
 
 def _plain_dtype(job: PackJob, name: str) -> str:
@@ -160,6 +189,8 @@ def _load(piece: Piece, job: PackJob, results: Results) -> _Loaded:
     if piece.relative == _KV:
         assert job.kv is not None
         return {name: job.kv[name] for name in piece.specs}, {}
+    if piece.joined:
+        return _join(piece, job, results)
     if piece.scheme is not None:
         quantised = results.linear(piece.layer, piece.relative, piece.shape[1])
         if piece.cut is not None:
@@ -172,3 +203,29 @@ def _load(piece: Piece, job: PackJob, results: Results) -> _Loaded:
         piece.name, value, torch_dtype(piece.specs[piece.name][0]), rounded=job.rounded
     )
     return {piece.name: value}, {piece.name: error}
+
+
+def _join(piece: Piece, job: PackJob, results: Results) -> _Loaded:
+    """A tensor of many native ones, quantised ones as the numbers that their codes stand for. A
+    format that keeps codes has it in the model's dtype, to which those are rounded."""
+    checkpoint, ((dtype, shape),) = job.checkpoint, piece.specs.values()
+    assert piece.layer is not None
+    prefix = checkpoint.architecture.layer_prefix(piece.layer) + "."
+    whole, off = torch.empty(shape, dtype=torch_dtype(dtype)), 0.0
+    model_dtype = getattr(torch, checkpoint.config.dtype)
+    schemes = job.held(piece.layer)
+    for name, place in piece.joined.items():
+        linear, _, part = name.removeprefix(prefix).rpartition(".")
+        if part == "weight" and linear in schemes:
+            quantised = results.linear(piece.layer, linear, checkpoint.shape_of(name)[1])
+            if job.format.keeps_codes:
+                value = quantised.dequantize().to(whole.dtype)
+            else:
+                (value,) = job.format.encode(name, quantised, model_dtype).values()
+        else:
+            changed = results.changed(piece.layer, f"{linear}.{part}")
+            value = checkpoint.tensor(name) if changed is None else changed
+            value, error = converted(name, value, whole.dtype, rounded=job.rounded)
+            off = max(off, error)
+        place.put_into(whole, value)
+    return {piece.name: whole}, {piece.name: off}

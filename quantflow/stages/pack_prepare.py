@@ -45,6 +45,7 @@ def prepare(
     requantize: modules may take the format's nearest scheme, and numbers may be rounded. default:
     the scheme that needs no naming.
     """
+    held, plain = _apart(checkpoint, form, held)
     weights: dict[tuple[int, str], Weight] = {}
     for index, layer in held.items():
         linears = checkpoint.linears(index)
@@ -82,8 +83,24 @@ def prepare(
         outer=kept,
         unpacked=unpacked,
         rounded=requantize,
+        plain=plain,
     )
     return Prepared(job, problems, refused + _whole_problems(job))
+
+
+def _apart(checkpoint: Checkpoint, form: Format, held: Held) -> tuple[Held, Held]:
+    """What the format has a place for, and what it has none for: linears that a checkpoint holds
+    in one tensor, of which codes have no name."""
+    if not form.keeps_codes:
+        return held, {}
+    kept: dict[int, dict[str, Scheme]] = {}
+    plain: dict[int, dict[str, Scheme]] = {}
+    for index, layer in held.items():
+        joined = checkpoint.joined_linears(index, form.name)
+        kept[index] = {name: scheme for name, scheme in layer.items() if name not in joined}
+        if lost := {name: scheme for name, scheme in layer.items() if name in joined}:
+            plain[index] = lost
+    return kept, plain
 
 
 def _settled(form: Format, weights: list[Weight]) -> list[Weight]:
@@ -176,6 +193,15 @@ def _rank_problems(job: PackJob) -> list[Problem]:
         return [
             Problem(
                 where, f"{job.format.name} has no ranks", "1", "What reads it cuts the whole itself"
+            )
+        ]
+    if any(checkpoint.joined(index, job.format.name) for index in range(checkpoint.config.layers)):
+        return [
+            Problem(
+                where,
+                f"experts that a checkpoint of {checkpoint.architecture.name} holds in one tensor",
+                "1",
+                "What reads it cuts the whole itself",
             )
         ]
     config = checkpoint.config

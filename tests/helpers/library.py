@@ -152,6 +152,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {
+        "num_hidden_layers": 2, "layer_types": ["chunked_attention", "full_attention"],
+        "moe_layers": [0, 1], "no_rope_layers": [1, 0],
+    },
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "ministral": {"head_dim": HEAD},
     "moshi": {"ffn_dim": 128},

@@ -19,39 +19,47 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantflow.checkpoints.tensor_file import TensorFile
 from quantflow.formats.reader import Weights
-from tests.helpers.library import write_tiny
+from tests.helpers.library import HIDDEN, write_tiny
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_text
 from tests.helpers.zoo import decoder_logits, random_tokens
 
-# A model type -> matrices that no recipe quantises, as expressions that match what is beside them.
+# Of types whose checkpoints hold expert by expert: what of their matrices no recipe quantises.
 BY_EXPERT = {
     "deepseek_v3": r"mlp\.gate$",
     "minimax_m2": r"block_sparse_moe\.gate$",
     "qwen2_moe": r"mlp\.(gate|shared_expert_gate)$",
 }
 
+# Of types whose checkpoints hold all experts of a layer in one tensor: the two of a layer.
+IN_ONE = {
+    "gpt_oss": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+    "granitemoe": ("block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"),
+    "llama4_text": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+}
+NAMED = "llama4_text"  # for which transformers has names of single ones with compressed-tensors
+BOTH = ("compressed-tensors", "huggingface")
 
-def run(root: Path, model_type: str, *stages: Any) -> Path:
-    write_tiny(root / "model", model_type)
-    write_text(root / "calib.txt", 0, 128)
+
+def run(root: Path, model_type: str, *stages: Any, packs: tuple[str, ...] = BOTH) -> Path:
+    if not (root / "model").exists():
+        write_tiny(root / "model", model_type)
+        write_text(root / "calib.txt", 0, 128)
+    output = root / "-".join(packs)
     recipe = {
         "name": model_type,
         "model": str(root / "model"),
-        "output": str(root / "out"),
+        "output": str(output),
         "calibration": {"data": str(root / "calib.txt"), "samples": 12, "seqlen": 20},
         "weights": {"bits": 4, "group_size": 32, "symmetric": True},
-        "stages": [
-            *stages,
-            {"pack": {"format": "compressed-tensors"}},
-            {"pack": {"format": "huggingface"}},
-        ],
+        "stages": [*stages, *({"pack": {"format": form}} for form in packs)],
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     result = invoke("run", root / "recipe.yaml", "--device", "cpu")
     assert result.exit_code == 0, result.output
-    return root / "out"
+    return output
 
 
 @pytest.fixture(scope="module", params=sorted(BY_EXPERT))
@@ -73,7 +81,7 @@ def logits(folder: Path, tokens: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "huggingface"])
+@pytest.mark.parametrize("form", BOTH)
 def test_the_artifact_in_transformers_is_our_reference(finished: Path, form: str) -> None:
     tokens = random_tokens(2, 24)
     expected = decoder_logits(Weights(finished / form), tokens)
@@ -102,3 +110,68 @@ def test_every_matrix_of_the_header_is_quantised_or_named(finished: Path) -> Non
     account = report["tensors"]
     assert account["source"] == len(source) == account["quantised"] + account["kept"]
     assert account["quantised"] == len(wanted) and account["left_out"] == {}
+
+
+@pytest.fixture(scope="module", params=sorted(IN_ONE))
+def joined(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp(request.param) / request.param
+    root.mkdir()
+    return run(root, request.param, "calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams")
+
+
+@pytest.mark.parametrize("form", BOTH)
+def test_experts_in_one_tensor_are_written_back_into_it(joined: Path, form: str) -> None:
+    """As the numbers that their codes stand for, also where codes of the others are kept."""
+    tokens = random_tokens(2, 24)
+    expected = decoder_logits(Weights(joined / "huggingface"), tokens)
+    original = logits(joined.parent / "model", tokens)
+    assert (expected - original).abs().max() > 0.05
+    torch.testing.assert_close(logits(joined / form, tokens), expected, rtol=0, atol=1e-4)
+    source, packed = header(joined.parent / "model"), header(joined / form)
+    whole = {n: shape for n, shape in source.items() if n.endswith(IN_ONE[joined.parent.name])}
+    assert len(whole) == 2 * 2
+    if joined.parent.name == NAMED and form == "compressed-tensors":
+        assert not set(whole) & set(packed)
+        assert sum(".experts." in n and n.endswith(".weight_packed") for n in packed) == 2 * 4 * 3
+        return
+    assert whole == {n: shape for n, shape in packed.items() if n in whole}
+    if form == "huggingface":
+        assert source == packed
+
+
+def test_experts_in_one_tensor_are_quantised_one_by_one(joined: Path) -> None:
+    """Of a row and group there are no more values than 4 bits have codes."""
+    source = header(joined.parent / "model")
+    report = json.loads((joined / "report.json").read_text())
+    experts = {name for name in report["linears"] if ".experts." in name}
+    assert len(experts) == 2 * 4 * 3  # layers, experts, gate, up and down
+    name = next(n for n in source if n.endswith(IN_ONE[joined.parent.name][1]))
+    down = TensorFile(joined / "huggingface" / "model.safetensors").read(name)
+    if joined.parent.name != "granitemoe":
+        down = down.transpose(1, 2)
+    assert down.shape[:2] == (4, HIDDEN)
+    assert all(len(group.unique()) <= 16 for row in down.flatten(0, 1) for group in row.split(32))
+    warnings = " ".join(report["warnings"])
+    lost = "no loader has names for a single expert of this family: 24 linears" in warnings
+    assert lost is (joined.parent.name != NAMED)
+
+
+def test_where_no_format_holds_experts_they_stay(joined: Path) -> None:
+    """Nothing is rounded that could not be stored."""
+    root = joined.parent
+    if root.name == NAMED:
+        pytest.skip("compressed-tensors holds them")
+    out = run(root, root.name, "rtn", packs=("compressed-tensors",))
+    report = json.loads((out / "report.json").read_text())
+    assert report["linears"] and not any(".experts." in name for name in report["linears"])
+    kept = [why for name, why in report["kept"].items() if ".experts." in name]
+    reason = "compressed-tensors: no loader has names for a single expert of this family"
+    assert kept == [reason] * 24
+    source = TensorFile(root / "model" / "model.safetensors")
+    packed = TensorFile(out / "model.safetensors")
+    for name in source.tensors:
+        if name.endswith(IN_ONE[root.name]):
+            assert torch.equal(source.read(name), packed.read(name))
+    tokens = random_tokens(2, 24)
+    found = decoder_logits(Weights(out), tokens)
+    torch.testing.assert_close(logits(out, tokens), found, rtol=0, atol=1e-4)
