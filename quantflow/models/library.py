@@ -100,6 +100,11 @@ class Library:
         """A module's name in a checkpoint."""
         return self.names.stored(f"{module}.weight").removesuffix(".weight")
 
+    @cached_property
+    def _stored_names(self) -> dict[str, str]:
+        """A tensor's name in the class -> in a checkpoint."""
+        return {own: name for name, own in self.held.items()}
+
     @property
     def version(self) -> str:
         """What computes it."""
@@ -226,8 +231,9 @@ class Library:
         """A pass of the outer model where `start` is embedded, without weights."""
         try:
             with torch.inference_mode(False), torch.no_grad():
-                own = stand_ins(self.model, start.dtype, self._device)
-                self.run(seen, own, inputs_embeds=start.clone())  # some scale it in place
+                own, stored = stand_ins(self.model, start.dtype, self._device), self._stored_names
+                tensors = {stored[name]: tensor for name, tensor in own.items()}
+                self.run(seen, tensors, inputs_embeds=start.clone())  # some scale it in place
         except ConfigProblem:
             raise
         except Exception as error:  # whatever a class does with tokens that are not there
