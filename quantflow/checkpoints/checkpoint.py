@@ -302,6 +302,11 @@ class Checkpoint:
             return library.trace(layer).routers
         return (self.architecture.layer.router,) if self.config.is_moe(layer) else ()
 
+    def unsegmented(self, layer: int) -> tuple[str, ...]:
+        """Linears of a layer that are never quantised: routers, and what it does not call."""
+        library = self.architecture.library
+        return self.routers(layer) + (library.trace(layer).uncalled if library else ())
+
     def _kind(self, layer: int) -> Hashable:
         """What layers of the same segments have in common."""
         library = self.architecture.library
@@ -310,8 +315,23 @@ class Checkpoint:
     def attention(self, layer: int) -> str:
         """The full name of a layer's attention, beside whose tensors scales of its KV cache are
         stored."""
-        segment = next(s for s in self.segments(layer) if s.role is Role.attention_out)
-        return f"{self.architecture.layer_prefix(layer)}.{segment.names[0].rpartition('.')[0]}"
+        library = self.architecture.library
+        name = library.trace(layer).attention if library else None
+        if name is None:
+            segment = next(s for s in self.segments(layer) if s.role is Role.attention_out)
+            name = segment.names[0].rpartition(".")[0]
+        return f"{self.architecture.layer_prefix(layer)}.{name}"
+
+    def cached(self, layer: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """(heads, width) of the K and of the V that a layer caches; None where it caches none."""
+        if library := self.architecture.library:
+            return library.trace(layer).kv
+        return ((self.config.kv_heads, self.config.head_dim),) * 2
+
+    @cached_property
+    def cached_layers(self) -> tuple[int, ...]:
+        """Those that cache K and V: not what keeps a state of one size, or reads another's."""
+        return tuple(i for i in range(self.config.layers) if self.cached(i))
 
     def problems(self, packed: Callable[[str], bool] = lambda name: False) -> list[Problem]:
         """What keeps this checkpoint from being read: missing, misshapen and unknown tensors.

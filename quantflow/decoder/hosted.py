@@ -87,11 +87,12 @@ class HostedBlock:
     ) -> Tensor:
         call = self.library.call(self.index, x)
         kwargs, cache = dict(call.kwargs), self.library.cache_argument(self.index)
-        if observe and cache:
-            kwargs[cache] = KVCache(observe)
+        if observe and cache and self.library.trace(self.index).kv:
+            kwargs[cache] = KVCache(observe, self.library.config)
         names = self.library.inside(self.index)
         weights = {names[n]: t for n, t in (tensors or self.tensors).items()}
-        output = functional_call(self.layer, weights, (x, *call.args), kwargs)
+        with self.library.plain():
+            output = functional_call(self.layer, weights, (x, *call.args), kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
@@ -235,7 +236,8 @@ class HostedBlock:
                 return swapped.get(id(value), alike)
 
             own_args, own_kwargs = tree_map_only(Tensor, of_part, (args, kwargs))
-            output = functional_call(parent, weights, own_args, own_kwargs)
+            with self.library.plain():
+                output = functional_call(parent, weights, own_args, own_kwargs)
             return output if isinstance(output, Tensor) else output[0]
 
         return called, source, made_of

@@ -102,7 +102,7 @@ class Variant:
     V of each layer (None: nothing)."""
 
     weights: Weights
-    kv: Callable[[int], ObserveKV] | None = None
+    kv: Callable[[int], ObserveKV | None] | None = None
 
     def states(
         self,

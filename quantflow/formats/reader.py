@@ -262,7 +262,7 @@ class Weights:
     def _stored_kv_scales(self) -> dict[str, Tensor]:
         scales: dict[str, Tensor] = {}
         present = self.checkpoint.container.tensors
-        for index in range(self.checkpoint.config.layers):
+        for index in self.checkpoint.cached_layers:
             for part in "kv":
                 name = f"{self.checkpoint.attention(index)}.{part}_scale"
                 scale = self.checkpoint.read_source(name) if name in present else None

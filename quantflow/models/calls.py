@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -73,11 +74,15 @@ class Recorder(nn.Module):
         self.index = index
         self.seen: Callable[[int, Call], Tensor] = lambda index, call: call.hidden
         self.beside: tuple[Any, ...] | None = None
+        self._signature = inspect.signature(layer.forward)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
-        if not args:
-            args = (kwargs.pop("hidden_states"),)
-        hidden = self.seen(self.index, Call(args[0], args[1:], kwargs))
+        (_, hidden), *rest = self._signature.bind(*args, **kwargs).arguments.items()
+        values = dict(rest)  # by their names: the cache is one of them
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                values |= values.pop(name, {})
+        hidden = self.seen(self.index, Call(hidden, (), values))
         return hidden if self.beside is None else (hidden, *self.beside)
 
 

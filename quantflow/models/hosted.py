@@ -48,19 +48,19 @@ def _beside_note(library: Library) -> Iterator[str]:
 
 
 def _decoder_config(library: Library, values: Json) -> DecoderConfig:
-    config, trace = library.config, library.trace(0)
-    sizes = {name: getattr(config, name, None) for name in ("num_attention_heads", "hidden_size")}
-    if missing := [name for name, size in sizes.items() if not isinstance(size, int) or not size]:
-        raise ConfigProblem(f"{library.name} of transformers has no {', no '.join(missing)}")
-    if not trace.segments:
+    config, traces = library.config, [library.trace(i) for i in range(len(library.layers))]
+    channels = [segment.channels for trace in traces for segment in trace.segments]
+    if not channels:
         raise ConfigProblem(f"layers of {library.name} have no linear that could be quantised")
-    heads = config.num_attention_heads
-    default = (getattr(config, "num_key_value_heads", None) or heads, config.hidden_size // heads)
-    kv_heads, head_dim = trace.kv[1] if trace.kv else default
+    heads = getattr(config, "num_attention_heads", 0)
+    if not isinstance(heads, int):
+        raise ConfigProblem(f"{library.name} has num_attention_heads {heads!r}, expected a number")
+    cached = [trace.kv[1] for trace in traces if trace.kv]
+    kv_heads, head_dim = cached[0] if cached else (0, 0)
     return DecoderConfig(
         family="hosted",
         hidden=library.hidden,
-        intermediate=max(segment.channels for segment in trace.segments),
+        intermediate=max(channels),
         layers=len(library.layers),
         heads=heads,
         kv_heads=kv_heads,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -29,12 +30,14 @@ from quantflow.models.composite import beside, language_model, whose
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.experts import experts_of, take_apart
 from quantflow.models.library_class import build, move_buffers
+from quantflow.models.plain import plain_functions
 from quantflow.models.segments import Segment
 from quantflow.models.stored_names import StoredNames
-from quantflow.models.trace import KVCache, SeenKV, Trace, Visits
+from quantflow.models.trace import KVCache, SeenKV, Trace, Visits, kind_of
 
 TRACED = 8  # tokens of the pass that finds a layer's segments
-_CACHES = ("past_key_values", "past_key_value", "layer_past")  # the argument that is the KV cache
+# The argument that is the cache.
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 class _Reached(Exception):
@@ -89,9 +92,10 @@ class Library:
         self._recorders = [Recorder(layer, i) for i, layer in enumerate(self.layers)]
         parent, _, leaf = self.prefix.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, nn.ModuleList(self._recorders))
+        self._code = {type(m).__module__ for layer in self.layers for m in layer.modules()}
         self._device = torch.device("cpu")  # of the buffers
         self._calls: dict[tuple[int, torch.dtype, torch.device], list[Call]] = {}
-        self._kinds: dict[tuple[object, ...], Trace] = {}
+        self._kinds: dict[Hashable, Trace] = {}
         self._traces: dict[int, Trace] = {}
         self._inside: dict[int, dict[str, str]] = {}
         self._beside_is_set = False
@@ -152,12 +156,16 @@ class Library:
 
     def apart(self, layer: int, name: str) -> str:
         """Why a layer's matrix is no weight of its segments."""
+        if name.removesuffix(".weight") in self.trace(layer).uncalled:
+            return "a linear that its layer does not call"
         owner = self.layers[layer]
         for part in self.inside(layer)[name].split(".")[:-1]:
             owner = getattr(owner, part, owner)
-        if isinstance(owner, nn.Linear):
-            return "a linear that its layer does not call"
         return f"a weight of {type(owner).__name__}, which is no linear"
+
+    def plain(self) -> AbstractContextManager[None]:
+        """While it lasts, the class computes with torch's own operations alone."""
+        return plain_functions(self._code)
 
     # The outer model
 
@@ -171,7 +179,8 @@ class Library:
             recorder.seen = seen
         try:
             own = {self.held[name]: tensor for name, tensor in tensors.items()}
-            return functional_call(self.model, own, (), {**inputs, "use_cache": False})
+            with self.plain():
+                return functional_call(self.model, own, (), {**inputs, "use_cache": False})
         except _Reached:
             return None
 
@@ -299,9 +308,9 @@ class Library:
     # A layer
 
     def trace(self, layer: int) -> Trace:
-        """How a layer goes; layers of the same modules go alike."""
+        """How a layer goes; layers of the same modules, with the same settings, go alike."""
         if layer not in self._traces:
-            kind = tuple((n, tuple(t.shape)) for n, t in self.layers[layer].state_dict().items())
+            kind = kind_of(self.layers[layer])
             if kind not in self._kinds:
                 self._kinds[kind] = self._traced(layer)
             self._traces[layer] = self._kinds[kind]
@@ -387,11 +396,11 @@ class Library:
             Tensor, lambda t: t.to("meta"), (call.hidden, call.args, call.kwargs)
         )
         if name := self.cache_argument(index):
-            kwargs[name] = KVCache(cached)
+            kwargs[name] = KVCache(cached, self.config)
         layer = self.layers[index]
         buffers = {name: b.to("meta") for name, b in layer.named_buffers()}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.plain():
                 return functional_call(layer, buffers, (hidden, *args), kwargs)
         except Exception as error:  # whatever a class does with what the meta device cannot give
             raise self._unfollowed(error) from error

@@ -7,8 +7,9 @@ handing them to its cache.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,19 @@ from quantflow.models.config import ConfigProblem
 from quantflow.models.experts import experts_of, routers_of
 from quantflow.models.segments import Fold, LinearSpec, Role, Segment
 
+# By which a module knows its layer from others of the same kind.
+_PLACE = re.compile(r"_.*|\w*(idx|index|layer_id|layer_number|path)")
+
 SeenKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class KVCache(transformers.DynamicCache):  # type: ignore[misc]
     """Stands where a layer looks for its cache: `seen` gets K and V `[B, kv_heads, L, D]` and
-    returns what attention shall use. It keeps nothing."""
+    returns what attention shall use. They are not kept; states of other kinds of layers are, as the
+    model's `config` says."""
 
-    def __init__(self, seen: SeenKV) -> None:
-        super().__init__()
+    def __init__(self, seen: SeenKV, config: Any) -> None:
+        super().__init__(config=config)
         self.seen = seen
 
     def update(
@@ -39,13 +44,16 @@ class KVCache(transformers.DynamicCache):  # type: ignore[misc]
 @dataclass(frozen=True, eq=False)
 class Trace:
     """segments: a layer's, in execution order, with the norms that feed them. cached: after so many
-    of them K and V are cached (None: never). kv: (kv_heads, D) of K and of V. routers: what weighs
-    experts and is never quantised."""
+    of them K and V are cached (None: never). kv: (heads, D) of K and of V as they are cached.
+    attention: the module that caches them. routers: what weighs experts and is never quantised.
+    uncalled: linears whose weights the layer uses in another way, or not at all."""
 
     segments: tuple[Segment, ...]
     cached: int | None
     kv: tuple[tuple[int, int], tuple[int, int]] | None
+    attention: str | None = None
     routers: tuple[str, ...] = ()
+    uncalled: tuple[str, ...] = ()
 
 
 _Read = tuple[tuple[int, ...], int | None]
@@ -66,21 +74,33 @@ class Visits(contextlib.ExitStack):
             for name in experts.names(expert)
         }
         self.routers = routers_of(layer)
+        self._linears: list[str] = []
         self._norms: dict[tuple[int, ...], str] = {}
         self._alive: list[Tensor] = []  # else the place of one could become another's
         self._cached: int | None = None
         self._kv: tuple[tuple[int, int], tuple[int, int]] | None = None
+        self._attention: str | None = None
+        self._inside: list[str] = []  # modules that are being called
         for name, module in layer.named_modules():
+            self.callback(module.register_forward_pre_hook(self._enter(name)).remove)
+            self.callback(module.register_forward_hook(self._leave).remove)
             own = dict(module.named_parameters(recurse=False))
             if name in self.routers:
                 hook = module.register_forward_pre_hook(self._router(name))
             elif isinstance(module, nn.Linear):
+                self._linears.append(name)
                 hook = module.register_forward_pre_hook(self._linear(name))
             elif "weight" in own and own["weight"].dim() == 1:
                 hook = module.register_forward_hook(self._norm(name))
             else:
                 continue
             self.callback(hook.remove)
+
+    def _enter(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: self._inside.append(name)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._inside.pop()
 
     def _key(self, x: Tensor) -> tuple[int, ...]:
         """The same for a tensor and what is a view of all of it."""
@@ -109,7 +129,7 @@ class Visits(contextlib.ExitStack):
         return visit
 
     def cached(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self._cached = len(self._read)
+        self._cached, self._attention = len(self._read), self._inside[-1]
         self._kv = (k.shape[1], k.shape[-1]), (v.shape[1], v.shape[-1])
         return k, v
 
@@ -120,11 +140,11 @@ class Visits(contextlib.ExitStack):
         if again := [name for name, count in names.items() if count > 1]:
             raise ConfigProblem(f"the linear {again[0]} is used more than once in a layer")
         parents = [readers[0][0].rpartition(".")[0] for readers in self._read.values()]
-        attention, last = set(parents[: self._cached or 0]), {p: n for n, p in enumerate(parents)}
+        last = {parent: number for number, parent in enumerate(parents)}
         segments = []
         for number, ((key, expert), readers) in enumerate(self._read.items()):
             parent = parents[number]
-            where = "attention" if parent in attention else "mlp"
+            where = "attention" if parent == self._attention else "mlp"
             specs = tuple(
                 LinearSpec(
                     stored(name),
@@ -144,7 +164,22 @@ class Visits(contextlib.ExitStack):
                 part = specs[0].name.rsplit(".", 2)[0]
             segments.append(Segment(role, part, specs, fold, expert))
         routers = tuple(stored(name) for name in self.routers)
-        return Trace(tuple(segments), self._cached, self._kv, routers)
+        attention = None if self._attention is None else stored(self._attention)
+        uncalled = tuple(stored(name) for name in self._linears if name not in names)
+        return Trace(tuple(segments), self._cached, self._kv, attention, routers, uncalled)
+
+
+def kind_of(layer: nn.Module) -> Hashable:
+    """What layers that go alike have in common: shapes, and what their modules know of themselves
+    but their place."""
+    tensors = tuple((name, tuple(t.shape)) for name, t in layer.state_dict().items())
+    settings = tuple(
+        (path, name, value)
+        for path, module in layer.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, str | int | float) and not _PLACE.fullmatch(name)
+    )
+    return tensors, settings
 
 
 def _part(specs: tuple[LinearSpec, ...]) -> str:

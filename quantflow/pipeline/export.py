@@ -274,7 +274,7 @@ def _with_kv(
                 )
             )
         if not scales:
-            prefixes = [checkpoint.attention(index) for index in range(checkpoint.config.layers)]
+            prefixes = [checkpoint.attention(index) for index in checkpoint.cached_layers]
             for prefix in prefixes:
                 scales |= fp8_scales(
                     prefix,

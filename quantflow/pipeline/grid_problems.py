@@ -13,6 +13,7 @@ from quantflow.errors import Problem
 from quantflow.formats import FORMATS
 from quantflow.formats.base import Format
 from quantflow.formats.weight import Weight, usual_group
+from quantflow.pipeline.cached import latent_problem
 from quantflow.pipeline.linears import LinearPlan, inputs_of_rank
 from quantflow.recipe.overrides import matches
 from quantflow.stages.kv_qparams import KvQparams
@@ -160,6 +161,8 @@ def _kv_problems(plan: Plan, pack: Pack) -> list[Problem]:
                 f"{', '.join(holding)}, which has names for them",
             )
         )
+    elif latent := latent_problem(plan.checkpoint):
+        problems.append(Problem(where, *latent))
     if plan.stage(KvQparams) is None:
         problems.append(
             Problem(where, "no stage kv_qparams", "`- kv_qparams`, which measures K and V")

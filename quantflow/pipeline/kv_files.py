@@ -53,7 +53,7 @@ def _kv_parameters(
 
 def kv_tensors(plan: Plan, reader: SweepReader, rank: int = 0, tp: int = 1) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for index in range(plan.config.layers):
+    for index in plan.checkpoint.cached_layers:
         prefix = plan.checkpoint.attention(index)
         tensors.update(parameter_tensors(prefix, _kv_parameters(plan, reader, index, rank, tp)))
     return tensors
@@ -61,7 +61,7 @@ def kv_tensors(plan: Plan, reader: SweepReader, rank: int = 0, tp: int = 1) -> d
 
 def fp8_scales_of(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
     scales: dict[str, Tensor] = {}
-    for index in range(plan.config.layers):
+    for index in plan.checkpoint.cached_layers:
         prefix = plan.checkpoint.attention(index)
         scales |= fp8_scales(
             prefix, largest_of_extremes(reader.kv(index)), getattr(torch, plan.config.dtype)
@@ -70,6 +70,7 @@ def fp8_scales_of(plan: Plan, reader: SweepReader) -> dict[str, Tensor]:
 
 
 def _kv_summary(settings: KvQparams, plan: Plan, reader: SweepReader) -> dict[str, Any]:
+    checkpoint = plan.checkpoint
     summary: dict[str, Any] = {**settings.model_dump(mode="json"), "file": KV_FILE}
     if settings.granularity == "tensor":
         summary["layers"] = [
@@ -78,6 +79,6 @@ def _kv_summary(settings: KvQparams, plan: Plan, reader: SweepReader) -> dict[st
                 for letter, p in (("k", parameters["key"]), ("v", parameters["value"]))
                 for what, field in (("scale", "scale"), ("zero_point", "zero_point"))
             }
-            for parameters in (_kv_parameters(plan, reader, i) for i in range(plan.config.layers))
+            for parameters in (_kv_parameters(plan, reader, i) for i in checkpoint.cached_layers)
         ]
     return summary

@@ -25,6 +25,7 @@ from quantflow.formats.base import Format
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
 from quantflow.models.config import DecoderConfig
+from quantflow.pipeline.cached import cache_notes, cache_problems
 from quantflow.pipeline.grid_problems import grid_problems, unmatched
 from quantflow.pipeline.linears import (
     NO_NAMES,
@@ -302,7 +303,12 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
     problems += checkpoint.problems()
     asked, recipe = recipe, resolved(recipe, checkpoint)
     linears = tuple(planned_linears(recipe, checkpoint))
-    notes = (*checkpoint.notes, *group_notes(asked, recipe, linears), *recipe_notes(recipe))
+    notes = (
+        *checkpoint.notes,
+        *group_notes(asked, recipe, linears),
+        *recipe_notes(recipe),
+        *cache_notes(recipe, checkpoint),
+    )
     plan = Plan(
         recipe,
         str(recipe.model),
@@ -312,6 +318,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
         linears,
         notes,
     )
+    problems += cache_problems(recipe, checkpoint)
     problems += grid_problems(plan) + text_problems(plan) + output_problems(plan)
     if plan.measures_engine and (absent := engine_problem(checkpoint)):
         problems.append(replace(absent, where="evaluate.engine"))

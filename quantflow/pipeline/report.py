@@ -14,7 +14,6 @@ import torch
 from quantflow.artifacts.artifact import STATISTICS
 from quantflow.calibration.data import Windows
 from quantflow.checkpoints.tensor_file import TensorFile
-from quantflow.engine.kv_cache import KVFormat, block_bytes
 from quantflow.pipeline.build import Build
 from quantflow.pipeline.plan import Plan
 from quantflow.pipeline.portable import portable
@@ -144,11 +143,15 @@ def _activations(plan: Plan, statistics: Path) -> dict[str, dict[str, Any]]:
 
 def _kv_ranges(plan: Plan, reader: SweepReader) -> dict[str, Any]:
     """key, value -> low, high -> layers -> heads: the extremes over a head's channels, of what the
-    quantised model produced."""
+    quantised model produced; None for heads that a layer does not cache."""
     layers = [reader.kv(index) for index in range(plan.config.layers)]
 
     def ends(name: str, reduce: Any) -> list[list[float | None]]:
-        return [[shown(float(v)) for v in reduce(layer[name], -1)] for layer in layers]
+        rows = [
+            [shown(float(v)) for v in reduce(layer[name], -1)] if layer else [] for layer in layers
+        ]
+        most = max(map(len, rows))
+        return [row + [None] * (most - len(row)) for row in rows]
 
     return {
         name: {"low": ends(f"{name}.min", torch.amin), "high": ends(f"{name}.max", torch.amax)}
@@ -163,10 +166,12 @@ def _memory(plan: Plan) -> list[dict[str, int]]:
     packed = (
         checkpoint_bytes(plan.prepared[0].job) if plan.prepared else plan.checkpoint.weight_bytes
     )
-    static = KVFormat(True, ({},))  # calibrated: no scale a token
-    full, int8 = (
-        block_bytes(config, kv, getattr(torch, config.dtype), 1) for kv in (KVFormat(False), static)
+    values = sum(  # a token's
+        heads * width
+        for index in plan.checkpoint.cached_layers
+        for heads, width in plan.checkpoint.cached(index) or ()
     )
+    full, int8 = values * getattr(torch, config.dtype).itemsize, values
     contexts = [c for c in CONTEXTS if c <= config.context] or [config.context]
     return [
         {

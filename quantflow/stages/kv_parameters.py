@@ -28,9 +28,9 @@ def layer_parameters(
     extremes: Mapping[str, Tensor], settings: KvQparams, rank: int = 0, tp: int = 1
 ) -> dict[str, KVParameters]:
     """Parameters of `key` and `value` from a layer's extremes `[kv_heads, D]`; of one rank's heads,
-    under tensor parallelism."""
+    under tensor parallelism. Of a layer that caches none, none."""
     parameters = {}
-    for name in ("key", "value"):
+    for name in ("key", "value") if extremes else ():
         low, high = (extremes[f"{name}.{end}"].chunk(tp)[rank] for end in ("min", "max"))
         parameters[name] = kv_parameters(
             low,
@@ -45,9 +45,11 @@ def layer_parameters(
 def layer_tensors(parameters: Mapping[str, KVParameters]) -> dict[str, Tensor]:
     """`k_scale`, `k_zero_point`, `v_scale`, `v_zero_point`, float32."""
     tensors = {}
-    for letter, name in (("k", "key"), ("v", "value")):
-        tensors[f"{letter}_scale"] = parameters[name].scale
-        tensors[f"{letter}_zero_point"] = parameters[name].zero_point
+    for name, values in parameters.items():
+        tensors[f"{name[0]}_scale"], tensors[f"{name[0]}_zero_point"] = (
+            values.scale,
+            values.zero_point,
+        )
     return tensors
 
 
@@ -151,11 +153,16 @@ def _by_head(value: Tensor, kv_heads: int) -> Tensor:
     return value if value.dim() else value.expand(kv_heads)
 
 
-def rounding(of_layer: Callable[[int], Mapping[str, KVParameters]]) -> Callable[[int], ObserveKV]:
-    """For each layer, an observer that rounds K and V as the cache would."""
+def rounding(
+    of_layer: Callable[[int], Mapping[str, KVParameters]],
+) -> Callable[[int], ObserveKV | None]:
+    """For each layer, an observer that rounds K and V as the cache would; None for a layer that has
+    none."""
 
-    def for_layer(index: int) -> ObserveKV:
+    def for_layer(index: int) -> ObserveKV | None:
         parameters = of_layer(index)
+        if not parameters:
+            return None
         return lambda k, v: (round_kv(k, parameters["key"]), round_kv(v, parameters["value"]))
 
     return for_layer

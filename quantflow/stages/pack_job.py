@@ -102,8 +102,8 @@ class PackJob:
         return self.format.quantization_config(self.request) if self.modules else {}
 
     def _ignored(self) -> list[str]:
-        """The linears that stay as they are: the head, those of the layers, routers, and whatever
-        has a matrix beside the decoder."""
+        """The linears that stay as they are: the head, those of the layers, also what is in no
+        segment, and whatever has a matrix beside the decoder."""
         checkpoint, modules = self.checkpoint, self.modules
         architecture = checkpoint.architecture
         head = architecture.head
@@ -111,7 +111,7 @@ class PackJob:
         for index in range(checkpoint.config.layers):
             prefix = architecture.layer_prefix(index)
             joined = checkpoint.joined_linears(index, self.format.name)
-            for linear in (*checkpoint.linears(index), *checkpoint.routers(index)):
+            for linear in (*checkpoint.linears(index), *checkpoint.unsegmented(index)):
                 module = f"{prefix}.{linear}"
                 if module in modules:
                     continue

@@ -144,7 +144,7 @@ def _plain_dtype(job: PackJob, name: str) -> str:
 
 def _kv_pieces(job: PackJob, index: int) -> Iterator[Piece]:
     """The scales of a layer's KV cache, for a format that holds them among the weights."""
-    if job.kv and job.kv_scales:
+    if job.kv and job.kv_scales and index in job.checkpoint.cached_layers:
         attention = job.checkpoint.attention(index)
         scales = {name: job.kv[name] for name in (f"{attention}.k_scale", f"{attention}.v_scale")}
         specs: dict[str, Spec] = {
