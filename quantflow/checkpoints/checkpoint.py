@@ -179,8 +179,8 @@ class Checkpoint:
                 name: Source(name)
             }
             why = why_copied(natives, self.architecture, layers, self.raw_config)
-            apart = library is None or next(iter(natives)) not in library.beside
-            if why and apart and name.rpartition(".")[0] in integers:
+            inside = library is not None and library.part(name)
+            if why and not inside and name.rpartition(".")[0] in integers:
                 self.left_out[name] = f"{why}, and not in floating point"
                 continue
             if why:
@@ -293,8 +293,11 @@ class Checkpoint:
 
     def held(self, module: str) -> str:
         """What the class in transformers calls a module, where the library computes the family."""
-        library = self.architecture.library
-        return library.names.held(f"{module}.weight").removesuffix(".weight") if library else module
+        library, name = self.architecture.library, f"{module}.weight"
+        if library is None:
+            return module
+        held = library.names.loaded(name)[0] if library.part(name) else library.names.held(name)
+        return held.removesuffix(".weight")
 
     def routers(self, layer: int) -> tuple[str, ...]:
         """What weighs a layer's experts, relative to it: matrices that are never quantised."""

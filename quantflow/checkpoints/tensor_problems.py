@@ -3,8 +3,10 @@ ones."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from quantflow.errors import Problem
@@ -23,10 +25,14 @@ def tensor_problems(checkpoint: Checkpoint, packed: Callable[[str], bool]) -> li
     container, architecture, path = checkpoint.container, checkpoint.architecture, checkpoint.path
     if problem := foreign(container.tensors, architecture, path):
         return [problem]
+    expected = {n: s for n, s in checkpoint.expected.items() if not packed(n)}
     beside = architecture.library.beside if architecture.library else {}
-    expected = {n: s for n, s in {**checkpoint.expected, **beside}.items() if not packed(n)}
-    problems = list(_unfit(checkpoint, expected))
-    if missing := [native for native in expected if native not in checkpoint.sources]:
+    there = _beside(checkpoint)
+    problems = list(_unfit(checkpoint, expected)) + list(_misshapen(checkpoint, there, beside))
+    missing = [native for native in expected if native not in checkpoint.sources]
+    if library := architecture.library:
+        missing += [library.names.stored(held) for held in beside if held not in there]
+    if missing:
         hint = "Is a shard missing, or config.json another model's?"
         if missing == [f"{architecture.head}.weight"]:
             hint = (
@@ -77,8 +83,33 @@ def _unfit(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> Iter
                 f"{list(shape)} by config.json",
                 "config.json and weights disagree",
             )
-        if info.dtype not in FLOATS and native not in checkpoint.copied:
+        if info.dtype not in FLOATS:
             yield Problem(where, f"dtype {info.dtype}", ", ".join(FLOATS))
+
+
+def _beside(checkpoint: Checkpoint) -> dict[str, str]:
+    """Name in the class -> in the checkpoint of what is not the language model's; of a tensor that
+    the class cuts, for each part."""
+    library = checkpoint.architecture.library
+    if library is None or not library.beside:
+        return {}
+    return {held: name for name in checkpoint.copied for held in library.names.loaded(name)}
+
+
+def _misshapen(
+    checkpoint: Checkpoint, there: Mapping[str, str], beside: Mapping[str, tuple[int, ...]]
+) -> Iterator[Problem]:
+    """What the class would not take as it is. One that it arranges anew is left to it."""
+    times = Counter(there.values())
+    for held, shape in beside.items():
+        name = there.get(held)
+        if name is None or times[name] > 1:
+            continue
+        stored = checkpoint.shape_of(name)
+        if math.prod(stored) != math.prod(shape):
+            where = f"{checkpoint.path} tensor {name}"
+            hint = "config.json and weights disagree"
+            yield Problem(where, f"shape {list(stored)}", f"{list(shape)} by config.json", hint)
 
 
 def listed(names: Iterable[str]) -> str:

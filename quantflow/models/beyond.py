@@ -30,8 +30,8 @@ def why_copied(
         return f"in a layer beyond num_hidden_layers = {layers}{_counted(config)}"
     if library and first in library.state:
         return None
-    if library and first in library.beside:
-        return f"of the model's {library.part(first)}, beside its language model"
+    if library and (part := library.part(first)):
+        return f"of the model's {part}, beside its language model"
     if _PREDICTS_MORE.search(first):
         return f"of a block that predicts further tokens{_counted(config)}"
     if library and library.ignores(first):

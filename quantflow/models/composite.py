@@ -15,8 +15,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
-from quantflow.models.stored_names import StoredNames
-
 _TEXT = "text_config"
 
 
@@ -42,16 +40,14 @@ def language_model(model: Any) -> str:
     return name.rpartition(".")[0] + "." if "." in name else ""
 
 
-def beside(model: Any, names: StoredNames) -> dict[str, tuple[int, ...]]:
-    """Name in a checkpoint -> shape of every tensor that is not the language model's."""
+def beside(model: Any) -> dict[str, tuple[int, ...]]:
+    """Name in the class -> shape of every tensor that is not the language model's."""
     inside, head = language_model(model), model.get_output_embeddings()
+    if not inside:
+        return {}
     own = (inside, *(f"{name}." for name, part in model.named_modules() if part is head))
-    parts: dict[str, tuple[int, ...]] = {}
-    if inside:
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if not name.startswith(own):
-                parts |= names.taken_apart(name, tensor.detach().to("meta"))
-    return parts
+    state = model.state_dict(keep_vars=True)
+    return {name: tuple(t.shape) for name, t in state.items() if not name.startswith(own)}
 
 
 def whose(name: str, base: str) -> str:

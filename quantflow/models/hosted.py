@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantflow.models.architecture import Architecture, Json
-from quantflow.models.composite import flattened
+from quantflow.models.composite import flattened, whose
 from quantflow.models.config import ConfigProblem, DecoderConfig, read_dtype
 from quantflow.models.library import Library
 
@@ -40,7 +40,8 @@ def open_family(values: Json) -> Architecture:
 
 
 def _beside_note(library: Library) -> Iterator[str]:
-    if parts := dict.fromkeys(map(library.part, library.beside)):
+    base = library.model.base_model_prefix
+    if parts := dict.fromkeys(whose(name, base) for name in library.beside):
         yield (
             f"the language model of {library.name} is quantised, on text alone;"
             f" {', '.join(parts)} {'are' if len(parts) > 1 else 'is'} copied"

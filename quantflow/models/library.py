@@ -51,8 +51,8 @@ class Library:
     model: the outer model, with recorders for layers. layers: the layers themselves, their experts
     one by one (`experts.py`). prefix: where they are in the model; stored_prefix, in a checkpoint,
     as all names are that leave this class. held: a tensor's name in a checkpoint -> in the class.
-    state, beside: those of the language model, and others, with their shapes. config: the language
-    model's.
+    state: shapes of the language model's. beside: of others, by their names in the class. config:
+    the language model's.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -79,14 +79,14 @@ class Library:
                 " (transformers' Conv1D), and no loader knows quantised ones of such"
             )
         self.names = StoredNames(self.model)
-        self.beside = beside(self.model, self.names)
+        self.beside = beside(self.model)
         self.experts = take_apart(self.layers, self.prefix, self.names, self.name)
         state = self.model.state_dict(keep_vars=True)
         self.held = {self.names.stored(name): name for name in state}
         self.state = {
             name: tuple(state[held].shape)
             for name, held in self.held.items()
-            if name not in self.beside
+            if held not in self.beside
         }
         self.stored_prefix = self._stored(f"{self.prefix}.0").removesuffix(".0")
         self._recorders = [Recorder(layer, i) for i, layer in enumerate(self.layers)]
@@ -146,10 +146,11 @@ class Library:
         patterns = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
         return any(re.search(pattern, self.names.held(name)) for pattern in patterns)
 
-    def part(self, name: str) -> str:
-        """The part of the class, such as `vision_tower`, that a tensor beside the language model
-        belongs to."""
-        return whose(self.names.held(name), self.model.base_model_prefix)
+    def part(self, name: str) -> str | None:
+        """The part of the class, such as `vision_tower`, that a checkpoint's tensor beside the
+        language model belongs to; None for any other."""
+        held = self.names.loaded(name)[0]
+        return whose(held, self.model.base_model_prefix) if held in self.beside else None
 
     def segments(self, layer: int) -> tuple[Segment, ...]:
         return self.trace(layer).segments
@@ -338,10 +339,8 @@ class Library:
         """Where the tensors lie in a checkpoint's tensor; None for one that the class does not
         know."""
         held = self.names.held(name)
-        base = f"{self.model.base_model_prefix}."
-        for spelled in (held, f"{base}{held}", held.removeprefix(base)):  # as transformers tries
-            own = self.names.stored(spelled)
-            if own in self.state or own in self.beside:
+        for spelled in (held, *(self.names.loaded(name) if self.beside else ())):
+            if (own := self.names.stored(spelled)) in self.state:
                 return {own: Source(name)}
             if fused := self._experts_in(spelled, name, shape):
                 return fused

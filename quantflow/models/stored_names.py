@@ -18,6 +18,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
     apply_converters,
     apply_renamings,
+    rename_source_key,
 )
 
 
@@ -25,7 +26,10 @@ class StoredNames:
     """Of one model."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model, self._state = model, dict.fromkeys(model.state_dict(keep_vars=True), True)
+        every = get_model_conversion_mapping(model)
+        self._renames = [change for change in every if isinstance(change, WeightRenaming)]
+        self._converts = [change for change in every if isinstance(change, WeightConverter)]
         changes = [
             change
             for change in get_model_conversion_mapping(model, add_legacy=False)
@@ -47,6 +51,17 @@ class StoredNames:
     def as_it_is(self, name: str) -> bool:
         """Whether what the class calls `name` is stored as one tensor of the same numbers."""
         return apply_converters(name, self._apart)[1] is None
+
+    def loaded(self, name: str) -> tuple[str, ...]:
+        """What the class makes of a tensor on disk, by all that it looks for: names of other
+        classes' files, with and without a prefix. Several where it cuts the tensor."""
+        parts = {"base_model_prefix": self._model.base_model_prefix, "meta_state_dict": self._state}
+        own, pattern = rename_source_key(name, self._renames, self._converts, **parts)
+        if own not in self._state and name in self._state:
+            return (name,)
+        change = next((c for c in self._converts if pattern in c.source_patterns), None)
+        first, *more = change.target_patterns if change else [""]
+        return (own, *(own.replace(first, other) for other in more))
 
     def taken_apart(self, name: str, tensor: Tensor) -> dict[str, tuple[int, ...]]:
         """Names and shapes on disk of what the class holds as `tensor`, on the meta device."""

@@ -4,7 +4,7 @@ own class and over a picture."""
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.checkpoints.tensor_file import save_tensors
 from quantflow.formats.reader import Weights
+from quantflow.models.stored_names import StoredNames
 from tests.helpers.multimodal import features, logits, write_multimodal
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_text
@@ -200,18 +201,53 @@ def test_what_a_tower_lacks_or_has_too_much_is_named(model_type: str, tmp_path: 
     assert f"does not have: {kind}.odd" in unknown.found
 
 
+def in_eight_bits(root: Path) -> Path:
+    """`model` of that folder, rounded and packed."""
+    recipe: dict[str, Any] = {
+        "name": "r",
+        "weights": {"bits": 8, "group_size": 32, "symmetric": True},
+        "stages": ["rtn", {"pack": {"format": "compressed-tensors"}}],
+    }
+    (root / "r.yaml").write_text(yaml.safe_dump(recipe))
+    options = ("--model", root / "model", "--output", root / "out", "--device", "cpu")
+    result = invoke("run", root / "r.yaml", *options)
+    assert result.exit_code == 0, result.output
+    return root / "out"
+
+
+def as_older_files(name: str, model: Any) -> str:
+    """The hub's: transformers takes `vision_model` out, vLLM looks for it."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def as_in_the_class(name: str, model: Any) -> str:
+    """As tools write them that know no names but the class's."""
+    return str(StoredNames(model).held(name))
+
+
 @pytest.mark.parametrize("model_type", ["gemma3", "llava"])
-def test_names_as_the_class_has_them_are_read_too(model_type: str, tmp_path: Path) -> None:
-    """As newer tools write them; what is written has the names of the hub's files."""
-    model = write_multimodal(tmp_path / "hub", model_type)
-    shutil.copytree(tmp_path / "hub", tmp_path / "class")
-    own = {n: t.clone() for n, t in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del own["lm_head.weight"]
-    save_tensors(tmp_path / "class" / "model.safetensors", own)
-    source, again = Weights(tmp_path / "hub"), Weights(tmp_path / "class")
-    assert set(again.checkpoint.source_names) != set(source.checkpoint.source_names)
-    assert set(again.checkpoint.expected) == set(source.checkpoint.expected)
-    assert set(again.checkpoint.copied) == set(source.checkpoint.copied)
-    text = random_tokens(1, 12)
-    assert torch.equal(decoder_logits(again, text), decoder_logits(source, text))
+@pytest.mark.parametrize("renamed", [as_older_files, as_in_the_class])
+def test_other_names_are_read_and_a_towers_are_kept(
+    model_type: str, renamed: Callable[[str, Any], str], tmp_path: Path
+) -> None:
+    """What is written loads, whatever its names were."""
+    model = write_multimodal(tmp_path / "model", model_type)
+    text, file = random_tokens(1, 12), tmp_path / "model" / "model.safetensors"
+    source = decoder_logits(Weights(tmp_path / "model"), text)
+    other = {renamed(name, model): value for name, value in load_file(file).items()}
+    assert set(other) != set(load_file(file))
+    file.unlink()
+    save_tensors(file, other)
+    assert torch.equal(decoder_logits(Weights(tmp_path / "model"), text), source)
+    out = in_eight_bits(tmp_path)
+    towers = {n for n in other if "vision_tower" in n}
+    assert towers == {n for n in load_file(out / "model.safetensors") if "vision_tower" in n}
+    packed = opened(out)
+    assert torch.equal(features(packed), features(model))
+    expected = logits(model, text)
+    assert 0 < (logits(packed, text) - expected).norm() / expected.norm() < 0.05
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    layer = "vision_tower.encoder.layers.0.mlp.fc1"
+    assert {f"model.{layer}", f"{renamed(f'{layer}.weight', model)[: -len('.weight')]}"} <= set(
+        ignored
+    )
