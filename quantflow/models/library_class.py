@@ -4,6 +4,7 @@ directory, and no weights."""
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantflow.models.composite import model_class
@@ -79,9 +81,25 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with _LargeOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes `torch.empty` of a million numbers and more on the meta device: parameters are made so,
+    and 256 experts in one of them would not fit any memory before they are registered."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.empty and options.get("device") is None:
+            size = args[0] if args and isinstance(args[0], list | tuple) else args
+            if math.prod(size or options.get("size", (0,))) >= 2**20:
+                options["device"] = "meta"
+        return func(*args, **options)
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
