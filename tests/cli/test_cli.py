@@ -53,7 +53,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=180
     )
 
 
@@ -558,7 +558,7 @@ def test_a_terminal_of_ascii_is_no_harm(bench: Bench) -> None:
     command = [sys.executable, "-m", "quantflow.cli.main", "plan", str(bench.recipe())]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment
+        command, cwd=ROOT, capture_output=True, text=True, timeout=180, env=environment
     )
     assert done.returncode == 0 and "14 ? W4 g16 asymmetric" in done.stdout, done.stderr
 

@@ -154,7 +154,7 @@ def test_a_real_terminal(address: str) -> None:
         """again: keys to press once more where nothing came of them: what was asked before is
         loaded beside the prompt."""
         nonlocal seen
-        until, patience = time.monotonic() + 30, time.monotonic() + 5
+        until, patience = time.monotonic() + 120, time.monotonic() + 5
         while not re.search(text, seen):
             assert time.monotonic() < until, seen
             if again and time.monotonic() > patience:

@@ -126,7 +126,7 @@ def run_make(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
     }
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    said = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert said.returncode == 0, said.stderr
     target = words[1]
     found = [line for line in said.stdout.splitlines() if line.startswith("quantflow ")]
@@ -294,7 +294,7 @@ def served(command: str) -> Iterator[str]:
         assert port, ready
         yield f"http://127.0.0.1:{port[1]}"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
         process.communicate()
@@ -304,7 +304,7 @@ def fetched(address: str, body: Any = None, key: str = "") -> str:
     data = None if body is None else json.dumps(body).encode()
     headers = {"content-type": "application/json", "authorization": f"Bearer {key}"}
     with urllib.request.urlopen(
-        urllib.request.Request(address, data, headers), timeout=60
+        urllib.request.Request(address, data, headers), timeout=180
     ) as answer:
         return str(answer.read().decode())
 
@@ -365,7 +365,7 @@ def test_the_tutorial_on_the_demo_model(
         shown("python -c").replace("python", shlex.quote(sys.executable), 1),
         shell=True,
         check=True,
-        timeout=60,
+        timeout=180,
     )
     with served(
         shown("quantflow serve DIR --host 0.0.0.0 --port 23333 --api-key-file").replace(

@@ -235,7 +235,7 @@ def test_grammars_that_are_none_are_refused_soon(llm: LLM, grammar: Grammar) -> 
     began = time.monotonic()
     with pytest.raises(RequestError, match="grammar"):
         llm.generate("x", SamplingParams(max_tokens=5, grammar=grammar))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert not llm.engine.has_work
 
 

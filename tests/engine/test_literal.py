@@ -456,4 +456,4 @@ def test_marking_leaves_others_their_turn() -> None:
     while not done.wait(0.001):
         turns += 1
     thread.join()
-    assert time.process_time() - began < 3 and turns > 3
+    assert time.process_time() - began < 5 and turns > 3

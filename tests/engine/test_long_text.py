@@ -109,7 +109,7 @@ def test_what_nobody_waits_for_is_ended() -> None:
         assert not asked.done()
         unwanted.set()
         with pytest.raises(ChildUnwanted):
-            asked.result(5)
+            asked.result(60)
     assert not child.running
     assert texts.encode(["a b"], special=True).ids == [hungry().encode("a b").ids]
 

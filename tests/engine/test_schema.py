@@ -115,10 +115,10 @@ def test_the_place() -> None:
 def test_large_ones_take_no_longer_than_they_are() -> None:
     links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
     knot = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{j}"} for j in range(150)]} for i in range(150)}
-    began = time.monotonic()
+    began = time.thread_time()
     assert endless({"$ref": "#/$defs/a0", "$defs": {**links, "a20000": {"type": "null"}}}) is None
     assert endless({"$ref": "#/$defs/a0", "$defs": knot})
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < 10
 
 
 @pytest.mark.parametrize(

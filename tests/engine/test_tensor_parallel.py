@@ -116,14 +116,14 @@ def test_a_rank_that_dies_is_said_within_seconds(tiny: Path) -> None:
         with pytest.raises(ResourceError, match="rank 1 killed by SIGKILL"):
             for _ in stream:
                 pass
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 60
 
 
 def test_followers_end_when_the_leader_is_killed(tiny: Path) -> None:
     code = (
         "import sys, time\nfrom quantflow.engine.llm import LLM\n"
         f"model = LLM({str(tiny)!r}, device='cpu', tp=2)\n"
-        "print(model.engine.ranks.followers[0].pid, flush=True)\ntime.sleep(60)"
+        "print(model.engine.ranks.followers[0].pid, flush=True)\ntime.sleep(600)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
@@ -131,14 +131,14 @@ def test_followers_end_when_the_leader_is_killed(tiny: Path) -> None:
         assert leader.stdout is not None
         follower = int(leader.stdout.readline())
         leader.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 20
+    end = time.monotonic() + 50
     while (
-        time.monotonic() < until
+        time.monotonic() < end
         and Path(f"/proc/{follower}/cmdline").exists()
         and Path(f"/proc/{follower}/cmdline").read_bytes()
     ):
         time.sleep(0.1)
-    assert time.monotonic() < until
+    assert time.monotonic() < end
 
 
 def test_what_does_not_divide_is_refused(tiny: Path) -> None:

@@ -105,6 +105,7 @@ def test_a_template_that_does_not_behave_is_a_refused_request(
     with pytest.raises(RequestError, match="chat template refused") as caught:
         text.render(TALK)
     assert said in str(caught.value)
+    monkeypatch.undo()
     text.template = ChatTemplate({"default": "{{ messages[0].content }}"})
     assert text.render(TALK) == "Hi"  # the next one is served
 

@@ -119,7 +119,7 @@ class Running:
         return self.post("/v1/chat/completions", {**given, **body})
 
     def socket(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def metric(self, name: str) -> float:
         lines = [
@@ -164,7 +164,9 @@ def request(body: Any, path: str = "/v1/completions") -> bytes:
     return lines.encode() + data
 
 
-def until(condition: Any, seconds: float = 10.0) -> bool:
+def until(condition: Any, seconds: float = 60.0) -> bool:
+    """Whether it comes true: at once on a machine that has nothing else to do, and late on one that
+    has."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

@@ -56,7 +56,7 @@ def test_what_lies_in_the_output_stays(bench: Bench, tmp_path: Path) -> None:
     assert (
         contents(tmp_path) == before
         and not (bench.output / "new").exists()
-        and time.monotonic() - began < 5
+        and time.monotonic() - began < 30
     )
     (tmp_path / "empty").mkdir()
     export(bench.output, "gptq", tmp_path / "empty")
@@ -104,7 +104,7 @@ def test_pipes_and_devices_are_no_files(bench: Bench, tmp_path: Path, name: str)
     assert (
         result.exit_code in (0, 2)
         and "internal error" not in result.output
-        and time.monotonic() - began < 5
+        and time.monotonic() - began < 30
     ), result.output
     # where it is left out, the tensors say it
     assert (result.exit_code == 0) == (name == "quantize_config.json")
@@ -141,7 +141,9 @@ def test_a_config_that_would_take_for_ever_or_contradicts_its_tensors(
     ):
         began = time.monotonic()
         result = invoke(*command)
-        assert "internal error" not in result.output and time.monotonic() - began < 5, result.output
+        assert "internal error" not in result.output and time.monotonic() - began < 30, (
+            result.output
+        )
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
 
 

@@ -79,7 +79,7 @@ def test_a_70b_from_its_config_alone(tmp_path: Path) -> None:
     recipe = recipe_70b(tmp_path)
     began = time.monotonic()
     found = plan(recipe, "--config-only")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert found["weight_bytes"] == PARAMETERS_70B * 2
     assert found["layers"] == 80 and sum(found["linears"].values()) == 7 * 80
     estimate = found["estimate"]
@@ -116,7 +116,7 @@ def test_a_70b_from_its_headers(tmp_path: Path) -> None:
     write_tokenizer(model)
     began = time.monotonic()
     found = plan(recipe)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert found["weight_bytes"] == PARAMETERS_70B * 2 and found["stored_layers"] is None
 
 

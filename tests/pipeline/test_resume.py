@@ -90,12 +90,12 @@ def test_sigkill_at_random_moments(whole: Whole) -> None:
     begins again."""
     bench, chance = whole.bench, random.Random(1)
     bench.clear()
-    kills, phases, before = 0, set(), dict[str, tuple[int, int]]()
+    kills, phases, before, span = 0, set(), dict[str, tuple[int, int]](), 1.1 * whole.seconds
     while kills < KILLS:
         process = start(
             ["run", whole.recipe], bench.root, environment=chance.choice((FILES, MEMORY))
         )
-        process.join(chance.uniform(0, 1.1 * whole.seconds))
+        process.join(chance.uniform(0, span))
         if process.exitcode is None:
             process.kill()
         process.join()
@@ -105,6 +105,8 @@ def test_sigkill_at_random_moments(whole: Whole) -> None:
             assert {name: found[name] for name in before} == before, (
                 "finished layers were written again"
             )
+            # the machine may have become slower
+            span *= 1.1 if len(found) == len(before) else 1
             before = found
             phases.add(len(before))
         else:
@@ -211,11 +213,11 @@ def test_ctrl_c_on_the_command(whole: Whole) -> None:
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 180
     while not bench.layers() and time.monotonic() < limit:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=60)
+    out, said = process.communicate(timeout=180)
     assert process.returncode == 130, said
     assert "quantflow: interrupted" in said and "Traceback" not in said and out == ""
     before = whole.check_torn()

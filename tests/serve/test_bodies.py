@@ -20,7 +20,7 @@ from quantflow.serve.body import (
     read,
 )
 from quantflow.serve.errors import Refused, shortened
-from tests.helpers.serving import Running
+from tests.helpers.serving import Running, until
 
 DIGITS = "9" * 4000
 
@@ -31,11 +31,7 @@ class PanicException(BaseException):
 
 def emptied(server: Running) -> bool:
     """An answer is there a moment before its request has left."""
-    for _ in range(500):
-        if not server.service.inside:
-            return True
-        time.sleep(0.01)
-    return False
+    return until(lambda: not server.service.inside)
 
 
 def nested(depth: int) -> str:
@@ -107,7 +103,7 @@ def test_nothing_is_looked_at_behind_what_was_never_opened(closed: bytes) -> Non
     begun = time.thread_time()
     with pytest.raises(Refused):
         read(body)
-    assert time.thread_time() - begun < 0.2
+    assert time.thread_time() - begun < 1
 
 
 def test_strings_are_counted_where_much_else_is() -> None:

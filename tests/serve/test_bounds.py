@@ -102,4 +102,4 @@ def test_wrong_items_are_one_error(model: type[Incoming], body: Any) -> None:
     begun = time.thread_time()
     with pytest.raises(ValidationError) as error:
         model.model_validate(body)
-    assert error.value.error_count() <= 2 and time.thread_time() - begun < 0.25
+    assert error.value.error_count() <= 2 and time.thread_time() - begun < 1

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -39,6 +39,13 @@ def sessions(running: Running) -> int:
     return running.service.llm.engine.occupancy().sessions
 
 
+def settled(running: Running) -> int:
+    """Sessions, once all that was asked has been left: an answer is whole a moment before."""
+    assert until(lambda: running.service.inside == 0)
+    running.service.llm.call(lambda engine: None).result(60)
+    return sessions(running)
+
+
 def test_a_turn_goes_on_from_the_last(running: Running) -> None:
     """The same dialogue in one request gets the same answer."""
     first = turn(running, session_id=1).json
@@ -63,7 +70,7 @@ def test_a_stream_of_a_turn(running: Running) -> None:
 
 
 def test_a_session_that_is_not_kept_leaves_nothing(running: Running) -> None:
-    before = sessions(running)
+    before = settled(running)
     for id in (3, -1):
         assert turn(running, session_id=id, interactive_mode=False).json["history_tokens"] == 0
         assert turn(running, session_id=id, interactive_mode=False).json["history_tokens"] == 0
@@ -115,11 +122,11 @@ def test_a_stream_says_who_ended_it(
 
 
 def test_cancel_while_a_turn_is_prepared(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, dialogue = sessions(running), running.service.dialogue
+    before, dialogue = settled(running), running.service.dialogue
     prepared = threading.Event()
 
     def slow(*arguments: Any, **more: Any) -> Any:
-        prepared.wait(10)
+        prepared.wait(60)
         return dialogue(*arguments, **more)
 
     monkeypatch.setattr(running.service, "dialogue", slow)
@@ -155,7 +162,7 @@ def test_a_turn_that_came_to_nothing_is_no_part_of_the_dialogue(
 
 
 def test_a_session_without_a_number_is_not_kept(running: Running) -> None:
-    before = sessions(running)
+    before = settled(running)
     assert turn(running, session_id=-1, interactive_mode=True).status == 200
     assert until(lambda: sessions(running) == before)
 
@@ -185,7 +192,7 @@ def test_who_goes_away_keeps_what_was_said(running: Running) -> None:
 
 def test_sessions_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interactive, "MOST_SESSIONS", 3)
-    with serving(config=ServerConfig(port=0, session_idle_s=0.5), check=True) as running:
+    with serving(check=True) as running:
         for id in range(5):
             assert turn(running, session_id=id).status == 200
         assert until(lambda: sessions(running) == 3)
@@ -193,7 +200,8 @@ def test_sessions_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
             turn(running, session_id=4).json["history_tokens"] > 0
             and turn(running, session_id=0).json["history_tokens"] == 0
         )
-        time.sleep(0.6)
+        service = running.service
+        service.config = dataclasses.replace(service.config, session_idle_s=0.0)
         turn(running, session_id=9, interactive_mode=False)
         assert until(lambda: sessions(running) == 0) and until(lambda: idle(running))
 

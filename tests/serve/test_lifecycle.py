@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -18,9 +19,12 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.serving import DEMO
+from quantflow.serve.connection import SEND_S
+from tests.helpers.serving import DEMO, until
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 60  # of a test that is about order, on a machine that has other work
+PATIENT = ("--drain-timeout", "120")  # what runs is finished on such a machine too
 BODY = {"prompt": "The table", "max_tokens": 900, "ignore_eos": True, "stream": True, "n": 8}
 
 
@@ -93,18 +97,32 @@ def begin(port: int, **body: Any) -> Any:
     return response
 
 
+def refused(port: int) -> bool:
+    """Whether nobody listens there any more."""
+    try:
+        socket.create_connection(("127.0.0.1", port), PATIENCE_S).close()
+    except OSError:
+        return True
+    return False
+
+
+def fetch(port: int, path: str) -> bytes:
+    connection = connect(port)
+    connection.request("GET", path)
+    with connection.getresponse() as answer:
+        return answer.read()
+
+
 def test_sigterm_finishes_what_runs_and_takes_nothing_new() -> None:
-    with started() as (process, port):
+    with started(*PATIENT) as (process, port):
         kept = connect(port)
         kept.request("GET", "/health")
         assert kept.getresponse().read() == b'{"status":"ok"}'
         response = begin(port, max_tokens=400)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        with pytest.raises(OSError):
-            connect(port, 5).request("GET", "/health")
+        assert until(lambda: refused(port))
         assert response.read().endswith(b"data: [DONE]\n\n")
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert process.stderr and "Traceback" not in process.stderr.read()
 
 
@@ -112,37 +130,36 @@ def test_what_does_not_finish_in_time_is_ended_with_an_error() -> None:
     with started("--drain-timeout", "0.3") as (process, port):
         response = begin(port)
         process.send_signal(signal.SIGINT)
-        began = time.monotonic()
         assert b'"code":"aborted"' in response.read()
-        assert process.wait(20) == 0 and time.monotonic() - began < 5
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_a_second_signal_quits_at_once() -> None:
     with started() as (process, port):
         response = begin(port)
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
+        assert until(lambda: refused(port))  # two that come at once are one
         process.send_signal(signal.SIGTERM)
-        assert process.wait(3) == 128 + signal.SIGTERM
+        assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM
         response.close()
 
 
 def test_a_terminals_ctrl_c_lets_all_ranks_finish() -> None:
     """A terminal sends it to every process: the other ranks and the template's process leave it to
     the first."""
-    with started("--tp", "2") as (process, port):
+    with started("--tp", "2", *PATIENT) as (process, port):
         response = begin(port, max_tokens=100, n=2)
         os.killpg(process.pid, signal.SIGINT)
         assert response.read().endswith(b"data: [DONE]\n\n")
-        assert process.wait(20) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert process.stderr and "died" not in process.stderr.read()
 
 
 def test_an_idle_server_stops_at_once() -> None:
-    with started() as (process, _):
-        began = time.monotonic()
+    """Long before the time is over that those who run would have had."""
+    with started("--drain-timeout", "600") as (process, _):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0 and time.monotonic() - began < 3
+        assert process.wait(PATIENCE_S) == 0
 
 
 HALF = (
@@ -152,7 +169,7 @@ HALF = (
 
 
 def test_half_a_request_does_not_keep_the_process() -> None:
-    with started() as (process, port):
+    with started(*PATIENT) as (process, port):
         response = begin(port, max_tokens=400)
         held = []
         for sent in (
@@ -161,15 +178,17 @@ def test_half_a_request_does_not_keep_the_process() -> None:
             HALF,
             HALF.replace(b"content-type: application/json", b"content-type: text/plain"),
         ):
-            held.append(socket.create_connection(("127.0.0.1", port), 20))
+            held.append(socket.create_connection(("127.0.0.1", port), PATIENCE_S))
             held[-1].sendall(sent)
         # and half of another request behind one that runs
         whole = json.dumps({**BODY, "max_tokens": 300, "n": 1}).encode()
-        piped = socket.create_connection(("127.0.0.1", port), 60)
+        piped = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
         OPENED.extend([*held, piped])
         piped.sendall(HALF[:-1].replace(b"50", b"%d" % len(whole)) + whole + HALF)
-        time.sleep(0.3)
-        began = time.monotonic()
+        # The halves came before, and have been read, once the whole one waits.
+        assert until(
+            lambda: re.search(rb"_running 8\b.*_waiting 1\b", fetch(port, "/metrics"), re.S)
+        )
         process.send_signal(signal.SIGTERM)
         answers = [b"".join(iter(lambda one=one: one.recv(65536), b"")) for one in held]
         assert (
@@ -179,12 +198,9 @@ def test_half_a_request_does_not_keep_the_process() -> None:
             and b"shutting_down" in answers[2]
         )
         assert answers[3].startswith(b"HTTP/1.1 415 ") and b" 503 " not in answers[3]
-        seconds = time.monotonic() - began
-        assert seconds < 4, seconds
         assert response.read().endswith(b"data: [DONE]\n\n")
         assert b"data: [DONE]\n\n" in b"".join(iter(lambda: piped.recv(65536), b""))
-        ended = time.monotonic()
-        assert process.wait(20) == 0 and time.monotonic() - ended < 4
+        assert process.wait(PATIENCE_S) == 0
         assert process.stderr and "Traceback" not in process.stderr.read()
 
 
@@ -200,8 +216,7 @@ def test_an_answer_that_nobody_reads_does_not_keep_the_process() -> None:
         assert asleep.recv(9) == b"HTTP/1.1 "
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        assert process.wait(20) == 0 and time.monotonic() - began < 4
+        assert process.wait(SEND_S / 2) == 0  # which it would have had to read it
 
 
 DIES = """
@@ -226,16 +241,16 @@ def test_the_engine_dies(supervised: bool) -> None:
         response = begin(port)
         assert b'"code":"engine_stopped"' in response.read()
         if supervised:
-            assert process.wait(20) == 1
+            assert process.wait(PATIENCE_S) == 1
             assert process.stderr and "the thread is killed" in process.stderr.read()
         else:
-            connection = connect(port, 10)
+            connection = connect(port)
             connection.request("GET", "/health")
             answer = connection.getresponse()
             OPENED.append(answer)
             assert answer.status == 503 and process.poll() is None
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 1
+            assert process.wait(PATIENCE_S) == 1
 
 
 HANGS = """
@@ -261,31 +276,36 @@ def test_an_engine_that_hangs_does_not_keep_the_process() -> None:
             json.dumps({**BODY, "n": 3, "stream": False}),
             {"content-type": "application/json"},
         )
-        time.sleep(0.5)
+        assert until(
+            lambda: re.search(rb"^quantflow_sequences_running 3", fetch(port, "/metrics"), re.M)
+        )
         process.send_signal(signal.SIGTERM)
         response = connection.getresponse()
         assert response.status == 503 and json.loads(response.read())["error"]["code"] == "aborted"
-        assert process.wait(30) == 1
+        assert process.wait(PATIENCE_S) == 1
         assert process.stderr and "hangs" in process.stderr.read()
 
 
 def test_the_first_token_comes_soon() -> None:
-    """Two seconds from start to first token, without the imports."""
+    """Two seconds from start to first token, without the imports; where other tests are running,
+    no longer than these took."""
     code = """
 import sys, time
+start = time.time()
 from pathlib import Path
 from quantflow.cli.main import main
 import quantflow.serve.run, torch, quantflow.serve.app
 began = time.time()
-Path(sys.argv.pop()).write_text(str(began))
+Path(sys.argv.pop()).write_text(f"{began} {began - start}")
 main()
 """
     file = ROOT / "tests" / ".began"
     try:
         with started(str(file), code=code) as (_, port):
             begin(port, max_tokens=1, n=1)
-            seconds = time.time() - float(file.read_text())
-            assert seconds < 4, seconds  # half of it spare: other tests may be running
+            began, imports = map(float, file.read_text().split())
+            seconds = time.time() - began
+            assert seconds < max(4, imports), (seconds, imports)
     finally:
         file.unlink(missing_ok=True)
 
@@ -330,14 +350,14 @@ def test_an_open_door_is_warned_of() -> None:
     with started("--host", "0.0.0.0") as (process, port):
         assert port
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(PATIENCE_S) == 0
         assert process.stderr and "no key is asked for" in process.stderr.read()
 
 
 def test_names_that_were_given_are_the_only_ones() -> None:
     with started("--served-model-name", "a", "--served-model-name", "b") as (_, port):
         for name, status in (("a", 200), ("b", 200), ("c", 404)):
-            connection = connect(port, 20)
+            connection = connect(port)
             body = json.dumps({"prompt": "x", "model": name, "max_tokens": 1})
             connection.request(
                 "POST", "/v1/completions", body, {"content-type": "application/json"}

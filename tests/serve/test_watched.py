@@ -39,7 +39,7 @@ class Slow:
         self.begun += 1
         unwanted = UNWANTED.get()
         assert unwanted is not None
-        self.given_up += unwanted.wait(20)
+        self.given_up += unwanted.wait(60)
         raise AssertionError("nobody reads this")
 
 
@@ -69,7 +69,7 @@ def test_who_goes_away_leaves_nothing_behind(running: Running, slow: Slow, path:
         assert until(lambda: running.service.inside == 1)
     assert until(lambda: running.service.inside == 0 and slow.given_up == 1)
     # the second never began
-    assert running.service._asides.submit(lambda: slow.begun).result(10) == 1
+    assert running.service._asides.submit(lambda: slow.begun).result(60) == 1
 
 
 @pytest.mark.parametrize("path", DOORS)
@@ -101,7 +101,7 @@ def test_what_waits_in_line_is_not_kept_for_who_has_gone() -> None:
 
     free = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(free.wait, 20)
+        pool.submit(free.wait, 60)
         try:
             seen = asyncio.run(leave(pool))
             gc.collect()

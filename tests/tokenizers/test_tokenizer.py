@@ -1147,7 +1147,7 @@ def test_a_long_token_is_cut_where_tokens_can_meet(tmp_path: Path) -> None:
         (b"aba", b"b"),
         (b"ab", b"ab"),
     ]
-    assert merges_of(order) == expected and time.process_time() - began < 1
+    assert merges_of(order) == expected and time.process_time() - began < 5
 
 
 def test_a_tokenizer_that_fails_at_a_text_says_so(tmp_path: Path) -> None:
