@@ -25,9 +25,7 @@ NOT_THE_MODEL = re.compile(r"_.*|auto_map|quantization_config|\w+_implementation
 
 def build(values: Mapping[str, Any]) -> tuple[Any, Any]:
     """The model, its parameters on the meta device, and the config of its language model."""
-    plain = {
-        key: _plain(value) for key, value in values.items() if not NOT_THE_MODEL.fullmatch(key)
-    }
+    plain = _plain(values)
     model_type = plain.pop("model_type")
     for part in (plain, *(value for value in plain.values() if isinstance(value, dict))):
         for name in SYNONYMS[0]:  # before a class makes a list of so many
@@ -58,15 +56,15 @@ def build(values: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value of config.json with the numbers that JSON has no word for, which transformers writes
-    as `{"__float__": "Infinity"}`."""
+    """A value of config.json without what is not the model, and with the numbers that JSON has no
+    word for, which transformers writes as `{"__float__": "Infinity"}`."""
     if isinstance(value, list):
         return [_plain(part) for part in value]
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return value
     if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
         return float(value["__float__"])
-    return {key: _plain(part) for key, part in value.items()}
+    return {key: _plain(part) for key, part in value.items() if not NOT_THE_MODEL.fullmatch(key)}
 
 
 @contextlib.contextmanager

@@ -361,20 +361,28 @@ def test_what_is_not_looked_after_is_refused(values: dict[str, Any], said: str) 
         Library({**small, **values}).segments(0)
 
 
-def test_keys_that_name_code_change_nothing() -> None:
-    """A model directory chooses neither code nor kernels."""
+CODE = {
+    "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"},
+    "_attn_implementation": "kernels-community/evil",
+    "attn_implementation": "kernels-community/evil",
+    "experts_implementation": "kernels-community/evil",
+    "use_kernels": True,
+    "trust_remote_code": True,
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_keys_that_name_code_change_nothing(inside: bool) -> None:
+    """A model directory chooses neither code nor kernels, nor does a config within its config."""
     small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
-    values = {
-        **small,
-        "model_type": "gemma3_text",
-        "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"},
-        "_attn_implementation": "kernels-community/evil",
-        "attn_implementation": "kernels-community/evil",
-        "experts_implementation": "kernels-community/evil",
-        "use_kernels": True,
-        "trust_remote_code": True,
-    }
+    values = {**small, **CODE, "model_type": "gemma3_text"}
+    if inside:
+        parts = {"text_config": values, "vision_config": {"num_hidden_layers": 1, **CODE}}
+        values = {"model_type": "gemma3", **parts}
     library = Library(values)
-    assert library.name == "Gemma3ForCausalLM"
+    assert library.name == f"Gemma3For{'ConditionalGeneration' if inside else 'CausalLM'}"
+    if inside:
+        vision = library.model.config.vision_config
+        assert vision._attn_implementation in ("sdpa", "eager") and not hasattr(vision, "auto_map")
     assert library.config._attn_implementation == "sdpa"
     assert not hasattr(library.config, "auto_map")
