@@ -83,6 +83,9 @@ def tool_use(
         or answer.grammar
         or len(callees) < len(functions)
         or any(f.strict for f in callees)
+        # What came behind a first call would be generated to be dropped. Without a sign around it,
+        # a call ends the text by itself.
+        or (one and not format.bare)
     ):
         constraint = _constraint(
             service, format, callees, choice, answer, most=1 if one else MOST_CALLS

@@ -18,6 +18,9 @@ from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel, Field
 from tokenizers import Tokenizer
 
+from quantflow.serve.grammars import Constraint
+from quantflow.serve.requests import Function
+from quantflow.serve.tool_use import Choice, tool_use
 from quantflow.serve.tools import (
     FORMATS,
     Call,
@@ -609,6 +612,28 @@ def follows() -> Callable[[str, str], bool]:
         return bool(matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting())
 
     return follows
+
+
+def test_one_call_ends_an_answer_where_no_more_are_wanted(
+    running: Running, follows: Callable[[str, str], bool]
+) -> None:
+    format = running.service.tools
+    assert format is not None
+    call = CALLED[format.name].format(begin=format.begin, arguments='{"x": 1}')
+    grammars = [
+        tool_use(
+            running.service,
+            [Function(name="f", parameters=SOME)],
+            Choice(),
+            parallel=parallel,
+            answer=Constraint(None, ""),
+        ).constraint.grammar
+        for parallel in (True, False)
+    ]
+    assert grammars[0] is None and (grammars[1] is None) == format.bare
+    if grammars[1]:
+        texts = ("plain", call, f"First: {call}", f"{call}\n{call}", f"{call} and more")
+        assert [follows(grammars[1].text, text) for text in texts] == [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("special", [False, True], ids=["as text", "as a token"])
