@@ -70,12 +70,14 @@ class Block(Protocol):
 
     tensors may be changed between steps: rounding replaces a weight once it is quantised. segments:
     in execution order, with where AWQ's scales may go. tap: sees what every linear does.
+    everywhere: of experts, with every token; what leaves the layer is the router's all the same.
     """
 
     index: int
     tensors: dict[str, Tensor]
     dtype: torch.dtype
     tap: Tap | None
+    everywhere: bool
 
     @property
     def segments(self) -> tuple[Segment, ...]: ...

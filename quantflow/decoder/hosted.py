@@ -137,6 +137,7 @@ class HostedBlock:
     def of_expert(self, segment: Segment, routed: Routed, everywhere: bool = False) -> Tensor:
         """What an expert's segment reads: of its own tokens, or of all."""
         assert segment.expert is not None
+        everywhere &= not self.experts(segment).layout.sorted  # all it is given is its own
         rows = routed.rows if everywhere else routed.rows[routed.of(segment.expert)[0]]
         if segment.role is Role.mlp_in:
             return rows

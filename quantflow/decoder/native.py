@@ -112,7 +112,7 @@ class NativeBlock:
             dtype,
             tap,
         )
-        self.segments = segments(architecture, config, index)
+        self.segments, self.everywhere = segments(architecture, config, index), False
         self.tensors = {
             n: t.to(dtype) if not n.endswith("norm.weight") and not n.endswith("norm.bias") else t
             for n, t in tensors.items()
@@ -206,8 +206,11 @@ class NativeBlock:
         out = torch.zeros_like(flat)
         for expert in range(self.config.experts):
             tokens, slot = (chosen == expert).nonzero(as_tuple=True)
-            if len(tokens):
+            if self.everywhere and self.tap:
+                y = self.mlp_output(self.inner(flat, expert), expert)[tokens]
+            elif len(tokens):
                 y = self.mlp_output(self.inner(flat[tokens], expert), expert)
+            if len(tokens):
                 out.index_add_(0, tokens, y * weights[tokens, slot, None])
         return out.view_as(h)
 

@@ -43,7 +43,7 @@ class NativePassage:
         if segment.role is Role.attention_out:
             return (self.context.read(a, b) for a, b in self._spans)
         if segment.expert is not None:
-            tokens = (part for _, part in self._of_expert(segment.expert))
+            tokens = self._tokens(segment.expert)
             return (
                 tokens
                 if segment.role is Role.mlp_in
@@ -101,6 +101,13 @@ class NativePassage:
             h = self.block.mlp_input(self.x.read(a, b))
             self.inner.write(a, h)
             self._routes.append(self.block.route(h.reshape(-1, h.shape[-1])))
+
+    def _tokens(self, expert: int) -> Iterator[Tensor]:
+        """What the expert reads: of its own tokens, or of all."""
+        assert self.inner is not None
+        if self.block.everywhere:
+            return (self.inner.read(a, b).flatten(0, 1) for a, b in self._spans)
+        return (part for _, part in self._of_expert(expert))
 
     def _of_expert(self, expert: int) -> Iterator[tuple[int, Tensor]]:
         """(number of a span, its tokens `[T, H]` that are routed to the expert), where there are

@@ -202,7 +202,7 @@ class Experts(nn.Module):
                 self.outer(expert, self.inner(expert, rows))
                 continue
             tokens, places = routed.of(expert)
-            if self.everywhere:
+            if self.everywhere and not self.layout.sorted:  # all that is given is its own
                 y = self.outer(expert, self.inner(expert, rows))[tokens]
             elif len(tokens):
                 y = self.outer(expert, self.inner(expert, rows[tokens]))

@@ -6,6 +6,7 @@ Nothing of the machine or the time is in it: the same recipe gives the same byte
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from quantflow.pipeline.sweep import SweepReader
 from quantflow.pipeline.windows import left_out_notes
 from quantflow.quant.fit import shown
 from quantflow.report.page import VERSION
+from quantflow.stages.calibrate import Calibrate
+from quantflow.stages.gptq import Gptq
 from quantflow.stages.kv_qparams import KvQparams
 from quantflow.stages.pack_writer import checkpoint_bytes
 
@@ -35,10 +38,12 @@ def make_report(build: Build) -> dict[str, Any]:
     windows, held_out = texts.get("calibration"), texts.get("evaluate")
     config, asked = plan.config, portable(plan)
     lines: dict[str, Any] = {}
+    experts: list[dict[str, Any]] = []
     scales: list[dict[str, Any]] = []
     for index in range(config.layers):
         prefix = plan.checkpoint.architecture.layer_prefix(index)
         layer = reader.report(index)
+        experts += _expert_tokens(build, index, layer)
         lines |= {
             f"{prefix}.{name}": {"layer": index, **layer["linears"][name]}
             for name in plan.schemes(index)
@@ -86,6 +91,7 @@ def make_report(build: Build) -> dict[str, Any]:
         "gates": [verdict.as_dict() for verdict in build.verdicts],
         "linears": lines,
         "kept": kept,
+        **({"experts": experts} if experts else {}),
         "activations": _activations(plan, statistics) if statistics.is_file() else {},
         "awq": scales,
         "fallbacks": {
@@ -102,6 +108,17 @@ def make_report(build: Build) -> dict[str, Any]:
         "notes": [*plan.notes, *left_out_notes(calibration=windows, evaluate=held_out)],
         "warnings": list(plan.warnings),
     }
+
+
+def _expert_tokens(build: Build, index: int, layer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """How many tokens a layer's experts had, in each stage that took statistics of them: the least,
+    the median, and how many had none."""
+    if build.plan.stage(Calibrate):
+        measured = SweepReader(build.plan.store, build.identity.calibrate).report(index)
+        if "experts" in measured:
+            yield {"layer": index, "stage": Calibrate.name, **measured["experts"]}
+    if "experts" in layer:
+        yield {"layer": index, "stage": Gptq.name, **layer["experts"]}
 
 
 def exponent(scale: str) -> float | None:

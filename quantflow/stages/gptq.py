@@ -8,6 +8,7 @@ from pydantic import Field
 
 from quantflow.recipe import Calibration
 from quantflow.stages.rounding import RoundingStage
+from quantflow.stages.route import ROUTE, Route
 
 
 class Gptq(RoundingStage):
@@ -42,6 +43,8 @@ class Gptq(RoundingStage):
         le=100,
         description="Passes of coordinate descent over codes and scales after GPTQ; 0: plain GPTQ.",
     )
+
+    route: Route = Field("routed", description=ROUTE)
 
     @property
     def indexed(self) -> bool:

@@ -16,6 +16,7 @@ from quantflow.quant.gptq import Factor, GptqResult, factorize, output_error, qu
 from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.rounded import Quantized, Rounder, Unrounded, line, nearest_linear
+from quantflow.stages.route import expert_tokens
 from quantflow.stages.work import LayerWork
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ Rows = Callable[[], Iterator[Tensor]]
 def gptq_layer(settings: Gptq, work: LayerWork) -> None:
     assert work.streams is not None
     block = work.make_block({**work.stored, **work.changed})
-    passage = block.passage(work.streams, work.batch, work.kv)
+    block.everywhere = settings.route == "all"
+    passage, tokens = block.passage(work.streams, work.batch, work.kv), dict[tuple[str, int], int]()
     for segment in work.segments:
         rows = partial(passage.rows, segment)
         names = work.names(segment)
@@ -36,9 +38,12 @@ def gptq_layer(settings: Gptq, work: LayerWork) -> None:
             work.unrounded, names, segment.channels, rows, settings, work.device
         ):
             work.rounded[name] = result
+            if segment.expert is not None:
+                tokens[segment.part, segment.expert] = int(result.report.get("tokens", 0))
             block.tensors[f"{name}.weight"] = result.tensor.dequantize(work.dtype)
             work.tell(name)
         passage.advance(segment, feeds=not work.last)
+    work.report |= expert_tokens(tokens)
 
 
 def gptq_segment(

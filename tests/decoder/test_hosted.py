@@ -136,8 +136,9 @@ def stream(x: Tensor) -> Stream:
     return filled
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("feeds", [True, False])
-def test_passages_see_the_same(pair: Pair, feeds: bool) -> None:
+def test_passages_see_the_same(pair: Pair, feeds: bool, everywhere: bool) -> None:
     """Hessians of every segment over weights that were replaced before it, K and V once, and the
     stream, unless nobody reads it."""
     x = pair.native.embed(pair.outer, pair.tokens, torch.float32)
@@ -148,12 +149,15 @@ def test_passages_see_the_same(pair: Pair, feeds: bool) -> None:
         inner = torch.zeros(WINDOWS, LENGTH, config.hidden if config.experts else INNER)
         at = Streams(stream(x), stream(context), stream(inner))
         kv: list[tuple[Tensor, Tensor]] = []
+        block.everywhere = everywhere
         passage, seen = block.passage(at, 2, keep(kv)), []
         for segment in pair.weights.checkpoint.segments(index):
             for _ in range(2):  # as often as one asks
                 hessian = Hessian(segment.channels, CPU)
                 for rows in passage.rows(segment):
                     hessian.add(rows)
+                if everywhere:  # every expert sees all of them
+                    assert hessian.rows == WINDOWS * LENGTH
                 seen.append(hessian.matrix)
             for name in segment.names:
                 key = f"{name}.weight"

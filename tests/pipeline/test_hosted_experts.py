@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quantflow.checkpoints.tensor_file import TensorFile
+from quantflow.checkpoints.tensor_file import TensorFile, save_tensors
 from quantflow.formats.reader import Weights
 from tests.helpers.library import HIDDEN, write_tiny
 from tests.helpers.runs import invoke
@@ -67,6 +67,52 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp(request.param) / request.param
     root.mkdir()
     return run(root, request.param, "calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams")
+
+
+def starving(root: Path) -> Path:
+    """A mixture whose last router never chooses the third of four experts of layer 1."""
+    write_tiny(root / "model", "deepseek_v3", num_hidden_layers=3)
+    write_text(root / "calib.txt", 0, 128)
+    file = TensorFile(root / "model" / "model.safetensors")
+    tensors = {name: file.read(name) for name in file.tensors}
+    tensors["model.layers.1.mlp.gate.e_score_correction_bias"][2] = -1e3
+    save_tensors(root / "model" / "model.safetensors", tensors)
+    return root
+
+
+def test_with_route_all_no_expert_starves(tmp_path: Path) -> None:
+    """Statistics are of all tokens; what goes to the next layer is still what the router chose."""
+    root = starving(tmp_path)
+    reports, statistics = {}, {}
+    for route in ("routed", "all"):
+        stages = ({"calibrate": {"route": route}}, {"gptq": {"route": route, "refine": 0}})
+        out = run(root, "deepseek_v3", *stages, packs=("huggingface",))
+        reports[route] = json.loads((out / "report.json").read_text())
+        file = TensorFile(out / "calibration.safetensors")
+        statistics[route] = {name: file.read(name) for name in file.tensors}
+    tokens = 12 * 20
+    starved = {(1, "calibrate"): 1, (1, "gptq"): 1, (2, "calibrate"): 0, (2, "gptq"): 0}
+    lines = {(line["layer"], line["stage"]): line for line in reports["routed"]["experts"]}
+    assert {key: line["starved"] for key, line in lines.items()} == starved
+    assert all(line["count"] == 4 for line in lines.values())
+    assert lines[1, "calibrate"]["min"] == 0 < lines[1, "calibrate"]["median"] < tokens
+    third = {
+        f"model.layers.1.mlp.experts.2.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")
+    }
+    assert set(reports["routed"]["fallbacks"]) == third
+    for line in reports["all"]["experts"]:
+        assert (line["min"], line["median"], line["starved"]) == (tokens, tokens, 0)
+    assert reports["all"]["fallbacks"] == {}
+    assert not any("experts.2.up" in n for n in statistics["routed"] if ".layers.1." in n)
+    assert "model.layers.1.mlp.experts.2.up_proj.input.max" in statistics["all"]
+    # the last layer's K, the router's input there: as without
+    for name in (
+        "key.max",
+        "self_attn.o_proj.input.absmean",
+        "mlp.shared_experts.up_proj.input.max",
+    ):
+        both = (statistics[route][f"model.layers.2.{name}"] for route in ("routed", "all"))
+        torch.testing.assert_close(*both, rtol=1e-5, atol=1e-6)
 
 
 def header(folder: Path) -> dict[str, list[int]]:

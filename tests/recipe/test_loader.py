@@ -275,7 +275,7 @@ EDITS: list[tuple[int, str, int, list[str]]] = [
         CALIBRATE,
         "  - calibrate: {samples: 8}",
         CALIBRATE,
-        ["unknown key `samples`", "no settings", "belongs under `calibration`"],
+        ["unknown key `samples`", "one of route", "belongs under `calibration`"],
     ),
     (CALIBRATE, "  - 3", CALIBRATE, ["`stages[0]` is 3", "a stage's name"]),
     (CALIBRATE, "", KV - 1, ["kv_qparams without calibrate"]),
