@@ -64,7 +64,9 @@ def _plain(value: Any) -> Any:
         return value
     if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
         return float(value["__float__"])
-    return {key: _plain(part) for key, part in value.items() if not NOT_THE_MODEL.fullmatch(key)}
+    return {
+        key: _plain(part) for key, part in value.items() if not NOT_THE_MODEL.fullmatch(str(key))
+    }
 
 
 @contextlib.contextmanager
