@@ -191,6 +191,7 @@ def _run_record(plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": plan.device if plan.device == "cpu" else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),  # on a CPU, sums are rounded by how they are shared out
         "peak_resident_bytes": peak_resident_bytes(),
         "python": platform.python_version(),
         "torch": torch.__version__,

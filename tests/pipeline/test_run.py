@@ -101,6 +101,7 @@ def test_nothing_of_the_machine_is_in_the_artifact(bench: Bench) -> None:
     """Times, host and places are in run.json alone."""
     record = json.loads((bench.output / "run.json").read_text())
     assert {"seconds", "finished", "host", "peak_resident_bytes"} <= set(record)
+    assert record["threads"] == torch.get_num_threads()
     for name, data in contents(bench.output).items():
         assert str(bench.root).encode() not in data, name
         assert record["finished"][:13].encode() not in data, name
