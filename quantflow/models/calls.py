@@ -56,6 +56,8 @@ class Call:
             leaves[place] = (
                 leaf.expand(texts, *leaf.shape[1:])
                 if len(leaf) == 1
+                else leaf.expand(-1, texts, -1)  # positions in time, height and width
+                if not leaf.is_floating_point() and leaf.shape[1:-1] == (1,)
                 else leaf.repeat(texts, *rest)  # a row for each head of each text
             )
         args, kwargs = tree_unflatten(leaves, shape)

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from tests.helpers.library import HEAD, randomise, tiny_config
+from tests.helpers.library import HEAD, HIDDEN, INNER, randomise, tiny_config
 from tests.helpers.tiny import write_tokenizer
 
 GRID = 4  # patches of a picture, each way
@@ -18,9 +18,35 @@ _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2,
 # What a config wants beside the tiny sizes, of each of its parts.
 _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {"": {"mm_tokens_per_image": 4}},
+    "gemma4": {
+        "text_config": {"hidden_size_per_layer_input": 0},  # as those of more than 8B have
+        "": {
+            "vision_config": transformers.Gemma4VisionConfig(
+                hidden_size=HIDDEN,
+                intermediate_size=INNER,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                head_dim=HEAD,
+                patch_size=14,
+                num_hidden_layers=2,
+                pooling_kernel_size=2,
+                position_embedding_size=64,
+            )
+        },
+    },
     "glm4v": {"text_config": {"rope_parameters": {**_SECTIONS, "partial_rotary_factor": 1.0}}},
     "internvl": {"vision_config": {"image_size": [56, 56]}},
+    "llama4": {
+        "vision_config": {
+            "image_size": 56,
+            "intermediate_size": 4 * HIDDEN,
+            "projector_input_dim": HIDDEN,
+            "projector_output_dim": HIDDEN,
+            "vision_output_dim": HIDDEN,
+        }
+    },
     "mistral3": {"": {"spatial_merge_size": 1}, "vision_config": {"head_dim": HEAD}},
+    "glm4v_moe": {"text_config": {"rope_parameters": {**_SECTIONS, "partial_rotary_factor": 1.0}}},
     "qwen2_5_vl": {
         "text_config": {"rope_parameters": _SECTIONS},
         "vision_config": {"window_size": 28, "fullatt_block_indexes": [1]},
@@ -64,7 +90,11 @@ def picture(config: Any) -> dict[str, Tensor]:
             "pixel_values": torch.randn(GRID * GRID, channels, generator=random),
             "image_grid_thw": torch.tensor([[1, GRID, GRID]]),
         }
-    sides = [56, 56] if config.model_type == "internvl" else [28, 28]
+    if config.model_type == "gemma4":
+        places = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID))[None]
+        pixels = torch.rand(1, GRID * GRID, 3 * size * size, generator=random)
+        return {"pixel_values": pixels, "image_position_ids": places}
+    sides = [56, 56] if config.model_type in ("internvl", "llama4") else [28, 28]
     pixels = {"pixel_values": torch.randn(1, 3, *sides, generator=random)}
     return pixels | (
         {"image_sizes": torch.tensor([sides])} if config.model_type == "mistral3" else {}
@@ -75,7 +105,9 @@ def features(model: Any) -> Tensor:
     """What the language model gets of the picture, `[tokens, hidden]`."""
     with torch.inference_mode():
         seen = model.get_image_features(**picture(model.config))
-    seen = getattr(seen, "pooler_output", seen)
+    for name in ("pooler_output", "last_hidden_state"):
+        if isinstance(seen, dict) and seen.get(name) is not None:
+            seen = seen[name]
     return torch.cat(list(seen)) if isinstance(seen, list | tuple) else seen.flatten(0, -2)
 
 

@@ -21,6 +21,7 @@ from quantflow.checkpoints.tensor_problems import listed
 from quantflow.formats.reader import Weights
 from quantflow.report.page import report_page
 from tests.helpers.hosted import write_gemma3
+from tests.helpers.library import write_tiny
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama
 from tests.helpers.zoo import decoder_logits, random_tokens
@@ -144,6 +145,50 @@ def test_an_export_keeps_it(packed: Path, tmp_path: Path) -> None:
     source = load_file(packed / "model" / "model.safetensors")
     written = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(written[n], source[n]) for n in source if "mtp" in n)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "place"),
+    [
+        ("deepseek_v3", "model.layers.2."),
+        ("glm4_moe", "model.layers.2."),
+        ("qwen3_next", "mtp.layers.0."),
+    ],
+)
+def test_blocks_of_families_that_have_them(model_type: str, place: str, tmp_path: Path) -> None:
+    """A copy of the last layer, experts and all, where the family has its block; and every tensor
+    of the source accounted for."""
+    model = write_tiny(tmp_path / "model", model_type)
+    decoder = load_file(model / "model.safetensors")
+    start = "model.layers.1."
+    block = {n.replace(start, place): torch.randn_like(t) for n, t in decoder.items() if start in n}
+    assert any(".experts.3." in name for name in block)
+    with_more(model, block)
+    recipe = {
+        "name": "r",
+        "weights": {"bits": 4, "group_size": 32, "symmetric": True},
+        "stages": ["rtn", {"pack": {"format": "compressed-tensors"}}],
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "out"
+    result = invoke(
+        "run", tmp_path / "r.yaml", "--model", model, "--output", out, "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    written = load_file(out / "model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in block.items())
+    tensors = json.loads((out / "report.json").read_text())["tensors"]
+    assert set(tensors["copied"]) == set(block) and tensors["left_out"] == {}
+    assert tensors["quantised"] + tensors["kept"] == len(decoder)
+    assert tensors["quantised"] == sum(name.endswith("_packed") for name in written)
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    matrices = {n.removesuffix(".weight") for n, t in block.items() if t.dim() == 2}
+    assert matrices <= set(ignored)
+    tokens = random_tokens(2, 12)
+    loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = loaded(tokens).logits
+    torch.testing.assert_close(logits, decoder_logits(Weights(out), tokens), rtol=0, atol=5e-5)
 
 
 def test_what_others_quantised_beyond_is_left_out_and_named(tmp_path: Path) -> None:
