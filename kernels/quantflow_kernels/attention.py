@@ -7,8 +7,8 @@ tokens a cache block.
 int8 codes are cast to the dtype of the queries, which holds them exactly, just before each product;
 they are never dequantised one by one. A K scale of the head acts on its scores, one a channel is
 folded into q, one a token on that token's scores; a static zero point of K adds the same to all
-scores of a query and cancels in the softmax. A static scale and zero point of V act once, after the
-sum; a scale a token on that token's probabilities.
+scores of a query and cancels in the softmax, but under a cap, before which it is added. A static
+scale and zero point of V act once, after the sum; a scale a token on that token's probabilities.
 
 Batch invariance: keys are taken in tiles, and tiles in splits, that begin at absolute positions; a
 split's result does not depend on what else is in the batch, a tile that a query may not see changes
@@ -31,6 +31,14 @@ NO_SCORE = tl.constexpr(-1e30)  # finite: differences of it are numbers
 # Probabilities times a token's scale may be smaller than float16 holds; the interpreter computes
 # bfloat16 wrongly.
 SCALED = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+
+
+@triton.jit
+def _capped(scores, cap):
+    """cap · tanh(score / cap), of scores that are exponents of 2, as what comes back is."""
+    e = tl.exp2(-2 * tl.abs(scores) / cap)  # e to the -2 |x|, of whose tanh this is
+    value = cap * 1.4426950408889634 * (1 - e) / (1 + e)
+    return tl.where(scores < 0, -value, value)
 
 
 @triton.jit
@@ -78,9 +86,11 @@ def attention_kernel(
     query_start,
     contexts,
     k_scale,
+    k_zero,
     v_scale,
     v_zero,
     sm_scale,
+    cap,
     window,
     queries,
     max_blocks,
@@ -93,6 +103,8 @@ def attention_kernel(
     MODE: tl.constexpr,
     V_ZERO: tl.constexpr,
     WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+    K_ZERO: tl.constexpr,
     SPLIT_PARTS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     SHARED: tl.constexpr,
@@ -126,6 +138,13 @@ def attention_kernel(
     queries_here = tl.load(
         source[:, None] + channels[None, :], mask=real[:, None] & known[None, :], other=0.0
     )
+    offset = tl.zeros((BLOCK_Q,), tl.float32)
+    if CAP and K_ZERO:
+        if MODE == 0:
+            shift = tl.load(k_zero + kv_head) + channels * 0.0
+        else:
+            shift = tl.load(k_zero + kv_head * D + channels, mask=known, other=0.0)
+        offset = tl.sum(queries_here.to(tl.float32) * shift[None, :], 1) * sm_scale
     factor = sm_scale
     if MODE == 0:
         factor = sm_scale * tl.load(k_scale + kv_head)
@@ -170,6 +189,8 @@ def attention_kernel(
             scores = tl.dot(queries_here, k.to(queries_here.dtype), input_precision="ieee") * factor
             if MODE == 2:
                 scores *= tl.load(k_scale + slot, mask=present, other=0.0)[None, :]
+            if CAP:
+                scores = _capped(scores + offset[:, None], cap)
             visible = key[None, :] <= at[:, None]
             if WINDOW:
                 visible = visible & (key[None, :] > at[:, None] - window)
@@ -267,12 +288,13 @@ def paged_attention(
     batch: Batch,
     sm_scale: float,
     config: AttentionConfig,
-    *,
     window: int = 0,
+    cap: float = 0.0,
+    *,
     parts: bool | None = None,
 ) -> Tensor:
     """Attention of `q` `[T, H, D]`, each query over its sequence's keys up to itself, at most
-    `window` of them (0: all).
+    `window` of them (0: all). cap: scores become cap · tanh(score / cap) (0: they stay).
 
     Keys and values of the queries themselves are in the cache already; `batch` was made for these
     heads and this `config`. parts: whether splits run in programs of their own, the default in a
@@ -304,8 +326,9 @@ def paged_attention(
         splits if parts else 0, 2, tokens, heads, dtype=torch.float32, device=q.device
     )
     # None: not read
-    k_scale, v_scale, v_zero = (
-        part_ml if t is None else t for t in (cache.k_scale, cache.v_scale, cache.v_zero)
+    k_scale, k_zero, v_scale, v_zero = (
+        part_ml if t is None else t
+        for t in (cache.k_scale, cache.k_zero, cache.v_scale, cache.v_zero)
     )
     constants = {
         "HEADS": heads,
@@ -329,15 +352,19 @@ def paged_attention(
         batch.query_start,
         batch.contexts,
         k_scale,
+        k_zero,
         v_scale,
         v_zero,
         sm_scale * LOG2E,
+        cap,
         window,
         tokens,
         batch.block_table.shape[1],
         q.stride(0),
         PAGE=page,
         WINDOW=window > 0,
+        CAP=cap > 0,
+        K_ZERO=cache.mode < DYNAMIC and cache.k_zero is not None,
         SPLIT_PARTS=parts,
         BLOCK_Q=block_q,
         SHARED=shared,

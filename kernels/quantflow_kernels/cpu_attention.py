@@ -21,7 +21,14 @@ KEYS = 256
 
 
 def paged_attention(
-    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, *, exact: bool, window: int = 0
+    q: Tensor,
+    cache: KVCache,
+    batch: Batch,
+    sm_scale: float,
+    window: int = 0,
+    cap: float = 0.0,
+    *,
+    exact: bool,
 ) -> Tensor:
     """What `attention.paged_attention` computes, for `q` `[T, H, D]` on a CPU."""
     out = torch.empty_like(q)
@@ -30,7 +37,7 @@ def paged_attention(
         part = slice(starts[s], starts[s + 1])
         if part.stop > part.start:
             out[part] = _sequence(
-                q[part], cache, batch.block_table[s], context, sm_scale, window, exact
+                q[part], cache, batch.block_table[s], context, sm_scale, window, cap, exact
             )
     return out
 
@@ -42,6 +49,7 @@ def _sequence(
     context: int,
     sm_scale: float,
     window: int,
+    cap: float,
     exact: bool,
 ) -> Tensor:
     length, heads, d = q.shape
@@ -53,11 +61,21 @@ def _sequence(
     elif cache.mode == STATIC_HEAD and cache.k_scale is not None:
         rows = rows * cache.k_scale[:, None, None, None]
     rows = rows * sm_scale
+    offset = _offset(q.float().view(length, kv_heads, shared, d).transpose(0, 1) * sm_scale, cache)
     first = context - length
     if exact:
         per_tile = max(1, ROWS // shared)
         parts = [
-            _tile(rows[:, i : i + per_tile], per_tile, first + i, cache, table, window)
+            _tile(
+                rows[:, i : i + per_tile],
+                offset[:, i : i + per_tile],
+                per_tile,
+                first + i,
+                cache,
+                table,
+                window,
+                cap,
+            )
             for i in range(0, length, per_tile)
         ]
         result = torch.cat(parts, dim=1)
@@ -65,7 +83,7 @@ def _sequence(
         low = max(0, first - window + 1) if window else 0
         keys = torch.arange(low, context)
         at = torch.arange(first, context)
-        scores, v = _scores(rows.flatten(1, 2), cache, table, keys)
+        scores, v = _scores(rows.flatten(1, 2), offset.flatten(1, 2), cache, table, keys, cap)
         scores = scores.view(kv_heads, length, shared, -1).masked_fill(
             ~_visible(at, keys, window)[:, None], -torch.inf
         )
@@ -78,14 +96,32 @@ def _sequence(
     return result.transpose(0, 1).reshape(length, heads, d).to(q.dtype)
 
 
+def _offset(rows: Tensor, cache: KVCache) -> Tensor:
+    """What the zero point of K adds to the scores of rows `[G, n, shared, D]`, `[G, n, shared, 1]`.
+    Only under a cap it matters: else it cancels in the softmax."""
+    if cache.mode >= DYNAMIC or cache.k_zero is None:
+        return torch.zeros_like(rows[..., :1])
+    zero = cache.k_zero if cache.k_zero.ndim == 2 else cache.k_zero[:, None]
+    return (rows * zero[:, None, None]).sum(-1, keepdim=True)
+
+
 def _tile(
-    rows: Tensor, per_tile: int, first: int, cache: KVCache, table: Tensor, window: int
+    rows: Tensor,
+    offset: Tensor,
+    per_tile: int,
+    first: int,
+    cache: KVCache,
+    table: Tensor,
+    window: int,
+    cap: float,
 ) -> Tensor:
     """`[G, n, shared, D]` for the n queries from position `first` on, padded to `per_tile`, over
     tiles of `KEYS` keys."""
     kv_heads, count, shared, d = rows.shape
     # [G, per_tile * shared, D]
-    padded = F.pad(rows, (0, 0, 0, 0, 0, per_tile - count)).flatten(1, 2)
+    padded, offset = (
+        F.pad(part, (0, 0, 0, 0, 0, per_tile - count)).flatten(1, 2) for part in (rows, offset)
+    )
     at = torch.arange(first, first + per_tile).repeat_interleave(shared)
     last = first + count - 1
     peak = torch.full((*padded.shape[:2], 1), -1e30)  # finite: differences of it are numbers
@@ -94,7 +130,7 @@ def _tile(
     for start in range(low // KEYS * KEYS, last + 1, KEYS):
         keys = torch.arange(start, start + KEYS)
         there = keys.clamp(low, last)  # what lies outside may have been freed
-        scores, v = _scores(padded, cache, table, there)
+        scores, v = _scores(padded, offset, cache, table, there, cap)
         scores = scores.masked_fill(~_visible(at, keys, window), -torch.inf)
         top = torch.maximum(peak, scores.amax(-1, keepdim=True))
         weights, shrink = (scores - top).exp(), (peak - top).exp()
@@ -110,11 +146,15 @@ def _entries(cache: Tensor, table: Tensor, keys: Tensor) -> Tensor:
     return cache[table.long()[keys // size], :, keys % size].transpose(0, 1)
 
 
-def _scores(rows: Tensor, cache: KVCache, table: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def _scores(
+    rows: Tensor, offset: Tensor, cache: KVCache, table: Tensor, keys: Tensor, cap: float
+) -> tuple[Tensor, Tensor]:
     """Scores `[G, rows, C]` and values `[G, C, D]`, both float32."""
     scores = rows @ _entries(cache.k, table, keys).float().transpose(1, 2)
     if cache.mode == DYNAMIC and cache.k_scale is not None:
         scores = scores * _entries(cache.k_scale, table, keys)[:, None]
+    if cap:
+        scores = ((scores + offset) / cap).tanh() * cap
     return scores, _entries(cache.v, table, keys).float()
 
 

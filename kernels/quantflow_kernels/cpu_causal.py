@@ -84,9 +84,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Tensor:
-    """softmax(q kᵀ / √D) v, each query seeing itself and what precedes it, at most `window` keys
-    (0: all).
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int = 0, scale: float | None = None
+) -> Tensor:
+    """softmax(`scale` q kᵀ) v (None: 1 / √D), each query seeing itself and what precedes it, at
+    most `window` keys (0: all).
 
     q: `[W, H, L, D]`; k, v: `[W, G, L, D]`. The result is laid out as `[W, L, H, D]`. Sums are
     taken in float32; the weights of the values are rounded to bfloat16. Raises MemoryError.
@@ -118,7 +120,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int = 0) -> Ten
         kv_heads,
         d,
         *strides,
-        d**-0.5,
+        d**-0.5 if scale is None else scale,
         window,
     )
     if failed:

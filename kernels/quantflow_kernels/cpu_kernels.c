@@ -85,9 +85,10 @@ struct cache {
     int kind, mode, block;     /* block: B */
 };
 
-/* Rows `count` (query and head of one KV head, queries in order), q scaled already. at: each row's position. */
+/* Rows `count` (query and head of one KV head, queries in order), q scaled already. at: each row's position. offset: what the zero point
+   of K adds to a row's scores, which only matters under a cap: else it cancels in the softmax. */
 static void attend_tile(const struct cache *cache, const int32_t *table, int kv_head, int kv_heads, int d, int count, const float *q,
-                        const int *at, int window, float *out, float *scratch) {
+                        const int *at, int window, float cap, const float *offset, float *out, float *scratch) {
     int padded = (d + LANES - 1) / LANES * LANES, vectors = padded / LANES;
     float *k = scratch, *v = k + TILE * padded, *p = v + TILE * padded;
     float k_scale[TILE], v_scale[TILE], top[ROWS], total[ROWS];
@@ -127,6 +128,7 @@ static void attend_tile(const struct cache *cache, const int32_t *table, int kv_
                 vec dot = (vec){0};
                 for (int j = 0; j < vectors; j++) dot += *(const vec *)(row + j * LANES) * *(const vec *)(k + i * padded + j * LANES);
                 score[i] = sum(dot) * (cache->mode == DYNAMIC ? k_scale[i] : 1.0f);
+                if (cap > 0) score[i] = cap * tanhf((score[i] + offset[r]) / cap);
             }
             float best = top[r];
             for (int i = begin; i < end; i++) best = score[i] > best ? score[i] : best;
@@ -164,11 +166,12 @@ static void attend_tile(const struct cache *cache, const int32_t *table, int kv_
         }
 }
 
-/* out [T, H, D] of q [T, H, D] (rows q_stride apart). sequences: S; query_start [S + 1], contexts [S], block_table [S, most]. 1: no memory. */
+/* out [T, H, D] of q [T, H, D] (rows q_stride apart). sequences: S; query_start [S + 1], contexts [S], block_table [S, most].
+   window: keys that a query sees at most; cap: scores become cap · tanh(score / cap); 0: neither. Returns 1 where there was no memory. */
 int paged_attention(const void *q, void *out, int kind, int64_t q_stride, const void *k_cache, const void *v_cache, const float *k_scale,
                     const float *v_scale, const float *v_zero, int cache_kind, int mode, int block, const int32_t *block_table, int most,
                     const int32_t *query_start, const int32_t *contexts, int sequences, int heads, int kv_heads, int d, float sm_scale,
-                    int window) {
+                    int window, float cap, const float *k_zero) {
     struct cache cache = {k_cache, v_cache, k_scale, v_scale, v_zero, cache_kind, mode, block};
     int shared = heads / kv_heads, padded = (d + LANES - 1) / LANES * LANES;
     int queries = shared < ROWS ? ROWS / shared : 1, pieces = (shared + ROWS - 1) / ROWS;  /* of a tile; of a KV head's query heads */
@@ -197,16 +200,21 @@ int paged_attention(const void *q, void *out, int kind, int64_t q_stride, const 
             int s = of[2 * n], begin = of[2 * n + 1], stop = begin + queries < query_start[s + 1] ? begin + queries : query_start[s + 1];
             float *rows = scratch + (size_t)2 * TILE * padded + TILE, *result = rows + (size_t)ROWS * padded;
             int at[ROWS], count = 0;
+            float offset[ROWS];
             int low = piece * ROWS, high = low + ROWS < shared ? low + ROWS : shared;
             for (int t = begin; t < stop; t++)
                 for (int h = low; h < high; h++, count++) {
                     float *row = rows + (size_t)count * padded;
                     load((const char *)q + ((int64_t)t * q_stride + (int64_t)(head * shared + h) * d) * item, kind, d, row);
+                    offset[count] = 0;
+                    if (cap > 0 && k_zero)
+                        for (int c = 0; c < d; c++) offset[count] += row[c] * sm_scale * k_zero[mode == STATIC_HEAD ? head : head * d + c];
                     for (int c = 0; c < d; c++)
                         row[c] *= sm_scale * (mode == STATIC_HEAD ? k_scale[head] : mode == STATIC_CHANNEL ? k_scale[head * d + c] : 1.0f);
                     at[count] = contexts[s] - (query_start[s + 1] - t);
                 }
-            attend_tile(&cache, block_table + (int64_t)s * most, head, kv_heads, d, count, rows, at, window, result, scratch);
+            attend_tile(&cache, block_table + (int64_t)s * most, head, kv_heads, d, count, rows, at, window, cap, offset, result,
+                        scratch);
             count = 0;
             for (int t = begin; t < stop; t++)
                 for (int h = low; h < high; h++, count++)

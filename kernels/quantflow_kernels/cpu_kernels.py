@@ -49,6 +49,8 @@ _ARGUMENTS = {
         _I,
         _F,
         _I,
+        _F,
+        _P,
     ],
     "kv_store": [
         _P,
@@ -103,7 +105,7 @@ def loaded() -> ctypes.CDLL:
 
 
 def paged_attention(
-    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, *, window: int = 0
+    q: Tensor, cache: KVCache, batch: Batch, sm_scale: float, window: int = 0, cap: float = 0.0
 ) -> Tensor:
     """What `attention.paged_attention` computes, for `q` `[T, H, D]` in float32 or bfloat16 on a
     CPU. Raises MemoryError."""
@@ -135,6 +137,8 @@ def paged_attention(
         d,
         sm_scale,
         window,
+        cap,
+        at(cache.k_zero),
     )
     if failed:
         raise MemoryError("no memory for the scratch rows of attention")

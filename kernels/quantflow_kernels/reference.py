@@ -148,17 +148,26 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sm_scale: float, window: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    sm_scale: float,
+    window: int = 0,
+    cap: float = 0.0,
 ) -> Tensor:
     """softmax(`sm_scale` q kᵀ) v `[T, H, D]`, in the dtype of `q`, for the queries of one sequence.
 
     q: `[T, H, D]`; k, v: `[C, KV heads, D]`, the keys at positions `0..C-1`. Query t sees keys up
-    to and with `positions[t]`, and no more than `window` of them (0: all). Query heads that share a
+    to and with `positions[t]`, and no more than `window` of them (0: all). cap: scores become cap ·
+    tanh(score / cap) (0: they stay). Query heads that share a
     KV head are neighbours.
     """
     wide, shared = _wide(q.dtype), q.shape[1] // k.shape[1]
     k, v = (t.to(wide).repeat_interleave(shared, dim=1) for t in (k, v))
     scores = torch.einsum("thd,chd->htc", q.to(wide), k) * sm_scale
+    if cap:
+        scores = cap * (scores / cap).tanh()
     behind = positions[:, None] - torch.arange(k.shape[0], device=q.device)
     visible = (behind >= 0) & (behind < window) if window else behind >= 0
     return torch.einsum("htc,chd->thd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v).to(

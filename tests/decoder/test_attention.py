@@ -11,11 +11,19 @@ from quantflow_kernels import cpu_causal
 from quantflow.decoder.attention import QUERY_BLOCK, causal_attention
 
 
-def textbook(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-    """softmax(q kᵀ / √D) v with every score there, and those a query may not see at -inf."""
+def textbook(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None,
+    scale: float = 0.25,
+    cap: float | None = None,
+) -> torch.Tensor:
+    """softmax(scale q kᵀ) v with every score there, and those a query may not see at -inf."""
     shared, length = q.shape[1] // k.shape[1], q.shape[2]
     keys, values = (t.double().repeat_interleave(shared, 1) for t in (k, v))
-    scores = q.double() @ keys.transpose(2, 3) / math.sqrt(q.shape[3])
+    scores = q.double() @ keys.transpose(2, 3) * scale
+    scores = scores if cap is None else cap * (scores / cap).tanh()
     seen = [[at - (window or length) < key <= at for key in range(length)] for at in range(length)]
     return scores.masked_fill(~torch.tensor(seen), -math.inf).softmax(-1) @ values
 
@@ -56,3 +64,20 @@ def test_pieces_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = causal_attention(q, k, v)
     monkeypatch.setattr("quantflow.decoder.attention.SCORES_AT_ONCE", 1)
     torch.testing.assert_close(causal_attention(q, k, v), whole, rtol=0, atol=0.01)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("cap", [None, 0.7, 40.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
+def test_scaled_and_capped_scores(
+    window: int | None, cap: float | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    q, k, v = (
+        torch.randn(2, 150, n, 16, generator=torch.Generator().manual_seed(n)).to(dtype)
+        for n in (6, 2, 3)
+    )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v[:, :, :2].transpose(1, 2)
+    result = causal_attention(q, k, v, window, scale=0.3, cap=cap)
+    expected = textbook(q, k, v, window, 0.3, cap)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=tolerance)

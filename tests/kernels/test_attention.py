@@ -36,7 +36,7 @@ class Case:
     k: torch.Tensor
     v: torch.Tensor
 
-    def expected(self, window: int = 0) -> torch.Tensor:
+    def expected(self, window: int = 0, cap: float = 0.0) -> torch.Tensor:
         parts: list[torch.Tensor] = []
         for s, (length, context) in enumerate(zip(self.lengths, self.contexts, strict=True)):
             start = sum(self.lengths[:s])
@@ -44,7 +44,7 @@ class Case:
             at = torch.arange(context - length, context, device=DEVICE)
             parts.append(
                 reference.attention(
-                    self.q[start : start + length].double(), k, v, at, self.scale, window
+                    self.q[start : start + length].double(), k, v, at, self.scale, window, cap
                 )
             )
         return torch.cat(parts)
@@ -54,13 +54,18 @@ class Case:
         return float(self.q.shape[-1] ** -0.5)
 
     def run(
-        self, config: Config = SMALL, *, window: int = 0, parts: bool | None = None
+        self,
+        config: Config = SMALL,
+        *,
+        window: int = 0,
+        cap: float = 0.0,
+        parts: bool | None = None,
     ) -> torch.Tensor:
         batch = make_batch(
             self.lengths, self.contexts, self.table, self.q.shape[1], self.cache.k.shape[1], config
         )
         return paged_attention(
-            self.q, self.cache, batch, self.scale, config, window=window, parts=parts
+            self.q, self.cache, batch, self.scale, config, window, cap, parts=parts
         )
 
     def free_before(self, window: int) -> None:
@@ -259,6 +264,18 @@ def test_what_lies_before_the_window_is_not_read(kind: str, parts: bool) -> None
     some.free_before(20)
     # a tile spans several freed blocks
     assert_close(some.run(Config(tile=64, split=128), window=20, parts=parts), expected)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_capped_scores(kind: str, window: int, cap: float) -> None:
+    """A cap that most scores pass, and one that few do; a zero point of K counts before it."""
+    some = case([5, 1, 20], [5, 40, 70], kind=kind)
+    assert_close(some.run(window=window, cap=cap), some.expected(window, cap))
+    assert some.run(window=window, cap=cap, parts=True).equal(
+        some.run(window=window, cap=cap, parts=False)
+    )
 
 
 def test_queries_that_are_a_view_of_a_fused_product() -> None:

@@ -16,11 +16,11 @@ from tests.kernels.test_kv_store import caches, new
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's path")
 
 
-def attend(some: Case, *, exact: bool, window: int = 0) -> torch.Tensor:
+def attend(some: Case, *, exact: bool, window: int = 0, cap: float = 0.0) -> torch.Tensor:
     batch = make_batch(
         some.lengths, some.contexts, some.table, some.q.shape[1], some.cache.k.shape[1], SMALL
     )
-    return paged_attention(some.q, some.cache, batch, some.scale, exact=exact, window=window)
+    return paged_attention(some.q, some.cache, batch, some.scale, window, cap, exact=exact)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -38,6 +38,19 @@ def test_against_the_oracle(
         some.expected(window),
         rtol=1e-5,
         atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_capped_scores(exact: bool, kind: str, cap: float) -> None:
+    some = case([5, 1, 300, 16], [5, 40, 530, 16], kind=kind, dtype=torch.float32)
+    torch.testing.assert_close(
+        attend(some, exact=exact, window=100, cap=cap).double(),
+        some.expected(100, cap),
+        rtol=1e-5,
+        atol=2e-5,
     )
 
 

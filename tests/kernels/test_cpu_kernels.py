@@ -24,11 +24,11 @@ pytestmark = [
 ]
 
 
-def attend(some: Case, *, window: int = 0) -> torch.Tensor:
+def attend(some: Case, *, window: int = 0, cap: float = 0.0) -> torch.Tensor:
     batch = make_batch(
         some.lengths, some.contexts, some.table, some.q.shape[1], some.cache.k.shape[1], SMALL
     )
-    return cpu_kernels.paged_attention(some.q, some.cache, batch, some.scale, window=window)
+    return cpu_kernels.paged_attention(some.q, some.cache, batch, some.scale, window, cap)
 
 
 @pytest.mark.parametrize("kind", CACHES)
@@ -260,3 +260,13 @@ def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
     ]
     assert places[0] == places[1]
     assert [p.name for p in (tmp_path / "quantflow").iterdir()] == [Path(places[0].strip()).name]
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_capped_scores(kind: str, cap: float) -> None:
+    """A zero point of K counts before the cap."""
+    some = case([5, 1, 90, 16], [5, 40, 230, 16], kind=kind, dtype=torch.float32)
+    torch.testing.assert_close(
+        attend(some, window=100, cap=cap).double(), some.expected(100, cap), rtol=1e-5, atol=2e-5
+    )
