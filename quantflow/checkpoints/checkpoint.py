@@ -110,7 +110,7 @@ class Checkpoint:
             self.raw_config, overruled = (
                 (dict(self.container.config), ())
                 if self.architecture.library
-                else settled(self.container.config)
+                else settled(self.container.config, layered_rope=self.architecture.layered_rope)
             )
             self.config: DecoderConfig = self.architecture.read_config(self.raw_config)
         except ConfigProblem as error:

@@ -29,18 +29,20 @@ from quantflow.quant.product import linear
 @dataclass(frozen=True)
 class Sequences:
     """What all layers share for windows of one length: cos and sin `[L, D]` (None without rotary
-    embedding)."""
+    embedding). local: those of layers whose rotary embedding is the config's `local_rope`."""
 
     length: int
     cos: Tensor | None
     sin: Tensor | None
+    local: tuple[Tensor, Tensor] | None = None
 
 
 def sequences(config: DecoderConfig, length: int, device: torch.device | str = "cpu") -> Sequences:
     if config.family == "opt":
         return Sequences(length, None, None)
     cos, sin = rotary_table(config, length, device)
-    return Sequences(length, cos, sin)
+    local = rotary_table(config, length, device, kind=1) if config.local_rope else None
+    return Sequences(length, cos, sin, local)
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -77,6 +79,11 @@ def normalize(
         power = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(k)
         target.copy_((part * power.add_(config.norm_eps).rsqrt_()).mul_(scale))
     return out
+
+
+def norm_scale(config: DecoderConfig, weight: Tensor) -> Tensor:
+    """What a norm with that weight multiplies by."""
+    return weight.double() + config.norm_offset if config.norm_offset else weight
 
 
 def computed_by(device: str) -> str:
@@ -129,28 +136,41 @@ class NativeBlock:
         return y
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        return normalize(
-            self.config, x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias")
-        )
+        scale = norm_scale(self.config, self.tensors[f"{name}.weight"])
+        return normalize(self.config, x, scale, self.tensors.get(f"{name}.bias"))
 
     def attention_input(self, x: Tensor) -> Tensor:
-        return self.norm(self.names.attention_norm, x)
+        return self.norm(self.names.attention_norm, x) if self.names.attention_norm else x
 
     def mlp_input(self, x: Tensor) -> Tensor:
-        return self.norm(self.names.mlp_norm, x)
+        return self.norm(self.names.mlp_norm, x) if self.names.mlp_norm else x
+
+    def _projected(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v `[B, L, heads * D]`."""
+        config, names = self.config, self.names
+        if names.qkv:
+            kv = config.kv_heads * config.head_dim
+            q, k, v = self.linear(names.qkv, h).split([config.heads * config.head_dim, kv, kv], -1)
+        else:
+            q, k, v = (self.linear(n, h) for n in (names.q, names.k, names.v))
+        if config.qk_norm_whole:
+            q, k = self.norm(names.q_norm, q), self.norm(names.k_norm, k)
+        return q, k, v
 
     def context(self, h: Tensor, observe: ObserveKV | None = None) -> Tensor:
         """`o`'s input `[B, L, heads * D]`, from the normalised hidden states `h` `[B, L, H]`."""
         config, names, (b, length, _) = self.config, self.names, h.shape
         q, k, v = (
-            self.linear(n, h).view(b, length, -1, config.head_dim).transpose(1, 2)
-            for n in (names.q, names.k, names.v)
+            part.view(b, length, -1, config.head_dim).transpose(1, 2) for part in self._projected(h)
         )
-        if config.qk_norm:
+        if config.qk_norm and not config.qk_norm_whole:
             q, k = self.norm(names.q_norm, q), self.norm(names.k_norm, k)
-        if self.seq.cos is not None and self.seq.sin is not None:
-            cos, sin = self.seq.cos[:length], self.seq.sin[:length]
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        kind = config.rope_kind(self.index)
+        cos, sin = (self.seq.cos, self.seq.sin) if not kind else (self.seq.local or (None, None))
+        if cos is not None and sin is not None:
+            cos, sin = cos[:length], sin[:length]
+            order = config.ropes[kind].order(config.head_dim)
+            q, k = rotate(q, cos, sin, order), rotate(k, cos, sin, order)
         if config.logn_length and length > config.logn_length:
             positions = torch.arange(1, length + 1, device=h.device, dtype=torch.float32)
             q = (
@@ -162,7 +182,14 @@ class NativeBlock:
         if observe:
             k, v = observe(k, v)
         return (
-            causal_attention(q, k, v, config.window(self.index))
+            causal_attention(
+                q,
+                k,
+                v,
+                config.window(self.index),
+                scale=config.attention_scale,
+                cap=config.attention_cap,
+            )
             .transpose(1, 2)
             .reshape(b, length, -1)
         )
@@ -173,9 +200,12 @@ class NativeBlock:
     def inner(self, h: Tensor, expert: int | None = None) -> Tensor:
         """`down`'s input `[..., I]`, of the dense MLP or of one expert."""
         gate, up, _ = self.names.mlp(expert)
-        if not gate:
+        if self.names.gate_up:
+            left, right = self.linear(self.names.gate_up, h).chunk(2, dim=-1)
+        elif not gate:
             return activate(self.config.activation, self.linear(up, h))
-        left, right = self.linear(gate, h), self.linear(up, h)
+        else:
+            left, right = self.linear(gate, h), self.linear(up, h)
         if self.config.activation == "silu" and _compiled(left):
             width = left.shape[-1]
             return cpu_kernels.silu_mul(left.view(-1, width), right.view(-1, width)).view(
@@ -185,6 +215,21 @@ class NativeBlock:
 
     def mlp_output(self, inner: Tensor, expert: int | None = None) -> Tensor:
         return self.linear(self.names.mlp(expert)[2], inner)
+
+    def add_attention(self, x: Tensor, context: Tensor) -> Tensor:
+        """The residual stream after attention, whose `o` reads `context`."""
+        return self._added(x, self.attention_output(context), self.names.attention_out_norm)
+
+    def add_mlp(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream after the MLP, whose output is `y`."""
+        return self._added(x, y, self.names.mlp_out_norm)
+
+    def _added(self, x: Tensor, y: Tensor, norm: str) -> Tensor:
+        if norm:
+            y = self.norm(norm, y)
+        if self.config.residual_scale != 1.0:
+            y = y * self.config.residual_scale
+        return y + x if self.tap else y.add_(x)  # a tap may have kept `y`
 
     def route(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Experts `[T, k]` and their weights `[T, k]` for tokens `h` `[T, H]`."""
@@ -219,24 +264,25 @@ class NativeBlock:
         weights as they are."""
         h = self.attention_input(x)
         attention_in, attention_out, *mlp = self.segments
-        yield Reading(attention_in, h, h, lambda part: self.attention_output(self.context(part)))
+        parent = lambda part: self.attention_output(self.context(part))  # noqa: E731
+        yield Reading(attention_in, h, h, parent if attention_in.fold else None)
         context = self.context(h)
         yield Reading(attention_out, context, context)
-        h = self.mlp_input(x + self.attention_output(context))
+        h = self.mlp_input(self.add_attention(x, context))
         flat = h.reshape(-1, h.shape[-1])
         chosen = self.route(flat)[0] if self.moe else None
         for segment in mlp:
             rows = flat if chosen is None else flat[chosen.eq(segment.expert or 0).any(-1)]
             if segment.role is Role.mlp_in:
-                yield Reading(segment, rows, h, self.mlp)
+                yield Reading(segment, rows, h, self.mlp if segment.fold else None)
             else:
                 inner = self.inner(rows, segment.expert) if len(rows) else rows
                 yield Reading(segment, inner, inner)
 
     def forward(self, x: Tensor, observe: ObserveKV | None = None) -> Tensor:
         """The residual stream `[B, L, H]` after this layer."""
-        x = x + self.attention_output(self.context(self.attention_input(x), observe))
-        return x + self.mlp(self.mlp_input(x))
+        x = self.add_attention(x, self.context(self.attention_input(x), observe))
+        return self.add_mlp(x, self.mlp(self.mlp_input(x)))
 
     def passage(self, streams: Streams, batch: int, observe: ObserveKV) -> NativePassage:
         return NativePassage(self, streams, batch, observe)
@@ -251,9 +297,26 @@ def embed(
 ) -> Tensor:
     """The residual stream `[B, L, H]` before the first layer, for `tokens` `[B, L]`."""
     x = F.embedding(tokens, tensors[f"{architecture.embedding}.weight"]).to(dtype)
+    x = scaled_embedding(config, x)
     if architecture.positions:
         # OPT's first two rows are left over from padding.
         x = x + tensors[f"{architecture.positions}.weight"][2 : 2 + tokens.shape[1]].to(dtype)
+    return x
+
+
+def scaled_embedding(config: DecoderConfig, x: Tensor) -> Tensor:
+    """By a factor in the dtype of `x`."""
+    if config.embedding_scale == 1.0:
+        return x
+    return x * torch.tensor(config.embedding_scale, dtype=x.dtype, device=x.device)
+
+
+def finished_logits(config: DecoderConfig, x: Tensor) -> Tensor:
+    """What the model says, from what the head puts out."""
+    if config.logit_divisor != 1.0:
+        x = x / config.logit_divisor
+    if config.logit_cap is not None:
+        x = (x / config.logit_cap).tanh_() * config.logit_cap
     return x
 
 
@@ -261,10 +324,18 @@ def logits(
     architecture: Architecture, config: DecoderConfig, tensors: Mapping[str, Tensor], x: Tensor
 ) -> Tensor:
     """`[..., V]` from the residual stream after the last layer, in the dtype of `x`."""
-    norm = architecture.final_norm
-    h = normalize(config, x, tensors[f"{norm}.weight"], tensors.get(f"{norm}.bias"))
+    h = final_hidden(architecture, config, tensors, x)
     head = architecture.embedding if config.tied else architecture.head
-    return linear(h, tensors[f"{head}.weight"].to(h.dtype))
+    return finished_logits(config, linear(h, tensors[f"{head}.weight"].to(h.dtype)))
+
+
+def final_hidden(
+    architecture: Architecture, config: DecoderConfig, tensors: Mapping[str, Tensor], x: Tensor
+) -> Tensor:
+    """What the head reads, from the residual stream after the last layer."""
+    norm = architecture.final_norm
+    scale = norm_scale(config, tensors[f"{norm}.weight"])
+    return normalize(config, x, scale, tensors.get(f"{norm}.bias"))
 
 
 class NativeDecoder:

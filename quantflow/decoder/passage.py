@@ -69,7 +69,7 @@ class NativePassage:
                 )
         elif segment.role is Role.attention_out:
             for a, b in self._spans:
-                x.write(a, block.attention_output(self.context.read(a, b)).add_(x.read(a, b)))
+                x.write(a, block.add_attention(x.read(a, b), self.context.read(a, b)))
             if block.moe:
                 self._route()
         elif segment.role is Role.mlp_out and segment.expert is not None:
@@ -81,7 +81,7 @@ class NativePassage:
                     if self._kept and self.inner
                     else block.inner(block.mlp_input(x.read(a, b)))
                 )
-                x.write(a, block.mlp_output(inner).add_(x.read(a, b)))
+                x.write(a, block.add_mlp(x.read(a, b), block.mlp_output(inner)))
 
     def _inner_rows(self) -> Iterator[Tensor]:
         # In a plain layer among mixtures the room for the MLP's input has another width.

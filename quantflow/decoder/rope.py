@@ -12,16 +12,18 @@ from torch import Tensor
 from quantflow.models.config import DecoderConfig
 
 
-def inverse_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, float]:
+def inverse_frequencies(config: DecoderConfig, length: int, kind: int = 0) -> tuple[Tensor, float]:
     """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin, for a sequence of
-    `length` tokens.
+    `length` tokens. kind: which of the config's `ropes`. Of a head that turns in part, those of the
+    channels in `Rope.order`: 0 for what stands still.
 
     linear: positions divided by the factor (Chen et al. 2023). dynamic: NTK-aware base that grows
     once `length` passes the trained one. qwen: the same in steps, at every doubling. llama3: long
     wavelengths divided, short kept, blended between. yarn: Peng et al. 2023, section 3.2, with its
     temperature on cos and sin.
     """
-    rope, dim, p = config.rope, config.head_dim, config.rope.parameters
+    rope = config.ropes[kind]
+    dim, p = rope.turning(config.head_dim), rope.parameters
     theta, factor = rope.theta, rope.parameters.get("factor", 1.0)
     trained = p.get("original_max_position_embeddings", float(config.max_positions))
     # How far beyond max_positions; transformers' dynamic kind does not look at
@@ -32,6 +34,8 @@ def inverse_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, flo
     if rope.kind == "qwen" and stretch > 1:
         theta *= (2 ** math.ceil(math.log2(stretch) + 1) - 1) ** (dim / (dim - 2))
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if still := (config.head_dim - dim) // 2:
+        frequencies = torch.cat((frequencies, torch.zeros(still)))
     if rope.kind == "linear":
         return frequencies / factor, 1.0
     if rope.kind == "llama3":
@@ -66,20 +70,24 @@ def _yarn_temperature(factor: float, p: Mapping[str, float]) -> float:
 
 
 def rotary_table(
-    config: DecoderConfig, length: int, device: torch.device | str = "cpu"
+    config: DecoderConfig, length: int, device: torch.device | str = "cpu", kind: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin `[length, D]` in float32, for positions `0..length-1`."""
-    frequencies, factor = inverse_frequencies(config, length)
+    """cos and sin `[length, D]` in float32, for positions `0..length-1`. kind: which of the
+    config's `ropes`."""
+    frequencies, factor = inverse_frequencies(config, length, kind)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
     """`x` `[B, heads, L, D]` rotated; halves are paired (`x[i]` with `x[i + D/2]`), as Hugging Face
-    does.
+    does, or those of the channels in `order` (`Rope.order`).
 
     In its own dtype throughout, or rounded once where compiled kernels take it."""
+    if order is not None:
+        at = torch.tensor(order, device=x.device)
+        return rotate(x[..., at], cos, sin)[..., at.argsort()]
     if cpu_causal.supports(x):
         half = x.shape[-1] // 2
         return cpu_causal.rotate(x, cos[:, :half], sin[:, :half])

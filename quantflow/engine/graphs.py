@@ -92,8 +92,9 @@ class DecodeGraphs:
         # cos and sin: of all positions, where they are the same for every sequence and no more than
         # a few megabytes; else each row's.
         self._shared = rotary.shared(context) if context <= MOST_POSITIONS else None
-        own = config.family != "opt" and self._shared is None
-        self._angles = torch.zeros(2, rows, config.head_dim // 2, device=device) if own else None
+        shape = (rotary.kinds, 2, rows, config.head_dim // 2)
+        own = rotary.kinds and self._shared is None
+        self._angles = torch.zeros(shape, device=device) if own else None
         self._recorded: dict[tuple[int, int], tuple[Tensor, Callable[[], None]]] = {}
         self.failure = ""  # why a recording failed: then all decodes are eager again
 
@@ -152,18 +153,19 @@ class DecodeGraphs:
             current = self.rotary.rows(
                 [(work.sequence.request.rope_length, work.start, 1) for work in step]
             )
-            for angles, part in zip(self._angles, current, strict=True):
-                angles[: len(step)].copy_(part)
+            for kind, parts in zip(self._angles, current, strict=True):
+                for angles, part in zip(kind, parts, strict=True):
+                    angles[: len(step)].copy_(part)
 
     def _forward(self, rows: int, splits: int) -> Tensor:
         tokens, positions, slots, contexts = self._rows[:rows].T.contiguous().unbind()
-        cos = sin = None
+        current: tuple[tuple[Tensor, Tensor], ...] = ()
         if self._shared is not None:
-            cos, sin = (table[positions] for table in self._shared)
+            current = tuple((cos[positions], sin[positions]) for cos, sin in self._shared)
         elif self._angles is not None:
-            cos, sin = self._angles[:, :rows].unbind()
+            current = tuple((cos[:rows], sin[:rows]) for cos, sin in self._angles)
         batch = self.model.ops.decode_batch(self._table[:rows], contexts.int(), splits)
-        return self.model.forward(Inputs(tokens, positions, cos, sin, slots, batch), self.caches)
+        return self.model.forward(Inputs(tokens, positions, current, slots, batch), self.caches)
 
 
 def _on_host(values: list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:

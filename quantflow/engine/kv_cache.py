@@ -181,6 +181,10 @@ def make_caches(
         if not kv.parameters:
             return KVCache(k, v, *(torch.empty(shape[:3], device=device) for _ in range(2)))
         p = {name: value.to(device) for name, value in kv.parameters[index].items()}
+        if order := config.ropes[config.rope_kind(index)].order(config.head_dim):
+            # as the engine's q and k have their channels
+            for name in ("k_scale", "k_zero_point"):
+                p[name] = p[name][:, order] if p[name].ndim == 2 else p[name]
         heads, channels = (config.kv_heads,), (config.kv_heads, config.head_dim)
         k_shape = channels if p["k_scale"].ndim == 2 else heads
         return KVCache(

@@ -4,13 +4,14 @@ linear at a time."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quantflow.decoder.native import norm_scale
 from quantflow.engine.families import engine_problem
 from quantflow.engine.model import Layer, Mixture, Mlp, Model, Norm
 from quantflow.engine.ops import Linear, Ops, resident_bytes
@@ -18,6 +19,7 @@ from quantflow.errors import ModelError, Problem
 from quantflow.formats.reader import Weights, checkpoint_folder
 from quantflow.formats.tensors import integer_grid
 from quantflow.formats.weight import Weight, grid_problems
+from quantflow.models.architecture import Layer as LayerNames
 from quantflow.models.config import DecoderConfig
 from quantflow.models.segments import Segment
 from quantflow.models.sharding import shard_plain
@@ -55,7 +57,10 @@ def open_weights(model: Path, rank: int, tp: int) -> Weights:
 
 
 def rank_config(config: DecoderConfig, tp: int) -> DecoderConfig:
-    """What one of `tp` ranks computes. Raises ModelError where heads do not divide."""
+    """What one of `tp` ranks computes. Raises ModelError where heads do not divide, and for a
+    family whose linears have no parts."""
+    if config.uncut and tp > 1:
+        raise ModelError(Problem("tensor parallel", config.uncut, "1 rank for this family"))
     wrong = [
         f"{n} {kind}"
         for n, kind in ((config.heads, "heads"), (config.kv_heads, "KV heads"))
@@ -74,6 +79,7 @@ class _Loader:
             weights.checkpoint.architecture,
             rank_config(weights.checkpoint.config, self.tp),
         )
+        self._orders: dict[str, Tensor] = {}  # of the layer that is loaded
         self.ways: Counter[str] = Counter()
         self.bytes = 0
 
@@ -99,13 +105,18 @@ class _Loader:
         self.bytes += tensor.numel() * tensor.element_size()
         return tensor
 
-    def _norm(self, name: str) -> Norm:
+    def _norm(self, name: str, order: Tensor | None = None) -> Norm:
+        """order: of its channels."""
         bias = (
             self.weights.tensor(f"{name}.bias").to(self.ops.device).float()
             if self.config.family == "opt"
             else None
         )
-        return Norm(self.weights.tensor(f"{name}.weight").to(self.ops.device).float(), bias)
+        scale = norm_scale(self.config, self.weights.tensor(f"{name}.weight")).float()
+        return Norm((scale if order is None else scale[order]).to(self.ops.device), bias)
+
+    def _norm_if(self, prefix: str, name: str) -> Norm | None:
+        return self._norm(prefix + name) if name else None
 
     def _layer(self, index: int) -> Layer:
         names, config, prefix = (
@@ -113,8 +124,11 @@ class _Loader:
             self.config,
             self.architecture.layer_prefix(index) + ".",
         )
+        rope = config.rope_kind(index)
+        self._orders = _channel_orders(names, config, rope)
         head_norms = [
-            self._norm(prefix + n) if config.qk_norm else None for n in (names.q_norm, names.k_norm)
+            self._norm(prefix + n, self._orders.get(n)) if config.qk_norm else None
+            for n in (names.q_norm, names.k_norm)
         ]
         attention_in, attention_out, *inner = self.weights.checkpoint.segments(index)
         experts = tuple(
@@ -128,35 +142,48 @@ class _Loader:
         else:
             (mlp,) = experts
         return Layer(
-            attention_norm=self._norm(prefix + names.attention_norm),
+            attention_norm=self._norm_if(prefix, names.attention_norm),
             qkv=self._segment(prefix, attention_in),
             q_norm=head_norms[0],
             k_norm=head_norms[1],
             o=self._segment(prefix, attention_out)[0],
-            mlp_norm=self._norm(prefix + names.mlp_norm),
+            attention_out_norm=self._norm_if(prefix, names.attention_out_norm),
+            mlp_norm=self._norm_if(prefix, names.mlp_norm),
             mlp=mlp,
+            mlp_out_norm=self._norm_if(prefix, names.mlp_out_norm),
             window=config.window(index),
+            rope=rope,
         )
 
     def _mlp(self, prefix: str, reads: Segment, writes: Segment) -> Mlp:
         return Mlp(
             self._segment(prefix, reads),
             self._segment(prefix, writes)[0],
-            gated=len(reads.linears) == 2,
+            gated=len(reads.linears) == 2 or bool(self.architecture.layer.gate_up),
         )
 
     def _segment(self, prefix: str, segment: Segment) -> tuple[Linear, ...]:
-        return self._linears(
-            tuple(prefix + name for name in segment.names), bias=segment.linears[0].bias
-        )
+        orders = {prefix + name: self._orders.get(name) for name in segment.names}
+        return self._linears(tuple(orders), bias=segment.linears[0].bias, orders=orders)
 
-    def _linears(self, modules: tuple[str, ...], *, bias: bool) -> tuple[Linear, ...]:
-        """Linears that read the same input, as one where they can be fused."""
+    def _linears(
+        self,
+        modules: tuple[str, ...],
+        *,
+        bias: bool,
+        orders: Mapping[str, Tensor | None] | None = None,
+    ) -> tuple[Linear, ...]:
+        """Linears that read the same input, as one where they can be fused. orders: of a module's
+        rows."""
+        orders = orders or dict.fromkeys(modules)
         row_parallel = self.weights.checkpoint.cut(f"{modules[0]}.weight") == 1
         if row_parallel and self.rank:
             bias = False  # it is added once
         biases = (
-            [self._part(f"{m}.bias", self.weights.tensor(f"{m}.bias")) for m in modules]
+            [
+                _ordered(self._part(f"{m}.bias", self.weights.tensor(f"{m}.bias")), orders[m])
+                for m in modules
+            ]
             if bias
             else []
         )
@@ -165,7 +192,8 @@ class _Loader:
         linears: list[Linear]
         if not any(quantised):
             stored = (
-                self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")) for m in modules
+                _ordered(self._part(f"{m}.weight", self.weights.tensor(f"{m}.weight")), orders[m])
+                for m in modules
             )
             dense = [tensor.to(self.ops.device, self.ops.dtype) for tensor in stored]
             linears = [self.ops.dense(_joined(dense), _joined(biases) if biases else None)]
@@ -175,7 +203,9 @@ class _Loader:
                 ] += 1
                 self.bytes += resident_bytes(linears[0].weight)
                 return tuple(linears)
-        elif all(quantised) and _fusable(tensors := [self._quantised(m) for m in modules]):
+        elif all(quantised) and _fusable(
+            tensors := [_rows_ordered(self._quantised(m), orders[m]) for m in modules]
+        ):
             first = tensors[0]
             codes, scales, zeros = (
                 _joined([getattr(t, part) for t in tensors])
@@ -184,7 +214,7 @@ class _Loader:
             together = IntegerTensor(first.scheme, codes, scales, zeros, first.group_index)
             linears = [self.ops.prepare(together, _joined(biases) if biases else None)]
         else:
-            linears = [self._linears((m,), bias=bias)[0] for m in modules]
+            linears = [self._linears((m,), bias=bias, orders=orders)[0] for m in modules]
             return tuple(linears)
         for linear in linears:
             self.ways[linear.way] += 1
@@ -217,6 +247,37 @@ class _Loader:
         if problems := grid_problems(weight, COMPUTED):
             raise ModelError(problems)
         return tensor.cut(cut, self.rank, self.tp)
+
+
+def _channel_orders(names: LayerNames, config: DecoderConfig, rope: int) -> dict[str, Tensor]:
+    """How the rows of what makes q and k are put, for the kernels, which turn the halves of a head
+    into each other: name -> index. {} where they stand so already."""
+    order = config.ropes[rope].order(config.head_dim)
+    if order is None:
+        return {}
+    head, d = torch.tensor(order), config.head_dim
+    q, k = (
+        (torch.arange(n)[:, None] * d + head).flatten() for n in (config.heads, config.kv_heads)
+    )
+    v = torch.arange(config.kv_heads * d)
+    if names.qkv:
+        return {names.qkv: torch.cat((q, len(q) + k, len(q) + len(k) + v))}
+    whole = {names.q_norm: q, names.k_norm: k}
+    each = {names.q_norm: head, names.k_norm: head}
+    return {names.q: q, names.k: k, **(whole if config.qk_norm_whole else each)}
+
+
+def _ordered(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None else tensor[order.to(tensor.device)]
+
+
+def _rows_ordered(tensor: IntegerTensor, order: Tensor | None) -> IntegerTensor:
+    return replace(
+        tensor,
+        codes=_ordered(tensor.codes, order),
+        scales=_ordered(tensor.scales, order),
+        zeros=_ordered(tensor.zeros, order),
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

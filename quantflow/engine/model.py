@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantflow.decoder.native import finished_logits, scaled_embedding
 from quantflow.decoder.rope import inverse_frequencies
 from quantflow.engine.ops import Batch, KVCache, Linear, Ops
 from quantflow.models.config import DecoderConfig
@@ -26,7 +27,7 @@ KEPT = 256  # tables that are kept
 
 @dataclass(frozen=True)
 class Norm:
-    """In float32."""
+    """What it multiplies by and adds, in float32."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -50,27 +51,34 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Layer:
-    """qkv: one linear, or several whose outputs stand side by side."""
+    """qkv: one linear, or several whose outputs stand side by side. The channels of q and k are in
+    the order of `Rope.order`. attention_out_norm, mlp_out_norm: of what is added to the residual
+    stream. rope: which of the config's."""
 
-    attention_norm: Norm
+    attention_norm: Norm | None
     qkv: tuple[Linear, ...]
     q_norm: Norm | None
     k_norm: Norm | None
     o: Linear
-    mlp_norm: Norm
+    attention_out_norm: Norm | None
+    mlp_norm: Norm | None
     mlp: Mlp | Mixture
+    mlp_out_norm: Norm | None
     window: int | None
+    rope: int
+
+
+Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """One step's tokens. cos, sin: float32 `[T, D / 2]`, None without rotary embedding. slots:
-    int64 `[T]`, where keys and values go."""
+    """One step's tokens. angles: cos and sin, float32 `[T, D / 2]`, of each kind of rotary
+    embedding; () without one. slots: int64 `[T]`, where keys and values go."""
 
     tokens: Tensor
     positions: Tensor
-    cos: Tensor | None
-    sin: Tensor | None
+    angles: tuple[Angles, ...]
     slots: Tensor
     batch: Batch
 
@@ -93,17 +101,17 @@ class Model:
         """What the head reads, `[T, H]`; keys and values of the tokens are in the caches then.
         progress: called after each layer."""
         config, ops = self.config, self.ops
-        residual = F.embedding(inputs.tokens, self.embedding)
+        residual = scaled_embedding(config, F.embedding(inputs.tokens, self.embedding))
         if self.positions is not None:
             # OPT's first two rows are left over from padding
             residual = residual + F.embedding(inputs.positions + 2, self.positions)
         first = self.layers[0].attention_norm
-        h = ops.norm(config, residual, first.weight, first.bias)
+        h = ops.norm(config, residual, first.weight, first.bias) if first else residual
         for index, layer in enumerate(self.layers):
             attended = ops.reduce(
                 ops.linear(self._attention(layer, h, inputs, caches[index]), layer.o)
             )
-            h = ops.add_norm(config, attended, residual, layer.mlp_norm.weight, layer.mlp_norm.bias)
+            h = self._added(attended, residual, layer.attention_out_norm, layer.mlp_norm)
             y = ops.reduce(
                 self._mixture(layer.mlp, h)
                 if isinstance(layer.mlp, Mixture)
@@ -114,13 +122,26 @@ class Model:
                 if index + 1 < len(self.layers)
                 else self.final_norm
             )
-            h = ops.add_norm(config, y, residual, following.weight, following.bias)
+            h = self._added(y, residual, layer.mlp_out_norm, following)
             progress()
         return h
 
+    def _added(
+        self, y: Tensor, residual: Tensor, own: Norm | None, following: Norm | None
+    ) -> Tensor:
+        """What is read next, once `y`, normed by its `own`, is added to `residual`, in place."""
+        config, ops = self.config, self.ops
+        if own:
+            y = ops.norm(config, y, own.weight, own.bias)
+        if config.residual_scale != 1.0:
+            y = y * config.residual_scale
+        if following:
+            return ops.add_norm(config, y, residual, following.weight, following.bias)
+        return residual.add_(y)
+
     def logits(self, h: Tensor) -> Tensor:
         """`[R, V]` for rows of what `forward` gives."""
-        return self.ops.linear(h, self.head)
+        return finished_logits(self.config, self.ops.linear(h, self.head))
 
     def _project(self, parts: tuple[Linear, ...], h: Tensor) -> Tensor:
         outputs = [self.ops.linear(h, part) for part in parts]
@@ -132,16 +153,21 @@ class Model:
         kv_heads = cache.k.shape[1]
         qkv = self._project(layer.qkv, h)
         queries = qkv.shape[1] - 2 * kv_heads * d
-        q, k, v = (
-            part.unflatten(1, (-1, d))
-            for part in qkv.split([queries, kv_heads * d, kv_heads * d], dim=1)
-        )
-        if layer.q_norm and layer.k_norm:
+        parts = qkv.split([queries, kv_heads * d, kv_heads * d], dim=1)
+        if layer.q_norm and layer.k_norm and config.qk_norm_whole:
+            normed = (
+                self.ops.norm(config, x, norm.weight, norm.bias)
+                for x, norm in ((parts[0], layer.q_norm), (parts[1], layer.k_norm))
+            )
+            parts = (*normed, parts[2])
+        q, k, v = (part.unflatten(1, (-1, d)) for part in parts)
+        if layer.q_norm and layer.k_norm and not config.qk_norm_whole:
             q, k = (
                 self.ops.norm(config, x, norm.weight, norm.bias)
                 for x, norm in ((q, layer.q_norm), (k, layer.k_norm))
             )
-        self.ops.store(q, k, v, inputs.cos, inputs.sin, inputs.slots, cache)
+        cos, sin = inputs.angles[layer.rope] if inputs.angles else (None, None)
+        self.ops.store(q, k, v, cos, sin, inputs.slots, cache)
         if config.logn_length:
             factor = (
                 (inputs.positions + 1)
@@ -151,7 +177,7 @@ class Model:
                 .clamp(min=1.0)
             )
             q = q * factor.to(q.dtype)[:, None, None]
-        return self.ops.attention(q, cache, inputs.batch, layer.window).flatten(1)
+        return self.ops.attention(config, q, cache, inputs.batch, layer.window).flatten(1)
 
     def _mlp(self, mlp: Mlp, h: Tensor) -> Tensor:
         inner = self._project(mlp.gate_up, h)
@@ -187,42 +213,51 @@ class Rotary:
 
     def __init__(self, config: DecoderConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self._frequencies = lru_cache(KEPT)(lambda length: inverse_frequencies(config, length))
+        self.kinds = 0 if config.family == "opt" else len(config.ropes)
+        self._frequencies = lru_cache(KEPT)(
+            lambda length, kind: inverse_frequencies(config, length, kind)
+        )
         self._table = lru_cache(KEPT)(self._make)
 
-    def _make(self, length: int, chunk: int) -> tuple[Tensor, Tensor]:
-        frequencies, factor = self._frequencies(length)
+    def _make(self, length: int, chunk: int, kind: int) -> Angles:
+        frequencies, factor = self._frequencies(length, kind)
         angles = torch.outer(
             torch.arange(chunk * CHUNK, (chunk + 1) * CHUNK, dtype=torch.float32), frequencies
         )
         return (angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device)
 
-    def shared(self, positions: int) -> tuple[Tensor, Tensor] | None:
-        """cos and sin `[positions, D / 2]`, where they are every sequence's: the same bits as
-        `rows` gives. None where they are not."""
-        if self.config.family == "opt" or self.config.stretches:
+    def shared(self, positions: int) -> tuple[Angles, ...] | None:
+        """cos and sin `[positions, D / 2]` of each kind, where they are every sequence's: the same
+        bits as `rows` gives. None where they are not."""
+        if not self.kinds or self.config.stretches:
             return None
-        chunks = [
-            self._make(self.config.max_positions, chunk) for chunk in range(-(-positions // CHUNK))
-        ]
-        return torch.cat([cos for cos, _ in chunks]), torch.cat([sin for _, sin in chunks])
+        chunks, length = range(-(-positions // CHUNK)), self.config.max_positions
+        return tuple(
+            _joined([self._make(length, chunk, kind) for chunk in chunks])
+            for kind in range(self.kinds)
+        )
 
     def stretch(self, length: int) -> int:
         """A sequence's rope_length, if it will have `length` tokens: 0 where nothing depends on
         that."""
         return length if self.config.stretches and length > self.config.max_positions else 0
 
-    def rows(self, parts: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """cos and sin `[T, D / 2]` for (rope_length, first position, count) of each sequence."""
-        if self.config.family == "opt":
-            return None, None
-        cos, sin = [], []
+    def rows(self, parts: list[tuple[int, int, int]]) -> tuple[Angles, ...]:
+        """cos and sin `[T, D / 2]` of each kind, for (rope_length, first position, count) of each
+        sequence."""
+        return tuple(self._rows(parts, kind) for kind in range(self.kinds))
+
+    def _rows(self, parts: list[tuple[int, int, int]], kind: int) -> Angles:
+        tables = []
         for stretch, first, count in parts:
             for chunk in range(first // CHUNK, (first + count - 1) // CHUNK + 1):
-                tables = self._table(stretch or self.config.max_positions, chunk)
+                cos, sin = self._table(stretch or self.config.max_positions, chunk, kind)
                 part = slice(
                     max(first - chunk * CHUNK, 0), min(first + count - chunk * CHUNK, CHUNK)
                 )
-                cos.append(tables[0][part])
-                sin.append(tables[1][part])
-        return torch.cat(cos), torch.cat(sin)
+                tables.append((cos[part], sin[part]))
+        return _joined(tables)
+
+
+def _joined(tables: list[Angles]) -> Angles:
+    return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])

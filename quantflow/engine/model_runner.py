@@ -117,7 +117,7 @@ class ModelRunner:
         ).to(device)
         lengths, contexts = [w.count for w in step], [w.start + w.count for w in step]
         batch = self.model.ops.batch(lengths, contexts, table, self.model.config)
-        cos, sin = self.rotary.rows(
+        angles = self.rotary.rows(
             [(w.sequence.request.rope_length, w.start, w.count) for w in step]
         )
-        return Inputs(together[0], together[1], cos, sin, together[2], batch)
+        return Inputs(together[0], together[1], angles, together[2], batch)

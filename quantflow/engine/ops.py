@@ -202,21 +202,19 @@ class Ops:
         else:
             cpu_attention.kv_store(q, k, v, cos, sin, slots, cache)
 
-    def attention(self, q: Tensor, cache: KVCache, batch: Batch, window: int | None) -> Tensor:
+    def attention(
+        self, config: DecoderConfig, q: Tensor, cache: KVCache, batch: Batch, window: int | None
+    ) -> Tensor:
         """Attention of `q` `[T, H, D]` over the cache, which holds the new keys and values
         already."""
-        scale = q.shape[-1] ** -0.5
+        scale, limits = config.score_scale, (window or 0, config.attention_cap or 0.0)
         if self.cuda:
             from quantflow_kernels.attention import paged_attention
 
-            return paged_attention(
-                q, cache, batch, scale, self._tuned.attention, window=window or 0
-            )
+            return paged_attention(q, cache, batch, scale, self._tuned.attention, *limits)
         if self.compiled and q.shape[-1] <= cpu_kernels.WIDEST:
-            return cpu_kernels.paged_attention(q, cache, batch, scale, window=window or 0)
-        return cpu_attention.paged_attention(
-            q, cache, batch, scale, exact=self.exact, window=window or 0
-        )
+            return cpu_kernels.paged_attention(q, cache, batch, scale, *limits)
+        return cpu_attention.paged_attention(q, cache, batch, scale, *limits, exact=self.exact)
 
 
 def _activate(name: str, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantflow.artifacts.artifact import file_entries, foreign_files, read_manifest
 from quantflow.checkpoints.checkpoint import resolve_model
 from quantflow.decoder.block import ObserveKV
-from quantflow.decoder.native import NativeBlock, embed, logits, normalize, sequences
+from quantflow.decoder.native import NativeBlock, embed, final_hidden, logits, sequences
 from quantflow.engine.config import EngineConfig
 from quantflow.engine.engine import Engine
 from quantflow.engine.llm import Collector
@@ -117,7 +117,7 @@ def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None
         x = NativeBlock(architecture, config, index, stored, seq, torch.float32).forward(
             start, _rounding(engine, index)
         )
-        expected = normalize(config, x, *_final(outer, architecture.final_norm))
+        expected = final_hidden(architecture, config, outer, x)
         error = _difference(_engine_layer(engine, index, start[0], len(tokens)), expected[0])
         worst = max(worst, error)
         if not error <= limit:
@@ -152,10 +152,6 @@ def _layers(engine: Engine, original: Weights | None, step: Callable[[str], None
     return [*checks, _logits(engine, tokens, target)]
 
 
-def _final(outer: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor | None]:
-    return outer[f"{name}.weight"], outer.get(f"{name}.bias")
-
-
 def _difference(computed: Tensor, expected: Tensor) -> float:
     return float((computed.float() - expected).norm() / expected.norm())
 
@@ -184,7 +180,11 @@ def _engine_layer(engine: Engine, index: int, x: Tensor, length: int) -> Tensor:
     layer, whose embedding is its input."""
     model = engine.loaded.model
     alone = replace(
-        model, layers=(model.layers[index],), embedding=x.to(engine.ops.dtype), positions=None
+        model,
+        config=replace(model.config, embedding_scale=1.0),
+        layers=(model.layers[index],),
+        embedding=x.to(engine.ops.dtype),
+        positions=None,
     )
     request = Request(
         "verify",

@@ -100,16 +100,19 @@ class Joined:
 class Layer:
     """The names of a decoder layer's parts, relative to the layer.
 
-    Empty strings mark what a family lacks: `gate` in a plain MLP, `router` in a dense model.
-    `expert` holds `{e}`.
+    Empty strings mark what a family lacks: `gate` in a plain MLP, `router` in a dense model, a
+    norm. `qkv`, `gate_up`: one linear in place of three, or of two. `expert` holds `{e}`. The out
+    norms are those of what attention and MLP add to the residual stream.
     """
 
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
+    qkv: str = ""
     o: str = "self_attn.o_proj"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
+    gate_up: str = ""
     down: str = "mlp.down_proj"
     router: str = ""
     expert: str = ""
@@ -118,8 +121,16 @@ class Layer:
     expert_down: str = "down_proj"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    attention_out_norm: str = ""
+    mlp_out_norm: str = ""
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Those of the hidden states."""
+        names = (self.attention_norm, self.attention_out_norm, self.mlp_norm, self.mlp_out_norm)
+        return tuple(name for name in names if name)
 
     def mlp(self, expert: int | None = None) -> tuple[str, str, str]:
         """gate (or ""), up and down of the dense MLP or of one expert."""
@@ -142,7 +153,9 @@ class Architecture:
     tensor name, its shape, config) -> the native tensors inside it, None for one that the family
     does not know. base, base_parts: in source names, what holds the base model within the class
     with a head, and what lies in it. notes: what a user should know, for the report. library: of a
-    family without a table, the class of transformers that computes it.
+    family without a table, the class of transformers that computes it. hosted_else: a config that
+    the table does not follow is left to transformers' class. layered_rope: config.json has one
+    rotary embedding for each kind of layer.
     """
 
     name: str
@@ -162,6 +175,8 @@ class Architecture:
     base_parts: tuple[str, ...] = ("embed_tokens", "layers", "norm")
     notes: tuple[str, ...] = ()
     library: Library | None = None
+    hosted_else: bool = False
+    layered_rope: bool = False
 
     def layer_prefix(self, i: int) -> str:
         return self.prefix.format(i=i)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -16,6 +16,26 @@ class Rope:
     theta: float = 10000.0
     kind: str = "default"
     parameters: Mapping[str, float] = field(default_factory=dict)
+    share: float = 1.0  # of a head's channels that turn, its first ones
+    interleaved: bool = False  # neighbours turn into each other, not the halves' (GLM-4)
+
+    def turning(self, head_dim: int) -> int:
+        """How many channels of a head turn."""
+        return int(head_dim * self.share)
+
+    def order(self, head_dim: int) -> tuple[int, ...] | None:
+        """A head's channels, put so that `[i]` turns into `[i + D/2]`, those that do not turn
+        paired among themselves; None where they stand so already. Permuting q's and k's channels
+        alike changes no score."""
+        turning = self.turning(head_dim)
+        if turning == head_dim and not self.interleaved:
+            return None
+        step, first = (2, 1) if self.interleaved else (1, turning // 2)
+        still = range(turning, head_dim)
+        half = len(still) // 2
+        pairs = [(i * step, i * step + first) for i in range(turning // 2)]
+        pairs += zip(still[:half], still[half:], strict=True)
+        return tuple(a for a, _ in pairs) + tuple(b for _, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -25,7 +45,8 @@ class DecoderConfig:
     Letters used in shapes: `H` hidden, `I` intermediate, `D` head_dim, `V` vocabulary.
     """
 
-    # "llama" (RMSNorm, rotary, gated MLP) or "opt" (LayerNorm, learned positions, plain MLP)
+    # "llama" (RMSNorm, rotary, gated MLP), "opt" (LayerNorm, learned positions, plain MLP), or what
+    # does more than Llama: "olmo2", "granite", "phi3", "glm", "gemma2", "gemma3"
     family: str
     hidden: int
     intermediate: int
@@ -43,6 +64,16 @@ class DecoderConfig:
     output_bias: bool = False  # on o
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
+    qk_norm_whole: bool = False  # over all heads of q, or of k, together (OLMo 2)
+    norm_offset: float = 0.0  # what norms add to their weight before they multiply (1 in Gemma)
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logit_divisor: float = 1.0
+    attention_scale: float | None = None  # of scores; None: 1 / √D
+    attention_cap: float | None = None  # scores become cap · tanh(score / cap)
+    logit_cap: float | None = None  # logits, the same
+    local_rope: Rope | None = None  # of layers with a sliding window, where that is another
+    uncut: str = ""  # why tensor parallelism has no parts of its linears
     tied: bool = False  # the head is the embedding
     sliding_windows: tuple[int | None, ...] = ()  # one a layer
     # queries beyond this position are scaled by log_length(position) (Qwen 1)
@@ -81,6 +112,20 @@ class DecoderConfig:
         """The sliding window of a layer: a query sees that many keys, itself included. None: all of
         them."""
         return self.sliding_windows[layer] if self.sliding_windows else None
+
+    @property
+    def score_scale(self) -> float:
+        """What q · k is multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The kinds of rotary embedding of the layers."""
+        return (self.rope,) if self.local_rope is None else (self.rope, self.local_rope)
+
+    def rope_kind(self, layer: int) -> int:
+        """Which of `ropes` a layer has."""
+        return int(self.local_rope is not None and self.window(layer) is not None)
 
     def width(self, layer: int) -> int:
         """The MLP's inner width in a layer (of one expert, in a mixture layer)."""
@@ -215,12 +260,36 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     return Rope(theta, kind, parameters)
 
 
+def read_partial_rope(
+    config: Mapping[str, Any], share: float, *, interleaved: bool = False
+) -> Rope:
+    """`read_rope` of a family whose heads turn in part. share: of their channels, where config.json
+    does not say."""
+    key, plain = "partial_rotary_factor", dict(config)
+    stated = [plain.pop(key, None)]
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(plain.get(name), Mapping):
+            plain[name] = dict(plain[name])
+            stated.insert(0, plain[name].pop(key, None))
+    given = next((value for value in stated if value is not None), None)
+    share = number({key: given}, key, float, share)
+    rope = read_rope(plain)
+    if share > 1 or (share < 1 and rope.kind != "default"):
+        raise ConfigProblem(f"{key} is {share} with rope scaling of type {rope.kind}")
+    return replace(rope, share=share, interleaved=interleaved)
+
+
 def check_head(head_dim: int, rope: Rope) -> None:
     """Raises ConfigProblem for a head whose channels do not turn in pairs, or that is too small for
     the kind of rotary embedding."""
     if head_dim % 2:
         raise ConfigProblem(
             f"head_dim is {head_dim}, expected an even number: channels are rotated in pairs"
+        )
+    if rope.turning(head_dim) % 2 or not rope.turning(head_dim):
+        raise ConfigProblem(
+            f"partial_rotary_factor {rope.share} turns {rope.turning(head_dim)} channels of"
+            f" {head_dim}, expected an even number"
         )
     if rope.kind in ("dynamic", "qwen") and head_dim == 2:
         raise ConfigProblem(f"head_dim is 2, expected more with rope scaling of type {rope.kind}")

@@ -29,12 +29,13 @@ def expected_tensors(
     names = architecture.layer
     for i in range(config.layers):
         prefix = architecture.layer_prefix(i)
-        for norm in (names.attention_norm, names.mlp_norm):
+        for norm in names.norms:
             for part in norm_parts:
                 yield f"{prefix}.{norm}.{part}", (hidden,)
         if config.qk_norm:
-            yield f"{prefix}.{names.q_norm}.weight", (config.head_dim,)
-            yield f"{prefix}.{names.k_norm}.weight", (config.head_dim,)
+            for norm, heads in ((names.q_norm, config.heads), (names.k_norm, config.kv_heads)):
+                size = (heads if config.qk_norm_whole else 1) * config.head_dim
+                yield f"{prefix}.{norm}.weight", (size,)
         if config.is_moe(i):
             yield f"{prefix}.{names.router}.weight", (config.experts, hidden)
         for segment in segments(architecture, config, i):

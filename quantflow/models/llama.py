@@ -65,7 +65,7 @@ def read_llama_like(config: Json, **changes: Any) -> DecoderConfig:
         "norm_eps": number(config, "rms_norm_eps", float, 1e-6),
         "activation": read_activation(config),
         "dtype": read_dtype(config),
-        "rope": read_rope(config),
+        "rope": changes["rope"] if "rope" in changes else read_rope(config),
         "attention_bias": bias,
         "output_bias": bias,
         "mlp_bias": flag(config, "mlp_bias"),

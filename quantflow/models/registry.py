@@ -12,16 +12,39 @@ from quantflow.models.aliases import ALIASES
 from quantflow.models.architecture import Architecture, Json
 from quantflow.models.baichuan import BAICHUAN
 from quantflow.models.chatglm import CHATGLM
+from quantflow.models.config import ConfigProblem
+from quantflow.models.gemma import GEMMA2, GEMMA3
+from quantflow.models.glm import GLM, GLM4
+from quantflow.models.granite import GRANITE
 from quantflow.models.internlm import INTERNLM, INTERNLM2, INTERNLM3
 from quantflow.models.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from quantflow.models.mixture import MIXTRAL, QWEN3_MOE
+from quantflow.models.olmo2 import OLMO2
 from quantflow.models.opt import OPT
+from quantflow.models.phi3 import PHI3
 from quantflow.models.qwen import QWEN
+from quantflow.models.spelling import settled
 from quantflow.models.translation import Translation
 
 ARCHITECTURES: dict[str, Architecture] = {
     model_type: architecture
-    for architecture in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN, MIXTRAL, QWEN3_MOE, OPT)
+    for architecture in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        QWEN,
+        MIXTRAL,
+        QWEN3_MOE,
+        OPT,
+        OLMO2,
+        GRANITE,
+        PHI3,
+        GLM,
+        GLM4,
+        GEMMA2,
+        GEMMA3,
+    )
     for model_type in architecture.model_types
 }
 
@@ -42,7 +65,9 @@ def family(config: Json, path: Path) -> Architecture:
     that the family does not take."""
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
+        table = ARCHITECTURES[model_type]
+        if not table.hosted_else or _unread(table, config) is None:
+            return table
     if isinstance(model_type, str) and model_type in TRANSLATIONS:
         translation = TRANSLATIONS[model_type]
         target = family(translation.config(config), path)
@@ -74,3 +99,18 @@ def family(config: Json, path: Path) -> Architecture:
             " names and what its decoder computes",
         )
     )
+
+
+def _unread(table: Architecture, config: Json) -> str | None:
+    """What a table does not follow in a config.json; None where it follows all."""
+    try:
+        table.read_config(settled(config, layered_rope=table.layered_rope)[0])
+    except ConfigProblem as problem:
+        return str(problem)
+    return None
+
+
+def not_followed(config: Json) -> str | None:
+    """Why a family that has a table is hosted all the same; None of any other."""
+    table = ARCHITECTURES.get(str(config.get("model_type")))
+    return _unread(table, config) if table and table.hosted_else else None

@@ -96,19 +96,24 @@ def segments(architecture: Architecture, config: DecoderConfig, layer: int) -> t
         return architecture.library.segments(layer)
     names = architecture.layer
     heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = names.q.rpartition(".")[0]
+    part = names.qkv or f"{names.q.rpartition('.')[0]}.qkv"
+    # A half of fused rows is no rank's, and a norm over all heads needs all of them.
+    whole = bool(names.qkv) or config.qk_norm_whole
+    parts = (
+        ((names.qkv, heads + 2 * kv),)
+        if names.qkv
+        else ((names.q, heads), (names.k, kv), (names.v, kv))
+    )
     qkv = tuple(
-        LinearSpec(name, (rows, config.hidden), config.attention_bias, 0)
-        for name, rows in ((names.q, heads), (names.k, kv), (names.v, kv))
+        LinearSpec(name, (rows, config.hidden), config.attention_bias, None if whole else 0)
+        for name, rows in parts
     )
-    o = LinearSpec(names.o, (config.hidden, heads), config.output_bias, 1)
-    norm, values = (
-        Fold(norm=names.attention_norm),
-        Fold(linear=names.v, heads=(config.heads // config.kv_heads, config.head_dim)),
-    )
+    o = LinearSpec(names.o, (config.hidden, heads), config.output_bias, None if whole else 1)
+    norm = Fold(norm=names.attention_norm, offset=config.norm_offset)
+    values = Fold(linear=names.v, heads=(config.heads // config.kv_heads, config.head_dim))
     return (
-        Segment(Role.attention_in, f"{attention}.qkv", qkv, norm),
-        Segment(Role.attention_out, names.o, (o,), values),
+        Segment(Role.attention_in, part, qkv, norm if names.attention_norm else None),
+        Segment(Role.attention_out, names.o, (o,), None if names.qkv else values),
         *_mlp_segments(architecture, config, layer),
     )
 
@@ -117,7 +122,15 @@ def _mlp_segments(
     architecture: Architecture, config: DecoderConfig, layer: int
 ) -> Iterator[Segment]:
     names, width, mixture = architecture.layer, config.width(layer), config.is_moe(layer)
-    norm = Fold(norm=names.mlp_norm, beside=(names.router,) if mixture else ())
+    beside = (names.router,) if mixture else ()
+    norm = Fold(norm=names.mlp_norm, beside=beside, offset=config.norm_offset)
+    fold = norm if names.mlp_norm else None
+    if names.gate_up:
+        both = LinearSpec(names.gate_up, (2 * width, config.hidden), config.mlp_bias, None)
+        last = LinearSpec(names.down, (config.hidden, width), config.mlp_bias, None)
+        yield Segment(Role.mlp_in, names.gate_up, (both,), fold)
+        yield Segment(Role.mlp_out, names.down, (last,))
+        return
     for expert in range(config.experts) if mixture else (None,):
         gate, up, down = names.mlp(expert)
         readers = tuple(
@@ -131,5 +144,5 @@ def _mlp_segments(
         # Without a gate, a scale of `up`'s output has to pass through the activation: relu lets it,
         # gelu does not.
         passes = Fold(linear=up) if gate or config.activation == "relu" else None
-        yield Segment(Role.mlp_in, experts if mixture else fused, readers, norm, expert)
+        yield Segment(Role.mlp_in, experts if mixture else fused, readers, fold, expert)
         yield Segment(Role.mlp_out, experts if mixture else down, (last,), passes, expert)

@@ -43,8 +43,9 @@ SYNONYMS: tuple[tuple[str, ...], ...] = (
 _SAME = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}  # values that mean one thing
 
 
-def settled(config: Json) -> tuple[Json, tuple[str, ...]]:
-    """The config with one value for everything, and what was overruled, in words. Raises
+def settled(config: Json, *, layered_rope: bool = False) -> tuple[Json, tuple[str, ...]]:
+    """The config with one value for everything, and what was overruled, in words. layered_rope: the
+    rotary numbers, which are one for each kind of layer, are left to the family. Raises
     ConfigProblem where no reader could know."""
     for names in SYNONYMS:
         first, *others = [
@@ -63,7 +64,8 @@ def settled(config: Json) -> tuple[Json, tuple[str, ...]]:
     if old is not None and new is not None and _plain(old) != _plain(new):
         notes.append(_overruled("torch_dtype", old, "dtype", new))
         result["torch_dtype"] = new
-    notes += _settle_rope(result)
+    if not layered_rope:
+        notes += _settle_rope(result)
     return result, tuple(notes)
 
 

@@ -213,12 +213,13 @@ def _rank_problems(job: PackJob) -> list[Problem]:
     ]
     modules, linears = job.modules, job.linears()
     uncut = [linear for linear, spec in linears.items() if spec.cut is None]
-    if checkpoint.architecture.library and uncut:  # every rank would get them whole
+    architecture = checkpoint.architecture
+    if (architecture.library or config.uncut) and uncut:  # every rank would get them whole
+        name = f"{architecture.name}{' of transformers' if architecture.library else ''}"
         problems.append(
             Problem(
                 where,
-                f"{len(uncut)} linears that {checkpoint.architecture.name} of transformers does"
-                f" not cut, such as {uncut[0]}",
+                f"{len(uncut)} linears that {name} does not cut, such as {uncut[0]}",
                 "1",
                 "What reads it cuts the whole itself",
             )

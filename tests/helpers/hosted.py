@@ -16,7 +16,8 @@ from tests.helpers.zoo import HEADS, HIDDEN, INNER, KV_HEADS, VOCABULARY, WINDOW
 
 def write_gemma3(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Gemma 3's text model of three layers: a sliding window, full attention, a sliding window;
-    norms on q and k, four norms a layer, a scaled embedding that is the head too."""
+    norms on q and k, four norms a layer, a scaled embedding that is the head too. It has a number
+    that transformers passes over and no table follows, so that it is hosted."""
     config = transformers.Gemma3TextConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -32,6 +33,7 @@ def write_gemma3(folder: Path, dtype: torch.dtype = torch.float32, **changes: An
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        attn_logit_softcapping=50.0,
         **changes,
     )
     return write_random(folder, transformers.Gemma3ForCausalLM, config, dtype)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,122 +19,28 @@ from torch import Tensor
 
 from quantflow.decoder.decoder import open_decoder
 from quantflow.formats.reader import Weights
+from tests.helpers.specimens import (
+    EXPERT_INNER,
+    EXPERTS,
+    HEADS,
+    HIDDEN,
+    INNER,
+    KV_HEADS,
+    LAYERS,
+    TRAINED,
+    VOCABULARY,
+    WINDOW,
+    Random,
+    Specimen,
+    Tensors,
+    llama_like,
+    native,
+)
 from tests.helpers.tiny import write_tokenizer
-
-HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, LAYERS, EXPERTS, EXPERT_INNER = (
-    64, 96, 4, 2, 320, 2, 4, 32,
-)  # fmt: skip
-TRAINED = 24  # positions, in the families that stretch their rotary embedding beyond it
-WINDOW = 8
-
-Tensors = dict[str, Tensor]
+from tests.helpers.zoo_extended import EXTENDED
 
 
-@dataclass(frozen=True)
-class Specimen:
-    """A checkpoint: its config.json and its tensors, as they are on disk."""
-
-    config: dict[str, Any]
-    tensors: Tensors
-
-
-class _Random:
-    """Tensors of one generator. Channels differ in size, by their norms and by the rows that write
-    them: else AWQ finds nothing to do."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self._generator = dtype, torch.Generator().manual_seed(11)
-
-    def __call__(self, *shape: int, scale: float = 0.1) -> Tensor:
-        sizes = (
-            torch.randn(*shape[:-1], 1, generator=self._generator).mul(0.5).exp()
-            if len(shape) > 1
-            else 1.0
-        )
-        return (torch.randn(shape, generator=self._generator) * sizes * scale).to(self.dtype)
-
-    def norm(self, size: int = HIDDEN) -> Tensor:
-        return torch.randn(size, generator=self._generator).mul(0.6).exp().to(self.dtype)
-
-    def outer(self, embedding: str, norm: str, head: str = "") -> Tensors:
-        tensors = {
-            embedding: self(VOCABULARY, HIDDEN, scale=0.25 if head else 0.1),
-            norm: self.norm(),
-        }
-        return tensors | ({head: self(VOCABULARY, HIDDEN)} if head else {})
-
-    def llama_layer(
-        self,
-        p: str,
-        *,
-        size: int = 16,
-        kv: int = KV_HEADS,
-        qkv_bias: bool = False,
-        o_bias: bool = False,
-        mlp_bias: bool = False,
-        mlp: bool = True,
-    ) -> Tensors:
-        tensors = {
-            f"{p}.input_layernorm.weight": self.norm(),
-            f"{p}.post_attention_layernorm.weight": self.norm(),
-        }
-        for name, heads in (("q", HEADS), ("k", kv), ("v", kv)):
-            tensors[f"{p}.self_attn.{name}_proj.weight"] = self(heads * size, HIDDEN)
-            if qkv_bias:
-                tensors[f"{p}.self_attn.{name}_proj.bias"] = self(heads * size)
-        tensors[f"{p}.self_attn.o_proj.weight"] = self(HIDDEN, HEADS * size)
-        if o_bias:
-            tensors[f"{p}.self_attn.o_proj.bias"] = self(HIDDEN)
-        tensors |= self.llama_mlp(f"{p}.mlp", INNER) if mlp else {}
-        if mlp_bias:
-            for name, rows in (("gate", INNER), ("up", INNER), ("down", HIDDEN)):
-                tensors[f"{p}.mlp.{name}_proj.bias"] = self(rows)
-        return tensors
-
-    def llama_mlp(self, p: str, width: int) -> Tensors:
-        return {
-            f"{p}.gate_proj.weight": self(width, HIDDEN),
-            f"{p}.up_proj.weight": self(width, HIDDEN),
-            f"{p}.down_proj.weight": self(HIDDEN, width),
-        }  # fmt: skip
-
-
-def _llama_like(
-    model_type: str, architecture: str, random: _Random, **changes: Any
-) -> dict[str, Any]:
-    return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "rope_theta": 10000.0,
-        "rope_scaling": None,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "use_cache": True,
-        "initializer_range": 0.02,
-        "torch_dtype": str(random.dtype).removeprefix("torch."),
-        "transformers_version": "4.45.0",
-        **changes,
-    }
-
-
-def _native(random: _Random, head: str = "lm_head.weight", **options: Any) -> Tensors:
-    tensors = random.outer("model.embed_tokens.weight", "model.norm.weight", head)
-    for i in range(LAYERS):
-        tensors |= random.llama_layer(f"model.layers.{i}", **options)
-    return tensors
-
-
-def _llama3(random: _Random) -> Specimen:
+def _llama3(random: Random) -> Specimen:
     """Llama 3.2: tied head, scaled rotary embedding, head_dim spelled out."""
     scaling = {
         "factor": 32.0,
@@ -144,7 +49,7 @@ def _llama3(random: _Random) -> Specimen:
         "original_max_position_embeddings": 64,
         "rope_type": "llama3",
     }
-    config = _llama_like(
+    config = llama_like(
         "llama",
         "LlamaForCausalLM",
         random,
@@ -157,18 +62,18 @@ def _llama3(random: _Random) -> Specimen:
         pretraining_tp=1,
         max_position_embeddings=131072,
     )
-    return Specimen(config, _native(random, head=""))
+    return Specimen(config, native(random, head=""))
 
 
-def _llama_bias(random: _Random) -> Specimen:
-    config = _llama_like("llama", "LlamaForCausalLM", random, attention_bias=True)
-    return Specimen(config, _native(random, qkv_bias=True, o_bias=True))
+def _llama_bias(random: Random) -> Specimen:
+    config = llama_like("llama", "LlamaForCausalLM", random, attention_bias=True)
+    return Specimen(config, native(random, qkv_bias=True, o_bias=True))
 
 
-def _internlm(random: _Random) -> Specimen:
+def _internlm(random: Random) -> Specimen:
     """InternLM-7B: one KV head a head, biases on q, k, v and o, remote code, the rotary buffers
     that old files hold."""
-    config = _llama_like(
+    config = llama_like(
         "internlm",
         "InternLMForCausalLM",
         random,
@@ -184,14 +89,14 @@ def _internlm(random: _Random) -> Specimen:
     )
     for key in ("rope_theta", "rope_scaling"):
         del config[key]
-    tensors = _native(random, kv=HEADS, qkv_bias=True, o_bias=True)
+    tensors = native(random, kv=HEADS, qkv_bias=True, o_bias=True)
     for i in range(LAYERS):
         tensors[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
     return Specimen(config, tensors)
 
 
-def _internlm2(random: _Random) -> Specimen:
-    config = _llama_like(
+def _internlm2(random: Random) -> Specimen:
+    config = llama_like(
         "internlm2",
         "InternLM2ForCausalLM",
         random,
@@ -224,9 +129,9 @@ def _internlm2(random: _Random) -> Specimen:
 INTERNLM3_HEAD = 24  # unlike hidden / heads, which is 16
 
 
-def _internlm3(random: _Random) -> Specimen:
+def _internlm3(random: Random) -> Specimen:
     """InternLM3's old directories: remote code, `qkv_bias` and `bias`, a head size of its own."""
-    config = _llama_like(
+    config = llama_like(
         "internlm3",
         "InternLM3ForCausalLM",
         random,
@@ -242,12 +147,12 @@ def _internlm3(random: _Random) -> Specimen:
         },
     )
     biases = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-    return Specimen(config, _native(random, size=INTERNLM3_HEAD, **biases))
+    return Specimen(config, native(random, size=INTERNLM3_HEAD, **biases))
 
 
-def _baichuan2(random: _Random) -> Specimen:
+def _baichuan2(random: Random) -> Specimen:
     """Baichuan2-7B: q, k and v in `W_pack`, a head that is normalised where it is used."""
-    config = _llama_like(
+    config = llama_like(
         "baichuan",
         "BaichuanForCausalLM",
         random,
@@ -261,7 +166,7 @@ def _baichuan2(random: _Random) -> Specimen:
     )
     for key in ("rope_theta", "rope_scaling", "num_key_value_heads"):
         del config[key]
-    tensors = _native(random, kv=HEADS)
+    tensors = native(random, kv=HEADS)
     for i in range(LAYERS):
         at = f"model.layers.{i}.self_attn"
         for letter in "qkv":
@@ -271,13 +176,13 @@ def _baichuan2(random: _Random) -> Specimen:
     return Specimen(config, tensors)
 
 
-def _mistral(random: _Random) -> Specimen:
+def _mistral(random: Random) -> Specimen:
     return Specimen(
-        _llama_like("mistral", "MistralForCausalLM", random, sliding_window=WINDOW), _native(random)
+        llama_like("mistral", "MistralForCausalLM", random, sliding_window=WINDOW), native(random)
     )
 
 
-def _qwen(random: _Random) -> Specimen:
+def _qwen(random: Random) -> Specimen:
     """Qwen-7B-Chat: q, k and v in one biased linear; intermediate_size counts gate and up
     together."""
     flags = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -333,9 +238,9 @@ def _qwen(random: _Random) -> Specimen:
     return Specimen(config, tensors)
 
 
-def _qwen2(random: _Random) -> Specimen:
+def _qwen2(random: Random) -> Specimen:
     """With its sliding window switched on, in the second layer alone."""
-    config = _llama_like(
+    config = llama_like(
         "qwen2",
         "Qwen2ForCausalLM",
         random,
@@ -345,21 +250,21 @@ def _qwen2(random: _Random) -> Specimen:
         rope_theta=1000000.0,
         rms_norm_eps=1e-6,
     )
-    return Specimen(config, _native(random, qkv_bias=True))
+    return Specimen(config, native(random, qkv_bias=True))
 
 
 QWEN3_HEAD = 24  # unlike hidden / heads, which is 16
 
 
-def _with_head_norms(tensors: Tensors, random: _Random) -> Tensors:
+def _with_head_norms(tensors: Tensors, random: Random) -> Tensors:
     for i in range(LAYERS):
         for name in ("q_norm", "k_norm"):
             tensors[f"model.layers.{i}.self_attn.{name}.weight"] = random.norm(QWEN3_HEAD)
     return tensors
 
 
-def _qwen3(random: _Random) -> Specimen:
-    config = _llama_like(
+def _qwen3(random: Random) -> Specimen:
+    config = llama_like(
         "qwen3",
         "Qwen3ForCausalLM",
         random,
@@ -372,11 +277,11 @@ def _qwen3(random: _Random) -> Specimen:
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
     )
-    return Specimen(config, _with_head_norms(_native(random, head="", size=QWEN3_HEAD), random))
+    return Specimen(config, _with_head_norms(native(random, head="", size=QWEN3_HEAD), random))
 
 
-def _mixtral_config(random: _Random) -> dict[str, Any]:
-    return _llama_like(
+def _mixtral_config(random: Random) -> dict[str, Any]:
+    return llama_like(
         "mixtral",
         "MixtralForCausalLM",
         random,
@@ -390,8 +295,8 @@ def _mixtral_config(random: _Random) -> dict[str, Any]:
     )
 
 
-def _mixtral(random: _Random) -> Specimen:
-    tensors = _native(random, mlp=False)
+def _mixtral(random: Random) -> Specimen:
+    tensors = native(random, mlp=False)
     for i in range(LAYERS):
         p = f"model.layers.{i}.block_sparse_moe"
         tensors[f"{p}.gate.weight"] = random(EXPERTS, HIDDEN)
@@ -404,7 +309,7 @@ def _mixtral(random: _Random) -> Specimen:
     return Specimen(_mixtral_config(random), tensors)
 
 
-def _fused_mlp(p: str, random: _Random) -> Tensors:
+def _fused_mlp(p: str, random: Random) -> Tensors:
     return {
         f"{p}.gate.weight": random(EXPERTS, HIDDEN),
         f"{p}.experts.gate_up_proj": random(EXPERTS, 2 * EXPERT_INNER, HIDDEN),
@@ -424,9 +329,9 @@ def _as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _mixtral_fused(random: _Random) -> Specimen:
+def _mixtral_fused(random: Random) -> Specimen:
     """With the sliding window that early Mixtral configs had."""
-    tensors = _native(random, mlp=False)
+    tensors = native(random, mlp=False)
     for i in range(LAYERS):
         tensors |= _fused_mlp(f"model.layers.{i}.mlp", random)
     return Specimen(
@@ -434,8 +339,8 @@ def _mixtral_fused(random: _Random) -> Specimen:
     )
 
 
-def _qwen3_moe_config(random: _Random, **changes: Any) -> dict[str, Any]:
-    return _llama_like(
+def _qwen3_moe_config(random: Random, **changes: Any) -> dict[str, Any]:
+    return llama_like(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         random,
@@ -456,10 +361,10 @@ def _qwen3_moe_config(random: _Random, **changes: Any) -> dict[str, Any]:
     )
 
 
-def _qwen3_moe(random: _Random) -> Specimen:
+def _qwen3_moe(random: Random) -> Specimen:
     """The first layer has one plain MLP; expert weights are not renormalised."""
     tensors = _with_head_norms(
-        _native(random, size=QWEN3_HEAD, mlp=False), random
+        native(random, size=QWEN3_HEAD, mlp=False), random
     ) | random.llama_mlp("model.layers.0.mlp", INNER)
     tensors["model.layers.1.mlp.gate.weight"] = random(EXPERTS, HIDDEN)
     for e in range(EXPERTS):
@@ -469,10 +374,10 @@ def _qwen3_moe(random: _Random) -> Specimen:
     )
 
 
-def _qwen3_moe_fused(random: _Random) -> Specimen:
+def _qwen3_moe_fused(random: Random) -> Specimen:
     """As transformers 5 saves it, which calls num_experts num_local_experts; with the sliding
     window switched on."""
-    tensors = _with_head_norms(_native(random, size=QWEN3_HEAD, mlp=False), random)
+    tensors = _with_head_norms(native(random, size=QWEN3_HEAD, mlp=False), random)
     for i in range(LAYERS):
         tensors |= _fused_mlp(f"model.layers.{i}.mlp", random)
     config = _as_transformers_5(_qwen3_moe_config(random))
@@ -484,7 +389,7 @@ def _qwen3_moe_fused(random: _Random) -> Specimen:
     return Specimen(config, tensors)
 
 
-def _opt(random: _Random) -> Specimen:
+def _opt(random: Random) -> Specimen:
     """The hub's older files leave out the `model.` in front."""
     config = {
         "_remove_final_layer_norm": False, "activation_dropout": 0.0,
@@ -520,7 +425,7 @@ def _opt(random: _Random) -> Specimen:
     return Specimen(config, tensors)
 
 
-def _opt_prefixed(random: _Random) -> Specimen:
+def _opt_prefixed(random: Random) -> Specimen:
     """Newer files have the whole name, and the tied head a second time."""
     old = _opt(random)
     tensors = {f"model.{name}": tensor for name, tensor in old.tensors.items()}
@@ -528,19 +433,19 @@ def _opt_prefixed(random: _Random) -> Specimen:
     return Specimen(old.config, tensors)
 
 
-_MAKERS: dict[str, Callable[[_Random], Specimen]] = {
+_MAKERS: dict[str, Callable[[Random], Specimen]] = {
     "llama3": _llama3, "llama_bias": _llama_bias, "internlm": _internlm, "internlm2": _internlm2,
     "internlm3": _internlm3, "baichuan2": _baichuan2, "mistral": _mistral, "qwen": _qwen,
     "qwen2": _qwen2, "qwen3": _qwen3, "mixtral": _mixtral, "mixtral_fused": _mixtral_fused,
     "qwen3_moe": _qwen3_moe, "qwen3_moe_fused": _qwen3_moe_fused, "opt": _opt,
-    "opt_prefixed": _opt_prefixed,
+    "opt_prefixed": _opt_prefixed, **EXTENDED,
 }  # fmt: skip
 ZOO = tuple(_MAKERS)
 
 
 def specimen(name: str, dtype: torch.dtype = torch.float32) -> Specimen:
     """The checkpoint of that name in `ZOO`, the same at every call."""
-    return _MAKERS[name](_Random(dtype))
+    return _MAKERS[name](Random(dtype))
 
 
 def write(folder: Path, specimen: Specimen, *, shards: int = 1) -> Path:

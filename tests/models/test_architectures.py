@@ -99,6 +99,32 @@ LOST = {
         [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(EXPERTS)],
     ),
     "opt": ("decoder.layers.1.fc1.bias", ["model.decoder.layers.1.fc1.bias"]),
+    "olmo2": (
+        "model.layers.1.post_feedforward_layernorm.weight",
+        ["model.layers.1.post_feedforward_layernorm.weight"],
+    ),
+    "granite": ("model.norm.weight", ["model.norm.weight"]),
+    "phi3": (
+        "model.layers.1.self_attn.qkv_proj.weight",
+        ["model.layers.1.self_attn.qkv_proj.weight"],
+    ),
+    "phi4_mini": (
+        "model.layers.1.mlp.gate_up_proj.weight",
+        ["model.layers.1.mlp.gate_up_proj.weight"],
+    ),
+    "glm": ("model.layers.1.self_attn.k_proj.bias", ["model.layers.1.self_attn.k_proj.bias"]),
+    "glm4": (
+        "model.layers.1.post_self_attn_layernorm.weight",
+        ["model.layers.1.post_self_attn_layernorm.weight"],
+    ),
+    "gemma2": (
+        "model.layers.1.pre_feedforward_layernorm.weight",
+        ["model.layers.1.pre_feedforward_layernorm.weight"],
+    ),
+    "gemma3": (
+        "model.layers.1.self_attn.q_norm.weight",
+        ["model.layers.1.self_attn.q_norm.weight"],
+    ),
     "opt_prefixed": (
         "model.decoder.embed_positions.weight",
         ["model.decoder.embed_positions.weight"],

@@ -75,6 +75,15 @@ CASES = {
     "qwen3_moe": Case(7 + (4 + 4 * 3), "Qwen3MoeForCausalLM", torch.float32, symmetric=True),
     "qwen3_moe_fused": Case(2 * (4 + 4 * 3), "Qwen3MoeForCausalLM", symmetric=True),
     "opt": Case(2 * 6, "OPTForCausalLM", torch.float16),  # no gate
+    "olmo2": Case(DENSE, "Olmo2ForCausalLM"),
+    "granite": Case(DENSE, "GraniteForCausalLM"),
+    # q, k and v are one linear, and so are gate and up
+    "phi3": Case(2 * 4, "Phi3ForCausalLM"),
+    "phi4_mini": Case(2 * 4, "Phi3ForCausalLM", torch.float32),
+    "glm": Case(2 * 6, "GlmForCausalLM", symmetric=True),
+    "glm4": Case(2 * 6, "Glm4ForCausalLM"),
+    "gemma2": Case(DENSE, "Gemma2ForCausalLM"),
+    "gemma3": Case(DENSE, "Gemma3ForCausalLM", torch.float32),
 }
 
 
