@@ -203,6 +203,9 @@ class Checkpoint:
             which = f"layer{'s' if len(numbers) > 1 else ''} {few} copied as in the source"
             why = f"since transformers runs none: num_hidden_layers is {layers}"
             self.remarks += (f"{which}, unquantised, {why}",)
+        if self.config_only and library:  # what a whole checkpoint would have
+            for name in map(library.names.stored, library.beside):
+                self.copied[name] = str(why_copied([name], self.architecture, layers, {}))
         if self.config.tied:
             self._account_for_head()
 
@@ -343,6 +346,9 @@ class Checkpoint:
         return [] if self.config_only else tensor_problems(self, packed)
 
     def shape_of(self, native: str) -> tuple[int, ...]:
+        library = self.architecture.library
+        if native in self.copied and native not in self.sources and library:
+            return library.beside[library.names.held(native)]
         if native in self.copied:
             source = self.sources[native]
             return source.shape_of(self.container.tensors[source.name].shape)
@@ -412,4 +418,5 @@ class Checkpoint:
                 if name not in self.left_out
             )
         item = 4 if self.config.dtype == "float32" else 2
-        return sum(math.prod(shape) * item for shape in self.expected.values())
+        names = {*self.expected, *self.copied}
+        return sum(math.prod(self.shape_of(name)) * item for name in names)

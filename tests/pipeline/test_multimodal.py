@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return Run(root)
 
 
+@cache
 def opened(folder: Path) -> Any:
     """By the class of its config, which finds all that it looks for and nothing else."""
     model, told = AutoModelForImageTextToText.from_pretrained(
@@ -194,6 +195,16 @@ def test_plan_and_inspect_say_what_is_copied(finished: Run) -> None:
     assert any("is quantised, on text alone" in note for note in plan["notes"])
     inspected = json.loads(invoke("inspect", finished.packed, "--json").stdout)
     assert len(inspected["copied"]) == len(finished.source) - len(finished.text_names)
+
+
+def test_a_config_alone_counts_the_towers(tmp_path: Path) -> None:
+    write_multimodal(tmp_path, "gemma3")
+    whole, alone = Checkpoint(tmp_path), Checkpoint(tmp_path, config_only=True)
+    assert alone.copied == whole.copied
+    assert {n: alone.shape_of(n) for n in alone.copied} == {
+        n: whole.shape_of(n) for n in whole.copied
+    }
+    assert alone.weight_bytes == whole.weight_bytes
 
 
 @pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl"])
