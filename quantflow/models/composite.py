@@ -15,6 +15,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
 
+from quantflow.models.config import ConfigProblem
+
 _TEXT = "text_config"
 
 
@@ -24,10 +26,25 @@ def is_composite(model_type: str) -> bool:
 
 
 def model_class(config: Any) -> Any:
-    """The class with a head, of the whole where a config is of more than text."""
+    """The class with a head, of the whole where a config is of more than text. Raises ConfigProblem
+    where no decoder stands by itself in it."""
     whole = is_composite(config.model_type)
+    if whole and any(
+        getattr(part, "is_encoder_decoder", False)
+        for part in (config, config.get_text_config(decoder=True))
+    ):
+        raise ConfigProblem(
+            f"the language model of {config.model_type} is an encoder and a decoder; expected a"
+            " decoder alone"
+        )
     kind = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(type(config), None) if whole else None
-    return kind or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = kind or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None:
+        raise ConfigProblem(
+            f"{config.model_type} is more than a language model, and its config does not say which"
+            f" part is one; expected a {_TEXT}"
+        )
+    return kind
 
 
 def language_model(model: Any) -> str:

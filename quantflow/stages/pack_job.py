@@ -119,8 +119,12 @@ class PackJob:
                     module = module.rsplit(".", 2)[0]
                 # transformers looks for the name that its class has
                 ignored += (module, checkpoint.held(module))
-        for name in self.copied:
-            if name.endswith(".weight") and len(checkpoint.shape_of(name)) > 1:
-                module = name.removesuffix(".weight")
+        # linears around the layers; of a table there is none but the head
+        around = checkpoint.outer_names() if architecture.library else ()
+        for name in (*around, *self.copied):
+            module = name.removesuffix(".weight")
+            if module in (name, architecture.embedding) or module in modules:
+                continue
+            if len(checkpoint.shape_of(name)) > 1:
                 ignored += (module, checkpoint.held(module))
         return list(dict.fromkeys(ignored))

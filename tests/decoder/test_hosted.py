@@ -359,6 +359,8 @@ def test_a_hosted_block_can_be_differentiated(gemma3: Any) -> None:
         ({"model_type": "gemma3_text", "hidden_size": "many"}, "gemma3_text refuses it"),
         ({"model_type": "gemma3_text", "num_hidden_layers": 10**9}, "at most 10000"),
         ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}}, "at most 10000"),
+        ({"model_type": "chameleon"}, "does not say which part is one"),
+        ({"model_type": "florence2"}, "an encoder and a decoder"),
     ],
 )
 def test_what_is_not_looked_after_is_refused(values: dict[str, Any], said: str) -> None:

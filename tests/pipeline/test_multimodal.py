@@ -182,9 +182,9 @@ def test_the_config_is_the_sources_with_what_is_quantised_at_the_top(finished: R
     quantization = config.pop("quantization_config")
     source = json.loads((finished.model / "config.json").read_text())
     assert config == source and "text_config" in config
-    model = opened(finished.model)  # whose linears that are plain must all be named
-    plain = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    plain -= {n for n in plain if "language_model." in n}
+    model, held = opened(finished.model), Weights(finished.packed).checkpoint.held
+    linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    plain = linears - {held(n) for n in finished.report["linears"]}
     assert plain and plain <= set(quantization["ignore"])
     settings = json.loads((finished.packed / "preprocessor_config.json").read_text())
     assert settings == {"do_resize": False}
