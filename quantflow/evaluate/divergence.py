@@ -115,8 +115,7 @@ class Variant:
         """The residual stream after the last layer."""
         config = self.weights.checkpoint.config
         decoder = open_decoder(self.weights.checkpoint, tokens.shape[1], room.device)
-        channels = self.weights.checkpoint.row_channels(tokens.shape[1], torch.float32)
-        x = compared_stream(room, name, (*tokens.shape, channels))
+        x = compared_stream(room, name, (*tokens.shape, config.hidden))
 
         def work(index: int, stored: dict[str, Tensor]) -> None:
             layer = decoder.block(index, stored, torch.float32)
@@ -125,7 +124,7 @@ class Variant:
                 after = layer.forward(x.read(start, stop), observe)
                 x.write(start, after)
                 step((stop - start) / x.windows)
-                watch(index, start, after[..., : config.hidden])
+                watch(index, start, after)
 
         try:
             embed_windows(self.weights, tokens, x)
