@@ -17,7 +17,10 @@ from tests.models.test_translations import CASES
 
 ENGINES = ("QuantFlow", "vLLM", "LMDeploy", "SGLang", "transformers", "llama.cpp")
 EXPERTS = {"mixtral": 2 * (4 + 12), "mixtral_fused": 2 * (4 + 12), "qwen3_moe": 7 + 4 + 12}
-LINEARS = {**EXPERTS, "qwen3_moe_fused": 2 * (4 + 12), "opt": 2 * 6, "opt_prefixed": 2 * 6}
+# No gate in the first two; q, k and v, or gate and up, are one in the others.
+PLAIN = {"opt": 2 * 6, "opt_prefixed": 2 * 6}
+FUSED = {"phi3": 2 * 4, "phi4_mini": 2 * 4, "glm": 2 * 6, "glm4": 2 * 6}
+LINEARS = {**EXPERTS, "qwen3_moe_fused": 2 * (4 + 12), **PLAIN, **FUSED}
 
 
 def inspect(folder: Path, *options: str) -> dict[str, Any]:
@@ -64,11 +67,12 @@ def test_a_model_that_every_engine_runs(tmp_path: Path) -> None:
 
 
 def test_a_model_that_some_engines_run(tmp_path: Path) -> None:
-    """GLM's class is hosted, and neither TurboMind nor the GGUF writer has it."""
-    summary = inspect(write(tmp_path, CASES["chatglm2"]().specimen))
+    """StableLM's class is hosted, and neither TurboMind nor the GGUF writer has it."""
+    summary = inspect(write(tmp_path, CASES["orion"]().specimen))
     support = summary["support"]
-    assert support["written_as"] == "GlmForCausalLM"
-    assert support["computed_by"].startswith("GlmForCausalLM of transformers 5.")
+    assert support["written_as"] == "StableLmForCausalLM"
+    assert support["computed_by"].startswith("StableLmForCausalLM of transformers 5.")
+    assert answers(summary)["QuantFlow"] == "no"
     assert {answers(summary)[engine] for engine in ("vLLM", "transformers")} == {"yes"}
     assert {answers(summary)[engine] for engine in ("LMDeploy", "llama.cpp")} == {"no"}
     assert support["kept"]["the embedding"] == {"tensors": 1, "bytes": 320 * 64 * 4}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.helpers.runs import invoke
 
@@ -184,8 +185,44 @@ MODELS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float16",
     },
 }
-LINEARS = {"mixtral_w4": 32 * (4 + 8 * 3), "opt-125m_w4": 12 * 6}
-MEMORY_GIB = {"mixtral_w4": 24}  # one of its layers has 2.8 GB of weights
+CONFIGS = Path(__file__).parent / "configs"
+# Whose defaults are that model.
+CLASSES = {
+    "deepseek_v3_w4": "DeepseekV3Config",
+    "gpt_oss_w4": "GptOssConfig",
+    "qwen3_5_w4": "Qwen3_5Config",
+}
+LINEARS = {
+    "mixtral_w4": 32 * (4 + 8 * 3),
+    "opt-125m_w4": 12 * 6,
+    "phi4_w4": 40 * 4,  # qkv, o, gate and up, down
+    "gemma4_w4": 50 * 7 + 10 * 6,  # full attention has no v
+    # qkv, z, b, a, out of a delta net; q, k, v, o; three of the MLP
+    "qwen3_5_w4": 24 * (5 + 3) + 8 * (4 + 3),
+    # a plain layer; q, k, v, o, experts, and one that all tokens see
+    "glm4_5_w4": 7 + 45 * (4 + 128 * 3 + 3),
+    # q and kv in two steps each, and o
+    "deepseek_v3_w4": 3 * (5 + 3) + 58 * (5 + 256 * 3 + 3),
+    "gpt_oss_w4": 36 * (4 + 128 * 3),
+}
+# A layer of Mixtral has 2.8 GB of weights, of GLM-4.5-Air 4.5, of gpt-oss 6.5, of DeepSeek-V3 23.
+MEMORY_GIB = {
+    "mixtral_w4": 24,
+    "gemma4_w4": 16,
+    "glm4_5_w4": 32,
+    "gpt_oss_w4": 40,
+    "deepseek_v3_w4": 150,
+}
+
+
+def published(name: str) -> dict[str, Any]:
+    """The config.json of the model that a recipe is for."""
+    if name in MODELS:
+        return MODELS[name]
+    if name in CLASSES:
+        return {**getattr(transformers, CLASSES[name])().to_dict(), "dtype": "bfloat16"}
+    values: dict[str, Any] = json.loads((CONFIGS / f"{name}.json").read_text())
+    return values
 
 
 def gallery() -> dict[str, list[str]]:
@@ -208,12 +245,13 @@ def test_it_plans_as_the_gallery_says(path: Path, tmp_path: Path) -> None:
     arguments: list[object] = ["plan", path, "--output", tmp_path / "out", "--json"]
     if not path.stem.startswith("demo_"):
         (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "config.json").write_text(json.dumps(MODELS[path.stem]))
+        (tmp_path / "model" / "config.json").write_text(json.dumps(published(path.stem)))
         arguments += ["--model", tmp_path / "model", "--config-only"]
     result = invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert sum(found["linears"].values()) == LINEARS.get(path.stem, 7 * found["layers"])
+    assert found["estimate"]["seconds"] > 0
     assert found["estimate"]["peak_memory_bytes"] < MEMORY_GIB.get(path.stem, 12) * 2**30
     _, _, stages, formats, before, after, memory = gallery()[path.stem]
     steps = [next(iter(step)) for step in found["steps"]]
