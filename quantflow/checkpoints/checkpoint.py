@@ -30,6 +30,7 @@ from quantflow.models.spelling import settled, untied
 from quantflow.paths import absent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -309,14 +310,26 @@ class Checkpoint:
         return (self.architecture.layer.router,) if self.config.is_moe(layer) else ()
 
     def unsegmented(self, layer: int) -> tuple[str, ...]:
-        """Linears of a layer that are never quantised: routers, and what it does not call."""
+        """Linears of a layer that are never quantised: routers, and what it does not call once."""
         library = self.architecture.library
-        return self.routers(layer) + (library.trace(layer).uncalled if library else ())
+        return self.routers(layer) + (tuple(library.trace(layer).left) if library else ())
 
     def _kind(self, layer: int) -> Hashable:
         """What layers of the same segments have in common."""
         library = self.architecture.library
         return library.trace(layer) if library else self.config.is_moe(layer)
+
+    def row_channels(self, length: int, dtype: torch.dtype) -> int:
+        """Of what goes from layer to layer for a token of texts of `length`: its hidden states
+        first, then what layers of some hosted families need besides."""
+        library = self.architecture.library
+        return library.frame.channels(length, dtype) if library else self.config.hidden
+
+    @property
+    def outer_linears(self) -> tuple[str, ...]:
+        """Linears outside the layers, but the head; they are never quantised."""
+        library = self.architecture.library
+        return library.outer_linears if library else ()
 
     def attention(self, layer: int) -> str:
         """The full name of a layer's attention, beside whose tensors scales of its KV cache are

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quantflow.models.experts import OneExpert
-from quantflow.models.library import TRACED
+from quantflow.models.frame import TRACED
 from quantflow.models.segments import Fold, Role, Segment
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class Trial:
         self.block, self.trace = block, block.library.trace(block.index)
         device = next(iter(block.tensors.values())).device
         self._random = torch.Generator().manual_seed(0)
-        x = torch.randn(1, TRACED, block.library.hidden, generator=self._random)
-        self.x = x.to(device)
+        self.rows = block.library.frame.rows(TRACED, torch.float32, device)
+        self.x = self.rows.random(self._random).to(device)
         self.inputs, self.output = self._watch(self.block.tensors)
         # One expert speaks for all: they are computed by the same code.
         self._norms: dict[str, Fold | None] = {}
@@ -63,7 +63,7 @@ class Trial:
                 hook = self.block.module(name).register_forward_pre_hook(_multiplied(scale))
                 hooks.callback(hook.remove)
             output = self.block._run(self.x, None, tensors)
-        return inputs, output - self.x
+        return inputs, self.rows.comparable(output) - self.rows.comparable(self.x)
 
     def _scale(self, channels: int) -> Tensor:
         """Powers of two, which change no bit but an exponent."""

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from quantflow.decoder.block import ObserveKV, Reading, Streams, Tap
 from quantflow.decoder.folds import DIFFERENT, Trial
 from quantflow.decoder.hosted_passage import HostedPassage
 from quantflow.models.experts import Experts, OneExpert, Routed, experts_of
+from quantflow.models.frame import Shared
 from quantflow.models.library import Library
+from quantflow.models.rows import Rows
 from quantflow.models.segments import Role, Segment
 from quantflow.models.trace import KVCache
 
@@ -56,9 +58,11 @@ class HostedBlock:
     ) -> None:
         self.library, self.index, self.dtype, self.tap = library, index, dtype, tap
         self.layer, self.everywhere = library.layers[index], False
+        self._given: dict[str, Any] = {}  # to the layer in its last pass, beside hidden states
         self.tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
     def forward(self, x: Tensor, observe: ObserveKV | None = None) -> Tensor:
+        self.rows(x)  # before there are hooks: it runs layers
         if self.tap is None:
             return self._run(x, observe)
         with contextlib.ExitStack() as hooks:
@@ -85,16 +89,22 @@ class HostedBlock:
         observe: ObserveKV | None = None,
         tensors: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        call = self.library.call(self.index, x)
-        kwargs, cache = dict(call.kwargs), self.library.cache_argument(self.index)
+        frame, rows = self.library.frame, self.rows(x)
+        hidden, beside = rows.split(x)
+        self._given = kwargs = frame.arguments(self.index, x, beside)
+        cache = frame.cache_argument(self.index)
         if observe and cache and self.library.trace(self.index).kv:
             kwargs[cache] = KVCache(observe, self.library.config)
         names = self.library.inside(self.index)
         weights = {names[n]: t for n, t in (tensors or self.tensors).items()}
-        with self.library.plain():
-            output = functional_call(self.layer, weights, (x, *call.args), kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        with frame.plain():
+            output = functional_call(self.layer, weights, hidden, kwargs)
+        made = frame.left(self.index, x, kwargs, output)
+        return rows.join(output[0] if isinstance(output, tuple) else output, beside | made)
+
+    def rows(self, x: Tensor) -> Rows:
+        """How the rows `x` `[B, L, C]` are laid out."""
+        return self.library.frame.rows(x.shape[1], x.dtype, x.device)
 
     def until(self, segment: Segment, x: Tensor, observe: ObserveKV | None = None) -> Tensor:
         """What the segment reads, `[..., K]`, of hidden states `x`: the layer is run so far."""
@@ -112,6 +122,7 @@ class HostedBlock:
             kept.append((args, kwargs))
             raise _Reached
 
+        self.rows(x)  # before there are hooks: it runs layers
         hook = module.register_forward_pre_hook(reached, with_kwargs=True)
         try:
             self._run(x, observe)
@@ -204,6 +215,7 @@ class HostedBlock:
         """What `module` is called with, the same as its parent at `path` gets it, and what the
         parent makes of that; None where the parent is the layer or gets something else."""
         calls: list[Arguments] = []
+        self.rows(x)  # before there are hooks: it runs layers
         parent = self.layer.get_submodule(path)
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,7 +228,10 @@ class HostedBlock:
             hook.remove()
         rows: Tensor = called[0][0]
         args, kwargs = calls[0] if path else ((), {})
-        source = next((v for v in (*args, *kwargs.values()) if _is_view(v, rows)), None)
+        source, given = (
+            next((v for v in (*args, *kwargs.values()) if _is_view(v, rows)), None),
+            self._given,
+        )
         if source is None:
             return called, None, None
         names, own = self.library.inside(self.index), f"{path}."
@@ -228,16 +243,18 @@ class HostedBlock:
                 if names[n].startswith(own)
             }
             # `part` may have fewer texts: so has all that comes with it then.
-            whole, fewer = (self.library.call(self.index, value) for value in (x, x[: len(part)]))
-            swapped = {id(a): b for a, b in zip(whole.tensors, fewer.tensors, strict=True)}
+            frame, fewer = self.library.frame, x[: len(part)]
+            less = frame.arguments(self.index, fewer, self.rows(x).split(fewer)[1])
+            pairs = zip(tree_leaves(given), tree_leaves(less), strict=True)
+            swapped = {id(a): b for a, b in pairs if isinstance(a, Tensor | Shared)}
             swapped[id(source)] = part
 
-            def of_part(value: Tensor) -> Tensor:
-                alike = value[: len(part)] if value.shape == source.shape else value
-                return swapped.get(id(value), alike)
+            def of_part(value: Any) -> Any:
+                fewer_rows = isinstance(value, Tensor) and value.shape == source.shape
+                return swapped.get(id(value), value[: len(part)] if fewer_rows else value)
 
-            own_args, own_kwargs = tree_map_only(Tensor, of_part, (args, kwargs))
-            with self.library.plain():
+            own_args, own_kwargs = tree_map(of_part, (args, kwargs))
+            with frame.plain():
                 output = functional_call(parent, weights, own_args, own_kwargs)
             return output if isinstance(output, Tensor) else output[0]
 
@@ -285,10 +302,10 @@ class HostedDecoder:
         self.heads = tuple(n for n in own if n != embedding or library.tied)
 
     def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.library.embed(_as(tensors, dtype), tokens)
+        return self.library.frame.embed(_as(tensors, dtype), tokens)
 
     def logits(self, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return self.library.logits(_as(tensors, x.dtype), x)
+        return self.library.frame.logits(_as(tensors, x.dtype), x)
 
     def block(
         self, index: int, tensors: Mapping[str, Tensor], dtype: torch.dtype, tap: Tap | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -61,8 +62,9 @@ class HostedPassage:
         for a, b in self._spans:
             x = self.x.read(a, b)
             routed = self.block.routed(segment, x, observe)
-            if self.inner and routed.rows.numel() == x.numel():
-                self.inner.write(a, routed.rows.view_as(x))
+            inner = (*x.shape[:2], self.inner.shape[-1]) if self.inner else ()
+            if self.inner and routed.rows.numel() == math.prod(inner):
+                self.inner.write(a, routed.rows.view(inner))
                 ways.append(replace(routed, rows=routed.rows[:0]))
             yield routed
         if len(ways) == len(self._spans):

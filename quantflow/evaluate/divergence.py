@@ -115,7 +115,8 @@ class Variant:
         """The residual stream after the last layer."""
         config = self.weights.checkpoint.config
         decoder = open_decoder(self.weights.checkpoint, tokens.shape[1], room.device)
-        x = compared_stream(room, name, (*tokens.shape, config.hidden))
+        channels = self.weights.checkpoint.row_channels(tokens.shape[1], torch.float32)
+        x = compared_stream(room, name, (*tokens.shape, channels))
 
         def work(index: int, stored: dict[str, Tensor]) -> None:
             layer = decoder.block(index, stored, torch.float32)
@@ -124,7 +125,7 @@ class Variant:
                 after = layer.forward(x.read(start, stop), observe)
                 x.write(start, after)
                 step((stop - start) / x.windows)
-                watch(index, start, after)
+                watch(index, start, after[..., : config.hidden])
 
         try:
             embed_windows(self.weights, tokens, x)

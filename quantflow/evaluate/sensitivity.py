@@ -124,7 +124,8 @@ class Measure:
             x.close()
 
     def _stream(self, name: str) -> Stream:
-        return self.room.stream(name, (*self.tokens.shape, self.config.hidden), torch.float32)
+        channels = self.weights.checkpoint.row_channels(self.tokens.shape[1], torch.float32)
+        return self.room.stream(name, (*self.tokens.shape, channels), torch.float32)
 
     def _begin(self, name: str) -> Stream:
         stream = self._stream(name)

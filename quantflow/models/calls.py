@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -22,14 +22,13 @@ class Call:
     """
 
     hidden: Tensor
-    args: tuple[Any, ...]
     kwargs: dict[str, Any]
     per_text: frozenset[int] = frozenset()
     _of: dict[int, Call] = field(default_factory=dict)  # for so many texts
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [v for v in tree_leaves((self.args, self.kwargs)) if isinstance(v, Tensor)]
+        return [v for v in tree_leaves(self.kwargs) if isinstance(v, Tensor)]
 
     def differing(self, other: Call) -> frozenset[int]:
         """Which tensors are others in a call of the same layer."""
@@ -47,8 +46,17 @@ class Call:
             self._of[texts] = self._for(texts)
         return self._of[texts]
 
+    def filled(self, values: Mapping[int, Tensor]) -> dict[str, Any]:
+        """The arguments with other tensors at some places."""
+        leaves, shape = tree_flatten(self.kwargs)
+        places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        for number, value in values.items():
+            leaves[places[number]] = value
+        kwargs: dict[str, Any] = tree_unflatten(leaves, shape)
+        return kwargs
+
     def _for(self, texts: int) -> Call:
-        leaves, shape = tree_flatten((self.args, self.kwargs))
+        leaves, shape = tree_flatten(self.kwargs)
         numbers = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for place in (numbers[n] for n in self.per_text if n < len(numbers)):
             leaf: Tensor = leaves[place]
@@ -60,13 +68,12 @@ class Call:
                 if not leaf.is_floating_point() and leaf.shape[1:-1] == (1,)
                 else leaf.repeat(texts, *rest)  # a row for each head of each text
             )
-        args, kwargs = tree_unflatten(leaves, shape)
-        return Call(self.hidden, args, kwargs)
+        return Call(self.hidden, tree_unflatten(leaves, shape))
 
 
 class Recorder(nn.Module):
-    """Stands where a layer stood: `seen` gets what the layer would be called with, and says what it
-    hands on. beside: what else a layer hands on, in a tuple; None: it hands on no tuple."""
+    """Stands where a layer stood: `seen` gets what the layer would be called with, and returns what
+    it would hand on."""
 
     def __init__(self, layer: nn.Module, index: int) -> None:
         super().__init__()
@@ -74,26 +81,31 @@ class Recorder(nn.Module):
             if isinstance(value, str | int | bool) and not name.startswith("_"):
                 setattr(self, name, value)  # outer models ask some for their kind of attention
         self.index = index
-        self.seen: Callable[[int, Call], Tensor] = lambda index, call: call.hidden
-        self.beside: tuple[Any, ...] | None = None
+        self.seen: Callable[[int, Call], Any] = lambda index, call: call.hidden
         self._signature = inspect.signature(layer.forward)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         (_, hidden), *rest = self._signature.bind(*args, **kwargs).arguments.items()
         values = dict(rest)  # by their names: the cache is one of them
         for name, parameter in self._signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 values |= values.pop(name, {})
-        hidden = self.seen(self.index, Call(hidden, (), values))
-        return hidden if self.beside is None else (hidden, *self.beside)
+        return self.seen(self.index, Call(hidden, values))
 
 
-def stand_ins(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """In place of a model's own tensors: numbers that take no room, one row for all."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(value.shape[-1:], generator=generator)
-        .to(device, dtype)
-        .expand(value.shape)
-        for name, value in model.named_parameters()
-    }
+def stand_ins(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> dict[str, Tensor]:
+    """In place of a model's own tensors: numbers that take no room. Embeddings have other rows for
+    other tokens; elsewhere one row is all rows."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    tensors = {}
+    for name, value in model.named_parameters():
+        table = id(value) in tables
+        numbers = torch.randn(sum(value.shape) if table else value.shape[-1], generator=generator)
+        numbers = numbers.to(device, dtype)
+        tensors[name] = (
+            numbers.as_strided(value.shape, (1, 1)) if table else numbers.expand(value.shape)
+        )
+    return tensors

@@ -9,19 +9,24 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
 
-from quantflow.models.config import ConfigProblem
 from quantflow.models.experts import experts_of, routers_of
 from quantflow.models.segments import Fold, LinearSpec, Role, Segment
 
 # By which a module knows its layer from others of the same kind.
 _PLACE = re.compile(r"_.*|\w*(idx|index|layer_id|layer_number|path)")
+
+# Why a linear is in no segment.
+_UNCALLED = "a linear that its layer does not call"
+_AGAIN = "a linear that its layer calls more than once"
+FEWEST_INPUTS = 16  # of what is quantised: a group of fewer would save nothing
+_SMALL = f"a linear of fewer than {FEWEST_INPUTS} inputs"
 
 SeenKV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -46,14 +51,14 @@ class Trace:
     """segments: a layer's, in execution order, with the norms that feed them. cached: after so many
     of them K and V are cached (None: never). kv: (heads, D) of K and of V as they are cached.
     attention: the module that caches them. routers: what weighs experts and is never quantised.
-    uncalled: linears whose weights the layer uses in another way, or not at all."""
+    left: other linears that are in no segment, and why."""
 
     segments: tuple[Segment, ...]
     cached: int | None
     kv: tuple[tuple[int, int], tuple[int, int]] | None
     attention: str | None = None
     routers: tuple[str, ...] = ()
-    uncalled: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 _Read = tuple[tuple[int, ...], int | None]
@@ -137,8 +142,22 @@ class Visits(contextlib.ExitStack):
         """cut: of a linear, by its name in the class. stored: a module's name in a checkpoint, of
         that in the class; both relative to the layer."""
         names = Counter(name for readers in self._read.values() for name, _ in readers)
-        if again := [name for name, count in names.items() if count > 1]:
-            raise ConfigProblem(f"the linear {again[0]} is used more than once in a layer")
+        left = {stored(name): _UNCALLED for name in self._linears if name not in names}
+        left |= {stored(name): _AGAIN for name, count in names.items() if count > 1}
+        left |= {
+            stored(name): _SMALL
+            for readers in self._read.values()
+            for name, module in readers
+            if module.in_features < FEWEST_INPUTS
+        }
+        taken = (
+            (key, [reader for reader in readers if stored(reader[0]) not in left])
+            for key, readers in self._read.items()
+        )
+        read = {key: readers for key, readers in taken if readers}
+        if self._cached is not None:
+            self._cached = sum(key in read for key in list(self._read)[: self._cached])
+        self._read = read
         parents = [readers[0][0].rpartition(".")[0] for readers in self._read.values()]
         last = {parent: number for number, parent in enumerate(parents)}
         segments = []
@@ -165,8 +184,7 @@ class Visits(contextlib.ExitStack):
             segments.append(Segment(role, part, specs, fold, expert))
         routers = tuple(stored(name) for name in self.routers)
         attention = None if self._attention is None else stored(self._attention)
-        uncalled = tuple(stored(name) for name in self._linears if name not in names)
-        return Trace(tuple(segments), self._cached, self._kv, attention, routers, uncalled)
+        return Trace(tuple(segments), self._cached, self._kv, attention, routers, left)
 
 
 def kind_of(layer: nn.Module) -> Hashable:

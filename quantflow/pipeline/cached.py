@@ -1,8 +1,11 @@
-"""What a recipe can make of K and V, where not every layer caches them, or not in one shape."""
+"""What a plan says of layers that differ: which cache K and V, in what shape, and what they hand on
+beside hidden states."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+import torch
 
 from quantflow.checkpoints.checkpoint import Checkpoint
 from quantflow.errors import Problem
@@ -19,6 +22,18 @@ def cache_notes(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[str]:
             f"kv_qparams: {len(without)} of {layers} layers cache no K and V of their own and get"
             f" no parameters: {', '.join(_runs(without))}"
         )
+
+
+def row_notes(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[str]:
+    """Said where more goes from layer to layer than hidden states: memory and disk grow by it."""
+    calibration, hidden = recipe.calibration, checkpoint.config.hidden
+    if calibration and any(stage.needs_calibration for stage in recipe.stages):
+        row = checkpoint.row_channels(calibration.seqlen, torch.float32)
+        if row > hidden:
+            yield (
+                f"calibration carries {row} numbers a token from layer to layer, {hidden} of them"
+                " its hidden state: layers get more than that, or leave something for later ones"
+            )
 
 
 def cache_problems(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[Problem]:

@@ -6,6 +6,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+
 from quantflow.evaluate.distributions import LOGIT_ELEMENTS
 from quantflow.evaluate.divergence import BATCH_TOKENS as EVALUATED_TOGETHER
 from quantflow.evaluate.divergence import SAMPLED
@@ -49,23 +51,26 @@ def estimate(plan: Plan) -> Estimate:
     compute = 4 if plan.compute_dtype == "float32" else 2
     held = 0
     batch = 0
+    row = config.hidden
+    if calibration:
+        row = checkpoint.row_channels(calibration.seqlen, getattr(torch, plan.compute_dtype))
     if calibration and (plan.stream_windows or plan.stage(Calibrate)):
         tokens = (
             max(plan.stream_windows, calibration.samples if plan.stage(Calibrate) else 0)
             * calibration.seqlen
         )
-        stream = tokens * config.hidden * compute
+        stream = tokens * row * compute
         held = 3 * stream if 3 * stream <= activation_budget() else 0
         width = max(config.intermediate, config.dense_intermediate, config.hidden)
         batch_tokens = min(tokens, max(BATCH_TOKENS, calibration.seqlen))
-        batch = batch_tokens * (3 * width + 6 * config.hidden) * compute
+        batch = batch_tokens * (3 * width + 6 * row) * compute
         held += largest_outer
     awq = plan.stage(Awq)
     if awq and calibration:
         width = max(config.intermediate, config.dense_intermediate)
         held += (
             min(awq.max_tokens, calibration.samples * calibration.seqlen)
-            * (6 * config.hidden + 2 * width)
+            * (6 * row + 2 * width)
             * compute
         )
     # Activations are freed before a group is solved, but most of their blocks are too small for the
@@ -84,13 +89,12 @@ def estimate(plan: Plan) -> Estimate:
     evaluated_bytes = 0
     if evaluate:
         tokens = evaluate.windows * evaluate.length
-        evaluated_bytes = 2 * tokens * config.hidden * 4
+        shown = checkpoint.row_channels(evaluate.length, torch.float32)
+        evaluated_bytes = 2 * tokens * shown * 4
         streams = evaluated_bytes if evaluated_bytes <= activation_budget() else 0
         in_layers = (
             3 * layer // item * 4
-            + max(EVALUATED_TOGETHER, evaluate.length)
-            * (3 * config.intermediate + 6 * config.hidden)
-            * 4
+            + max(EVALUATED_TOGETHER, evaluate.length) * (3 * config.intermediate + 6 * shown) * 4
         )
         in_head = (
             2 * config.vocabulary * config.hidden * 4
@@ -126,7 +130,7 @@ def estimate(plan: Plan) -> Estimate:
         )
     rate = 2.5e11 if plan.device == "cpu" else 2e14
     seconds = flops / rate + checkpoint.weight_bytes / 4e8
-    stream_bytes = tokens * config.hidden * compute
+    stream_bytes = tokens * row * compute
     scratch = max(3 * stream_bytes, evaluated_bytes if evaluated_bytes > activation_budget() else 0)
     return Estimate(int(memory), int(packed + scratch), outputs, seconds)
 

@@ -80,6 +80,7 @@ def other_matrices(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Tensors of the layers, of two dimensions or more, that no stage could round, as modules or
     parameters, and why."""
     architecture = checkpoint.architecture
+    yield from ((module, "a linear outside the layers") for module in checkpoint.outer_linears)
     for tensor, shape in checkpoint.expected.items():
         layer, module = architecture.layer_of(tensor), tensor.removesuffix(".weight")
         if layer is None or len(shape) < 2:

@@ -25,7 +25,7 @@ from quantflow.formats.base import Format
 from quantflow.formats.recognise import refuse_quantised
 from quantflow.machine import resolve_device
 from quantflow.models.config import DecoderConfig
-from quantflow.pipeline.cached import cache_notes, cache_problems
+from quantflow.pipeline.cached import cache_notes, cache_problems, row_notes
 from quantflow.pipeline.grid_problems import grid_problems, unmatched
 from quantflow.pipeline.linears import (
     NO_NAMES,
@@ -308,6 +308,7 @@ def make_plan(recipe: Recipe, *, device: str = "auto", config_only: bool = False
         *group_notes(asked, recipe, linears),
         *recipe_notes(recipe),
         *cache_notes(recipe, checkpoint),
+        *row_notes(recipe, checkpoint),
     )
     plan = Plan(
         recipe,

@@ -131,7 +131,8 @@ def _measure(job: Job, key: str, step: Callable[[], None]) -> Measure:
     widths = len(job.settings.widths)
     streams = 2 + max(_most_parts(job) * widths, widths + 1)
     tokens = torch.tensor(job.windows.tokens)
-    nbytes = streams * tokens.numel() * job.checkpoint.config.hidden * 4
+    channels = job.checkpoint.row_channels(tokens.shape[1], torch.float32)
+    nbytes = streams * tokens.numel() * channels * 4
     place = room(job.device, job.store.folder(key)).sharing(nbytes)
     return Measure(job.weights, tokens, job.rules, place, step)
 

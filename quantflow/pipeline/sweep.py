@@ -137,16 +137,17 @@ def _open_streams(plan: Plan, this: Pass, folder: Path, dtype: torch.dtype) -> S
     windows, length = len(this.tokens), len(this.tokens[0])
     width = config.heads * config.head_dim
     available = room(plan.device, folder)
+    row = plan.checkpoint.row_channels(length, dtype)
     hidden_bytes, context_bytes, inner_bytes = (
         windows * length * channels * dtype.itemsize
-        for channels in (config.hidden, width, config.intermediate)
+        for channels in (row, width, config.intermediate)
     )
     place = available.sharing(hidden_bytes + context_bytes)
 
     def open_stream(name: str, channels: int) -> Stream:
         return place.stream(name, (windows, length, channels), dtype)
 
-    x = open_stream("x", config.hidden)
+    x = open_stream("x", row)
     if this.original:
         return Streams(x, None, None)
     if plan.checkpoint.architecture.library:  # a hosted block keeps what experts get, no more

@@ -113,8 +113,10 @@ def _write_gguf(folder: Path, job: PackJob, results: Results, step: Step) -> dic
         if key not in ("auto_map", "quantization_config")
     }
     schemes = job.quantization_config().get("schemes", {})
+    # llama.cpp looks for Phi-3-mini's tokens in whatever is called phi3.
+    kind = str(config["model_type"]).replace("phi3", "phi")
     metadata = {
-        "general.name": str(config.get("_name_or_path") or config["model_type"]),
+        "general.name": str(config.get("_name_or_path") or kind),
         SCHEMES_KEY: json.dumps(schemes, sort_keys=True),
     }
     metadata |= vocabulary_metadata(folder, config, checkpoint.config.vocabulary)

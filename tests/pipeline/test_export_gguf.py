@@ -124,8 +124,14 @@ def test_what_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=said) as refused:
             export(bench.output, "gguf", tmp_path / "no", options)
         assert "q_proj and 13 more" in str(refused.value)
-    with pytest.raises(FormatError, match="sliding window"):
-        export(write(tmp_path / "mistral", specimen("mistral")), "gguf", tmp_path / "no")
+    for name, expected in (
+        ("mistral", "sliding window"),
+        ("phi3", "sliding window"),
+        ("gemma2", "query_pre_attn_scalar 20; expected 24"),
+        ("gemma3", r"every 6th layer(.|\n)*rope_theta 100"),
+    ):
+        with pytest.raises(FormatError, match=expected):
+            export(write(tmp_path / name, specimen(name)), "gguf", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
@@ -201,6 +207,14 @@ LLAMA3 = {
 }
 
 
+GEMMA3 = {  # full attention in the sixth of seven layers
+    "num_hidden_layers": 7,
+    "query_pre_attn_scalar": 24,
+    "sliding_window_pattern": 6,
+    "rope_local_base_freq": 10000.0,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -212,15 +226,27 @@ LLAMA3 = {
         ("mistral", {"sliding_window": None}),
         ("qwen2", {"use_sliding_window": False}),
         ("qwen3", {}),
+        ("phi3", {"sliding_window": None}),
+        ("phi4_mini", {}),
+        ("glm4", {}),
+        ("gemma2", {"query_pre_attn_scalar": 24}),
+        ("gemma3", GEMMA3),
     ],
-    ids=["llama3", "bias", "linear", "yarn", "llama3 scaling", "mistral", "qwen2", "qwen3"],
-)
+    ids=[
+        "llama3", "bias", "linear", "yarn", "llama3 scaling", "mistral", "qwen2", "qwen3", "phi3",
+        "phi4-mini", "glm4", "gemma2", "gemma3",
+    ],
+)  # fmt: skip
 def test_llama_cpp_computes_every_family(
     tmp_path: Path, name: str, changes: dict[str, Any]
 ) -> None:
     """Plain weights in float32: what differs is the order of additions, and not the decoder."""
     found = specimen(name)
-    write(tmp_path / "source", type(found)(found.config | changes, found.tensors))
+    tensors = dict(found.tensors)
+    for i in range(2, changes.get("num_hidden_layers", 2)):  # the first again
+        first = {n: t for n, t in found.tensors.items() if n.startswith("model.layers.0.")}
+        tensors |= {n.replace(".0.", f".{i}.", 1): t.clone() for n, t in first.items()}
+    write(tmp_path / "source", type(found)(found.config | changes, tensors))
     export(tmp_path / "source", "gguf", tmp_path / "gguf")
     tokens = torch.randint(2, 300, (2, 96), generator=torch.Generator().manual_seed(1))
     theirs = llama_cpp_logits(tmp_path / "gguf" / "model.gguf", tokens.tolist())

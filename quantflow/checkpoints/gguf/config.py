@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.checkpoints.directory import half_letters
-from quantflow.checkpoints.gguf.names import ARCHITECTURES, CLASSES
+from quantflow.checkpoints.gguf.names import CLASSES, FAMILIES
 from quantflow.checkpoints.gguf.rotary import llama3_factors
 from quantflow.errors import ModelError, Problem
 
@@ -25,7 +25,10 @@ def known_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
     """`general.architecture`. Raises ModelError where the whole file is another thing than is
     read."""
     name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in CLASSES:
+    read = set(CLASSES)
+    if CONFIG_KEY in metadata:  # whose files say all in it
+        read |= {family.architecture for family in FAMILIES.values()}
+    if not isinstance(name, str) or name not in read:
         actual = "missing" if name is None else f"{name!r}"[:80]
         expected = f"one of {', '.join(CLASSES)}"
         raise ModelError(Problem(f"{path} general.architecture", actual, expected))
@@ -62,11 +65,10 @@ def own_config(path: Path, text: Any, architecture: str) -> dict[str, Any]:
     another = ModelError(
         Problem(where, f"{text!r}"[:80], f"the config of a decoder of {architecture}")
     )
-    if (
-        not isinstance(config, dict)
-        or any(half_letters(config))
-        or ARCHITECTURES.get(str(config.get("model_type")), ("",))[0] != architecture
-    ):
+    if not isinstance(config, dict) or any(half_letters(config)):
+        raise another
+    family = FAMILIES.get(str(config.get("model_type")))
+    if not family or family.architecture != architecture:
         raise another
     heads = config.get("num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads

@@ -23,7 +23,7 @@ from quantflow.checkpoints.gguf.config import (
     standard_config,
 )
 from quantflow.checkpoints.gguf.header import places, read_header
-from quantflow.checkpoints.gguf.names import from_gguf_name
+from quantflow.checkpoints.gguf.names import FAMILIES, from_gguf_name
 from quantflow.checkpoints.gguf.rotary import rotary_heads, to_rotary_halves
 from quantflow.checkpoints.gguf.superblocks import SUPERBLOCK_TYPES, dequantize_superblocks
 from quantflow.checkpoints.gguf.types import BLOCK_TYPES, PLAIN_TYPES
@@ -85,7 +85,7 @@ class Gguf:
         unknown = []
         for name, (kind, info) in in_file.items():
             stem, _, part = name.rpartition(".")
-            module = from_gguf_name(stem)
+            module = from_gguf_name(stem, architecture)
             if (
                 module is None
                 or part not in ("weight", "bias")
@@ -127,6 +127,10 @@ class Gguf:
             tensor = raw.view(torch_dtype(info.dtype)).view(info.shape)
         if heads:
             tensor = to_rotary_halves(tensor, heads)
+        family = FAMILIES[str(self.config["model_type"])]
+        if family.adds_one and place.module.endswith("norm"):
+            tensor = (tensor - 1).to(torch_dtype(self.tensors[name].dtype))
+            return tensor if index is None else tensor[index].clone()
         if self.tensors[name].dtype != info.dtype:
             tensor, _ = converted(
                 f"{self.path} tensor {name}",

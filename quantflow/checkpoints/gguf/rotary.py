@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from quantflow.checkpoints.gguf.names import ARCHITECTURES
+from quantflow.checkpoints.gguf.names import FAMILIES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,8 @@ def to_rotary_halves(rows: Tensor, heads: int) -> Tensor:
 
 def rotary_heads(module: str, config: Mapping[str, Any]) -> int:
     """The heads by which a module's rows are reordered; 0 where they are not."""
-    if not ARCHITECTURES.get(str(config.get("model_type")), ("", False))[1]:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if not family or not family.pairs:
         return 0
     heads = config["num_attention_heads"]
     leaf = module.rpartition(".")[2]

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantflow.checkpoints.gguf.config import CONFIG_KEY, VECTORS_KEY
+from quantflow.checkpoints.gguf.gemma import gemma_metadata, gemma_problems
 from quantflow.checkpoints.gguf.header import ALIGNMENT, MAGIC, VERSION
-from quantflow.checkpoints.gguf.names import ARCHITECTURES, to_gguf_name
+from quantflow.checkpoints.gguf.names import FAMILIES, Family, to_gguf_name
 from quantflow.checkpoints.gguf.rotary import llama3_factors, rotary_heads, to_rotary_pairs
 from quantflow.checkpoints.gguf.types import BLOCK, BLOCK_TYPES, PLAIN_TYPES
 from quantflow.checkpoints.tensor_file import ITEM_BYTES, AnnouncedWriter
@@ -21,6 +22,7 @@ from quantflow.models.config import DecoderConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
+_GEMMA = ("gemma2", "gemma3")
 # general.file_type: of most weights
 _FILE_TYPES = {"F32": 0, "F16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "BF16": 32}
 
@@ -44,6 +46,7 @@ class GgufWriter(AnnouncedWriter):
         metadata: Mapping[str, Any],
     ) -> None:
         self._config = dict(config)
+        self._family = FAMILIES[str(config["model_type"])]
         kinds = {name: _type_of(name, *spec) for name, spec in specs.items()}
         described = {
             **_decoder_metadata(self._config, decoder, kinds),
@@ -58,7 +61,7 @@ class GgufWriter(AnnouncedWriter):
         for name, (dtype, shape) in specs.items():
             module, _, part = name.rpartition(".")
             kind, logical, nbytes = _extent(kinds[name], dtype, shape)
-            own = f"{to_gguf_name(module)}.{'bias' if part == 'bias' else 'weight'}"
+            own = f"{to_gguf_name(module, self._family)}.{'bias' if part == 'bias' else 'weight'}"
             infos += (
                 _text(own)
                 + struct.pack("<I", len(logical))
@@ -94,15 +97,18 @@ class GgufWriter(AnnouncedWriter):
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         if heads := rotary_heads(name.rpartition(".")[0], self._config):
             tensor = to_rotary_pairs(tensor, heads)
+        if self._family.adds_one and name.endswith("norm.weight"):
+            tensor = tensor.float() + 1
         return tensor.float() if tensor.dim() == 1 else tensor
 
 
 def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:
     """What llama.cpp does not compute as this decoder does."""
     problems = []
-    if model_type not in ARCHITECTURES:
+    family = FAMILIES.get(model_type, Family(""))
+    if model_type not in FAMILIES:
         problems.append(
-            Problem("gguf", f"model_type {model_type!r}", f"one of {', '.join(ARCHITECTURES)}")
+            Problem("gguf", f"model_type {model_type!r}", f"one of {', '.join(FAMILIES)}")
         )
     if config.experts:
         problems.append(
@@ -110,11 +116,13 @@ def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:
                 "gguf", "a mixture of experts, which this writer does not stack", "a dense decoder"
             )
         )
-    if config.activation != "silu":
-        problems.append(Problem("gguf", f"activation {config.activation}", "silu"))
+    if config.activation != family.activation:
+        problems.append(Problem("gguf", f"activation {config.activation}", family.activation))
     if config.mlp_bias:
         problems.append(Problem("gguf", "biases in the MLP", "none"))
-    if any(window is not None and window < config.context for window in config.sliding_windows):
+    if family.architecture in _GEMMA:
+        problems += gemma_problems(family.architecture, config)
+    elif any(window is not None and window < config.context for window in config.sliding_windows):
         problems.append(
             Problem(
                 "gguf",
@@ -152,7 +160,7 @@ def decoder_problems(model_type: str, config: DecoderConfig) -> list[Problem]:
 def _decoder_metadata(
     config: Mapping[str, Any], decoder: DecoderConfig, kinds: Mapping[str, str]
 ) -> dict[str, Any]:
-    name = ARCHITECTURES[str(config["model_type"])][0]
+    name = FAMILIES[str(config["model_type"])].architecture
     blocks = [
         kind for kind in kinds.values() if kind in _FILE_TYPES and kind not in PLAIN_TYPES.values()
     ]
@@ -173,9 +181,11 @@ def _decoder_metadata(
         f"{name}.attention.value_length": decoder.head_dim,
         f"{name}.attention.layer_norm_rms_epsilon": float(decoder.norm_eps),
         f"{name}.rope.freq_base": float(decoder.rope.theta),
-        f"{name}.rope.dimension_count": decoder.head_dim,
+        f"{name}.rope.dimension_count": decoder.rope.turning(decoder.head_dim),
         f"{name}.vocab_size": decoder.vocabulary,
     }
+    if name in _GEMMA:
+        metadata |= gemma_metadata(name, decoder)
     rope = decoder.rope
     if rope.kind in ("linear", "yarn"):
         metadata[f"{name}.rope.scaling.type"] = rope.kind
