@@ -95,8 +95,7 @@ class HostedBlock:
         cache = frame.cache_argument(self.index)
         if observe and cache and self.library.trace(self.index).kv:
             kwargs[cache] = KVCache(observe, self.library.config)
-        names = self.library.inside(self.index)
-        weights = {names[n]: t for n, t in (tensors or self.tensors).items()}
+        weights = self._held(tensors or self.tensors)
         with frame.plain():
             output = functional_call(self.layer, weights, hidden, kwargs)
         made = frame.left(self.index, x, kwargs, output)
@@ -105,6 +104,15 @@ class HostedBlock:
     def rows(self, x: Tensor) -> Rows:
         """How the rows `x` `[B, L, C]` are laid out."""
         return self.library.frame.rows(x.shape[1], x.dtype, x.device)
+
+    def _held(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As the class holds them: some put rows of several under one another."""
+        held: dict[str, Tensor] = {}
+        for name, own in self.library.inside(self.index).items():
+            if name in tensors:
+                part = tensors[name]
+                held[own] = torch.cat((held[own], part)) if own in held else part
+        return held
 
     def until(self, segment: Segment, x: Tensor, observe: ObserveKV | None = None) -> Tensor:
         """What the segment reads, `[..., K]`, of hidden states `x`: the layer is run so far."""
@@ -234,14 +242,11 @@ class HostedBlock:
         )
         if source is None:
             return called, None, None
-        names, own = self.library.inside(self.index), f"{path}."
+        own = f"{path}."
 
         def made_of(part: Tensor) -> Tensor:
-            weights = {
-                names[n].removeprefix(own): t
-                for n, t in self.tensors.items()
-                if names[n].startswith(own)
-            }
+            held = self._held(self.tensors)
+            weights = {n.removeprefix(own): t for n, t in held.items() if n.startswith(own)}
             # `part` may have fewer texts: so has all that comes with it then.
             frame, fewer = self.library.frame, x[: len(part)]
             less = frame.arguments(self.index, fewer, self.rows(x).split(fewer)[1])

@@ -42,8 +42,8 @@ class Library:
     model: the outer model, with recorders for layers. layers: the layers themselves, their experts
     one by one (`experts.py`). prefix: where they are in the model; stored_prefix, in a checkpoint,
     as all names are that leave this class. held: a tensor's name in a checkpoint -> in the class.
-    state: shapes of the language model's. beside: of others, by their names in the class. config:
-    the language model's.
+    together: in the class, what is several there. state: shapes of the language model's. beside: of
+    others, by their names in the class. config: the language model's.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -73,11 +73,14 @@ class Library:
         self.beside = beside(self.model)
         self.experts = take_apart(self.layers, self.prefix, self.names, self.name)
         state = self.model.state_dict(keep_vars=True)
-        self.held = {self.names.stored(name): name for name in state}
+        parts = {own: self.names.parts(own, tensor) for own, tensor in state.items()}
+        self.held = {name: own for own, names in parts.items() for name in names}
+        self.together = tuple(own for own, names in parts.items() if len(names) > 1)
         self.state = {
-            name: tuple(state[held].shape)
-            for name, held in self.held.items()
-            if held not in self.beside
+            name: shape
+            for own, names in parts.items()
+            for name, shape in names.items()
+            if own not in self.beside
         }
         self.stored_prefix = self._stored(f"{self.prefix}.0").removesuffix(".0")
         self.frame = Frame(self.model, self.config, self.layers, self.prefix, self.held)

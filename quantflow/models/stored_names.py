@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     PrefixChange,
     WeightConverter,
     WeightRenaming,
@@ -62,6 +63,16 @@ class StoredNames:
         change = next((c for c in self._converts if pattern in c.source_patterns), None)
         first, *more = change.target_patterns if change else [""]
         return (own, *(own.replace(first, other) for other in more))
+
+    def parts(self, name: str, tensor: Tensor) -> dict[str, tuple[int, ...]]:
+        """Names and shapes on disk of a tensor of the class: several, in this order, where it puts
+        their rows under one another (a convolution's kernels of q, k and v)."""
+        _, pattern = apply_converters(name, self._apart)
+        change = next((c for c in self._apart if pattern in c.source_patterns), None)
+        (cut, *more) = change.operations if change else (None,)
+        if more or not isinstance(cut, Chunk) or cut.dim or cut.num_shards_attribute:
+            return {self.stored(name): tuple(tensor.shape)}
+        return self.taken_apart(name, tensor)
 
     def taken_apart(self, name: str, tensor: Tensor) -> dict[str, tuple[int, ...]]:
         """Names and shapes on disk of what the class holds as `tensor`, on the meta device."""

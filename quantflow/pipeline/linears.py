@@ -76,6 +76,26 @@ def _held_by_none(checkpoint: Checkpoint, layer: int, packed: list[str]) -> froz
     return frozenset.intersection(*(checkpoint.joined_linears(layer, form) for form in packed))
 
 
+def library_warnings(recipe: Recipe, checkpoint: Checkpoint) -> Iterator[str]:
+    """What is asked of a class of transformers that it does not do, each in a sentence."""
+    library = checkpoint.architecture.library
+    if library is None:
+        return
+    sorted_ = any(experts.layout.sorted for experts in library.experts)
+    for stage in recipe.stages:
+        if getattr(stage, "route", "routed") == "all" and sorted_:
+            yield (
+                f"{stage.name}, route: all changes nothing: experts of {library.name} are given"
+                " their own tokens alone, each weighed by the router"
+            )
+        if isinstance(stage, Pack) and stage.format == "compressed-tensors" and library.together:
+            yield (
+                f"pack {stage.format}, {library.version} does not load {library.together[0]}, which"
+                " it puts together of what is stored: with quantised weights its loader loses the"
+                " parts"
+            )
+
+
 def other_matrices(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     """Tensors of the layers, of two dimensions or more, that no stage could round, as modules or
     parameters, and why."""

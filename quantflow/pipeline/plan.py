@@ -30,6 +30,7 @@ from quantflow.pipeline.grid_problems import grid_problems, unmatched
 from quantflow.pipeline.linears import (
     NO_NAMES,
     LinearPlan,
+    library_warnings,
     other_matrices,
     planned_linears,
     scheme_of,
@@ -258,7 +259,8 @@ class Plan:
             for prepared in self.prepared
             if (count := sum(map(len, prepared.job.plain.values())))
         )
-        return (*(str(problem) for problem in unused if problem), *packs, *plain)
+        unused_patterns = (str(problem) for problem in unused if problem)
+        return (*unused_patterns, *packs, *plain, *library_warnings(self.recipe, self.checkpoint))
 
     def _format(self, pack: Pack) -> Format:
         form = FORMATS[pack.format]

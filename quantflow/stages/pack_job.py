@@ -60,7 +60,7 @@ class PackJob:
             for name, scheme in layer.items()
         } | dict(self.outer)
 
-    @property
+    @cached_property
     def request(self) -> ConfigRequest:
         """What its configuration is to say."""
         dtype, modules = self.checkpoint.config.dtype, self.modules

@@ -69,6 +69,56 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return run(root, request.param, "calibrate", {"awq": {"grid": 4}}, "gptq", "kv_qparams")
 
 
+def test_experts_that_a_file_holds_in_one_tensor_after_all(tmp_path: Path) -> None:
+    """As the class itself has them, which transformers reads, too (Qwen3.5-MoE's are so)."""
+    folder, tokens = write_tiny(tmp_path, "olmoe"), random_tokens(2, 24)
+    expected, names = decoder_logits(Weights(folder), tokens), set(header(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    held = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_tensors(folder / "model.safetensors", held)
+    assert any(name.endswith("experts.gate_up_proj") for name in header(folder))
+    weights = Weights(folder)
+    assert weights.checkpoint.problems() == [] and set(weights.checkpoint.expected) == names
+    assert torch.equal(decoder_logits(weights, tokens), expected)
+
+
+def test_kernels_that_a_class_puts_under_one_another(tmp_path: Path) -> None:
+    """Checkpoints hold those of q, k and v, artifacts too; transformers joins them, and does not
+    where weights are quantised, which plan and report say."""
+    out = run(tmp_path, "olmo_hybrid", "rtn")
+    source, packed = header(tmp_path / "model"), header(out / "huggingface")
+    assert any(name.endswith("linear_attn.q_conv1d.weight") for name in source)
+    assert source == packed
+    tokens = random_tokens(2, 24)
+    expected = decoder_logits(Weights(out / "huggingface"), tokens)
+    torch.testing.assert_close(logits(out / "huggingface", tokens), expected, rtol=0, atol=1e-4)
+    warnings = json.loads((out / "report.json").read_text())["warnings"]
+    assert any("does not load model.layers.0.linear_attn.conv1d.weight" in w for w in warnings)
+    with pytest.raises(RuntimeError, match="conversion of the weights"):
+        logits(out / "compressed-tensors", tokens)
+
+
+def test_what_route_all_cannot_do_is_said(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "model", "llama4_text")
+    write_text(tmp_path / "calib.txt", 0, 128)
+    text = {"data": str(tmp_path / "calib.txt"), "samples": 1, "seqlen": 16}
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "all",
+                "model": str(tmp_path / "model"),
+                "weights": {"group_size": 32},
+                "calibration": text,
+                "stages": [{"gptq": {"route": "all"}}, {"pack": {"format": "huggingface"}}],
+            }
+        )
+    )
+    result = invoke("plan", tmp_path / "recipe.yaml", "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    (warning,) = json.loads(result.stdout)["warnings"]
+    assert warning.startswith("gptq, route: all changes nothing: experts of Llama4ForCausalLM")
+
+
 def starving(root: Path) -> Path:
     """A mixture whose last router never chooses the third of four experts of layer 1."""
     write_tiny(root / "model", "deepseek_v3", num_hidden_layers=3)
