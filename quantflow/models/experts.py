@@ -111,8 +111,9 @@ class Experts(nn.Module):
     """Stands where a layer's experts stood.
 
     path: of the module in its layer. leaves: names of gate (if there is one), up and down. apart:
-    checkpoints hold single experts. count: of experts. everywhere: linears see every token,
-    whatever the router says of it.
+    checkpoints hold single experts. turned: they hold inputs and outputs the other way round than
+    the class, which takes either. count: of experts. everywhere: linears see every token, whatever
+    the router says of it.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Experts(nn.Module):
             if isinstance(value, str | int | float | bool) and not name.startswith("_"):
                 setattr(self, name, value)  # blocks ask some for how many they are
         self.path, self.layout, self.leaves, self.apart = path, layout, leaves, apart
-        self.everywhere = False
+        self.everywhere = self.turned = False
         self._class: tuple[Any] = (fused,)  # its tensors are none of this module's
         self._call = inspect.signature(type(fused).forward)
         self.count: int
@@ -217,8 +218,10 @@ class Experts(nn.Module):
     def parts(self, tensor: str, shape: tuple[int, ...] | None = None) -> dict[str, Source]:
         """The experts' tensors, relative to the layer, in the class's `tensor`; none where that has
         another shape in a checkpoint."""
-        own = self.shape(tensor)
-        return self._parts(tensor, own) if shape in (None, own) else {}
+        own, stored = self.shape(tensor), self.stored_shape(tensor)
+        if own in (shape, stored):
+            return self._parts(tensor, own) if shape in (None, own) else {}
+        return self._parts(tensor, stored, turned=True) if shape in (None, stored) else {}
 
     @property
     def named_in(self) -> frozenset[str]:
@@ -230,9 +233,16 @@ class Experts(nn.Module):
     def shape(self, tensor: str) -> tuple[int, ...]:
         return tuple(self._class[0].get_parameter(tensor).shape)
 
-    def _parts(self, tensor: str, shape: tuple[int, ...]) -> dict[str, Source]:
+    def stored_shape(self, tensor: str) -> tuple[int, ...]:
+        """In a checkpoint."""
+        count, *sizes = self.shape(tensor)
+        return (count, *(sizes[::-1] if self.turned else sizes))
+
+    def _parts(
+        self, tensor: str, shape: tuple[int, ...], *, turned: bool = False
+    ) -> dict[str, Source]:
         bias = tensor.endswith("_bias")
-        transposed = self.layout.transposed and not bias
+        transposed = self.layout.transposed != turned and not bias
         outputs, every = 1 + transposed, slice(None)
         half = shape[outputs] // 2
         places = {self.leaves[-1]: every}
@@ -332,6 +342,8 @@ def take_apart(
             parts = _stored(f"{prefix}.{index}.{path}", module, layout, names, model)
             usual = ("gate_proj", "up_proj", "down_proj")[not layout.gated :]
             experts = Experts(module, layout, path, parts or usual, bool(parts))
+            held = [f"{prefix}.{index}.{path}.{tensor}" for tensor in layout.tensors]
+            experts.turned = all(map(names.turned, held))
             parent, _, leaf = path.rpartition(".")
             setattr(layer.get_submodule(parent), leaf, experts)
             if not taken:  # one speaks for all
@@ -351,6 +363,8 @@ def _stored(
         shape = (1, *module.get_parameter(tensor).shape[1:])
         parts = names.taken_apart(held, torch.empty(shape, device="meta"))
         if parts == {names.stored(held): shape} and names.as_it_is(held):
+            continue
+        if names.turned(held):
             continue
         if any(len(part) > 2 for part in parts.values()) or layout.bias:
             raise ConfigProblem(

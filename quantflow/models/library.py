@@ -217,7 +217,7 @@ class Library:
         return tuple(
             Joined(
                 self.names.stored(f"{self.prefix}.{layer}.{experts.path}.{tensor}"),
-                experts.shape(tensor),
+                experts.stored_shape(tensor),
                 {
                     self.names.stored(f"{self.prefix}.{layer}.{part}"): place
                     for part, place in experts.parts(tensor).items()

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
     PrefixChange,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     apply_converters,
@@ -52,6 +53,15 @@ class StoredNames:
     def as_it_is(self, name: str) -> bool:
         """Whether what the class calls `name` is stored as one tensor of the same numbers."""
         return apply_converters(name, self._apart)[1] is None
+
+    def turned(self, name: str) -> bool:
+        """Whether its inputs and outputs stand in either order on disk, which the shape tells."""
+        pattern = apply_converters(name, self._apart)[1]
+        change = next((c for c in self._apart if pattern in c.source_patterns), None)
+        return change is not None and all(
+            isinstance(operation, Transpose) and operation.check_dims
+            for operation in change.operations
+        )
 
     def loaded(self, name: str) -> tuple[str, ...]:
         """What the class makes of a tensor on disk, by all that it looks for: names of other

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.library import HEAD, HIDDEN, INNER, randomise, tiny_config
@@ -19,7 +20,6 @@ _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2,
 _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "gemma3": {"": {"mm_tokens_per_image": 4}},
     "gemma4": {
-        "text_config": {"hidden_size_per_layer_input": 0},  # as those of more than 8B have
         "": {
             "vision_config": transformers.Gemma4VisionConfig(
                 hidden_size=HIDDEN,
@@ -32,7 +32,7 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
                 pooling_kernel_size=2,
                 position_embedding_size=64,
             )
-        },
+        }
     },
     "glm4v": {"text_config": {"rope_parameters": {**_SECTIONS, "partial_rotary_factor": 1.0}}},
     "internvl": {"vision_config": {"image_size": [56, 56]}},
@@ -50,6 +50,10 @@ _CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2_5_vl": {
         "text_config": {"rope_parameters": _SECTIONS},
         "vision_config": {"window_size": 28, "fullatt_block_indexes": [1]},
+    },
+    "qwen3_vl_moe": {
+        "text_config": {"rope_parameters": {**_SECTIONS, "mrope_interleaved": True}},
+        "vision_config": {"deepstack_visual_indexes": [0]},
     },
     "qwen3_vl": {
         "text_config": {"rope_parameters": {**_SECTIONS, "mrope_interleaved": True}},
@@ -75,6 +79,14 @@ def write_multimodal(folder: Path, model_type: str) -> Any:
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     randomise(model)
     model.save_pretrained(folder)
+    if model_type == "qwen3_vl_moe":  # the hub's have inputs before outputs, and the class either
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for name in tensors:
+            if ".experts." in name:
+                tensors[name] = tensors[name].transpose(1, 2).contiguous()
+        file.unlink()
+        save_file(tensors, file, {"format": "pt"})
     assert write_tokenizer(folder) <= 320
     (folder / "preprocessor_config.json").write_text('{"do_resize": false, "auto_map": {"a": "b"}}')
     return model.eval()

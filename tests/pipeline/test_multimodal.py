@@ -36,6 +36,7 @@ STAGES: dict[str, list[Any]] = {
     "internvl": ["rtn"],
     "mistral3": ["rtn"],
     "glm4v_moe": ["rtn"],
+    "qwen3_vl_moe": ["rtn"],
     "llama4": ["rtn"],
     "qwen3_5": ["rtn"],
     "qwen3_5_moe": ["rtn"],
@@ -44,6 +45,7 @@ STAGES: dict[str, list[Any]] = {
 LINEARS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj",
     "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj",
+    "per_layer_projection", "per_layer_input_gate",
 )  # fmt: skip
 TOWERS = ("visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "embed_vision.")
 
@@ -164,9 +166,19 @@ def test_the_names_are_those_of_the_source_and_the_rest_is_copied(finished: Run)
     written = load_file(finished.packed / "model.safetensors")
     quantised = {n.removesuffix(".weight_packed") for n in written if n.endswith("_packed")}
     left_alone = {module for module in finished.linears if module.endswith(".1.self_attn.o_proj")}
-    assert quantised == finished.linears - left_alone and len(quantised) >= 2 * 6 - 1
+    # Experts that the format has no names for stay in their tensor, the way round that it had.
+    whole = finished.fused & set(written)
+    for name in whole:
+        off = written[name] - finished.source[name]
+        assert off.norm() / finished.source[name].norm() < 0.2, name
+    left_alone |= {
+        module
+        for module in finished.linears
+        if any(module.startswith(f"{name.rpartition('.')[0]}.") for name in whole)
+    }
+    assert quantised == finished.linears - left_alone and len(quantised) > 6
     kept = {n for n in finished.source if n.removesuffix(".weight") not in quantised}
-    kept -= finished.fused
+    kept -= finished.fused - whole
     assert kept == {n for n in written if "weight_" not in n}
     towers = set(finished.source) - finished.text_names
     assert len(towers) > 20
