@@ -18,7 +18,7 @@ from quantflow.pipeline.export import Options, export
 from quantflow.quant.numbers.nf4 import quantize_nf4
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.registry import load_recipe
-from tests.helpers import zoo
+from tests.helpers import specimens, zoo
 from tests.helpers.runs import Bench, invoke, make_bench
 from tests.helpers.tiny import write_text
 
@@ -222,7 +222,8 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """The zoo, with input channels of which there are whole blocks everywhere."""
-    monkeypatch.setattr(zoo, "INNER", 128)
+    for module in (specimens, zoo):
+        monkeypatch.setattr(module, "INNER", 128)
     monkeypatch.setattr(zoo, "EXPERT_INNER", 64)
     monkeypatch.setattr(zoo, "QWEN3_HEAD", 32)
 
