@@ -108,6 +108,7 @@ def export(
     `options.requantize` is not set; ModelError where the source is wrong; OutputError. Nothing is
     left behind then.
     """
+    # What is read, and whether the format can hold it.
     target = _target(format_name, options)
     path = resolve_model(str(source))
     weights = Weights(path)
@@ -118,6 +119,7 @@ def export(
     moved: Results = _Moved(weights, job)
     if options.requantize:
         moved = Requantizing(moved, job, None if weights.modules else weights.tensor, errors)
+    # The whole, its ranks, and what says how they were made.
     origin = _origin(checkpoint)
     watcher = progress or Silent()
     watcher.phase("export", checkpoint.config.layers * (1 + rank_folders(job)), "layers")
@@ -130,8 +132,9 @@ def export(
                 save_tensors(
                     place / KV_FILE, of_rank(kv, checkpoint.config.kv_heads, rank, options.tp)
                 )
+        # An approximation says so, whatever it is translated into.
         source_format = weights.format_name
-        before = checkpoint.path / REQUANTIZED  # an inexact source stays one
+        before = checkpoint.path / REQUANTIZED
         earlier = {"before": read_json(before)} if before.is_file() else {}
         if errors or earlier:
             summary = {
@@ -146,6 +149,7 @@ def export(
             checkpoint, origin, job, folder, source_format, options.tp, weights.notes, exact=exact
         )
         write_json(folder / MANIFEST, manifest)
+    # What the caller is told.
     count, notes = len(job.modules), weights.notes
     if weights.kv_scales == "fp8" and not options.kv_scales:
         notes = (*notes, "these were left out; --kv-scales fp8 keeps them in compressed-tensors")

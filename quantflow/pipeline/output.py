@@ -31,87 +31,46 @@ def output_problems(plan: Plan) -> list[Problem]:
 
 
 def _place_problems(plan: Plan, output: Path, model: Path) -> list[Problem]:
+    def wrong(found: str, expected: str, hint: str = "Pass --output DIR") -> list[Problem]:
+        return [Problem(str(plan.output), found, expected, hint)]
+
+    # What would be lost is no artifact of this recipe's.
     if output == model or model in output.parents:
-        return [
-            Problem(
-                str(plan.output),
-                "lies in the model directory",
-                "another place",
-                "Pass --output DIR",
-            )
-        ]
+        return wrong("lies in the model directory", "another place")
     if output in model.parents:
-        return [
-            Problem(
-                str(plan.output),
-                "contains the model directory and would replace it",
-                "another place",
-                "Pass --output DIR",
-            )
-        ]
+        return wrong("contains the model directory and would replace it", "another place")
     if output.exists() and not output.is_dir():
-        return [Problem(str(plan.output), "a file", "a directory that QuantFlow may create")]
+        return wrong("a file", "a directory that QuantFlow may create", "")
     if output.is_dir() and any(output.iterdir()) and not (output / "quantflow.json").is_file():
-        return [
-            Problem(
-                str(plan.output),
-                "a directory with other content",
-                "an empty or absent one, or an artifact of QuantFlow's",
-                "Pass --output DIR",
-            )
-        ]
+        return wrong(
+            "a directory with other content",
+            "an empty or absent one, or an artifact of QuantFlow's",
+        )
     if is_export(output):
-        return [
-            Problem(
-                str(plan.output),
-                "what `quantflow export` wrote, which would be lost",
-                "another place",
-                "Pass --output DIR",
-            )
-        ]
+        return wrong("what `quantflow export` wrote, which would be lost", "another place")
     if "output" not in plan.recipe.model_fields_set and (other := _other_model(plan, output)):
-        problem = f"an artifact of another model, {other}, which would be lost"
-        return [
-            Problem(
-                str(plan.output),
-                problem,
-                f"one of {plan.recipe.model}, or nothing",
-                "Pass --output DIR",
-            )
-        ]
+        return wrong(
+            f"an artifact of another model, {other}, which would be lost",
+            f"one of {plan.recipe.model}, or nothing",
+        )
     if foreign := foreign_files(output):
         shown = ", ".join(foreign[:3]) + (
             f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         )
-        return [
-            Problem(
-                str(plan.output),
-                f"an artifact with other files in it ({shown}), which would be lost",
-                "only the artifact",
-                "Move them away",
-            )
-        ]
+        return wrong(
+            f"an artifact with other files in it ({shown}), which would be lost",
+            "only the artifact",
+            "Move them away",
+        )
+    # Nothing could be written there.
     if plan.store.root.exists() and not plan.store.root.is_dir():
-        return [
-            Problem(
-                str(plan.store.root),
-                "a file",
-                "a directory for the store",
-                "Set QUANTFLOW_STORE to a directory",
-            )
-        ]
+        store, hint = str(plan.store.root), "Set QUANTFLOW_STORE to a directory"
+        return [Problem(store, "a file", "a directory for the store", hint)]
     parent = output
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        return [
-            Problem(
-                str(plan.output),
-                f"{parent} is not writable",
-                "a writable place",
-                "Pass --output DIR",
-            )
-        ]
+        return wrong(f"{parent} is not writable", "a writable place")
     return []
 
 

@@ -37,26 +37,7 @@ def make_report(build: Build) -> dict[str, Any]:
     statistics = build.folder / STATISTICS
     windows, held_out = texts.get("calibration"), texts.get("evaluate")
     config, asked = plan.config, portable(plan)
-    lines: dict[str, Any] = {}
-    experts: list[dict[str, Any]] = []
-    scales: list[dict[str, Any]] = []
-    for index in range(config.layers):
-        prefix = plan.checkpoint.architecture.layer_prefix(index)
-        layer = reader.report(index)
-        experts += _expert_tokens(build, index, layer)
-        lines |= {
-            f"{prefix}.{name}": {"layer": index, **layer["linears"][name]}
-            for name in plan.schemes(index)
-        }
-        scales += [
-            {
-                "layer": index,
-                **line,
-                "exponent": exponent(line["scale"]),
-                "group": f"{prefix}.{line['group']}",
-            }
-            for line in layer.get("awq", [])
-        ]
+    lines, scales, experts = _linears(build)
     kept = {p.module: p.reason for p in plan.linears if p.scheme is None} | plan.others
     kept[plan.checkpoint.architecture.head] = (
         "tied to the embedding" if config.tied else "weights.ignore"
@@ -119,6 +100,33 @@ def _expert_tokens(build: Build, index: int, layer: dict[str, Any]) -> Iterator[
             yield {"layer": index, "stage": Calibrate.name, **measured["experts"]}
     if "experts" in layer:
         yield {"layer": index, "stage": Gptq.name, **layer["experts"]}
+
+
+def _linears(build: Build) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """What was done to each linear, by its module; the scales that `awq` chose, a line a group; and
+    the tokens of experts, a line a mixture."""
+    plan, reader = build.plan, build.reader
+    lines: dict[str, Any] = {}
+    experts: list[dict[str, Any]] = []
+    scales: list[dict[str, Any]] = []
+    for index in range(plan.config.layers):
+        prefix = plan.checkpoint.architecture.layer_prefix(index)
+        layer = reader.report(index)
+        experts += _expert_tokens(build, index, layer)
+        lines |= {
+            f"{prefix}.{name}": {"layer": index, **layer["linears"][name]}
+            for name in plan.schemes(index)
+        }
+        scales += [
+            {
+                "layer": index,
+                **line,
+                "exponent": exponent(line["scale"]),
+                "group": f"{prefix}.{line['group']}",
+            }
+            for line in layer.get("awq", [])
+        ]
+    return lines, scales, experts
 
 
 def exponent(scale: str) -> float | None:

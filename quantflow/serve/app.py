@@ -77,7 +77,8 @@ def create_app(service: Service) -> ASGIApp:
     app.state.service = service
     app.router.route_class = JsonRoute
     _models(app, service)
-    _generation(app, service, sessions)
+    _generation(app, service)
+    _sessions(app, service, sessions)
     add_messages(app, service, _answers)
     add_responses(app, service, _answers)
     _text(app, service)
@@ -162,7 +163,7 @@ def _models(app: FastAPI, service: Service) -> None:
         )
 
 
-def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
+def _generation(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/chat/completions", tags=["generation"], **_answers(replies.ChatCompletion, events=True)
     )
@@ -193,6 +194,8 @@ def _generation(app: FastAPI, service: Service, sessions: Sessions) -> None:
         )
         return Answer(service, 1, prepared(service, lambda: generate_job(service, body)), renamed)
 
+
+def _sessions(app: FastAPI, service: Service, sessions: Sessions) -> None:
     @app.post(
         "/v1/chat/interactive",
         tags=["generation"],

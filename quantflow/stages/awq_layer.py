@@ -76,6 +76,7 @@ class _Search:
         identity and the best few. Where GPTQ follows, which already looks after salient channels,
         the winner and its square root must then beat the identity rounded as GPTQ rounds.
         """
+        # The linears, and what their losses are measured with.
         weights = {n: self.layer.tensors[f"{n}.weight"] for n in group}
         sample = {
             n: weight if parent else weight[:: max(1, len(weight) // LOSS_ROWS)]
@@ -126,6 +127,7 @@ class _Search:
                 self.layer.tensors[f"{n}.weight"] = weight
             return total if math.isfinite(total) else math.inf
 
+        # A part sorts the candidates out; the whole decides.
         activation = channels.reduce(flat.abs().mean(0, dtype=torch.float32))
         profile = channels.reduce(
             weight_profile([weights[n] for n in quantised], self.schemes[quantised[0]])
@@ -138,6 +140,7 @@ class _Search:
             tried = [identity, *(candidate for _, candidate in screened[:FINALISTS])]
         ranked = losses(tried, x)
         winner = min(ranked, key=lambda pair: pair[0])
+        # Before a stage that looks after salient channels itself, the winner must do better.
         if self.round_finally and winner[1] is not identity:
             name, scale = winner[1]
             ranked = losses(
@@ -232,6 +235,7 @@ def search_layer(
                     known[key] = block.matrix
             result.importance[n] = known[key]
 
+    # Segment by segment: a norm's scale is searched once, for all that read it.
     for reading in layer.readings(x):
         segment, fold, rows = reading.segment, reading.segment.fold, reading.rows
         quantised = [n for n in segment.names if n in schemes]
@@ -246,6 +250,7 @@ def search_layer(
             fold_into_norm(fold.norm, fold, readers, reading.source, reading.parent)
         elif segment.expert is not None and not len(rows) and segment.role is Role.mlp_out:
             note(segment.names[0], "identity: no token of the sample reached this expert", 1.0)
+        # A linear's scale goes into its rows, which are rounded anyway.
         elif fold and fold.linear and fold.linear in schemes and quantised:
             channels = _Channels(*fold.heads)
             chosen, scale, ratio = search.best(quantised, rows, None, channels)
