@@ -16,9 +16,12 @@ import transformers
 from torch import Tensor
 
 from quantflow.checkpoints.checkpoint import Checkpoint
+from quantflow.engine.llm import LLM
+from quantflow.engine.request import SamplingParams
 from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
 from quantflow.models.registry import TRANSLATIONS
+from tests.helpers.library import write_tiny
 from tests.helpers.runs import invoke
 from tests.helpers.zoo import Specimen, Tensors, decoder_logits, random_tokens, write
 
@@ -458,19 +461,47 @@ def test_transformers_loads_what_is_written_without_remote_code(name: str, tmp_p
 
 
 def test_kimi_is_read_as_deepseek(tmp_path: Path) -> None:
-    numbers = {
-        **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
-        **{"v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
-        **{"topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 32},
-        **{"first_k_dense_replace": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
-    }
-    config = llama_config("kimi_k2", "DeepseekV3ForCausalLM", **numbers)
-    written = TRANSLATIONS["kimi_k2"].config(config)
-    built = transformers.AutoConfig.for_model(**written)
-    assert isinstance(built, transformers.DeepseekV3Config) and "auto_map" not in written
-    assert {key: getattr(built, key) for key in numbers if hasattr(built, key)} == {
-        key: value for key, value in numbers.items() if hasattr(built, key)
-    }
+    """DeepSeek-V3's weights, in a directory that says kimi_k2 and names code: what transformers
+    computes of the one is what is computed of the other."""
+    deepseek, kimi = (write_tiny(tmp_path / n, "deepseek_v3") for n in ("deepseek", "kimi"))
+    config = json.loads((kimi / "config.json").read_text())
+    config["model_type"] = "kimi_k2"
+    config |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}
+    (kimi / "config.json").write_text(json.dumps(config))
+    weights = Weights(kimi)
+    assert weights.checkpoint.problems() == []
+    assert any("written as DeepSeek-V3" in note for note in weights.checkpoint.notes)
+    written = weights.checkpoint.architecture.native_config(weights.checkpoint.raw_config)
+    assert written["model_type"] == "deepseek_v3" and "auto_map" not in written
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(deepseek, dtype=torch.float32)
+    tokens = random_tokens(2, 16)
+    with torch.inference_mode():
+        expected = theirs.eval()(tokens).logits
+    torch.testing.assert_close(decoder_logits(weights, tokens), expected, rtol=0, atol=1e-5)
+
+    config["scoring_func"] = "softmax"
+    (kimi / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="scoring_func is 'softmax'"):
+        Checkpoint(kimi)
+
+
+# Those whose family has a table; GLM's has no stretched positions.
+ENGINE = [name for name in CASES if name not in ("orion", "chatglm2-32k")]
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_says_what_its_makers_define(name: str, tmp_path: Path) -> None:
+    """Sixteen greedy tokens: each the likeliest by the definition, within float32's rounding."""
+    case = CASES[name]()
+    llm = LLM(write(tmp_path, case.specimen), device="cpu", dtype="float32", block_size=16)
+    prompt = random_tokens(1, 10)[0].tolist()
+    sampling = SamplingParams(max_tokens=16, ignore_eos=True)
+    tokens = list(llm.generate(prompt, sampling)[0].completions[0].token_ids)
+    logits = case.definition.logits(torch.tensor([[*prompt, *tokens[:-1]]]))[0, len(prompt) - 1 :]
+    chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    assert float((logits.max(-1).values - chosen).max()) < 1e-4 * float(logits.abs().max())
 
 
 def test_stablelms_first_config_is_read(tmp_path: Path) -> None:
