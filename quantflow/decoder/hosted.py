@@ -22,11 +22,11 @@ from quantflow.decoder.block import ObserveKV, Reading, Streams, Tap
 from quantflow.decoder.folds import DIFFERENT, Trial
 from quantflow.decoder.hosted_passage import HostedPassage
 from quantflow.models.experts import Experts, OneExpert, Routed, experts_of
-from quantflow.models.frame import Shared
 from quantflow.models.library import Library
 from quantflow.models.rows import Rows
 from quantflow.models.segments import Role, Segment
 from quantflow.models.trace import KVCache
+from quantflow.models.wires import Shared
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call: by place, and by name
 Parent = Callable[[Tensor], Tensor]
@@ -304,7 +304,8 @@ class HostedDecoder:
         embedding, head = (f"{library.outer[kind]}.weight" for kind in ("embedding", "head"))
         own = [n for n, _ in library.expected() if not n.startswith(f"{library.stored_prefix}.")]
         self.embeds = tuple(n for n in own if n != head or n == embedding)
-        self.heads = tuple(n for n in own if n != embedding or library.tied)
+        tables = {*library.tables, embedding} - ({embedding} if library.tied else set())
+        self.heads = tuple(n for n in own if n not in tables)
 
     def embed(self, tensors: Mapping[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
         return self.library.frame.embed(_as(tensors, dtype), tokens)

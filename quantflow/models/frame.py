@@ -10,10 +10,9 @@ ones, goes along in the rows (`rows.py`).
 from __future__ import annotations
 
 import inspect
-from collections import UserDict
 from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +27,7 @@ from quantflow.models.library_class import move_buffers
 from quantflow.models.plain import plain_functions
 from quantflow.models.rows import Part, Rows
 from quantflow.models.trace import KVCache, SeenKV, kind_of
+from quantflow.models.wires import Shared, Wires, Wiring, named
 
 TRACED = 8  # tokens of the pass that finds a layer's segments
 OTHER = 11  # and of one that shows what depends on their number
@@ -37,36 +37,6 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 class _Reached(Exception):
     """Ends a pass of the outer model: what was wanted has been seen."""
-
-
-class Shared(UserDict[Any, Any]):
-    """Stands where layers leave tensors for later ones, tuples of them under keys."""
-
-
-@dataclass
-class Wires:
-    """How a layer hangs together with others.
-
-    takes: which tensors of its arguments are parts of the row. shares: arguments in which layers
-    leave tensors for later ones -> what lies there for this one, without numbers. hands: what it
-    hands on in a tuple behind the hidden states, and the next layer reads: place -> part. template:
-    what it hands on, without numbers; None: hidden states alone.
-    """
-
-    takes: dict[int, str] = field(default_factory=dict)
-    shares: dict[str, dict[Any, tuple[Tensor, ...]]] = field(default_factory=dict)
-    hands: dict[int, str] = field(default_factory=dict)
-    template: tuple[Any, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Wiring:
-    """Of all layers, for so many texts of a length. calls: what each is called with. parts: what
-    goes in rows beside the hidden states."""
-
-    calls: list[Call] = field(default_factory=list)
-    wires: list[Wires] = field(default_factory=list)
-    parts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Frame:
@@ -86,7 +56,8 @@ class Frame:
         self._recorders = [Recorder(layer, i) for i, layer in enumerate(layers)]
         parent, _, leaf = prefix.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.ModuleList(self._recorders))
-        self._code = {type(m).__module__ for layer in layers for m in layer.modules()}
+        code = {type(module).__module__ for layer in layers for module in layer.modules()}
+        self._code = {module for module in code if module.startswith("transformers.models.")}
         self.device = torch.device("cpu")  # of the buffers
         self._wirings: dict[tuple[int, torch.dtype, torch.device], Wiring] = {}
         self._layouts: dict[tuple[int, torch.dtype], Rows] = {}
@@ -180,6 +151,10 @@ class Frame:
             self._layouts[length, dtype] = Rows(parts.pop(_HIDDEN), parts)
         return self._layouts[length, dtype]
 
+    def check(self) -> None:
+        """Raises ConfigProblem where what goes from layer to layer has no place in rows."""
+        self.rows(TRACED, torch.float32, self.device)
+
     def channels(self, length: int, dtype: torch.dtype) -> int:
         """Of a row."""
         few = self.rows(TRACED, dtype, self.device)
@@ -215,7 +190,7 @@ class Frame:
         for argument, lying in wires.shares.items():
             kwargs[argument] = Shared(
                 {
-                    key: tuple(beside[_named(argument, key, n)] for n in range(len(value)))
+                    key: tuple(beside[named(argument, key, n)] for n in range(len(value)))
                     for key, value in lying.items()
                 }
             )
@@ -230,7 +205,7 @@ class Frame:
         made = {name: output[place] for place, name in wires.hands.items()}
         for argument in wires.shares:
             for key, values in kwargs[argument].items():
-                made |= {_named(argument, key, n): value for n, value in enumerate(values)}
+                made |= {named(argument, key, n): value for n, value in enumerate(values)}
         return made
 
     def cache_argument(self, layer: int) -> str | None:
@@ -291,7 +266,7 @@ class Frame:
                     lying[argument] = dict(values)
                     for key, tensors in values.items():
                         for n, tensor in enumerate(tensors):
-                            wiring.parts[_named(argument, key, n)] = tensor
+                            wiring.parts[named(argument, key, n)] = tensor
                 if isinstance(output, tuple):
                     wires.template = (None, *map(_placeholder, output[1:]))
                     alive.append(wires.template)
@@ -420,11 +395,6 @@ class Frame:
 
 
 _HIDDEN = "hidden"
-
-
-def _named(argument: str, key: Any, number: int) -> str:
-    """A part that lies in an argument, by its place there."""
-    return f"{argument} {key} {number}"
 
 
 def _shared_by(call: Call) -> list[str]:

@@ -50,6 +50,7 @@ def _beside_note(library: Library) -> Iterator[str]:
 
 def _decoder_config(library: Library, values: Json) -> DecoderConfig:
     config, traces = library.config, [library.trace(i) for i in range(len(library.layers))]
+    library.frame.check()
     channels = [segment.channels for trace in traces for segment in trace.segments]
     if not channels:
         raise ConfigProblem(f"layers of {library.name} have no linear that could be quantised")

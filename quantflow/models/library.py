@@ -73,6 +73,13 @@ class Library:
         self.beside = beside(self.model)
         self.experts = take_apart(self.layers, self.prefix, self.names, self.name)
         state = self.model.state_dict(keep_vars=True)
+        places: dict[int, str] = {}
+        for name, tensor in state.items():
+            if name.startswith(f"{self.prefix}.") and places.setdefault(id(tensor), name) != name:
+                raise ConfigProblem(
+                    f"layers of {self.name} share weights ({places[id(tensor)]} is {name} too),"
+                    " which the pipeline does not follow yet"
+                )
         parts = {own: self.names.parts(own, tensor) for own, tensor in state.items()}
         self.held = {name: own for own, names in parts.items() for name in names}
         self.together = tuple(own for own, names in parts.items() if len(names) > 1)
@@ -119,6 +126,16 @@ class Library:
         )
         own = (name for name in names if f"{name}.weight" in self.state)
         return tuple(name for name in own if name != self.outer["head"])
+
+    @cached_property
+    def tables(self) -> frozenset[str]:
+        """Weights outside the layers that are looked up by tokens, by their names in a
+        checkpoint: what comes after the layers needs none but a tied head."""
+        return frozenset(
+            f"{self._stored(name)}.weight"
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding)
+        )
 
     @property
     def hidden(self) -> int:

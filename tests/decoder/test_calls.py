@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from quantflow.decoder.decoder import open_decoder
+from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
 from quantflow.models.config import ConfigProblem
 from quantflow.models.library import Library
@@ -56,6 +57,21 @@ def test_numbers_that_json_has_no_word_for() -> None:
     values = tiny_config("mamba2").to_dict()
     values["time_step_limit"] = [0.0, {"__float__": "Infinity"}]
     assert list(Library(values).config.time_step_limit) == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("zamba2", r"share weights \(model.layers.1.\S+ is model.layers.3.\S+ too\)"),
+        ("cpmant", "no part for each token"),  # a bias of every pair of tokens, of learned weights
+    ],
+)
+def test_what_fits_into_no_row_is_refused_by_name(
+    tmp_path: Path, model_type: str, message: str
+) -> None:
+    folder = write_tiny(tmp_path, model_type)
+    with pytest.raises(ModelError, match=message):
+        Weights(folder)
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "openai-gpt"])
