@@ -12,10 +12,14 @@ def engine_problem(checkpoint: Checkpoint) -> Problem | None:
     if checkpoint.architecture.library is None:
         return None
     why = not_followed(checkpoint.raw_config)
+    lacks = (
+        f"which QuantFlow's own engine does not run so: {why}"
+        if why
+        else "which QuantFlow's own engine has no table for"
+    )
     return Problem(
         str(checkpoint.path),
-        f"{checkpoint.architecture.name}, which QuantFlow's own engine"
-        f" {f'does not run so: {why}' if why else 'has no table for'}",
+        f"{checkpoint.architecture.name}, {lacks}",
         "" if why else f"one of {', '.join(sorted(ARCHITECTURES))}",
         f"transformers runs it, and vLLM: `vllm serve {checkpoint.path}`",
     )
