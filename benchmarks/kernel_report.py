@@ -74,6 +74,7 @@ def jobs(capability: int) -> Iterator[Job]:
         for mode in (PLAIN, STATIC_HEAD, STATIC_CHANNEL, DYNAMIC):
             for parts in (True, False):
                 yield _attention(tuned.attention, mode, parts)
+            yield _attention(tuned.attention, mode, False, cap=True)
     for bits, group in ((4, 128), (3, 32), (8, 0)):
         yield _dequantize(bits, group)
     yield _merge()
@@ -174,9 +175,9 @@ def _dequantize(bits: int, group: int) -> Job:
     )
 
 
-def _attention(config: AttentionConfig, mode: int, parts: bool) -> Job:
+def _attention(config: AttentionConfig, mode: int, parts: bool, cap: bool = False) -> Job:
     cache = "bf16" if mode == PLAIN else "i8"
-    floats = ("part_out", "part_ml", "k_scale", "v_scale", "v_zero")
+    floats = ("part_out", "part_ml", "k_scale", "k_zero", "v_scale", "v_zero")
     ints = ("block_table", "tile_sequence", "tile_start", "query_start", "contexts")
     types = {
         "q": "*bf16",
@@ -185,17 +186,18 @@ def _attention(config: AttentionConfig, mode: int, parts: bool) -> Job:
         "out": "*bf16",
         **dict.fromkeys(floats, "*fp32"),
         **dict.fromkeys(ints, "*i32"),
-        "sm_scale": "fp32",
+        **dict.fromkeys(("sm_scale", "cap"), "fp32"),
         **dict.fromkeys(("window", "queries", "max_blocks", "q_stride"), "i32"),
     }
     constants = {
         "HEADS": 32, "KV_HEADS": 8, "D": 128, "BLOCK_D": 128, "PAGE": 16, "MODE": mode,
-        "V_ZERO": mode < DYNAMIC, "WINDOW": False, "SPLIT_PARTS": parts, "BLOCK_Q": config.block_q,
+        "V_ZERO": mode < DYNAMIC, "WINDOW": False, "CAP": cap, "K_ZERO": mode < DYNAMIC,
+        "SPLIT_PARTS": parts, "BLOCK_Q": config.block_q,
         "SHARED": 4, "TILE": config.tile, "SPLIT": config.split, "STAGES": config.stages,
     }  # fmt: skip
     label = (
         f"attention {['int8 head', 'int8 channel', 'int8 token', 'bf16'][mode]}"
-        f" {'decode' if parts else 'prefill'}"
+        f" {'decode' if parts else 'prefill'}{' capped' if cap else ''}"
     )
     return Job(
         label, attention.attention_kernel, types, constants, config.warps, config.stages, (cache,)
