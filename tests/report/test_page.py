@@ -411,7 +411,7 @@ def test_what_the_page_is_depends_on_nothing_of_the_machine(bench: Bench, tmp_pa
             home / "out",
         ]
         done = subprocess.run(
-            command, cwd=home, env=environment, capture_output=True, text=True, timeout=120
+            command, cwd=home, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 3, done.stderr
         pages.append(contents(home / "out"))
