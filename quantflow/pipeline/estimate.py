@@ -23,6 +23,7 @@ from quantflow.stages.pack_writer import written_bytes
 # The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled
 # kernels and packed operands too.
 BASE_BYTES, COMPUTING_BYTES = 40 * 2**20, 60 * 2**20
+LIBRARY_BYTES = 220 * 2**20  # what a class of transformers imports
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ def estimate(plan: Plan) -> Estimate:
     # C library to give them back.
     if gptq:
         memory = layer * 5 // 2 + _solver_bytes(plan) + batch + held
+        if checkpoint.architecture.library and config.experts:
+            # When a mixture's last expert is solved, all before it are rounded: this layer, the
+            # next one, what is rounded in its dtype and as codes, and the codes being saved.
+            memory = max(memory, layer * 3 + 2 * layer // item + batch + held + _scores(plan))
     elif plan.needs_stream or not plan.rounds:
         memory = layer * 5 // 2 + max(4 * widest, batch) + held
     else:
@@ -84,6 +89,7 @@ def estimate(plan: Plan) -> Estimate:
         # largest at once
         memory = layer * 3
     base = BASE_BYTES + (COMPUTING_BYTES if plan.reads_calibration else 0)
+    base += LIBRARY_BYTES if checkpoint.architecture.library else 0
     memory = base + max(memory, 2 * largest_outer)
     evaluate = plan.stage(Evaluate)
     evaluated_bytes = 0
@@ -133,6 +139,17 @@ def estimate(plan: Plan) -> Estimate:
     stream_bytes = tokens * row * compute
     scratch = max(3 * stream_bytes, evaluated_bytes if evaluated_bytes > activation_budget() else 0)
     return Estimate(int(memory), int(packed + scratch), outputs, seconds)
+
+
+def _scores(plan: Plan) -> int:
+    """Of attention whose keys are of another width than its values: torch then holds the scores of
+    all windows that go together, and three copies, in float32."""
+    library, calibration = plan.checkpoint.architecture.library, plan.recipe.calibration
+    kv = library.trace(plan.config.layers - 1).kv if library else None
+    if calibration is None or kv is None or kv[0][1] == kv[1][1]:
+        return 0
+    tokens = min(plan.stream_windows * calibration.seqlen, max(BATCH_TOKENS, calibration.seqlen))
+    return 16 * tokens * plan.config.heads * calibration.seqlen
 
 
 def _solver_bytes(plan: Plan) -> int:
