@@ -5,6 +5,8 @@
 # make assets     the release as the flat files that a GitHub release takes, in OUTPUT.assets
 # make notebooks  run the notebooks and keep their outputs
 # make test   environment, install, all tests that this machine can run, in WORKERS=2 processes
+# make models a tiny checkpoint of every model type that transformers knows through the pipeline, against docs/models.md: under ten minutes
+# make models-table  the same, and docs/models.md written anew
 # make coverage   the same, and which lines they reach: a table, and pages in build/coverage
 # make fuzz   coverage-guided fuzzing of every parser of foreign files and of the server, FUZZ_SECONDS=600 each; TARGET=gguf for one, RECORD=FILE
 #                 for the numbers
@@ -44,7 +46,7 @@ WORKERS ?= 2
 # A file's tests stay in one process, for what its fixtures make.
 PYTEST := --timeout=1200 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-chat smollm2 plan artifacts assets notebooks test coverage fuzz setup wheel-check check docs lint kernel-report bench-gpu tune-gpu bench-cpu clean
+.PHONY: demo demo-chat smollm2 plan artifacts assets notebooks test models models-table coverage fuzz setup wheel-check check docs lint kernel-report bench-gpu tune-gpu bench-cpu clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -100,6 +102,12 @@ coverage: $(STAMP)
 	-$(MAKE) --no-print-directory smollm2
 	$(BIN)/python -m pytest $(PYTEST) --cov --cov-report=term --cov-report=html:build/coverage
 
+models: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST) --dist load --quiet -m models tests/families
+
+models-table: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m tests.families.table
+
 FUZZ_SECONDS ?= 600
 TARGET ?=
 RECORD ?=
@@ -135,7 +143,7 @@ setup: $(STAMP)
 # What they take together on two cores is 40 s. Servers, browsers and whole recipes are for `make test`.
 FAST := $(addprefix tests/,artifacts formats models quant recipe stages tokenizers test_api.py test_distribution.py test_imports.py)
 check: lint
-	$(BIN)/python -m pytest $(PYTEST) --quiet -m "not slow and not shared and not gpu" $(FAST)
+	$(BIN)/python -m pytest $(PYTEST) --quiet -m "not slow and not shared and not gpu and not models" $(FAST)
 
 docs: $(STAMP)
 	PYTHONPATH=.:kernels $(BIN)/python -m sphinx -q -W --keep-going -c docs/site -b html . build/docs

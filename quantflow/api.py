@@ -99,6 +99,7 @@ def quantize(
         GateError: For gates that were missed, with `enforce_gates`.
         ResourceError: Where the machine could not do it.
     """
+    from quantflow.models.config import ConfigProblem
     from quantflow.pipeline.plan import Plan
     from quantflow.pipeline.progress import Silent
     from quantflow.pipeline.run import run
@@ -117,7 +118,10 @@ def quantize(
         resolved = recipe
     else:
         resolved = plan(recipe, model=model, output=output, overrides=overrides, device=device)
-    artifact = run(resolved, progress or Silent(), fresh=fresh)
+    try:
+        artifact = run(resolved, progress or Silent(), fresh=fresh)
+    except ConfigProblem as error:  # what a class of transformers does is seen only as it runs
+        raise UserError([Problem(f"{resolved.model}/config.json", str(error))]) from error
     if enforce_gates:
         artifact.check_gates()
     return artifact

@@ -300,6 +300,8 @@ class Experts(nn.Module):
         try:
             vars(fused).update({n: 1 if n in _COUNTS else FEW for n in sizes})
             expected = functional_call(fused, whole | norm, args)
+        except Exception as error:  # whatever a class does with one expert alone
+            raise ConfigProblem(f"experts of {name} cannot be tried out one by one") from error
         finally:
             vars(fused).update(sizes)
         if not self.layout.sorted:

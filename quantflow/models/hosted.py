@@ -54,7 +54,10 @@ def _decoder_config(library: Library, values: Json) -> DecoderConfig:
     channels = [segment.channels for trace in traces for segment in trace.segments]
     if not channels:
         raise ConfigProblem(f"layers of {library.name} have no linear that could be quantised")
-    heads = getattr(config, "num_attention_heads", 0)
+    try:
+        heads = getattr(config, "num_attention_heads", 0)
+    except RuntimeError:  # as the class says where layers have their own
+        heads = config.per_layer_config[0].num_attention_heads
     if not isinstance(heads, int):
         raise ConfigProblem(f"{library.name} has num_attention_heads {heads!r}, expected a number")
     cached = [trace.kv[1] for trace in traces if trace.kv]

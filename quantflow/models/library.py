@@ -25,7 +25,7 @@ from quantflow.models.composite import beside, language_model, whose
 from quantflow.models.config import ConfigProblem, DecoderConfig
 from quantflow.models.experts import experts_of, take_apart
 from quantflow.models.frame import TRACED, Frame
-from quantflow.models.library_class import build
+from quantflow.models.library_class import build, layer_list
 from quantflow.models.segments import Segment
 from quantflow.models.stored_names import StoredNames
 from quantflow.models.trace import Trace, Visits, kind_of
@@ -50,19 +50,7 @@ class Library:
         self.model, self.config = build(values)
         self.name = type(self.model).__name__
         inside = language_model(self.model)
-        wanted = getattr(self.config, "num_hidden_layers", None)
-        if not isinstance(wanted, int):
-            raise ConfigProblem(f"{self.name} of transformers does not say how many layers it has")
-        lists = [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == wanted
-            if name.startswith(inside)
-        ]
-        if not lists:
-            raise ConfigProblem(f"{self.name} of transformers has no list of {wanted} layers")
-        self.prefix: str = lists[0][0]
-        self.layers = list(lists[0][1])
+        self.prefix, self.layers = layer_list(self.model, self.config, inside)
         kinds = {type(module) for module in self.layers[0].modules()}
         if Conv1D in kinds and nn.Linear not in kinds:
             raise ConfigProblem(

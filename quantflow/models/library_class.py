@@ -55,6 +55,37 @@ def build(values: Mapping[str, Any]) -> tuple[Any, Any]:
     return model, text
 
 
+def layer_list(model: Any, config: Any, inside: str) -> tuple[str, list[nn.Module]]:
+    """Where a model's decoder layers are, and they. config, inside: of its language model. Raises
+    ConfigProblem where there are none."""
+    counts = [getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")]
+    if not isinstance(counts[0], int):
+        raise ConfigProblem(
+            f"{type(model).__name__} of transformers does not say how many layers it has"
+        )
+    # What has a config of its own is a tower.
+    towers = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "config", None), transformers.PreTrainedConfig)
+        and type(module.config) is not type(config)
+        and not inside.startswith(f"{name}.")
+        and name
+    )
+    lists = [
+        (name, list(module))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and name.startswith(inside)
+        and not name.startswith(towers)
+    ]
+    for count in counts:  # some count what a layer has two of
+        for name, layers in lists:
+            if len(layers) == count:
+                return name, layers
+    raise ConfigProblem(f"{type(model).__name__} of transformers has no list of {counts[0]} layers")
+
+
 def _plain(value: Any) -> Any:
     """A value of config.json without what is not the model, and with the numbers that JSON has no
     word for, which transformers writes as `{"__float__": "Infinity"}`."""

@@ -84,7 +84,17 @@ def family(config: Json, path: Path) -> Architecture:
         }
         if model_type in names:
             from quantflow.models.hosted import open_family
+            from quantflow.models.kinds import no_decoder
 
+            if kind := no_decoder(model_type):
+                raise ModelError(
+                    Problem(
+                        f"{path}/config.json model_type",
+                        f"{model_type!r}, {kind}",
+                        "a decoder of text",
+                        "QuantFlow quantises what writes a text token by token",
+                    )
+                )
             return open_family(config)
         known += [name for name in names if name not in own]
     near = get_close_matches(str(model_type), known, n=1, cutoff=0.75)

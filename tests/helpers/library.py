@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from tests.helpers.tiny import write_tokenizer
 
@@ -41,7 +42,7 @@ SIZES: dict[str, Any] = {
             "moe_shared_expert_intermediate_size", "shared_intermediate_size", "q_lora_rank",
             "shared_experts_intermediate_size", "kv_lora_rank", "o_lora_rank", "moe_latent_size",
             "router_hidden_size", "hidden_size_per_layer_input", "laurel_rank", "adapter_rank",
-            "hc_lowrank", "ple_embed_dim",
+            "hc_lowrank", "ple_embed_dim", "gated_norm_rank",
         ),
         EXPERT_INNER,
     ),
@@ -137,6 +138,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "swa_q_lora_rank": 32, "swa_kv_lora_rank": 32, "swa_head_dim": 32,
         "swa_qk_nope_head_dim": 16, "swa_v_head_dim": HEAD, "head_dim": 2 * HEAD,
     },
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_vision_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "intermediate_size": INNER,
@@ -165,7 +168,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "indexer_budget": 8, "indexer_compress_ratio": 2,
     },
     "rwkv": {"attention_hidden_size": HIDDEN},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "recurrent_gemma": {"intermediate_size": 128, "block_types": ["recurrent", "attention"]},
     "xlstm": {"chunk_size": 16},
     "zamba": {
         "attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD,
@@ -226,7 +229,7 @@ def _small(plain: Any) -> Iterator[tuple[str, Any]]:
 def _part(config: Any) -> Any:
     if config.model_type in CONFIG_MAPPING:
         return tiny_config(config.model_type)
-    return type(config)(**dict(_small(config)))
+    return type(config)(**{**dict(_small(config)), **CHANGES.get(config.model_type, {})})
 
 
 def write_tiny(
@@ -234,12 +237,17 @@ def write_tiny(
 ) -> Path:
     """A checkpoint with a tokenizer. changes: of the config."""
     torch.manual_seed(0)
-    config = tiny_config(model_type, **changes)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = auto_class(model_type).from_config(tiny_config(model_type, **changes), dtype=dtype)
     randomise(model)
     model.save_pretrained(folder)
     assert write_tokenizer(folder) <= 320
     return folder
+
+
+def auto_class(model_type: str) -> Any:
+    """What makes and loads models of the type with all that they have: towers too."""
+    whole = model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return transformers.AutoModelForMultimodalLM if whole else transformers.AutoModelForCausalLM
 
 
 @torch.no_grad()

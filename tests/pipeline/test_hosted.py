@@ -29,11 +29,14 @@ from quantflow.cli.plan import summarise
 from quantflow.decoder.decoder import open_decoder
 from quantflow.errors import ModelError
 from quantflow.formats.reader import Weights
+from quantflow.models.config import ConfigProblem
+from quantflow.models.library import Library
 from quantflow.quant.grid import GridRules
 from quantflow.quant.scheme import Scheme
 from quantflow.stages.awq_layer import search_layer
 from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers.hosted import write_gemma3, write_other
+from tests.helpers.library import write_tiny
 from tests.helpers.runs import invoke
 from tests.helpers.tiny import write_llama, write_text
 from tests.helpers.zoo import decoder_logits, random_tokens
@@ -304,6 +307,29 @@ def test_a_type_that_nobody_knows_gets_the_nearest_name(tmp_path: Path) -> None:
     folder = changed(tmp_path, {}, model_type="gemma3_txt")
     with pytest.raises(ModelError, match=r"'gemma3_txt'.*Did you mean 'gemma3_text'"):
         Checkpoint(folder)
+
+
+def test_an_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    """transformers maps it to a causal language model, too."""
+    folder = changed(tmp_path, {}, model_type="roberta")
+    with pytest.raises(ModelError, match=r"'roberta', an encoder.*expected a decoder of text"):
+        Checkpoint(folder)
+
+
+def test_what_only_a_later_layer_is_refused_for_is_told_at_once(tmp_path: Path) -> None:
+    """A library's trace of any layer, not of the first one alone, stands before the plan."""
+    folder = write_tiny(tmp_path, "cohere2")
+    with pytest.MonkeyPatch.context() as patch:
+        trace = Library.trace
+
+        def refused(library: Library, layer: int) -> Any:
+            if layer == 1:
+                raise ConfigProblem("the second layer is another")
+            return trace(library, layer)
+
+        patch.setattr(Library, "trace", refused)
+        with pytest.raises(ModelError, match="the second layer is another"):
+            Checkpoint(folder)
 
 
 def test_a_family_with_a_table_needs_no_modelling_code(tmp_path: Path) -> None:
