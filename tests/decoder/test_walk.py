@@ -165,11 +165,15 @@ def test_a_full_disk_ends_the_walk(
 def test_a_save_that_fails_beside_a_step_that_fails_is_said(
     tmp_path: Path, held: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    begun = Event()
+
     def full(*_: object) -> int:
+        assert begun.wait(30)
         raise OSError(28, "No space left on device")
 
     def stop(index: int) -> None:
         if index == 1:
+            begun.set()
             raise Stop
 
     monkeypatch.setattr(module, "save_tensors", full)
