@@ -61,7 +61,7 @@ root = Path(sys.argv[1])
 # whole blocks of 32 and 64, halved into ranks too
 for module in (specimens, zoo, zoo_extended):
     module.INNER = 128
-zoo.EXPERT_INNER, zoo.QWEN3_HEAD, zoo_extended.GEMMA_HEAD = 64, 32, 32
+zoo.EXPERT_INNER, zoo.QWEN3_HEAD, zoo.INTERNLM3_HEAD, zoo_extended.GEMMA_HEAD = 64, 32, 32, 32
 dtypes = dict.fromkeys(("internlm", "qwen", "llama_bias", "opt"), torch.float16)
 dtypes["qwen3_moe"] = torch.float32
 for name in zoo.ZOO:
