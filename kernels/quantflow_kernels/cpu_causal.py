@@ -45,6 +45,7 @@ def supports(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.bfloat16
+        and not (x.requires_grad and torch.is_grad_enabled())
         and d % 16 == 0
         and d <= WIDEST
         and x.stride(-1) == 1

@@ -34,7 +34,8 @@ def causal_attention(
         window = None
     if cap is None and all(map(cpu_causal.supports, (q, k, v))):
         return cpu_causal.causal_attention(q, k, v, window=window or 0, scale=scale)
-    if cap is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+    trained = torch.is_grad_enabled() and q.requires_grad
+    if cap is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16 and not trained):
         return _in_blocks(q, k, v, window, scale, cap)
     grouped = q.shape[1] != k.shape[1]
     if window is None:

@@ -41,14 +41,18 @@ class Reading:
 class Streams:
     """x: the residual stream, `[W, L, H]`, which goes through the layers. context: room for `o`'s
     input. inner: room for `down`'s input, where it is worth keeping, or in a mixture for the MLP's,
-    which all experts read. A block that keeps nothing between its segments needs neither."""
+    which all experts read. A block that keeps nothing between its segments needs neither. Where a
+    stage trains, full: the full-precision model's stream, and entry: what enters the layer, where a
+    stage before it takes `x` on."""
 
     x: Stream
     context: Stream | None = None
     inner: Stream | None = None
+    full: Stream | None = None
+    entry: Stream | None = None
 
     def close(self) -> None:
-        for stream in (self.x, self.context, self.inner):
+        for stream in (self.x, self.context, self.inner, self.full, self.entry):
             if stream:
                 stream.close()
 

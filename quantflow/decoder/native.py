@@ -62,6 +62,8 @@ def normalize(
 ) -> Tensor:
     """RMSNorm or LayerNorm over the last dimension, in at least float32, in the dtype of `x`."""
     k = x.shape[-1]
+    if _trained(x) or _trained(weight):
+        return _plain_norm(config, x, weight, bias)
     if _compiled(x) and config.family != "opt":
         return cpu_kernels.rms_norm(x.reshape(-1, k), weight.float(), config.norm_eps).view(x.shape)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -86,6 +88,20 @@ def norm_scale(config: DecoderConfig, weight: Tensor) -> Tensor:
     return weight.double() + config.norm_offset if config.norm_offset else weight
 
 
+def _trained(x: Tensor) -> bool:
+    """Whether a gradient goes through it: by torch's own operations alone, none in place."""
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _plain_norm(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    part, scale, shape = x.to(wide), weight.to(wide), (x.shape[-1],)
+    if config.family == "opt":
+        shift = None if bias is None else bias.to(wide)
+        return F.layer_norm(part, shape, scale, shift, config.norm_eps).to(x.dtype)
+    return F.rms_norm(part, shape, scale, config.norm_eps).to(x.dtype)
+
+
 def computed_by(device: str) -> str:
     """By what calibration and quantisation go on a device: their results' last bits depend on it. A
     compiler that is there is taken to work, since to plan must not compile."""
@@ -95,7 +111,8 @@ def computed_by(device: str) -> str:
 def _compiled(x: Tensor) -> bool:
     """Whether compiled kernels take it: in bfloat16 on a CPU, where torch's operations would take
     most of calibration's time."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and cpu_kernels.supports(x.dtype)
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return on_cpu and not _trained(x) and cpu_kernels.supports(x.dtype)
 
 
 class NativeBlock:
@@ -211,7 +228,8 @@ class NativeBlock:
             return cpu_kernels.silu_mul(left.view(-1, width), right.view(-1, width)).view(
                 left.shape
             )
-        return activate(self.config.activation, left).mul_(right)
+        activated = activate(self.config.activation, left)
+        return activated * right if _trained(left) else activated.mul_(right)
 
     def mlp_output(self, inner: Tensor, expert: int | None = None) -> Tensor:
         return self.linear(self.names.mlp(expert)[2], inner)

@@ -19,6 +19,7 @@ from quantflow.stages.calibrate import Calibrate
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.gptq import Gptq
 from quantflow.stages.pack_writer import written_bytes
+from quantflow.stages.training import TrainingStage
 
 # The interpreter's buffers and the allocator's slack; with matrix products, oneDNN's compiled
 # kernels and packed operands too.
@@ -88,6 +89,9 @@ def estimate(plan: Plan) -> Estimate:
         # this layer's weights and the next one's, codes, and what is being saved; not all at their
         # largest at once
         memory = layer * 3
+    training = [stage for stage in plan.layer_stages if isinstance(stage, TrainingStage)]
+    if training and calibration:
+        memory = max(memory, held + max(_training_bytes(plan, layer // item, s) for s in training))
     base = BASE_BYTES + (COMPUTING_BYTES if plan.reads_calibration else 0)
     base += LIBRARY_BYTES if checkpoint.architecture.library else 0
     memory = base + max(memory, 2 * largest_outer)
@@ -134,6 +138,10 @@ def estimate(plan: Plan) -> Estimate:
             + (2 + 3 * gptq.refine) * p.shape[0] * p.shape[1] ** 2
             for p in plan.linears
         )
+    if calibration:
+        for stage in training:
+            passes = 3 * stage.steps(calibration.samples) * stage.windows_a_step
+            flops += 2 * parameters * passes * calibration.seqlen
     rate = 2.5e11 if plan.device == "cpu" else 2e14
     seconds = flops / rate + checkpoint.weight_bytes / 4e8
     stream_bytes = tokens * row * compute
@@ -150,6 +158,16 @@ def _scores(plan: Plan) -> int:
         return 0
     tokens = min(plan.stream_windows * calibration.seqlen, max(BATCH_TOKENS, calibration.seqlen))
     return 16 * tokens * plan.config.heads * calibration.seqlen
+
+
+def _training_bytes(plan: Plan, layer: int, stage: TrainingStage) -> int:
+    """Peak of training a layer of so many weights: they, their gradients, two moments, the best so
+    far and what rounding keeps of each, in float32; and what the layer keeps of a step's tokens."""
+    config, calibration = plan.config, plan.recipe.calibration
+    assert calibration is not None
+    tokens = stage.windows_a_step * calibration.seqlen
+    width = max(config.intermediate, config.dense_intermediate)
+    return 8 * 4 * layer + tokens * (12 * config.hidden + 6 * width) * 4
 
 
 def _solver_bytes(plan: Plan) -> int:

@@ -38,6 +38,7 @@ def make_report(build: Build) -> dict[str, Any]:
     windows, held_out = texts.get("calibration"), texts.get("evaluate")
     config, asked = plan.config, portable(plan)
     lines, scales, experts = _linears(build)
+    training = list(_training(build))
     kept = {p.module: p.reason for p in plan.linears if p.scheme is None} | plan.others
     kept[plan.checkpoint.architecture.head] = (
         "tied to the embedding" if config.tied else "weights.ignore"
@@ -75,6 +76,7 @@ def make_report(build: Build) -> dict[str, Any]:
         **({"experts": experts} if experts else {}),
         "activations": _activations(plan, statistics) if statistics.is_file() else {},
         "awq": scales,
+        **({"training": training} if training else {}),
         "fallbacks": {
             name: line["fallback"] for name, line in lines.items() if line.get("fallback")
         },
@@ -127,6 +129,14 @@ def _linears(build: Build) -> tuple[dict[str, Any], list[dict[str, Any]], list[d
             for line in layer.get("awq", [])
         ]
     return lines, scales, experts
+
+
+def _training(build: Build) -> Iterator[dict[str, Any]]:
+    """Of each layer that was trained, the losses on windows that it was not trained on."""
+    for index in range(build.plan.config.layers):
+        layer = build.reader.report(index)
+        if "training" in layer:
+            yield {"layer": index, **layer["training"]}
 
 
 def exponent(scale: str) -> float | None:

@@ -72,12 +72,16 @@ def sweep(plan: Plan, this: Pass, progress: Progress) -> bool:
     length = len(this.tokens[0]) if this.tokens else 0
     decoder = open_decoder(checkpoint, length, device) if this.tokens else None
     streams = _open_streams(plan, this, shelf.folder, dtype) if this.tokens else None
+    if streams and any(stage.trains for stage in this.stages):
+        _open_for_training(plan, this, streams, shelf.folder)
     rules, batch = grid_rules(plan), max(1, BATCH_TOKENS // length) if length else 1
     torch.manual_seed(plan.recipe.seed)
 
     def begin() -> None:
         if streams and decoder:
             _embed(plan, decoder, streams.x, this.tokens, batch)
+            if streams.full:
+                _copy(streams.x, streams.full, batch)
 
     def step(index: int, stored: dict[str, Tensor]) -> Result:
         def make_block(tensors: Mapping[str, Tensor]) -> Block:
@@ -101,6 +105,8 @@ def sweep(plan: Plan, this: Pass, progress: Progress) -> bool:
             tell=within_step(progress, parts),
             advance=progress.advance,
         )
+        if streams and streams.entry:
+            _copy(streams.x, streams.entry, batch)
         for stage in this.stages:
             code(stage.layer)(stage, work)
         return work.result()
@@ -112,7 +118,7 @@ def sweep(plan: Plan, this: Pass, progress: Progress) -> bool:
             device,
             step,
             shelf,
-            {"x": streams.x} if streams else {},
+            _carried(streams),
             begin,
             lambda result: progress.step(_summary(result.report) if result else "in the store"),
         )
@@ -120,6 +126,14 @@ def sweep(plan: Plan, this: Pass, progress: Progress) -> bool:
         if streams:
             streams.close()
     return True
+
+
+def _open_for_training(plan: Plan, this: Pass, streams: Streams, folder: Path) -> None:
+    x = streams.x
+    place = room(plan.device, folder).sharing(2 * x.nbytes)
+    streams.full = place.stream("full", x.shape, x.dtype)
+    if sum(stage.rounds for stage in this.stages) > 1:
+        streams.entry = place.stream("entry", x.shape, x.dtype)
 
 
 def grid_rules(plan: Plan) -> GridRules:
@@ -159,6 +173,19 @@ def _open_streams(plan: Plan, this: Pass, folder: Path, dtype: torch.dtype) -> S
     # Keeping what goes into `down` saves computing gate and up twice.
     keep_inner = hidden_bytes + context_bytes + inner_bytes <= available.budget
     return Streams(x, mid, open_stream("inner", config.intermediate) if keep_inner else None)
+
+
+def _carried(streams: Streams | None) -> dict[str, Stream]:
+    """What goes from layer to layer, by name."""
+    if streams is None:
+        return {}
+    return {"x": streams.x, **({"full": streams.full} if streams.full else {})}
+
+
+@torch.inference_mode()
+def _copy(source: Stream, target: Stream, batch: int) -> None:
+    for start, stop in source.spans(batch):
+        target.write(start, source.read(start, stop))
 
 
 @torch.inference_mode()

@@ -64,6 +64,9 @@ def _check_rounding(recipe: Written) -> Iterator[Problem]:
                 hint += "; a recipe that only measures has no `weights`"
         every = listing(name for name, stage in kinds.items() if stage.rounds)
         yield Problem(place, "no stage rounds the weights", f"exactly one of {every}", hint)
+    written = sorted(rounding, key=recipe.names.index)
+    if [kinds[name].trains for name in written] == [False, True]:  # it begins from the other's
+        return
     if len(rounding) > 1:
         verb = "both" if len(rounding) == 2 else "all of"
         problem = f"{verb} {' and '.join(rounding)} round the weights"

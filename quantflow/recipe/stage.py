@@ -26,6 +26,7 @@ class Stage(Section):
     examples: ClassVar[Mapping[str, str]] = {}
     # What it does, for the checks that look at a recipe as a whole.
     rounds: ClassVar[bool] = False  # the weights: a recipe has one such stage
+    trains: ClassVar[bool] = False  # so that it may follow one that rounds
     measures: ClassVar[bool] = False  # the model as it is: it needs no stage that rounds
     writes: ClassVar[bool] = False  # a checkpoint: a recipe may have several such stages
     alters: ClassVar[bool] = False  # what the model computes

@@ -117,6 +117,17 @@ def _exponents(report: Report) -> Series:
     return series
 
 
+def _training(report: Report) -> Series:
+    finite = [
+        (layer["layer"], [loss for loss in layer["losses"] if loss is not None])
+        for layer in report.get("training", [])
+    ]
+    return {
+        "before training": [(index, losses[0]) for index, losses in finite if losses],
+        "after": [(index, min(losses)) for index, losses in finite if losses],
+    }
+
+
 def _activations(value: Callable[[Line], float | None]) -> Callable[[Report], Series]:
     return lambda report: by_layer(report["activations"], value)
 
@@ -160,6 +171,14 @@ CURVES = (
         " output error above.",
         "relative error",
         _linears(lambda line: line.get("weight_error")),
+    ),
+    Curves(
+        "layers",
+        "Training: error of each layer's output",
+        "The mean squared difference from the full-precision layer, on windows that were not"
+        " trained on.",
+        "squared error",
+        _training,
     ),
     Curves(
         "choices",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantflow.decoder.block import Block
+from quantflow.decoder.stream import Stream
 from quantflow.stages.output_error import OutputErrors
 from quantflow.stages.rounded import Quantized, nearest_linear
 from quantflow.stages.work import LayerWork
@@ -52,12 +53,12 @@ def round_each(work: LayerWork, rounded: Callable[[str], Quantized]) -> None:
                 tensors[f"{name}.weight"] = work.rounded[name].tensor.dequantize(work.dtype)
             work.tell(name)
     if work.streams:
-        _carry_on(work, work.make_block(tensors))
+        carry_on(work, work.make_block(tensors), work.streams.x)
 
 
-def _carry_on(work: LayerWork, block: Block) -> None:
-    """Takes the stream through the rounded layer, and adds to its report what rounding did to the
-    outputs."""
+def carry_on(work: LayerWork, block: Block, entry: Stream) -> None:
+    """Takes the stream, from what enters, through the rounded layer, and adds to its report what
+    rounding did to the outputs."""
     assert work.streams is not None
     x, source, rounded = work.streams.x, work.unrounded, work.rounded
 
@@ -70,6 +71,6 @@ def _carry_on(work: LayerWork, block: Block) -> None:
     errors = OutputErrors(difference)
     for start, stop in x.spans(work.batch):
         block.tap = None if start else errors  # the first windows are sample enough
-        x.write(start, block.forward(x.read(start, stop), work.kv))
+        x.write(start, block.forward(entry.read(start, stop), work.kv))
     for name, lines in errors.of_linears.items():
         rounded[name] = replace(rounded[name], report=rounded[name].report | lines)

@@ -9,6 +9,7 @@ from typing import Any
 from quantflow import recipe
 from quantflow.recipe import Recipe, Stage
 from quantflow.stages.awq import Awq
+from quantflow.stages.block_ap import BlockAp
 from quantflow.stages.calibrate import Calibrate
 from quantflow.stages.evaluate import Evaluate
 from quantflow.stages.gptq import Gptq
@@ -17,10 +18,23 @@ from quantflow.stages.nf4 import Nf4
 from quantflow.stages.pack import Pack
 from quantflow.stages.rtn import Rtn
 from quantflow.stages.shard import Shard
+from quantflow.stages.signround import Signround
 
 STAGES: dict[str, type[Stage]] = {
     stage.name: stage
-    for stage in (Calibrate, Awq, Gptq, Rtn, Nf4, KvQparams, Pack, Shard, Evaluate)
+    for stage in (
+        Calibrate,
+        Awq,
+        Gptq,
+        Rtn,
+        Nf4,
+        BlockAp,
+        Signround,
+        KvQparams,
+        Pack,
+        Shard,
+        Evaluate,
+    )
 }
 
 

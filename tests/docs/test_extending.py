@@ -91,7 +91,7 @@ def test_its_stage(tmp_path: Path) -> None:
     )
     (package / "stages" / "clamp.py").write_text(SNIPPETS["quantflow/stages/clamp.py"].text)
     registry = package / "stages" / "registry.py"
-    lines = registry.read_text().replace("Rtn, Nf4,", "Rtn, Clamp, Nf4,")
+    lines = registry.read_text().replace("        Nf4,\n", "        Clamp,\n        Nf4,\n")
     first = "from quantflow.stages.evaluate import"
     registry.write_text(lines.replace(first, f"from quantflow.stages.clamp import Clamp\n{first}"))
 

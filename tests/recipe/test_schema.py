@@ -120,11 +120,14 @@ def test_the_schema_is_a_schema_and_describes_every_key() -> None:
         "gptq",
         "rtn",
         "nf4",
+        "block_ap",
+        "signround",
         "kv_qparams",
         "evaluate",
     ]
     assert list(stages[-1]["properties"]) == list(STAGES) == [
-        "calibrate", "awq", "gptq", "rtn", "nf4", "kv_qparams", "pack", "shard", "evaluate"
+        "calibrate", "awq", "gptq", "rtn", "nf4", "block_ap", "signround",
+        "kv_qparams", "pack", "shard", "evaluate"
     ]  # fmt: skip
 
 

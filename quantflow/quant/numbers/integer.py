@@ -31,7 +31,7 @@ class IntegerTensor(QuantizedTensor):
 
     kind: ClassVar[str] = "integer"
     grid: ClassVar[str] = "with integer zero points"
-    stages: ClassVar[tuple[str, ...]] = ("rtn", "gptq")
+    stages: ClassVar[tuple[str, ...]] = ("rtn", "gptq", "block_ap", "signround")
     zero_points: ClassVar[bool] = True
     integers: ClassVar[tuple[str, ...]] = ("zeros",)
 
