@@ -160,12 +160,15 @@ class Trial:
     def _leaf(self, segment: Segment, own: str, last: str) -> str | None:
         """The linear of the expert `own` whose outputs its `last` one reads, one by one."""
         assert segment.expert is not None
-        experts = self.block.experts(segment)
-        tensors = {
-            n.removeprefix(f"{own}."): t
-            for n, t in self.block.tensors.items()
+        experts, inside = self.block.experts(segment), self.block.library.inside(self.block.index)
+        # by their names in the class, which are others in some checkpoints
+        stored = {
+            inside[n].rpartition(f".{segment.expert}.")[2]: n
+            for n in self.block.tensors
             if n.startswith(f"{own}.")
         }
+        tensors = {name: self.block.tensors[n] for name, n in stored.items()}
+        last = inside[f"{own}.{last}.weight"].removesuffix(".weight").rpartition(".")[2]
         rows = torch.randn(TRACED, experts.channels, generator=self._random)
         rows = rows.to(self.x.device)
         one = OneExpert(experts, segment.expert)
@@ -182,7 +185,7 @@ class Trial:
             changed = _divided(leaf, tensors, scale)
             changed[f"{last}.weight"] = tensors[f"{last}.weight"] * scale
             if _same(outputs(changed), plain):
-                return leaf
+                return stored[f"{leaf}.weight"].removesuffix(".weight").rpartition(".")[2]
         return None
 
 

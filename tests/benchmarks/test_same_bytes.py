@@ -57,7 +57,8 @@ def test_a_byte_a_number_and_a_file_are_seen(tmp_path: Path) -> None:
 
 
 def test_every_format_is_in_the_matrix(tmp_path: Path) -> None:
-    assert set(FORMATS) == set(KNOWN)
+    known = set(KNOWN) - {"bitblas"}  # which the commit that is compared with does not know
+    assert set(FORMATS) == known
     packed = {
         stage["pack"]["format"]
         for model in ("wide", "opt")
@@ -65,4 +66,4 @@ def test_every_format_is_in_the_matrix(tmp_path: Path) -> None:
         for stage in case.get("recipe", {}).get("stages", [])
         if "pack" in stage
     }
-    assert packed == set(KNOWN)
+    assert packed == known

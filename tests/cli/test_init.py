@@ -23,6 +23,12 @@ FOUR_BITS = {
 }  # fmt: skip
 SLIDING, MIXED, OTHER = "a sliding window", "a mixture of experts", "model_type 'opt'"
 NO_GGUF = {
+    "olmo2": "model_type 'olmo2'",
+    "granite": "model_type 'granite'",
+    "glm": "model_type 'glm'",
+    "phi3": "a sliding window",
+    "gemma2": "query_pre_attn_scalar 20",
+    "gemma3": "sliding windows in other layers",
     "internlm3": "biases in the MLP", "mistral": SLIDING, "qwen2": SLIDING, "mixtral": MIXED,
     "mixtral_fused": MIXED, "qwen3_moe": MIXED, "qwen3_moe_fused": MIXED, "opt": OTHER,
     "opt_prefixed": OTHER,

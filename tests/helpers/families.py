@@ -213,4 +213,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _line(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:240]
+    return " ".join(str(error).split())[:240].strip()

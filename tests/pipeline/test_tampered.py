@@ -153,9 +153,14 @@ def test_a_config_that_disagrees_with_the_packed_weights(
 
 
 def test_packed_layers_that_the_config_does_not_count_are_named(bench: Bench) -> None:
-    """As of any checkpoint: transformers leaves them out, too."""
+    """As of any checkpoint: what is packed there is no model's, and is left out by an export."""
     change_json(bench.output / "config.json", num_hidden_layers=1)
-    assert "layer 1 left out" in invoke(*evaluate(bench, bench.output)).stderr
+    told = invoke(*evaluate(bench, bench.output)).stderr
+    assert "layer 1 copied as in the source, unquantised" in told
+    made = invoke("export", bench.output, "--format", "gptq_v2", "--output", bench.root / "again")
+    assert "layer beyond num_hidden_layers = 1, and not in floating point" in made.stdout, (
+        made.stdout
+    )
 
 
 def test_zero_points_that_the_config_denies(bench: Bench) -> None:
