@@ -85,7 +85,8 @@ def _family(model_type: str, root: Path) -> Family:
         return walked(model_type, root)
     except Exception as error:  # none of the product's: the row says so
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-        return Family(model_type, name, "no", note=f"a fault of QuantFlow's: {error!r}"[:200].strip())
+        note = f"a fault of QuantFlow's: {error!r}"[:200].strip()
+        return Family(model_type, name, "no", note=note)
 
 
 def _walked(model_type: str) -> Family:
