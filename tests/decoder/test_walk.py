@@ -3,6 +3,7 @@ behind the step's back."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
@@ -211,7 +212,8 @@ def test_a_save_that_failed_before_a_step_begins_keeps_it_from_beginning(
     assert steps == [0] and not hasattr(raised.value, "__notes__")
 
 
-def test_the_next_layer_is_read_meanwhile() -> None:
+def test_the_next_layer_is_read_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AHEAD_BYTES", 0)
     read, begun = [Event() for _ in range(3)], []
 
     def reading(index: int) -> dict[str, Tensor]:
@@ -228,6 +230,22 @@ def test_the_next_layer_is_read_meanwhile() -> None:
     through(reading, range(3), CPU, work)
     assert begun == [0, 1, 2]
     through(reading, range(3, 3), CPU, work)
+
+
+def test_small_layers_are_read_when_they_are_wanted() -> None:
+    """A second thread would cost more than it saves."""
+    read = list[int]()
+
+    def reading(index: int) -> dict[str, Tensor]:
+        read.append(index)
+        return weights(index)
+
+    def work(index: int, stored: dict[str, Tensor]) -> None:
+        time.sleep(0.05)
+        assert read[-1] == index
+
+    through(reading, range(3), CPU, work)
+    assert read == [0, 1, 2]
 
 
 @ROOMS
