@@ -62,14 +62,15 @@ def normalize(
 ) -> Tensor:
     """RMSNorm or LayerNorm over the last dimension, in at least float32, in the dtype of `x`."""
     k = x.shape[-1]
-    if _trained(x) or _trained(weight):
-        return _plain_norm(config, x, weight, bias)
-    if _compiled(x) and config.family != "opt":
+    trained = _trained(x) or _trained(weight)
+    if not trained and _compiled(x) and config.family != "opt":
         return cpu_kernels.rms_norm(x.reshape(-1, k), weight.float(), config.norm_eps).view(x.shape)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale, shift = weight.to(wide), None if bias is None else bias.to(wide)
     if config.family == "opt":
         return F.layer_norm(x.to(wide), (k,), scale, shift, config.norm_eps).to(x.dtype)
+    if trained:
+        return F.rms_norm(x.to(wide), (k,), scale, config.norm_eps).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = max(1, NORM_ELEMENTS // k) if x.device.type == "cpu" else x.numel()
     for source, target in zip(
@@ -91,15 +92,6 @@ def norm_scale(config: DecoderConfig, weight: Tensor) -> Tensor:
 def _trained(x: Tensor) -> bool:
     """Whether a gradient goes through it: by torch's own operations alone, none in place."""
     return torch.is_grad_enabled() and x.requires_grad
-
-
-def _plain_norm(config: DecoderConfig, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    part, scale, shape = x.to(wide), weight.to(wide), (x.shape[-1],)
-    if config.family == "opt":
-        shift = None if bias is None else bias.to(wide)
-        return F.layer_norm(part, shape, scale, shift, config.norm_eps).to(x.dtype)
-    return F.rms_norm(part, shape, scale, config.norm_eps).to(x.dtype)
 
 
 def computed_by(device: str) -> str:

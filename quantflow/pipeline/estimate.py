@@ -140,7 +140,7 @@ def estimate(plan: Plan) -> Estimate:
         )
     if calibration:
         for stage in training:
-            passes = 3 * stage.steps(calibration.samples) * stage.windows_a_step
+            passes = 3 * stage.steps(calibration.samples) * stage.batch
             flops += 2 * parameters * passes * calibration.seqlen
     rate = 2.5e11 if plan.device == "cpu" else 2e14
     seconds = flops / rate + checkpoint.weight_bytes / 4e8
@@ -165,7 +165,7 @@ def _training_bytes(plan: Plan, layer: int, stage: TrainingStage) -> int:
     far and what rounding keeps of each, in float32; and what the layer keeps of a step's tokens."""
     config, calibration = plan.config, plan.recipe.calibration
     assert calibration is not None
-    tokens = stage.windows_a_step * calibration.seqlen
+    tokens = stage.batch * calibration.seqlen
     width = max(config.intermediate, config.dense_intermediate)
     return 8 * 4 * layer + tokens * (12 * config.hidden + 6 * width) * 4
 

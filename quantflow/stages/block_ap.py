@@ -22,7 +22,6 @@ class BlockAp(TrainingStage):
     layer: ClassVar[str] = "quantflow.stages.block_ap_layer:block_ap_layer"
 
     epochs: int = Field(default=2, ge=1, le=100, description="Passes over the windows.")
-    batch: int = Field(default=2, ge=1, le=256, description="Windows a step.")
     weight_lr: Rate | None = Field(
         default=None,
         description=(
@@ -48,7 +47,3 @@ class BlockAp(TrainingStage):
 
     def steps(self, windows: int) -> int:
         return self.epochs * -(-windows // self.batch)
-
-    @property
-    def windows_a_step(self) -> int:
-        return self.batch

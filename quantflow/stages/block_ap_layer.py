@@ -25,7 +25,7 @@ LAST_SHARE = 0.05  # of the learning rate, at the end of its cosine
 
 def block_ap_layer(settings: BlockAp, work: LayerWork) -> None:
     rates = settings.rates(begun=bool(work.rounded))
-    lesson = Lesson(work, settings.held_out)
+    lesson = Lesson(settings, work)
     grids = {
         name: TrainedGrid.start(weight, tensor, work.rules)
         for name, weight, tensor in lesson.starts()

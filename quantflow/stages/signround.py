@@ -22,7 +22,3 @@ class Signround(TrainingStage):
 
     def steps(self, windows: int) -> int:
         return self.iterations
-
-    @property
-    def windows_a_step(self) -> int:
-        return self.batch

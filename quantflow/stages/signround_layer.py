@@ -21,7 +21,7 @@ CHECKS = 10  # of the held-out windows, evenly spaced
 
 
 def signround_layer(settings: Signround, work: LayerWork) -> None:
-    lesson = Lesson(work, settings.held_out)
+    lesson = Lesson(settings, work)
     grids = {
         name: SignedGrid.start(weight, tensor, work.rules)
         for name, weight, tensor in lesson.starts()

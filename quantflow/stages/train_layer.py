@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from quantflow.stages.nearest_layer import carry_on
 from quantflow.stages.rounded import Quantized, line
 from quantflow.stages.work import LayerWork
 
-PARTS = 20  # of a layer's training, that are told of: `TrainingStage.parts`
+if TYPE_CHECKING:
+    from quantflow.stages.training import TrainingStage
+
 HELD_SHARE = 4  # at most one of so many windows is held out
 
 
@@ -59,13 +61,14 @@ class Lesson:
     """A layer on its way through training. block: over the trained weights. seen: windows that are
     trained on; held: those that choose the best step."""
 
-    def __init__(self, work: LayerWork, held_out: int) -> None:
+    def __init__(self, settings: TrainingStage, work: LayerWork) -> None:
+        self.told = settings.told
         streams = work.streams
         assert streams is not None and streams.full is not None
         self.work, self.entry, self.target = work, streams.entry or streams.x, streams.full
         _take_on(work, self.target)
         self.block = work.make_block({**work.stored, **work.changed})
-        held = min(held_out, self.entry.windows // HELD_SHARE)
+        held = min(settings.held_out, self.entry.windows // HELD_SHARE)
         self.seen = range(self.entry.windows - held)
         self.held = range(len(self.seen), self.entry.windows) if held else self.seen
 
@@ -113,7 +116,7 @@ class Lesson:
             with torch.no_grad():
                 for learner in learners.values():
                     learner.keep_in_range()
-            for _ in range(step * PARTS // steps - (step - 1) * PARTS // steps):
+            for _ in range(step * self.told // steps - (step - 1) * self.told // steps):
                 self.work.tell(f"loss {float(loss.detach()):.2e}")
             if step % course.checks == 0 or step == steps:
                 losses.append(self._checked(learners))

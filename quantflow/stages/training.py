@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -12,8 +13,6 @@ from quantflow.recipe import Calibration
 from quantflow.recipe.written import Entry, Written
 from quantflow.stages.rounding import RoundingStage
 
-PARTS = 20  # of a layer's training, that are told of
-
 
 class TrainingStage(RoundingStage):
     """It may stand alone, or begin from what another stage has rounded."""
@@ -21,7 +20,9 @@ class TrainingStage(RoundingStage):
     needs_calibration: ClassVar[bool] = True
     follows: ClassVar[tuple[str, ...]] = ("gptq", "rtn")  # whose grids it trains on
     trains: ClassVar[bool] = True
+    told: ClassVar[int] = 20  # parts of a layer's training, as they are done
 
+    batch: int = Field(default=2, ge=1, le=256, description="Windows a step.")
     held_out: int = Field(
         default=8,
         ge=0,
@@ -33,16 +34,12 @@ class TrainingStage(RoundingStage):
     def looks_at(self, calibration: Calibration) -> int:
         return calibration.samples
 
+    @abstractmethod
     def steps(self, windows: int) -> int:
         """Steps a layer, of so many windows; each sees `batch` of them."""
-        raise NotImplementedError
-
-    @property
-    def windows_a_step(self) -> int:
-        raise NotImplementedError
 
     def parts(self, linears: int, experts: int) -> int:
-        return PARTS
+        return self.told
 
     @classmethod
     def check(cls, recipe: Written, entry: Entry) -> Iterator[Problem]:
