@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from quantflow.decoder import walk
+from quantflow.decoder.stream import Room
+from quantflow.evaluate.divergence import Variant
 from quantflow.formats.reader import Weights
+from quantflow.pipeline.plan import make_plan
+from quantflow.pipeline.windows import recipe_windows
+from quantflow.stages.registry import load_recipe
+from quantflow.tokenizers.load import load_tokenizer
 from tests.helpers.runs import Bench, contents, invoke, make_bench
 from tests.helpers.zoo import specimen, write
 
@@ -103,13 +110,27 @@ def test_other_families(bench: Bench, name: str, stage: dict[str, Any]) -> None:
     assert all(min(losses) < losses[0] for losses in losses_of(bench, recipe))
 
 
-def test_kv_parameters_are_the_trained_models(bench: Bench) -> None:
+def test_kv_ranges_are_the_trained_models(bench: Bench) -> None:
     """What gptq's K and V were before is of no weights that anybody has."""
-    stages = ("calibrate", "gptq", TRAINING[0], "kv_qparams")
-    assert invoke("run", trained(bench, *stages)).exit_code == 0
-    weights = Weights(bench.output)
-    assert (bench.output / "kv_qparams.safetensors").exists()
-    assert weights.modules
+    recipe = trained(bench, "calibrate", "gptq", TRAINING[0], "kv_qparams")
+    assert invoke("run", recipe).exit_code == 0
+    plan = make_plan(load_recipe(recipe))
+    tokenizer = load_tokenizer(plan.checkpoint.tokenizer_path)
+    tokens = torch.tensor(recipe_windows(plan, tokenizer, "calibration").tokens)
+    largest: dict[int, list[float]] = {0: [], 1: []}
+
+    def watching(index: int) -> Any:
+        def observe(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            largest[index].append(float(v.max()))
+            return k, v
+
+        return observe
+
+    with torch.inference_mode():
+        Variant(Weights(bench.output), watching).states(tokens, Room(torch.device("cpu"))).close()
+    report = json.loads((bench.output / "report.json").read_text())
+    for index, seen in largest.items():
+        assert max(report["kv"]["value"]["high"][index]) == pytest.approx(max(seen), rel=1e-3)
 
 
 def test_what_cannot_stand_together(bench: Bench) -> None:
