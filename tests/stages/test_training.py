@@ -111,17 +111,17 @@ def test_other_families(bench: Bench, name: str, stage: dict[str, Any]) -> None:
 
 
 def test_kv_ranges_are_the_trained_models(bench: Bench) -> None:
-    """What gptq's K and V were before is of no weights that anybody has."""
-    recipe = trained(bench, "calibrate", "gptq", TRAINING[0], "kv_qparams")
+    """What another stage's K and V were before is of no weights that anybody has."""
+    recipe = trained(bench, "calibrate", "rtn", TRAINING[0], "kv_qparams")
     assert invoke("run", recipe).exit_code == 0
     plan = make_plan(load_recipe(recipe))
     tokenizer = load_tokenizer(plan.checkpoint.tokenizer_path)
     tokens = torch.tensor(recipe_windows(plan, tokenizer, "calibration").tokens)
-    largest: dict[int, list[float]] = {0: [], 1: []}
+    seen: dict[int, list[Tensor]] = {0: [], 1: []}
 
     def watching(index: int) -> Any:
         def observe(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            largest[index].append(float(v.max()))
+            seen[index].append(v.amax((0, 2, 3)))
             return k, v
 
         return observe
@@ -129,8 +129,12 @@ def test_kv_ranges_are_the_trained_models(bench: Bench) -> None:
     with torch.inference_mode():
         Variant(Weights(bench.output), watching).states(tokens, Room(torch.device("cpu"))).close()
     report = json.loads((bench.output / "report.json").read_text())
-    for index, seen in largest.items():
-        assert max(report["kv"]["value"]["high"][index]) == pytest.approx(max(seen), rel=1e-3)
+    assert any(min(layer["losses"]) < layer["losses"][0] for layer in report["training"])
+    for index, parts in seen.items():
+        heads = torch.stack(parts).amax(0).tolist()
+        assert report["kv"]["value"]["high"][index] == pytest.approx(
+            heads, rel=3e-3
+        )  # three digits
 
 
 def test_what_cannot_stand_together(bench: Bench) -> None:
